@@ -1,0 +1,78 @@
+"""Dion2 written a second time, from the paper alone, to test against.
+
+One matrix at a time, in (out, in) whatever the storage, by plain loops and an explicit iteration. The momentum is kept
+in the state's dtype, as the optimizer promises; everything else is float64.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+POLYNOMIALS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The five polynomials of Polar Express applied to the singular values themselves."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    norm = values.square().sum().sqrt()
+    if norm == 0:
+        return torch.zeros_like(matrix, dtype=torch.float64)
+    values = values / (1.02 * norm)
+    for a, b, c in POLYNOMIALS:
+        values = a * values + b * values**3 + c * values**5
+    return (left * values) @ right
+
+
+def scale_of(rule: str | None, out_size: int, in_size: int) -> float:
+    if rule == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(out_size, in_size))
+    if rule in ("original", None):
+        return math.sqrt(max(1, out_size / in_size))
+    if rule == "spectral":
+        return math.sqrt(out_size / in_size)
+    return 1.0
+
+
+@dataclass
+class Reference:
+    """One matrix in (out, in), its momentum, and the rule."""
+
+    weight: Tensor
+    momentum: Tensor
+    lr: float = 3e-4
+    fraction: float = 0.25
+    mu: float = 0.95
+    weight_decay: float = 0.01
+    rule: str | None = "match_rms_adamw"
+    scale_by_fraction: bool = True
+    select: str = "shorter"
+    axis: int = field(init=False, default=0)
+    selected: list[int] = field(init=False, default_factory=list)
+
+    def step(self, gradient: Tensor) -> None:
+        out_size, in_size = self.weight.shape
+        self.axis = 1 if self.select == "shorter" and in_size < out_size else 0
+        n = self.weight.shape[self.axis]
+        k = max(1, math.ceil(self.fraction * n - 1e-9))
+        self.momentum = self.momentum + gradient.to(self.momentum.dtype)
+        rows = self.momentum if self.axis == 0 else self.momentum.T
+        norms = [torch.tensor(sum(abs(x) for x in row.tolist()), dtype=torch.float32).item() for row in rows]
+        self.selected = sorted(sorted(range(n), key=lambda i: (-norms[i], i))[:k])
+        update = polar(torch.stack([rows[i] for i in self.selected]))
+        c = math.sqrt(n / k) if self.scale_by_fraction else 1.0
+        size = self.lr * scale_of(self.rule, out_size, in_size) * c
+        self.weight = self.weight * (1 - self.lr * self.weight_decay)
+        momentum, weight = self.momentum.clone(), self.weight.clone()
+        for row, i in zip(update, self.selected, strict=True):
+            place = (i, slice(None)) if self.axis == 0 else (slice(None), i)
+            momentum[place] = self.momentum[place] * self.mu
+            weight[place] = self.weight[place] - size * row
+        self.momentum, self.weight = momentum, weight
