@@ -1,0 +1,386 @@
+"""The optimizer: parameter groups, their state, ``step()`` and checkpoints.
+
+The updates themselves are in update.py and adamw.py.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from dion2_lightning.adamw import adamw_state, adamw_update
+from dion2_lightning.checkpoint import match_state_dict, restore_exactly
+from dion2_lightning.groups import check_names, check_parameters, check_settings, parameter_names, plain_dtype
+from dion2_lightning.selection import Selection
+from dion2_lightning.update import MatrixUpdate, dion2_update
+
+if TYPE_CHECKING:  # some builds of torch have no process groups
+    from torch.distributed import ProcessGroup
+
+Group = dict[str, Any]
+
+HALF_PRECISION: Final = (torch.bfloat16, torch.float16)
+LEFT_BEHIND: Final = {
+    "process_group": "its process group, so it updates redundantly on every rank",
+    "orthonormalize": "its custom orthonormalization, so it uses the package's own",
+}
+"""What a copy or an unpickled optimizer lacks: a process group cannot be copied, a callable not always."""
+
+
+class Dion2(Optimizer):
+    r"""Dion2 for matrices and AdamW for everything else, in one optimizer.
+
+    Each step selects from every matrix the ``fraction`` of rows or columns of its momentum with the largest L1 norms,
+    orthonormalizes only those, decays their momentum and updates only those; weight decay touches every entry
+    (Dion2, arXiv 2512.16928). With ``fraction=1`` this is Muon without Nesterov momentum.
+
+    .. math::
+        M \leftarrow M + G, \quad
+        K = \operatorname{top}_k \lVert M_i \rVert_1, \quad
+        O = \operatorname{polar}(M_K), \quad
+        M_K \leftarrow \mu M_K, \quad
+        X \leftarrow (1 - \eta\lambda) X, \quad
+        X_K \leftarrow X_K - \eta\, s\, \sqrt{n/k}\; O
+
+    A selected slice alone decays, so ``momentum`` :math:`\mu` remembers about :math:`1/((1-\mu)\cdot\text{fraction})`
+    steps: 0.95 at a quarter is 80. A short fine-tuning wants less; :math:`\mu^{n/k}`, 0.81 here, has Muon's horizon.
+
+    A group says by ``algorithm`` what updates it, ``"dion2"`` (the default) or ``"adamw"``, and may override every
+    setting below but ``orthonormalize`` and ``process_group``. A ``"dion2"`` group holds matrices, stored (out, in), or
+    (in, out) if it says ``transposed=True``; with ``batched=True`` it holds stacks of matrices, whose first axis counts
+    them. :func:`~dion2_lightning.build_optimizer` makes such groups from a model.
+
+    Args:
+        params: Parameters, named parameters or groups of them, as for every ``torch.optim`` optimizer.
+        lr: Learning rate, a float (default: 3e-4).
+        fraction: Share of the slices to select, in (0, 1]; k = max(1, ceil(fraction n)) of n (default: 0.25).
+        momentum: Decay rate of the selected slices' momentum, in [0, 1) (default: 0.95).
+        weight_decay: Decoupled: every step multiplies all weights by 1 - lr * weight_decay (default: 0.01).
+        adjust_lr_fn: The scale s of a matrix's update. ``"match_rms_adamw"``: 0.2 sqrt(max(out, in)), AdamW's learning
+            rates carry over (arXiv 2502.16982); ``"original"`` or None: sqrt(max(1, out/in)), as in torch.optim.Muon;
+            ``"spectral"``: sqrt(out/in), as in the authors' code; ``"none"``: 1 (default: ``"match_rms_adamw"``).
+        scale_lr_by_fraction: Multiply the orthonormal update, not the weight decay, by sqrt(n/k), so that one learning
+            rate fits every fraction (Dion3, arXiv 2608.11612). False is the Dion2 paper's literal rule: users of the
+            authors' code keep their learning rate with False (default: True).
+        select: ``"shorter"`` selects along the shorter axis of (out, in), output slices at a tie; ``"output"`` always
+            selects output slices (default: ``"shorter"``).
+        orthonormalize: A callable (batch, k, m) -> the same shape instead of Polar Express (default: None).
+        orthonormalize_dtype: Precision of the orthonormalization, ``"bfloat16"``, ``"float32"`` or ``"float64"``. None
+            chooses what the hardware multiplies fastest: bfloat16 on CUDA and on CPUs built for it, else float32
+            (default: None).
+        state_dtype: Precision of the matrices' momentum. None: float32 for bfloat16 and float16 parameters, else the
+            parameter's own (default: None).
+        betas: AdamW's decay rates (default: (0.9, 0.999)).
+        eps: AdamW's term in the denominator (default: 1e-8).
+        check_finite: Raise an error that names the parameter when a gradient holds NaN or Inf, before any weight or
+            state is touched. Costs one synchronisation with the device every step (default: False).
+        process_group: The ranks that share the updates of plain parameters. Only groups of one rank work so far
+            (default: None).
+
+    Raises:
+        TypeError: An argument or a group's entry has the wrong type.
+        ValueError: An argument or a group's entry is out of range or unknown, or a parameter has no update under its
+            algorithm.
+
+    Example::
+
+        optimizer = Dion2(
+            [
+                {"params": matrices},
+                {"params": embeddings, "algorithm": "adamw", "lr": 1e-3},
+                {"params": biases_and_norms, "algorithm": "adamw", "weight_decay": 0.0},
+            ],
+            lr=3e-4,
+        )
+    """
+
+    orthonormalize: Callable[[Tensor], Tensor] | None = None
+    process_group: "ProcessGroup | None" = None
+    route_parameters: Callable[[list[Tensor]], list[Group]] | None = None
+    """Splits parameters that are added later without ``algorithm`` into groups; set where the model is known."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 3e-4,
+        *,
+        fraction: float = 0.25,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        adjust_lr_fn: str | None = "match_rms_adamw",
+        scale_lr_by_fraction: bool = True,
+        select: str = "shorter",
+        orthonormalize: Callable[[Tensor], Tensor] | None = None,
+        orthonormalize_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        check_finite: bool = False,
+        process_group: "ProcessGroup | None" = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "fraction": fraction,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "adjust_lr_fn": adjust_lr_fn,
+            "scale_lr_by_fraction": scale_lr_by_fraction,
+            "select": select,
+            "orthonormalize_dtype": orthonormalize_dtype,
+            "state_dtype": state_dtype,
+            "betas": betas,
+            "eps": eps,
+            "check_finite": check_finite,
+        }
+        check_settings(defaults)
+        if orthonormalize is not None and not callable(orthonormalize):
+            raise TypeError(f"orthonormalize must be callable or None, got {type(orthonormalize).__name__}")
+        if process_group is not None and process_group.size() > 1:
+            raise ValueError(
+                f"process_group has {process_group.size()} ranks; sharing updates between ranks is not supported "
+                "yet. Without it every rank updates its replicas by itself, with the same result"
+            )
+        self.orthonormalize = orthonormalize
+        self.process_group = process_group
+        self._selections: dict[Tensor, Selection] = {}
+        if isinstance(params, Tensor):
+            raise TypeError("params must be parameters or groups in a list, got a single tensor")
+        groups = list(cast(Iterable[Any], params))
+        if groups and not isinstance(groups[0], dict):
+            groups = [{"params": groups}]
+        groups = [{"algorithm": "dion2", **group} if isinstance(group, dict) else group for group in groups]
+        super().__init__(groups, _plain(defaults))
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, checked before anything changes.
+
+        A group that does not say its ``algorithm`` is split by the rules that split the model, where
+        :func:`~dion2_lightning.build_optimizer` made this optimizer.
+
+        Args:
+            param_group: ``params``, and whatever differs from the constructor's settings.
+
+        Raises:
+            TypeError: An entry has the wrong type.
+            ValueError: An entry is out of range or unknown, a parameter has no update under the group's algorithm or is
+                in a group already, or the algorithm is not said and the model not known.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        group = _named(param_group)
+        if "algorithm" not in group:
+            for routed in self._route(group):
+                self.add_param_group(routed)
+            return
+        where = f"group {group.get('name', len(self.param_groups))!r}: "
+        check_names(group, self.defaults, where)
+        check_settings(group, where)
+        group = {"batched": False, "transposed": False, **_plain(group)}
+        check_parameters(group, {p for other in self.param_groups for p in other["params"]}, where)
+        group["name"] = self._unique_name(group)
+        super().add_param_group(group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Evaluates the model and returns the loss; called once, with gradients enabled (default: None).
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            FloatingPointError: A gradient holds NaN or Inf, where ``check_finite`` asks for the check.
+            ValueError: A gradient is sparse, or a parameter is sharded.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        had_state = bool(self.state)
+        self._create_state()
+        self._selections = {}
+        if not had_state and self._is_rehearsal():
+            return loss
+
+        updates = [
+            MatrixUpdate.of(parameter, self.state[parameter]["momentum"], group)
+            for group, parameter in self._with_gradient("dion2")
+        ]
+        self._selections = dion2_update(updates, self.orthonormalize)
+        for group in self.param_groups:
+            if group["algorithm"] == "adamw":
+                adamw_update([p for p in group["params"] if p.grad is not None], self.state, group)
+        return loss
+
+    def selection_of(self, parameter: Tensor) -> Selection | None:
+        """Return what the last step selected of a parameter.
+
+        Args:
+            parameter: A parameter of a ``"dion2"`` group.
+
+        Returns:
+            The selection, with indices on the parameter's device; None if there was no step since the start or the last
+            load, or no gradient in it.
+
+        Raises:
+            ValueError: The parameter is in no ``"dion2"`` group of this optimizer.
+        """
+        if parameter in self._selections:
+            return self._selections[parameter]
+        matrices = (p for group in self.param_groups if group["algorithm"] == "dion2" for p in group["params"])
+        if not any(parameter is matrix for matrix in matrices):
+            raise ValueError(
+                f"parameter of shape {tuple(parameter.shape)} is in no group with algorithm='dion2', so nothing is "
+                "selected of it"
+            )
+        return None
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restore state and groups, exactly: a momentum wider than its parameter is not rounded.
+
+        Parameters are matched by name where both sides know the names, else by position. Settings that the checkpoint
+        does not know keep their present values.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned; ``state`` and ``params`` may hold names instead of numbers.
+
+        Raises:
+            ValueError: The checkpoint is of another model or optimizer; the error says what differs, and nothing has
+                been loaded.
+        """
+        matched: StateDict = {}
+
+        def match(_: Optimizer, incoming: StateDict) -> StateDict:
+            matched.update(match_state_dict(incoming, self.param_groups))
+            return matched
+
+        # As the last hook it sees what the other hooks made of the input.
+        with self.register_load_state_dict_pre_hook(match):
+            super().load_state_dict(state_dict)
+        restore_exactly(self, matched)
+        self._selections = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what cannot be copied, and remember that it was there."""
+        left_behind = [name for name in LEFT_BEHIND if getattr(self, name) is not None]
+        return {**super().__getstate__(), "_left_behind": left_behind}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy's or a checkpoint's state; groups from an older version get the settings they lack."""
+        state = dict(state)
+        for name in state.pop("_left_behind", ()):
+            warnings.warn(
+                f"this copy of Dion2 has lost {LEFT_BEHIND[name]}; set its attribute {name!r} again", stacklevel=2
+            )
+        super().__setstate__(state)
+        self._selections = {}
+        for group in self.param_groups:
+            for name, default in {**self.defaults, "algorithm": "dion2", "batched": False, "transposed": False}.items():
+                if name != "differentiable":
+                    group.setdefault(name, default)
+
+    def _route(self, group: Group) -> list[Group]:
+        if self.route_parameters is None:
+            raise ValueError(
+                "the added group does not say which algorithm updates it, and the model is not known; call "
+                "add_param_group({'params': ..., 'algorithm': 'dion2'}) for matrices, and with 'adamw' for the rest"
+            )
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names", "name")}
+        return [{**routed, **options} for routed in self.route_parameters(group["params"])]
+
+    def _unique_name(self, group: Mapping[str, Any]) -> str:
+        taken = [other["name"] for other in self.param_groups]
+        name = str(group.get("name", group["algorithm"]))
+        candidates = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 2))]
+        return next(candidate for candidate in candidates if candidate not in taken)
+
+    def _with_gradient(self, algorithm: str) -> Iterator[tuple[Group, Tensor]]:
+        for group in self.param_groups:
+            if group["algorithm"] == algorithm:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        yield group, parameter
+
+    def _check_gradients(self) -> None:
+        """Refuse gradients that have no update, before anything is touched."""
+        finite: list[tuple[str, Tensor]] = []
+        for group in self.param_groups:
+            for parameter, name in zip(group["params"], parameter_names(group), strict=True):
+                what = f"group {group['name']!r}: {name}"
+                if hasattr(parameter, "device_mesh"):
+                    raise ValueError(
+                        f"{what} is a DTensor on {parameter.device_mesh}; sharded training is not supported yet. Train "
+                        "on one device"
+                    )
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.layout != torch.strided:
+                    raise ValueError(f"{what} has a gradient stored as {parameter.grad.layout}; use sparse=False")
+                if group["check_finite"]:
+                    finite.append((what, parameter.grad.isfinite().all()))
+        if finite and not all(torch.stack([flag.to(finite[0][1].device) for _, flag in finite]).tolist()):
+            broken = next(what for what, flag in finite if not flag)
+            raise FloatingPointError(f"{broken} has a gradient with NaN or Inf; no weight and no state was changed")
+
+    def _create_state(self) -> None:
+        """Create the state of every trainable parameter, gradient or not.
+
+        A checkpoint that lacks some cannot be loaded by ``torch.distributed.checkpoint``.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and not self.state[parameter]:
+                    self.state[parameter] = _new_state(parameter, group)
+
+    def _is_rehearsal(self) -> bool:
+        """Whether this first step has zero gradients and lr 0 everywhere, so that nothing but state may come of it.
+
+        By such a step ``torch.distributed.checkpoint`` makes an optimizer create its state.
+        """
+        if any(group["lr"] != 0.0 for group in self.param_groups):
+            return False
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not any(bool(gradient.any()) for gradient in gradients)
+
+
+def _new_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    if group["algorithm"] == "adamw":
+        return adamw_state(parameter)
+    dtype = torch.float32 if parameter.dtype in HALF_PRECISION else parameter.dtype
+    if group["state_dtype"] is not None:
+        dtype = getattr(torch, group["state_dtype"])
+    return {"momentum": torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)}
+
+
+def _plain(settings: Mapping[str, Any]) -> Group:
+    """Settings as plain data, which every checkpoint format and ``weights_only`` loading take."""
+    dtypes = {name: plain_dtype(settings[name]) for name in ("orthonormalize_dtype", "state_dtype") if name in settings}
+    return {**settings, **dtypes}
+
+
+def _named(param_group: Group) -> Group:
+    """A copy of a group with its parameters in a list, and their names, if given, in another."""
+    group = dict(param_group)
+    params = group["params"]
+    if isinstance(params, set):
+        raise TypeError("params must be in a fixed order, got a set; pass a list")
+    group["params"] = [params] if isinstance(params, Tensor) else list(params)
+    pairs = [entry for entry in group["params"] if isinstance(entry, tuple)]
+    if pairs:
+        if len(pairs) < len(group["params"]):
+            raise ValueError("params mixes named and unnamed parameters; name all or none")
+        group["param_names"] = [name for name, _ in pairs]
+        group["params"] = [parameter for _, parameter in pairs]
+    return group

@@ -1,0 +1,220 @@
+"""Saving and loading: exact, matched by name, and refused whole where something does not fit."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from dion2_lightning import Dion2
+from tests.test_optimizer import assert_identical, groups_of, model_of, snapshot, train
+
+
+def through_a_file(state_dict: dict) -> dict:
+    """Save and load as the Trainer does: with weights_only."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_equals_uninterrupted(dtype, stop):
+    """Bit for bit, also with a float32 momentum of bfloat16 parameters, which torch's own load would round."""
+    model = model_of(dtype)
+    optimizer = Dion2(groups_of(model), lr=0.05)
+    train(model, optimizer, range(stop))
+    weights, saved = copy.deepcopy(model.state_dict()), through_a_file(optimizer.state_dict())
+    train(model, optimizer, range(stop, 8))
+
+    resumed = model_of(dtype)
+    resumed.load_state_dict(weights)
+    other = Dion2(groups_of(resumed), lr=123.0)
+    other.load_state_dict(saved)
+    assert other.state[resumed[0].weight]["momentum"].dtype == torch.float32
+    train(resumed, other, range(stop, 8))
+    assert_identical(snapshot(model), snapshot(resumed))
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert all(torch.equal(optimizer.state[a][name], other.state[b][name]) for name in optimizer.state[a])
+
+
+def trained() -> tuple[nn.Module, Dion2]:
+    """Three matrices of one shape, so that a swapped momentum would pass every check of shapes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = Dion2(groups_of(model), lr=0.05)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
+def assert_same_state(optimizer: Dion2, model: nn.Module, other: Dion2, other_model: nn.Module) -> None:
+    for a, b in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert optimizer.state[a].keys() == other.state[b].keys()
+        assert all(torch.equal(value, other.state[b][name]) for name, value in optimizer.state[a].items())
+
+
+def test_parameters_in_another_order_are_matched_by_name():
+    model, optimizer = trained()
+    other_model = copy.deepcopy(model)
+    groups = groups_of(other_model)
+    for group in groups:
+        group["params"].reverse()
+    other = Dion2(groups[::-1], lr=0.05)
+    other.load_state_dict(optimizer.state_dict())
+    assert_same_state(optimizer, model, other, other_model)
+    assert other.param_groups[1]["param_names"] == ["2.weight", "1.weight", "0.weight"]
+    again = Dion2(groups_of(model), lr=0.05)
+    again.load_state_dict(other.state_dict())
+    assert_same_state(again, model, other, other_model)
+
+
+def test_names_instead_of_numbers():
+    model, optimizer = trained()
+    saved = optimizer.state_dict()
+    names = {
+        i: name
+        for group in saved["param_groups"]
+        for i, name in zip(group["params"], group["param_names"], strict=True)
+    }
+    named = {
+        "state": {names[i]: state for i, state in saved["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[i] for i in group["params"]][::-1], "param_names": group["param_names"][::-1]}
+            for group in saved["param_groups"]
+        ],
+    }
+    for group in named["param_groups"][:1]:
+        del group["param_names"]  # the ids are names already
+    other_model = copy.deepcopy(model)
+    other = Dion2(groups_of(other_model), lr=0.05)
+    other.load_state_dict(named)
+    assert_same_state(optimizer, model, other, other_model)
+
+
+def test_without_names_position_counts():
+    model, optimizer = trained()
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["param_names"]
+    other_model = copy.deepcopy(model)
+    other = Dion2(groups_of(other_model), lr=0.05)
+    other.load_state_dict(saved)
+    assert_same_state(optimizer, model, other, other_model)
+    assert other.param_groups[0]["param_names"] == ["0.weight", "1.weight", "2.weight"]
+
+
+def test_settings_the_checkpoint_does_not_know_keep_their_present_value():
+    """A checkpoint of an older version lacks newer settings; those it has come back."""
+    model, optimizer = trained()
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["fraction"], group["batched"], group["algorithm"]
+    other = Dion2(groups_of(model), lr=1.0, fraction=0.5)
+    other.load_state_dict(saved)
+    assert [group["lr"] for group in other.param_groups] == [0.05, 0.05]
+    assert [group["fraction"] for group in other.param_groups] == [0.5, 0.5]
+    assert [group["algorithm"] for group in other.param_groups] == ["dion2", "adamw"]
+
+
+def test_a_fresh_optimizer_can_be_saved_and_loaded():
+    model = model_of()
+    optimizer = Dion2(groups_of(model), lr=0.05)
+    saved = optimizer.state_dict()
+    train(model, optimizer, range(2))
+    optimizer.load_state_dict(saved)
+    assert not optimizer.state
+    assert optimizer.selection_of(model[0].weight) is None
+
+
+def test_hooks_see_and_change_the_state_dict():
+    """Accelerate and others rewrite what is loaded in a hook."""
+    model, optimizer = trained()
+    other_model = copy.deepcopy(model)
+    other = Dion2(groups_of(other_model), lr=0.05)
+    other.register_load_state_dict_pre_hook(lambda _, incoming: incoming["wrapped"])
+    other.load_state_dict({"wrapped": optimizer.state_dict()})
+    assert_same_state(optimizer, model, other, other_model)
+
+
+def other_shape(saved):
+    saved["state"][0]["momentum"] = torch.zeros(3, 3)
+
+
+def other_algorithm(saved):
+    saved["param_groups"][0]["algorithm"] = "adamw"
+
+
+def a_group_less(saved):
+    del saved["param_groups"][1]
+
+
+def a_parameter_less(saved):
+    saved["param_groups"][0]["params"].pop()
+
+
+def other_names(saved):
+    saved["param_groups"][0]["param_names"][0] = "encoder.weight"
+
+
+def foreign_state(saved):
+    saved["state"][0] = {"momentum_buffer": torch.zeros(8, 8)}
+
+
+def no_groups(saved):
+    del saved["param_groups"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            other_shape,
+            r"group 'dion2': parameter '0.weight' has shape \(8, 8\), but the checkpoint's 'momentum' \(3, 3\)",
+        ),
+        (other_algorithm, "group 'dion2': the checkpoint's algorithm is 'adamw', this optimizer's 'dion2'"),
+        (a_group_less, r"the checkpoint has 1 groups, \['dion2'\]; this optimizer 2, \['dion2', 'adamw'\]"),
+        (a_parameter_less, "group 'dion2': the checkpoint has 2 parameters, this optimizer 3"),
+        (other_names, "only in the checkpoint: encoder.weight; only in this optimizer: 0.weight. To load by position"),
+        (foreign_state, r"the checkpoint holds \['momentum_buffer'\] for it, algorithm 'dion2' needs \['momentum'\]"),
+        (no_groups, "the checkpoint has no 'param_groups'; pass what state_dict"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_loaded(damage, message):
+    model, optimizer = trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    damage(saved)
+    other_model = copy.deepcopy(model)
+    other = Dion2(groups_of(other_model), lr=0.9)
+    train_once = [torch.randn_like(parameter) for parameter in other_model.parameters()]
+    for parameter, gradient in zip(other_model.parameters(), train_once, strict=True):
+        parameter.grad = gradient
+    other.step()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(saved)
+    after = other.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, state in before["state"].items():
+        assert all(torch.equal(value, after["state"][key][name]) for name, value in state.items())
+
+
+def test_torch_adamw_checkpoints_are_refused_for_matrices():
+    model = model_of()
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw, range(1))
+    with pytest.raises(ValueError, match="the checkpoint has 1 groups"):
+        Dion2(groups_of(model)).load_state_dict(adamw.state_dict())
+
+
+def test_the_saved_state_dict_is_not_changed_by_loading_it():
+    model, optimizer = trained()
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    Dion2(groups_of(model)).load_state_dict(saved)
+    assert saved["param_groups"] == before["param_groups"]
+    assert saved["state"].keys() == before["state"].keys()

@@ -1,0 +1,484 @@
+"""The optimizer's rules: groups, state, step, copies. The update itself is tested in test_update.py."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dion2_lightning import Dion2
+
+
+def groups_of(model: nn.Module, **settings) -> list[dict]:
+    """Matrices to dion2, the rest to adamw, with names."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [(name, p) for name, p in named if p.ndim == 2], "name": "dion2", **settings},
+        {"params": [(name, p) for name, p in named if p.ndim != 2], "name": "adamw", "algorithm": "adamw"},
+    ]
+
+
+def model_of(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 8)).to(dtype)
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    dtype = model[0].weight.dtype
+    inputs = torch.randn(16, 12, generator=generator).to(dtype)
+    return (model(inputs).float() - torch.randn(16, 8, generator=generator)).square().mean()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+
+
+def snapshot(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def assert_identical(first: list[Tensor], second: list[Tensor]) -> None:
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+# Groups
+
+
+def test_defaults_are_plain_data():
+    """Everything in groups survives weights_only loading: no dtype objects, callables or process groups."""
+    model = model_of()
+    optimizer = Dion2(
+        groups_of(model), orthonormalize=lambda x: x, state_dtype=torch.float64, orthonormalize_dtype="float32"
+    )
+    plain = (int, float, str, bool, tuple, list, type(None))
+    for group in optimizer.param_groups:
+        assert all(isinstance(value, plain) for name, value in group.items() if name != "params")
+        assert isinstance(group["lr"], float)
+    assert optimizer.defaults["state_dtype"] == "float64"
+    assert "orthonormalize" not in optimizer.defaults
+    assert "process_group" not in optimizer.defaults
+
+
+def test_a_bare_list_of_matrices_is_one_dion2_group():
+    optimizer = Dion2([torch.nn.Parameter(torch.ones(4, 4))])
+    assert [(group["name"], group["algorithm"]) for group in optimizer.param_groups] == [("dion2", "dion2")]
+
+
+def test_groups_override_every_plain_setting():
+    overrides = {
+        "lr": 1.0,
+        "fraction": 0.5,
+        "momentum": 0.1,
+        "weight_decay": 0.2,
+        "adjust_lr_fn": "none",
+        "scale_lr_by_fraction": False,
+        "select": "output",
+        "orthonormalize_dtype": "float32",
+        "state_dtype": "float64",
+        "betas": (0.1, 0.2),
+        "eps": 1e-3,
+        "check_finite": True,
+    }
+    optimizer = Dion2([{"params": [torch.nn.Parameter(torch.ones(4, 4))], **overrides}])
+    assert overrides.keys() == optimizer.defaults.keys()
+    assert all(optimizer.param_groups[0][name] == value for name, value in overrides.items())
+
+
+def test_names_of_groups_are_unique():
+    """Lightning's LearningRateMonitor refuses a name twice."""
+    optimizer = Dion2([{"params": [torch.nn.Parameter(torch.ones(4, 4))]} for _ in range(3)])
+    assert [group["name"] for group in optimizer.param_groups] == ["dion2", "dion2-2", "dion2-3"]
+
+
+def test_a_group_added_later_is_trained_and_its_state_created():
+    first, second = torch.nn.Parameter(torch.ones(4, 8)), torch.nn.Parameter(torch.ones(8))
+    optimizer = Dion2([first], lr=0.1)
+    first.grad, second.grad = torch.ones(4, 8), torch.ones(8)
+    optimizer.step()
+    optimizer.add_param_group({"params": [second], "algorithm": "adamw"})
+    optimizer.step()
+    assert (second != 1).all()
+    assert set(optimizer.state[second]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_group_added_without_algorithm_is_refused_where_the_model_is_not_known():
+    optimizer = Dion2([torch.nn.Parameter(torch.ones(4, 8))])
+    with pytest.raises(ValueError, match=r"does not say which algorithm.*add_param_group\(\{'params'"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(8))]})
+    assert len(optimizer.param_groups) == 1
+
+
+# State
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_state_is_lazy_complete_and_in_the_promised_precision(dtype):
+    """At the first step every trainable parameter gets its state, gradient or not; frozen ones none."""
+    model = model_of(dtype)
+    model[0].bias.requires_grad_(False)
+    optimizer = Dion2(groups_of(model))
+    assert not optimizer.state
+    model[2].weight.grad = torch.ones_like(model[2].weight)
+    optimizer.step()
+    assert set(optimizer.state) == {model[0].weight, model[2].weight, model[2].bias}
+    momentum = optimizer.state[model[0].weight]["momentum"]
+    assert momentum.shape == model[0].weight.shape
+    assert momentum.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert optimizer.state[model[2].bias]["exp_avg"].dtype == dtype
+    assert optimizer.state[model[2].bias]["step"] == 0
+
+
+def test_state_dtype_is_kept():
+    parameter = torch.nn.Parameter(torch.ones(4, 8))
+    optimizer = Dion2([parameter], state_dtype="bfloat16")
+    parameter.grad = torch.randn(4, 8)
+    optimizer.step()
+    assert optimizer.state[parameter]["momentum"].dtype == torch.bfloat16
+
+
+def test_gradients_are_not_kept_as_state():
+    """DDP reuses the memory of gradients."""
+    parameter = torch.nn.Parameter(torch.ones(4, 8))
+    optimizer = Dion2([parameter])
+    parameter.grad = torch.ones(4, 8)
+    optimizer.step()
+    momentum = optimizer.state[parameter]["momentum"].clone()
+    parameter.grad.fill_(float("nan"))
+    assert torch.equal(optimizer.state[parameter]["momentum"], momentum)
+
+
+def test_parameters_without_gradient_stay_as_they_are():
+    model = model_of()
+    optimizer = Dion2(groups_of(model), lr=0.1)
+    train(model, optimizer, range(3))
+    before, state = snapshot(model), copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_identical(snapshot(model), before)
+    after = optimizer.state_dict()["state"]
+    for key, entries in state.items():
+        assert all(torch.equal(value, after[key][name]) for name, value in entries.items())
+    assert optimizer.selection_of(model[0].weight) is None
+
+
+# Step
+
+
+def test_closure_is_called_once_with_gradients_enabled():
+    model, calls = model_of(), []
+    optimizer = Dion2(groups_of(model))
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    assert calls == [True]
+    assert loss.item() == pytest.approx(loss_of(model_of(), 0).item())
+    assert optimizer.step() is None
+
+
+def test_accumulated_gradients_are_one_large_batch():
+    """Two backward passes before a step are their sum."""
+    whole, parts = model_of(), model_of()
+    first, second = Dion2(groups_of(whole), lr=0.1), Dion2(groups_of(parts), lr=0.1)
+    (loss_of(whole, 0) + loss_of(whole, 1)).backward()
+    first.step()
+    loss_of(parts, 0).backward()
+    loss_of(parts, 1).backward()
+    second.step()
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_rehearsal_creates_state_and_nothing_else():
+    """torch.distributed.checkpoint makes an optimizer create its state by such a step, on weights that are loaded."""
+    model = model_of()
+    optimizer = Dion2(groups_of(model), lr=0.1)
+    before = snapshot(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step(closure=None)
+    assert_identical(snapshot(model), before)
+    assert len(optimizer.state) == 4
+    assert all(value.count_nonzero() == 0 for state in optimizer.state.values() for value in state.values())
+    assert optimizer.selection_of(model[0].weight) is None
+
+
+def test_a_first_step_at_lr_zero_with_gradients_is_a_real_step():
+    """As at the start of a warm-up: weights stay, momentum does not."""
+    model = model_of()
+    optimizer = Dion2(groups_of(model), lr=0.0)
+    before = snapshot(model)
+    train(model, optimizer, range(1))
+    assert_identical(snapshot(model), before)
+    assert optimizer.state[model[0].weight]["momentum"].count_nonzero() > 0
+    assert optimizer.state[model[0].bias]["step"] == 1
+    assert optimizer.selection_of(model[0].weight).indices.shape == (3,)
+
+
+def test_distributed_checkpoint_materializes_the_state():
+    """The real thing: get and set through torch.distributed.checkpoint, on weights that are loaded already."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    for flatten in (False, True):
+        options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        model = model_of(torch.bfloat16)
+        optimizer = Dion2(groups_of(model), lr=0.05)
+        train(model, optimizer, range(3))
+        saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+
+        resumed = copy.deepcopy(model)
+        other = Dion2(groups_of(resumed), lr=0.05)
+        before = snapshot(resumed)
+        get_optimizer_state_dict(resumed, other, options=options)
+        assert_identical(snapshot(resumed), before)
+        set_optimizer_state_dict(resumed, other, saved, options=options)
+        train(model, optimizer, range(3, 5))
+        train(resumed, other, range(3, 5))
+        assert_identical(snapshot(model), snapshot(resumed))
+
+
+def test_grad_scaler_skips_a_step_with_infs_and_unscales_the_others():
+    """The scaler skips by itself; a scaled step equals an unscaled one."""
+    model, control = model_of(), model_of()
+    optimizer, plain = Dion2(groups_of(model), lr=0.1), Dion2(groups_of(control), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step, planted in enumerate([False, True, False]):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        if planted:
+            model[0].weight.grad[0, 0] = float("inf")
+        before = snapshot(model)
+        scaler.step(optimizer)
+        scaler.update()
+        if planted:
+            assert_identical(snapshot(model), before)
+        else:
+            train(control, plain, range(step, step + 1))
+    assert scaler.get_scale() == 2.0**9
+    for a, b in zip(model.parameters(), control.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_check_finite_names_the_parameter_before_anything_is_touched():
+    for planted in (float("nan"), float("inf")):
+        for index, name in ((0, "0.weight"), (3, "2.bias")):
+            model = model_of()
+            optimizer = Dion2(groups_of(model), lr=0.1, check_finite=True)
+            train(model, optimizer, range(2))
+            before, state = snapshot(model), copy.deepcopy(optimizer.state_dict()["state"])
+            loss_of(model, 2).backward()
+            list(model.parameters())[index].grad.view(-1)[3] = planted
+            with pytest.raises(FloatingPointError, match=f"'{name}' has a gradient with NaN or Inf"):
+                optimizer.step()
+            assert_identical(snapshot(model), before)
+            after = optimizer.state_dict()["state"]
+            for key, entries in state.items():
+                assert all(torch.equal(value, after[key][entry]) for entry, value in entries.items())
+
+
+def test_a_sparse_gradient_is_refused():
+    embedding = nn.Embedding(8, 4, sparse=True)
+    optimizer = Dion2([("table", embedding.weight)])
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"'table' has a gradient stored as torch.sparse_coo; use sparse=False"):
+        optimizer.step()
+
+
+def test_custom_orthonormalization():
+    seen = []
+
+    def spy(submatrices: Tensor) -> Tensor:
+        seen.append(tuple(submatrices.shape))
+        return torch.ones_like(submatrices)
+
+    parameters = [torch.nn.Parameter(torch.zeros(8, 16)) for _ in range(2)] + [torch.nn.Parameter(torch.zeros(16, 8))]
+    optimizer = Dion2(
+        parameters, lr=0.5, weight_decay=0.0, adjust_lr_fn="none", scale_lr_by_fraction=False, orthonormalize=spy
+    )
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert sorted(seen) == [(1, 2, 16), (2, 2, 16)]
+    for parameter in parameters:
+        assert parameter.sum() == -0.5 * 2 * 16
+    with pytest.raises(ValueError, match=r"must return the shape it is given: got \(1, 1\)"):
+        optimizer.orthonormalize = lambda _: torch.ones(1, 1)
+        optimizer.step()
+
+
+# Selection
+
+
+def test_selection_of():
+    model = model_of()
+    experts = torch.nn.Parameter(torch.zeros(3, 8, 12))
+    optimizer = Dion2([*groups_of(model), {"params": [("experts", experts)], "batched": True}])
+    assert optimizer.selection_of(model[0].weight) is None
+    loss_of(model, 0).backward()
+    experts.grad = torch.randn_like(experts)
+    optimizer.step()
+    selection = optimizer.selection_of(model[0].weight)
+    assert (selection.axis, selection.indices.shape, selection.indices.dtype) == (1, (3,), torch.int64)
+    assert optimizer.selection_of(experts).indices.shape == (3, 2)
+    assert selection.indices.tolist() == sorted(selection.indices.tolist())
+    for stranger in (model[0].bias, torch.nn.Parameter(torch.ones(3, 3))):
+        with pytest.raises(ValueError, match="is in no group with algorithm='dion2'"):
+            optimizer.selection_of(stranger)
+
+
+def test_selection_is_no_part_of_state():
+    model = model_of()
+    optimizer = Dion2(groups_of(model))
+    train(model, optimizer, range(1))
+    assert {name for state in optimizer.state_dict()["state"].values() for name in state} == {
+        "momentum",
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
+
+
+# Copies
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_trains_on_alike(copied):
+    model = model_of()
+    optimizer = Dion2(groups_of(model), lr=0.1)
+    train(model, optimizer, range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other_model, other = copied((model, optimizer))
+    train(model, optimizer, range(2, 4))
+    train(other_model, other, range(2, 4))
+    assert_identical(snapshot(model), snapshot(other_model))
+
+
+@pytest.mark.parametrize("attribute", ["orthonormalize", "process_group"])
+def test_a_copy_says_what_it_has_lost(attribute):
+    class NotCopyable:
+        def __call__(self, submatrices: Tensor) -> Tensor:
+            return submatrices
+
+        def size(self) -> int:
+            return 1
+
+        def __reduce_ex__(self, _):
+            raise TypeError("cannot be copied")
+
+    model = model_of()
+    optimizer = Dion2(groups_of(model), **{attribute: NotCopyable()})
+    with pytest.warns(UserWarning, match=f"has lost its .*; set its attribute '{attribute}' again"):
+        other = copy.deepcopy(optimizer)
+    assert getattr(other, attribute) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(other)
+
+
+# Schedulers
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10),
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10),
+        lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+        lambda optimizer: _from_transformers("cosine_with_min_lr", optimizer, {"min_lr": 1e-4}),
+        lambda optimizer: _from_transformers("polynomial", optimizer, {}),
+        lambda optimizer: _from_transformers("linear", optimizer, {}),
+    ],
+    ids=["cosine", "lambda", "one cycle", "plateau", "min lr", "polynomial", "linear"],
+)
+def test_schedulers_of_torch_and_transformers(scheduler):
+    model = model_of()
+    optimizer = Dion2(groups_of(model), lr=0.1)
+    schedule = scheduler(optimizer)
+    rates = []
+    for step in range(6):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        train(model, optimizer, range(step, step + 1))
+        schedule.step(*([1.0] if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+    assert all(isinstance(rate, float) for pair in rates for rate in pair)
+    assert all(first == second for first, second in rates)
+    assert len({first for first, _ in rates}) > 2
+    assert optimizer.selection_of(model[0].weight) is not None
+
+
+def _from_transformers(
+    name: str, optimizer: torch.optim.Optimizer, options: dict
+) -> torch.optim.lr_scheduler.LRScheduler:
+    from transformers import get_scheduler
+
+    return get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=10, scheduler_specific_kwargs=options)
+
+
+# Against torch.optim
+
+
+def quintic(submatrices: Tensor) -> Tensor:
+    """torch.optim.Muon's orthonormalization, in float64."""
+    wide = submatrices if submatrices.shape[-2] <= submatrices.shape[-1] else submatrices.mT
+    x = wide.double() / torch.linalg.matrix_norm(wide.double(), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x if wide is submatrices else x.mT).to(submatrices.dtype)
+
+
+@pytest.mark.parametrize("rule", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)], ids=str)
+def test_fraction_one_is_muon_without_nesterov(shape, rule):
+    """torch scales its buffer by 1 - momentum, which orthonormalization ignores; it computes in bfloat16: 1e-2."""
+    torch.manual_seed(0)
+    start = 0.02 * torch.randn(shape)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "adjust_lr_fn": rule}
+    dion2 = Dion2([ours], fraction=1.0, orthonormalize=quintic, **settings)
+    muon = torch.optim.Muon([theirs], nesterov=False, **settings)
+    for _ in range(10):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        dion2.step()
+        muon.step()
+        # Ours decays after the update, so it is theirs a step further.
+        momentum, buffer = dion2.state[ours]["momentum"] / 0.9, muon.state[theirs]["momentum_buffer"] / (1 - 0.9)
+        torch.testing.assert_close(momentum, buffer, rtol=1e-6, atol=1e-6 * buffer.abs().max().item())
+    moved = torch.linalg.norm(theirs - start)
+    assert torch.linalg.norm(ours - theirs) / moved < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_adamw_groups_equal_torch_bit_for_bit(dtype):
+    first, second = model_of(dtype), model_of(dtype)
+    settings = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    ours = Dion2([{"params": list(first.parameters()), "algorithm": "adamw", **settings}])
+    theirs = torch.optim.AdamW(second.parameters(), fused=True, **settings)
+    train(first, ours, range(10))
+    train(second, theirs, range(10))
+    assert_identical(snapshot(first), snapshot(second))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert ours.state[a].keys() == theirs.state[b].keys()
+        assert all(torch.equal(ours.state[a][name], theirs.state[b][name]) for name in theirs.state[b])
