@@ -1,0 +1,192 @@
+"""The factory: one call from a model to the optimizer that trains it."""
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from dion2_lightning.groups import check_settings
+from dion2_lightning.optimizer import Dion2
+from dion2_lightning.routing import route_parameters
+
+logger = logging.getLogger("dion2_lightning")
+
+HEADLINES: Final = {
+    "dion2": "Dion2 and AdamW",
+    "muon": "Muon (dion2 groups at fraction 1) and AdamW",
+    "adamw": "AdamW (dion2 groups too)",
+}
+"""What ``algorithm`` takes, and how the report is headed."""
+
+STRATEGIES: Final = {
+    # The class that gives an object's kind away, by its name and its package, and where the number of ranks is read.
+    ("Trainer", "lightning"): lambda trainer: trainer.world_size,
+    ("Trainer", "pytorch_lightning"): lambda trainer: trainer.world_size,
+    ("Strategy", "lightning"): lambda strategy: getattr(strategy, "world_size", 1),
+    ("Strategy", "pytorch_lightning"): lambda strategy: getattr(strategy, "world_size", 1),
+    ("LightningModule", "lightning"): lambda module: module.trainer.world_size,
+    ("LightningModule", "pytorch_lightning"): lambda module: module.trainer.world_size,
+    ("Fabric", "lightning"): lambda fabric: fabric.world_size,
+    ("Fabric", "lightning_fabric"): lambda fabric: fabric.world_size,
+    ("Accelerator", "accelerate"): lambda accelerator: accelerator.num_processes,
+    ("TrainingArguments", "transformers"): lambda arguments: arguments.world_size,
+    ("ProcessGroup", "torch"): lambda group: group.size(),
+    ("DeviceMesh", "torch"): lambda mesh: mesh.size(),
+}
+"""What ``strategy`` takes. Recognised without importing the frameworks, which need not be installed."""
+
+
+def build_optimizer(
+    model: nn.Module,
+    lr: float,
+    *,
+    algorithm: str = "dion2",
+    fraction: float = 0.25,
+    momentum: float = 0.95,
+    weight_decay: float = 0.01,
+    adjust_lr_fn: str | None = "match_rms_adamw",
+    scale_lr_by_fraction: bool = True,
+    select: str = "shorter",
+    orthonormalize: Callable[[Tensor], Tensor] | None = None,
+    orthonormalize_dtype: torch.dtype | str | None = None,
+    state_dtype: torch.dtype | str | None = None,
+    adamw_lr: float | None = None,
+    adamw_weight_decay: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    check_finite: bool = False,
+    overrides: Mapping[str, str | Mapping[str, Any]] | None = None,
+    lora: str = "adamw",
+    strategy: object | None = None,
+) -> Dion2:
+    """Split a model's parameters into matrices and everything else, and build the optimizer for both.
+
+    The matrices of linear operators are updated by Dion2; embeddings, heads, norms, biases and the rest by AdamW
+    (:func:`~dion2_lightning.route_parameters`). The decisions are logged once, on rank zero, at level INFO to the
+    logger ``dion2_lightning``.
+
+    Args:
+        model: Any module; ``self`` in Lightning's ``configure_optimizers``.
+        lr: Learning rate of the matrices, and of everything else unless ``adamw_lr`` is given.
+        algorithm: What updates the matrices. ``"dion2"``; ``"muon"``: the same with ``fraction`` 1, which is Muon
+            without Nesterov momentum; ``"adamw"``: the control, AdamW for all, with the groups, learning rates and
+            weight decays as they would be (default: ``"dion2"``).
+        fraction: Share of each matrix's slices to update every step, in (0, 1]; applies to ``"dion2"`` (default: 0.25).
+        momentum: Decay rate of the matrices' momentum (default: 0.95).
+        weight_decay: Of the matrices, decoupled (default: 0.01).
+        adjust_lr_fn: The scale of a matrix's update, see :class:`~dion2_lightning.Dion2` (default:
+            ``"match_rms_adamw"``).
+        scale_lr_by_fraction: Whether one ``lr`` fits every fraction (default: True).
+        select: ``"shorter"`` axis, or ``"output"`` slices (default: ``"shorter"``).
+        orthonormalize: A callable instead of Polar Express (default: None).
+        orthonormalize_dtype: Its precision (default: None, by hardware).
+        state_dtype: Precision of the momentum (default: None, float32 for half-precision parameters).
+        adamw_lr: Learning rate of everything else (default: None, ``lr``).
+        adamw_weight_decay: Of embeddings, heads and other parameters that decay under AdamW; biases, norms and scalars
+            never do (default: None, ``weight_decay``).
+        betas: AdamW's decay rates (default: (0.9, 0.999)).
+        eps: AdamW's term in the denominator (default: 1e-8).
+        check_finite: Refuse gradients with NaN or Inf, at the price of a synchronisation every step (default: False).
+        overrides: ``{"pattern": "dion2" | "adamw" | {group options}}`` by parameter names (default: None).
+        lora: Which LoRA factors are updated by Dion2: ``"adamw"`` none, ``"B"``, ``"both"`` (default: ``"adamw"``).
+        strategy: What knows about the ranks: a Lightning Trainer, Strategy or LightningModule, a Fabric, an
+            Accelerator, TrainingArguments, a ProcessGroup or a DeviceMesh. One rank is supported so far (default:
+            None).
+
+    Returns:
+        A :class:`~dion2_lightning.Dion2` with named groups, the matrices first.
+
+    Raises:
+        TypeError: An argument of the wrong type, or a ``strategy`` of an unknown kind.
+        ValueError: An argument out of range, a pattern that matches nothing, a model without trainable parameters, or a
+            run of several ranks.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if algorithm not in HEADLINES:
+        raise ValueError(f"algorithm must be one of {', '.join(map(repr, HEADLINES))}, got {algorithm!r}")
+    adamw_lr = lr if adamw_lr is None else adamw_lr
+    adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
+    check_settings({"lr": lr, "weight_decay": weight_decay})
+    check_settings({"lr": adamw_lr, "weight_decay": adamw_weight_decay}, where="adamw_")
+    _refuse_several_ranks(strategy)
+
+    routing = route_parameters(model, overrides=overrides, lora=lora)
+
+    def finish(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [_finish(group, algorithm, adamw_lr, adamw_weight_decay) for group in groups]
+
+    optimizer = Dion2(
+        finish(routing.param_groups()),
+        lr,
+        fraction=1.0 if algorithm == "muon" else fraction,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        adjust_lr_fn=adjust_lr_fn,
+        scale_lr_by_fraction=scale_lr_by_fraction,
+        select=select,
+        orthonormalize=orthonormalize,
+        orthonormalize_dtype=orthonormalize_dtype,
+        state_dtype=state_dtype,
+        betas=betas,
+        eps=eps,
+        check_finite=check_finite,
+    )
+
+    model_reference = weakref.ref(model)
+
+    def route_added(parameters: list[Tensor]) -> list[dict[str, Any]]:
+        known = model_reference()
+        if known is None:
+            raise ValueError(
+                "the added group does not say its algorithm, and the model it would be looked up in is gone"
+            )
+        added = route_parameters(known, overrides=overrides, lora=lora).param_groups(only=parameters)
+        if sum(len(group["params"]) for group in added) < len(parameters):
+            raise ValueError("the added group holds parameters that are not in the model, or frozen; say its algorithm")
+        return finish(added)
+
+    optimizer.route_parameters = route_added
+    if _is_rank_zero():
+        logger.info("%s for %s\n%s", HEADLINES[algorithm], type(model).__name__, routing.report())
+    return optimizer
+
+
+def _finish(group: dict[str, Any], algorithm: str, adamw_lr: float, adamw_weight_decay: float) -> dict[str, Any]:
+    """Give a routed group what the factory's arguments say of it; an override's own options come first."""
+    if group["algorithm"] == "adamw":
+        return {"lr": adamw_lr, "weight_decay": adamw_weight_decay, **group}
+    if algorithm == "adamw":
+        return {**group, "algorithm": "adamw", "name": group["name"].replace("dion2", "adamw-matrices", 1)}
+    return group
+
+
+def _refuse_several_ranks(strategy: object | None) -> None:
+    ranks = 1 if strategy is None else _ranks(strategy)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = max(ranks, torch.distributed.get_world_size())
+    if ranks > 1:
+        raise ValueError(
+            f"this run has {ranks} ranks; training on several ranks is not supported yet. Train on one device"
+        )
+
+
+def _ranks(strategy: object) -> int:
+    for kind in type(strategy).__mro__:
+        package = kind.__module__.split(".")[0]
+        if (kind.__name__, package) in STRATEGIES:
+            return int(STRATEGIES[kind.__name__, package](strategy))
+    raise TypeError(
+        "strategy must be a Lightning Trainer, Strategy or LightningModule, a Fabric, an Accelerator, "
+        f"TrainingArguments, a ProcessGroup, a DeviceMesh or None, got {type(strategy).__name__}"
+    )
+
+
+def _is_rank_zero() -> bool:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return int(os.environ.get("RANK", 0)) == 0

@@ -1,0 +1,257 @@
+"""From a model to its optimizer."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from dion2_lightning import Dion2, build_optimizer
+
+
+class Language(nn.Module):
+    """An embedding, two blocks, a head that is not guessed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)) for _ in range(2)
+        )
+        self.head = nn.Linear(8, 16, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def summary(optimizer: Dion2, *entries: str) -> dict[str, tuple]:
+    return {group["name"]: tuple(group[entry] for entry in entries) for group in optimizer.param_groups}
+
+
+def test_groups_matrices_first_and_every_parameter_once():
+    model = Language()
+    optimizer = build_optimizer(model, lr=0.1)
+    assert list(summary(optimizer)) == ["dion2", "adamw", "adamw-no-decay"]
+    covered = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(covered) == sorted(id(p) for p in model.parameters())
+    assert optimizer.param_groups[0]["param_names"] == [
+        name for name, p in model.named_parameters() if p.ndim == 2 and name != "embed.weight"
+    ]
+
+
+def test_learning_rates_and_weight_decays():
+    """Everything follows lr and weight_decay unless the adamw_ arguments differ; norms and biases never decay."""
+    same = summary(build_optimizer(Language(), lr=0.1, weight_decay=0.2), "lr", "weight_decay")
+    assert same == {"dion2": (0.1, 0.2), "adamw": (0.1, 0.2), "adamw-no-decay": (0.1, 0.0)}
+    separate = build_optimizer(Language(), 0.1, weight_decay=0.2, adamw_lr=0.3, adamw_weight_decay=0.4)
+    assert summary(separate, "lr", "weight_decay") == {
+        "dion2": (0.1, 0.2),
+        "adamw": (0.3, 0.4),
+        "adamw-no-decay": (0.3, 0.0),
+    }
+
+
+def test_every_setting_reaches_the_groups():
+    settings = {
+        "fraction": 0.5,
+        "momentum": 0.8,
+        "adjust_lr_fn": "spectral",
+        "scale_lr_by_fraction": False,
+        "select": "output",
+        "orthonormalize_dtype": "float64",
+        "state_dtype": "float64",
+        "betas": (0.5, 0.6),
+        "eps": 1e-5,
+        "check_finite": True,
+    }
+
+    def custom(submatrices: torch.Tensor) -> torch.Tensor:
+        return submatrices
+
+    optimizer = build_optimizer(Language(), 0.1, orthonormalize=custom, **settings)
+    assert all(group[name] == value for group in optimizer.param_groups for name, value in settings.items())
+    assert optimizer.orthonormalize is custom
+
+
+def test_the_control_has_the_same_groups_all_adamw():
+    model = Language()
+    options = {"lr": 0.1, "adamw_lr": 0.3, "weight_decay": 0.2, "overrides": {"blocks.0.*": {"lr": 0.5}}}
+    dion2, control = build_optimizer(model, **options), build_optimizer(model, algorithm="adamw", **options)
+    assert {group["algorithm"] for group in control.param_groups} == {"adamw"}
+    for ours, theirs in zip(dion2.param_groups, control.param_groups, strict=True):
+        assert ours["params"] == theirs["params"]
+        assert (ours["lr"], ours["weight_decay"]) == (theirs["lr"], theirs["weight_decay"])
+    assert control.param_groups[0]["name"] == "adamw-matrices"
+
+
+def test_muon_is_dion2_at_fraction_one():
+    optimizer = build_optimizer(Language(), 0.1, algorithm="muon", fraction=0.25)
+    assert optimizer.param_groups[0]["fraction"] == 1.0
+
+
+@pytest.mark.parametrize("algorithm", ["dion2", "muon", "adamw"])
+def test_it_trains(algorithm):
+    torch.manual_seed(0)
+    model = Language()
+    optimizer = build_optimizer(model, lr=0.03, algorithm=algorithm)
+    tokens = torch.arange(16).repeat(4, 1)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(-1, 1).flatten())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_overrides():
+    optimizer = build_optimizer(
+        Language(),
+        0.1,
+        overrides={"head.weight": "adamw", "blocks.1.*": {"lr": 0.5, "weight_decay": 0.7}},
+        adamw_lr=0.3,
+    )
+    groups = {name: group for group in optimizer.param_groups for name in group["param_names"]}
+    assert (groups["head.weight"]["algorithm"], groups["head.weight"]["lr"]) == ("adamw", 0.3)
+    assert (groups["blocks.1.1.weight"]["algorithm"], groups["blocks.1.1.weight"]["lr"]) == ("dion2", 0.5)
+    assert groups["blocks.1.0.bias"]["lr"] == 0.5
+    assert groups["blocks.0.1.weight"]["lr"] == 0.1
+
+
+def test_an_unknown_option_of_an_override_names_its_group():
+    with pytest.raises(ValueError, match=r"group 'dion2.*blocks.*': unknown entry 'learning_rate'"):
+        build_optimizer(Language(), 0.1, overrides={"blocks.*.1.weight": {"learning_rate": 0.5}})
+
+
+def test_parameters_added_later_are_split_by_the_same_rules():
+    """As Lightning's BackboneFinetuning adds them: one bare group, biases included."""
+    model = Language()
+    model.blocks[0].requires_grad_(False)
+    optimizer = build_optimizer(model, lr=0.1, adamw_lr=0.3)
+    model.blocks[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model.blocks[0].parameters()), "lr": 0.01})
+    assert summary(optimizer, "algorithm", "lr", "weight_decay") == {
+        "dion2": ("dion2", 0.1, 0.01),
+        "adamw": ("adamw", 0.3, 0.01),
+        "adamw-no-decay": ("adamw", 0.3, 0.0),
+        "dion2-2": ("dion2", 0.01, 0.01),
+        "adamw-no-decay-2": ("adamw", 0.01, 0.0),
+    }
+    with pytest.raises(ValueError, match="in another group already"):
+        optimizer.add_param_group({"params": list(model.blocks[0].parameters())})
+
+
+def test_parameters_of_another_model_cannot_be_added_without_algorithm():
+    model = Language()
+    optimizer = build_optimizer(model, lr=0.1)
+    with pytest.raises(ValueError, match="parameters that are not in the model, or frozen"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 3))]})
+
+
+def test_the_report_is_logged_once_on_rank_zero(caplog, monkeypatch):
+    with caplog.at_level(logging.INFO, logger="dion2_lightning"):
+        build_optimizer(Language(), lr=0.1)
+        monkeypatch.setenv("RANK", "1")
+        build_optimizer(Language(), lr=0.1)
+    assert len(caplog.records) == 1
+    assert "Dion2 and AdamW for Language" in caplog.text
+    assert "blocks.*.*.weight" in caplog.text
+
+
+def test_lightning_module_in_configure_optimizers(tmp_path):
+    import lightning as L
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Language()
+
+        def training_step(self, batch, _):
+            return nn.functional.cross_entropy(self.model(batch[0]).flatten(0, 1), batch[0].flatten())
+
+        def configure_optimizers(self):
+            return build_optimizer(self, lr=0.01, strategy=self)
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(
+                torch.utils.data.TensorDataset(torch.randint(0, 16, (8, 4))), batch_size=2
+            )
+
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    module = Module()
+    trainer.fit(module)
+    optimizer = trainer.optimizers[0]
+    assert optimizer.selection_of(module.model.head.weight).indices.shape == (2,)
+    assert [group["name"] for group in optimizer.param_groups] == ["dion2", "adamw", "adamw-no-decay"]
+
+
+def strategies():
+    import accelerate
+    import lightning as L
+    import transformers
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    yield L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    yield SingleDeviceStrategy(torch.device("cpu"))
+    yield L.Fabric(accelerator="cpu")
+    yield accelerate.Accelerator(cpu=True)
+    yield transformers.TrainingArguments(use_cpu=True, report_to=[])
+
+
+def test_strategies_of_one_rank_are_accepted():
+    for strategy in strategies():
+        assert isinstance(build_optimizer(Language(), lr=0.1, strategy=strategy), Dion2), strategy
+
+
+@pytest.mark.parametrize("strategy", ["ddp", 2, object(), nn.Linear(2, 2)], ids=["str", "int", "object", "module"])
+def test_other_strategies_are_refused(strategy):
+    with pytest.raises(TypeError, match=f"strategy must be a Lightning Trainer, .*, got {type(strategy).__name__}"):
+        build_optimizer(Language(), lr=0.1, strategy=strategy)
+
+
+def test_several_ranks_are_refused(monkeypatch):
+    """Until ranks can share the work, an error rather than a run that is quietly wrong."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="this run has 2 ranks; training on several ranks is not supported yet"):
+        build_optimizer(Language(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "^lr must be at least 0"),
+        ({"lr": "3e-4"}, TypeError, "^lr must be a number, got the str '3e-4'"),
+        ({"lr": 0.1, "adamw_lr": -1.0}, ValueError, "^adamw_lr must be at least 0"),
+        ({"lr": 0.1, "adamw_weight_decay": -1.0}, ValueError, "^adamw_weight_decay must be at least 0"),
+        ({"lr": 0.1, "algorithm": "sgd"}, ValueError, "^algorithm must be one of 'dion2', 'muon', 'adamw', got 'sgd'"),
+        ({"lr": 0.1, "fraction": 0.0}, ValueError, r"^fraction must lie in \(0, 1\]"),
+        ({"lr": 0.1, "lora": "A"}, ValueError, "lora must be one of"),
+        ({"lr": 0.1, "overrides": {"bolcks.*": "adamw"}}, ValueError, "bolcks"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        build_optimizer(Language(), **arguments)
+
+
+def test_a_model_is_asked_for():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got generator"):
+        build_optimizer(Language().parameters(), lr=0.1)
+
+
+def test_importing_the_package_needs_torch_alone():
+    frameworks = "lightning", "pytorch_lightning", "accelerate", "transformers", "datasets", "peft"
+    code = f"import sys, dion2_lightning; print([name for name in {frameworks!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
