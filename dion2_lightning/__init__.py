@@ -1,5 +1,6 @@
 """Dion2 (arXiv 2512.16928) where people already train: Lightning, Accelerate and the Hugging Face Trainer."""
 
+from dion2_lightning.clipping import clip_grad_norm_
 from dion2_lightning.factory import build_optimizer
 from dion2_lightning.optimizer import Dion2
 from dion2_lightning.routing import Decision, Routing, route_parameters
@@ -13,5 +14,6 @@ __all__ = [
     "Routing",
     "Selection",
     "build_optimizer",
+    "clip_grad_norm_",
     "route_parameters",
 ]

@@ -1,6 +1,5 @@
 """The AdamW side: torch's own functional AdamW over the groups that are not matrices."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _default_to_fused_or_foreach
+
+from dion2_lightning.layout import alike, local
 
 
 def adamw_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -21,7 +22,7 @@ def adamw_state(parameter: Tensor) -> dict[str, Tensor]:
 
 def step_device(parameter: Tensor) -> torch.device:
     """Return where a step count lives: beside its parameter for the fused kernel, else on the host, cheap to read."""
-    return parameter.device if is_fused([parameter]) else torch.device("cpu")
+    return parameter.device if is_fused([local(parameter)]) else torch.device("cpu")
 
 
 def is_fused(parameters: Sequence[Tensor]) -> bool:
@@ -34,21 +35,20 @@ def adamw_update(
 ) -> None:
     """Take one AdamW step on the parameters of a group that have a gradient.
 
-    The fused kernel takes one device and dtype at a time.
+    The fused kernel takes one device and dtype at a time. AdamW goes entry by entry, so each rank updates what it
+    holds, whatever the mesh.
     """
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        alike[parameter.device, parameter.dtype].append(parameter)
     beta1, beta2 = group["betas"]
-    for bucket in alike.values():
+    for bucket in alike(parameters, lambda parameter: (parameter.device, parameter.dtype)).values():
+        weights = [local(parameter) for parameter in bucket]
         adamw(
-            bucket,
-            [parameter.grad for parameter in bucket if parameter.grad is not None],
-            [states[parameter]["exp_avg"] for parameter in bucket],
-            [states[parameter]["exp_avg_sq"] for parameter in bucket],
+            weights,
+            [local(parameter.grad) for parameter in bucket if parameter.grad is not None],
+            [local(states[parameter]["exp_avg"]) for parameter in bucket],
+            [local(states[parameter]["exp_avg_sq"]) for parameter in bucket],
             [],
             [states[parameter]["step"] for parameter in bucket],
-            fused=is_fused(bucket) or None,  # None: torch chooses between foreach and a loop
+            fused=is_fused(weights) or None,  # None: torch chooses between foreach and a loop
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

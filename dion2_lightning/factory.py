@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dion2_lightning.groups import check_settings
 from dion2_lightning.optimizer import Dion2
 from dion2_lightning.routing import route_parameters
+from dion2_lightning.strategies import process_group_of
 
 logger = logging.getLogger("dion2_lightning")
 
@@ -21,23 +22,6 @@ HEADLINES: Final = {
     "adamw": "AdamW (dion2 groups too)",
 }
 """What ``algorithm`` takes, and how the report is headed."""
-
-STRATEGIES: Final = {
-    # The class that gives an object's kind away, by its name and its package, and where the number of ranks is read.
-    ("Trainer", "lightning"): lambda trainer: trainer.world_size,
-    ("Trainer", "pytorch_lightning"): lambda trainer: trainer.world_size,
-    ("Strategy", "lightning"): lambda strategy: getattr(strategy, "world_size", 1),
-    ("Strategy", "pytorch_lightning"): lambda strategy: getattr(strategy, "world_size", 1),
-    ("LightningModule", "lightning"): lambda module: module.trainer.world_size,
-    ("LightningModule", "pytorch_lightning"): lambda module: module.trainer.world_size,
-    ("Fabric", "lightning"): lambda fabric: fabric.world_size,
-    ("Fabric", "lightning_fabric"): lambda fabric: fabric.world_size,
-    ("Accelerator", "accelerate"): lambda accelerator: accelerator.num_processes,
-    ("TrainingArguments", "transformers"): lambda arguments: arguments.world_size,
-    ("ProcessGroup", "torch"): lambda group: group.size(),
-    ("DeviceMesh", "torch"): lambda mesh: mesh.size(),
-}
-"""What ``strategy`` takes. Recognised without importing the frameworks, which need not be installed."""
 
 
 def build_optimizer(
@@ -62,6 +46,7 @@ def build_optimizer(
     overrides: Mapping[str, str | Mapping[str, Any]] | None = None,
     lora: str = "adamw",
     strategy: object | None = None,
+    share_replicas: bool | None = None,
 ) -> Dion2:
     """Split a model's parameters into matrices and everything else, and build the optimizer for both.
 
@@ -94,8 +79,10 @@ def build_optimizer(
         overrides: ``{"pattern": "dion2" | "adamw" | {group options}}`` by parameter names (default: None).
         lora: Which LoRA factors are updated by Dion2: ``"adamw"`` none, ``"B"``, ``"both"`` (default: ``"adamw"``).
         strategy: What knows about the ranks: a Lightning Trainer, Strategy or LightningModule, a Fabric, an
-            Accelerator, TrainingArguments, a ProcessGroup or a DeviceMesh. One rank is supported so far (default:
-            None).
+            Accelerator, TrainingArguments, a ProcessGroup or a DeviceMesh. Under DDP the ranks then share the work;
+            without it each updates its replica by itself, with the same result. FSDP2, HSDP and TP need none: the
+            parameters' meshes say all (default: None).
+        share_replicas: Whether the ranks of DDP share the work: True, False, or None, where it pays (default: None).
 
     Returns:
         A :class:`~dion2_lightning.Dion2` with named groups, the matrices first.
@@ -103,7 +90,7 @@ def build_optimizer(
     Raises:
         TypeError: An argument of the wrong type, or a ``strategy`` of an unknown kind.
         ValueError: An argument out of range, a pattern that matches nothing, a model without trainable parameters, or a
-            run of several ranks.
+            strategy that leaves no matrices, such as FSDP1 and DeepSpeed ZeRO.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -113,7 +100,7 @@ def build_optimizer(
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
     check_settings({"lr": lr, "weight_decay": weight_decay})
     check_settings({"lr": adamw_lr, "weight_decay": adamw_weight_decay}, where="adamw_")
-    _refuse_several_ranks(strategy)
+    process_group = process_group_of(strategy)
 
     routing = route_parameters(model, overrides=overrides, lora=lora)
 
@@ -135,6 +122,8 @@ def build_optimizer(
         betas=betas,
         eps=eps,
         check_finite=check_finite,
+        process_group=process_group,
+        share_replicas=share_replicas,
     )
 
     model_reference = weakref.ref(model)
@@ -163,27 +152,6 @@ def _finish(group: dict[str, Any], algorithm: str, adamw_lr: float, adamw_weight
     if algorithm == "adamw":
         return {**group, "algorithm": "adamw", "name": group["name"].replace("dion2", "adamw-matrices", 1)}
     return group
-
-
-def _refuse_several_ranks(strategy: object | None) -> None:
-    ranks = 1 if strategy is None else _ranks(strategy)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = max(ranks, torch.distributed.get_world_size())
-    if ranks > 1:
-        raise ValueError(
-            f"this run has {ranks} ranks; training on several ranks is not supported yet. Train on one device"
-        )
-
-
-def _ranks(strategy: object) -> int:
-    for kind in type(strategy).__mro__:
-        package = kind.__module__.split(".")[0]
-        if (kind.__name__, package) in STRATEGIES:
-            return int(STRATEGIES[kind.__name__, package](strategy))
-    raise TypeError(
-        "strategy must be a Lightning Trainer, Strategy or LightningModule, a Fabric, an Accelerator, "
-        f"TrainingArguments, a ProcessGroup, a DeviceMesh or None, got {type(strategy).__name__}"
-    )
 
 
 def _is_rank_zero() -> bool:

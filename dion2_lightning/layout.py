@@ -1,17 +1,50 @@
-"""Which matrices a parameter yields, and how they lie in its storage.
+"""Which matrices a parameter yields, how they lie in its storage, and which ranks hold which part of them.
 
 A parameter is not always one matrix: a stack of experts holds one for each expert, a ``Conv1D`` weight is stored (in,
 out). Routing says so by plain data in the parameter's group (``batched``, ``transposed``); from here on everything
 knows matrices only, and an (out, in) shape means what it says.
+
+Whatever the mesh, the part of a matrix that a rank holds is one rectangle. So a layout is a list of rectangles, one for
+each rank that shares the matrix, and everything above this file is the same for FSDP2, HSDP, TP and their products.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # some builds of torch have no process groups
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 OUTPUT_AXIS = 0
 INPUT_AXIS = 1
+
+Span = tuple[int, int]
+"""Where something starts and where it stops."""
+
+
+def alike(things: Iterable[T], likeness: Callable[[T], K]) -> dict[K, list[T]]:
+    """Group by what makes things alike, in order."""
+    groups: dict[K, list[T]] = defaultdict(list)
+    for thing in things:
+        groups[likeness(thing)].append(thing)
+    return groups
+
+
+class Block(NamedTuple):
+    """The rectangle of each of a parameter's matrices that a rank holds, as stored; empty spans where it holds none."""
+
+    rows: Span
+    columns: Span
 
 
 @dataclass(frozen=True)
@@ -49,7 +82,161 @@ class Matrices:
         return INPUT_AXIS
 
     def slices(self, tensor: Tensor, axis: int) -> Tensor:
-        """View a tensor of the parameter's shape as (count, n, m): n slices along ``axis``, each of m entries."""
+        """View a tensor of the parameter's shape, or of a part of it, as (count, n, m): n slices along ``axis``."""
         stack = tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
-        stored_first = INPUT_AXIS if self.transposed else OUTPUT_AXIS
-        return stack if axis == stored_first else stack.mT
+        return stack if self._slices_are_rows(axis) else stack.mT
+
+    def spans(self, block: Block, axis: int) -> tuple[Span, Span]:
+        """Return which slices along ``axis`` a block touches, and which of their entries."""
+        return (block.rows, block.columns) if self._slices_are_rows(axis) else (block.columns, block.rows)
+
+    def _slices_are_rows(self, axis: int) -> bool:
+        return axis == (INPUT_AXIS if self.transposed else OUTPUT_AXIS)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which ranks share a parameter's matrices, and what each of them holds.
+
+    Attributes:
+        group: The ranks that share each matrix; None where this rank alone has all it needs.
+        blocks: What each rank of the group holds, in the group's order; empty without a group.
+        replicated: Whether every rank of the group holds everything, so that only work is shared.
+    """
+
+    group: "ProcessGroup | None" = None
+    blocks: tuple[Block, ...] = ()
+    replicated: bool = False
+
+
+def layout_of(parameter: Tensor, what: str, *, batched: bool, process_group: "ProcessGroup | None") -> Layout:
+    """Read a parameter's layout from its mesh and placements, as they are now.
+
+    Args:
+        parameter: Plain, or a DTensor.
+        what: How to call it in an error.
+        batched: Whether its first axis counts matrices.
+        process_group: The ranks that hold replicas of it, where it is plain.
+
+    Raises:
+        ValueError: It is sharded in a way that leaves no rectangle of a matrix on each rank, or not summed up yet.
+    """
+    if is_dtensor(parameter):
+        return _layout_of_dtensor(parameter, what, batched)
+    if process_group is None or process_group.size() == 1:
+        return Layout()
+    return Layout(process_group, replicated=True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor, sharing its memory."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def placed_like_stack(rows: Tensor, parameter: Any, count: int) -> Tensor:
+    """Place one row for each matrix of a stack like the matrices: a DTensor where ranks hold different ones."""
+    dims = [dim for dim, placement in enumerate(getattr(parameter, "placements", ())) if _counts_matrices(placement)]
+    if not dims:
+        return rows
+    from torch.distributed.tensor import DTensor, Replicate
+
+    placements = [each if dim in dims else Replicate() for dim, each in enumerate(parameter.placements)]
+    shape = torch.Size((count, rows.shape[1]))
+    stride = (rows.shape[1], 1)
+    mesh = parameter.device_mesh
+    return DTensor.from_local(rows.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _counts_matrices(placement: Any) -> bool:
+    """Whether a placement of a stack spreads its first axis, which counts matrices."""
+    return not placement.is_replicate() and placement.dim == 0
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over a mesh; told without importing ``torch.distributed.tensor``, half a second."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _layout_of_dtensor(parameter: Any, what: str, batched: bool) -> Layout:
+    mesh, placements = parameter.device_mesh, parameter.placements
+    sharded = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    for dim in sharded:
+        _check_placement(placements, dim, mesh, what)
+    # A stack that is sharded along its first axis leaves whole matrices on every rank: nothing is shared.
+    shared = [dim for dim in sharded if not (batched and _counts_matrices(placements[dim])) and mesh.size(dim) > 1]
+    if not shared:
+        return Layout()
+    if len(shared) > 2:
+        raise ValueError(f"{what} is sharded over {len(shared)} dimensions of {mesh}; at most 2 are supported")
+    group = _group_of(mesh, shared, what)
+    blocks = _blocks(tuple(parameter.shape), tuple(mesh.shape), tuple(placements), tuple(shared), _coordinate(mesh))
+    return Layout(group, _in_order_of(group, mesh, shared, blocks))
+
+
+def _check_placement(placements: Sequence[Any], dim: int, mesh: "DeviceMesh", what: str) -> None:
+    placement = placements[dim]
+    if placement.is_partial():
+        raise ValueError(f"{what} is placed as {tuple(placements)}: sum it up with redistribute() before step()")
+    if not hasattr(placement, "dim"):
+        raise ValueError(f"{what} is placed as {tuple(placements)}; only Replicate and Shard are supported")
+    split_factor = getattr(placement, "split_factor", None)
+    if split_factor is None:
+        return
+    # FSDP2 over TP: TP cuts the axis first, so this rank's rows stay in one piece. Other strides scatter them.
+    inner = [
+        later
+        for later in range(dim + 1, len(placements))
+        if placements[later].is_shard(placement.dim) and mesh.size(later) == split_factor
+    ]
+    if not inner:
+        raise ValueError(f"{what} is placed as {tuple(placements)} on {mesh}, which leaves scattered rows on a rank")
+
+
+def _group_of(mesh: "DeviceMesh", dims: Sequence[int], what: str) -> "ProcessGroup":
+    """The ranks that differ from this one along some dimensions of the mesh."""
+    if len(dims) == 1:
+        return mesh.get_group(dims[0])
+    names = mesh.mesh_dim_names
+    if names is None:
+        raise ValueError(f"{what} is sharded over two dimensions of a mesh without mesh_dim_names; name them")
+    # Torch keeps the flattened mesh, so that its group is made once.
+    return mesh[tuple(names[dim] for dim in dims)]._flatten().get_group()
+
+
+def _in_order_of(
+    group: "ProcessGroup", mesh: "DeviceMesh", shared: Sequence[int], blocks: tuple[Block, ...]
+) -> tuple[Block, ...]:
+    """Blocks in the order of the group's ranks, which torch sorts, whatever the order of the mesh."""
+    coordinate = _coordinate(mesh)
+    index = tuple(slice(None) if dim in shared else coordinate[dim] for dim in range(mesh.ndim))
+    in_mesh = mesh.mesh[index].flatten().tolist()
+    by_rank = dict(zip(in_mesh, blocks, strict=True))
+    return tuple(by_rank[rank] for rank in torch.distributed.get_process_group_ranks(group))
+
+
+def _coordinate(mesh: "DeviceMesh") -> tuple[int, ...]:
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "a rank steps only parameters of meshes that it belongs to"
+    return tuple(coordinate)
+
+
+@lru_cache(maxsize=4096)
+def _blocks(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    placements: tuple[Any, ...],
+    shared: tuple[int, ...],
+    coordinate: tuple[int, ...],
+) -> tuple[Block, ...]:
+    """The blocks of all ranks that differ from ``coordinate`` along the ``shared`` dimensions, the last one fastest."""
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+
+    blocks = []
+    for position in itertools.product(*(range(mesh_shape[dim]) for dim in shared)):
+        there = list(coordinate)
+        for dim, index in zip(shared, position, strict=True):
+            there[dim] = index
+        sizes, offsets = _compute_local_shape_and_global_offset(shape, mesh_shape, there, placements)
+        spans = [(offset, offset + size) for size, offset in zip(sizes, offsets, strict=True)][-2:]
+        blocks.append(Block(*spans))
+    return tuple(blocks)

@@ -4,7 +4,7 @@ The updates themselves are in update.py and adamw.py.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast, overload
 
 import torch
@@ -13,9 +13,12 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.adamw import adamw_state, adamw_update
 from dion2_lightning.checkpoint import match_state_dict, restore_exactly
+from dion2_lightning.exchange import on_any_rank
 from dion2_lightning.groups import check_names, check_parameters, check_settings, parameter_names, plain_dtype
+from dion2_lightning.layout import local
 from dion2_lightning.selection import Selection
-from dion2_lightning.update import MatrixUpdate, dion2_update
+from dion2_lightning.sharing import update_matrices
+from dion2_lightning.update import MatrixUpdate
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
@@ -77,8 +80,11 @@ class Dion2(Optimizer):
         eps: AdamW's term in the denominator (default: 1e-8).
         check_finite: Raise an error that names the parameter when a gradient holds NaN or Inf, before any weight or
             state is touched. Costs one synchronisation with the device every step (default: False).
-        process_group: The ranks that share the updates of plain parameters. Only groups of one rank work so far
-            (default: None).
+        process_group: The ranks that hold replicas of the plain parameters, with the same gradients, as under DDP. They
+            share the work. Without it every rank updates its replicas by itself, with the same result. DTensors need
+            none: their mesh says who shares them (default: None).
+        share_replicas: Whether the ranks of ``process_group`` share the work: True for every matrix, False for none,
+            None where it costs more than sending the result (default: None).
 
     Raises:
         TypeError: An argument or a group's entry has the wrong type.
@@ -99,6 +105,7 @@ class Dion2(Optimizer):
 
     orthonormalize: Callable[[Tensor], Tensor] | None = None
     process_group: "ProcessGroup | None" = None
+    share_replicas: bool | None = None
     route_parameters: Callable[[list[Tensor]], list[Group]] | None = None
     """Splits parameters that are added later without ``algorithm`` into groups; set where the model is known."""
 
@@ -120,6 +127,7 @@ class Dion2(Optimizer):
         eps: float = 1e-8,
         check_finite: bool = False,
         process_group: "ProcessGroup | None" = None,
+        share_replicas: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -138,14 +146,11 @@ class Dion2(Optimizer):
         check_settings(defaults)
         if orthonormalize is not None and not callable(orthonormalize):
             raise TypeError(f"orthonormalize must be callable or None, got {type(orthonormalize).__name__}")
-        if process_group is not None and process_group.size() > 1:
-            raise ValueError(
-                f"process_group has {process_group.size()} ranks; sharing updates between ranks is not supported "
-                "yet. Without it every rank updates its replicas by itself, with the same result"
-            )
         self.orthonormalize = orthonormalize
         self.process_group = process_group
+        self.share_replicas = share_replicas
         self._selections: dict[Tensor, Selection] = {}
+        self._failure: str | None = None
         if isinstance(params, Tensor):
             raise TypeError("params must be parameters or groups in a list, got a single tensor")
         groups = list(cast(Iterable[Any], params))
@@ -201,28 +206,39 @@ class Dion2(Optimizer):
 
         Raises:
             FloatingPointError: A gradient holds NaN or Inf, where ``check_finite`` asks for the check.
-            ValueError: A gradient is sparse, or a parameter is sharded.
+            ValueError: A gradient is sparse, or a parameter is sharded in a way that has no update.
+            RuntimeError: Ranks that share a matrix disagree about its settings, or an earlier step failed in between.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_after_failure()
         self._check_gradients()
-        had_state = bool(self.state)
+        is_first = not self.state
         self._create_state()
         self._selections = {}
-        if not had_state and self._is_rehearsal():
-            return loss
+        left_out = self._rehearsed() if is_first and not any(group["lr"] for group in self.param_groups) else set()
+        updates = list(self._matrix_updates(left_out))
+        self._failure = "step() failed"
+        self._selections = update_matrices(
+            updates, self.orthonormalize, self.share_replicas, meanwhile=lambda: self._update_others(left_out)
+        )
+        self._failure = None
+        return loss
 
-        updates = [
-            MatrixUpdate.of(parameter, self.state[parameter]["momentum"], group)
-            for group, parameter in self._with_gradient("dion2")
-        ]
-        self._selections = dion2_update(updates, self.orthonormalize)
+    def _matrix_updates(self, left_out: Collection[Tensor]) -> Iterator[MatrixUpdate]:
+        """What each matrix parameter brings to the step, also without a gradient: other ranks may have it."""
+        for group, parameter, what in self._parameters("dion2"):
+            if parameter not in left_out and parameter.requires_grad:
+                momentum = self.state[parameter]["momentum"]
+                yield MatrixUpdate.of(parameter, what, momentum, group, self.process_group)
+
+    def _update_others(self, left_out: Collection[Tensor]) -> None:
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
-                adamw_update([p for p in group["params"] if p.grad is not None], self.state, group)
-        return loss
+                present = [p for p in group["params"] if p.grad is not None and p not in left_out]
+                adamw_update(present, self.state, group)
 
     def selection_of(self, parameter: Tensor) -> Selection | None:
         """Return what the last step selected of a parameter.
@@ -271,6 +287,16 @@ class Dion2(Optimizer):
             super().load_state_dict(state_dict)
         restore_exactly(self, matched)
         self._selections = {}
+        self._failure = None
+
+    def state_dict(self) -> StateDict:
+        """Return state and groups, as every ``torch.optim`` optimizer does.
+
+        Raises:
+            RuntimeError: The last step failed in between, so they may be half updated.
+        """
+        self._refuse_after_failure()
+        return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied, and remember that it was there."""
@@ -286,6 +312,7 @@ class Dion2(Optimizer):
             )
         super().__setstate__(state)
         self._selections = {}
+        self.__dict__.setdefault("_failure", None)
         for group in self.param_groups:
             for name, default in {**self.defaults, "algorithm": "dion2", "batched": False, "transposed": False}.items():
                 if name != "differentiable":
@@ -306,33 +333,27 @@ class Dion2(Optimizer):
         candidates = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 2))]
         return next(candidate for candidate in candidates if candidate not in taken)
 
-    def _with_gradient(self, algorithm: str) -> Iterator[tuple[Group, Tensor]]:
+    def _parameters(self, *algorithms: str) -> Iterator[tuple[Group, Tensor, str]]:
+        """Every parameter of the algorithms' groups with its group and what to call it in an error."""
         for group in self.param_groups:
-            if group["algorithm"] == algorithm:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        yield group, parameter
+            if group["algorithm"] in algorithms:
+                for parameter, name in zip(group["params"], parameter_names(group), strict=True):
+                    yield group, parameter, f"group {group['name']!r}: {name}"
 
     def _check_gradients(self) -> None:
         """Refuse gradients that have no update, before anything is touched."""
-        finite: list[tuple[str, Tensor]] = []
-        for group in self.param_groups:
-            for parameter, name in zip(group["params"], parameter_names(group), strict=True):
-                what = f"group {group['name']!r}: {name}"
-                if hasattr(parameter, "device_mesh"):
-                    raise ValueError(
-                        f"{what} is a DTensor on {parameter.device_mesh}; sharded training is not supported yet. Train "
-                        "on one device"
-                    )
-                if parameter.grad is None:
-                    continue
-                if parameter.grad.layout != torch.strided:
-                    raise ValueError(f"{what} has a gradient stored as {parameter.grad.layout}; use sparse=False")
-                if group["check_finite"]:
-                    finite.append((what, parameter.grad.isfinite().all()))
-        if finite and not all(torch.stack([flag.to(finite[0][1].device) for _, flag in finite]).tolist()):
-            broken = next(what for what, flag in finite if not flag)
-            raise FloatingPointError(f"{broken} has a gradient with NaN or Inf; no weight and no state was changed")
+        checked: list[tuple[str, Tensor, Tensor]] = []
+        for group, parameter, what in self._parameters("dion2", "adamw"):
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise ValueError(f"{what} has a gradient stored as {parameter.grad.layout}; use sparse=False")
+            if group["check_finite"]:
+                checked.append((what, parameter, ~_everywhere(parameter, torch.isfinite).all()))
+        if not checked:
+            return
+        names, parameters, flags = zip(*checked, strict=True)
+        for what, is_broken in zip(names, on_any_rank(flags, parameters, self.process_group), strict=True):
+            if is_broken:
+                raise FloatingPointError(f"{what} has a gradient with NaN or Inf; no weight and no state was changed")
 
     def _create_state(self) -> None:
         """Create the state of every trainable parameter, gradient or not.
@@ -344,15 +365,29 @@ class Dion2(Optimizer):
                 if parameter.requires_grad and not self.state[parameter]:
                     self.state[parameter] = _new_state(parameter, group)
 
-    def _is_rehearsal(self) -> bool:
-        """Whether this first step has zero gradients and lr 0 everywhere, so that nothing but state may come of it.
+    def _rehearsed(self) -> set[Tensor]:
+        """The parameters whose gradient is zero on every rank, in a first step whose lr is 0.
 
-        By such a step ``torch.distributed.checkpoint`` makes an optimizer create its state.
+        By such a step ``torch.distributed.checkpoint`` makes an optimizer create its state; no more may come of it.
         """
-        if any(group["lr"] != 0.0 for group in self.param_groups):
-            return False
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return not any(bool(gradient.any()) for gradient in gradients)
+        parameters = [parameter for _, parameter, _ in self._parameters("dion2", "adamw")]
+        flags = [_everywhere(parameter, torch.Tensor.bool).any() for parameter in parameters]
+        moving = on_any_rank(flags, parameters, self.process_group)
+        return {parameter for parameter, is_moving in zip(parameters, moving, strict=True) if not is_moving}
+
+    def _refuse_after_failure(self) -> None:
+        if self._failure is not None:
+            names = ", ".join(repr(group["name"]) for group in self.param_groups)
+            raise RuntimeError(
+                f"an earlier {self._failure} in between, so weights and state of the groups {names} may be half "
+                "updated; load model and optimizer from a checkpoint (load_state_dict) before going on"
+            )
+
+
+def _everywhere(parameter: Tensor, test: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a test says of every entry of a gradient, zero where there is none."""
+    gradient = torch.zeros((1,), device=parameter.device) if parameter.grad is None else local(parameter.grad)
+    return test(gradient)
 
 
 def _new_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -50,18 +50,30 @@ def orthonormalize(submatrices: Tensor, dtype: torch.dtype | None = None) -> Ten
     Returns:
         Shape (batch, k, m), in the precision of the products.
     """
-    if submatrices.shape[-2] > submatrices.shape[-1]:
+    _, k, m = submatrices.shape
+    dtype = working_dtype(k, m, submatrices.device, dtype)
+    if k > m:
         return orthonormalize(submatrices.mT, dtype).mT
-    if dtype is None:
-        dtype = default_dtype(submatrices.device)
-    if dtype == torch.bfloat16 and submatrices.shape[-2] < FEW:
-        dtype = torch.float32
+    # Rounded before anything else, as it is on its way to another rank: every layout sees the same numbers.
+    rounded = submatrices.to(dtype)
     # The norm in float64: squares of float32 entries under 1e-19 would vanish, over 1e19 overflow.
-    norm = torch.linalg.vector_norm(submatrices, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    smallest = torch.finfo(submatrices.dtype).tiny
-    normalized = (submatrices / (norm * SAFETY).to(submatrices.dtype).clamp_min(smallest)).to(dtype)
-    iterate = _gram_newton_schulz if _gram_pays(normalized) else _newton_schulz
-    return iterate(normalized)
+    norm = torch.linalg.vector_norm(rounded, dim=(-2, -1), keepdim=True, dtype=torch.float64) * SAFETY
+    precise = torch.promote_types(dtype, torch.float32)
+    normalized = (rounded / norm.to(precise).clamp_min(torch.finfo(precise).tiny)).to(dtype)
+    return _gram_newton_schulz(normalized) if _gram_pays(normalized) else _newton_schulz(normalized)
+
+
+def working_dtype(k: int, m: int, device: torch.device, asked: torch.dtype | None) -> torch.dtype:
+    """Return the precision in which a (k, m) matrix is orthonormalized, and in which it travels between ranks.
+
+    Args:
+        k: Rows.
+        m: Columns.
+        device: Where.
+        asked: The user's choice; None leaves it to the hardware.
+    """
+    dtype = default_dtype(device) if asked is None else asked
+    return torch.float32 if dtype == torch.bfloat16 and min(k, m) < FEW else dtype
 
 
 def _newton_schulz(x: Tensor) -> Tensor:

@@ -29,13 +29,13 @@ def selected_count(slices: int, fraction: float) -> int:
     return max(1, math.ceil(fraction * slices - 1e-9))
 
 
-def slice_norms(slices: Tensor) -> Tensor:
-    """Return the L1 norm of every slice, shape (count, n).
+def slice_sums(slices: Tensor) -> Tensor:
+    """Return the sum of |M| over every slice, shape (count, n), in float64.
 
-    Summed in float64 and only then rounded to float32: float32 sums depend on their order, and near the threshold an
-    order changes the selection.
+    Rounded to float32 it is the slice's norm. float32 sums depend on their order, and near the threshold an order
+    changes the selection; rounded float64 sums do not.
     """
-    return slices.abs().sum(-1, dtype=torch.float64).float()
+    return slices.abs().sum(-1, dtype=torch.float64)
 
 
 def largest(norms: Tensor, k: int) -> Tensor:
@@ -48,7 +48,7 @@ def gather(slices: Tensor, indices: Tensor) -> Tensor:
     """Return the slices at ``indices``, shape (count, k, m), in the memory order of ``slices``."""
     if _runs_along_slices(slices):
         count, _, m = slices.shape
-        return slices.flatten(0, 1).index_select(0, _flat(indices, slices)).view(count, -1, m)
+        return slices.flatten(0, 1).index_select(0, _flat(indices, slices)).view(count, indices.shape[-1], m)
     return slices.mT.gather(-1, _across(indices, slices)).mT
 
 

@@ -8,24 +8,30 @@
     X    <- (1 - lr weight_decay) X            every entry
     X[K] <- X[K] - lr scale O                  only what is selected moves
 
-A slice is a row or a column of the matrix, along its shorter axis unless told otherwise.
+A slice is a row or a column of the matrix, along its shorter axis unless told otherwise. Here every matrix is whole on
+this rank; sharing.py goes down the same page for matrices that several ranks share.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
-from dion2_lightning.layout import Matrices
-from dion2_lightning.orthonormalize import orthonormalize
+from dion2_lightning.layout import Layout, Matrices, Span, alike, layout_of, local, placed_like_stack
+from dion2_lightning.orthonormalize import orthonormalize, working_dtype
 from dion2_lightning.scaling import update_scale
-from dion2_lightning.selection import Selection, add_, decay_, gather, largest, selected_count, slice_norms
+from dion2_lightning.selection import Selection, add_, decay_, gather, largest, selected_count, slice_sums
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BATCH_ELEMENTS: Final = 2**24
 """Submatrix entries that are orthonormalized at once: enough to fill a GPU, few enough to bound the working memory."""
+
+Orthonormalize = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,137 +40,182 @@ class MatrixUpdate:
 
     Attributes:
         parameter: The parameter itself.
-        weight: X, updated in place.
-        gradient: G.
-        momentum: M, updated in place.
+        matrices: What its matrices are, on all ranks together.
+        layout: Who holds which part of them.
+        weight: X, this rank's part, updated in place.
+        gradient: G, this rank's part; None where only other ranks have it.
+        momentum: M, this rank's part, updated in place.
         axis: What a slice is: 0 output, 1 input.
         k: Slices to select in each matrix.
         momentum_factor: mu.
         step_size: lr times the scale rule.
         shrink: 1 - lr * weight_decay.
-        dtype: Precision of the orthonormalization; None by hardware.
+        dtype: Precision of the orthonormalization.
     """
 
     parameter: Tensor
+    matrices: Matrices
+    layout: Layout
     weight: Tensor
-    gradient: Tensor
+    gradient: Tensor | None
     momentum: Tensor
     axis: int
     k: int
     momentum_factor: float
     step_size: float
     shrink: float
-    dtype: torch.dtype | None
+    dtype: torch.dtype
 
     @classmethod
-    def of(cls, parameter: Tensor, momentum: Tensor, group: Mapping[str, Any]) -> "MatrixUpdate":
-        """Read a parameter with a gradient, its momentum and its group."""
-        assert parameter.grad is not None
+    def of(
+        cls,
+        parameter: Tensor,
+        what: str,
+        momentum: Tensor,
+        group: Mapping[str, Any],
+        process_group: "ProcessGroup | None",
+    ) -> "MatrixUpdate":
+        """Read a parameter, its momentum, its group and its layout, as they are now.
+
+        Args:
+            parameter: With or without a gradient.
+            what: How to call it in an error.
+            momentum: Placed like the parameter.
+            group: Its settings.
+            process_group: The ranks that hold replicas of plain parameters.
+        """
         matrices = Matrices.of(parameter.shape, batched=group["batched"], transposed=group["transposed"])
         axis = matrices.selection_axis(group["select"])
-        slices = matrices.shape[axis]
+        slices, entries = matrices.shape[axis], matrices.shape[1 - axis]
         k = selected_count(slices, group["fraction"])
         scale = update_scale(matrices.shape, slices, k, group["adjust_lr_fn"], group["scale_lr_by_fraction"])
-        dtype = group["orthonormalize_dtype"]
+        asked = group["orthonormalize_dtype"]
+        gradient = parameter.grad
         return cls(
             parameter=parameter,
-            weight=matrices.slices(parameter, axis),
-            gradient=matrices.slices(parameter.grad, axis),
-            momentum=matrices.slices(momentum, axis),
+            matrices=matrices,
+            layout=layout_of(parameter, what, batched=group["batched"], process_group=process_group),
+            weight=matrices.slices(local(parameter), axis),
+            gradient=None if gradient is None else matrices.slices(local(gradient), axis),
+            momentum=matrices.slices(local(momentum), axis),
             axis=axis,
             k=k,
             momentum_factor=group["momentum"],
             step_size=group["lr"] * scale,
             shrink=1.0 - group["lr"] * group["weight_decay"],
-            dtype=None if dtype is None else getattr(torch, dtype),
+            dtype=working_dtype(k, entries, parameter.device, None if asked is None else getattr(torch, asked)),
         )
 
+    @property
+    def slices(self) -> int:
+        """Slices of each whole matrix, n."""
+        return self.matrices.shape[self.axis]
 
-def dion2_update(
-    updates: Sequence[MatrixUpdate], custom: Callable[[Tensor], Tensor] | None = None
-) -> dict[Tensor, Selection]:
-    """Take one step on every matrix, equal shapes together.
+    @property
+    def entries(self) -> int:
+        """Entries of each whole slice, m."""
+        return self.matrices.shape[1 - self.axis]
+
+    @property
+    def spans(self) -> list[tuple[Span, Span]]:
+        """By rank: which slices it touches, and which of their entries it holds."""
+        return [self.matrices.spans(block, self.axis) for block in self.layout.blocks]
+
+    def selection(self, indices: Tensor) -> Selection:
+        """Return what users see of the indices (count, k)."""
+        if self.parameter.ndim == 2:
+            return Selection(self.axis, indices.squeeze(0))
+        return Selection(self.axis, placed_like_stack(indices, self.parameter, self.matrices.count))
+
+    def fingerprint(self) -> int:
+        """Return a number in which all that ranks must agree about is mixed."""
+        numbers = (self.k, self.momentum_factor, self.step_size, self.shrink, self.dtype, self.layout.blocks)
+        return zlib.crc32(repr((self.matrices, self.axis, numbers)).encode())
+
+
+def dion2_update(updates: Sequence[MatrixUpdate], custom: Orthonormalize | None = None) -> dict[Tensor, Selection]:
+    """Take one step on matrices that are whole on this rank, equal shapes together.
 
     Args:
-        updates: The parameters that have a gradient.
+        updates: Parameters that have a gradient.
         custom: Replaces the orthonormalization: (batch, k, m) -> the same shape (default: None).
 
     Returns:
         What was selected, by parameter.
     """
     selections = {}
-    for batch in _batches(updates):
+    for batch in batches(updates):
         accumulate(batch)
-        selected = select(batch)
-        submatrices = take(batch, selected)
-        apply(batch, selected, _orthonormalize(submatrices, batch[0].dtype, custom))
-        for update, indices in zip(batch, selected, strict=True):
-            batched = update.parameter.ndim == 3
-            selections[update.parameter] = Selection(update.axis, indices if batched else indices[0])
+        selected = select(batch, [slice_sums(update.momentum).float() for update in batch])
+        submatrices = [take(update.momentum, indices, update) for update, indices in zip(batch, selected, strict=True)]
+        orthonormal = torch.split(orthonormal_of(submatrices, custom), [len(indices) for indices in selected])
+        shrink(batch)
+        for update, indices, result in zip(batch, selected, orthonormal, strict=True):
+            apply(update.weight, indices, result, update)
+            selections[update.parameter] = update.selection(indices)
     return selections
 
 
-def accumulate(batch: Sequence[MatrixUpdate]) -> None:
-    """M <- M + G."""
-    torch._foreach_add_([update.momentum for update in batch], [update.gradient for update in batch])
+def accumulate(updates: Sequence[MatrixUpdate]) -> None:
+    """M <- M + G, where there is a G."""
+    present = [(update.momentum, update.gradient) for update in updates if update.gradient is not None]
+    if present:
+        momenta, gradients = zip(*present, strict=True)
+        torch._foreach_add_(momenta, gradients)
 
 
-def select(batch: Sequence[MatrixUpdate]) -> Sequence[Tensor]:
-    """K: the sorted indices of the largest slices, shape (count, k) for each update."""
-    norms = torch.cat([slice_norms(update.momentum) for update in batch])
-    return torch.split(largest(norms, batch[0].k), [len(update.momentum) for update in batch])
+def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[Tensor]:
+    """K: the sorted indices of the largest slices, (count, k) for each update, from the norms (count, n)."""
+    return torch.split(largest(torch.cat(list(norms)), batch[0].k), [len(each) for each in norms])
 
 
-def take(batch: Sequence[MatrixUpdate], selected: Sequence[Tensor]) -> Tensor:
-    """S <- M[K], then M[K] <- mu M[K]; shape (all matrices of the batch, k, m)."""
-    submatrices = []
-    for update, indices in zip(batch, selected, strict=True):
-        submatrices.append(gather(update.momentum, indices))
-        decay_(update.momentum, indices, submatrices[-1], update.momentum_factor)
-    return _stack(submatrices)
+def take(momentum: Tensor, indices: Tensor, update: MatrixUpdate) -> Tensor:
+    """S <- M[K], then M[K] <- mu M[K]; S in the precision of the orthonormalization."""
+    submatrices = gather(momentum, indices)
+    decay_(momentum, indices, submatrices, update.momentum_factor)
+    return submatrices.to(update.dtype)
 
 
-def apply(batch: Sequence[MatrixUpdate], selected: Sequence[Tensor], orthonormal: Tensor) -> None:
-    """X <- (1 - lr weight_decay) X, then X[K] <- X[K] - lr scale O."""
-    torch._foreach_mul_([update.weight for update in batch], [update.shrink for update in batch])
-    changes = orthonormal.split([len(update.weight) for update in batch])
-    torch._foreach_mul_(changes, [-update.step_size for update in batch])
-    for update, indices, change in zip(batch, selected, changes, strict=True):
-        add_(update.weight, indices, change)
-
-
-def _orthonormalize(
-    submatrices: Tensor, dtype: torch.dtype | None, custom: Callable[[Tensor], Tensor] | None
-) -> Tensor:
+def orthonormal_of(submatrices: Sequence[Tensor], custom: Orthonormalize | None) -> Tensor:
+    """O: the polar factors of stacks of equal submatrices, (count, k, m) each, in one batch."""
+    stack = _concatenate(submatrices)
     if custom is None:
-        return orthonormalize(submatrices, dtype).to(submatrices.dtype)
-    result = custom(submatrices.contiguous())
-    if result.shape != submatrices.shape:
+        return orthonormalize(stack, stack.dtype)
+    result = custom(stack.contiguous())
+    if result.shape != stack.shape:
         raise ValueError(
-            f"orthonormalize must return the shape it is given: got {tuple(result.shape)} for "
-            f"{tuple(submatrices.shape)}"
+            f"orthonormalize must return the shape it is given: got {tuple(result.shape)} for {tuple(stack.shape)}"
         )
-    return result.to(submatrices.dtype)
+    return result.to(stack.dtype)
 
 
-def _batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
+def shrink(updates: Sequence[MatrixUpdate]) -> None:
+    """X <- (1 - lr weight_decay) X."""
+    torch._foreach_mul_([update.weight for update in updates], [update.shrink for update in updates])
+
+
+def apply(weight: Tensor, indices: Tensor, orthonormal: Tensor, update: MatrixUpdate) -> None:
+    """X[K] <- X[K] - lr scale O."""
+    add_(weight, indices, orthonormal.to(update.momentum.dtype) * -update.step_size)
+
+
+def batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
     """Group what can be selected and orthonormalized together, at most ``BATCH_ELEMENTS`` entries at a time."""
-    alike: dict[tuple[Any, ...], list[MatrixUpdate]] = defaultdict(list)
-    for update in updates:
+
+    def likeness(update: MatrixUpdate) -> Hashable:
         momentum = update.momentum
-        across = momentum.stride(-1) != 1
-        alike[momentum.shape[1:], update.k, across, momentum.device, momentum.dtype, update.dtype].append(update)
-    for batch in alike.values():
-        count, _, m = batch[0].momentum.shape
-        size = max(1, BATCH_ELEMENTS // (count * batch[0].k * m))
+        return momentum.shape[1:], update.k, momentum.stride(-1) != 1, momentum.device, momentum.dtype, update.dtype
+
+    for batch in alike(updates, likeness).values():
+        size = max(1, BATCH_ELEMENTS // max(1, len(batch[0].momentum) * batch[0].k * batch[0].entries))
         for start in range(0, len(batch), size):
             yield batch[start : start + size]
 
 
-def _stack(submatrices: Sequence[Tensor]) -> Tensor:
+def _concatenate(stacks: Sequence[Tensor]) -> Tensor:
     """Concatenate along the batch, in the memory order the parts have."""
-    if len(submatrices) == 1:
-        return submatrices[0]
-    if submatrices[0].stride(-1) != 1:
-        return torch.cat([submatrix.mT for submatrix in submatrices]).mT
-    return torch.cat(list(submatrices))
+    if len(stacks) == 1:
+        return stacks[0]
+    if stacks[0].stride(-1) != 1:
+        return torch.cat([stack.mT for stack in stacks]).mT
+    return torch.cat(list(stacks))

@@ -218,14 +218,6 @@ def test_other_strategies_are_refused(strategy):
         build_optimizer(Language(), lr=0.1, strategy=strategy)
 
 
-def test_several_ranks_are_refused(monkeypatch):
-    """Until ranks can share the work, an error rather than a run that is quietly wrong."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="this run has 2 ranks; training on several ranks is not supported yet"):
-        build_optimizer(Language(), lr=0.1)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

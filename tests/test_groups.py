@@ -126,15 +126,6 @@ def test_lists_of_parameters():
         Dion2([matrix()]).add_param_group([matrix()])
 
 
-def test_several_ranks_are_refused():
-    class FourRanks:
-        def size(self) -> int:
-            return 4
-
-    with pytest.raises(ValueError, match="process_group has 4 ranks; sharing updates between ranks is not supported"):
-        Dion2([matrix()], process_group=FourRanks())
-
-
 def test_one_row_and_one_column_are_matrices():
     row, column = matrix(1, 6), matrix(6, 1)
     optimizer = Dion2([row, column], lr=0.1)

@@ -1,0 +1,91 @@
+"""Clipping gradients by their norm on any mix of layouts.
+
+``torch.nn.utils.clip_grad_norm_`` stacks the norms of all gradients, which fails where they lie on different meshes, or
+on a mesh and beside it: under TP and under FSDP2 over TP. Here every mesh adds up its own.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dion2_lightning.layout import alike, local
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """Scale gradients, in place, so that their norm all together is at most ``max_norm``.
+
+    The norm is that of the whole gradients, whatever part of them this rank holds; so every layout clips alike. All
+    ranks have to call this with the same parameters. One all-reduce of a number for each mesh and each of its sharded
+    dimensions.
+
+    Args:
+        parameters: Plain parameters, DTensors, or both. Plain ones count as whole on every rank.
+        max_norm: The norm that must not be exceeded, at least 0.
+        norm_type: Which norm; ``float("inf")`` is the largest entry (default: 2.0).
+        error_if_nonfinite: Raise an error where the norm is NaN or Inf, before anything is scaled; costs a
+            synchronisation with the device (default: False).
+
+    Returns:
+        The norm before clipping, 0-d, the same on every rank.
+
+    Raises:
+        ValueError: ``max_norm`` is negative, or a gradient is not summed up over its mesh yet.
+        RuntimeError: The norm is not finite, where ``error_if_nonfinite`` asks for the check.
+    """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be at least 0, got {max_norm}")
+    everything = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not everything:
+        return torch.tensor(0.0)
+    # Also what has no gradient here: its mesh's other ranks may have one, and wait.
+    meshes = alike(everything, _sharding)
+    device = everything[0].device
+    by_mesh = [_power_sum(members, sharding, norm_type).to(device) for sharding, members in meshes.items()]
+    together = torch.stack(by_mesh)
+    norm = together.max() if norm_type == torch.inf else together.sum() ** (1.0 / norm_type)
+    norm = norm.float()
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(f"the norm of the gradients is {norm.item()}, so nothing was clipped; look for NaN or Inf")
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    gradients = [local(parameter.grad) for parameter in everything if parameter.grad is not None]
+    for its_device, members in alike(gradients, lambda gradient: gradient.device).items():
+        torch._foreach_mul_(members, factor.to(its_device))
+    return norm
+
+
+def _sharding(parameter: Any) -> tuple[Any, tuple[int, ...]]:
+    """The mesh over which a parameter is spread, and along which of its dimensions; (None, ()) for a plain one."""
+    placed = parameter if parameter.grad is None else parameter.grad
+    placements = getattr(placed, "placements", ())
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"a gradient of shape {tuple(parameter.shape)} is placed as {tuple(placements)}: sum it up with "
+            "redistribute() before clipping"
+        )
+    dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
+    return (placed.device_mesh, dims) if dims else (None, ())
+
+
+def _power_sum(parameters: list[Tensor], sharding: tuple[Any, tuple[int, ...]], norm_type: float) -> Tensor:
+    """The sum of |g|^p over all entries on all ranks of the mesh, or the largest |g|; 0-d, float64."""
+    mesh, dims = sharding
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    held = [gradient for gradient in gradients if gradient.numel()]
+    norms = torch._foreach_norm(held, norm_type) if held else ()
+    powers = [norm.double() if norm_type == torch.inf else norm.double() ** norm_type for norm in norms]
+    zero = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    stacked = torch.stack([zero, *(power.to(zero.device) for power in powers)])
+    total = stacked.max() if norm_type == torch.inf else stacked.sum()
+    for dim in dims:
+        operation = dist.ReduceOp.MAX if norm_type == torch.inf else dist.ReduceOp.SUM
+        dist.all_reduce(total, op=operation, group=mesh.get_group(dim))
+    return total

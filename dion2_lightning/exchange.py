@@ -1,0 +1,263 @@
+"""The collectives of a step: slice norms made global, submatrices to their owners, and back.
+
+The matrices that a group of ranks shares take one all-reduce and two all-to-alls a step, however many they are. Sent is
+only what is selected. Every rank knows every other rank's rectangle (layout.py) and, after the all-reduce, the same
+selection; so everyone knows what everyone sends, and no sizes are exchanged.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dion2_lightning.layout import Span, alike
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+FINGERPRINT_BITS: Final = 20
+"""The sum of the squares of numbers this long, over thousands of ranks, is exact in float64."""
+
+
+def orthonormalization_cost(k: int, m: int) -> int:
+    """Return the FLOPs of orthonormalizing a (k, m) matrix, by which owners are balanced."""
+    short, long = sorted((k, m))
+    return 20 * short * short * long + 10 * short**3
+
+
+@lru_cache(maxsize=256)
+def assign_owners(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """Return which rank orthonormalizes each matrix: the costliest first, each to the rank with the least to do."""
+    loads = [(0, rank) for rank in range(ranks)]
+    owners = [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        load, rank = heapq.heappop(loads)
+        owners[index] = rank
+        heapq.heappush(loads, (load + costs[index], rank))
+    return tuple(owners)
+
+
+def on_any_rank(
+    flags: Sequence[Tensor], parameters: Sequence[Tensor], process_group: "ProcessGroup | None"
+) -> list[bool]:
+    """Return for each parameter whether its flag is set on any rank that holds a part or a replica of it.
+
+    Args:
+        flags: Boolean, 0-d, one for each parameter; every rank gives them for the same parameters.
+        parameters: Plain, or DTensors.
+        process_group: The ranks that hold replicas of the plain ones.
+    """
+    result = [False] * len(flags)
+    for mesh, positions in alike(range(len(flags)), lambda i: getattr(parameters[i], "device_mesh", None)).items():
+        raised = torch.stack([flags[position] for position in positions]).to(torch.int32)
+        groups = [mesh.get_group(dim) for dim in range(mesh.ndim)] if mesh is not None else [process_group]
+        for group in groups:
+            if group is not None and group.size() > 1:
+                dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=group)
+        for position, is_raised in zip(positions, raised.tolist(), strict=True):
+            result[position] = bool(is_raised)
+    return result
+
+
+class Totals:
+    """Numbers that every rank of a group contributes to, summed up in one all-reduce.
+
+    The buffer is float64: a header with the fingerprint of the rank's settings, a flag for each parameter that says
+    whether this rank has its gradient, and the sums of |M| over the part of each matrix that this rank holds.
+    """
+
+    def __init__(
+        self,
+        group: "ProcessGroup",
+        fingerprint: int,
+        has_gradient: Sequence[bool],
+        sums: Sequence[Tensor],
+        device: torch.device,
+    ) -> None:
+        """Send this rank's numbers on their way.
+
+        Args:
+            group: The ranks to sum over.
+            fingerprint: Of the settings that all ranks must share.
+            has_gradient: For each parameter.
+            sums: Of any shape, float64.
+            device: Where the group communicates.
+        """
+        self._group, self._has_gradient, self._shapes = group, has_gradient, [each.shape for each in sums]
+        low, high = fingerprint % 2**FINGERPRINT_BITS, (fingerprint >> FINGERPRINT_BITS) % 2**FINGERPRINT_BITS
+        header = torch.tensor([low, low**2, high, high**2, *map(float, has_gradient)], dtype=torch.float64)
+        self._header_size = len(header)
+        self._buffer = torch.cat([header.to(device, non_blocking=True), *(each.flatten() for each in sums)])
+        self._work = dist.all_reduce(self._buffer, group=group, async_op=True)
+
+    def wait(self, read: bool) -> tuple[list[bool], list[Tensor]]:
+        """Return whether any rank has each gradient, and the sums over all ranks, rounded to float32.
+
+        Rounded, they do not depend on the order of summing, so every rank and every layout sees the same numbers.
+
+        Args:
+            read: Whether the host may wait for the device. If not, it waits only where this rank lacks a gradient;
+                where it has one, some rank has one.
+
+        Raises:
+            RuntimeError: The ranks' fingerprints differ; on every rank that reads.
+        """
+        assert self._work is not None
+        self._work.wait()
+        rest = self._buffer.narrow(0, self._header_size, len(self._buffer) - self._header_size).float()
+        parts = torch.split(rest, [shape.numel() for shape in self._shapes])
+        sums = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        if not read and all(self._has_gradient) and self._buffer.device.type != "cpu":
+            return [True] * len(self._has_gradient), sums
+        low, low_squares, high, high_squares, *counts = self._buffer.narrow(0, 0, self._header_size).tolist()
+        ranks = self._group.size()
+        # Equality in Cauchy and Schwarz's inequality: all ranks said the same.
+        if (int(low) ** 2, int(high) ** 2) != (ranks * int(low_squares), ranks * int(high_squares)):
+            raise RuntimeError(
+                f"ranks {dist.get_process_group_ranks(self._group)} share matrices but disagree about their settings "
+                "(lr, fraction, momentum, weight_decay, ...) or their order; give all ranks the same groups"
+            )
+        return [count > 0 for count in counts], sums
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One submatrix to be sent to its owner and back.
+
+    Attributes:
+        owner: The rank that orthonormalizes it.
+        shape: (k, m) of the whole submatrix.
+        rows: By rank, which of the k selected slices it holds.
+        columns: By rank, which of the m entries of each.
+    """
+
+    owner: int
+    shape: tuple[int, int]
+    rows: tuple[Span, ...]
+    columns: tuple[Span, ...]
+
+    def shape_on(self, rank: int) -> tuple[int, int]:
+        """Return the shape of the part that a rank holds."""
+        (start, stop), (left, right) = self.rows[rank], self.columns[rank]
+        return stop - start, right - left
+
+    def size_on(self, rank: int) -> int:
+        """Return the number of entries that a rank holds."""
+        rows, columns = self.shape_on(rank)
+        return rows * columns
+
+    def part(self, submatrix: Tensor, rank: int) -> Tensor:
+        """View the part of the (k, m) submatrix that a rank holds."""
+        (start, stop), (left, right) = self.rows[rank], self.columns[rank]
+        return submatrix.narrow(0, start, stop - start).narrow(1, left, right - left)
+
+
+class Exchange:
+    """The way of submatrices to their owners and back: an all-to-all each."""
+
+    def __init__(self, group: "ProcessGroup", transfers: Sequence[Transfer]) -> None:
+        """Plan: everyone's sizes follow from the transfers, which are the same on every rank."""
+        self._group, self._transfers = group, transfers
+        self._rank, ranks = dist.get_rank(group), range(group.size())
+        self._by_owner = [[index for index, each in enumerate(transfers) if each.owner == rank] for rank in ranks]
+        self.owned = self._by_owner[self._rank]
+        self._to_owners = [sum(transfers[index].size_on(self._rank) for index in owned) for owned in self._by_owner]
+        self._from_ranks = [sum(transfers[index].size_on(rank) for index in self.owned) for rank in ranks]
+
+    def send(self, parts: Sequence[Tensor]) -> None:
+        """Send this rank's part of every submatrix to its owner.
+
+        Args:
+            parts: One for each transfer, all of one dtype.
+        """
+        ordered = [parts[index].reshape(-1) for owned in self._by_owner for index in owned]
+        self._start(torch.cat(ordered), self._from_ranks, self._to_owners)
+
+    def receive(self) -> list[Tensor]:
+        """Return the whole submatrices that this rank owns, in the order of ``owned``."""
+        by_rank = torch.split(self._finish(), self._from_ranks)
+        submatrices = [by_rank[0].new_empty(self._transfers[index].shape) for index in self.owned]
+        for rank, received in enumerate(by_rank):
+            pieces = torch.split(received, [self._transfers[index].size_on(rank) for index in self.owned])
+            for index, submatrix, piece in zip(self.owned, submatrices, pieces, strict=True):
+                part = self._transfers[index].part(submatrix, rank)
+                part.copy_(piece.view(part.shape))
+        return submatrices
+
+    def send_back(self, results: Sequence[Tensor]) -> None:
+        """Send every rank its part of the orthonormalized submatrices, given in the order of ``owned``."""
+        ordered = [
+            self._transfers[index].part(result, rank).reshape(-1)
+            for rank in range(self._group.size())
+            for index, result in zip(self.owned, results, strict=True)
+        ]
+        sent = torch.cat(ordered) if ordered else self._output.new_empty(0)
+        self._start(sent, self._to_owners, self._from_ranks)
+
+    def receive_back(self) -> list[Tensor]:
+        """Return this rank's part of every orthonormalized submatrix, in the order of the transfers."""
+        parts: list[Tensor] = [self._output] * len(self._transfers)
+        for owned, received in zip(self._by_owner, torch.split(self._finish(), self._to_owners), strict=True):
+            pieces = torch.split(received, [self._transfers[index].size_on(self._rank) for index in owned])
+            for index, piece in zip(owned, pieces, strict=True):
+                parts[index] = piece.view(self._transfers[index].shape_on(self._rank))
+        return parts
+
+    def _start(self, sent: Tensor, receive: list[int], send: list[int]) -> None:
+        self._sent = sent  # must live until the collective is through
+        self._output = sent.new_empty(sum(receive))
+        self._work = dist.all_to_all_single(self._output, sent, receive, send, group=self._group, async_op=True)
+
+    def _finish(self) -> Tensor:
+        assert self._work is not None
+        self._work.wait()
+        return self._output
+
+
+class Gathering:
+    """The way of replicated submatrices from their owners to all ranks: one all-gather."""
+
+    def __init__(
+        self,
+        group: "ProcessGroup",
+        transfers: Sequence[tuple[int, tuple[int, int]]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Plan from the owner and the shape (k, m) of every submatrix."""
+        self._group, self._dtype, self._device = group, dtype, device
+        self._shapes = [shape for _, shape in transfers]
+        ranks = range(group.size())
+        self._by_owner = [[index for index, (owner, _) in enumerate(transfers) if owner == rank] for rank in ranks]
+        self.owned = self._by_owner[dist.get_rank(group)]
+
+    def send(self, results: Sequence[Tensor]) -> None:
+        """Send this rank's submatrices, in the order of ``owned``, to all others; short ones are padded."""
+        sizes = [sum(self._size(index) for index in owned) for owned in self._by_owner]
+        padded = torch.zeros(max(sizes), dtype=self._dtype, device=self._device)
+        if results:
+            own = torch.cat([result.reshape(-1) for result in results])
+            padded.narrow(0, 0, len(own)).copy_(own)
+        self._sent, self._output = padded, padded.new_empty(len(padded) * len(sizes))
+        self._work = dist.all_gather_into_tensor(self._output, padded, group=self._group, async_op=True)
+
+    def receive(self) -> list[Tensor]:
+        """Return all submatrices, in the order of the transfers."""
+        assert self._work is not None
+        self._work.wait()
+        results: list[Tensor] = [self._output] * len(self._shapes)
+        for owned, received in zip(self._by_owner, self._output.chunk(self._group.size()), strict=True):
+            start = 0
+            for index in owned:
+                results[index] = received.narrow(0, start, self._size(index)).view(self._shapes[index])
+                start += self._size(index)
+        return results
+
+    def _size(self, index: int) -> int:
+        k, m = self._shapes[index]
+        return k * m

@@ -1,0 +1,177 @@
+"""One result, whatever the layout: the same global gradients on one process and on every layout, for 20 steps.
+
+Every rank also trains the whole model by itself, with plain parameters and no group, and compares its part: momenta and
+selected indices bit for bit at every step, weights within 1e-5.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from dion2_lightning import Dion2
+from tests.distributed.ranks import run_on_ranks
+
+STEPS = 20
+MATRICES = {
+    "odd": ((37, 53), {}),
+    "odd tall": ((53, 37), {}),
+    "few rows": ((3, 64), {}),
+    "few columns": ((64, 3), {}),
+    "wide": ((24, 96), {}),
+    "wide twin": ((24, 96), {}),
+    "tall": ((96, 24), {}),
+    "square": ((16, 16), {}),
+    "square stored (in, out)": ((16, 16), {"transposed": True}),
+    "stored (in, out)": ((20, 60), {"transposed": True}),
+    "row": ((1, 9), {}),
+    "half": ((30, 40), {"fraction": 0.5, "lr": 0.05}),
+}
+STACKS = {
+    "experts": ((5, 12, 20), {"batched": True}),
+    "experts stored (in, out)": ((4, 12, 20), {"batched": True, "transposed": True}),
+}
+ADAMW = {"bias": (37,), "embedding": (29, 6)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mesh and the placements of matrices, stacks and the rest on it."""
+
+    mesh: tuple[int, ...]
+    placements: tuple[Any, ...]
+    stacks: tuple[Any, ...] | None = None
+    rest: tuple[Any, ...] | None = None
+
+
+CASES = {
+    "FSDP2 on 2": Case((2,), (Shard(0),)),
+    "FSDP2 on 3": Case((3,), (Shard(0),)),
+    "FSDP2 on 4": Case((4,), (Shard(0),)),
+    "FSDP2 on 2, stacks by rows": Case((2,), (Shard(0),), stacks=(Shard(1),)),
+    "HSDP 2 x 2": Case((2, 2), (Replicate(), Shard(0))),
+    "TP on 2, column-wise": Case((2,), (Shard(0),), stacks=(Shard(2),), rest=(Replicate(),)),
+    "TP on 2, row-wise": Case((2,), (Shard(1),), stacks=(Shard(2),), rest=(Replicate(),)),
+    "FSDP2 x TP 2 x 2, column-wise": Case(
+        (2, 2), (_StridedShard(0, split_factor=2), Shard(0)), stacks=(Shard(0), Shard(1)), rest=(Shard(0), Replicate())
+    ),
+    "FSDP2 x TP 2 x 2, row-wise": Case(
+        (2, 2), (Shard(0), Shard(1)), stacks=(Shard(0), Shard(2)), rest=(Shard(0), Replicate())
+    ),
+    "replicated on 2": Case((2,), (Replicate(),)),
+}
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that is placed like another one."""
+    if not isinstance(like, DTensor):
+        return whole.clone()
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
+    for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
+        whole = whole.narrow(dim, min(start, whole.shape[dim]), size)
+    return whole.clone()
+
+
+def place(whole: Tensor, mesh: Any, placements: tuple[Any, ...]) -> DTensor:
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
+    part = whole
+    for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
+        part = part.narrow(dim, min(start, part.shape[dim]), size)
+    part = part.clone()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def groups_of(parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """A group for each matrix with settings of its own, one for the rest."""
+    kinds = {**MATRICES, **STACKS}
+    groups = [{"params": [(name, parameters[name])], "name": name, **settings} for name, (_, settings) in kinds.items()]
+    rest = [(name, parameters[name]) for name in ADAMW]
+    return [*groups, {"params": rest, "name": "rest", "algorithm": "adamw"}]
+
+
+def whole_tensors(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {**{name: shape for name, (shape, _) in {**MATRICES, **STACKS}.items()}, **ADAMW}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def sharded(case: Case) -> dict[str, nn.Parameter]:
+    names = ("first", "second")[: len(case.mesh)]
+    mesh = init_device_mesh("cpu", case.mesh, mesh_dim_names=names)
+    placements = {
+        **dict.fromkeys(MATRICES, case.placements),
+        **dict.fromkeys(STACKS, case.stacks or case.placements),
+        **dict.fromkeys(ADAMW, case.rest or case.placements),
+    }
+    return {
+        name: nn.Parameter(place(0.1 * whole, mesh, placements[name])) for name, whole in whole_tensors(seed=0).items()
+    }
+
+
+def train_and_compare(parameters: dict[str, nn.Parameter], **settings: Any) -> None:
+    """Step both, comparing at every step, and the weights at the end."""
+    alone = {name: nn.Parameter(0.1 * whole) for name, whole in whole_tensors(seed=0).items()}
+    common = {"lr": 0.02, "weight_decay": 0.1, "orthonormalize_dtype": "float32"}
+    optimizer = Dion2(groups_of(parameters), **common, **settings)
+    reference = Dion2(groups_of(alone), **common)
+    for step in range(STEPS):
+        for name, gradient in whole_tensors(seed=100 + step).items():
+            alone[name].grad = gradient
+            parameter = parameters[name]
+            if isinstance(parameter, DTensor):
+                parameter.grad = place(gradient, parameter.device_mesh, parameter.placements)
+            else:
+                parameter.grad = gradient.clone()
+        optimizer.step()
+        reference.step()
+        for name in {**MATRICES, **STACKS}:
+            compare_step(name, parameters[name], optimizer, alone[name], reference)
+    for name, parameter in parameters.items():
+        expected = part_of(alone[name].detach(), parameter)
+        found = parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+        assert torch.linalg.norm(found - expected) <= 1e-5 * torch.linalg.norm(expected), name
+
+
+def compare_step(name: str, parameter: Tensor, optimizer: Dion2, whole: Tensor, reference: Dion2) -> None:
+    selection, expected = optimizer.selection_of(parameter), reference.selection_of(whole)
+    indices = selection.indices
+    # Where ranks hold different experts, the indices are spread like them.
+    indices = indices.full_tensor() if isinstance(indices, DTensor) else indices
+    assert selection.axis == expected.axis, name
+    assert torch.equal(indices, expected.indices), name
+    momentum = optimizer.state[parameter]["momentum"]
+    assert type(momentum) is type(parameter.data)
+    held = momentum.to_local() if isinstance(momentum, DTensor) else momentum
+    assert torch.equal(held, part_of(reference.state[whole]["momentum"], parameter)), name
+
+
+def check_sharded(case: Case) -> None:
+    train_and_compare(sharded(case))
+
+
+def check_replicated(share_replicas: bool | None) -> None:
+    parameters = {name: nn.Parameter(0.1 * whole) for name, whole in whole_tensors(seed=0).items()}
+    train_and_compare(parameters, process_group=dist.group.WORLD, share_replicas=share_replicas)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layout(name: str) -> None:
+    case = CASES[name]
+    run_on_ranks(functools.reduce(lambda a, b: a * b, case.mesh), check_sharded, case)
+
+
+@pytest.mark.parametrize("share_replicas", [True, False, None])
+def test_ddp(share_replicas: bool | None) -> None:
+    run_on_ranks(2, check_replicated, share_replicas)
+
+
+def test_ddp_on_three_ranks() -> None:
+    run_on_ranks(3, check_replicated, True)

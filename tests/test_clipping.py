@@ -1,0 +1,52 @@
+"""Clipping on one process against torch's own; across meshes in tests/distributed/test_clipping.py."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dion2_lightning import clip_grad_norm_
+
+
+def with_gradients() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(3, 3))
+    for parameter in list(model.parameters())[:4]:
+        parameter.grad = torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
+def test_equals_torch(max_norm, norm_type):
+    ours, theirs = with_gradients(), with_gradients()
+    norm = clip_grad_norm_(ours.parameters(), max_norm, norm_type)
+    expected = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm, norm_type)
+    torch.testing.assert_close(norm, expected)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_one_parameter_several_dtypes_and_none():
+    parameter = nn.Parameter(torch.ones(4))
+    parameter.grad = torch.full((4,), 2.0)
+    half = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    half.grad = torch.full((4,), 2.0, dtype=torch.bfloat16)
+    assert clip_grad_norm_(parameter, 1.0) == 4.0
+    torch.testing.assert_close(parameter.grad, torch.full((4,), 0.5))
+    assert clip_grad_norm_([parameter, half], 100.0) == pytest.approx(17**0.5)
+    assert clip_grad_norm_([], 1.0) == 0.0
+    assert clip_grad_norm_([nn.Parameter(torch.ones(2))], 1.0) == 0.0
+
+
+def test_bad_input():
+    model = with_gradients()
+    with pytest.raises(ValueError, match=r"max_norm must be at least 0, got -1\.0"):
+        clip_grad_norm_(model.parameters(), -1.0)
+    model[0].bias.grad[0] = float("nan")
+    before = copy.deepcopy([parameter.grad for parameter in model.parameters()])
+    with pytest.raises(RuntimeError, match="the norm of the gradients is nan, so nothing was clipped"):
+        clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+    for parameter, gradient in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, equal_nan=True, rtol=0, atol=0)
