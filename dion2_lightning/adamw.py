@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
-from dion2_lightning.layout import alike, local
+from dion2_lightning.layout import alike, local, local_gradient
 
 
 def adamw_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ def adamw_update(
         weights = [local(parameter) for parameter in bucket]
         adamw(
             weights,
-            [local(parameter.grad) for parameter in bucket if parameter.grad is not None],
+            [gradient for gradient in map(local_gradient, bucket) if gradient is not None],
             [local(states[parameter]["exp_avg"]) for parameter in bucket],
             [local(states[parameter]["exp_avg_sq"]) for parameter in bucket],
             [],

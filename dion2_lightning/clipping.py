@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dion2_lightning.layout import alike, local
+from dion2_lightning.layout import alike, local, local_gradient
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def clip_grad_norm_(
         The norm before clipping, 0-d, the same on every rank.
 
     Raises:
-        ValueError: ``max_norm`` is negative, or a gradient is not summed up over its mesh yet.
+        ValueError: ``max_norm`` is negative.
         RuntimeError: The norm is not finite, where ``error_if_nonfinite`` asks for the check.
     """
     if not max_norm >= 0:
@@ -56,6 +56,7 @@ def clip_grad_norm_(
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"the norm of the gradients is {norm.item()}, so nothing was clipped; look for NaN or Inf")
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # Scaled as they are: parts that are still to be summed up scale like their sum.
     gradients = [local(parameter.grad) for parameter in everything if parameter.grad is not None]
     for its_device, members in alike(gradients, lambda gradient: gradient.device).items():
         torch._foreach_mul_(members, factor.to(its_device))
@@ -64,22 +65,16 @@ def clip_grad_norm_(
 
 def _sharding(parameter: Any) -> tuple[Any, tuple[int, ...]]:
     """The mesh over which a parameter is spread, and along which of its dimensions; (None, ()) for a plain one."""
-    placed = parameter if parameter.grad is None else parameter.grad
-    placements = getattr(placed, "placements", ())
-    if any(placement.is_partial() for placement in placements):
-        raise ValueError(
-            f"a gradient of shape {tuple(parameter.shape)} is placed as {tuple(placements)}: sum it up with "
-            "redistribute() before clipping"
-        )
+    placements = getattr(parameter, "placements", ())
     dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
-    return (placed.device_mesh, dims) if dims else (None, ())
+    return (parameter.device_mesh, dims) if dims else (None, ())
 
 
 def _power_sum(parameters: list[Tensor], sharding: tuple[Any, tuple[int, ...]], norm_type: float) -> Tensor:
     """The sum of |g|^p over all entries on all ranks of the mesh, or the largest |g|; 0-d, float64."""
     mesh, dims = sharding
-    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    held = [gradient for gradient in gradients if gradient.numel()]
+    gradients = [local_gradient(parameter) for parameter in parameters]
+    held = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
     norms = torch._foreach_norm(held, norm_type) if held else ()
     powers = [norm.double() if norm_type == torch.inf else norm.double() ** norm_type for norm in norms]
     zero = torch.zeros((), dtype=torch.float64, device=parameters[0].device)

@@ -20,8 +20,9 @@ from dion2_lightning.layout import Span, alike
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-FINGERPRINT_BITS: Final = 20
-"""The sum of the squares of numbers this long, over thousands of ranks, is exact in float64."""
+PIECE_BITS: Final = 16
+PIECES: Final = 2
+"""A fingerprint travels in pieces so short that sums of their squares over thousands of ranks are exact in float64."""
 
 
 def orthonormalization_cost(k: int, m: int) -> int:
@@ -64,11 +65,18 @@ def on_any_rank(
     return result
 
 
+def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Bring integer tensors to the host, all in one synchronisation with their device."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 class Totals:
     """Numbers that every rank of a group contributes to, summed up in one all-reduce.
 
-    The buffer is float64: a header with the fingerprint of the rank's settings, a flag for each parameter that says
-    whether this rank has its gradient, and the sums of |M| over the part of each matrix that this rank holds.
+    The buffer is float64: a header with the fingerprint of the rank's settings and a flag for each parameter that says
+    whether this rank has its gradient, then the sums of |M| over the part of each matrix that this rank holds.
     """
 
     def __init__(
@@ -88,41 +96,54 @@ class Totals:
             sums: Of any shape, float64.
             device: Where the group communicates.
         """
-        self._group, self._has_gradient, self._shapes = group, has_gradient, [each.shape for each in sums]
-        low, high = fingerprint % 2**FINGERPRINT_BITS, (fingerprint >> FINGERPRINT_BITS) % 2**FINGERPRINT_BITS
-        header = torch.tensor([low, low**2, high, high**2, *map(float, has_gradient)], dtype=torch.float64)
+        self._group, self._shapes = group, [each.shape for each in sums]
+        pieces = [(fingerprint >> (part * PIECE_BITS)) % 2**PIECE_BITS for part in range(PIECES)]
+        header = [*pieces, *(piece**2 for piece in pieces), *has_gradient]
         self._header_size = len(header)
-        self._buffer = torch.cat([header.to(device, non_blocking=True), *(each.flatten() for each in sums)])
+        start = torch.tensor(header, dtype=torch.float64).to(device, non_blocking=True)
+        self._buffer = torch.cat([start, *(each.flatten() for each in sums)])
         self._work = dist.all_reduce(self._buffer, group=group, async_op=True)
 
-    def wait(self, read: bool) -> tuple[list[bool], list[Tensor]]:
-        """Return whether any rank has each gradient, and the sums over all ranks, rounded to float32.
+    def wait(self) -> tuple[Tensor, list[Tensor]]:
+        """Return the header, int64, and the sums over all ranks, rounded to float32; the host does not wait.
 
-        Rounded, they do not depend on the order of summing, so every rank and every layout sees the same numbers.
-
-        Args:
-            read: Whether the host may wait for the device. If not, it waits only where this rank lacks a gradient;
-                where it has one, some rank has one.
-
-        Raises:
-            RuntimeError: The ranks' fingerprints differ; on every rank that reads.
+        Rounded, sums do not depend on their order, so every rank and every layout sees the same numbers.
         """
         assert self._work is not None
         self._work.wait()
+        header = self._buffer.narrow(0, 0, self._header_size)
         rest = self._buffer.narrow(0, self._header_size, len(self._buffer) - self._header_size).float()
         parts = torch.split(rest, [shape.numel() for shape in self._shapes])
-        sums = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-        if not read and all(self._has_gradient) and self._buffer.device.type != "cpu":
-            return [True] * len(self._has_gradient), sums
-        low, low_squares, high, high_squares, *counts = self._buffer.narrow(0, 0, self._header_size).tolist()
-        ranks = self._group.size()
+        return header.long(), [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def gradients_anywhere(self, header: Tensor) -> list[bool]:
+        """Return for each parameter whether any rank has its gradient.
+
+        Args:
+            header: As :meth:`wait` returned it, on the host.
+
+        Raises:
+            RuntimeError: The ranks' fingerprints differ.
+        """
+        if not bool(self._agree(header)):
+            raise RuntimeError(self._disagreement)
+        return [count > 0 for count in header[2 * PIECES :].tolist()]
+
+    def assert_agreement(self, header: Tensor) -> None:
+        """Fail on the device, later, where the ranks' fingerprints differ: without a host that waits."""
+        torch._assert_async(self._agree(header), self._disagreement)
+
+    def _agree(self, header: Tensor) -> Tensor:
         # Equality in Cauchy and Schwarz's inequality: all ranks said the same.
-        if (int(low) ** 2, int(high) ** 2) != (ranks * int(low_squares), ranks * int(high_squares)):
-            raise RuntimeError(
-                f"ranks {dist.get_process_group_ranks(self._group)} share matrices but disagree about their settings "
-                "(lr, fraction, momentum, weight_decay, ...) or their order; give all ranks the same groups"
-            )
-        return [count > 0 for count in counts], sums
+        totals, squares = header.narrow(0, 0, PIECES), header.narrow(0, PIECES, PIECES)
+        return (totals * totals == squares * self._group.size()).all()
+
+    @property
+    def _disagreement(self) -> str:
+        return (
+            f"ranks {dist.get_process_group_ranks(self._group)} share matrices but disagree about their settings (lr, "
+            "fraction, momentum, weight_decay, ...) or their order; give all ranks the same groups"
+        )
 
 
 @dataclass(frozen=True)
@@ -160,9 +181,12 @@ class Transfer:
 class Exchange:
     """The way of submatrices to their owners and back: an all-to-all each."""
 
-    def __init__(self, group: "ProcessGroup", transfers: Sequence[Transfer]) -> None:
+    def __init__(
+        self, group: "ProcessGroup", transfers: Sequence[Transfer], dtype: torch.dtype, device: torch.device
+    ) -> None:
         """Plan: everyone's sizes follow from the transfers, which are the same on every rank."""
         self._group, self._transfers = group, transfers
+        self._nothing = torch.empty(0, dtype=dtype, device=device)
         self._rank, ranks = dist.get_rank(group), range(group.size())
         self._by_owner = [[index for index, each in enumerate(transfers) if each.owner == rank] for rank in ranks]
         self.owned = self._by_owner[self._rank]
@@ -176,12 +200,12 @@ class Exchange:
             parts: One for each transfer, all of one dtype.
         """
         ordered = [parts[index].reshape(-1) for owned in self._by_owner for index in owned]
-        self._start(torch.cat(ordered), self._from_ranks, self._to_owners)
+        self._start(torch.cat([self._nothing, *ordered]), self._from_ranks, self._to_owners)
 
     def receive(self) -> list[Tensor]:
         """Return the whole submatrices that this rank owns, in the order of ``owned``."""
         by_rank = torch.split(self._finish(), self._from_ranks)
-        submatrices = [by_rank[0].new_empty(self._transfers[index].shape) for index in self.owned]
+        submatrices = [self._nothing.new_empty(self._transfers[index].shape) for index in self.owned]
         for rank, received in enumerate(by_rank):
             pieces = torch.split(received, [self._transfers[index].size_on(rank) for index in self.owned])
             for index, submatrix, piece in zip(self.owned, submatrices, pieces, strict=True):
@@ -196,12 +220,11 @@ class Exchange:
             for rank in range(self._group.size())
             for index, result in zip(self.owned, results, strict=True)
         ]
-        sent = torch.cat(ordered) if ordered else self._output.new_empty(0)
-        self._start(sent, self._to_owners, self._from_ranks)
+        self._start(torch.cat([self._nothing, *ordered]), self._to_owners, self._from_ranks)
 
     def receive_back(self) -> list[Tensor]:
         """Return this rank's part of every orthonormalized submatrix, in the order of the transfers."""
-        parts: list[Tensor] = [self._output] * len(self._transfers)
+        parts = [self._nothing] * len(self._transfers)
         for owned, received in zip(self._by_owner, torch.split(self._finish(), self._to_owners), strict=True):
             pieces = torch.split(received, [self._transfers[index].size_on(self._rank) for index in owned])
             for index, piece in zip(owned, pieces, strict=True):

@@ -133,6 +133,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def local_gradient(parameter: Any) -> Tensor | None:
+    """Return this rank's part of a parameter's gradient, placed like the parameter; None where there is none.
+
+    Under TP the gradient of a replicated parameter may come as parts that are still to be summed up. They are, here,
+    by a collective, as in any operation of a DTensor with it.
+    """
+    gradient = parameter.grad
+    if gradient is not None and is_dtensor(parameter) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
+    return None if gradient is None else local(gradient)
+
+
 def placed_like_stack(rows: Tensor, parameter: Any, count: int) -> Tensor:
     """Place one row for each matrix of a stack like the matrices: a DTensor where ranks hold different ones."""
     dims = [dim for dim, placement in enumerate(getattr(parameter, "placements", ())) if _counts_matrices(placement)]

@@ -15,7 +15,7 @@ from dion2_lightning.adamw import adamw_state, adamw_update
 from dion2_lightning.checkpoint import match_state_dict, restore_exactly
 from dion2_lightning.exchange import on_any_rank
 from dion2_lightning.groups import check_names, check_parameters, check_settings, parameter_names, plain_dtype
-from dion2_lightning.layout import local
+from dion2_lightning.layout import local_gradient
 from dion2_lightning.selection import Selection
 from dion2_lightning.sharing import update_matrices
 from dion2_lightning.update import MatrixUpdate
@@ -386,8 +386,8 @@ class Dion2(Optimizer):
 
 def _everywhere(parameter: Tensor, test: Callable[[Tensor], Tensor]) -> Tensor:
     """What a test says of every entry of a gradient, zero where there is none."""
-    gradient = torch.zeros((1,), device=parameter.device) if parameter.grad is None else local(parameter.grad)
-    return test(gradient)
+    gradient = local_gradient(parameter)
+    return test(torch.zeros((1,), device=parameter.device) if gradient is None else gradient)
 
 
 def _new_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:

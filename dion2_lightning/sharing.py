@@ -9,13 +9,21 @@ brings the results to everyone.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dion2_lightning.exchange import Exchange, Gathering, Totals, Transfer, assign_owners, orthonormalization_cost
+from dion2_lightning.exchange import (
+    Exchange,
+    Gathering,
+    Totals,
+    Transfer,
+    assign_owners,
+    orthonormalization_cost,
+    read_together,
+)
 from dion2_lightning.layout import Span, alike
 from dion2_lightning.selection import Selection, slice_sums
 from dion2_lightning.update import (
@@ -32,8 +40,6 @@ from dion2_lightning.update import (
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-T = TypeVar("T")
 
 FLOPS_PER_BYTE: Final = 4000
 """A replicated matrix is worth sharing from here on: what a GPU multiplies in the time a byte takes between nodes."""
@@ -65,20 +71,30 @@ def update_matrices(
         part.start()
     selections = dion2_update([update for update in alone if update.gradient is not None], custom)
     for part in parts:
+        part.select()
+    if any(part.must_read for part in parts):
+        on_host = iter(read_together([tensor for part in parts for tensor in part.unread]))
+        for part in parts:
+            part.read(*(next(on_host) for _ in part.unread))
+    else:
+        for part in parts:
+            part.skip_reading()
+    for part in parts:
         part.send()
     meanwhile()
     for part in parts:
         part.send_back()
     for part in parts:
-        selections.update(part.finish())
+        part.finish()
+        selections.update(part.selections())
     return selections
 
 
 def _is_shared(update: MatrixUpdate, share_replicas: bool | None) -> bool:
-    if update.layout.group is None:
-        return False
-    if not update.layout.replicated or share_replicas is not None:
-        return share_replicas is not False or not update.layout.replicated
+    if update.layout.group is None or not update.layout.replicated:
+        return update.layout.group is not None
+    if share_replicas is not None:
+        return share_replicas
     received = update.k * update.entries * update.dtype.itemsize
     return orthonormalization_cost(update.k, update.entries) >= FLOPS_PER_BYTE * received
 
@@ -93,62 +109,98 @@ def _by_group(
         yield (SharedReplicas if members[0].layout.replicated else SharedByParts)(group, members, custom)
 
 
-class SharedByParts:
-    """Matrices of which every rank of a group holds a rectangle."""
+class _Shared:
+    """What both ways have in common: numbers that all ranks contribute to, and the host's one look at them.
 
-    def __init__(self, group: "ProcessGroup", updates: list[MatrixUpdate], custom: Orthonormalize | None) -> None:
-        """Take updates that travel together."""
-        self._group, self._updates, self._custom = group, updates, custom
-
-    def start(self) -> None:
-        """M <- M + G; the sums over this rank's part of every slice go on their way."""
-        accumulate(self._updates)
-        self._totals = _send_totals(self._group, self._updates, [_partial_sums(update) for update in self._updates])
-
-    def send(self) -> None:
-        """K from the global norms; this rank's part of every S goes to its owner; M[K] <- mu M[K]."""
-        reads_indices = any(_is_split(update) for update in self._updates)
-        present, norms = self._totals.wait(read=reads_indices)
-        self._updates, norms = _only(present, self._updates), _only(present, norms)
-        self._selected = _select(self._updates, norms)
-        self._pieces = _pieces(self._updates, self._selected, dist.get_rank(self._group))
-        owners = assign_owners(tuple(piece.cost for piece in self._pieces), self._group.size())
-        transfers = [piece.transfer(owner) for piece, owner in zip(self._pieces, owners, strict=True)]
-        self._exchange = Exchange(self._group, transfers)
-        self._exchange.send([take(piece.momentum, piece.indices, piece.update) for piece in self._pieces])
-
-    def send_back(self) -> None:
-        """O of the submatrices that this rank owns; every rank's part goes back to it."""
-        self._exchange.send_back(_orthonormal(self._exchange.receive(), self._custom))
-        shrink(self._updates)
-
-    def finish(self) -> dict[Tensor, Selection]:
-        """X[K] <- X[K] - lr scale O, this rank's part of it."""
-        for piece, part in zip(self._pieces, self._exchange.receive_back(), strict=True):
-            apply(piece.weight, piece.indices, part.view(1, *part.shape), piece.update)
-        return {u.parameter: u.selection(indices) for u, indices in zip(self._updates, self._selected, strict=True)}
-
-
-class SharedReplicas:
-    """Matrices that every rank of a group holds whole."""
+    Attributes:
+        unread: What the host would know: the header, and the selections that decide who sends how much.
+        must_read: Whether it has to wait for that: where ranks hold different slices, and where this rank lacks a
+            gradient that another may have. On a CPU it costs nothing.
+    """
 
     def __init__(self, group: "ProcessGroup", updates: list[MatrixUpdate], custom: Orthonormalize | None) -> None:
         """Take updates that travel together."""
         self._group, self._updates, self._custom = group, updates, custom
         self._dtype, self._device = updates[0].dtype, updates[0].momentum.device
+        self._has_gradient = [update.gradient is not None for update in updates]
 
     def start(self) -> None:
-        """M <- M + G; which gradients there are goes on its way."""
+        """M <- M + G; this rank's numbers go on their way."""
         accumulate(self._updates)
-        self._totals = _send_totals(self._group, self._updates, [])
+        fingerprint = hash(tuple(update.fingerprint() for update in self._updates))
+        self._totals = Totals(self._group, fingerprint, self._has_gradient, self._partial_sums(), self._device)
+
+    def select(self) -> None:
+        """K, the same on every rank."""
+        header, sums = self._totals.wait()
+        self._selected = _select(self._updates, self._norms(sums))
+        self._on_host: dict[MatrixUpdate, Tensor] = {}
+        self._split = [update for update in self._updates if _is_split(update)]
+        self.unread = [header, *(self._selected[update] for update in self._split)]
+        self.must_read = bool(self._split) or not all(self._has_gradient) or self._device.type == "cpu"
+
+    def read(self, header: Tensor, *indices: Tensor) -> None:
+        """Take ``unread`` on the host; leave out what has no gradient on any rank."""
+        present = self._totals.gradients_anywhere(header)
+        self._updates = [update for update, is_present in zip(self._updates, present, strict=True) if is_present]
+        self._on_host = dict(zip(self._split, indices, strict=True))
+
+    def skip_reading(self) -> None:
+        """Go on without the host; where the ranks disagree, the device will say so."""
+        self._totals.assert_agreement(self.unread[0])
+
+    def selections(self) -> dict[Tensor, Selection]:
+        """What was selected, by parameter."""
+        return {update.parameter: update.selection(self._selected[update]) for update in self._updates}
+
+    def _partial_sums(self) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _norms(self, sums: list[Tensor]) -> list[Tensor]:
+        raise NotImplementedError
+
+
+class SharedByParts(_Shared):
+    """Matrices of which every rank of a group holds a rectangle."""
 
     def send(self) -> None:
-        """K and S on every rank alike, M[K] <- mu M[K]; O of what this rank owns goes to all others."""
-        present, _ = self._totals.wait(read=False)
-        self._updates = _only(present, self._updates)
-        self._selected = _select(self._updates, [slice_sums(update.momentum).float() for update in self._updates])
-        taken = [take(u.momentum, indices, u) for u, indices in zip(self._updates, self._selected, strict=True)]
-        submatrices = [submatrix for stack in taken for submatrix in stack.unbind()]
+        """This rank's part of every S goes to its owner; M[K] <- mu M[K]."""
+        rank = dist.get_rank(self._group)
+        self._pieces = [
+            piece
+            for update in self._updates
+            for piece in _pieces(update, self._selected[update], self._on_host.get(update), rank)
+        ]
+        owners = assign_owners(tuple(piece.cost for piece in self._pieces), self._group.size())
+        transfers = [piece.transfer(owner) for piece, owner in zip(self._pieces, owners, strict=True)]
+        self._exchange = Exchange(self._group, transfers, self._dtype, self._device)
+        self._exchange.send([take(piece.momentum, piece.indices, piece.update) for piece in self._pieces])
+
+    def send_back(self) -> None:
+        """O of the submatrices that this rank owns; every rank's part goes back to it. X <- (1 - lr weight_decay) X."""
+        self._exchange.send_back(_orthonormal(self._exchange.receive(), self._custom))
+        shrink(self._updates)
+
+    def finish(self) -> None:
+        """X[K] <- X[K] - lr scale O, this rank's part of it."""
+        for piece, part in zip(self._pieces, self._exchange.receive_back(), strict=True):
+            apply(piece.weight, piece.indices, part.view(1, *part.shape), piece.update)
+
+    def _partial_sums(self) -> list[Tensor]:
+        rank = dist.get_rank(self._group)
+        return [_spread(slice_sums(update.momentum), update.spans[rank][0], update.slices) for update in self._updates]
+
+    def _norms(self, sums: list[Tensor]) -> list[Tensor]:
+        return sums
+
+
+class SharedReplicas(_Shared):
+    """Matrices that every rank of a group holds whole."""
+
+    def send(self) -> None:
+        """S on every rank alike, M[K] <- mu M[K]; O of what this rank owns goes to all others."""
+        stacks = [take(update.momentum, self._selected[update], update) for update in self._updates]
+        submatrices = [submatrix for stack in stacks for submatrix in stack.unbind()]
         shapes = [(submatrix.shape[0], submatrix.shape[1]) for submatrix in submatrices]
         owners = assign_owners(tuple(orthonormalization_cost(*shape) for shape in shapes), self._group.size())
         transfers = list(zip(owners, shapes, strict=True))
@@ -159,13 +211,18 @@ class SharedReplicas:
         """X <- (1 - lr weight_decay) X, while results are on their way."""
         shrink(self._updates)
 
-    def finish(self) -> dict[Tensor, Selection]:
+    def finish(self) -> None:
         """X[K] <- X[K] - lr scale O, the same on every rank."""
         results = iter(self._gathering.receive())
-        for update, indices in zip(self._updates, self._selected, strict=True):
-            orthonormal = torch.stack([next(results) for _ in indices])
-            apply(update.weight, indices, orthonormal, update)
-        return {u.parameter: u.selection(indices) for u, indices in zip(self._updates, self._selected, strict=True)}
+        for update in self._updates:
+            indices = self._selected[update]
+            apply(update.weight, indices, torch.stack([next(results) for _ in range(len(indices))]), update)
+
+    def _partial_sums(self) -> list[Tensor]:
+        return []
+
+    def _norms(self, sums: list[Tensor]) -> list[Tensor]:
+        return [slice_sums(update.momentum).float() for update in self._updates]
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,21 +258,16 @@ class _Piece:
         return Transfer(owner, (self.update.k, self.update.entries), self.rows, columns)
 
 
-def _pieces(updates: Sequence[MatrixUpdate], selected: Sequence[Tensor], rank: int) -> list[_Piece]:
-    """This rank's part of every matrix; the host learns the selection of all matrices at once, if it must at all."""
-    on_host = iter(_read([indices for update, indices in zip(updates, selected, strict=True) if _is_split(update)]))
-    pieces = []
-    for update, indices in zip(updates, selected, strict=True):
-        first_slice = update.spans[rank][0][0]
-        if _is_split(update):
-            rows_by_matrix = _rows_by_rank(update, next(on_host))
-        else:
-            rows_by_matrix = [tuple((0, update.k) for _ in update.spans)] * len(indices)
-        for matrix, rows in enumerate(rows_by_matrix):
-            start, stop = rows[rank]
-            held = indices.narrow(0, matrix, 1).narrow(1, start, stop - start)
-            pieces.append(_Piece(update, matrix, rows, held - first_slice))
-    return pieces
+def _pieces(update: MatrixUpdate, selected: Tensor, on_host: Tensor | None, rank: int) -> Iterator[_Piece]:
+    """This rank's part of each of a parameter's matrices; a split selection (count, k) is on the host too."""
+    first_slice = update.spans[rank][0][0]
+    rows_of = [tuple((0, update.k) for _ in update.spans)] * len(selected)
+    if on_host is not None:
+        rows_of = _rows_by_rank(update, on_host)
+    for matrix, rows in enumerate(rows_of):
+        start, stop = rows[rank]
+        held = selected.narrow(0, matrix, 1).narrow(1, start, stop - start)
+        yield _Piece(update, matrix, rows, held - first_slice)
 
 
 def _is_split(update: MatrixUpdate) -> bool:
@@ -223,45 +275,29 @@ def _is_split(update: MatrixUpdate) -> bool:
     return any(slices != (0, update.slices) for slices, _ in update.spans)
 
 
-def _read(selected: Sequence[Tensor]) -> list[Tensor]:
-    """Bring indices to the host, in one synchronisation."""
-    if not selected:
-        return []
-    flat = torch.cat([indices.flatten() for indices in selected]).cpu()
-    parts = torch.split(flat, [indices.numel() for indices in selected])
-    return [part.view(indices.shape) for part, indices in zip(parts, selected, strict=True)]
-
-
 def _rows_by_rank(update: MatrixUpdate, indices: Tensor) -> list[tuple[Span, ...]]:
-    """For every matrix and rank, where its slices begin and end among the selected ones, (count, k) on the host."""
+    """For every matrix and rank, where its slices begin and end among the sorted selected ones."""
     edges = torch.tensor([edge for slices, _ in update.spans for edge in slices])
     positions = torch.searchsorted(indices, edges.expand(len(indices), -1).contiguous()).tolist()
     return [tuple(zip(each[0::2], each[1::2], strict=True)) for each in positions]
 
 
-def _partial_sums(update: MatrixUpdate) -> Tensor:
-    """The sums over this rank's part of every slice, (count, n), zero where it holds none."""
-    assert update.layout.group is not None
-    (start, stop), _ = update.spans[dist.get_rank(update.layout.group)]
-    sums = slice_sums(update.momentum)
-    whole = sums.new_zeros(len(sums), update.slices)
+def _spread(sums: Tensor, held: Span, slices: int) -> Tensor:
+    """Put the sums over the slices that this rank holds in their place among all, (count, n); zero elsewhere."""
+    start, stop = held
+    whole = sums.new_zeros(len(sums), slices)
     whole.narrow(1, start, stop - start).copy_(sums)
     return whole
 
 
-def _send_totals(group: "ProcessGroup", updates: Sequence[MatrixUpdate], sums: Sequence[Tensor]) -> Totals:
-    fingerprint = hash(tuple(update.fingerprint() for update in updates))
-    flags = [update.gradient is not None for update in updates]
-    return Totals(group, fingerprint, flags, sums, updates[0].momentum.device)
-
-
-def _select(updates: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> list[Tensor]:
+def _select(updates: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> dict[MatrixUpdate, Tensor]:
     """K for every update, those of one (n, k) together."""
-    selected: dict[int, Tensor] = {}
-    for positions in alike(range(len(updates)), lambda i: (updates[i].slices, updates[i].k)).values():
-        batch = [updates[position] for position in positions]
-        selected.update(zip(positions, select(batch, [norms[position] for position in positions]), strict=True))
-    return [selected[position] for position in range(len(updates))]
+    selected: dict[MatrixUpdate, Tensor] = {}
+    pairs = zip(updates, norms, strict=True)
+    for batch in alike(pairs, lambda pair: (pair[0].slices, pair[0].k)).values():
+        its_updates, its_norms = zip(*batch, strict=True)
+        selected.update(zip(its_updates, select(its_updates, its_norms), strict=True))
+    return selected
 
 
 def _orthonormal(submatrices: Sequence[Tensor], custom: Orthonormalize | None) -> list[Tensor]:
@@ -271,7 +307,3 @@ def _orthonormal(submatrices: Sequence[Tensor], custom: Orthonormalize | None) -
         stack = torch.stack([submatrices[position] for position in positions])
         results.update(zip(positions, orthonormal_of([stack], custom).unbind(), strict=True))
     return [results[position] for position in range(len(submatrices))]
-
-
-def _only(present: Sequence[bool], things: Sequence[T]) -> list[T]:
-    return [thing for thing, is_present in zip(things, present, strict=True) if is_present]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from dion2_lightning.layout import Layout, Matrices, Span, alike, layout_of, local, placed_like_stack
+from dion2_lightning.layout import Layout, Matrices, Span, alike, layout_of, local, local_gradient, placed_like_stack
 from dion2_lightning.orthonormalize import orthonormalize, working_dtype
 from dion2_lightning.scaling import update_scale
 from dion2_lightning.selection import Selection, add_, decay_, gather, largest, selected_count, slice_sums
@@ -90,13 +90,13 @@ class MatrixUpdate:
         k = selected_count(slices, group["fraction"])
         scale = update_scale(matrices.shape, slices, k, group["adjust_lr_fn"], group["scale_lr_by_fraction"])
         asked = group["orthonormalize_dtype"]
-        gradient = parameter.grad
+        gradient = local_gradient(parameter)
         return cls(
             parameter=parameter,
             matrices=matrices,
             layout=layout_of(parameter, what, batched=group["batched"], process_group=process_group),
             weight=matrices.slices(local(parameter), axis),
-            gradient=None if gradient is None else matrices.slices(local(gradient), axis),
+            gradient=None if gradient is None else matrices.slices(gradient, axis),
             momentum=matrices.slices(local(momentum), axis),
             axis=axis,
             k=k,
@@ -191,7 +191,9 @@ def orthonormal_of(submatrices: Sequence[Tensor], custom: Orthonormalize | None)
 
 def shrink(updates: Sequence[MatrixUpdate]) -> None:
     """X <- (1 - lr weight_decay) X."""
-    torch._foreach_mul_([update.weight for update in updates], [update.shrink for update in updates])
+    decaying = [update for update in updates if update.shrink != 1.0]
+    if decaying:
+        torch._foreach_mul_([update.weight for update in decaying], [update.shrink for update in decaying])
 
 
 def apply(weight: Tensor, indices: Tensor, orthonormal: Tensor, update: MatrixUpdate) -> None:

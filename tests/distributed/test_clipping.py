@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dion2_lightning import clip_grad_norm_
@@ -32,11 +32,18 @@ def check_mixed_meshes() -> None:
             zeros = torch.zeros(7, 5) if its_mesh is None else place(torch.zeros(7, 5), its_mesh, placements)
             parts.append(nn.Parameter(zeros))
             parts[-1].grad = value.clone() if its_mesh is None else place(value, its_mesh, placements)
+        summed = torch.randn(7, 5, generator=generator)  # comes as two parts that are still to be summed up
+        whole.append(nn.Parameter(torch.zeros(7, 5)))
+        whole[-1].grad = summed
+        parts.append(nn.Parameter(place(torch.zeros(7, 5), mesh["tensor"], (Replicate(),))))
+        parts[-1].grad = DTensor.from_local(summed / 2, mesh["tensor"], (Partial(),), run_check=False)
         expected = nn.utils.clip_grad_norm_(whole, 0.7, norm_type)
         norm = clip_grad_norm_(parts, 0.7, norm_type)
         torch.testing.assert_close(norm, expected)
         for a, b in zip(whole, parts, strict=True):
-            found = b.grad if b.grad.__class__ is torch.Tensor else b.grad.to_local()
+            found = b.grad
+            if isinstance(found, DTensor):
+                found = found.redistribute(placements=b.placements).to_local()
             torch.testing.assert_close(found, part_of(a.grad, b))
 
 

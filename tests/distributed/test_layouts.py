@@ -4,7 +4,9 @@ Every rank also trains the whole model by itself, with plain parameters and no g
 selected indices bit for bit at every step, weights within 1e-5.
 """
 
-import functools
+import contextlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ from dion2_lightning import Dion2
 from tests.distributed.ranks import run_on_ranks
 
 STEPS = 20
-MATRICES = {
+MATRICES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "odd": ((37, 53), {}),
     "odd tall": ((53, 37), {}),
     "few rows": ((3, 64), {}),
@@ -35,7 +37,7 @@ MATRICES = {
     "row": ((1, 9), {}),
     "half": ((30, 40), {"fraction": 0.5, "lr": 0.05}),
 }
-STACKS = {
+STACKS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "experts": ((5, 12, 20), {"batched": True}),
     "experts stored (in, out)": ((4, 12, 20), {"batched": True, "transposed": True}),
 }
@@ -162,16 +164,27 @@ def check_replicated(share_replicas: bool | None) -> None:
     train_and_compare(parameters, process_group=dist.group.WORLD, share_replicas=share_replicas)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_layout(name: str) -> None:
-    case = CASES[name]
-    run_on_ranks(functools.reduce(lambda a, b: a * b, case.mesh), check_sharded, case)
+def check_all(ranks: int) -> None:
+    """Every layout that takes this many ranks, in one set of processes: starting some costs more than a case."""
+    for name, case in CASES.items():
+        if math.prod(case.mesh) == ranks:
+            with naming(name):
+                check_sharded(case)
+    for share_replicas in (True, False, None):
+        with naming(f"DDP on {ranks}, share_replicas={share_replicas}"):
+            check_replicated(share_replicas)
 
 
-@pytest.mark.parametrize("share_replicas", [True, False, None])
-def test_ddp(share_replicas: bool | None) -> None:
-    run_on_ranks(2, check_replicated, share_replicas)
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the name of a case into what it raises."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in the layout {name}")
+        raise
 
 
-def test_ddp_on_three_ranks() -> None:
-    run_on_ranks(3, check_replicated, True)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_layouts(ranks: int) -> None:
+    run_on_ranks(ranks, check_all, ranks, seconds=200)
