@@ -267,7 +267,7 @@ class Gathering:
             own = torch.cat([result.reshape(-1) for result in results])
             padded.narrow(0, 0, len(own)).copy_(own)
         self._sent, self._output = padded, padded.new_empty(len(padded) * len(sizes))
-        self._work = dist.all_gather_into_tensor(self._output, padded, group=self._group, async_op=True)
+        self._work = dist.all_gather_single(self._output, padded, group=self._group, async_op=True)
 
     def receive(self) -> list[Tensor]:
         """Return all submatrices, in the order of the transfers."""

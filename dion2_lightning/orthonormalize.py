@@ -27,7 +27,7 @@ GRAM_ASPECT: Final = 1.5
 """Five steps on (k, m) cost 20 k^2 m + 10 k^3 FLOPs as written, 4 k^2 m + 34 k^3 on the Gram matrix."""
 
 FEW: Final = 32
-"""Matrices with a shorter axis below this are never multiplied in bfloat16.
+"""Matrices with a shorter axis below this are never multiplied in bfloat16, only rounded to it.
 
 Its error grows as they shrink, from 1.5% of the polar factor at 48 x 192 to 5% of a single vector, and products this
 small are no faster in it.
@@ -44,14 +44,15 @@ def orthonormalize(submatrices: Tensor, dtype: torch.dtype | None = None) -> Ten
     Args:
         submatrices: Shape (batch, k, m). Wide is fastest, tall works. A batch that is contiguous in its transpose
             (``submatrices.mT``) is not copied, and the result comes back in the same memory order.
-        dtype: Precision of the products: ``torch.bfloat16`` (float32 still where an axis is shorter than :data:`FEW`),
-            ``torch.float32`` or ``torch.float64`` (default: None, by hardware: :func:`default_dtype`).
+        dtype: Precision of the products, to which the input is rounded: ``torch.bfloat16`` (products in float32 still
+            where an axis is shorter than :data:`FEW`), ``torch.float32`` or ``torch.float64`` (default: None, by
+            hardware: :func:`default_dtype`).
 
     Returns:
-        Shape (batch, k, m), in the precision of the products.
+        Shape (batch, k, m), of ``dtype``.
     """
     _, k, m = submatrices.shape
-    dtype = working_dtype(k, m, submatrices.device, dtype)
+    dtype = default_dtype(submatrices.device) if dtype is None else dtype
     if k > m:
         return orthonormalize(submatrices.mT, dtype).mT
     # Rounded before anything else, as it is on its way to another rank: every layout sees the same numbers.
@@ -59,21 +60,11 @@ def orthonormalize(submatrices: Tensor, dtype: torch.dtype | None = None) -> Ten
     # The norm in float64: squares of float32 entries under 1e-19 would vanish, over 1e19 overflow.
     norm = torch.linalg.vector_norm(rounded, dim=(-2, -1), keepdim=True, dtype=torch.float64) * SAFETY
     precise = torch.promote_types(dtype, torch.float32)
-    normalized = (rounded / norm.to(precise).clamp_min(torch.finfo(precise).tiny)).to(dtype)
-    return _gram_newton_schulz(normalized) if _gram_pays(normalized) else _newton_schulz(normalized)
-
-
-def working_dtype(k: int, m: int, device: torch.device, asked: torch.dtype | None) -> torch.dtype:
-    """Return the precision in which a (k, m) matrix is orthonormalized, and in which it travels between ranks.
-
-    Args:
-        k: Rows.
-        m: Columns.
-        device: Where.
-        asked: The user's choice; None leaves it to the hardware.
-    """
-    dtype = default_dtype(device) if asked is None else asked
-    return torch.float32 if dtype == torch.bfloat16 and min(k, m) < FEW else dtype
+    normalized = rounded / norm.to(precise).clamp_min(torch.finfo(precise).tiny)
+    if k >= FEW:
+        normalized = normalized.to(dtype)
+    iterate = _gram_newton_schulz if _gram_pays(normalized) else _newton_schulz
+    return iterate(normalized).to(dtype)
 
 
 def _newton_schulz(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.layout import Layout, Matrices, Span, alike, layout_of, local, local_gradient, placed_like_stack
-from dion2_lightning.orthonormalize import orthonormalize, working_dtype
+from dion2_lightning.orthonormalize import default_dtype, orthonormalize
 from dion2_lightning.scaling import update_scale
 from dion2_lightning.selection import Selection, add_, decay_, gather, largest, selected_count, slice_sums
 
@@ -86,7 +86,7 @@ class MatrixUpdate:
         """
         matrices = Matrices.of(parameter.shape, batched=group["batched"], transposed=group["transposed"])
         axis = matrices.selection_axis(group["select"])
-        slices, entries = matrices.shape[axis], matrices.shape[1 - axis]
+        slices = matrices.shape[axis]
         k = selected_count(slices, group["fraction"])
         scale = update_scale(matrices.shape, slices, k, group["adjust_lr_fn"], group["scale_lr_by_fraction"])
         asked = group["orthonormalize_dtype"]
@@ -103,7 +103,7 @@ class MatrixUpdate:
             momentum_factor=group["momentum"],
             step_size=group["lr"] * scale,
             shrink=1.0 - group["lr"] * group["weight_decay"],
-            dtype=working_dtype(k, entries, parameter.device, None if asked is None else getattr(torch, asked)),
+            dtype=default_dtype(parameter.device) if asked is None else getattr(torch, asked),
         )
 
     @property

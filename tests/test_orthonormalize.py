@@ -63,12 +63,14 @@ def test_same_polynomials_as_on_the_singular_values(shape, dtype, tolerance):
         assert torch.linalg.norm(its_result.double() - expected) / torch.linalg.norm(expected) < tolerance
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_few_slices_are_exact_in_every_precision(dtype):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-3), (torch.float32, 1e-5)])
+def test_few_slices_are_multiplied_in_float32(dtype, tolerance):
+    """In bfloat16 only input and output are rounded; its products would be off by up to 5%."""
     for k in (1, 6, FEW - 1):
-        matrix = torch.randn(1, k, 96, generator=torch.Generator().manual_seed(k))
-        result, expected = orthonormalize(matrix, dtype)[0].double(), polar(matrix[0])
-        assert torch.linalg.norm(result - expected) / torch.linalg.norm(expected) < 1e-5
+        matrix = torch.randn(1, k, 96, generator=torch.Generator().manual_seed(k)).to(dtype)
+        result, expected = orthonormalize(matrix.float(), dtype), polar(matrix[0])
+        assert result.dtype == dtype
+        assert torch.linalg.norm(result[0].double() - expected) / torch.linalg.norm(expected) < tolerance
 
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-6, 1e30, 1e36])

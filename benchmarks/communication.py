@@ -1,0 +1,209 @@
+"""Bytes and collectives of an optimizer step, counted on real processes: Dion2 at several fractions.
+
+    python -m benchmarks.communication --ranks 2 4 --layouts fsdp2 tp ddp
+
+Every rank is a process, connected to the others by gloo, and counts the collectives that reach the communication
+library, whoever calls them, and the bytes that it sends to *other* ranks:
+
+- all-to-all: what it sends, without the part that stays on the rank;
+- all-gather: its own part once for every other rank, padding included;
+- all-reduce: the buffer, once. A ring sends almost twice as much, a tree less; none sends more on more ranks.
+
+Gradients are random and no submatrix is orthonormalized, for what is sent depends on neither result.
+"""
+
+import argparse
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import start_processes
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.step import LAYERS
+from dion2_lightning import Dion2
+
+SHAPES = LAYERS["smollm2-135m"]
+PLACEMENTS: dict[str, list[Shard] | None] = {
+    # One for each matrix of a layer: query, key, value, output; gate, up, down.
+    "fsdp2": [Shard(0)] * 7,
+    "row-wise": [Shard(1)] * 7,
+    "tp": [Shard(0)] * 3 + [Shard(1)] + [Shard(0)] * 2 + [Shard(1)],
+    "ddp": None,
+}
+KINDS = {"allreduce_": "all-reduce", "alltoall_base_": "all-to-all", "_allgather_base_": "all-gather"}
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        layout: A key of ``PLACEMENTS``.
+        layers: Decoder layers.
+        fraction: Of the slices to select.
+        dtype: In which submatrices are orthonormalized, and travel.
+        steps: How many are counted; the selection of each is another.
+    """
+
+    layout: str
+    layers: int
+    fraction: float
+    dtype: str = "float32"
+    steps: int = 3
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a rank sends in all steps of a case.
+
+    Attributes:
+        calls: Collectives by kind.
+        sent: Bytes to other ranks by kind.
+    """
+
+    calls: Counter[str]
+    sent: Counter[str]
+
+    @property
+    def norms(self) -> int:
+        return self.sent["all-reduce"]
+
+    @property
+    def submatrices(self) -> int:
+        return self.sent["all-to-all"] + self.sent["all-gather"]
+
+
+class Count(TorchDispatchMode):
+    """Counts the traffic of this rank in a ``with`` block. A collective that it does not know is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traffic = Traffic(Counter(), Counter())
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function.namespace == "c10d":
+            operator = function.overloadpacket.__name__
+            kind = KINDS[operator]
+            self.traffic.calls[kind] += 1
+            self.traffic.sent[kind] += sent_to_others(kind, *arguments)
+        return function(*arguments, **(options or {}))
+
+
+def sent_to_others(kind: str, first: Any, second: Any, *rest: Any) -> int:
+    """Return the bytes that this rank sends in one collective, from the arguments of its c10d operator."""
+    if kind == "all-reduce":
+        return sum(tensor.nbytes for tensor in first)
+    group = dist.ProcessGroup.unbox(rest[0])
+    if kind == "all-gather":
+        return second.nbytes * (group.size() - 1)
+    sizes = list(rest[2])
+    del sizes[group.rank()]
+    return sum(sizes) * second.itemsize
+
+
+def measure(ranks: int, cases: Sequence[Case]) -> list[list[Traffic]]:
+    """Return the traffic of every rank for every case, all cases in one set of processes."""
+    results = get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_rank, (ranks, f"file://{Path(folder) / 'store'}", cases, results), nprocs=ranks)
+    return [results.get() for _ in cases]
+
+
+def _rank(rank: int, ranks: int, store: str, cases: Sequence[Case], results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    mesh = init_device_mesh("cpu", (ranks,))
+    for case in cases:
+        by_rank: list[Any] = [None] * ranks
+        dist.all_gather_object(by_rank, traffic_of(case, mesh))
+        if rank == 0:
+            results.put(by_rank)
+    dist.destroy_process_group()
+
+
+def traffic_of(case: Case, mesh: DeviceMesh) -> Traffic:
+    """Count this rank's traffic."""
+    placements = PLACEMENTS[case.layout]
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(placed) for placed in random_tensors(case, mesh, generator)]
+    optimizer = Dion2(
+        parameters,
+        fraction=case.fraction,
+        orthonormalize=lambda submatrices: submatrices,
+        orthonormalize_dtype=case.dtype,
+        process_group=mesh.get_group() if placements is None else None,
+        share_replicas=placements is None,
+    )
+    count = Count()
+    for _ in range(case.steps):
+        for parameter, gradient in zip(parameters, random_tensors(case, mesh, generator), strict=True):
+            parameter.grad = gradient
+        with count:
+            optimizer.step()
+    return count.traffic
+
+
+def random_tensors(case: Case, mesh: DeviceMesh, generator: torch.Generator) -> list[Tensor]:
+    """Return a random tensor for every matrix of the model, placed as the case says."""
+    tensors = [torch.randn(shape, generator=generator) for shape in SHAPES * case.layers]
+    placements = PLACEMENTS[case.layout]
+    if placements is None:
+        return tensors
+    pairs = zip(tensors, placements * case.layers, strict=True)
+    return [distribute_tensor(tensor, mesh, [placement], src_data_rank=None) for tensor, placement in pairs]
+
+
+def main() -> None:
+    """Run the cases that the command line asks for and print a table for each layout and number of ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
+    parser.add_argument("--layouts", choices=PLACEMENTS, nargs="+", default=["fsdp2"], help="default: fsdp2")
+    parser.add_argument("--layers", type=int, default=6, help="decoder layers; SmolLM2-135M has 30 (default: 6)")
+    parser.add_argument("--fractions", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.125])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
+    parser.add_argument("--steps", type=int, default=3, help="steps to average over (default: 3)")
+    arguments = parser.parse_args()
+
+    base = Case("", arguments.layers, 1.0, arguments.dtype, arguments.steps)
+    for ranks in arguments.ranks:
+        cases = [
+            replace(base, layout=layout, fraction=fraction)
+            for layout in arguments.layouts
+            for fraction in arguments.fractions
+        ]
+        measured = dict(zip(cases, measure(ranks, cases), strict=True))
+        for layout in arguments.layouts:
+            report(ranks, {case: by_rank for case, by_rank in measured.items() if case.layout == layout})
+
+
+def report(ranks: int, measured: dict[Case, list[Traffic]]) -> None:
+    """Print a table of one layout's cases; the first is what the others are measured against."""
+    first = next(iter(measured))
+    count = sum(rows * columns for rows, columns in SHAPES) * first.layers
+    print(f"\n{first.layout} on {ranks} ranks, {first.layers} layers, {count / 1e6:.1f}M parameters, {first.dtype}")
+    print("A step, in MB:        submatrices                                     norms")
+    print(f"fraction  {'all ranks':>12}{'largest rank':>14}{'ratio':>9}{'ratio / f':>11}{'a rank':>9}  collectives")
+    whole = sum(traffic.submatrices for traffic in measured[first])
+    for case, by_rank in measured.items():
+        submatrices = [traffic.submatrices for traffic in by_rank]
+        norms = max(traffic.norms for traffic in by_rank) / case.steps / MEGABYTE
+        total, largest = (number / case.steps / MEGABYTE for number in (sum(submatrices), max(submatrices)))
+        ratio = sum(submatrices) / whole
+        relative = ratio * first.fraction / case.fraction
+        calls = ", ".join(f"{calls / case.steps:g} {kind}" for kind, calls in by_rank[0].calls.items())
+        print(f"{case.fraction:<10g}{total:12.3f}{largest:14.3f}{ratio:9.4f}{relative:11.4f}{norms:9.3f}  {calls}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""Work and traffic of a step of large models on up to thousands of ranks, simulated from shapes: no weight is made.
+
+    python -m benchmarks.scale --models llama-3-8b llama-3-405b --ranks 8 64 4096
+
+The package's own planner counts, assigns the owners and says who holds which part. Assumed is that the selected slices
+spread evenly over a matrix; at fraction 1, which is Muon, there is nothing to assume. Only matrices count: embeddings
+and whatever else AdamW updates either way are left out.
+
+Submatrices are bfloat16. A rank sends its part of every submatrix to the owner, an owner every other part back; what
+stays on a rank does not count. AdamW sends nothing. The norms' all-reduce is counted once, in float64.
+
+Under HSDP the optimizer talks inside a shard group, and all replicas do the same. Experts stay whole on their ranks,
+for FSDP2 shards a stack on the axis that counts them; or they are sharded by rows, like every other matrix, without
+which ranks beyond the number of experts hold none.
+
+Owners should do the same work up to 5% wherever there are 4 matrices for each. The table says "cannot" where a few
+large matrices rule that out for every assignment of whole matrices, and "-" where there are fewer matrices.
+"""
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from dion2_lightning.exchange import Transfer, assign_owners, orthonormalization_cost
+from dion2_lightning.layout import Block, Matrices, Span
+from dion2_lightning.selection import selected_count
+
+Shape = tuple[int, ...]
+
+
+def llama(hidden: int, key_value: int, intermediate: int) -> list[Shape]:
+    """Return the matrices of a layer: query, key, value, output; gate, up, down."""
+    attention = [(hidden, hidden), (key_value, hidden), (key_value, hidden), (hidden, hidden)]
+    return [*attention, (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+
+
+DEEPSEEK_ATTENTION = [(1536, 7168), (24576, 1536), (576, 7168), (32768, 512), (7168, 16384)]
+MODELS: dict[str, list[tuple[int, list[Shape]]]] = {
+    # Layers of a kind, and the matrices of one: (out, in), or (experts, out, in), where gate and up are one.
+    "llama-3-8b": [(32, llama(4096, 1024, 14336))],
+    "llama-3-70b": [(80, llama(8192, 1024, 28672))],
+    "llama-3-405b": [(126, llama(16384, 1024, 53248))],
+    "qwen3-235b-a22b": [
+        (94, [(8192, 4096), (512, 4096), (512, 4096), (4096, 8192), (128, 3072, 4096), (128, 4096, 1536)])
+    ],
+    "deepseek-v3": [
+        (3, [*DEEPSEEK_ATTENTION, (18432, 7168), (18432, 7168), (7168, 18432)]),
+        (58, [*DEEPSEEK_ATTENTION, (2048, 7168), (2048, 7168), (7168, 2048), (256, 4096, 7168), (256, 7168, 2048)]),
+    ],
+}
+MUON = 1.0
+DTYPE = torch.bfloat16
+NORM_BYTES = 8
+"""A slice's norm travels in float64."""
+
+ADAMW_FLOPS = 14
+"""An entry: weight decay 1, first moment 3, second moment 4, denominator 3, update 3."""
+
+DION2_FLOPS = 4
+"""An entry, selected or not: M + G, |M|, their sum, weight decay."""
+
+SELECTED_FLOPS = 3
+"""A selected entry: momentum decay, and the scaled update."""
+
+HEADER = (
+    f"{'':20} matrices | {'imbalance of owners, <= 5%?':29} | {'TFLOPs, busiest rank':29}     all | MB sent by a rank\n"
+    f"{'':20}   a rank |   Dion2           Muon        "
+    f" |{'Dion2':>10}{'Muon':>10}{'AdamW':>10}{'work':>8} |{'mean':>9}{'largest':>9}{'Muon':>9}{'norms':>9}"
+)
+
+IMBALANCE = 0.05
+MATRICES_A_RANK = 4
+"""The owners must do the same work up to ``IMBALANCE`` wherever there are this many matrices for each."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread.
+
+    Attributes:
+        name: For the table.
+        ranks: How many shard each matrix, by its stored rows.
+        experts_by_rows: Whether stacks are sharded likewise, not by experts.
+    """
+
+    name: str
+    ranks: int
+    experts_by_rows: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Submatrix:
+    """What is selected of a matrix that is sharded by rows.
+
+    Attributes:
+        cost: FLOPs of its orthonormalization.
+        held: Entries by rank.
+    """
+
+    cost: int
+    held: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(self.held)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step, by rank.
+
+    Attributes:
+        shared: FLOPs of orthonormalizing each matrix that the ranks share.
+        owned: FLOPs of orthonormalizing what a rank owns of them.
+        flops: All FLOPs: what it owns, its experts, and the elementwise work on its shards.
+        sent: Bytes of submatrices to other ranks.
+    """
+
+    shared: list[int]
+    owned: list[int]
+    flops: list[int]
+    sent: list[int]
+
+
+def parameters(model: str) -> list[Shape]:
+    """Return the shapes of all parameters with matrices, in model order."""
+    return [shape for layers, shapes in MODELS[model] for shape in shapes * layers]
+
+
+def stays_whole(shape: Shape, layout: Layout) -> bool:
+    """Whether the parameter is a stack whose experts stay whole on their ranks."""
+    return len(shape) == 3 and not layout.experts_by_rows
+
+
+def shard(size: int, ranks: int) -> list[Span]:
+    """Return what each rank holds of a sharded axis, as ``torch.chunk`` cuts it; the last ranks may hold nothing."""
+    step = -(-size // ranks)
+    return [(min(size, rank * step), min(size, (rank + 1) * step)) for rank in range(ranks)]
+
+
+def sizes(shape: Shape, layout: Layout) -> list[int]:
+    """Return the entries of a parameter on each rank."""
+    axis = 0 if stays_whole(shape, layout) else -2
+    others = math.prod(shape) // shape[axis]
+    return [(stop - start) * others for start, stop in shard(shape[axis], layout.ranks)]
+
+
+@lru_cache
+def submatrix(shape: Shape, fraction: float, ranks: int) -> Submatrix:
+    """Return what is selected of a matrix of this shape, if it spreads evenly over the slices."""
+    rows, columns = shape[-2:]
+    matrices = Matrices.of((rows, columns))
+    axis = matrices.selection_axis("shorter")
+    slices, entries = matrices.shape[axis], matrices.shape[1 - axis]
+    k = selected_count(slices, fraction)
+    spans = [matrices.spans(Block(held, (0, columns)), axis) for held in shard(rows, ranks)]
+    selected = tuple((k * start // slices, k * stop // slices) for (start, stop), _ in spans)
+    transfer = Transfer(0, (k, entries), selected, tuple(held for _, held in spans))
+    return Submatrix(orthonormalization_cost(k, entries), tuple(transfer.size_on(rank) for rank in range(ranks)))
+
+
+def simulate(shapes: Sequence[Shape], layout: Layout, fraction: float) -> Step:
+    """Return what every rank computes and sends in one step on parameters of these shapes."""
+    shared: list[Submatrix] = []
+    for shape in shapes:
+        if not stays_whole(shape, layout):
+            shared += [submatrix(shape, fraction, layout.ranks)] * math.prod(shape[:-2])
+    owned, sent = shared_work(shared, layout.ranks)
+    flops = list(owned)
+    for shape, copies in Counter(shapes).items():
+        for rank, own in enumerate(own_flops(shape, layout, fraction)):
+            flops[rank] += copies * own
+    return Step([each.cost for each in shared], owned, flops, sent)
+
+
+def shared_work(submatrices: Sequence[Submatrix], ranks: int) -> tuple[list[int], list[int]]:
+    """Assign owners; return by rank the FLOPs of what it owns, and the bytes it sends, to owners and as one."""
+    owners = assign_owners(tuple(each.cost for each in submatrices), ranks)
+    owned = Counter(zip(submatrices, owners, strict=True))
+    flops, entries = [0] * ranks, [0] * ranks
+    for kind, count in Counter(submatrices).items():
+        size = kind.size
+        for rank, held in enumerate(kind.held):
+            here = owned[kind, rank]
+            flops[rank] += here * kind.cost
+            entries[rank] += (count - here) * held + here * (size - held)
+    return flops, [each * DTYPE.itemsize for each in entries]
+
+
+def own_flops(shape: Shape, layout: Layout, fraction: float) -> list[int]:
+    """Return by rank the FLOPs on a parameter that need no owner: elementwise ones, and those of whole experts."""
+    each = submatrix(shape, fraction, 1)
+    entries = shape[-2] * shape[-1]
+    elementwise = DION2_FLOPS + SELECTED_FLOPS * each.size / entries
+    orthonormalize = each.cost / entries if stays_whole(shape, layout) else 0.0
+    return [round(size * (elementwise + orthonormalize)) for size in sizes(shape, layout)]
+
+
+def adamw_flops(shapes: Sequence[Shape], layout: Layout) -> int:
+    """Return the FLOPs of AdamW on the largest shard."""
+    return ADAMW_FLOPS * sum(copies * max(sizes(shape, layout)) for shape, copies in Counter(shapes).items())
+
+
+def norm_bytes(shapes: Sequence[Shape], layout: Layout) -> int:
+    """Return the size of the all-reduce of all norms: one for each slice of a shared matrix."""
+    shared = [shape for shape in shapes if not stays_whole(shape, layout)]
+    return NORM_BYTES * sum(math.prod(shape[:-2]) * min(shape[-2:]) for shape in shared)
+
+
+def imbalance(work: Sequence[int]) -> float:
+    """Return by how much the busiest rank exceeds the mean."""
+    return max(work) * len(work) / sum(work) - 1
+
+
+def least_imbalance(costs: Sequence[int], ranks: int) -> float:
+    """Return an imbalance that no assignment of whole matrices can get below.
+
+    The busiest rank does at least what the costliest matrix takes. And of the j * ranks + 1 costliest matrices, some
+    rank has to take j + 1: at least the cheapest ones of them.
+    """
+    costliest = sorted(costs, reverse=True)
+    crowded = [sum(costliest[j * ranks - j : j * ranks + 1]) for j in range(1, (len(costs) - 1) // ranks + 1)]
+    return max([costliest[0], *crowded]) * ranks / sum(costs) - 1
+
+
+def verdict(step: Step) -> str:
+    """Return whether owners are balanced, where there are matrices enough to ask for it."""
+    ranks = len(step.owned)
+    if len(step.shared) < MATRICES_A_RANK * ranks:
+        return "-"
+    if imbalance(step.owned) <= IMBALANCE:
+        return "yes"
+    return "cannot" if least_imbalance(step.shared, ranks) > IMBALANCE else "NO"
+
+
+def layouts(shapes: Sequence[Shape], ranks: Sequence[int], groups: Sequence[int]) -> Iterator[Layout]:
+    """Yield how a model is spread: FSDP2 on all numbers of ranks, HSDP on the largest; experts by rows on many."""
+    for number in ranks:
+        yield Layout(f"FSDP2 {number}", number)
+    for group in groups:
+        if group < max(ranks):
+            yield Layout(f"HSDP {max(ranks) // group} x {group}", group)
+    experts = [shape[0] for shape in shapes if len(shape) == 3]
+    for number in ranks:
+        if experts and number >= max(experts):
+            yield Layout(f"FSDP2 {number}, by rows", number, experts_by_rows=True)
+
+
+def report(model: str, fraction: float, ranks: Sequence[int], groups: Sequence[int]) -> None:
+    """Print a table of one model."""
+    shapes = parameters(model)
+    count = sum(math.prod(shape) for shape in shapes)
+    print(f"\n{model}, {count / 1e9:.1f}B parameters in matrices; Dion2 at {fraction:g} against Muon (1) and AdamW")
+    print(HEADER)
+    for layout in layouts(shapes, ranks, groups):
+        dion2, muon = simulate(shapes, layout, fraction), simulate(shapes, layout, MUON)
+        flops = (max(dion2.flops), max(muon.flops), adamw_flops(shapes, layout))
+        sent = (sum(dion2.sent) / layout.ranks, max(dion2.sent), max(muon.sent), norm_bytes(shapes, layout))
+        print(
+            f"{layout.name:20}{len(dion2.shared) / layout.ranks:9.2f}"
+            f" |{imbalance(dion2.owned):8.1%}{verdict(dion2):>7}{imbalance(muon.owned):8.1%}{verdict(muon):>7}"
+            f" |{''.join(f'{each / 1e12:10.3g}' for each in flops)}{imbalance(dion2.flops):8.1%}"
+            f" |{''.join(f'{each / 1e6:9.1f}' for each in sent)}"
+        )
+
+
+def main() -> None:
+    """Simulate what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="default: all")
+    parser.add_argument("--fraction", type=float, default=0.25, help="default: 0.25")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2**power for power in range(3, 13)])
+    parser.add_argument("--groups", type=int, nargs="*", default=[8, 64], help="shard groups of HSDP (default: 8 64)")
+    arguments = parser.parse_args()
+    for model in arguments.models:
+        report(model, arguments.fraction, arguments.ranks, arguments.groups)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What a step sends, counted on 2 and 4 ranks."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.communication import Case, Traffic, measure
+from benchmarks.scale import Layout, simulate
+from benchmarks.step import LAYERS
+
+WHOLE = Case("fsdp2", layers=2, fraction=1.0, steps=1)
+PARTS = [replace(WHOLE, fraction=fraction) for fraction in (0.5, 0.25, 0.125)]
+QUARTER = PARTS[1]
+LONG = replace(QUARTER, layers=6)
+TENSOR_PARALLEL = replace(QUARTER, layout="tp")
+REPLICATED = replace(QUARTER, layout="ddp")
+HALF_PRECISION = replace(WHOLE, dtype="bfloat16")
+FEW_SLICES = replace(HALF_PRECISION, fraction=0.125)  # 24 of a key's 192 rows, which are not multiplied in bfloat16
+
+Measured = dict[Case, list[Traffic]]
+
+
+@pytest.fixture(scope="module")
+def on_2() -> Measured:
+    cases = [WHOLE, *PARTS, LONG, TENSOR_PARALLEL, REPLICATED]
+    return dict(zip(cases, measure(2, cases), strict=True))
+
+
+@pytest.fixture(scope="module")
+def on_4() -> Measured:
+    cases = [WHOLE, *PARTS, HALF_PRECISION, FEW_SLICES]
+    return dict(zip(cases, measure(4, cases), strict=True))
+
+
+def submatrices(by_rank: list[Traffic]) -> int:
+    return sum(traffic.submatrices for traffic in by_rank)
+
+
+@pytest.mark.parametrize("case", PARTS, ids=lambda case: f"{case.fraction:g}")
+@pytest.mark.parametrize("measured", ["on_2", "on_4"])
+def test_submatrices_shrink_with_the_fraction(case: Case, measured: str, request: pytest.FixtureRequest) -> None:
+    traffic = request.getfixturevalue(measured)
+    assert submatrices(traffic[case]) <= 1.05 * case.fraction * submatrices(traffic[WHOLE])
+
+
+def test_few_slices_travel_in_half_precision_too(on_4: Measured) -> None:
+    assert submatrices(on_4[FEW_SLICES]) <= 1.05 * 0.125 * submatrices(on_4[HALF_PRECISION])
+    assert all(traffic.calls == {"all-reduce": 1, "all-to-all": 2} for traffic in on_4[FEW_SLICES])
+
+
+def test_norms_do_not_grow_with_the_ranks(on_2: Measured, on_4: Measured) -> None:
+    for case in (WHOLE, *PARTS):
+        assert {traffic.norms for traffic in on_2[case] + on_4[case]} == {on_2[case][0].norms}
+
+
+def test_collectives_do_not_grow_with_the_layers(on_2: Measured) -> None:
+    for traffic in (*on_2[QUARTER], *on_2[LONG]):
+        assert traffic.calls == {"all-reduce": 1, "all-to-all": 2}
+
+
+def test_tensor_parallelism_shares_one_exchange(on_2: Measured) -> None:
+    for traffic in on_2[TENSOR_PARALLEL]:
+        assert traffic.calls == {"all-reduce": 1, "all-to-all": 2}
+
+
+def test_replicas_share_one_gathering(on_2: Measured) -> None:
+    for traffic in on_2[REPLICATED]:
+        assert traffic.calls == {"all-reduce": 1, "all-gather": 1}
+
+
+def test_simulation_predicts_what_is_counted(on_4: Measured) -> None:
+    step = simulate(LAYERS["smollm2-135m"] * HALF_PRECISION.layers, Layout("", ranks=4), fraction=1.0)
+    assert [traffic.submatrices for traffic in on_4[HALF_PRECISION]] == step.sent
