@@ -1,5 +1,6 @@
 """Real processes for the tests: spawned, connected by gloo, ended within a time limit."""
 
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from torch.multiprocessing.spawn import start_processes
 
 SECONDS = 90
 
+# Processes are forked from a server that has imported what takes seconds, and has no threads that a fork would lose.
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp"])
+
 
 def run_on_ranks(ranks: int, function: Callable[..., None], *arguments: Any, seconds: float = SECONDS) -> None:
     """Call ``function(*arguments)`` on every rank of a gloo group; raise what a rank raised, or after the time limit.
@@ -20,7 +24,9 @@ def run_on_ranks(ranks: int, function: Callable[..., None], *arguments: Any, sec
     """
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        context = start_processes(_rank, (ranks, store, function, arguments), nprocs=ranks, join=False)
+        context = start_processes(
+            _rank, (ranks, store, function, arguments), nprocs=ranks, join=False, start_method="forkserver"
+        )
         deadline = time.monotonic() + seconds
         try:
             while not context.join(timeout=1):
