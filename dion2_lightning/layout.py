@@ -133,6 +133,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def refuse_partial_sums(parameter: Any, what: str) -> None:
+    """Raise an error where ranks hold summands of a parameter instead of the parameter or parts of it."""
+    placements = getattr(parameter, "placements", ())
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(f"{what} is placed as {tuple(placements)}: sum it up with redistribute() before step()")
+
+
 def local_gradient(parameter: Any) -> Tensor | None:
     """Return this rank's part of a parameter's gradient, placed like the parameter; None where there is none.
 
@@ -170,6 +177,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def _layout_of_dtensor(parameter: Any, what: str, batched: bool) -> Layout:
+    refuse_partial_sums(parameter, what)
     mesh, placements = parameter.device_mesh, parameter.placements
     sharded = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
     for dim in sharded:
@@ -187,8 +195,6 @@ def _layout_of_dtensor(parameter: Any, what: str, batched: bool) -> Layout:
 
 def _check_placement(placements: Sequence[Any], dim: int, mesh: "DeviceMesh", what: str) -> None:
     placement = placements[dim]
-    if placement.is_partial():
-        raise ValueError(f"{what} is placed as {tuple(placements)}: sum it up with redistribute() before step()")
     if not hasattr(placement, "dim"):
         raise ValueError(f"{what} is placed as {tuple(placements)}; only Replicate and Shard are supported")
     split_factor = getattr(placement, "split_factor", None)

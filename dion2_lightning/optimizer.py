@@ -15,7 +15,7 @@ from dion2_lightning.adamw import adamw_state, adamw_update
 from dion2_lightning.checkpoint import match_state_dict, restore_exactly
 from dion2_lightning.exchange import on_any_rank
 from dion2_lightning.groups import check_names, check_parameters, check_settings, parameter_names, plain_dtype
-from dion2_lightning.layout import local_gradient
+from dion2_lightning.layout import local_gradient, refuse_partial_sums
 from dion2_lightning.selection import Selection
 from dion2_lightning.sharing import update_matrices
 from dion2_lightning.update import MatrixUpdate
@@ -344,6 +344,7 @@ class Dion2(Optimizer):
         """Refuse gradients that have no update, before anything is touched."""
         checked: list[tuple[str, Tensor, Tensor]] = []
         for group, parameter, what in self._parameters("dion2", "adamw"):
+            refuse_partial_sums(parameter, what)
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(f"{what} has a gradient stored as {parameter.grad.layout}; use sparse=False")
             if group["check_finite"]:

@@ -41,7 +41,7 @@ def slice_sums(slices: Tensor) -> Tensor:
 def largest(norms: Tensor, k: int) -> Tensor:
     """Return the sorted indices, shape (count, k), of the k largest norms; among equals the lower index wins."""
     order = torch.sort(norms, dim=-1, descending=True, stable=True).indices
-    return order[..., :k].sort(dim=-1).values
+    return order.narrow(-1, 0, k).sort(dim=-1).values
 
 
 def gather(slices: Tensor, indices: Tensor) -> Tensor:

@@ -67,10 +67,8 @@ def _of_training_arguments(arguments: Any) -> "ProcessGroup | None":
     if getattr(arguments, "deepspeed", None):
         raise ValueError(f"strategy TrainingArguments with deepspeed {ALTERNATIVE}")
     if getattr(arguments, "fsdp", None):
-        version = (getattr(arguments, "fsdp_config", None) or {}).get(
-            "version", (arguments.fsdp_config or {}).get("fsdp_version")
-        )
-        if version != 2:
+        config = arguments.fsdp_config or {}
+        if int(config.get("version", 2)) != 2:  # 2 is the default of transformers
             raise ValueError(f'strategy TrainingArguments with FSDP1 {ALTERNATIVE}: fsdp_config={{"version": 2}}')
         return None
     return _world() if arguments.world_size > 1 else None

@@ -90,11 +90,12 @@ class MatrixUpdate:
         k = selected_count(slices, group["fraction"])
         scale = update_scale(matrices.shape, slices, k, group["adjust_lr_fn"], group["scale_lr_by_fraction"])
         asked = group["orthonormalize_dtype"]
+        layout = layout_of(parameter, what, batched=group["batched"], process_group=process_group)
         gradient = local_gradient(parameter)
         return cls(
             parameter=parameter,
             matrices=matrices,
-            layout=layout_of(parameter, what, batched=group["batched"], process_group=process_group),
+            layout=layout,
             weight=matrices.slices(local(parameter), axis),
             gradient=None if gradient is None else matrices.slices(gradient, axis),
             momentum=matrices.slices(local(momentum), axis),

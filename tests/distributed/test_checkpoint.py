@@ -1,0 +1,159 @@
+"""Checkpoints by torch.distributed.checkpoint under FSDP2 on two ranks: resumed equals uninterrupted, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from dion2_lightning import Dion2, build_optimizer
+from tests.distributed.ranks import run_on_ranks
+
+STOP, STEPS = 3, 6
+FULL = StateDictOptions(full_state_dict=True)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Network(nn.Module):
+    """Matrices of one shape, so that a swapped momentum would pass every check of shapes; odd sizes; an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(17, 13)
+        self.body = nn.ModuleList(nn.Linear(13, 13) for _ in range(3))
+        self.norm = nn.LayerNorm(13)
+        self.head = nn.Linear(13, 17, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.body:
+            x = x + torch.tanh(layer(self.norm(x)))
+        return self.head(x)
+
+
+def network(dtype: torch.dtype, seed: int, sharded: bool = True) -> nn.Module:
+    torch.manual_seed(seed)
+    model = Network().to(dtype)
+    if sharded:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.body:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def optimizer_of(model: nn.Module, lr: float = 0.05) -> Dion2:
+    return build_optimizer(model, lr, weight_decay=0.1, momentum=0.9, orthonormalize_dtype="float32")
+
+
+def train(model: nn.Module, optimizer: Dion2, steps: range) -> None:
+    """On the same global batches, whatever the number of ranks."""
+    sharded = isinstance(model.head.weight, DTensor)
+    for step in steps:
+        tokens = torch.randint(0, 17, (8, 6), generator=torch.Generator().manual_seed(step))
+        part = tokens.chunk(2)[dist.get_rank()] if sharded else tokens
+        loss = nn.functional.cross_entropy(model(part).flatten(0, 1).float(), part.roll(1, 1).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def held(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def assert_same(model: nn.Module, optimizer: Dion2, other_model: nn.Module, other: Dion2) -> None:
+    for (name, a), b in zip(model.named_parameters(), other_model.parameters(), strict=True):
+        assert torch.equal(held(a), held(b)), name
+        assert optimizer.state[a].keys() == other.state[b].keys()
+        for entry, value in optimizer.state[a].items():
+            found = other.state[b][entry]
+            assert found.dtype == value.dtype, f"{name}: {entry}"
+            assert torch.equal(held(found), held(value)), f"{name}: {entry}"
+
+
+def check_resume(folder: Path) -> None:
+    for dtype in DTYPES:
+        model = network(dtype, seed=0)
+        optimizer = optimizer_of(model)
+        train(model, optimizer, range(STOP))
+        sharded, full = folder / f"{dtype} sharded", folder / f"{dtype} full.pt"
+        dcp.save(
+            {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)},
+            checkpoint_id=sharded,
+        )
+        whole = {
+            "model": get_model_state_dict(model, options=FULL),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=FULL),
+        }
+        if dist.get_rank() == 0:
+            torch.save(whole, full)
+        dist.barrier()
+
+        resumed_model, resumed = load_sharded(dtype, sharded)
+        assert_same(model, optimizer, resumed_model, resumed)
+        also_resumed_model, also_resumed = load_full(dtype, full, sharded=True)
+        assert_same(model, optimizer, also_resumed_model, also_resumed)
+
+        rest = range(STOP, STEPS)
+        train(model, optimizer, rest)
+        train(resumed_model, resumed, rest)
+        assert_same(model, optimizer, resumed_model, resumed)
+        train(also_resumed_model, also_resumed, rest)
+        assert_same(model, optimizer, also_resumed_model, also_resumed)
+        assert resumed.param_groups[0]["lr"] == 0.05
+
+        trained = get_model_state_dict(model, options=FULL)
+        if dist.get_rank() == 0:
+            torch.save(trained, folder / f"{dtype} trained.pt")
+
+
+def load_sharded(dtype: torch.dtype, path: Path) -> tuple[nn.Module, Dion2]:
+    model = network(dtype, seed=1)
+    optimizer = optimizer_of(model, lr=9.0)
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    dcp.load(state, checkpoint_id=path)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    return model, optimizer
+
+
+def load_full(dtype: torch.dtype, path: Path, sharded: bool) -> tuple[nn.Module, Dion2]:
+    model = network(dtype, seed=1, sharded=sharded)
+    optimizer = optimizer_of(model, lr=9.0)
+    whole = torch.load(path, weights_only=True)
+    set_model_state_dict(model, whole["model"], options=FULL)
+    set_optimizer_state_dict(model, optimizer, whole["optimizer"], options=FULL)
+    return model, optimizer
+
+
+def test_resume_on_two_ranks_and_on_one(tmp_path: Path) -> None:
+    run_on_ranks(2, check_resume, tmp_path)
+    # Here no process group is left.
+    for dtype in DTYPES:
+        model, optimizer = load_full(dtype, tmp_path / f"{dtype} full.pt", sharded=False)
+        saved = torch.load(tmp_path / f"{dtype} full.pt", weights_only=True)["optimizer"]["state"]
+        for name, parameter in model.named_parameters():
+            assert saved[name].keys() == optimizer.state[parameter].keys()
+            assert all(torch.equal(value, optimizer.state[parameter][entry]) for entry, value in saved[name].items())
+        if dtype == torch.bfloat16:
+            continue  # its gradients differ from those on two ranks too much to compare weights
+        train(model, optimizer, range(STOP, STEPS))
+        for name, expected in torch.load(tmp_path / f"{dtype} trained.pt", weights_only=True).items():
+            found = model.state_dict()[name]
+            assert torch.linalg.norm(found - expected) <= 1e-4 * torch.linalg.norm(expected), name

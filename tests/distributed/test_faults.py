@@ -1,0 +1,377 @@
+"""What goes wrong on some ranks: missing gradients, other settings, NaN, ranks that fail, stall or die."""
+
+import copy
+import datetime
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from dion2_lightning import Dion2
+from tests.distributed.ranks import run_on_ranks
+from tests.distributed.test_layouts import compare_step, groups_of, part_of, place, whole_tensors
+
+SHAPES = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16), "bias": (14,)}
+SETTINGS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "orthonormalize_dtype": "float32"}
+TIMEOUT = datetime.timedelta(seconds=4)
+
+Parameters = dict[str, nn.Parameter]
+Whole = dict[str, Tensor]
+
+
+def whole(seed: int) -> Whole:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def parameters_of(mesh: DeviceMesh | None = None) -> Parameters:
+    """The same weights on every rank, sharded by rows where there is a mesh."""
+    if mesh is None:
+        return {name: nn.Parameter(tensor) for name, tensor in whole(seed=0).items()}
+    return {name: nn.Parameter(place(tensor, mesh, (Shard(0),))) for name, tensor in whole(seed=0).items()}
+
+
+def set_gradients(parameters: Parameters, gradients: Whole) -> None:
+    for name, gradient in gradients.items():
+        parameter = parameters[name]
+        placed = gradient.clone()
+        if isinstance(parameter, DTensor):
+            placed = place(gradient, parameter.device_mesh, parameter.placements)
+        parameter.grad = placed
+
+
+def optimizer_of(parameters: Parameters, **settings: Any) -> Dion2:
+    matrices = [(name, parameter) for name, parameter in parameters.items() if name != "bias"]
+    groups = [
+        {"params": matrices, "name": "matrices"},
+        {"params": [("bias", parameters["bias"])], "name": "rest", "algorithm": "adamw"},
+    ]
+    return Dion2(groups, **{**SETTINGS, **settings})
+
+
+def held(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def everything(parameters: Parameters, optimizer: Dion2) -> dict[str, Tensor]:
+    """A copy of what this rank holds of weights and state."""
+    weights = {name: held(parameter).clone() for name, parameter in parameters.items()}
+    state = {
+        f"{name} {entry}": held(value).clone()
+        for name, parameter in parameters.items()
+        for entry, value in optimizer.state[parameter].items()
+    }
+    return weights | state
+
+
+def assert_unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+
+# Gradients
+
+
+def check_gradients_and_settings() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    settings_that_differ(mesh)
+    a_gradient_on_one_rank_only(mesh)
+    a_gradient_on_one_replica_only()
+    no_gradient_anywhere(parameters_of(mesh))
+    no_gradient_anywhere(parameters_of(), process_group=dist.group.WORLD, share_replicas=True)
+    no_gradient_anywhere(parameters_of(), process_group=dist.group.WORLD, share_replicas=False)
+    a_first_step_that_changes_nothing(parameters_of(mesh))
+    a_first_step_that_changes_nothing(parameters_of(), process_group=dist.group.WORLD, share_replicas=True)
+    a_first_step_without_lr_that_one_rank_has_gradients_for(mesh)
+    nan_on_one_rank(parameters_of(mesh), changed="tall")
+    nan_on_one_rank(parameters_of(mesh), changed="bias")
+    nan_on_one_rank(parameters_of(), changed="tall", process_group=dist.group.WORLD)
+    nan_on_one_rank(parameters_of(), changed="bias", process_group=dist.group.WORLD)
+
+
+def a_gradient_on_one_rank_only(mesh: DeviceMesh) -> None:
+    """Where it is missing it counts as zero, as in a single process where that part of it is zero."""
+    alone, parameters = parameters_of(), parameters_of(mesh)
+    reference, optimizer = optimizer_of(alone), optimizer_of(parameters)
+    for step in range(4):
+        gradients = whole(seed=100 + step)
+        set_gradients(parameters, gradients)
+        without = (step + 1) % 2
+        if dist.get_rank() == without:
+            parameters["wide"].grad = parameters["tall"].grad = None
+        for name in ("wide", "tall"):
+            gradients[name].chunk(2)[without].zero_()
+        set_gradients(alone, gradients)
+        optimizer.step()
+        reference.step()
+        for name in ("wide", "tall", "square"):
+            compare_step(name, parameters[name], optimizer, alone[name], reference)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(held(parameter), part_of(alone[name].detach(), parameter), rtol=1e-5, atol=1e-6)
+
+
+def a_gradient_on_one_replica_only() -> None:
+    """Replicas have the same gradients by contract; if not, nobody waits, and each rank's momentum is its own."""
+    alone, parameters = parameters_of(), parameters_of()
+    reference = optimizer_of(alone)
+    optimizer = optimizer_of(parameters, process_group=dist.group.WORLD, share_replicas=True)
+    for step in range(2):
+        gradients = whole(seed=100 + step)
+        set_gradients(parameters, gradients)
+        if dist.get_rank() == step:
+            parameters["tall"].grad = None
+            gradients["tall"].zero_()
+        set_gradients(alone, gradients)
+        optimizer.step()
+        reference.step()
+        compare_step("tall", parameters["tall"], optimizer, alone["tall"], reference)
+
+
+def no_gradient_anywhere(parameters: Parameters, **settings: Any) -> None:
+    """The matrix is skipped: no momentum decays, no weight either; the others go on."""
+    optimizer = optimizer_of(parameters, **settings)
+    set_gradients(parameters, whole(seed=1))
+    optimizer.step()
+    before = everything(parameters, optimizer)
+    set_gradients(parameters, whole(seed=2))
+    parameters["tall"].grad = parameters["bias"].grad = None
+    optimizer.step()
+    after = everything(parameters, optimizer)
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {"wide", "wide momentum", "square", "square momentum"}
+    assert optimizer.selection_of(parameters["tall"]) is None
+    assert optimizer.selection_of(parameters["wide"]) is not None
+    # Nothing has a gradient.
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_unchanged(after, everything(parameters, optimizer))
+
+
+def a_first_step_that_changes_nothing(parameters: Parameters, **settings: Any) -> None:
+    """By a step with lr 0 and zero gradients torch.distributed.checkpoint makes an optimizer create its state."""
+    optimizer = optimizer_of(parameters, lr=0.0, **settings)
+    weights = {name: held(parameter).clone() for name, parameter in parameters.items()}
+    set_gradients(parameters, {name: torch.zeros_like(tensor) for name, tensor in whole(seed=0).items()})
+    optimizer.step()
+    after = everything(parameters, optimizer)
+    assert_unchanged(weights, {name: after.pop(name) for name in weights})
+    assert {name.split()[1] for name in after} == {"momentum", "step", "exp_avg", "exp_avg_sq"}
+    assert not any(tensor.any() for tensor in after.values())
+    assert all(optimizer.selection_of(parameters[name]) is None for name in ("wide", "tall", "square"))
+
+
+def a_first_step_without_lr_that_one_rank_has_gradients_for(mesh: DeviceMesh) -> None:
+    """That is a real step, on every rank: a warm-up may start at lr 0."""
+    parameters, alone = parameters_of(mesh), parameters_of()
+    optimizer, reference = optimizer_of(parameters, lr=0.0), optimizer_of(alone, lr=0.0)
+    gradients = whole(seed=1)
+    for gradient in gradients.values():
+        gradient.chunk(2)[1].zero_()
+    set_gradients(parameters, gradients)
+    set_gradients(alone, gradients)
+    optimizer.step()
+    reference.step()
+    for name in ("wide", "tall", "square"):
+        compare_step(name, parameters[name], optimizer, alone[name], reference)
+    assert optimizer.state[parameters["bias"]]["step"] == 1
+
+
+def nan_on_one_rank(parameters: Parameters, changed: str, **settings: Any) -> None:
+    optimizer = optimizer_of(parameters, check_finite=True, **settings)
+    set_gradients(parameters, whole(seed=1))
+    optimizer.step()
+    before = everything(parameters, optimizer)
+    set_gradients(parameters, whole(seed=2))
+    if dist.get_rank() == 1:
+        held(parameters[changed].grad).view(-1)[3] = torch.nan
+    with pytest.raises(FloatingPointError, match=f"parameter '{changed}' has a gradient with NaN or Inf"):
+        optimizer.step()
+    assert_unchanged(before, everything(parameters, optimizer))
+    # The optimizer is as good as before.
+    set_gradients(parameters, whole(seed=2))
+    optimizer.step()
+    optimizer.state_dict()
+
+
+# Settings
+
+
+def settings_that_differ(mesh: DeviceMesh) -> None:
+    for setting, other in {"fraction": 0.5, "lr": 0.06, "momentum": 0.5, "weight_decay": 0.0}.items():
+        for settings in ({}, {"process_group": dist.group.WORLD, "share_replicas": True}):
+            parameters = parameters_of(None if settings else mesh)
+            optimizer = optimizer_of(parameters, **settings)
+            set_gradients(parameters, whole(seed=1))
+            optimizer.step()
+            saved = copy.deepcopy(optimizer.state_dict())
+            if dist.get_rank() == 1:
+                optimizer.param_groups[0][setting] = other
+            with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] share matrices but disagree about their settings"):
+                optimizer.step()
+            assert_refuses_until_load(optimizer, saved)
+            optimizer.step()
+
+
+def check_first_step_without_lr_on_one_rank() -> None:
+    """Whether a first step is a rehearsal, as for a checkpoint, all ranks must decide alike."""
+    parameters = parameters_of(init_device_mesh("cpu", (2,)))
+    optimizer = optimizer_of(parameters, lr=0.0 if dist.get_rank() == 1 else 0.05)
+    set_gradients(parameters, whole(seed=1))
+    with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] share matrices but disagree about their settings"):
+        optimizer.step()
+
+
+def assert_refuses_until_load(optimizer: Dion2, saved: dict[str, Any]) -> None:
+    for refused in (optimizer.step, optimizer.state_dict):
+        with pytest.raises(RuntimeError, match=r"'matrices', 'rest' may be half updated; load model and optimizer"):
+            refused()
+    optimizer.load_state_dict(saved)
+    optimizer.state_dict()
+
+
+# Another mesh
+
+
+def check_other_meshes() -> None:
+    """The same parameters, placed anew three times on the way, as after a load on other ranks."""
+    everyone = init_device_mesh("cpu", (4,))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("first", "second"))
+    placements: list[tuple[DeviceMesh | None, tuple[Any, ...]]] = [
+        (everyone, (Shard(0),)),
+        (square, (Replicate(), Shard(0))),
+        (None, ()),
+        (square, (_StridedShard(0, split_factor=2), Shard(0))),
+        (everyone, (Replicate(),)),
+    ]
+    alone = {name: nn.Parameter(0.1 * tensor) for name, tensor in whole_tensors(seed=0).items()}
+    reference = Dion2(groups_of(alone), **SETTINGS)
+    parameters: Parameters = {}
+    optimizer: Dion2 | None = None
+    for phase, (mesh, placed) in enumerate(placements):
+        settings = {"process_group": dist.group.WORLD, "share_replicas": True} if mesh is None else {}
+        if optimizer is None:
+            parameters = {name: nn.Parameter(anew(tensor, mesh, placed)) for name, tensor in alone.items()}
+            optimizer = Dion2(groups_of(parameters), **SETTINGS)
+        else:
+            # Every other time in the same optimizer, as Accelerate does it, else through a checkpoint.
+            move = move_within if phase % 2 else move_by_checkpoint
+            parameters, optimizer = move(parameters, optimizer, mesh, placed, settings)
+        for step in range(2 * phase, 2 * phase + 2):
+            for name, gradient in whole_tensors(seed=100 + step).items():
+                alone[name].grad = gradient
+                parameters[name].grad = anew(gradient, mesh, placed)
+            optimizer.step()
+            reference.step()
+            for group in reference.param_groups[:-1]:
+                name = group["name"]
+                compare_step(f"{name} in phase {phase}", parameters[name], optimizer, alone[name], reference)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(held(parameter), part_of(alone[name].detach(), parameter), rtol=1e-5, atol=1e-5)
+
+
+def anew(tensor: Tensor, mesh: DeviceMesh | None, placements: tuple[Any, ...]) -> Tensor:
+    """Place a tensor, placed in any way before; DTensor's own redistribute does not go to strided shards."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    tensor = tensor.detach().clone()
+    return tensor if mesh is None or tensor.ndim == 0 else place(tensor, mesh, placements)
+
+
+Moved = tuple[Parameters, Dion2]
+
+
+def move_within(
+    parameters: Parameters, optimizer: Dion2, mesh: DeviceMesh | None, placed: tuple[Any, ...], settings: dict[str, Any]
+) -> Moved:
+    moved = {name: nn.Parameter(anew(parameter, mesh, placed)) for name, parameter in parameters.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [moved[name] for name in group["param_names"]]
+    for name, parameter in parameters.items():
+        state = optimizer.state.pop(parameter)
+        optimizer.state[moved[name]] = {entry: anew(value, mesh, placed) for entry, value in state.items()}
+    optimizer.process_group = settings.get("process_group")
+    optimizer.share_replicas = settings.get("share_replicas")
+    return moved, optimizer
+
+
+def move_by_checkpoint(
+    parameters: Parameters, optimizer: Dion2, mesh: DeviceMesh | None, placed: tuple[Any, ...], settings: dict[str, Any]
+) -> Moved:
+    moved = {name: nn.Parameter(anew(parameter, mesh, placed)) for name, parameter in parameters.items()}
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        state.update({entry: anew(value, mesh, placed) for entry, value in state.items()})
+    other = Dion2(groups_of(moved), **SETTINGS, **settings)
+    other.load_state_dict(saved)
+    return moved, other
+
+
+# Ranks that fail
+
+
+def fails(_: Tensor) -> Tensor:
+    raise ArithmeticError
+
+
+def dies(_: Tensor) -> Tensor:
+    os._exit(0)
+
+
+def check_ranks_that_fail() -> None:
+    """Three ranks step together, and the last of them fails while submatrices are on their way."""
+    cases = [
+        ([0, 1, 2], fails, True),
+        ([0, 1, 2], fails, False),
+        ([0, 1, 3], dies, True),
+        ([0, 1, 2], dies, False),
+    ]
+    groups = [dist.new_group(ranks, timeout=TIMEOUT) for ranks, _, _ in cases]
+    alive, survivors = dist.group.WORLD, dist.new_group([0, 1, 2])
+    for (ranks, fail, sharded), group in zip(cases, groups, strict=True):
+        dist.barrier(alive)  # a rank that came early would time out on the others
+        if dist.get_rank() in ranks:
+            a_rank_that_fails(group, fail, sharded)
+        if fail is dies:
+            alive = survivors
+
+
+def a_rank_that_fails(group: dist.ProcessGroup, fail: Callable[[Tensor], Tensor], sharded: bool) -> None:
+    """The other two must not wait for ever, nor go on as if nothing had happened."""
+    parameters = parameters_of(DeviceMesh.from_group(group, "cpu") if sharded else None)
+    optimizer = optimizer_of(parameters, **({} if sharded else {"process_group": group, "share_replicas": True}))
+    set_gradients(parameters, whole(seed=1))
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    is_failing = dist.get_rank(group) == 2
+    if is_failing:
+        optimizer.orthonormalize = fail
+    start = time.monotonic()
+    with pytest.raises(ArithmeticError if is_failing else RuntimeError):
+        optimizer.step()
+    assert time.monotonic() - start < 3 * TIMEOUT.total_seconds()
+    assert_refuses_until_load(optimizer, saved)
+
+
+def test_gradients_and_settings_that_differ_between_ranks() -> None:
+    run_on_ranks(2, check_gradients_and_settings)
+
+
+def test_a_first_step_without_lr_on_one_rank() -> None:
+    run_on_ranks(2, check_first_step_without_lr_on_one_rank)
+
+
+def test_other_meshes() -> None:
+    run_on_ranks(4, check_other_meshes)
+
+
+def test_ranks_that_fail() -> None:
+    run_on_ranks(4, check_ranks_that_fail)

@@ -1,0 +1,218 @@
+"""A step on a GPU never makes the host wait: it launches kernels, and may send the device small constants.
+
+The step runs on fake CUDA tensors, which have shapes and devices but no data, so no GPU is needed. A dispatch mode sees
+every operation and refuses those that bring data to the host. What runs under it is exactly what would be launched.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dion2_lightning import Dion2
+
+aten = torch.ops.aten
+
+READS_DATA = {
+    aten._local_scalar_dense.default,  # .item(), .tolist(), bool(), float(), int()
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
+    aten._unique2.default,
+}
+COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
+
+
+class HostWaits(AssertionError):
+    pass
+
+
+class NoHostWait(TorchDispatchMode):
+    """Refuse what makes the host wait for the device.
+
+    Attributes:
+        sent: The copies from the host to the device: how many entries each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        keywords = keywords or {}
+        if function in READS_DATA and any(is_on_device(each) for each in arguments):
+            raise HostWaits(f"{function} reads from the device")
+        if function in COPIES:
+            self._look_at_copy(function, arguments, keywords)
+        return function(*arguments, **keywords)
+
+    def _look_at_copy(self, function: Any, arguments: Any, keywords: Any) -> None:
+        source, target = arguments[0].device, keywords.get("device") or arguments[0].device
+        if function is not aten._to_copy.default:
+            source, target = arguments[1].device, arguments[0].device
+        if source.type == target.type:
+            return
+        size = arguments[0].numel()
+        if target.type == "cpu":
+            raise HostWaits(f"{function} brings {size} entries to the host")
+        self.sent.append(size)
+        # A blocking copy to the device waits for everything that was launched before it.
+        if not (keywords.get("non_blocking") or (len(arguments) > 2 and arguments[2])):
+            raise HostWaits(f"{function} sends {size} entries to the device and waits for their arrival")
+
+
+class WithoutCuda(TorchFunctionMode):
+    """Run on fake tensors what asks the build of torch for CUDA, in other words."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        keywords = keywords or {}
+        if function is torch.isfinite:
+            return arguments[0].abs() < math.inf
+        if function is Tensor.__invert__:
+            return arguments[0].logical_not()
+        if function is Tensor.copy_:
+            return aten.copy_.default(*arguments, **keywords)
+        if function is Tensor.to and isinstance(arguments[1], torch.device) and arguments[0].device != arguments[1]:
+            return aten._to_copy.default(arguments[0], device=arguments[1], **keywords)
+        return function(*arguments, **keywords)
+
+
+def is_on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cuda"
+
+
+@pytest.fixture(autouse=True)
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every tensor made in the test is fake; torch chooses its kernels as it does for real CUDA tensors."""
+    # The lists of plain kinds that these kernels take; fake tensors are a kind of their own.
+    for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
+        monkeypatch.setattr(sys.modules[module], "_foreach_supported_types", [Tensor, nn.Parameter, FakeTensor])
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), WithoutCuda():
+        yield
+
+
+@pytest.fixture
+def ranks() -> Iterator[None]:
+    """Four ranks, of which this is the second; collectives return at once."""
+    import torch.distributed._tools.fake_collectives  # noqa: F401  fake tensors in c10d operations
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    yield
+    dist.destroy_process_group()
+
+
+def on_device(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """A parameter with a gradient."""
+    parameter = nn.Parameter(torch.zeros(shape, dtype=dtype, device="cuda"))
+    parameter.grad = torch.zeros_like(parameter)
+    return parameter
+
+
+def optimizer_of(**settings: Any) -> Dion2:
+    """Both selection axes and storage orders, several matrices in a batch, stacks, half precision, and AdamW."""
+    groups: list[dict[str, Any]] = [
+        {"params": [on_device(40, 96), on_device(40, 96), on_device(96, 40), on_device(64, 64)]},
+        {"params": [on_device(40, 96), on_device(96, 40)], "transposed": True, "orthonormalize_dtype": "float32"},
+        {"params": [on_device(4, 96, 40)], "batched": True, "select": "output", "state_dtype": "float64"},
+        {"params": [on_device(40, 48, dtype=torch.bfloat16)]},
+        {
+            "params": [on_device(40), on_device(30, 8), on_device(40, dtype=torch.bfloat16)],
+            "algorithm": "adamw",
+        },
+    ]
+    return Dion2(groups, lr=0.1, **settings)
+
+
+def step_watched(optimizer: Dion2, process_group: dist.ProcessGroup | None = None) -> NoHostWait:
+    """Step once to create the state, then once more, watched; the first step may wait for other ranks."""
+    optimizer.step()
+    optimizer.process_group = process_group
+    with NoHostWait() as watched:
+        optimizer.step()
+    return watched
+
+
+def test_a_step_on_one_device_neither_waits_nor_sends_anything() -> None:
+    optimizer = optimizer_of()
+    assert step_watched(optimizer).sent == []
+    matrix, rest = optimizer.param_groups[0]["params"][0], optimizer.param_groups[-1]["params"][0]
+    assert optimizer.state[matrix]["momentum"].device.type == "cuda"
+    assert optimizer.state[rest]["step"].device.type == "cuda"
+    assert optimizer.selection_of(matrix).indices.device.type == "cuda"
+
+
+@pytest.mark.parametrize("share_replicas", [True, False, None])
+def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | None) -> None:
+    """It sends one constant for each precision, the header of the all-reduce: a fingerprint, and a flag each."""
+    optimizer = optimizer_of(share_replicas=share_replicas)
+    sent = step_watched(optimizer, dist.group.WORLD).sent
+    matrices = sum(len(group["params"]) for group in optimizer.param_groups[:-1])
+    precisions = 2
+    assert len(sent) <= precisions
+    if share_replicas:
+        assert matrices < sum(sent) <= matrices + 4 * precisions
+
+
+# The detector
+
+
+def item(stack: Tensor) -> Tensor:
+    return stack * stack.sum().item()
+
+
+def tolist(stack: Tensor) -> Tensor:
+    return stack * stack.sum((0, 1)).tolist()[0]
+
+
+def truth(stack: Tensor) -> Tensor:
+    return -stack if stack.sum() > 0 else stack
+
+
+def to_host(stack: Tensor) -> Tensor:
+    stack.sum().cpu()
+    return stack
+
+
+def to_host_without_waiting(stack: Tensor) -> Tensor:
+    stack.sum().to(torch.device("cpu"), non_blocking=True)
+    return stack
+
+
+def copied_to_host(stack: Tensor) -> Tensor:
+    torch.empty(stack.shape).copy_(stack)
+    return stack
+
+
+def blocking_constant(stack: Tensor) -> Tensor:
+    return stack * torch.tensor([1.0], device="cuda")
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [item, tolist, truth, to_host, to_host_without_waiting, copied_to_host, blocking_constant],
+    ids=lambda planted: planted.__name__,
+)
+def test_the_detector_detects(planted: Callable[[Tensor], Tensor]) -> None:
+    optimizer = optimizer_of()
+    optimizer.step()
+    optimizer.orthonormalize = planted
+    with pytest.raises(HostWaits), NoHostWait():
+        optimizer.step()
+
+
+def test_check_finite_waits_and_is_detected() -> None:
+    optimizer = optimizer_of()
+    optimizer.step()
+    optimizer.param_groups[0]["check_finite"] = True
+    with pytest.raises(HostWaits), NoHostWait():
+        optimizer.step()
