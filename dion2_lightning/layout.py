@@ -227,9 +227,11 @@ def _in_order_of(
     """Blocks in the order of the group's ranks, which torch sorts, whatever the order of the mesh."""
     coordinate = _coordinate(mesh)
     index = tuple(slice(None) if dim in shared else coordinate[dim] for dim in range(mesh.ndim))
-    in_mesh = mesh.mesh[index].flatten().tolist()
+    in_mesh, in_group = mesh.mesh[index].flatten().tolist(), torch.distributed.get_process_group_ranks(group)
+    if in_mesh == in_group:
+        return blocks
     by_rank = dict(zip(in_mesh, blocks, strict=True))
-    return tuple(by_rank[rank] for rank in torch.distributed.get_process_group_ranks(group))
+    return tuple(by_rank[rank] for rank in in_group)
 
 
 def _coordinate(mesh: "DeviceMesh") -> tuple[int, ...]:

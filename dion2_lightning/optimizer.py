@@ -15,7 +15,7 @@ from dion2_lightning.adamw import adamw_state, adamw_update
 from dion2_lightning.checkpoint import match_state_dict, restore_exactly
 from dion2_lightning.exchange import on_any_rank
 from dion2_lightning.groups import check_names, check_parameters, check_settings, parameter_names, plain_dtype
-from dion2_lightning.layout import local_gradient, refuse_partial_sums
+from dion2_lightning.layout import is_dtensor, local_gradient, refuse_partial_sums
 from dion2_lightning.selection import Selection
 from dion2_lightning.sharing import update_matrices
 from dion2_lightning.update import MatrixUpdate
@@ -218,7 +218,7 @@ class Dion2(Optimizer):
         is_first = not self.state
         self._create_state()
         self._selections = {}
-        left_out = self._rehearsed() if is_first and not any(group["lr"] for group in self.param_groups) else set()
+        left_out = self._rehearsed() if is_first else set()
         updates = list(self._matrix_updates(left_out))
         self._failure = "step() failed"
         self._selections = update_matrices(
@@ -367,12 +367,16 @@ class Dion2(Optimizer):
                     self.state[parameter] = _new_state(parameter, group)
 
     def _rehearsed(self) -> set[Tensor]:
-        """The parameters whose gradient is zero on every rank, in a first step whose lr is 0.
+        """The parameters that a first step leaves out: zero gradient and lr 0, on every rank.
 
         By such a step ``torch.distributed.checkpoint`` makes an optimizer create its state; no more may come of it.
         """
         parameters = [parameter for _, parameter, _ in self._parameters("dion2", "adamw")]
-        flags = [_everywhere(parameter, torch.Tensor.bool).any() for parameter in parameters]
+        has_lr = any(group["lr"] for group in self.param_groups)
+        if has_lr and self.process_group is None and not any(is_dtensor(parameter) for parameter in parameters):
+            return set()
+        # An lr on one rank is enough: all must decide alike.
+        flags = [_everywhere(parameter, torch.Tensor.bool).any() | has_lr for parameter in parameters]
         moving = on_any_rank(flags, parameters, self.process_group)
         return {parameter for parameter, is_moving in zip(parameters, moving, strict=True) if not is_moving}
 

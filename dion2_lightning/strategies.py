@@ -75,6 +75,10 @@ def _of_training_arguments(arguments: Any) -> "ProcessGroup | None":
 
 
 def _of_mesh(mesh: Any) -> "ProcessGroup | None":
+    if mesh.ndim > 1 and mesh.mesh_dim_names is None:
+        raise ValueError(
+            f"strategy {mesh} has several dimensions without mesh_dim_names; name them, or pass a ProcessGroup"
+        )
     group: ProcessGroup = mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
     return group
 

@@ -15,6 +15,7 @@ this rank; sharing.py goes down the same page for matrices that several ranks sh
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -117,7 +118,7 @@ class MatrixUpdate:
         """Entries of each whole slice, m."""
         return self.matrices.shape[1 - self.axis]
 
-    @property
+    @cached_property
     def spans(self) -> list[tuple[Span, Span]]:
         """By rank: which slices it touches, and which of their entries it holds."""
         return [self.matrices.spans(block, self.axis) for block in self.layout.blocks]

@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import start_processes
 SECONDS = 90
 
 # Processes are forked from a server that has imported what takes seconds, and has no threads that a fork would lose.
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp"])
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers"])
 
 
 def run_on_ranks(ranks: int, function: Callable[..., None], *arguments: Any, seconds: float = SECONDS) -> None:
