@@ -9,6 +9,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 
 from dion2_lightning.adamw import step_device
 from dion2_lightning.groups import parameter_names
+from dion2_lightning.layout import is_dtensor
 
 Group = Mapping[str, Any]
 
@@ -105,6 +106,11 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, algorithm: str, wh
             f"{what}: the checkpoint holds {sorted(state)} for it, algorithm {algorithm!r} needs {sorted(expected)}"
         )
     for entry in expected:
+        if entry != "step" and is_dtensor(state[entry]) != is_dtensor(parameter):
+            raise ValueError(
+                f"{what} and the checkpoint's {entry!r} are not placed alike, one is a DTensor; load through "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which places what it loads"
+            )
         if entry != "step" and state[entry].shape != parameter.shape:
             raise ValueError(
                 f"{what} has shape {tuple(parameter.shape)}, but the checkpoint's {entry!r} {tuple(state[entry].shape)}"

@@ -38,11 +38,13 @@ def clip_grad_norm_(
         The norm before clipping, 0-d, the same on every rank.
 
     Raises:
-        ValueError: ``max_norm`` is negative.
+        ValueError: ``max_norm`` is negative, or ``norm_type`` not over 0.
         RuntimeError: The norm is not finite, where ``error_if_nonfinite`` asks for the check.
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be at least 0, got {max_norm}")
+    if not norm_type > 0:
+        raise ValueError(f"norm_type must be over 0, got {norm_type}")
     everything = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not everything:
         return torch.tensor(0.0)
@@ -75,7 +77,12 @@ def _power_sum(parameters: list[Tensor], sharding: tuple[Any, tuple[int, ...]], 
     mesh, dims = sharding
     gradients = [local_gradient(parameter) for parameter in parameters]
     held = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
-    norms = torch._foreach_norm(held, norm_type) if held else ()
+    # Half precision would round the norm to three digits, or overflow.
+    norms = [
+        norm
+        for members in alike(held, lambda gradient: torch.promote_types(gradient.dtype, torch.float32)).items()
+        for norm in torch._foreach_norm(members[1], norm_type, dtype=members[0])
+    ]
     powers = [norm.double() if norm_type == torch.inf else norm.double() ** norm_type for norm in norms]
     zero = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     stacked = torch.stack([zero, *(power.to(zero.device) for power in powers)])

@@ -6,10 +6,11 @@ selection; so everyone knows what everyone sends, and no sizes are exchanged.
 """
 
 import heapq
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,10 @@ from dion2_lightning.layout import Span, alike
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+DISAGREE: Final = (
+    "ranks share parameters but disagree about their settings (lr, fraction, momentum, weight_decay, dtypes, ...), "
+    "their number or their order; give all ranks the same groups"
+)
 PIECE_BITS: Final = 16
 PIECES: Final = 2
 """A fingerprint travels in pieces so short that sums of their squares over thousands of ranks are exact in float64."""
@@ -54,15 +59,43 @@ def on_any_rank(
         process_group: The ranks that hold replicas of the plain ones.
     """
     result = [False] * len(flags)
-    for mesh, positions in alike(range(len(flags)), lambda i: getattr(parameters[i], "device_mesh", None)).items():
+    likeness = [(getattr(each, "device_mesh", None), each.device) for each in parameters]
+    for (mesh, _), positions in alike(range(len(flags)), lambda i: likeness[i]).items():
         raised = torch.stack([flags[position] for position in positions]).to(torch.int32)
-        groups = [mesh.get_group(dim) for dim in range(mesh.ndim)] if mesh is not None else [process_group]
-        for group in groups:
-            if group is not None and group.size() > 1:
-                dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=group)
+        for group in _groups_around(mesh, process_group):
+            dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=group)
         for position, is_raised in zip(positions, raised.tolist(), strict=True):
             result[position] = bool(is_raised)
     return result
+
+
+def check_agreement(
+    descriptions: Sequence[str], parameters: Sequence[Tensor], process_group: "ProcessGroup | None"
+) -> None:
+    """Raise an error on every rank where ranks that hold the same parameters describe them differently.
+
+    A number for each mesh, whatever the descriptions: what differs must not make the collectives differ.
+
+    Args:
+        descriptions: Of each parameter and its settings.
+        parameters: Plain, or DTensors.
+        process_group: The ranks that hold replicas of the plain ones.
+    """
+    meshes = alike(range(len(parameters)), lambda i: getattr(parameters[i], "device_mesh", None))
+    for mesh, positions in meshes.items():
+        number = zlib.crc32(repr([descriptions[position] for position in positions]).encode())
+        extremes = torch.tensor([number, -number], device=parameters[positions[0]].device)
+        for group in _groups_around(mesh, process_group):
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+        largest, smallest = extremes.tolist()
+        if largest != -smallest:
+            raise RuntimeError(f"{DISAGREE}; this rank has {len(positions)} parameters there")
+
+
+def _groups_around(mesh: Any, process_group: "ProcessGroup | None") -> list["ProcessGroup"]:
+    """The groups along every dimension of a mesh, or that of plain parameters; none of a single rank."""
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)] if mesh is not None else [process_group]
+    return [group for group in groups if group is not None and group.size() > 1]
 
 
 def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -116,8 +149,8 @@ class Totals:
         parts = torch.split(rest, [shape.numel() for shape in self._shapes])
         return header.long(), [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
-    def gradients_anywhere(self, header: Tensor) -> list[bool]:
-        """Return for each parameter whether any rank has its gradient.
+    def gradient_counts(self, header: Tensor) -> list[int]:
+        """Return for each parameter how many ranks have its gradient.
 
         Args:
             header: As :meth:`wait` returned it, on the host.
@@ -127,7 +160,8 @@ class Totals:
         """
         if not bool(self._agree(header)):
             raise RuntimeError(self._disagreement)
-        return [count > 0 for count in header[2 * PIECES :].tolist()]
+        counts: list[int] = header[2 * PIECES :].tolist()
+        return counts
 
     def assert_agreement(self, header: Tensor) -> None:
         """Fail on the device, later, where the ranks' fingerprints differ: without a host that waits."""
@@ -140,10 +174,7 @@ class Totals:
 
     @property
     def _disagreement(self) -> str:
-        return (
-            f"ranks {dist.get_process_group_ranks(self._group)} share matrices but disagree about their settings (lr, "
-            "fraction, momentum, weight_decay, ...) or their order; give all ranks the same groups"
-        )
+        return f"ranks {dist.get_process_group_ranks(self._group)}: {DISAGREE}"
 
 
 @dataclass(frozen=True)

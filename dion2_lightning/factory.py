@@ -98,7 +98,7 @@ def build_optimizer(
         raise ValueError(f"algorithm must be one of {', '.join(map(repr, HEADLINES))}, got {algorithm!r}")
     adamw_lr = lr if adamw_lr is None else adamw_lr
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
-    check_settings({"lr": lr, "weight_decay": weight_decay})
+    check_settings({"lr": lr, "weight_decay": weight_decay, "fraction": fraction})
     check_settings({"lr": adamw_lr, "weight_decay": adamw_weight_decay}, where="adamw_")
     process_group = process_group_of(strategy)
 

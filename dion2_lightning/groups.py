@@ -85,17 +85,24 @@ def plain_dtype(dtype: torch.dtype | str | None) -> str | None:
     return str(dtype).removeprefix("torch.") if dtype is not None else None
 
 
-def _check_parameter(parameter: Tensor, what: str, group: Mapping[str, Any]) -> None:
+def refuse_flattened(parameter: Tensor, what: str) -> None:
+    """Raise an error where FSDP1 or DeepSpeed ZeRO have made a vector of a parameter."""
     if hasattr(parameter, "_fsdp_flattened"):
         raise ValueError(f"{what} is flattened by FSDP1, so no matrix is left in it; use FSDP2 (fully_shard)")
     if hasattr(parameter, "ds_id"):
         raise ValueError(f"{what} is partitioned by DeepSpeed ZeRO, which flattens matrices; use FSDP2 (fully_shard)")
+
+
+def _check_parameter(parameter: Tensor, what: str, group: Mapping[str, Any]) -> None:
+    refuse_flattened(parameter, what)
     if parameter.layout != torch.strided:
         raise ValueError(f"{what} is stored as {parameter.layout}; only dense parameters can be updated")
     if not parameter.is_floating_point():
         raise ValueError(f"{what} is {parameter.dtype}; only real floating-point parameters can be updated")
     if group["algorithm"] == "adamw":
         return
+    if parameter.device.type == "mps":
+        raise ValueError(f"{what} is on MPS, which has no float64 for exact norms; train on CUDA or the CPU")
     if parameter.numel() == 0:
         raise ValueError(f"{what} has no entries, so there is no matrix to update; leave it out")
     dimensions = 3 if group["batched"] else 2
@@ -173,4 +180,5 @@ CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
     "algorithm": _one_of(*ALGORITHMS),
     "batched": _flag,
     "transposed": _flag,
+    "share_replicas": lambda name, value: None if value is None else _flag(name, value),
 }

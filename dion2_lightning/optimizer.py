@@ -13,9 +13,17 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.adamw import adamw_state, adamw_update
 from dion2_lightning.checkpoint import match_state_dict, restore_exactly
-from dion2_lightning.exchange import on_any_rank
-from dion2_lightning.groups import check_names, check_parameters, check_settings, parameter_names, plain_dtype
+from dion2_lightning.exchange import check_agreement, on_any_rank
+from dion2_lightning.groups import (
+    check_names,
+    check_parameters,
+    check_settings,
+    parameter_names,
+    plain_dtype,
+    refuse_flattened,
+)
 from dion2_lightning.layout import is_dtensor, local_gradient, refuse_partial_sums
+from dion2_lightning.orthonormalize import default_dtype
 from dion2_lightning.selection import Selection
 from dion2_lightning.sharing import update_matrices
 from dion2_lightning.update import MatrixUpdate
@@ -26,6 +34,9 @@ if TYPE_CHECKING:  # some builds of torch have no process groups
 Group = dict[str, Any]
 
 HALF_PRECISION: Final = (torch.bfloat16, torch.float16)
+NOT_SETTINGS: Final = ("params", "param_names", "initial_lr")
+"""Entries of groups that say nothing about the update."""
+
 LEFT_BEHIND: Final = {
     "process_group": "its process group, so it updates redundantly on every rank",
     "orthonormalize": "its custom orthonormalization, so it uses the package's own",
@@ -146,11 +157,18 @@ class Dion2(Optimizer):
         check_settings(defaults)
         if orthonormalize is not None and not callable(orthonormalize):
             raise TypeError(f"orthonormalize must be callable or None, got {type(orthonormalize).__name__}")
+        if process_group is not None and not callable(getattr(process_group, "size", None)):
+            raise TypeError(
+                f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}; of a "
+                "mesh, pass mesh.get_group()"
+            )
+        check_settings({"share_replicas": share_replicas})
         self.orthonormalize = orthonormalize
         self.process_group = process_group
         self.share_replicas = share_replicas
         self._selections: dict[Tensor, Selection] = {}
         self._failure: str | None = None
+        self._is_agreed = False
         if isinstance(params, Tensor):
             raise TypeError("params must be parameters or groups in a list, got a single tensor")
         groups = list(cast(Iterable[Any], params))
@@ -186,6 +204,7 @@ class Dion2(Optimizer):
         group = {"batched": False, "transposed": False, **_plain(group)}
         check_parameters(group, {p for other in self.param_groups for p in other["params"]}, where)
         group["name"] = self._unique_name(group)
+        self._is_agreed = False
         super().add_param_group(group)
 
     @overload
@@ -214,11 +233,12 @@ class Dion2(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_after_failure()
+        self._agree()
         self._check_gradients()
         is_first = not self.state
         self._create_state()
         self._selections = {}
-        left_out = self._rehearsed() if is_first else set()
+        left_out = self._rehearsed() if is_first and not any(group["lr"] for group in self.param_groups) else set()
         updates = list(self._matrix_updates(left_out))
         self._failure = "step() failed"
         self._selections = update_matrices(
@@ -237,7 +257,7 @@ class Dion2(Optimizer):
     def _update_others(self, left_out: Collection[Tensor]) -> None:
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
-                present = [p for p in group["params"] if p.grad is not None and p not in left_out]
+                present = [p for p in group["params"] if p.grad is not None and p.requires_grad and p not in left_out]
                 adamw_update(present, self.state, group)
 
     def selection_of(self, parameter: Tensor) -> Selection | None:
@@ -301,7 +321,8 @@ class Dion2(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied, and remember that it was there."""
         left_behind = [name for name in LEFT_BEHIND if getattr(self, name) is not None]
-        return {**super().__getstate__(), "_left_behind": left_behind}
+        kept = {"_failure": self._failure, "share_replicas": self.share_replicas}
+        return {**super().__getstate__(), **kept, "_left_behind": left_behind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a copy's or a checkpoint's state; groups from an older version get the settings they lack."""
@@ -312,6 +333,7 @@ class Dion2(Optimizer):
             )
         super().__setstate__(state)
         self._selections = {}
+        self._is_agreed = False
         self.__dict__.setdefault("_failure", None)
         for group in self.param_groups:
             for name, default in {**self.defaults, "algorithm": "dion2", "batched": False, "transposed": False}.items():
@@ -344,6 +366,7 @@ class Dion2(Optimizer):
         """Refuse gradients that have no update, before anything is touched."""
         checked: list[tuple[str, Tensor, Tensor]] = []
         for group, parameter, what in self._parameters("dion2", "adamw"):
+            refuse_flattened(parameter, what)
             refuse_partial_sums(parameter, what)
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(f"{what} has a gradient stored as {parameter.grad.layout}; use sparse=False")
@@ -356,6 +379,19 @@ class Dion2(Optimizer):
             if is_broken:
                 raise FloatingPointError(f"{what} has a gradient with NaN or Inf; no weight and no state was changed")
 
+    def _agree(self) -> None:
+        """Once, before anything is shared: every rank must have the same parameters and settings."""
+        if self._is_agreed:
+            return
+        shared = [each for each in self._parameters("dion2", "adamw") if is_dtensor(each[1]) or self.process_group]
+        plain = {id(group): [(k, v) for k, v in group.items() if k not in NOT_SETTINGS] for group in self.param_groups}
+        descriptions = [
+            repr((tuple(p.shape), p.dtype, default_dtype(p.device), self.share_replicas, plain[id(group)]))
+            for group, p, _ in shared
+        ]
+        check_agreement(descriptions, [parameter for _, parameter, _ in shared], self.process_group)
+        self._is_agreed = True
+
     def _create_state(self) -> None:
         """Create the state of every trainable parameter, gradient or not.
 
@@ -367,18 +403,14 @@ class Dion2(Optimizer):
                     self.state[parameter] = _new_state(parameter, group)
 
     def _rehearsed(self) -> set[Tensor]:
-        """The parameters that a first step leaves out: zero gradient and lr 0, on every rank.
+        """What a first step leaves out: everything, where every gradient is zero and lr is 0, on every rank.
 
         By such a step ``torch.distributed.checkpoint`` makes an optimizer create its state; no more may come of it.
         """
         parameters = [parameter for _, parameter, _ in self._parameters("dion2", "adamw")]
-        has_lr = any(group["lr"] for group in self.param_groups)
-        if has_lr and self.process_group is None and not any(is_dtensor(parameter) for parameter in parameters):
-            return set()
-        # An lr on one rank is enough: all must decide alike.
-        flags = [_everywhere(parameter, torch.Tensor.bool).any() | has_lr for parameter in parameters]
+        flags = [_everywhere(parameter, torch.Tensor.bool).any() for parameter in parameters]
         moving = on_any_rank(flags, parameters, self.process_group)
-        return {parameter for parameter, is_moving in zip(parameters, moving, strict=True) if not is_moving}
+        return set() if any(moving) else set(parameters)
 
     def _refuse_after_failure(self) -> None:
         if self._failure is not None:

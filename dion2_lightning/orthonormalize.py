@@ -64,7 +64,9 @@ def orthonormalize(submatrices: Tensor, dtype: torch.dtype | None = None) -> Ten
     if k >= FEW:
         normalized = normalized.to(dtype)
     iterate = _gram_newton_schulz if _gram_pays(normalized) else _newton_schulz
-    return iterate(normalized).to(dtype)
+    # A step inside an autocast block must not have its products rounded either.
+    with torch.autocast(normalized.device.type, enabled=False):
+        return iterate(normalized).to(dtype)
 
 
 def _newton_schulz(x: Tensor) -> Tensor:
@@ -107,8 +109,16 @@ def _gram_pays(x: Tensor) -> bool:
     Rounding errors in R are amplified by 1 / sigma^2: in bfloat16, or in float32 products that are rounded to bfloat16
     or TF32 inside, the singular values leave [0.8, 1.2].
     """
-    rounded = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    rounded = x.dtype == torch.float32 and _rounds_float32(x.device)
     return x.dtype != torch.bfloat16 and not rounded and x.shape[-1] > GRAM_ASPECT * x.shape[-2]
+
+
+def _rounds_float32(device: torch.device) -> bool:
+    """Whether the user lets float32 products be rounded inside, by torch's older or newer setting."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    own = backend.matmul.fp32_precision
+    inherited = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return (inherited if own == "none" else own) not in ("ieee", "none")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -27,6 +27,7 @@ from dion2_lightning.exchange import (
 from dion2_lightning.layout import Span, alike
 from dion2_lightning.selection import Selection, slice_sums
 from dion2_lightning.update import (
+    BATCH_ELEMENTS,
     MatrixUpdate,
     Orthonormalize,
     accumulate,
@@ -141,8 +142,9 @@ class _Shared:
 
     def read(self, header: Tensor, *indices: Tensor) -> None:
         """Take ``unread`` on the host; leave out what has no gradient on any rank."""
-        present = self._totals.gradients_anywhere(header)
-        self._updates = [update for update, is_present in zip(self._updates, present, strict=True) if is_present]
+        counts = self._totals.gradient_counts(header)
+        self._check(counts)
+        self._updates = [update for update, count in zip(self._updates, counts, strict=True) if count]
         self._on_host = dict(zip(self._split, indices, strict=True))
 
     def skip_reading(self) -> None:
@@ -152,6 +154,9 @@ class _Shared:
     def selections(self) -> dict[Tensor, Selection]:
         """What was selected, by parameter."""
         return {update.parameter: update.selection(self._selected[update]) for update in self._updates}
+
+    def _check(self, counts: list[int]) -> None:
+        """Refuse what cannot be right of the number of ranks that have each gradient."""
 
     def _partial_sums(self) -> list[Tensor]:
         raise NotImplementedError
@@ -217,6 +222,15 @@ class SharedReplicas(_Shared):
         for update in self._updates:
             indices = self._selected[update]
             apply(update.weight, indices, torch.stack([next(results) for _ in range(len(indices))]), update)
+
+    def _check(self, counts: list[int]) -> None:
+        """Replicas with different gradients would select differently, and go apart."""
+        for update, count in zip(self._updates, counts, strict=True):
+            if 0 < count < self._group.size():
+                raise RuntimeError(
+                    f"{update.what} has a gradient on {count} of {self._group.size()} ranks that hold replicas of it; "
+                    "average the gradients over the ranks before step(), with zeros where there is none"
+                )
 
     def _partial_sums(self) -> list[Tensor]:
         return []
@@ -303,7 +317,9 @@ def _select(updates: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> dict[Ma
 def _orthonormal(submatrices: Sequence[Tensor], custom: Orthonormalize | None) -> list[Tensor]:
     """O for every submatrix (k, m), equal shapes together."""
     results: dict[int, Tensor] = {}
-    for positions in alike(range(len(submatrices)), lambda i: submatrices[i].shape).values():
-        stack = torch.stack([submatrices[position] for position in positions])
-        results.update(zip(positions, orthonormal_of([stack], custom).unbind(), strict=True))
+    for equal in alike(range(len(submatrices)), lambda i: submatrices[i].shape).values():
+        size = max(1, BATCH_ELEMENTS // submatrices[equal[0]].numel())
+        for positions in (equal[start : start + size] for start in range(0, len(equal), size)):
+            stack = torch.stack([submatrices[position] for position in positions])
+            results.update(zip(positions, orthonormal_of([stack], custom).unbind(), strict=True))
     return [results[position] for position in range(len(submatrices))]

@@ -41,6 +41,7 @@ class MatrixUpdate:
 
     Attributes:
         parameter: The parameter itself.
+        what: How to call it in an error.
         matrices: What its matrices are, on all ranks together.
         layout: Who holds which part of them.
         weight: X, this rank's part, updated in place.
@@ -55,6 +56,7 @@ class MatrixUpdate:
     """
 
     parameter: Tensor
+    what: str
     matrices: Matrices
     layout: Layout
     weight: Tensor
@@ -95,6 +97,7 @@ class MatrixUpdate:
         gradient = local_gradient(parameter)
         return cls(
             parameter=parameter,
+            what=what,
             matrices=matrices,
             layout=layout,
             weight=matrices.slices(local(parameter), axis),
@@ -131,7 +134,7 @@ class MatrixUpdate:
 
     def fingerprint(self) -> int:
         """Return a number in which all that ranks must agree about is mixed."""
-        numbers = (self.k, self.momentum_factor, self.step_size, self.shrink, self.dtype, self.layout.blocks)
+        numbers = (self.k, self.momentum_factor, self.step_size, self.shrink, self.dtype, hash(self.layout.blocks))
         return zlib.crc32(repr((self.matrices, self.axis, numbers)).encode())
 
 
@@ -200,7 +203,8 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
 
 def apply(weight: Tensor, indices: Tensor, orthonormal: Tensor, update: MatrixUpdate) -> None:
     """X[K] <- X[K] - lr scale O."""
-    add_(weight, indices, orthonormal.to(update.momentum.dtype) * -update.step_size)
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    add_(weight, indices, orthonormal.to(precise) * -update.step_size)
 
 
 def batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:

@@ -62,7 +62,7 @@ class Reference:
         self.axis = 1 if self.select == "shorter" and in_size < out_size else 0
         n = self.weight.shape[self.axis]
         k = max(1, math.ceil(self.fraction * n - 1e-9))
-        self.momentum = self.momentum + gradient.to(self.momentum.dtype)
+        self.momentum = (self.momentum.float() + gradient).to(self.momentum.dtype)
         rows = self.momentum if self.axis == 0 else self.momentum.T
         norms = [torch.tensor(sum(abs(x) for x in row.tolist()), dtype=torch.float32).item() for row in rows]
         self.selected = sorted(sorted(range(n), key=lambda i: (-norms[i], i))[:k])

@@ -40,10 +40,21 @@ def test_one_parameter_several_dtypes_and_none():
     assert clip_grad_norm_([nn.Parameter(torch.ones(2))], 1.0) == 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_norm_of_half_precision_gradients_is_not_rounded(dtype):
+    """In float16 this norm would overflow, and everything be scaled to zero."""
+    parameter = nn.Parameter(torch.zeros(1000, 1000, dtype=dtype))
+    parameter.grad = torch.full((1000, 1000), 100.0, dtype=dtype)
+    assert clip_grad_norm_(parameter, 1e3) == pytest.approx(1e5, rel=1e-3)
+    assert parameter.grad[0, 0].item() == pytest.approx(1.0, rel=1e-2)
+
+
 def test_bad_input():
     model = with_gradients()
     with pytest.raises(ValueError, match=r"max_norm must be at least 0, got -1\.0"):
         clip_grad_norm_(model.parameters(), -1.0)
+    with pytest.raises(ValueError, match="norm_type must be over 0, got 0"):
+        clip_grad_norm_(model.parameters(), 1.0, 0.0)
     model[0].bias.grad[0] = float("nan")
     before = copy.deepcopy([parameter.grad for parameter in model.parameters()])
     with pytest.raises(RuntimeError, match="the norm of the gradients is nan, so nothing was clipped"):

@@ -126,6 +126,19 @@ def test_lists_of_parameters():
         Dion2([matrix()]).add_param_group([matrix()])
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"process_group": "ddp"}, "process_group must be a torch.distributed.ProcessGroup, got str"),
+        ({"share_replicas": "yes"}, "share_replicas must be True or False, got 'yes'"),
+    ],
+    ids=str,
+)
+def test_how_ranks_share(settings, message):
+    with pytest.raises(TypeError, match=message):
+        Dion2([matrix()], **settings)
+
+
 def test_one_row_and_one_column_are_matrices():
     row, column = matrix(1, 6), matrix(6, 1)
     optimizer = Dion2([row, column], lr=0.1)

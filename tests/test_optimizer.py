@@ -229,6 +229,66 @@ def test_a_first_step_at_lr_zero_with_gradients_is_a_real_step():
     assert optimizer.selection_of(model[0].weight).indices.shape == (3,)
 
 
+def test_a_warm_up_from_zero_with_zero_gradients_is_real_where_others_move():
+    """LoRA's A has a zero gradient at first, since B is zero: its AdamW must count the step all the same."""
+    first, second = torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.ones(6))
+    control = torch.nn.Parameter(torch.ones(6))
+    ours = Dion2([{"params": [first]}, {"params": [second], "algorithm": "adamw"}], lr=0.1)
+    theirs = torch.optim.AdamW([control], lr=0.1, weight_decay=0.01, fused=True)
+    for step in range(3):
+        first.grad = torch.ones(4, 6)
+        second.grad = torch.full((6,), float(step))
+        control.grad = second.grad.clone()
+        for optimizer in (ours, theirs):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * step
+            optimizer.step()
+    assert torch.equal(second, control)
+
+
+@pytest.mark.parametrize("attribute", ["_fsdp_flattened", "ds_id"])
+def test_parameters_that_are_flattened_after_construction_are_refused(attribute):
+    parameter = torch.nn.Parameter(torch.ones(4, 6))
+    optimizer = Dion2([("w", parameter)])
+    setattr(parameter, attribute, True)
+    parameter.grad = torch.ones(4, 6)
+    with pytest.raises(ValueError, match=r"'w' is .* use FSDP2"):
+        optimizer.step()
+
+
+def test_a_parameter_that_is_frozen_later_stays():
+    weight, bias = torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.ones(6))
+    optimizer = Dion2([{"params": [weight]}, {"params": [bias], "algorithm": "adamw"}], lr=0.1)
+    weight.grad, bias.grad = torch.ones(4, 6), torch.ones(6)
+    weight.requires_grad_(False)
+    bias.requires_grad_(False)
+    optimizer.step()
+    assert (weight == 1).all()
+    assert (bias == 1).all()
+
+
+def test_a_failed_step_is_remembered_by_a_copy():
+    parameter = torch.nn.Parameter(torch.ones(4, 6))
+
+    def fail(submatrices: Tensor) -> Tensor:
+        raise ArithmeticError("broken")
+
+    optimizer = Dion2([parameter], orthonormalize=fail)
+    saved = copy.deepcopy(optimizer.state_dict())
+    parameter.grad = torch.ones(4, 6)
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    with pytest.warns(UserWarning, match="orthonormalize"):
+        other = copy.deepcopy(optimizer)
+    for failed in (optimizer, other):
+        with pytest.raises(RuntimeError, match="groups 'dion2' may be half updated"):
+            failed.state_dict()
+        with pytest.raises(RuntimeError, match="load model and optimizer from a checkpoint"):
+            failed.step()
+        failed.load_state_dict(saved)
+        failed.state_dict()
+
+
 def test_distributed_checkpoint_materializes_the_state():
     """The real thing: get and set through torch.distributed.checkpoint, on weights that are loaded already."""
     from torch.distributed.checkpoint.state_dict import (

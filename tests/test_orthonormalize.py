@@ -1,5 +1,8 @@
 """The polar factor: its bound, its paths, its memory order."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,6 +53,27 @@ def test_reduced_float32_products_keep_the_bound(precision, products_are_exact):
     result = torch.linalg.svdvals(orthonormalize(matrix.float()[None], torch.float32)[0].double())
     assert result.min() >= 0.85
     assert result.max() <= 1.15
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
+def test_the_newer_setting_of_reduced_products_is_understood(precision):
+    """What the Trainer's tf32 sets; torch raises where the older getter is asked after it. In a process of its own."""
+    code = f"""
+import torch
+from dion2_lightning.orthonormalize import _rounds_float32, orthonormalize
+torch.backends.fp32_precision = {precision!r}
+assert _rounds_float32(torch.device("cpu")) == {precision != "ieee"}
+assert orthonormalize(torch.randn(1, 8, 64), torch.float32).isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_autocast_does_not_reach_the_products():
+    """A step inside an autocast block is a common mistake, and harmless with other optimizers."""
+    matrix, *_ = with_spectrum((64, 256), 100.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = orthonormalize(matrix.float()[None], torch.float32)
+    assert torch.equal(result, orthonormalize(matrix.float()[None], torch.float32))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])

@@ -61,8 +61,9 @@ def check(
     group = {"params": [parameter], "batched": batched, "transposed": transposed}
     optimizer = Dion2([group], lr=0.02, orthonormalize_dtype=dtype, **settings)
     names = {"adjust_lr_fn": "rule", "scale_lr_by_fraction": "scale_by_fraction", "momentum": "mu"}
-    own = {names.get(name, name): value for name, value in settings.items()}
-    references = [Reference(weight, torch.zeros(weight.shape), lr=0.02, **own) for weight in start]
+    own = {names.get(name, name): value for name, value in settings.items() if name != "state_dtype"}
+    state_dtype = getattr(torch, settings.get("state_dtype", "float32"))
+    references = [Reference(weight, torch.zeros(weight.shape, dtype=state_dtype), lr=0.02, **own) for weight in start]
 
     for gradient in gradients(shape, seed=1):
         parameter.grad = gradient.clone()
@@ -108,6 +109,10 @@ def test_scale_rules(kind, rule, scale_lr_by_fraction):
 @pytest.mark.parametrize("kind", ["wide", "tall", "transposed wide", "transposed tall", "batched tall"])
 def test_output_slices(kind):
     check(**SHAPES[kind], select="output")
+
+
+def test_a_momentum_in_half_precision_does_not_round_the_update():
+    check(**SHAPES["wide"], state_dtype="bfloat16")
 
 
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.5, 1.0), (0.99, 0.1)])

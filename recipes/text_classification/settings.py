@@ -44,7 +44,7 @@ class Settings:
         warmup: Share of the steps in which the learning rate rises; afterwards it follows a half cosine down to zero.
         seed: Decides the initial head, the order of the data and dropout. The held-out rows do not depend on it.
         repeats: Runs of each optimizer, with seeds `seed`, `seed` + 1, ...
-        accelerator: Where to train; "auto" is the best at hand.
+        accelerator: Where to train; "auto" is a CUDA GPU where there is one, else the CPU.
         devices: 1, or the number of the device to use, in brackets: [3]. A run uses one device.
         precision: "auto" is bf16-mixed on GPUs that have it and 32-true elsewhere.
         output: Folder for checkpoints, metrics and fine-tuned models.
@@ -75,7 +75,7 @@ class Settings:
     warmup: float = 0.1
     seed: int = 0
     repeats: int = 1
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | list[int] = 1
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "auto"
     output: Path = Path("runs/text_classification")

@@ -219,7 +219,7 @@ def _offline_model() -> str:
 def _trainer(settings: Settings, timer: StepTimer, progress: bool) -> Trainer:
     checkpoint = _checkpoint(settings)
     return Trainer(
-        accelerator=settings.accelerator,
+        accelerator=_accelerator(settings),
         devices=settings.devices,
         precision=_precision(settings),
         max_epochs=1,
@@ -241,6 +241,12 @@ def _trainer(settings: Settings, timer: StepTimer, progress: bool) -> Trainer:
         enable_progress_bar=progress,
         enable_model_summary=False,
     )
+
+
+def _accelerator(settings: Settings) -> str:
+    if settings.accelerator != "auto":
+        return settings.accelerator
+    return "cuda" if torch.cuda.is_available() else "cpu"  # never MPS, which has no float64
 
 
 def _precision(settings: Settings) -> Any:
