@@ -167,6 +167,13 @@ class Totals:
         """Fail on the device, later, where the ranks' fingerprints differ: without a host that waits."""
         torch._assert_async(self._agree(header), self._disagreement)
 
+    def assert_gradients_everywhere(self, header: Tensor) -> None:
+        """Fail on the device, later, where not every rank has every gradient."""
+        counts = header.narrow(0, 2 * PIECES, len(header) - 2 * PIECES)
+        torch._assert_async(
+            (counts == self._group.size()).all(), "ranks that hold replicas lack gradients that others have"
+        )
+
     def _agree(self, header: Tensor) -> Tensor:
         # Equality in Cauchy and Schwarz's inequality: all ranks said the same.
         totals, squares = header.narrow(0, 0, PIECES), header.narrow(0, PIECES, PIECES)

@@ -223,6 +223,11 @@ class SharedReplicas(_Shared):
             indices = self._selected[update]
             apply(update.weight, indices, torch.stack([next(results) for _ in range(len(indices))]), update)
 
+    def skip_reading(self) -> None:
+        """Go on without the host; where a rank lacks a gradient, or disagrees, the device will say so."""
+        super().skip_reading()
+        self._totals.assert_gradients_everywhere(self.unread[0])
+
     def _check(self, counts: list[int]) -> None:
         """Replicas with different gradients would select differently, and go apart."""
         for update, count in zip(self._updates, counts, strict=True):
