@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-# Names under which a wrapper registers the module that it wraps: torch.compile, activation checkpointing, FSDP1.
-_WRAPPED_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# Names under which a wrapper registers the module that it wraps: torch.compile, activation checkpointing, FSDP1,
+# Fabric.
+_WRAPPED_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 _DATA_PARALLEL_CLASSES = ("DistributedDataParallel", "DataParallel")
 
 _ALGORITHMS = ("dion2", "adamw")

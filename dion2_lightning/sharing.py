@@ -7,6 +7,7 @@ of the slices, send what is selected to the matrix's owner, who orthonormalizes 
 brings the results to everyone.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -110,7 +111,7 @@ def _by_group(
         yield (SharedReplicas if members[0].layout.replicated else SharedByParts)(group, members, custom)
 
 
-class _Shared:
+class _Shared(ABC):
     """What both ways have in common: numbers that all ranks contribute to, and the host's one look at them.
 
     Attributes:
@@ -155,14 +156,17 @@ class _Shared:
         """What was selected, by parameter."""
         return {update.parameter: update.selection(self._selected[update]) for update in self._updates}
 
+    @abstractmethod
     def _check(self, counts: list[int]) -> None:
         """Refuse what cannot be right of the number of ranks that have each gradient."""
 
+    @abstractmethod
     def _partial_sums(self) -> list[Tensor]:
-        raise NotImplementedError
+        """What this rank adds to the sums of |M|: nothing where it has them whole."""
 
+    @abstractmethod
     def _norms(self, sums: list[Tensor]) -> list[Tensor]:
-        raise NotImplementedError
+        """The norms (count, n) of every update's slices, from what came of the partial sums."""
 
 
 class SharedByParts(_Shared):
@@ -190,6 +194,9 @@ class SharedByParts(_Shared):
         """X[K] <- X[K] - lr scale O, this rank's part of it."""
         for piece, part in zip(self._pieces, self._exchange.receive_back(), strict=True):
             apply(piece.weight, piece.indices, part.view(1, *part.shape), piece.update)
+
+    def _check(self, counts: list[int]) -> None:
+        """Any number will do: a gradient that this rank lacks counts as zero here."""
 
     def _partial_sums(self) -> list[Tensor]:
         rank = dist.get_rank(self._group)

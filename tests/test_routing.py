@@ -560,3 +560,12 @@ def test_imports_torch_only() -> None:
     root = Path(__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_module_set_up_by_fabric_is_looked_through() -> None:
+    from lightning import Fabric
+
+    model = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 8))
+    wrapped = Fabric(accelerator="cpu", devices=1).setup_module(model)
+    assert [each.name for each in route_parameters(wrapped).decisions] == ["0.weight", "1.weight", "1.bias"]
+    assert route_parameters(wrapped).decisions == route_parameters(model).decisions
