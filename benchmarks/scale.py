@@ -26,8 +26,9 @@ from functools import lru_cache
 
 import torch
 
-from dion2_lightning.exchange import Transfer, assign_owners, orthonormalization_cost
+from dion2_lightning.exchange import Transfer
 from dion2_lightning.layout import Block, Matrices, Span
+from dion2_lightning.owners import assign_owners, orthonormalization_cost
 from dion2_lightning.selection import selected_count
 
 Shape = tuple[int, ...]

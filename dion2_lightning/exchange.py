@@ -5,11 +5,9 @@ only what is selected. Every rank knows every other rank's rectangle (layout.py)
 selection; so everyone knows what everyone sends, and no sizes are exchanged.
 """
 
-import heapq
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -28,24 +26,6 @@ DISAGREE: Final = (
 PIECE_BITS: Final = 16
 PIECES: Final = 2
 """A fingerprint travels in pieces so short that sums of their squares over thousands of ranks are exact in float64."""
-
-
-def orthonormalization_cost(k: int, m: int) -> int:
-    """Return the FLOPs of orthonormalizing a (k, m) matrix, by which owners are balanced."""
-    short, long = sorted((k, m))
-    return 20 * short * short * long + 10 * short**3
-
-
-@lru_cache(maxsize=256)
-def assign_owners(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Return which rank orthonormalizes each matrix: the costliest first, each to the rank with the least to do."""
-    loads = [(0, rank) for rank in range(ranks)]
-    owners = [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        load, rank = heapq.heappop(loads)
-        owners[index] = rank
-        heapq.heappush(loads, (load + costs[index], rank))
-    return tuple(owners)
 
 
 def on_any_rank(

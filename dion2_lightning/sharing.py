@@ -21,11 +21,10 @@ from dion2_lightning.exchange import (
     Gathering,
     Totals,
     Transfer,
-    assign_owners,
-    orthonormalization_cost,
     read_together,
 )
 from dion2_lightning.layout import Span, alike
+from dion2_lightning.owners import assign_owners, orthonormalization_cost
 from dion2_lightning.selection import Selection, slice_sums
 from dion2_lightning.update import (
     BATCH_ELEMENTS,
