@@ -1,6 +1,9 @@
-"""Real processes for the tests: spawned, connected by gloo, ended within a time limit."""
+"""Real processes for the tests: spawned, connected by gloo or by a framework, ended within a time limit."""
 
 import multiprocessing
+import os
+import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -9,12 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 SECONDS = 90
 
 # Processes are forked from a server that has imported what takes seconds, and has no threads that a fork would lose.
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers"])
+multiprocessing.set_forkserver_preload(
+    ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers", "lightning", "accelerate"]
+)
 
 
 def run_on_ranks(ranks: int, function: Callable[..., None], *arguments: Any, seconds: float = SECONDS) -> None:
@@ -24,24 +29,87 @@ def run_on_ranks(ranks: int, function: Callable[..., None], *arguments: Any, sec
     """
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        context = start_processes(
-            _rank, (ranks, store, function, arguments), nprocs=ranks, join=False, start_method="forkserver"
-        )
-        deadline = time.monotonic() + seconds
-        try:
-            while not context.join(timeout=1):
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{function.__name__} did not finish on {ranks} ranks within {seconds} s")
-        finally:
-            for process in context.processes:
-                if process.is_alive():
-                    process.terminate()
+        _run(ranks, _rank_of_a_group, (ranks, store, function, arguments), function.__name__, seconds)
 
 
-def _rank(rank: int, ranks: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def run_like_torchrun(
+    ranks: int, function: Callable[..., None], *arguments: Any, killed: bool = False, seconds: float = SECONDS
+) -> None:
+    """Call ``function(*arguments)`` on new processes whose environment is torchrun's, as frameworks expect it.
+
+    One rank has no such environment, like a plain script; the framework makes the process group, if any.
+
+    Args:
+        ranks: How many.
+        function: What each calls.
+        arguments: With what.
+        killed: Whether the processes are to end by :func:`kill_this_process`; they must.
+        seconds: The time limit.
+    """
+    try:
+        _run(ranks, _rank_of_a_framework, (ranks, _free_port(), function, arguments), function.__name__, seconds)
+    except ProcessExitedException as error:
+        if not killed or error.signal_name != "SIGKILL":
+            raise
+    else:
+        assert not killed, f"{function.__name__} was to be killed, and ended by itself"
+
+
+def kill_this_process() -> None:
+    """End as by a crash of the machine, once every rank is here: nothing is flushed, closed or destroyed."""
+    if dist.is_initialized():
+        dist.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run(ranks: int, target: Callable[..., None], arguments: tuple[Any, ...], name: str, seconds: float) -> None:
+    context = start_processes(target, arguments, nprocs=ranks, join=False, start_method="forkserver")
+    deadline = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=1):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{name} did not finish on {ranks} ranks within {seconds} s")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.terminate()
+
+
+def _rank_of_a_group(
+    rank: int, ranks: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     try:
         function(*arguments)
     finally:
         dist.destroy_process_group()
+
+
+def _rank_of_a_framework(
+    rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "GROUP_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "test",
+        }
+    try:
+        function(*arguments)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,38 @@
+"""No framework: a loop by hand, which the frameworks' results are compared with."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tests.distributed.ranks import kill_this_process
+from tests.integrations.resume import STEPS, STOP, Phase, check_resume, make_optimizer, write_outcome
+from tests.integrations.training import BATCH, MAX_NORM, Sequences, make_model
+
+
+def train_by_hand(layout: str, kind: str, phase: Phase, folder: Path) -> None:
+    model = make_model(seed=1 if phase is Phase.RESUMED else 0)
+    optimizer = make_optimizer(kind, model)
+    checkpoint = folder / "checkpoint.pt"
+    first = 0
+    if phase is Phase.RESUMED:
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = STOP
+    losses = []
+    for batch in Sequences(STEPS).pieces.split(BATCH)[first:]:
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if phase is Phase.KILLED and len(losses) == STOP:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
+            kill_this_process()
+    write_outcome(folder, phase, model.named_parameters(), optimizer, losses)
+
+
+def test_resume(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    check_resume(train_by_hand, "none", "one device", 1, tmp_path, record_property)
