@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,11 +34,12 @@ from benchmarks.step import LAYERS
 from dion2_lightning import Dion2
 
 SHAPES = LAYERS["smollm2-135m"]
-PLACEMENTS: dict[str, list[Shard] | None] = {
-    # One for each matrix of a layer: query, key, value, output; gate, up, down.
-    "fsdp2": [Shard(0)] * 7,
-    "row-wise": [Shard(1)] * 7,
-    "tp": [Shard(0)] * 3 + [Shard(1)] + [Shard(0)] * 2 + [Shard(1)],
+PLACEMENTS: dict[str, list[list[Any]] | None] = {
+    # For each matrix of a layer: query, key, value, output; gate, up, down.
+    "fsdp2": [[Shard(0)]] * 7,
+    "hsdp": [[Replicate(), Shard(0)]] * 7,
+    "row-wise": [[Shard(1)]] * 7,
+    "tp": [[Shard(0)]] * 3 + [[Shard(1)]] + [[Shard(0)]] * 2 + [[Shard(1)]],
     "ddp": None,
 }
 KINDS = {"allreduce_": "all-reduce", "alltoall_base_": "all-to-all", "_allgather_base_": "all-gather"}
@@ -124,13 +125,19 @@ def measure(ranks: int, cases: Sequence[Case]) -> list[list[Traffic]]:
 def _rank(rank: int, ranks: int, store: str, cases: Sequence[Case], results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    mesh = init_device_mesh("cpu", (ranks,))
     for case in cases:
         by_rank: list[Any] = [None] * ranks
-        dist.all_gather_object(by_rank, traffic_of(case, mesh))
+        dist.all_gather_object(by_rank, traffic_of(case, mesh_of(case, ranks)))
         if rank == 0:
             results.put(by_rank)
     dist.destroy_process_group()
+
+
+def mesh_of(case: Case, ranks: int) -> DeviceMesh:
+    """Return a mesh of all ranks; two replicas of half of them under HSDP."""
+    if case.layout == "hsdp":
+        return init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicas", "shards"))
+    return init_device_mesh("cpu", (ranks,))
 
 
 def traffic_of(case: Case, mesh: DeviceMesh) -> Traffic:
@@ -144,7 +151,7 @@ def traffic_of(case: Case, mesh: DeviceMesh) -> Traffic:
         orthonormalize=lambda submatrices: submatrices,
         orthonormalize_dtype=case.dtype,
         process_group=mesh.get_group() if placements is None else None,
-        share_replicas=placements is None,
+        share_replicas=True,
     )
     count = Count()
     for step in range(case.steps + 1):
@@ -162,7 +169,7 @@ def random_tensors(case: Case, mesh: DeviceMesh, generator: torch.Generator) -> 
     if placements is None:
         return tensors
     pairs = zip(tensors, placements * case.layers, strict=True)
-    return [distribute_tensor(tensor, mesh, [placement], src_data_rank=None) for tensor, placement in pairs]
+    return [distribute_tensor(tensor, mesh, placed, src_data_rank=None) for tensor, placed in pairs]
 
 
 def main() -> None:

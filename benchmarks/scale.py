@@ -9,12 +9,12 @@ and whatever else AdamW updates either way are left out.
 Submatrices are bfloat16. A rank sends its part of every submatrix to the owner, an owner every other part back; what
 stays on a rank does not count. AdamW sends nothing. The norms' all-reduce is counted once, in float64.
 
-Under HSDP the optimizer talks inside a shard group, and all replicas do the same. Experts stay whole on their ranks,
-for FSDP2 shards a stack on the axis that counts them; or they are sharded by rows, like every other matrix, without
-which ranks beyond the number of experts hold none.
+Under HSDP a matrix travels inside one replica of the shard group, and every rank of it sends its part of the result
+once to each of the other replicas. Experts stay whole on their ranks, for FSDP2 shards a stack on the axis that counts
+them; or they are sharded by rows, like every other matrix, without which ranks beyond the number of experts hold none.
 
-Owners should do the same work up to 5% wherever there are 4 matrices for each. The table says "cannot" where a few
-large matrices rule that out for every assignment of whole matrices, and "-" where there are fewer matrices.
+Owners should do the same work up to 5% wherever there are 4 matrices for each. The table says "cannot" where that is
+proved to be impossible for every assignment of whole matrices, and "-" where there are fewer matrices.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 import torch
@@ -30,6 +31,7 @@ from dion2_lightning.exchange import Transfer
 from dion2_lightning.layout import Block, Matrices, Span
 from dion2_lightning.owners import assign_owners, orthonormalization_cost
 from dion2_lightning.selection import selected_count
+from dion2_lightning.sharing import owner_of, pays_off
 
 Shape = tuple[int, ...]
 
@@ -75,6 +77,9 @@ HEADER = (
 )
 
 IMBALANCE = 0.05
+MAX_WEIGHTING = 100
+"""Weightings of matrices that are tried to prove that owners cannot be balanced; the first few do it."""
+
 MATRICES_A_RANK = 4
 """The owners must do the same work up to ``IMBALANCE`` wherever there are this many matrices for each."""
 
@@ -87,11 +92,13 @@ class Layout:
         name: For the table.
         ranks: How many shard each matrix, by its stored rows.
         experts_by_rows: Whether stacks are sharded likewise, not by experts.
+        replicas: How many groups of so many ranks hold the same.
     """
 
     name: str
     ranks: int
     experts_by_rows: bool = False
+    replicas: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +120,7 @@ class Submatrix:
 
 @dataclass(frozen=True)
 class Step:
-    """A step, by rank.
+    """A step, by rank, one replica after the other.
 
     Attributes:
         shared: FLOPs of orthonormalizing each matrix that the ranks share.
@@ -171,26 +178,39 @@ def simulate(shapes: Sequence[Shape], layout: Layout, fraction: float) -> Step:
     for shape in shapes:
         if not stays_whole(shape, layout):
             shared += [submatrix(shape, fraction, layout.ranks)] * math.prod(shape[:-2])
-    owned, sent = shared_work(shared, layout.ranks)
+    received = sum(each.size for each in shared) * DTYPE.itemsize
+    replicas = layout.replicas if pays_off(sum(each.cost for each in shared), received) else 1
+    owned, sent = shared_work(shared, layout.ranks, replicas)
+    if replicas < layout.replicas:
+        owned, sent = owned * layout.replicas, sent * layout.replicas
     flops = list(owned)
     for shape, copies in Counter(shapes).items():
-        for rank, own in enumerate(own_flops(shape, layout, fraction)):
-            flops[rank] += copies * own
+        own = own_flops(shape, layout, fraction)
+        for rank in range(len(flops)):
+            flops[rank] += copies * own[rank % layout.ranks]
     return Step([each.cost for each in shared], owned, flops, sent)
 
 
-def shared_work(submatrices: Sequence[Submatrix], ranks: int) -> tuple[list[int], list[int]]:
-    """Assign owners; return by rank the FLOPs of what it owns, and the bytes it sends, to owners and as one."""
-    owners = assign_owners(tuple(each.cost for each in submatrices), ranks)
-    owned = Counter(zip(submatrices, owners, strict=True))
-    flops, entries = [0] * ranks, [0] * ranks
-    for kind, count in Counter(submatrices).items():
-        size = kind.size
-        for rank, held in enumerate(kind.held):
-            here = owned[kind, rank]
-            flops[rank] += here * kind.cost
-            entries[rank] += (count - here) * held + here * (size - held)
-    return flops, [each * DTYPE.itemsize for each in entries]
+def shared_work(submatrices: Sequence[Submatrix], ranks: int, replicas: int) -> tuple[list[int], list[int]]:
+    """Assign owners; return by rank the FLOPs of what it owns, and the bytes it sends.
+
+    It sends its parts to the owners in its replica, results as an owner, and results to the other replicas: as many
+    bytes as the replica with the most has.
+    """
+    numbers = assign_owners(tuple(each.cost for each in submatrices), ranks * replicas)
+    owned = Counter((each, *owner_of(number, replicas)) for each, number in zip(submatrices, numbers, strict=True))
+    flops, entries = [0] * (ranks * replicas), [0] * (ranks * replicas)
+    results = [[0] * replicas for _ in range(ranks)]
+    for kind in set(submatrices):
+        for replica in range(replicas):
+            of_rank = [owned[kind, replica, rank] for rank in range(ranks)]
+            for rank, (held, mine) in enumerate(zip(kind.held, of_rank, strict=True)):
+                position = replica * ranks + rank
+                flops[position] += mine * kind.cost
+                entries[position] += (sum(of_rank) - mine) * held + mine * (kind.size - held)
+                results[rank][replica] += sum(of_rank) * held
+    gathered = [(replicas - 1) * max(each) for each in results] * replicas
+    return flops, [(own + padded) * DTYPE.itemsize for own, padded in zip(entries, gathered, strict=True)]
 
 
 def own_flops(shape: Shape, layout: Layout, fraction: float) -> list[int]:
@@ -218,15 +238,25 @@ def imbalance(work: Sequence[int]) -> float:
     return max(work) * len(work) / sum(work) - 1
 
 
-def least_imbalance(costs: Sequence[int], ranks: int) -> float:
-    """Return an imbalance that no assignment of whole matrices can get below.
+def is_ruled_out(costs: Sequence[int], ranks: int, excess: float) -> bool:
+    """Return whether no assignment of whole matrices keeps every rank within the mean and so much more.
 
-    The busiest rank does at least what the costliest matrix takes. And of the j * ranks + 1 costliest matrices, some
-    rank has to take j + 1: at least the cheapest ones of them.
+    Proved by weights. Let x be a matrix's share of what a rank may do, and its weight for some whole number j the
+    integer part of (j + 1) x, over j; or x itself, where (j + 1) x is whole. Whatever adds up to at most 1 in x has a
+    weight of at most 1 (a dual feasible function of bin packing, Fekete and Schepers 2001). So a total weight over the
+    number of ranks rules balance out, and so does a single matrix over what a rank may do.
     """
-    costliest = sorted(costs, reverse=True)
-    crowded = [sum(costliest[j * ranks - j : j * ranks + 1]) for j in range(1, (len(costs) - 1) // ranks + 1)]
-    return max([costliest[0], *crowded]) * ranks / sum(costs) - 1
+    allowed = Fraction(1 + excess).limit_denominator(1000) * Fraction(sum(costs), ranks)
+    shares = {cost / allowed: count for cost, count in Counter(costs).items()}
+    return max(shares) > 1 or any(
+        sum(count * weight(share, j) for share, count in shares.items()) > ranks for j in range(1, MAX_WEIGHTING)
+    )
+
+
+def weight(share: Fraction, j: int) -> Fraction:
+    """Return the weight of a matrix for :func:`is_ruled_out`."""
+    several = (j + 1) * share
+    return share if several.denominator == 1 else Fraction(math.floor(several), j)
 
 
 def verdict(step: Step) -> str:
@@ -236,7 +266,7 @@ def verdict(step: Step) -> str:
         return "-"
     if imbalance(step.owned) <= IMBALANCE:
         return "yes"
-    return "cannot" if least_imbalance(step.shared, ranks) > IMBALANCE else "NO"
+    return "cannot" if is_ruled_out(step.shared, ranks, IMBALANCE) else "NO"
 
 
 def layouts(shapes: Sequence[Shape], ranks: Sequence[int], groups: Sequence[int]) -> Iterator[Layout]:
@@ -245,7 +275,8 @@ def layouts(shapes: Sequence[Shape], ranks: Sequence[int], groups: Sequence[int]
         yield Layout(f"FSDP2 {number}", number)
     for group in groups:
         if group < max(ranks):
-            yield Layout(f"HSDP {max(ranks) // group} x {group}", group)
+            replicas = max(ranks) // group
+            yield Layout(f"HSDP {replicas} x {group}", group, replicas=replicas)
     experts = [shape[0] for shape in shapes if len(shape) == 3]
     for number in ranks:
         if experts and number >= max(experts):
@@ -261,9 +292,9 @@ def report(model: str, fraction: float, ranks: Sequence[int], groups: Sequence[i
     for layout in layouts(shapes, ranks, groups):
         dion2, muon = simulate(shapes, layout, fraction), simulate(shapes, layout, MUON)
         flops = (max(dion2.flops), max(muon.flops), adamw_flops(shapes, layout))
-        sent = (sum(dion2.sent) / layout.ranks, max(dion2.sent), max(muon.sent), norm_bytes(shapes, layout))
+        sent = (sum(dion2.sent) / len(dion2.sent), max(dion2.sent), max(muon.sent), norm_bytes(shapes, layout))
         print(
-            f"{layout.name:20}{len(dion2.shared) / layout.ranks:9.2f}"
+            f"{layout.name:20}{len(dion2.shared) / len(dion2.owned):9.2f}"
             f" |{imbalance(dion2.owned):8.1%}{verdict(dion2):>7}{imbalance(muon.owned):8.1%}{verdict(muon):>7}"
             f" |{''.join(f'{each / 1e12:10.3g}' for each in flops)}{imbalance(dion2.flops):8.1%}"
             f" |{''.join(f'{each / 1e6:9.1f}' for each in sent)}"

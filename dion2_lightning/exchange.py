@@ -85,6 +85,23 @@ def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def assert_same_gradients(everywhere: Tensor, in_a_replica: Tensor | None, replicas: int) -> None:
+    """Fail on the device, later, where some replicas have gradients that others lack.
+
+    Args:
+        everywhere: Header of the totals over all replicas.
+        in_a_replica: Header of the totals over one, None where a replica is one rank, which has all gradients.
+        replicas: How many there are.
+    """
+    counts, expected = (
+        None if each is None else each.narrow(0, 2 * PIECES, len(each) - 2 * PIECES)
+        for each in (everywhere, in_a_replica)
+    )
+    assert counts is not None
+    is_same = counts == (replicas if expected is None else replicas * expected)
+    torch._assert_async(is_same.all(), "ranks that hold replicas lack gradients that others have")
+
+
 class Totals:
     """Numbers that every rank of a group contributes to, summed up in one all-reduce.
 
@@ -146,13 +163,6 @@ class Totals:
     def assert_agreement(self, header: Tensor) -> None:
         """Fail on the device, later, where the ranks' fingerprints differ: without a host that waits."""
         torch._assert_async(self._agree(header), self._disagreement)
-
-    def assert_gradients_everywhere(self, header: Tensor) -> None:
-        """Fail on the device, later, where not every rank has every gradient."""
-        counts = header.narrow(0, 2 * PIECES, len(header) - 2 * PIECES)
-        torch._assert_async(
-            (counts == self._group.size()).all(), "ranks that hold replicas lack gradients that others have"
-        )
 
     def _agree(self, header: Tensor) -> Tensor:
         # Equality in Cauchy and Schwarz's inequality: all ranks said the same.
@@ -261,25 +271,24 @@ class Exchange:
 
 
 class Gathering:
-    """The way of replicated submatrices from their owners to all ranks: one all-gather."""
+    """The way of results from the rank that has each to all ranks of a group: one all-gather."""
 
     def __init__(
         self,
         group: "ProcessGroup",
-        transfers: Sequence[tuple[int, tuple[int, int]]],
+        sources: Sequence[int],
+        shapes: Sequence[tuple[int, int]],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Plan from the owner and the shape (k, m) of every submatrix."""
-        self._group, self._dtype, self._device = group, dtype, device
-        self._shapes = [shape for _, shape in transfers]
+        """Plan from the rank that has each result, and its shape."""
+        self._group, self._shapes, self._dtype, self._device = group, shapes, dtype, device
         ranks = range(group.size())
-        self._by_owner = [[index for index, (owner, _) in enumerate(transfers) if owner == rank] for rank in ranks]
-        self.owned = self._by_owner[dist.get_rank(group)]
+        self._by_source = [[index for index, source in enumerate(sources) if source == rank] for rank in ranks]
 
     def send(self, results: Sequence[Tensor]) -> None:
-        """Send this rank's submatrices, in the order of ``owned``, to all others; short ones are padded."""
-        sizes = [sum(self._size(index) for index in owned) for owned in self._by_owner]
+        """Send the results that this rank has, in their order, to all others; short ones are padded."""
+        sizes = [sum(self._size(index) for index in held) for held in self._by_source]
         padded = torch.zeros(max(sizes), dtype=self._dtype, device=self._device)
         if results:
             own = torch.cat([result.reshape(-1) for result in results])
@@ -287,18 +296,19 @@ class Gathering:
         self._sent, self._output = padded, padded.new_empty(len(padded) * len(sizes))
         self._work = dist.all_gather_single(self._output, padded, group=self._group, async_op=True)
 
-    def receive(self) -> list[Tensor]:
-        """Return all submatrices, in the order of the transfers."""
+    def receive_back(self) -> list[Tensor]:
+        """Return all results, in order."""
         assert self._work is not None
         self._work.wait()
         results: list[Tensor] = [self._output] * len(self._shapes)
-        for owned, received in zip(self._by_owner, self._output.chunk(self._group.size()), strict=True):
-            start = 0
-            for index in owned:
-                results[index] = received.narrow(0, start, self._size(index)).view(self._shapes[index])
+        width = len(self._sent)
+        for rank, held in enumerate(self._by_source):
+            start = rank * width
+            for index in held:
+                results[index] = self._output.narrow(0, start, self._size(index)).view(self._shapes[index])
                 start += self._size(index)
         return results
 
     def _size(self, index: int) -> int:
-        k, m = self._shapes[index]
-        return k * m
+        rows, columns = self._shapes[index]
+        return rows * columns

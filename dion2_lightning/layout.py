@@ -9,6 +9,7 @@ each rank that shares the matrix, and everything above this file is the same for
 """
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -95,18 +96,34 @@ class Matrices:
 
 
 @dataclass(frozen=True)
+class Replicas:
+    """The ranks that hold the same parts of the same matrices as this one.
+
+    Attributes:
+        group: These ranks, this one among them.
+        numbers: Which replica each rank of the group belongs to, in the group's order. All ranks that share a matrix by
+            parts belong to one replica.
+        everyone: The ranks of all replicas together.
+    """
+
+    group: "ProcessGroup"
+    numbers: tuple[int, ...]
+    everyone: "ProcessGroup"
+
+
+@dataclass(frozen=True)
 class Layout:
     """Which ranks share a parameter's matrices, and what each of them holds.
 
     Attributes:
-        group: The ranks that share each matrix; None where this rank alone has all it needs.
+        group: The ranks that share each matrix by parts; None where this rank has it whole.
         blocks: What each rank of the group holds, in the group's order; empty without a group.
-        replicated: Whether every rank of the group holds everything, so that only work is shared.
+        replicas: The ranks that hold the same as this one; None where no other does, or this rank knows of none.
     """
 
     group: "ProcessGroup | None" = None
     blocks: tuple[Block, ...] = ()
-    replicated: bool = False
+    replicas: Replicas | None = None
 
 
 def layout_of(parameter: Tensor, what: str, *, batched: bool, process_group: "ProcessGroup | None") -> Layout:
@@ -125,7 +142,7 @@ def layout_of(parameter: Tensor, what: str, *, batched: bool, process_group: "Pr
         return _layout_of_dtensor(parameter, what, batched)
     if process_group is None or process_group.size() == 1:
         return Layout()
-    return Layout(process_group, replicated=True)
+    return Layout(replicas=Replicas(process_group, tuple(range(process_group.size())), process_group))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -184,13 +201,28 @@ def _layout_of_dtensor(parameter: Any, what: str, batched: bool) -> Layout:
         _check_placement(placements, dim, mesh, what)
     # A stack that is sharded along its first axis leaves whole matrices on every rank: nothing is shared.
     shared = [dim for dim in sharded if not (batched and _counts_matrices(placements[dim])) and mesh.size(dim) > 1]
-    if not shared:
-        return Layout()
     if len(shared) > 2:
         raise ValueError(f"{what} is sharded over {len(shared)} dimensions of {mesh}; at most 2 are supported")
-    group = _group_of(mesh, shared, what)
+    replicated = [dim for dim, each in enumerate(placements) if each.is_replicate() and mesh.size(dim) > 1]
+    replicas = _replicas(mesh, shared, replicated)
+    if not shared:
+        return Layout(replicas=replicas)
+    group = _group_of(mesh, shared)
+    if group is None:
+        raise ValueError(f"{what} is sharded over two dimensions of a mesh without mesh_dim_names; name them")
     blocks = _blocks(tuple(parameter.shape), tuple(mesh.shape), tuple(placements), tuple(shared), _coordinate(mesh))
-    return Layout(group, _in_order_of(group, mesh, shared, blocks))
+    return Layout(group, _in_order_of(group, mesh, shared, blocks), replicas)
+
+
+def _replicas(mesh: "DeviceMesh", shared: Sequence[int], replicated: Sequence[int]) -> Replicas | None:
+    """The ranks that differ from this one along replicated dimensions; None of them where torch cannot name them."""
+    if not replicated:
+        return None
+    group, everyone = _group_of(mesh, replicated), _group_of(mesh, sorted([*shared, *replicated]))
+    if group is None or everyone is None:
+        return None
+    numbers = range(math.prod(mesh.size(dim) for dim in replicated))
+    return Replicas(group, _in_order_of(group, mesh, replicated, numbers), everyone)
 
 
 def _check_placement(placements: Sequence[Any], dim: int, mesh: "DeviceMesh", what: str) -> None:
@@ -210,27 +242,29 @@ def _check_placement(placements: Sequence[Any], dim: int, mesh: "DeviceMesh", wh
         raise ValueError(f"{what} is placed as {tuple(placements)} on {mesh}, which leaves scattered rows on a rank")
 
 
-def _group_of(mesh: "DeviceMesh", dims: Sequence[int], what: str) -> "ProcessGroup":
-    """The ranks that differ from this one along some dimensions of the mesh."""
+def _group_of(mesh: "DeviceMesh", dims: Sequence[int]) -> "ProcessGroup | None":
+    """The ranks that differ from this one along some dimensions of a mesh; None for several without names."""
     if len(dims) == 1:
         return mesh.get_group(dims[0])
     names = mesh.mesh_dim_names
     if names is None:
-        raise ValueError(f"{what} is sharded over two dimensions of a mesh without mesh_dim_names; name them")
+        return None
+    part = mesh if len(dims) == mesh.ndim else mesh[tuple(names[dim] for dim in dims)]
     # Torch keeps the flattened mesh, so that its group is made once.
-    return mesh[tuple(names[dim] for dim in dims)]._flatten().get_group()
+    return part._flatten().get_group()
 
 
-def _in_order_of(
-    group: "ProcessGroup", mesh: "DeviceMesh", shared: Sequence[int], blocks: tuple[Block, ...]
-) -> tuple[Block, ...]:
-    """Blocks in the order of the group's ranks, which torch sorts, whatever the order of the mesh."""
+def _in_order_of(group: "ProcessGroup", mesh: "DeviceMesh", dims: Sequence[int], each: Sequence[T]) -> tuple[T, ...]:
+    """Put what each rank along some dimensions of the mesh has, into the order of the group's ranks.
+
+    Torch sorts the ranks of a group, whatever the order of the mesh.
+    """
     coordinate = _coordinate(mesh)
-    index = tuple(slice(None) if dim in shared else coordinate[dim] for dim in range(mesh.ndim))
+    index = tuple(slice(None) if dim in dims else coordinate[dim] for dim in range(mesh.ndim))
     in_mesh, in_group = mesh.mesh[index].flatten().tolist(), torch.distributed.get_process_group_ranks(group)
     if in_mesh == in_group:
-        return blocks
-    by_rank = dict(zip(in_mesh, blocks, strict=True))
+        return tuple(each)
+    by_rank = dict(zip(in_mesh, each, strict=True))
     return tuple(by_rank[rank] for rank in in_group)
 
 

@@ -22,7 +22,7 @@ from dion2_lightning.groups import (
     plain_dtype,
     refuse_flattened,
 )
-from dion2_lightning.layout import is_dtensor, local_gradient, refuse_partial_sums
+from dion2_lightning.layout import alike, is_dtensor, local_gradient, refuse_partial_sums
 from dion2_lightning.orthonormalize import default_dtype
 from dion2_lightning.selection import Selection
 from dion2_lightning.sharing import update_matrices
@@ -242,7 +242,11 @@ class Dion2(Optimizer):
         updates = list(self._matrix_updates(left_out))
         self._failure = "step() failed"
         self._selections = update_matrices(
-            updates, self.orthonormalize, self.share_replicas, meanwhile=lambda: self._update_others(left_out)
+            updates,
+            self.orthonormalize,
+            self.share_replicas,
+            self._settings_of_others(),
+            meanwhile=lambda: self._update_others(left_out),
         )
         self._failure = None
         return loss
@@ -253,6 +257,16 @@ class Dion2(Optimizer):
             if parameter not in left_out and parameter.requires_grad:
                 momentum = self.state[parameter]["momentum"]
                 yield MatrixUpdate.of(parameter, what, momentum, group, self.process_group)
+
+    def _settings_of_others(self) -> dict[Any, list[Any]]:
+        """What ranks must agree about beside the matrices, by the mesh that holds parameters of the group."""
+        settings: dict[Any, list[Any]] = {}
+        for group in self.param_groups:
+            if group["algorithm"] == "adamw":
+                numbers = [group[name] for name in ("lr", "betas", "eps", "weight_decay")]
+                for mesh in alike(group["params"], lambda parameter: getattr(parameter, "device_mesh", None)):
+                    settings.setdefault(mesh, []).append(numbers)
+        return settings
 
     def _update_others(self, left_out: Collection[Tensor]) -> None:
         for group in self.param_groups:

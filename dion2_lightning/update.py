@@ -123,7 +123,12 @@ class MatrixUpdate:
 
     @cached_property
     def spans(self) -> list[tuple[Span, Span]]:
-        """By rank: which slices it touches, and which of their entries it holds."""
+        """By rank of the layout's group: which slices it touches, and which of their entries it holds.
+
+        Without a group this rank is the only one, and holds all.
+        """
+        if self.layout.group is None:
+            return [((0, self.slices), (0, self.entries))]
         return [self.matrices.spans(block, self.axis) for block in self.layout.blocks]
 
     def selection(self, indices: Tensor) -> Selection:
@@ -134,7 +139,9 @@ class MatrixUpdate:
 
     def fingerprint(self) -> int:
         """Return a number in which all that ranks must agree about is mixed."""
-        numbers = (self.k, self.momentum_factor, self.step_size, self.shrink, self.dtype, hash(self.layout.blocks))
+        # Sorted, for replicas may order their ranks differently.
+        blocks = hash(tuple(sorted(self.layout.blocks)))
+        numbers = (self.k, self.momentum_factor, self.step_size, self.shrink, self.dtype, blocks)
         return zlib.crc32(repr((self.matrices, self.axis, numbers)).encode())
 
 

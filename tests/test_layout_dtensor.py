@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dion2_lightning.layout import Block, Layout, layout_of, local, placed_like_stack
+from dion2_lightning.layout import Block, Layout, Replicas, layout_of, local, placed_like_stack
 
 RANKS = 8
 RANK = 5
@@ -85,28 +85,34 @@ def size(block: Block) -> int:
 
 @pytest.mark.parametrize("shape", [(16, 24), (37, 53), (3, 64), (64, 3), (1, 9), (5, 1)], ids=str)
 @pytest.mark.parametrize(
-    ("mesh_shape", "placements", "sharing"),
+    ("mesh_shape", "placements", "sharing", "holding_the_same"),
     [
-        ((8,), (Shard(0),), list(range(8))),
-        ((8,), (Shard(1),), list(range(8))),
-        ((8,), (Shard(-1),), list(range(8))),
-        ((2, 4), (Replicate(), Shard(0)), [4, 5, 6, 7]),
-        ((4, 2), (Shard(0), Replicate()), [1, 3, 5, 7]),
-        ((4, 2), (Shard(0), Shard(1)), list(range(8))),
-        ((4, 2), (Shard(1), Shard(0)), list(range(8))),
-        ((4, 2), (Shard(0), Shard(0)), list(range(8))),
-        ((4, 2), FSDP_OVER_TP, list(range(8))),
-        ((2, 2, 2), (Replicate(), *FSDP_OVER_TP), [4, 5, 6, 7]),
+        ((8,), (Shard(0),), list(range(8)), None),
+        ((8,), (Shard(1),), list(range(8)), None),
+        ((8,), (Shard(-1),), list(range(8)), None),
+        ((2, 4), (Replicate(), Shard(0)), [4, 5, 6, 7], [1, 5]),
+        ((4, 2), (Shard(0), Replicate()), [1, 3, 5, 7], [4, 5]),
+        ((4, 2), (Shard(0), Shard(1)), list(range(8)), None),
+        ((4, 2), (Shard(1), Shard(0)), list(range(8)), None),
+        ((4, 2), (Shard(0), Shard(0)), list(range(8)), None),
+        ((4, 2), FSDP_OVER_TP, list(range(8)), None),
+        ((2, 2, 2), (Replicate(), *FSDP_OVER_TP), [4, 5, 6, 7], [1, 5]),
     ],
     ids=str,
 )
-def test_blocks(shape: Any, mesh_shape: Any, placements: Any, sharing: list[int]) -> None:
-    """Every rank that shares the matrix, in the group's order, with the rectangle it holds."""
+def test_blocks(
+    shape: Any, mesh_shape: Any, placements: Any, sharing: list[int], holding_the_same: list[int] | None
+) -> None:
+    """Every rank that shares the matrix, in the group's order, with the rectangle it holds; and this one's replicas."""
     mesh = mesh_of(*mesh_shape)
     found = layout(shape, mesh, placements)
     assert found.group is not None
     assert dist.get_process_group_ranks(found.group) == sharing
-    assert not found.replicated
+    assert (found.replicas is None) == (holding_the_same is None)
+    if holding_the_same is not None:
+        assert dist.get_process_group_ranks(found.replicas.group) == holding_the_same
+        assert dist.get_process_group_ranks(found.replicas.everyone) == list(range(8))
+        assert found.replicas.numbers == tuple(range(2))
     if isinstance(placements[0], Replicate) and len(placements) == 3:  # HSDP over TP: this rank's replica
         mesh, placements = mesh["b", "c"], placements[1:]
     placements = tuple(Shard(1) if placement == Shard(-1) else placement for placement in placements)
@@ -122,6 +128,9 @@ def test_meshes_in_any_order() -> None:
     found = layout((20, 30), mesh, (Shard(0), Replicate()))
     assert dist.get_process_group_ranks(found.group) == [4, 5, 6, 7]
     assert [block.rows for block in found.blocks] == [(15, 20), (10, 15), (5, 10), (0, 5)]
+    # The mesh's second column belongs to the second replica, whatever its ranks.
+    assert dist.get_process_group_ranks(found.replicas.group) == [2, 5]
+    assert found.replicas.numbers == (1, 0)
     both = layout((20, 30), mesh, (Shard(0), Shard(1)))
     assert dist.get_process_group_ranks(both.group) == list(range(8))
     assert both.blocks == tuple(expected_blocks((20, 30), mesh, (Shard(0), Shard(1)), list(range(8))))
@@ -135,21 +144,38 @@ def test_two_layouts_over_the_same_ranks_share_a_group() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "placements", "batched"),
+    ("shape", "placements", "batched", "holding_the_same"),
     [
-        ((6, 8), (Replicate(), Replicate()), False),
-        ((8, 4, 6), (Shard(0), Replicate()), True),
-        ((8, 4, 6), (Shard(0), Shard(0)), True),
-        ((3, 4, 6), (Shard(0), Replicate()), True),
+        ((6, 8), (Replicate(), Replicate()), False, list(range(8))),
+        ((8, 4, 6), (Shard(0), Replicate()), True, [4, 5]),
+        ((8, 4, 6), (Shard(0), Shard(0)), True, None),
+        ((3, 4, 6), (Replicate(), Shard(0)), True, [1, 3, 5, 7]),
     ],
     ids=str,
 )
-def test_whole_matrices_are_shared_with_nobody(shape: Any, placements: Any, batched: bool) -> None:
-    assert layout(shape, mesh_of(4, 2), placements, batched) == Layout()
+def test_whole_matrices_are_shared_with_replicas_alone(
+    shape: Any, placements: Any, batched: bool, holding_the_same: list[int] | None
+) -> None:
+    found = layout(shape, mesh_of(4, 2), placements, batched)
+    assert (found.group, found.blocks) == (None, ())
+    assert (found.replicas is None) == (holding_the_same is None)
+    if holding_the_same is not None:
+        assert dist.get_process_group_ranks(found.replicas.group) == holding_the_same
+        assert found.replicas.everyone is found.replicas.group
+        assert found.replicas.numbers == tuple(range(len(holding_the_same)))
 
 
 def test_a_dimension_of_one_rank_shares_nothing() -> None:
-    assert layout((6, 8), mesh_of(8, 1), (Replicate(), Shard(0))) == Layout()
+    assert layout((6, 8), mesh_of(8, 1), (Shard(0), Replicate())).replicas is None
+    assert layout((6, 8), mesh_of(1, 8), (Shard(0), Shard(1))).group is mesh_of(8).get_group()
+    assert layout((6, 8), mesh_of(1, 8), (Shard(0), Replicate())).group is None
+
+
+def test_replicas_on_a_mesh_without_names_do_not_know_of_each_other() -> None:
+    """Torch makes a group over several dimensions by their names; without, every replica works by itself."""
+    found = layout((16, 24), mesh_of(4, 2, named=False), (Replicate(), Shard(0)))
+    assert dist.get_process_group_ranks(found.group) == [4, 5]
+    assert found.replicas is None
 
 
 @pytest.mark.parametrize(("axis", "spans"), [(1, [(0, 5), (5, 10)]), (2, [(0, 7), (7, 14)])])
@@ -163,7 +189,8 @@ def test_stacks_share_each_matrix_with_those_that_have_the_same_experts(axis: in
 def test_plain_parameters_are_replicas_of_a_group() -> None:
     weight = torch.ones(4, 6)
     group = dist.group.WORLD
-    assert layout_of(weight, "w", batched=False, process_group=group) == Layout(group, replicated=True)
+    replicas = Replicas(group, tuple(range(8)), group)
+    assert layout_of(weight, "w", batched=False, process_group=group) == Layout(replicas=replicas)
     assert layout_of(weight, "w", batched=False, process_group=None) == Layout()
     alone = dist.new_group([RANK])
     assert layout_of(weight, "w", batched=False, process_group=alone) == Layout()

@@ -1,8 +1,11 @@
 """The simulation of large models."""
 
+import itertools
+import random
+
 import pytest
 
-from benchmarks.scale import MODELS, Layout, imbalance, least_imbalance, parameters, shard, simulate, verdict
+from benchmarks.scale import MODELS, Layout, imbalance, is_ruled_out, parameters, shard, simulate, verdict
 
 RANKS = [2**power for power in range(3, 13)]
 
@@ -45,9 +48,35 @@ def test_a_large_matrix_rules_balance_out() -> None:
     assert verdict(step) == "cannot"
 
 
-@pytest.mark.parametrize(("costs", "ranks", "least"), [([6, 1, 1], 2, 0.5), ([3, 3, 3], 2, 1 / 3), ([2, 2], 2, 0.0)])
-def test_least_imbalance(costs: list[int], ranks: int, least: float) -> None:
-    assert least_imbalance(costs, ranks) == pytest.approx(least)
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_ruled_out_is_impossible(seed: int) -> None:
+    """Against every assignment of up to seven matrices to three ranks."""
+    random.seed(seed)
+    costs = random.choices([random.randint(1, 12) for _ in range(3)], k=random.randint(3, 7))
+    loads = (
+        [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(3)]
+        for owners in itertools.product(range(3), repeat=len(costs))
+    )
+    least = min(imbalance(each) for each in loads)
+    assert not is_ruled_out(costs, 3, least + 1e-3)
+
+
+def test_most_of_what_is_impossible_is_ruled_out() -> None:
+    """One large matrix; three equal ones on two ranks; one beside which none of ten others finds a place."""
+    assert is_ruled_out([6, 1, 1], 2, 0.49)
+    assert is_ruled_out([3, 3, 3], 2, 0.32)
+    assert is_ruled_out([17] + [5] * 10 + [1] * 9, 4, 0.05)
+    assert not is_ruled_out([2, 2], 2, 0.0)
+
+
+def test_replicas_share_the_work_and_talk_less_inside_a_group() -> None:
+    """Owners are dealt out over all replicas; the parts of an eighth of the matrices travel in each."""
+    shapes = parameters("llama-3-8b")
+    group, hybrid = simulate(shapes, Layout("", 8), 0.25), simulate(shapes, Layout("", 8, replicas=4), 0.25)
+    assert len(hybrid.owned) == 32
+    assert sum(hybrid.owned) == sum(group.owned)
+    assert imbalance(hybrid.owned) <= 0.05
+    assert max(hybrid.sent) < max(group.sent)
 
 
 def test_shards_of_fewer_rows_than_ranks() -> None:

@@ -127,9 +127,39 @@ def a_gradient_on_one_replica_only() -> None:
     if dist.get_rank() == 0:
         parameters["tall"].grad = None
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with pytest.raises(RuntimeError, match="'tall' has a gradient on 1 of 2 ranks that hold replicas"):
+    with pytest.raises(RuntimeError, match="'tall' has a gradient on 1 of 2 ranks, and not on the same ones in every"):
         optimizer.step()
     assert_unchanged(before, {name: parameter.detach() for name, parameter in parameters.items()})
+
+
+def check_gradients_of_replicated_parts() -> None:
+    """HSDP: what a shard lacks counts as zero if the same shard of every replica lacks it; else all get an error."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    shard = mesh.get_local_rank("shards")
+    for share_replicas in (True, False):
+        alone = parameters_of()
+        parameters = {
+            name: nn.Parameter(place(tensor, mesh, (Replicate(), Shard(0)))) for name, tensor in whole(seed=0).items()
+        }
+        reference, optimizer = optimizer_of(alone), optimizer_of(parameters, share_replicas=share_replicas)
+        gradients = whole(seed=100)
+        set_gradients(parameters, gradients)
+        if shard == 1:
+            parameters["tall"].grad = None
+        gradients["tall"].chunk(2)[1].zero_()
+        parameters["square"].grad = None
+        del gradients["square"]
+        set_gradients(alone, gradients)
+        optimizer.step()
+        reference.step()
+        for name in ("wide", "tall"):
+            compare_step(name, parameters[name], optimizer, alone[name], reference)
+        assert optimizer.selection_of(parameters["square"]) is None
+    if dist.get_rank() == 3:
+        parameters["wide"].grad = None
+    optimizer.share_replicas = True
+    with pytest.raises(RuntimeError, match="'wide' has a gradient on 3 of 4 ranks, and not on the same ones in every"):
+        optimizer.step()
 
 
 def no_gradient_anywhere(parameters: Parameters, **settings: Any) -> None:
@@ -202,7 +232,11 @@ def nan_on_one_rank(parameters: Parameters, changed: str, **settings: Any) -> No
 
 
 def settings_that_differ(mesh: DeviceMesh) -> None:
-    for setting, other in {"fraction": 0.5, "lr": 0.06, "momentum": 0.5, "weight_decay": 0.0}.items():
+    """In the middle of a run, in every number and precision that a group has."""
+    of_matrices = {"fraction": 0.5, "lr": 0.06, "momentum": 0.5, "weight_decay": 0.0, "orthonormalize_dtype": "float64"}
+    of_the_rest = {"lr": 0.06, "betas": (0.5, 0.6), "eps": 1e-4, "weight_decay": 0.0}
+    changes = [("matrices", *each) for each in of_matrices.items()] + [("rest", *each) for each in of_the_rest.items()]
+    for name, setting, other in changes:
         for settings in ({}, {"process_group": dist.group.WORLD, "share_replicas": True}):
             parameters = parameters_of(None if settings else mesh)
             optimizer = optimizer_of(parameters, **settings)
@@ -210,7 +244,8 @@ def settings_that_differ(mesh: DeviceMesh) -> None:
             optimizer.step()
             saved = copy.deepcopy(optimizer.state_dict())
             if dist.get_rank() == 1:
-                optimizer.param_groups[0][setting] = other
+                [group] = [group for group in optimizer.param_groups if group["name"] == name]
+                group[setting] = other
             with pytest.raises(RuntimeError, match="ranks share parameters but disagree about their settings"):
                 optimizer.step()
             assert_refuses_until_load(optimizer, saved)
@@ -382,6 +417,10 @@ def a_rank_that_fails(group: dist.ProcessGroup, fail: Callable[[Tensor], Tensor]
 
 def test_gradients_and_settings_that_differ_between_ranks() -> None:
     run_on_ranks(2, check_gradients_and_settings)
+
+
+def test_gradients_of_replicated_parts() -> None:
+    run_on_ranks(4, check_gradients_of_replicated_parts)
 
 
 def test_first_steps_that_differ() -> None:

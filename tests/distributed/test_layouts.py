@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -52,6 +52,11 @@ class Case:
     placements: tuple[Any, ...]
     stacks: tuple[Any, ...] | None = None
     rest: tuple[Any, ...] | None = None
+    order: tuple[int, ...] | None = None
+
+    @property
+    def has_replicas(self) -> bool:
+        return Replicate() in self.placements
 
 
 CASES = {
@@ -60,6 +65,13 @@ CASES = {
     "FSDP2 on 4": Case((4,), (Shard(0),)),
     "FSDP2 on 2, stacks by rows": Case((2,), (Shard(0),), stacks=(Shard(1),)),
     "HSDP 2 x 2": Case((2, 2), (Replicate(), Shard(0))),
+    "HSDP 2 x 2, by columns": Case(
+        (2, 2), (Replicate(), Shard(1)), stacks=(Replicate(), Shard(2)), rest=(Replicate(),) * 2
+    ),
+    # Stacks by rows: torch itself gathers what is spread over experts in the order of the ranks, not of the mesh.
+    "HSDP 2 x 2, ranks in another order": Case(
+        (2, 2), (Replicate(), Shard(0)), stacks=(Replicate(), Shard(1)), order=(0, 3, 2, 1)
+    ),
     "TP on 2, column-wise": Case((2,), (Shard(0),), stacks=(Shard(2),), rest=(Replicate(),)),
     "TP on 2, row-wise": Case((2,), (Shard(1),), stacks=(Shard(2),), rest=(Replicate(),)),
     "FSDP2 x TP 2 x 2, column-wise": Case(
@@ -69,6 +81,9 @@ CASES = {
         (2, 2), (Shard(0), Shard(1)), stacks=(Shard(0), Shard(2)), rest=(Shard(0), Replicate())
     ),
     "replicated on 2": Case((2,), (Replicate(),)),
+    "experts shared out on 2, replicated on 2": Case(
+        (2, 2), (Replicate(), Replicate()), stacks=(Shard(0), Replicate())
+    ),
 }
 
 
@@ -107,7 +122,8 @@ def whole_tensors(seed: int) -> dict[str, Tensor]:
 
 def sharded(case: Case) -> dict[str, nn.Parameter]:
     names = ("first", "second")[: len(case.mesh)]
-    mesh = init_device_mesh("cpu", case.mesh, mesh_dim_names=names)
+    of_ranks = torch.tensor(case.order or range(math.prod(case.mesh))).view(case.mesh)
+    mesh = DeviceMesh("cpu", of_ranks, mesh_dim_names=names)
     placements = {
         **dict.fromkeys(MATRICES, case.placements),
         **dict.fromkeys(STACKS, case.stacks or case.placements),
@@ -155,8 +171,10 @@ def compare_step(name: str, parameter: Tensor, optimizer: Dion2, whole: Tensor, 
     assert torch.equal(held, part_of(reference.state[whole]["momentum"], parameter)), name
 
 
-def check_sharded(case: Case) -> None:
-    train_and_compare(sharded(case))
+def check_sharded(name: str, case: Case) -> None:
+    for share_replicas in (None, True, False) if case.has_replicas else (None,):
+        with naming(f"{name}, share_replicas={share_replicas}"):
+            train_and_compare(sharded(case), share_replicas=share_replicas)
 
 
 def check_replicated(share_replicas: bool | None) -> None:
@@ -168,8 +186,7 @@ def check_all(ranks: int) -> None:
     """Every layout that takes this many ranks, in one set of processes: starting some costs more than a case."""
     for name, case in CASES.items():
         if math.prod(case.mesh) == ranks:
-            with naming(name):
-                check_sharded(case)
+            check_sharded(name, case)
     for share_replicas in (True, False, None):
         with naming(f"DDP on {ranks}, share_replicas={share_replicas}"):
             check_replicated(share_replicas)
