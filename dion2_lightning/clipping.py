@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dion2_lightning.layout import alike, local, local_gradient
+from dion2_lightning.exchange import place_gradients
+from dion2_lightning.layout import alike, local_gradient
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def clip_grad_norm_(
 
     The norm is that of the whole gradients, whatever part of them this rank holds; so every layout clips alike. All
     ranks have to call this with the same parameters. One all-reduce of a number for each mesh and each of its sharded
-    dimensions.
+    dimensions. Gradients that are still summands, as those of norms under sequence parallelism, are added up first.
 
     Args:
         parameters: Plain parameters, DTensors, or both. Plain ones count as whole on every rank.
@@ -48,6 +49,7 @@ def clip_grad_norm_(
     everything = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not everything:
         return torch.tensor(0.0)
+    place_gradients(everything)
     # Also what has no gradient here: its mesh's other ranks may have one, and wait.
     meshes = alike(everything, _sharding)
     device = everything[0].device
@@ -58,8 +60,7 @@ def clip_grad_norm_(
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"the norm of the gradients is {norm.item()}, so nothing was clipped; look for NaN or Inf")
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    # Scaled as they are: parts that are still to be summed up scale like their sum.
-    gradients = [local(parameter.grad) for parameter in everything if parameter.grad is not None]
+    gradients = [gradient for gradient in map(local_gradient, everything) if gradient is not None]
     for its_device, members in alike(gradients, lambda gradient: gradient.device).items():
         torch._foreach_mul_(members, factor.to(its_device))
     return norm

@@ -6,7 +6,7 @@ selection; so everyone knows what everyone sends, and no sizes are exchanged.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dion2_lightning.layout import Span, alike
+from dion2_lightning.layout import Span, alike, is_dtensor, local
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,6 +26,55 @@ DISAGREE: Final = (
 PIECE_BITS: Final = 16
 PIECES: Final = 2
 """A fingerprint travels in pieces so short that sums of their squares over thousands of ranks are exact in float64."""
+
+
+def place_gradients(parameters: Iterable[Any]) -> None:
+    """Place every gradient like its parameter.
+
+    Under TP the gradients of replicated parameters, such as norms under sequence parallelism, come as summands that are
+    still to be added up. All that a mesh has of them take one all-reduce; every rank must have the same ones.
+
+    Args:
+        parameters: Plain, or DTensors. Their gradients are replaced where they are placed otherwise.
+    """
+    misplaced = [
+        parameter
+        for parameter in parameters
+        if is_dtensor(parameter) and parameter.grad is not None and parameter.grad.placements != parameter.placements
+    ]
+    for (mesh, dims, _, _), members in alike(misplaced, _summands).items():
+        if dims is None:
+            for parameter in members:
+                parameter.grad = parameter.grad.redistribute(mesh, parameter.placements)
+            continue
+        summands = [local(parameter.grad) for parameter in members]
+        sums = torch.cat([each.flatten() for each in summands])
+        for dim in dims:
+            dist.all_reduce(sums, group=mesh.get_group(dim))
+        parts = torch.split(sums, [each.numel() for each in summands])
+        for parameter, part, summand in zip(members, parts, summands, strict=True):
+            parameter.grad = type(parameter.grad).from_local(
+                part.view(summand.shape),
+                mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+
+
+def _summands(parameter: Any) -> tuple[Any, tuple[int, ...] | None, torch.dtype, torch.device]:
+    """Mesh, dimensions to sum over (None where a gradient is misplaced in another way), dtype and device."""
+    gradient = parameter.grad
+    pairs = list(enumerate(zip(gradient.placements, parameter.placements, strict=True)))
+    dims = [(dim, found, wanted) for dim, (found, wanted) in pairs if found != wanted]
+    is_sum = all(found.is_partial("sum") and wanted.is_replicate() for _, found, wanted in dims)
+    return (
+        parameter.device_mesh,
+        tuple(dim for dim, _, _ in dims) if is_sum else None,
+        gradient.dtype,
+        gradient.device,
+    )
 
 
 def on_any_rank(

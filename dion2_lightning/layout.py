@@ -158,15 +158,8 @@ def refuse_partial_sums(parameter: Any, what: str) -> None:
 
 
 def local_gradient(parameter: Any) -> Tensor | None:
-    """Return this rank's part of a parameter's gradient, placed like the parameter; None where there is none.
-
-    Under TP the gradient of a replicated parameter may come as parts that are still to be summed up. They are, here,
-    by a collective, as in any operation of a DTensor with it.
-    """
-    gradient = parameter.grad
-    if gradient is not None and is_dtensor(parameter) and gradient.placements != parameter.placements:
-        gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
-    return None if gradient is None else local(gradient)
+    """Return this rank's part of a parameter's gradient, which is placed like the parameter; None if there is none."""
+    return None if parameter.grad is None else local(parameter.grad)
 
 
 def placed_like_stack(rows: Tensor, parameter: Any, count: int) -> Tensor:

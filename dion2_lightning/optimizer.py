@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.adamw import adamw_state, adamw_update
 from dion2_lightning.checkpoint import match_state_dict, restore_exactly
-from dion2_lightning.exchange import check_agreement, on_any_rank
+from dion2_lightning.exchange import check_agreement, on_any_rank, place_gradients
 from dion2_lightning.groups import (
     check_names,
     check_parameters,
@@ -377,15 +377,19 @@ class Dion2(Optimizer):
                     yield group, parameter, f"group {group['name']!r}: {name}"
 
     def _check_gradients(self) -> None:
-        """Refuse gradients that have no update, before anything is touched."""
-        checked: list[tuple[str, Tensor, Tensor]] = []
-        for group, parameter, what in self._parameters("dion2", "adamw"):
+        """Refuse gradients that have no update, before weights or state are touched."""
+        everything = list(self._parameters("dion2", "adamw"))
+        for _, parameter, what in everything:
             refuse_flattened(parameter, what)
             refuse_partial_sums(parameter, what)
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(f"{what} has a gradient stored as {parameter.grad.layout}; use sparse=False")
-            if group["check_finite"]:
-                checked.append((what, parameter, ~_everywhere(parameter, torch.isfinite).all()))
+        place_gradients(parameter for _, parameter, _ in everything)
+        checked = [
+            (what, parameter, ~_everywhere(parameter, torch.isfinite).all())
+            for group, parameter, what in everything
+            if group["check_finite"]
+        ]
         if not checked:
             return
         names, parameters, flags = zip(*checked, strict=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_module
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -246,8 +247,13 @@ def check_sequence_parallel() -> None:
         if step == 0:
             placements = {parallel.norm.weight.grad.placements, parallel.last.weight.grad.placements}
             assert placements == {(Partial(),)}
+        with CommDebugMode() as collectives:
+            optimizers[1].step()
+        if step:
+            # The summands of the norm's weight and bias and of the last layer's weight, the slice norms; both ways.
+            assert collectives.get_total_counts() == 4
+        optimizers[0].step()
         for optimizer in optimizers:
-            optimizer.step()
             optimizer.zero_grad()
     for (name, expected), found in zip(alone.named_parameters(), parallel.parameters(), strict=True):
         torch.testing.assert_close(found.full_tensor(), expected, rtol=1e-4, atol=1e-5, msg=f"{name} differs")
