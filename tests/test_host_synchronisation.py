@@ -6,19 +6,22 @@ every operation and refuses those that bring data to the host. What runs under i
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dion2_lightning import Dion2
+from dion2_lightning import Dion2, layout, sharing
+from dion2_lightning.exchange import PIECES, Totals
 
 aten = torch.ops.aten
 
@@ -82,8 +85,8 @@ class WithoutCuda(TorchFunctionMode):
             return arguments[0].logical_not()
         if function is Tensor.copy_:
             return aten.copy_.default(*arguments, **keywords)
-        if function is Tensor.to and isinstance(arguments[1], torch.device) and arguments[0].device != arguments[1]:
-            return aten._to_copy.default(arguments[0], device=arguments[1], **keywords)
+        if function is Tensor.to and isinstance(arguments[-1], torch.device) and arguments[0].device != arguments[-1]:
+            return aten._to_copy.default(arguments[0], device=arguments[-1], **keywords)
         return function(*arguments, **keywords)
 
 
@@ -153,14 +156,101 @@ def test_a_step_on_one_device_neither_waits_nor_sends_anything() -> None:
 
 @pytest.mark.parametrize("share_replicas", [True, False, None])
 def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | None) -> None:
-    """It sends one constant for each precision, the header of the all-reduce: a fingerprint, and a flag each."""
+    """It sends one constant, the header of the all-reduce: a fingerprint, and a flag for each matrix."""
     optimizer = optimizer_of(share_replicas=share_replicas)
     sent = step_watched(optimizer, dist.group.WORLD).sent
     matrices = sum(len(group["params"]) for group in optimizer.param_groups[:-1])
-    precisions = 2
-    assert len(sent) <= precisions
-    if share_replicas:
-        assert matrices < sum(sent) <= matrices + 4 * precisions
+    assert sent == ([matrices + 2 * PIECES] if share_replicas else [])
+
+
+# Shards
+
+
+class Reads:
+    """Stands in for ``read_together``, the one place where a step on shards may bring something to the host.
+
+    Fake tensors have no data, so the host gets what a step could have found: all ranks agree, each has every gradient,
+    and the first slices are the largest.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        self.calls += 1
+        with unset_fake_temporarily():
+            return [header(len(each)) if each.ndim == 1 else first(each.shape) for each in tensors]
+
+
+def header(size: int) -> Tensor:
+    of_settings = 2 * PIECES
+    return torch.cat([torch.zeros(of_settings, dtype=torch.int64), torch.full((size - of_settings,), 4)])
+
+
+def first(shape: torch.Size) -> Tensor:
+    return torch.arange(shape[1]).expand(shape).contiguous()
+
+
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function make real tensors of its own, which only the host sees."""
+
+    def with_real_tensors(*arguments: Any, **keywords: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*arguments, **keywords)
+
+    return with_real_tensors
+
+
+def spread(mesh: DeviceMesh, placement: Shard, *shape: int) -> nn.Parameter:
+    """A parameter on four ranks, with a gradient."""
+    part = list(shape)
+    part[placement.dim] //= 4
+    stride = torch.empty(shape, device="meta").stride()
+
+    def zeros() -> DTensor:
+        local = torch.zeros(part, device="cuda")
+        return DTensor.from_local(local, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride)
+
+    parameter = nn.Parameter(zeros())
+    parameter.grad = zeros()
+    return parameter
+
+
+@pytest.mark.parametrize(
+    ("placement", "shapes", "waits"),
+    [
+        (Shard(0), [(40, 96), (40, 96), (96, 40), (64, 64)], 1),  # different slices of the wide ones
+        (Shard(1), [(40, 96), (40, 96), (64, 64)], 0),  # parts of the same slices
+        (Shard(0), [(96, 40), (96, 40)], 0),
+        (Shard(1), [(96, 40), (40, 96), (96, 40)], 1),
+    ],
+    ids=str,
+)
+def test_a_step_on_shards_waits_once_at_most(
+    ranks: None, monkeypatch: pytest.MonkeyPatch, placement: Shard, shapes: list[tuple[int, int]], waits: int
+) -> None:
+    """Once for all matrices and precisions together, and only where ranks hold different slices."""
+    reads = Reads()
+    monkeypatch.setattr("dion2_lightning.sharing.read_together", reads)
+    monkeypatch.setattr("dion2_lightning.sharing._rows_by_rank", on_host(sharing._rows_by_rank))
+    monkeypatch.setattr(Totals, "gradient_counts", on_host(Totals.gradient_counts))
+    monkeypatch.setattr("dion2_lightning.update.layout_of", on_host(layout.layout_of))
+    monkeypatch.setattr("dion2_lightning.optimizer.check_agreement", lambda *_: None)  # waits, at the first step
+    with unset_fake_temporarily():
+        mesh = DeviceMesh("cuda", torch.arange(4))
+    precisions = ("float32", "bfloat16")
+    groups = [
+        {"params": [spread(mesh, placement, *shape) for shape in shapes], "orthonormalize_dtype": dtype}
+        for dtype in precisions
+    ]
+    optimizer = Dion2(groups, lr=0.1)
+    optimizer.step()
+    assert reads.calls == waits
+    with NoHostWait() as watched:
+        optimizer.step()
+    assert reads.calls == 2 * waits
+    matrices = len(precisions) * len(shapes)
+    assert watched.sent == [matrices + 2 * PIECES]
 
 
 # The detector
