@@ -1,6 +1,6 @@
 """Bytes and collectives of an optimizer step, counted on real processes: Dion2 at several fractions.
 
-    python -m benchmarks.communication --ranks 2 4 --layouts fsdp2 tp ddp
+    python -m benchmarks.communication --ranks 2 4 --layouts fsdp2 hsdp tp ddp
 
 Every rank is a process, connected to the others by gloo, and counts the collectives that reach the communication
 library, whoever calls them, and the bytes that it sends to *other* ranks:
