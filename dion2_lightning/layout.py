@@ -164,7 +164,7 @@ def local_gradient(parameter: Any) -> Tensor | None:
 
 def placed_like_stack(rows: Tensor, parameter: Any, count: int) -> Tensor:
     """Place one row for each matrix of a stack like the matrices: a DTensor where ranks hold different ones."""
-    dims = [dim for dim, placement in enumerate(getattr(parameter, "placements", ())) if _counts_matrices(placement)]
+    dims = spread_dims(parameter)
     if not dims:
         return rows
     from torch.distributed.tensor import DTensor, Replicate
@@ -174,6 +174,11 @@ def placed_like_stack(rows: Tensor, parameter: Any, count: int) -> Tensor:
     stride = (rows.shape[1], 1)
     mesh = parameter.device_mesh
     return DTensor.from_local(rows.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def spread_dims(stack: Any) -> list[int]:
+    """Return the dimensions of its mesh along which ranks hold different matrices of a stack."""
+    return [dim for dim, placement in enumerate(getattr(stack, "placements", ())) if _counts_matrices(placement)]
 
 
 def _counts_matrices(placement: Any) -> bool:

@@ -26,7 +26,7 @@ from dion2_lightning.layout import alike, is_dtensor, local_gradient, refuse_par
 from dion2_lightning.orthonormalize import default_dtype
 from dion2_lightning.selection import Selection
 from dion2_lightning.sharing import update_matrices
-from dion2_lightning.update import MatrixUpdate
+from dion2_lightning.update import MatrixUpdate, Observer
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
@@ -117,6 +117,8 @@ class Dion2(Optimizer):
     orthonormalize: Callable[[Tensor], Tensor] | None = None
     process_group: "ProcessGroup | None" = None
     share_replicas: bool | None = None
+    observer: Observer | None = None
+    """What looks on at every step; see :class:`~dion2_lightning.SelectionStatistics`. A copy has none."""
     route_parameters: Callable[[list[Tensor]], list[Group]] | None = None
     """Splits parameters that are added later without ``algorithm`` into groups; set where the model is known."""
 
@@ -239,8 +241,11 @@ class Dion2(Optimizer):
         self._create_state()
         self._selections = {}
         left_out = self._rehearsed() if is_first and not any(group["lr"] for group in self.param_groups) else set()
-        updates = list(self._matrix_updates(left_out))
+        observer = None if left_out else self.observer
+        updates = list(self._matrix_updates(left_out, observer))
         self._failure = "step() failed"
+        if observer is not None:
+            observer.begin_step()
         self._selections = update_matrices(
             updates,
             self.orthonormalize,
@@ -248,15 +253,17 @@ class Dion2(Optimizer):
             self._settings_of_others(),
             meanwhile=lambda: self._update_others(left_out),
         )
+        if observer is not None:
+            observer.end_step()
         self._failure = None
         return loss
 
-    def _matrix_updates(self, left_out: Collection[Tensor]) -> Iterator[MatrixUpdate]:
+    def _matrix_updates(self, left_out: Collection[Tensor], observer: Observer | None) -> Iterator[MatrixUpdate]:
         """What each matrix parameter brings to the step, also without a gradient: other ranks may have it."""
         for group, parameter, what in self._parameters("dion2"):
             if parameter not in left_out and parameter.requires_grad:
                 momentum = self.state[parameter]["momentum"]
-                yield MatrixUpdate.of(parameter, what, momentum, group, self.process_group)
+                yield MatrixUpdate.of(parameter, what, momentum, group, self.process_group, observer)
 
     def _settings_of_others(self) -> dict[Any, list[Any]]:
         """What ranks must agree about beside the matrices, by the mesh that holds parameters of the group."""

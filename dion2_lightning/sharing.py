@@ -32,6 +32,7 @@ from dion2_lightning.update import (
     accumulate,
     apply,
     dion2_update,
+    look_at,
     orthonormal_of,
     select,
     shrink,
@@ -184,6 +185,7 @@ class SharedMatrices:
         """K, the same on every rank."""
         headers, sums = zip(*(each.wait() for each in self._totals), strict=True)
         norms = sums[0] if self._group is not None else [slice_sums(each.momentum).float() for each in self._updates]
+        self._norms = dict(zip(self._updates, norms, strict=True))
         self._selected = _select(self._updates, norms)
         self._on_host: dict[MatrixUpdate, Tensor] = {}
         self._split = [update for update in self._updates if _is_split(update)]
@@ -242,7 +244,9 @@ class SharedMatrices:
 
     def selections(self) -> dict[Tensor, Selection]:
         """What was selected, by parameter."""
-        return {update.parameter: update.selection(self._selected[update]) for update in self._updates}
+        return {
+            update.parameter: update.selection(self._selected[update], self._norms[update]) for update in self._updates
+        }
 
     def _check_replicas(self, replicas: Replicas, of_a_replica: list[int], of_all: list[int]) -> None:
         number = len(replicas.numbers)
@@ -319,6 +323,7 @@ class _Journey:
         costs = tuple(piece.cost for piece in pieces for _ in range(piece.count))
         owners = [owner_of(each, len(position_of)) for each in assign_owners(costs, members * len(position_of))]
         its_pieces = [piece for piece in pieces for _ in range(piece.count)]
+        self._update_of = [piece.update for piece in its_pieces]
         transfers = [piece.transfer(owner) for piece, (_, owner) in zip(its_pieces, owners, strict=True)]
         self._in_this_replica = [index for index, (where, _) in enumerate(owners) if where == replica]
         dtype, device = pieces[0].update.dtype, pieces[0].update.momentum.device
@@ -337,11 +342,12 @@ class _Journey:
         if self._exchange is not None:
             self._exchange.send(here)
         elif self._gathering is not None:
-            self._gathering.send(_orthonormal(here, self._custom))
+            self._gathering.send(self._orthonormal(here, self._in_this_replica))
 
     def send_back(self) -> None:
         if self._exchange is not None:
-            self._exchange.send_back(_orthonormal(self._exchange.receive(), self._custom))
+            owned = [self._in_this_replica[index] for index in self._exchange.owned]
+            self._exchange.send_back(self._orthonormal(self._exchange.receive(), owned))
 
     def gather(self) -> None:
         if self._exchange is not None and self._gathering is not None:
@@ -353,6 +359,13 @@ class _Journey:
         parts = iter(last.receive_back())
         for piece in self._pieces:
             piece.apply(list(itertools.islice(parts, piece.count)))
+
+    def _orthonormal(self, submatrices: Sequence[Tensor], matrices: Sequence[int]) -> list[Tensor]:
+        """O of whole submatrices, given which of the matrices they are of."""
+        results = _orthonormal(submatrices, self._custom)
+        for result, matrix in zip(results, matrices, strict=True):
+            look_at(result.unsqueeze(0), self._update_of[matrix])
+        return results
 
 
 def _pieces(update: MatrixUpdate, selected: Tensor, on_host: Tensor | None, rank: int) -> Iterator[_Piece]:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,31 @@ BATCH_ELEMENTS: Final = 2**24
 """Submatrix entries that are orthonormalized at once: enough to fill a GPU, few enough to bound the working memory."""
 
 Orthonormalize = Callable[[Tensor], Tensor]
+
+
+class Observer(Protocol):
+    """What looks on while a step is taken; see :class:`~dion2_lightning.statistics.SelectionStatistics`.
+
+    Attributes:
+        wants_results: Whether to call :meth:`orthonormalized` and :meth:`moved` in this step.
+    """
+
+    wants_results: bool
+
+    def begin_step(self) -> None:
+        """Come before a step."""
+
+    def end_step(self) -> None:
+        """Come after a step that did not fail."""
+
+    def selected(self, update: "MatrixUpdate", indices: Tensor, norms: Tensor) -> None:
+        """Take the selected slices (count, k) and the norms of all slices (count, n), the same on every rank."""
+
+    def orthonormalized(self, update: "MatrixUpdate", result: Tensor) -> None:
+        """Take the orthonormal submatrices (count, k, m) of some matrices, whole, on the rank that made them."""
+
+    def moved(self, update: "MatrixUpdate", change: Tensor) -> None:
+        """Take what is added to this rank's part of some selected slices."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +78,7 @@ class MatrixUpdate:
         step_size: lr times the scale rule.
         shrink: 1 - lr * weight_decay.
         dtype: Precision of the orthonormalization.
+        observer: What looks on.
     """
 
     parameter: Tensor
@@ -68,6 +94,7 @@ class MatrixUpdate:
     step_size: float
     shrink: float
     dtype: torch.dtype
+    observer: Observer | None
 
     @classmethod
     def of(
@@ -77,6 +104,7 @@ class MatrixUpdate:
         momentum: Tensor,
         group: Mapping[str, Any],
         process_group: "ProcessGroup | None",
+        observer: Observer | None = None,
     ) -> "MatrixUpdate":
         """Read a parameter, its momentum, its group and its layout, as they are now.
 
@@ -86,6 +114,7 @@ class MatrixUpdate:
             momentum: Placed like the parameter.
             group: Its settings.
             process_group: The ranks that hold replicas of plain parameters.
+            observer: What looks on (default: None).
         """
         matrices = Matrices.of(parameter.shape, batched=group["batched"], transposed=group["transposed"])
         axis = matrices.selection_axis(group["select"])
@@ -109,6 +138,7 @@ class MatrixUpdate:
             step_size=group["lr"] * scale,
             shrink=1.0 - group["lr"] * group["weight_decay"],
             dtype=default_dtype(parameter.device) if asked is None else getattr(torch, asked),
+            observer=observer,
         )
 
     @property
@@ -131,8 +161,10 @@ class MatrixUpdate:
             return [((0, self.slices), (0, self.entries))]
         return [self.matrices.spans(block, self.axis) for block in self.layout.blocks]
 
-    def selection(self, indices: Tensor) -> Selection:
-        """Return what users see of the indices (count, k)."""
+    def selection(self, indices: Tensor, norms: Tensor) -> Selection:
+        """Return what users see of the indices (count, k); the observer sees the norms (count, n) too."""
+        if self.observer is not None:
+            self.observer.selected(self, indices, norms)
         if self.parameter.ndim == 2:
             return Selection(self.axis, indices.squeeze(0))
         return Selection(self.axis, placed_like_stack(indices, self.parameter, self.matrices.count))
@@ -158,13 +190,15 @@ def dion2_update(updates: Sequence[MatrixUpdate], custom: Orthonormalize | None 
     selections = {}
     for batch in batches(updates):
         accumulate(batch)
-        selected = select(batch, [slice_sums(update.momentum).float() for update in batch])
+        norms = [slice_sums(update.momentum).float() for update in batch]
+        selected = select(batch, norms)
         submatrices = [take(update.momentum, indices, update) for update, indices in zip(batch, selected, strict=True)]
         orthonormal = torch.split(orthonormal_of(submatrices, custom), [len(indices) for indices in selected])
         shrink(batch)
-        for update, indices, result in zip(batch, selected, orthonormal, strict=True):
+        for update, indices, its_norms, result in zip(batch, selected, norms, orthonormal, strict=True):
+            look_at(result, update)
             apply(update.weight, indices, result, update)
-            selections[update.parameter] = update.selection(indices)
+            selections[update.parameter] = update.selection(indices, its_norms)
     return selections
 
 
@@ -211,7 +245,16 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
 def apply(weight: Tensor, indices: Tensor, orthonormal: Tensor, update: MatrixUpdate) -> None:
     """X[K] <- X[K] - lr scale O."""
     precise = torch.promote_types(weight.dtype, torch.float32)
-    add_(weight, indices, orthonormal.to(precise) * -update.step_size)
+    change = orthonormal.to(precise) * -update.step_size
+    add_(weight, indices, change)
+    if update.observer is not None and update.observer.wants_results:
+        update.observer.moved(update, change)
+
+
+def look_at(orthonormal: Tensor, update: MatrixUpdate) -> None:
+    """Show the observer whole orthonormal submatrices (count, k, m), if it wants them."""
+    if update.observer is not None and update.observer.wants_results:
+        update.observer.orthonormalized(update, orthonormal)
 
 
 def batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dion2_lightning import Dion2, layout, sharing
+from dion2_lightning import Dion2, SelectionStatistics, layout, sharing
 from dion2_lightning.exchange import PIECES, Totals
 
 aten = torch.ops.aten
@@ -152,6 +152,18 @@ def test_a_step_on_one_device_neither_waits_nor_sends_anything() -> None:
     assert optimizer.state[matrix]["momentum"].device.type == "cuda"
     assert optimizer.state[rest]["step"].device.type == "cuda"
     assert optimizer.selection_of(matrix).indices.device.type == "cuda"
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_statistics_do_not_wait_before_they_are_asked(every: int) -> None:
+    optimizer = optimizer_of()
+    statistics = SelectionStatistics(every=every, orthogonality=True)
+    statistics.attach(optimizer)
+    assert step_watched(optimizer).sent == []
+    if every == 1:
+        with NoHostWait() as watched, pytest.raises(HostWaits, match="brings"):
+            statistics.take()
+        assert watched.sent  # which parameter each row belongs to
 
 
 @pytest.mark.parametrize("share_replicas", [True, False, None])

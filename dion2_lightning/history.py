@@ -1,0 +1,205 @@
+"""The course of a run's selection, small enough to keep and to send around; what plots.py draws.
+
+A file of it is JSON: the figures at every step that had some, and how often each part of each parameter was selected
+from one such step to the next.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dion2_lightning.statistics import Figures
+
+BINS: Final = 64
+"""Slices of a parameter are counted in so many bins."""
+
+MAX_POINTS: Final = 256
+"""Points in time that are kept; with more, two neighbours become one."""
+
+FORMAT: Final = "dion2 selection history"
+VERSION: Final = 1
+
+
+class Kind(NamedTuple):
+    """What is known of a parameter's matrices.
+
+    Attributes:
+        group: Name of its parameter group.
+        name: Its own.
+        matrices: How many it holds.
+        slices: Of each.
+        axis: What a slice is: 0 output, 1 input.
+    """
+
+    group: str
+    name: str
+    matrices: int
+    slices: int
+    axis: int
+
+
+class SelectionHistory:
+    """The figures of a run, and how often each part of each parameter was selected.
+
+    Attributes:
+        steps: At which steps there were figures; at most ``MAX_POINTS`` of them, evenly over the run.
+        overall: At each of them the figures of all matrices, by name.
+        groups: The same by group.
+        parameters: The same by parameter, in the order of ``kinds``.
+        kinds: The parameters.
+        shares: In the interval that ends at each step: the share of its steps in which the slices of each bin of each
+            parameter were selected; uint8, 255 is all of them; (steps, parameters, bins).
+        counts: How often slices were selected until the last step: of each parameter ``BINS`` of them, from the least
+            to the most; float64 (parameters, bins).
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.overall: list[dict[str, float]] = []
+        self.groups: list[dict[str, dict[str, float]]] = []
+        self.parameters: list[list[dict[str, float]]] = []
+        self.kinds: list[Kind] = []
+        self.shares = torch.zeros((0, 0, BINS), dtype=torch.uint8)
+        self.counts = torch.zeros((0, BINS), dtype=torch.float64)
+        self._hits = torch.zeros((0, BINS), dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def append(self, figures: "Figures", kinds: Sequence[Kind], hits: Tensor, counts: Tensor) -> None:
+        """Add what is known at a step.
+
+        Args:
+            figures: Of the step.
+            kinds: The parameters; others than before may have come or gone.
+            hits: How often the slices of each bin were selected since the start, (parameters, bins).
+            counts: See the attribute.
+        """
+        self._take_over(kinds)
+        sizes = torch.stack([torch.bincount(bin_of(kind.slices), minlength=BINS) * kind.matrices for kind in kinds])
+        steps = figures.step - (self.steps[-1] if self.steps else 0)
+        shares = ((hits - self._hits) / (sizes * steps).clamp(min=1)).clamp(0, 1)
+        # With fewer slices than bins, bins between two slices show the one before.
+        shown = torch.stack([bin_of(kind.slices)[torch.arange(BINS) * kind.slices // BINS] for kind in kinds])
+        shares = shares.gather(1, shown).mul(255).round().to(torch.uint8)
+        self.steps.append(figures.step)
+        self.overall.append(dict(figures.overall))
+        self.groups.append({name: dict(each) for name, each in figures.groups.items()})
+        self.parameters.append([dict(figures.parameters[kind.group, kind.name]) for kind in kinds])
+        self.shares = torch.cat([self.shares, shares.unsqueeze(0)])
+        self.counts, self._hits = counts.clone(), hits.clone()
+        if len(self.steps) > MAX_POINTS:
+            self._thin_out()
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a JSON file."""
+        text = json.dumps({"format": FORMAT, "version": VERSION, **_plain(self.state_dict())}, allow_nan=False)
+        Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SelectionHistory":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: The file holds something else; the message says what.
+        """
+        try:
+            saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON file, or not all of it: {error}") from error
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise ValueError(f"{path} is no file of selection statistics; SelectionHistory.save writes such files")
+        if saved.get("version") != VERSION:
+            raise ValueError(f"{path} is of version {saved.get('version')!r}, this release reads version {VERSION}")
+        history = cls()
+        history.load_state_dict(_from_plain(saved))
+        return history
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return it as plain data and tensors."""
+        return {
+            "steps": list(self.steps),
+            "overall": [dict(each) for each in self.overall],
+            "groups": [{name: dict(each) for name, each in point.items()} for point in self.groups],
+            "parameters": [[dict(each) for each in point] for point in self.parameters],
+            "kinds": [list(kind) for kind in self.kinds],
+            "shares": self.shares.clone(),
+            "counts": self.counts.clone(),
+            "hits": self._hits.clone(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        for name in ("steps", "overall", "groups", "parameters"):
+            setattr(self, name, list(state_dict[name]))
+        self.kinds = [Kind(*kind) for kind in state_dict["kinds"]]
+        self.shares, self.counts, self._hits = (state_dict[name].clone() for name in ("shares", "counts", "hits"))
+
+    def _take_over(self, kinds: Sequence[Kind]) -> None:
+        """Make what is there refer to ``kinds``; of a parameter that is new it says it was never selected."""
+        if self.kinds == list(kinds):
+            return
+        known = {kind: position for position, kind in enumerate(self.kinds)}
+        nothing = len(self.kinds)
+        index = torch.tensor([known.get(kind, nothing) for kind in kinds], dtype=torch.int64)
+        self.shares = torch.cat([self.shares, self.shares.new_zeros((len(self.steps), 1, BINS))], 1)[:, index]
+        self._hits = torch.cat([self._hits, self._hits.new_zeros((1, BINS))])[index]
+        self.parameters = [[(*point, {})[position] for position in index.tolist()] for point in self.parameters]
+        self.kinds = list(kinds)
+
+    def _thin_out(self) -> None:
+        """Make one of every two neighbours: the later one's figures, the shares of both."""
+        lengths = torch.tensor([0, *self.steps]).diff().double().view(-1, 1, 1)
+        shares = self.shares.double() * lengths
+        # The number of points is odd: the first stays alone.
+        merged, length = shares[::2].clone(), lengths[::2].clone()
+        merged[1:] += shares[1::2]
+        length[1:] += lengths[1::2]
+        self.shares = (merged / length).round().to(torch.uint8)
+        for name in ("steps", "overall", "groups", "parameters"):
+            values = getattr(self, name)
+            setattr(self, name, values[::2])
+
+
+def bin_of(slices: int, device: torch.device | None = None) -> Tensor:
+    """Return the bin that each slice falls into."""
+    return torch.arange(slices, device=device) * BINS // slices
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict for JSON, which knows no tensors and no NaN."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            raw = base64.b64encode(value.numpy().tobytes()).decode()
+            return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "base64": raw}
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    return {key: plain(value) for key, value in state.items()}
+
+
+def _from_plain(saved: Mapping[str, Any]) -> dict[str, Any]:
+    def tensor(value: Any) -> Any:
+        if isinstance(value, dict) and "base64" in value:
+            dtype = getattr(torch, value["dtype"])
+            raw = bytearray(base64.b64decode(value["base64"]))
+            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.zeros(0, dtype=dtype)
+            return flat.view(value["shape"]).clone()
+        if isinstance(value, dict):
+            return {key: tensor(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [tensor(each) for each in value]
+        return math.nan if value is None else value
+
+    return {key: tensor(value) for key, value in saved.items()}

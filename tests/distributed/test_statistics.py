@@ -1,0 +1,113 @@
+"""The figures of one process, whatever the layout: every figure of every parameter, at every step."""
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+
+from dion2_lightning import Dion2, Figures, SelectionStatistics, SelectionWarning
+from tests.distributed.ranks import run_on_ranks
+from tests.distributed.test_layouts import CASES, Case, groups_of, naming, place, sharded, whole_tensors
+
+STEPS = 6
+SETTINGS: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "orthonormalize_dtype": "float32"}
+
+
+def figures_of(parameters: dict[str, nn.Parameter], **settings: Any) -> tuple[list[Figures], dict[str, Any]]:
+    """Figures of every second step, with a resume of the statistics in the middle."""
+    optimizer = Dion2(groups_of(parameters), **SETTINGS, **settings)
+    statistics = SelectionStatistics(every=2, window=3, orthogonality=True)
+    statistics.attach(optimizer)
+    figures = []
+    for step in range(STEPS):
+        for name, gradient in whole_tensors(seed=100 + step).items():
+            parameter: Any = parameters[name]
+            is_spread = hasattr(parameter, "device_mesh")
+            parameter.grad = place(gradient, parameter.device_mesh, parameter.placements) if is_spread else gradient
+        if step == 3:
+            parameters["wide"].grad = None
+        if step == 4:
+            saved = copy.deepcopy(statistics.state_dict())
+            statistics.detach()
+            statistics = SelectionStatistics(every=2, window=3, orthogonality=True)
+            statistics.load_state_dict(saved)
+            statistics.attach(optimizer)
+        optimizer.step()
+        with CommDebugMode() as collectives:
+            found = statistics.take()
+        assert collectives.get_total_counts() <= (0 if found is None else 1)
+        if found is not None:
+            figures.append(found)
+    return figures, statistics.state_dict()
+
+
+def assert_same(found: Figures, expected: Figures) -> None:
+    assert found.step == expected.step
+    pairs = [(found.overall, expected.overall)]
+    pairs += [(found.groups[name], expected.groups[name]) for name in expected.groups]
+    pairs += [(found.parameters[name], expected.parameters[name]) for name in expected.parameters]
+    for its, other in pairs:
+        assert list(its) == list(other)
+        for name, value in other.items():
+            # Sums of squares and errors of results depend on the layout by rounding; nothing else does.
+            is_rounded = name in ("update_rms", "orthogonality_error", "captured_mass", "imbalance")
+            tolerance = 1e-4 if name in ("update_rms", "orthogonality_error") else 1e-12
+            same = math.isclose(its[name], value, rel_tol=tolerance, abs_tol=1e-7) if is_rounded else its[name] == value
+            assert same, (name, its[name], value)
+
+
+def check(name: str, parameters: dict[str, nn.Parameter], **settings: Any) -> None:
+    alone = {name: nn.Parameter(0.1 * whole) for name, whole in whole_tensors(seed=0).items()}
+    with warnings.catch_warnings(), naming(name):
+        warnings.simplefilter("ignore", SelectionWarning)
+        expected, expected_state = figures_of(alone)
+        found, state = figures_of(parameters, **settings)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert_same(mine, theirs)
+        for key, counts in expected_state["counts"].items():
+            for entry, value in counts.items():
+                assert torch.equal(state["counts"][key][entry], value), (key, entry)
+        assert torch.equal(state["history"]["shares"], expected_state["history"]["shares"])
+
+
+def check_all(ranks: int) -> None:
+    for name, case in CASES.items():
+        if math.prod(case.mesh) == ranks and case.order is None:
+            check(name, sharded(case), share_replicas=True if case.has_replicas else None)
+    for share_replicas in (True, False):
+        parameters = {name: nn.Parameter(0.1 * whole) for name, whole in whole_tensors(seed=0).items()}
+        check(
+            f"DDP on {ranks}, share_replicas={share_replicas}",
+            parameters,
+            process_group=dist.group.WORLD,
+            share_replicas=share_replicas,
+        )
+    if ranks == 4:
+        check("HSDP 2 x 2, no work shared", sharded(CASES["HSDP 2 x 2"]), share_replicas=False)
+
+
+def test_figures_on_two_ranks() -> None:
+    run_on_ranks(2, check_all, 2)
+
+
+def test_figures_on_four_ranks() -> None:
+    run_on_ranks(4, check_all, 4)
+
+
+def check_warnings() -> None:
+    """Said by the first rank alone."""
+    parameters = sharded(Case((2,), CASES["FSDP2 on 2"].placements))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figures_of(parameters)
+    found = [each for each in caught if each.category is SelectionWarning]
+    assert bool(found) == (dist.get_rank() == 0)
+
+
+def test_warnings_come_from_one_rank() -> None:
+    run_on_ranks(2, check_warnings)
