@@ -38,7 +38,7 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff format
 
 benchmark: $(VENV)/.package
-	@$(BIN)/python benchmarks/step.py $(ARGS)
+	@$(BIN)/python -m benchmarks.step $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist runs lightning_logs .mypy_cache .pytest_cache .ruff_cache

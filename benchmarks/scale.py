@@ -28,10 +28,10 @@ from functools import lru_cache
 import torch
 
 from dion2_lightning.exchange import Transfer
-from dion2_lightning.layout import Block, Matrices, Span
-from dion2_lightning.owners import assign_owners, orthonormalization_cost
+from dion2_lightning.layout import Matrices, Span
+from dion2_lightning.owners import orthonormalization_cost
 from dion2_lightning.selection import selected_count
-from dion2_lightning.sharing import owner_of, pays_off
+from dion2_lightning.sharing import plan_owners
 
 Shape = tuple[int, ...]
 
@@ -166,9 +166,12 @@ def submatrix(shape: Shape, fraction: float, ranks: int) -> Submatrix:
     axis = matrices.selection_axis("shorter")
     slices, entries = matrices.shape[axis], matrices.shape[1 - axis]
     k = selected_count(slices, fraction)
-    spans = [matrices.spans(Block(held, (0, columns)), axis) for held in shard(rows, ranks)]
-    selected = tuple((k * start // slices, k * stop // slices) for (start, stop), _ in spans)
-    transfer = Transfer(0, (k, entries), selected, tuple(held for _, held in spans))
+    held = shard(rows, ranks)
+    if matrices.slices_are_rows(axis):
+        selected = torch.tensor([(k * start // slices, k * stop // slices) for start, stop in held])
+        transfer = Transfer(0, (k, entries), selected, [(0, columns)] * ranks)
+    else:
+        transfer = Transfer(0, (k, entries), None, held)
     return Submatrix(orthonormalization_cost(k, entries), tuple(transfer.size_on(rank) for rank in range(ranks)))
 
 
@@ -178,11 +181,7 @@ def simulate(shapes: Sequence[Shape], layout: Layout, fraction: float) -> Step:
     for shape in shapes:
         if not stays_whole(shape, layout):
             shared += [submatrix(shape, fraction, layout.ranks)] * math.prod(shape[:-2])
-    received = sum(each.size for each in shared) * DTYPE.itemsize
-    replicas = layout.replicas if pays_off(sum(each.cost for each in shared), received) else 1
-    owned, sent = shared_work(shared, layout.ranks, replicas)
-    if replicas < layout.replicas:
-        owned, sent = owned * layout.replicas, sent * layout.replicas
+    owned, sent = shared_work(shared, layout.ranks, layout.replicas)
     flops = list(owned)
     for shape, copies in Counter(shapes).items():
         own = own_flops(shape, layout, fraction)
@@ -192,13 +191,17 @@ def simulate(shapes: Sequence[Shape], layout: Layout, fraction: float) -> Step:
 
 
 def shared_work(submatrices: Sequence[Submatrix], ranks: int, replicas: int) -> tuple[list[int], list[int]]:
-    """Assign owners; return by rank the FLOPs of what it owns, and the bytes it sends.
+    """Plan owners; return by rank the FLOPs of what it owns, and the bytes it sends.
 
-    It sends its parts to the owners in its replica, results as an owner, and results to the other replicas: as many
-    bytes as the replica with the most has.
+    It sends its parts to the owners in its replica, results as an owner, and results to the other replicas, where these
+    share the work: as many bytes as the replica with the most has.
     """
-    numbers = assign_owners(tuple(each.cost for each in submatrices), ranks * replicas)
-    owned = Counter((each, *owner_of(number, replicas)) for each, number in zip(submatrices, numbers, strict=True))
+    sizes = [each.size * DTYPE.itemsize for each in submatrices]
+    owners = plan_owners([each.cost for each in submatrices], sizes, ranks, replicas, None)
+    if owners and owners[0][0] is None and replicas > 1:
+        flops, sent = shared_work(submatrices, ranks, 1)
+        return flops * replicas, sent * replicas
+    owned = Counter((each, replica or 0, rank) for each, (replica, rank) in zip(submatrices, owners, strict=True))
     flops, entries = [0] * (ranks * replicas), [0] * (ranks * replicas)
     results = [[0] * replicas for _ in range(ranks)]
     for kind in set(submatrices):

@@ -1,13 +1,15 @@
 """The collectives of a step: slice norms made global, submatrices to their owners, and back.
 
-The matrices that a group of ranks shares take one all-reduce and two all-to-alls a step, however many they are. Sent is
-only what is selected. Every rank knows every other rank's rectangle (layout.py) and, after the all-reduce, the same
-selection; so everyone knows what everyone sends, and no sizes are exchanged.
+The matrices that ranks share take one all-reduce a step, and for each precision two all-to-alls where ranks hold parts
+of them and one all-gather where ranks hold replicas, however many they are. Sent is only what is selected. Every rank
+knows every other rank's rectangle (layout.py) and, after the all-reduce, the same selection; so everyone knows what
+everyone sends, and no sizes are exchanged.
 """
 
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -129,26 +131,12 @@ def _groups_around(mesh: Any, process_group: "ProcessGroup | None") -> list["Pro
 
 def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Bring integer tensors to the host, all in one synchronisation with their device."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def assert_same_gradients(everywhere: Tensor, in_a_replica: Tensor | None, replicas: int) -> None:
-    """Fail on the device, later, where some replicas have gradients that others lack.
-
-    Args:
-        everywhere: Header of the totals over all replicas.
-        in_a_replica: Header of the totals over one, None where a replica is one rank, which has all gradients.
-        replicas: How many there are.
-    """
-    counts, expected = (
-        None if each is None else each.narrow(0, 2 * PIECES, len(each) - 2 * PIECES)
-        for each in (everywhere, in_a_replica)
-    )
-    assert counts is not None
-    is_same = counts == (replicas if expected is None else replicas * expected)
-    torch._assert_async(is_same.all(), "ranks that hold replicas lack gradients that others have")
+    on_host: dict[int, Tensor] = {}
+    for positions in alike(range(len(tensors)), lambda i: tensors[i].device).values():
+        flat = torch.cat([tensors[position].flatten() for position in positions]).cpu()
+        parts = torch.split(flat, [tensors[position].numel() for position in positions])
+        on_host.update(zip(positions, parts, strict=True))
+    return [on_host[position].view(tensor.shape) for position, tensor in enumerate(tensors)]
 
 
 class Totals:
@@ -213,6 +201,11 @@ class Totals:
         """Fail on the device, later, where the ranks' fingerprints differ: without a host that waits."""
         torch._assert_async(self._agree(header), self._disagreement)
 
+    def assert_multiples(self, header: Tensor, replicas: int) -> None:
+        """Fail on the device, later, where some replicas have gradients that others lack."""
+        counts = header.narrow(0, 2 * PIECES, len(header) - 2 * PIECES)
+        torch._assert_async((counts % replicas == 0).all(), "some replicas lack gradients that others have")
+
     def _agree(self, header: Tensor) -> Tensor:
         # Equality in Cauchy and Schwarz's inequality: all ranks said the same.
         totals, squares = header.narrow(0, 0, PIECES), header.narrow(0, PIECES, PIECES)
@@ -223,25 +216,26 @@ class Totals:
         return f"ranks {dist.get_process_group_ranks(self._group)}: {DISAGREE}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Transfer:
     """One submatrix to be sent to its owner and back.
 
     Attributes:
         owner: The rank that orthonormalizes it.
         shape: (k, m) of the whole submatrix.
-        rows: By rank, which of the k selected slices it holds.
-        columns: By rank, which of the m entries of each.
+        edges: By rank, where the slices that it holds begin and end among the k selected ones, on the host (ranks, 2);
+            None where every rank holds a part of all.
+        columns: By rank, which of the m entries of each it holds.
     """
 
     owner: int
     shape: tuple[int, int]
-    rows: tuple[Span, ...]
-    columns: tuple[Span, ...]
+    edges: Tensor | None
+    columns: Sequence[Span]
 
     def shape_on(self, rank: int) -> tuple[int, int]:
         """Return the shape of the part that a rank holds."""
-        (start, stop), (left, right) = self.rows[rank], self.columns[rank]
+        (start, stop), (left, right) = self._rows(rank), self.columns[rank]
         return stop - start, right - left
 
     def size_on(self, rank: int) -> int:
@@ -251,8 +245,16 @@ class Transfer:
 
     def part(self, submatrix: Tensor, rank: int) -> Tensor:
         """View the part of the (k, m) submatrix that a rank holds."""
-        (start, stop), (left, right) = self.rows[rank], self.columns[rank]
+        (start, stop), (left, right) = self._rows(rank), self.columns[rank]
         return submatrix.narrow(0, start, stop - start).narrow(1, left, right - left)
+
+    def _rows(self, rank: int) -> Span:
+        return (0, self.shape[0]) if self.edges is None else self._all_rows[rank]
+
+    @cached_property
+    def _all_rows(self) -> list[Span]:
+        assert self.edges is not None
+        return [(start, stop) for start, stop in self.edges.tolist()]
 
 
 class Exchange:
@@ -265,7 +267,7 @@ class Exchange:
         self._group, self._transfers = group, transfers
         self._nothing = torch.empty(0, dtype=dtype, device=device)
         self._rank, ranks = dist.get_rank(group), range(group.size())
-        self._by_owner = [[index for index, each in enumerate(transfers) if each.owner == rank] for rank in ranks]
+        self._by_owner = _by_rank([transfer.owner for transfer in transfers], group.size())
         self.owned = self._by_owner[self._rank]
         self._to_owners = [sum(transfers[index].size_on(self._rank) for index in owned) for owned in self._by_owner]
         self._from_ranks = [sum(transfers[index].size_on(rank) for index in self.owned) for rank in ranks]
@@ -332,8 +334,7 @@ class Gathering:
     ) -> None:
         """Plan from the rank that has each result, and its shape."""
         self._group, self._shapes, self._dtype, self._device = group, shapes, dtype, device
-        ranks = range(group.size())
-        self._by_source = [[index for index, source in enumerate(sources) if source == rank] for rank in ranks]
+        self._by_source = _by_rank(sources, group.size())
 
     def send(self, results: Sequence[Tensor]) -> None:
         """Send the results that this rank has, in their order, to all others; short ones are padded."""
@@ -345,7 +346,7 @@ class Gathering:
         self._sent, self._output = padded, padded.new_empty(len(padded) * len(sizes))
         self._work = dist.all_gather_single(self._output, padded, group=self._group, async_op=True)
 
-    def receive_back(self) -> list[Tensor]:
+    def receive(self) -> list[Tensor]:
         """Return all results, in order."""
         assert self._work is not None
         self._work.wait()
@@ -361,3 +362,11 @@ class Gathering:
     def _size(self, index: int) -> int:
         rows, columns = self._shapes[index]
         return rows * columns
+
+
+def _by_rank(ranks: Sequence[int], size: int) -> list[list[int]]:
+    """Which things each rank has, given the rank of each."""
+    by_rank: list[list[int]] = [[] for _ in range(size)]
+    for index, rank in enumerate(ranks):
+        by_rank[rank].append(index)
+    return by_rank

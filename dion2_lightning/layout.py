@@ -13,7 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -85,13 +85,10 @@ class Matrices:
     def slices(self, tensor: Tensor, axis: int) -> Tensor:
         """View a tensor of the parameter's shape, or of a part of it, as (count, n, m): n slices along ``axis``."""
         stack = tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
-        return stack if self._slices_are_rows(axis) else stack.mT
+        return stack if self.slices_are_rows(axis) else stack.mT
 
-    def spans(self, block: Block, axis: int) -> tuple[Span, Span]:
-        """Return which slices along ``axis`` a block touches, and which of their entries."""
-        return (block.rows, block.columns) if self._slices_are_rows(axis) else (block.columns, block.rows)
-
-    def _slices_are_rows(self, axis: int) -> bool:
+    def slices_are_rows(self, axis: int) -> bool:
+        """Return whether slices along ``axis`` are rows as stored."""
         return axis == (INPUT_AXIS if self.transposed else OUTPUT_AXIS)
 
 
@@ -110,6 +107,21 @@ class Replicas:
     numbers: tuple[int, ...]
     everyone: "ProcessGroup"
 
+    @property
+    def count(self) -> int:
+        """How many replicas there are."""
+        return len(self.numbers)
+
+    @property
+    def number(self) -> int:
+        """Which of them this rank belongs to."""
+        return self.numbers[torch.distributed.get_rank(self.group)]
+
+    @property
+    def position_of(self) -> dict[int, int]:
+        """The rank in the group of every replica's member."""
+        return {number: position for position, number in enumerate(self.numbers)}
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -125,8 +137,34 @@ class Layout:
     blocks: tuple[Block, ...] = ()
     replicas: Replicas | None = None
 
+    @cached_property
+    def rows(self) -> tuple[Span, ...]:
+        """Which rows each rank of the group holds."""
+        return tuple(block.rows for block in self.blocks)
 
-def layout_of(parameter: Tensor, what: str, *, batched: bool, process_group: "ProcessGroup | None") -> Layout:
+    @cached_property
+    def columns(self) -> tuple[Span, ...]:
+        """Which columns each rank of the group holds."""
+        return tuple(block.columns for block in self.blocks)
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """A number in which what each rank holds is mixed; replicas may order their ranks differently."""
+        return hash(tuple(sorted(self.blocks)))
+
+
+Layouts = dict[Hashable, Layout]
+"""Layouts of a step that were read already: parameters of one shape, mesh and placement have the same."""
+
+
+def layout_of(
+    parameter: Tensor,
+    what: str,
+    *,
+    batched: bool,
+    process_group: "ProcessGroup | None",
+    known: Layouts | None = None,
+) -> Layout:
     """Read a parameter's layout from its mesh and placements, as they are now.
 
     Args:
@@ -134,10 +172,22 @@ def layout_of(parameter: Tensor, what: str, *, batched: bool, process_group: "Pr
         what: How to call it in an error.
         batched: Whether its first axis counts matrices.
         process_group: The ranks that hold replicas of it, where it is plain.
+        known: What was read in this step, taken from and added to (default: None).
 
     Raises:
-        ValueError: It is sharded in a way that leaves no rectangle of a matrix on each rank, or not summed up yet.
+        ValueError: It is sharded in a way that leaves no rectangle of a matrix on each rank, or not summed up yet, or
+            this rank is not in its mesh.
     """
+    place = None
+    if is_dtensor(parameter):
+        place = parameter.device_mesh, parameter.placements, parameter.shape, batched  # type: ignore[attr-defined]
+    known = {} if known is None else known
+    if place not in known:
+        known[place] = _read_layout(parameter, what, batched, process_group)
+    return known[place]
+
+
+def _read_layout(parameter: Tensor, what: str, batched: bool, process_group: "ProcessGroup | None") -> Layout:
     if is_dtensor(parameter):
         return _layout_of_dtensor(parameter, what, batched)
     if process_group is None or process_group.size() == 1:
@@ -150,11 +200,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def refuse_partial_sums(parameter: Any, what: str) -> None:
-    """Raise an error where ranks hold summands of a parameter instead of the parameter or parts of it."""
-    placements = getattr(parameter, "placements", ())
-    if any(placement.is_partial() for placement in placements):
-        raise ValueError(f"{what} is placed as {tuple(placements)}: sum it up with redistribute() before step()")
+def refuse_misplaced(parameter: Any, what: str) -> None:
+    """Raise an error where ranks hold summands of a parameter, or this rank is none of those that hold it."""
+    if not is_dtensor(parameter):
+        return
+    if any(placement.is_partial() for placement in parameter.placements):
+        raise ValueError(f"{what} is placed as {parameter.placements}: sum it up with redistribute() before step()")
+    if parameter.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{what} is on {parameter.device_mesh}, to which rank {torch.distributed.get_rank()} does not belong; "
+            "leave it out of the groups there"
+        )
 
 
 def local_gradient(parameter: Any) -> Tensor | None:
@@ -192,7 +248,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def _layout_of_dtensor(parameter: Any, what: str, batched: bool) -> Layout:
-    refuse_partial_sums(parameter, what)
+    refuse_misplaced(parameter, what)
     mesh, placements = parameter.device_mesh, parameter.placements
     sharded = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
     for dim in sharded:

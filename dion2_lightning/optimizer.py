@@ -4,6 +4,7 @@ The updates themselves are in update.py and adamw.py.
 """
 
 import warnings
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast, overload
 
@@ -22,7 +23,7 @@ from dion2_lightning.groups import (
     plain_dtype,
     refuse_flattened,
 )
-from dion2_lightning.layout import alike, is_dtensor, local_gradient, refuse_partial_sums
+from dion2_lightning.layout import Layouts, is_dtensor, local_gradient, refuse_misplaced
 from dion2_lightning.orthonormalize import default_dtype
 from dion2_lightning.selection import Selection
 from dion2_lightning.sharing import update_matrices
@@ -235,6 +236,7 @@ class Dion2(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_after_failure()
+        self._refuse_misplaced()
         self._agree()
         self._check_gradients()
         is_first = not self.state
@@ -250,7 +252,7 @@ class Dion2(Optimizer):
             updates,
             self.orthonormalize,
             self.share_replicas,
-            self._settings_of_others(),
+            self._fingerprint(),
             meanwhile=lambda: self._update_others(left_out),
         )
         if observer is not None:
@@ -260,20 +262,16 @@ class Dion2(Optimizer):
 
     def _matrix_updates(self, left_out: Collection[Tensor], observer: Observer | None) -> Iterator[MatrixUpdate]:
         """What each matrix parameter brings to the step, also without a gradient: other ranks may have it."""
+        layouts: Layouts = {}
         for group, parameter, what in self._parameters("dion2"):
             if parameter not in left_out and parameter.requires_grad:
                 momentum = self.state[parameter]["momentum"]
-                yield MatrixUpdate.of(parameter, what, momentum, group, self.process_group, observer)
+                yield MatrixUpdate.of(parameter, what, momentum, group, self.process_group, observer, layouts)
 
-    def _settings_of_others(self) -> dict[Any, list[Any]]:
-        """What ranks must agree about beside the matrices, by the mesh that holds parameters of the group."""
-        settings: dict[Any, list[Any]] = {}
-        for group in self.param_groups:
-            if group["algorithm"] == "adamw":
-                numbers = [group[name] for name in ("lr", "betas", "eps", "weight_decay")]
-                for mesh in alike(group["params"], lambda parameter: getattr(parameter, "device_mesh", None)):
-                    settings.setdefault(mesh, []).append(numbers)
-        return settings
+    def _fingerprint(self) -> int:
+        """A number made of the settings of all groups, which ranks that share matrices must have in common."""
+        settings = [[(k, v) for k, v in group.items() if k not in NOT_SETTINGS] for group in self.param_groups]
+        return zlib.crc32(repr(settings).encode())
 
     def _update_others(self, left_out: Collection[Tensor]) -> None:
         for group in self.param_groups:
@@ -383,12 +381,16 @@ class Dion2(Optimizer):
                 for parameter, name in zip(group["params"], parameter_names(group), strict=True):
                     yield group, parameter, f"group {group['name']!r}: {name}"
 
+    def _refuse_misplaced(self) -> None:
+        """Refuse parameters of which no rank holds a part that could be updated, before ranks talk to each other."""
+        for _, parameter, what in self._parameters("dion2", "adamw"):
+            refuse_flattened(parameter, what)
+            refuse_misplaced(parameter, what)
+
     def _check_gradients(self) -> None:
         """Refuse gradients that have no update, before weights or state are touched."""
         everything = list(self._parameters("dion2", "adamw"))
         for _, parameter, what in everything:
-            refuse_flattened(parameter, what)
-            refuse_partial_sums(parameter, what)
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(f"{what} has a gradient stored as {parameter.grad.layout}; use sparse=False")
         place_gradients(parameter for _, parameter, _ in everything)

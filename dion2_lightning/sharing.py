@@ -13,15 +13,15 @@ a matrix travels inside its owner's replica, and its parts are then gathered by 
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dion2_lightning.exchange import Exchange, Gathering, Totals, Transfer, assert_same_gradients, read_together
+from dion2_lightning.exchange import Exchange, Gathering, Totals, Transfer, read_together
 from dion2_lightning.layout import Replicas, Span, alike
 from dion2_lightning.owners import assign_owners, orthonormalization_cost
 from dion2_lightning.selection import Selection, slice_sums
@@ -45,15 +45,12 @@ if TYPE_CHECKING:
 FLOPS_PER_BYTE: Final = 4000
 """Work on replicas is worth sharing from here on: what a GPU multiplies in the time a byte takes between nodes."""
 
-OtherSettings = Mapping[Any, Sequence[Any]]
-"""What ranks must agree about beside the matrices, by the mesh of the parameters; None for plain ones."""
-
 
 def update_matrices(
     updates: Sequence[MatrixUpdate],
     custom: Orthonormalize | None,
     share_replicas: bool | None,
-    others: OtherSettings,
+    settings: int,
     meanwhile: Callable[[], None],
 ) -> dict[Tensor, Selection]:
     """Take one step on all matrices, those of this rank alone and those it shares.
@@ -62,13 +59,24 @@ def update_matrices(
         updates: Every parameter of the matrix groups, in the same order on every rank; this rank may lack gradients.
         custom: Replaces the orthonormalization.
         share_replicas: Whether ranks share the work on replicated matrices; None decides by its cost.
-        others: Settings of what is no matrix; ranks that differ in them get an error where they share matrices.
+        settings: A number made of the settings of all groups; ranks that differ in it get an error.
         meanwhile: Other work, done once while submatrices are on their way.
 
     Returns:
         What was selected, by parameter.
     """
-    alone, parts = _parted(updates, custom, share_replicas, others)
+
+    def likeness(update: MatrixUpdate) -> tuple[object, ...]:
+        replicas = update.layout.replicas if share_replicas is not False else None
+        return update.layout.group, replicas and replicas.group, update.momentum.device
+
+    together = alike(updates, likeness)
+    alone = [update for ranks, members in together.items() for update in members if ranks[:2] == (None, None)]
+    parts = [
+        SharedMatrices(members, custom, share_replicas, settings)
+        for ranks, members in together.items()
+        if ranks[:2] != (None, None)
+    ]
     for part in parts:
         part.start()
     selections = dion2_update([update for update in alone if update.gradient is not None], custom)
@@ -94,125 +102,62 @@ def update_matrices(
     return selections
 
 
-def _parted(
-    updates: Sequence[MatrixUpdate], custom: Orthonormalize | None, share_replicas: bool | None, others: OtherSettings
-) -> tuple[list[MatrixUpdate], list["SharedMatrices"]]:
-    """Part updates in those of this rank alone, and those that travel together: the same ranks hold them alike."""
-    alone: list[MatrixUpdate] = []
-    parts = []
-    for members in alike(updates, lambda u: (u.layout.group, u.layout.replicas, u.momentum.device)).values():
-        layout = members[0].layout
-        if layout.group is not None:
-            replicas = layout.replicas if _is_worth_sharing(members, share_replicas) else None
-            parts.append(SharedMatrices(members, layout.group, replicas, custom, others))
-        elif layout.replicas is not None:
-            apart = alike(members, lambda update: _is_worth_sharing([update], share_replicas))
-            alone += apart.get(False, [])
-            if True in apart:
-                parts.append(SharedMatrices(apart[True], None, layout.replicas, custom, others))
-        else:
-            alone += members
-    return alone, parts
-
-
-def _is_worth_sharing(updates: Sequence[MatrixUpdate], share_replicas: bool | None) -> bool:
-    """Whether replicas save more by sharing the work than it costs to send the results."""
-    if updates[0].layout.replicas is None or share_replicas is not None:
-        return bool(share_replicas)
-    cost = sum(len(update.momentum) * orthonormalization_cost(update.k, update.entries) for update in updates)
-    received = sum(len(update.momentum) * update.k * update.entries * update.dtype.itemsize for update in updates)
-    return pays_off(cost, received)
-
-
-def owner_of(number: int, replicas: int) -> tuple[int, int]:
-    """Return the replica of an owner, and its rank there: one after the other they go round the replicas.
-
-    So that few matrices too are spread over the replicas, which gather as much as the one with the most results has.
-    """
-    return number % replicas, number // replicas
-
-
-def pays_off(flops: int, received: int) -> bool:
-    """Return whether replicas that share so much work gain more than it costs to receive so many bytes of results."""
-    return flops >= FLOPS_PER_BYTE * received
-
-
 class SharedMatrices:
     """Matrices that the same ranks share, in the same way.
 
     Attributes:
-        unread: What the host would know: the headers, and the selections that decide who sends how much.
+        unread: What the host would know: the header, and the selections that decide who sends how much.
         must_read: Whether it has to wait for that: where ranks hold different slices, and where this rank lacks a
             gradient that another may have. On a CPU it costs nothing.
     """
 
     def __init__(
-        self,
-        updates: list[MatrixUpdate],
-        group: "ProcessGroup | None",
-        replicas: Replicas | None,
-        custom: Orthonormalize | None,
-        others: OtherSettings,
+        self, updates: list[MatrixUpdate], custom: Orthonormalize | None, share_replicas: bool | None, settings: int
     ) -> None:
-        """Take updates that travel together.
-
-        Args:
-            updates: In the same order on every rank.
-            group: The ranks that share them by parts; None where every rank has them whole.
-            replicas: The ranks to share the work with, which hold the same; None for none.
-            custom: Replaces the orthonormalization.
-            others: Settings of what is no matrix.
-        """
-        self._updates, self._group, self._replicas, self._custom = updates, group, replicas, custom
-        self._rank = 0 if group is None else dist.get_rank(group)
+        """Take updates that travel together; see :func:`update_matrices`."""
+        self._updates, self._custom, self._share_replicas = updates, custom, share_replicas
+        layout = updates[0].layout
+        self._group: ProcessGroup | None = layout.group
+        self._replicas = layout.replicas if share_replicas is not False else None
+        self._rank = 0 if self._group is None else dist.get_rank(self._group)
         self._device = updates[0].momentum.device
         self._has_gradient = [update.gradient is not None for update in updates]
-        meshes = alike(updates, lambda update: getattr(update.parameter, "device_mesh", None))
-        settings = [update.fingerprint() for update in updates], [others.get(mesh) for mesh in meshes]
-        self._fingerprint = zlib.crc32(repr(settings).encode())
+        numbers = settings, [update.fingerprint() for update in updates]
+        self._fingerprint = zlib.crc32(repr(numbers).encode())
 
     def start(self) -> None:
         """M <- M + G; this rank's numbers go on their way."""
         accumulate(self._updates)
-        numbers = self._fingerprint, self._has_gradient
-        self._totals = []
-        if self._group is not None:
-            self._totals.append(Totals(self._group, *numbers, self._partial_sums(), self._device))
-        if self._replicas is not None:
-            self._totals.append(Totals(self._replicas.everyone, *numbers, [], self._device))
+        everyone = self._group if self._replicas is None else self._replicas.everyone
+        assert everyone is not None
+        self._totals = Totals(everyone, self._fingerprint, self._has_gradient, self._partial_sums(), self._device)
 
     def select(self) -> None:
         """K, the same on every rank."""
-        headers, sums = zip(*(each.wait() for each in self._totals), strict=True)
-        norms = sums[0] if self._group is not None else [slice_sums(each.momentum).float() for each in self._updates]
+        header, norms = self._totals.wait()
         self._norms = dict(zip(self._updates, norms, strict=True))
         self._selected = _select(self._updates, norms)
         self._on_host: dict[MatrixUpdate, Tensor] = {}
         self._split = [update for update in self._updates if _is_split(update)]
-        self.unread = [*headers, *(self._selected[update] for update in self._split)]
+        self.unread = [header, *(self._selected[update] for update in self._split)]
         self.must_read = bool(self._split) or not all(self._has_gradient) or self._device.type == "cpu"
 
     def read(self, on_host: Sequence[Tensor]) -> None:
         """Take ``unread`` on the host; leave out what has no gradient on any rank.
 
-        A gradient that some ranks of a group lack counts as zero there. Replicas must have the same: they would select
-        differently, and go apart.
+        A gradient that some ranks of a group lack counts as zero there.
         """
-        headers, indices = on_host[: len(self._totals)], on_host[len(self._totals) :]
-        counts = [each.gradient_counts(header) for each, header in zip(self._totals, headers, strict=True)]
-        if self._replicas is not None:
-            of_a_replica = counts[0] if self._group is not None else [min(count, 1) for count in counts[0]]
-            self._check_replicas(self._replicas, of_a_replica, counts[-1])
-        self._updates = [update for update, count in zip(self._updates, counts[-1], strict=True) if count]
+        header, *indices = on_host
+        counts = self._totals.gradient_counts(header)
+        self._check_replicas(counts)
+        self._updates = [update for update, count in zip(self._updates, counts, strict=True) if count]
         self._on_host = dict(zip(self._split, indices, strict=True))
 
     def skip_reading(self) -> None:
         """Go on without the host; where ranks disagree, or replicas lack a gradient, the device will say so."""
-        headers = self.unread[: len(self._totals)]
-        for each, header in zip(self._totals, headers, strict=True):
-            each.assert_agreement(header)
+        self._totals.assert_agreement(self.unread[0])
         if self._replicas is not None:
-            assert_same_gradients(headers[-1], headers[0] if self._group else None, len(self._replicas.numbers))
+            self._totals.assert_multiples(self.unread[0], self._replicas.count)
 
     def send(self) -> None:
         """This rank's part of every S goes to its owner; M[K] <- mu M[K]."""
@@ -221,8 +166,12 @@ class SharedMatrices:
             for update in self._updates
             for piece in _pieces(update, self._selected[update], self._on_host.get(update), self._rank)
         ]
-        by_dtype = alike(pieces, lambda piece: piece.update.dtype).values()
-        self._journeys = [_Journey(members, self._group, self._replicas, self._custom) for members in by_dtype]
+        owners = iter(self._owners(pieces))
+        owned = [(piece, list(itertools.islice(owners, piece.count))) for piece in pieces]
+        self._journeys = [
+            _Journey(members, self._group, self._replicas, self._custom)
+            for members in alike(owned, lambda each: each[0].update.dtype).values()
+        ]
         for journey in self._journeys:
             journey.send()
 
@@ -248,36 +197,86 @@ class SharedMatrices:
             update.parameter: update.selection(self._selected[update], self._norms[update]) for update in self._updates
         }
 
-    def _check_replicas(self, replicas: Replicas, of_a_replica: list[int], of_all: list[int]) -> None:
-        number = len(replicas.numbers)
-        for update, here, everywhere in zip(self._updates, of_a_replica, of_all, strict=True):
-            if everywhere != number * here:
+    def _partial_sums(self) -> list[Tensor]:
+        """What this rank adds to the sums of |M|.
+
+        Replicas take turns: one of them gives a matrix's sums, so that all select the same, whatever the rounding of
+        their gradients.
+        """
+        count, number = (1, 0) if self._replicas is None else (self._replicas.count, self._replicas.number)
+        return [
+            _spread(slice_sums(update.momentum), update.held[self._rank], update.slices)
+            if index % count == number
+            else update.momentum.new_zeros((len(update.momentum), update.slices), dtype=torch.float64)
+            for index, update in enumerate(self._updates)
+        ]
+
+    def _check_replicas(self, counts: Sequence[int]) -> None:
+        """Refuse a gradient that some replicas have and others lack: their momenta would go apart."""
+        if self._replicas is None:
+            return
+        for update, count in zip(self._updates, counts, strict=True):
+            if count % self._replicas.count:
                 raise RuntimeError(
-                    f"{update.what} has a gradient on {everywhere} of {replicas.everyone.size()} ranks, and not on the "
-                    "same ones in every replica; average the gradients over the replicas before step(), with zeros "
-                    "where there is none"
+                    f"{update.what} has a gradient on {count} of {self._replicas.everyone.size()} ranks, so not in "
+                    "every replica; average the gradients over the replicas before step(), with zeros where there is "
+                    "none"
                 )
 
-    def _partial_sums(self) -> list[Tensor]:
-        return [
-            _spread(slice_sums(update.momentum), update.spans[self._rank][0], update.slices) for update in self._updates
-        ]
+    def _owners(self, pieces: Sequence["_Piece"]) -> list["Owner"]:
+        matrices = [piece for piece in pieces for _ in range(piece.count)]
+        return plan_owners(
+            [piece.cost for piece in matrices],
+            [piece.nbytes for piece in matrices],
+            1 if self._group is None else self._group.size(),
+            1 if self._replicas is None else self._replicas.count,
+            self._share_replicas,
+        )
+
+
+Owner = tuple[int | None, int]
+"""In which replica a matrix is orthonormalized, None for in every one, and by which rank there."""
+
+
+def plan_owners(
+    costs: Sequence[int], nbytes: Sequence[int], ranks: int, replicas: int, share_replicas: bool | None
+) -> list[Owner]:
+    """Return who orthonormalizes each matrix, the same on every rank.
+
+    Args:
+        costs: FLOPs of each matrix's orthonormalization.
+        nbytes: Size of each submatrix.
+        ranks: How many share each matrix by parts.
+        replicas: How many hold each part.
+        share_replicas: Whether replicas share the work; None where that gains more than it costs to gather the results.
+    """
+    if replicas > 1 and share_replicas is not False:
+        # Owners go round the replicas: each gathers as much as the one with the most results has.
+        owners = [divmod(owner, replicas)[::-1] for owner in assign_owners(tuple(costs), ranks * replicas)]
+        results = [0] * replicas
+        for (replica, _), size in zip(owners, nbytes, strict=True):
+            results[replica] += size
+        saved = sum(costs) * (replicas - 1) // replicas
+        if share_replicas or saved >= FLOPS_PER_BYTE * max(results) * (replicas - 1):
+            return list(owners)
+    return [(None, owner) for owner in assign_owners(tuple(costs), ranks)]
 
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """This rank's part of consecutive matrices of a parameter, of which every rank holds equally many slices.
+    """This rank's part of consecutive matrices of a parameter, of which it holds equally many slices.
 
     Attributes:
         update: The parameter they belong to.
         first: Which of the parameter's matrices on this rank is the first.
-        rows: By rank, which of the k selected slices it holds.
+        edges: Where each rank's slices begin and end among the k selected ones, on the host (count, ranks, 2); None
+            where every rank holds a part of all.
         indices: Shape (count, r), the selected slices that this rank holds, counted from its first slice.
     """
 
     update: MatrixUpdate
     first: int
-    rows: tuple[Span, ...]
+    edges: Tensor | None
     indices: Tensor
 
     @property
@@ -289,6 +288,11 @@ class _Piece:
         """FLOPs of one of its matrices."""
         return orthonormalization_cost(self.update.k, self.update.entries)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of one whole submatrix."""
+        return self.update.k * self.update.entries * self.update.dtype.itemsize
+
     def take(self) -> Sequence[Tensor]:
         return take(self.update.momentum.narrow(0, self.first, self.count), self.indices, self.update).unbind()
 
@@ -297,9 +301,14 @@ class _Piece:
         stack = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
         apply(weight, self.indices, stack, self.update)
 
-    def transfer(self, owner: int) -> Transfer:
-        columns = tuple(entries for _, entries in self.update.spans)
-        return Transfer(owner, (self.update.k, self.update.entries), self.rows, columns)
+    def transfer(self, matrix: int, owner: int) -> Transfer:
+        """One of its matrices' way."""
+        return Transfer(
+            owner,
+            (self.update.k, self.update.entries),
+            None if self.edges is None else self.edges[matrix],
+            self.update.columns,
+        )
 
 
 class _Journey:
@@ -307,56 +316,58 @@ class _Journey:
 
     def __init__(
         self,
-        pieces: Sequence[_Piece],
+        owned: Sequence[tuple[_Piece, Sequence[Owner]]],
         group: "ProcessGroup | None",
         replicas: Replicas | None,
         custom: Orthonormalize | None,
     ) -> None:
         """Plan it, the same on every rank."""
-        self._pieces, self._custom = pieces, custom
-        members = 1 if group is None else group.size()
-        rank, replica = 0 if group is None else dist.get_rank(group), 0
-        position_of = {0: 0}
-        if replicas is not None:
-            replica = replicas.numbers[dist.get_rank(replicas.group)]
-            position_of = {number: position for position, number in enumerate(replicas.numbers)}
-        costs = tuple(piece.cost for piece in pieces for _ in range(piece.count))
-        owners = [owner_of(each, len(position_of)) for each in assign_owners(costs, members * len(position_of))]
-        its_pieces = [piece for piece in pieces for _ in range(piece.count)]
-        self._update_of = [piece.update for piece in its_pieces]
-        transfers = [piece.transfer(owner) for piece, (_, owner) in zip(its_pieces, owners, strict=True)]
-        self._in_this_replica = [index for index, (where, _) in enumerate(owners) if where == replica]
-        dtype, device = pieces[0].update.dtype, pieces[0].update.momentum.device
+        self._pieces, self._custom = [piece for piece, _ in owned], custom
+        self._update_of = [piece.update for piece, owners in owned for _ in owners]
+        transfers = [
+            piece.transfer(matrix, owner) for piece, owners in owned for matrix, (_, owner) in enumerate(owners)
+        ]
+        where = [replica for _, owners in owned for replica, _ in owners]
+        mine = None if replicas is None else replicas.number
+        self._here = [index for index, replica in enumerate(where) if replica in (None, mine)]
+        dtype, device = self._update_of[0].dtype, self._update_of[0].momentum.device
         self._exchange = self._gathering = None
+        self._results: Sequence[Tensor] = ()
         if group is not None:
-            here = [transfers[index] for index in self._in_this_replica]
-            self._exchange = Exchange(group, here, dtype, device)
-        if replicas is not None:
-            sources = [position_of[where] for where, _ in owners]
+            self._exchange = Exchange(group, [transfers[index] for index in self._here], dtype, device)
+        if replicas is not None and where[0] is not None:
+            rank = 0 if group is None else dist.get_rank(group)
+            sources = [replicas.position_of[number] for number in where if number is not None]
             shapes = [transfer.shape_on(rank) for transfer in transfers]
             self._gathering = Gathering(replicas.group, sources, shapes, dtype, device)
 
     def send(self) -> None:
-        parts = [part for piece in self._pieces for part in piece.take()]
-        here = [parts[index] for index in self._in_this_replica]
+        here, taken = [], iter(self._here)
+        following = next(taken, None)
+        for index, part in enumerate(part for piece in self._pieces for part in piece.take()):
+            if index == following:
+                here.append(part)
+                following = next(taken, None)
         if self._exchange is not None:
             self._exchange.send(here)
-        elif self._gathering is not None:
-            self._gathering.send(self._orthonormal(here, self._in_this_replica))
+        else:
+            self._results = self._orthonormal(here, self._here)
+        if self._exchange is None and self._gathering is not None:
+            self._gathering.send(self._results)
 
     def send_back(self) -> None:
         if self._exchange is not None:
-            owned = [self._in_this_replica[index] for index in self._exchange.owned]
+            owned = [self._here[index] for index in self._exchange.owned]
             self._exchange.send_back(self._orthonormal(self._exchange.receive(), owned))
 
     def gather(self) -> None:
-        if self._exchange is not None and self._gathering is not None:
-            self._gathering.send(self._exchange.receive_back())
+        if self._exchange is not None:
+            self._results = self._exchange.receive_back()
+            if self._gathering is not None:
+                self._gathering.send(self._results)
 
     def finish(self) -> None:
-        last = self._gathering or self._exchange
-        assert last is not None
-        parts = iter(last.receive_back())
+        parts = iter(self._results if self._gathering is None else self._gathering.receive())
         for piece in self._pieces:
             piece.apply(list(itertools.islice(parts, piece.count)))
 
@@ -370,28 +381,29 @@ class _Journey:
 
 def _pieces(update: MatrixUpdate, selected: Tensor, on_host: Tensor | None, rank: int) -> Iterator[_Piece]:
     """This rank's part of a parameter's matrices; a split selection (count, k) is on the host too."""
-    first_slice = update.spans[rank][0][0]
-    rows_of = [tuple((0, update.k) for _ in update.spans)] * len(selected)
-    if on_host is not None:
-        rows_of = _rows_by_rank(update, on_host)
+    first_slice = update.held[rank][0]
+    if on_host is None:
+        yield _Piece(update, 0, None, selected - first_slice)
+        return
+    edges = _edges(update, on_host)
     first = 0
-    for rows, equal in itertools.groupby(rows_of):
-        count, (start, stop) = len(list(equal)), rows[rank]
+    for (start, stop), equal in itertools.groupby(edges[:, rank].tolist()):
+        count = len(list(equal))
         held = selected.narrow(0, first, count).narrow(1, start, stop - start)
-        yield _Piece(update, first, rows, held - first_slice)
+        yield _Piece(update, first, edges.narrow(0, first, count), held - first_slice)
         first += count
 
 
 def _is_split(update: MatrixUpdate) -> bool:
     """Whether ranks hold different slices: how many of the selected ones each holds then depends on the selection."""
-    return any(slices != (0, update.slices) for slices, _ in update.spans)
+    return any(slices != (0, update.slices) for slices in update.held)
 
 
-def _rows_by_rank(update: MatrixUpdate, indices: Tensor) -> list[tuple[Span, ...]]:
-    """For every matrix and rank, where its slices begin and end among the sorted selected ones."""
-    edges = torch.tensor([edge for slices, _ in update.spans for edge in slices])
-    positions = torch.searchsorted(indices, edges.expand(len(indices), -1).contiguous()).tolist()
-    return [tuple(zip(each[0::2], each[1::2], strict=True)) for each in positions]
+def _edges(update: MatrixUpdate, indices: Tensor) -> Tensor:
+    """For every matrix and rank, where its slices begin and end among the sorted selected ones; (count, ranks, 2)."""
+    held = torch.tensor(update.held).flatten()
+    positions = torch.searchsorted(indices, held.expand(len(indices), -1).contiguous())
+    return positions.view(len(indices), -1, 2)
 
 
 def _spread(sums: Tensor, held: Span, slices: int) -> Tensor:

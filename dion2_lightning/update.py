@@ -15,13 +15,22 @@ this rank; sharing.py goes down the same page for matrices that several ranks sh
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
-from dion2_lightning.layout import Layout, Matrices, Span, alike, layout_of, local, local_gradient, placed_like_stack
+from dion2_lightning.layout import (
+    Layout,
+    Layouts,
+    Matrices,
+    Span,
+    alike,
+    layout_of,
+    local,
+    local_gradient,
+    placed_like_stack,
+)
 from dion2_lightning.orthonormalize import default_dtype, orthonormalize
 from dion2_lightning.scaling import update_scale
 from dion2_lightning.selection import Selection, add_, decay_, gather, largest, selected_count, slice_sums
@@ -105,6 +114,7 @@ class MatrixUpdate:
         group: Mapping[str, Any],
         process_group: "ProcessGroup | None",
         observer: Observer | None = None,
+        layouts: Layouts | None = None,
     ) -> "MatrixUpdate":
         """Read a parameter, its momentum, its group and its layout, as they are now.
 
@@ -115,6 +125,7 @@ class MatrixUpdate:
             group: Its settings.
             process_group: The ranks that hold replicas of plain parameters.
             observer: What looks on (default: None).
+            layouts: What was read in this step (default: None).
         """
         matrices = Matrices.of(parameter.shape, batched=group["batched"], transposed=group["transposed"])
         axis = matrices.selection_axis(group["select"])
@@ -122,7 +133,7 @@ class MatrixUpdate:
         k = selected_count(slices, group["fraction"])
         scale = update_scale(matrices.shape, slices, k, group["adjust_lr_fn"], group["scale_lr_by_fraction"])
         asked = group["orthonormalize_dtype"]
-        layout = layout_of(parameter, what, batched=group["batched"], process_group=process_group)
+        layout = layout_of(parameter, what, batched=group["batched"], process_group=process_group, known=layouts)
         gradient = local_gradient(parameter)
         return cls(
             parameter=parameter,
@@ -151,15 +162,19 @@ class MatrixUpdate:
         """Entries of each whole slice, m."""
         return self.matrices.shape[1 - self.axis]
 
-    @cached_property
-    def spans(self) -> list[tuple[Span, Span]]:
-        """By rank of the layout's group: which slices it touches, and which of their entries it holds.
-
-        Without a group this rank is the only one, and holds all.
-        """
+    @property
+    def held(self) -> Sequence[Span]:
+        """By rank of the layout's group: which slices it touches. Without a group this rank is the only one."""
         if self.layout.group is None:
-            return [((0, self.slices), (0, self.entries))]
-        return [self.matrices.spans(block, self.axis) for block in self.layout.blocks]
+            return [(0, self.slices)]
+        return self.layout.rows if self.matrices.slices_are_rows(self.axis) else self.layout.columns
+
+    @property
+    def columns(self) -> Sequence[Span]:
+        """By rank of the layout's group: which entries of the slices it holds."""
+        if self.layout.group is None:
+            return [(0, self.entries)]
+        return self.layout.columns if self.matrices.slices_are_rows(self.axis) else self.layout.rows
 
     def selection(self, indices: Tensor, norms: Tensor) -> Selection:
         """Return what users see of the indices (count, k); the observer sees the norms (count, n) too."""
@@ -171,8 +186,7 @@ class MatrixUpdate:
 
     def fingerprint(self) -> int:
         """Return a number in which all that ranks must agree about is mixed."""
-        # Sorted, for replicas may order their ranks differently.
-        blocks = hash(tuple(sorted(self.layout.blocks)))
+        blocks = self.layout.fingerprint
         numbers = (self.k, self.momentum_factor, self.step_size, self.shrink, self.dtype, blocks)
         return zlib.crc32(repr((self.matrices, self.axis, numbers)).encode())
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +24,7 @@ from dion2_lightning import Dion2, SelectionStatistics, layout, sharing
 from dion2_lightning.exchange import PIECES, Totals
 
 aten = torch.ops.aten
+Placements = tuple[Any, ...]
 
 READS_DATA = {
     aten._local_scalar_dense.default,  # .item(), .tolist(), bool(), float(), int()
@@ -172,7 +173,7 @@ def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | No
     optimizer = optimizer_of(share_replicas=share_replicas)
     sent = step_watched(optimizer, dist.group.WORLD).sent
     matrices = sum(len(group["params"]) for group in optimizer.param_groups[:-1])
-    assert sent == ([matrices + 2 * PIECES] if share_replicas else [])
+    assert sent == ([] if share_replicas is False else [matrices + 2 * PIECES])
 
 
 # Shards
@@ -213,15 +214,33 @@ def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
     return with_real_tensors
 
 
-def spread(mesh: DeviceMesh, placement: Shard, *shape: int) -> nn.Parameter:
+class OnHost:
+    """A real tensor of which parts are taken and read; what else is done with it would fail."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, key: Any) -> "OnHost":
+        return OnHost(on_host(self._tensor.__getitem__)(key))
+
+    def narrow(self, dim: int, start: int, length: int) -> "OnHost":
+        return OnHost(on_host(self._tensor.narrow)(dim, start, length))
+
+    def tolist(self) -> Any:
+        return on_host(self._tensor.tolist)()
+
+
+def spread(mesh: DeviceMesh, placements: Placements, *shape: int) -> nn.Parameter:
     """A parameter on four ranks, with a gradient."""
     part = list(shape)
-    part[placement.dim] //= 4
+    for dim, placement in enumerate(placements):
+        if isinstance(placement, Shard):
+            part[placement.dim] //= mesh.size(dim)
     stride = torch.empty(shape, device="meta").stride()
 
     def zeros() -> DTensor:
         local = torch.zeros(part, device="cuda")
-        return DTensor.from_local(local, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride)
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
     parameter = nn.Parameter(zeros())
     parameter.grad = zeros()
@@ -229,33 +248,38 @@ def spread(mesh: DeviceMesh, placement: Shard, *shape: int) -> nn.Parameter:
 
 
 @pytest.mark.parametrize(
-    ("placement", "shapes", "waits"),
+    ("placements", "shapes", "waits"),
     [
-        (Shard(0), [(40, 96), (40, 96), (96, 40), (64, 64)], 1),  # different slices of the wide ones
-        (Shard(1), [(40, 96), (40, 96), (64, 64)], 0),  # parts of the same slices
-        (Shard(0), [(96, 40), (96, 40)], 0),
-        (Shard(1), [(96, 40), (40, 96), (96, 40)], 1),
+        ((Shard(0),), [(40, 96), (40, 96), (96, 40), (64, 64)], 1),  # different slices of the wide ones
+        ((Shard(1),), [(40, 96), (40, 96), (64, 64)], 0),  # parts of the same slices
+        ((Shard(0),), [(96, 40), (96, 40)], 0),
+        ((Shard(1),), [(96, 40), (40, 96), (96, 40)], 1),
+        ((Replicate(), Shard(0)), [(40, 96), (96, 40)], 1),
+        ((Replicate(), Shard(1)), [(40, 96), (64, 64)], 0),
+        ((Shard(0), Shard(1)), [(40, 96), (96, 40)], 1),
+        ((Replicate(), Replicate()), [(40, 96), (96, 40)], 0),
     ],
     ids=str,
 )
 def test_a_step_on_shards_waits_once_at_most(
-    ranks: None, monkeypatch: pytest.MonkeyPatch, placement: Shard, shapes: list[tuple[int, int]], waits: int
+    ranks: None, monkeypatch: pytest.MonkeyPatch, placements: Placements, shapes: list[tuple[int, int]], waits: int
 ) -> None:
     """Once for all matrices and precisions together, and only where ranks hold different slices."""
     reads = Reads()
     monkeypatch.setattr("dion2_lightning.sharing.read_together", reads)
-    monkeypatch.setattr("dion2_lightning.sharing._rows_by_rank", on_host(sharing._rows_by_rank))
+    monkeypatch.setattr("dion2_lightning.sharing._edges", lambda *read: OnHost(on_host(sharing._edges)(*read)))
     monkeypatch.setattr(Totals, "gradient_counts", on_host(Totals.gradient_counts))
     monkeypatch.setattr("dion2_lightning.update.layout_of", on_host(layout.layout_of))
     monkeypatch.setattr("dion2_lightning.optimizer.check_agreement", lambda *_: None)  # waits, at the first step
     with unset_fake_temporarily():
-        mesh = DeviceMesh("cuda", torch.arange(4))
+        of_ranks = torch.arange(4).view([4] if len(placements) == 1 else [2, 2])
+        mesh = DeviceMesh("cuda", of_ranks, mesh_dim_names=("first", "second")[: len(placements)])
     precisions = ("float32", "bfloat16")
     groups = [
-        {"params": [spread(mesh, placement, *shape) for shape in shapes], "orthonormalize_dtype": dtype}
+        {"params": [spread(mesh, placements, *shape) for shape in shapes], "orthonormalize_dtype": dtype}
         for dtype in precisions
     ]
-    optimizer = Dion2(groups, lr=0.1)
+    optimizer = Dion2(groups, lr=0.1, share_replicas=True)
     optimizer.step()
     assert reads.calls == waits
     with NoHostWait() as watched:

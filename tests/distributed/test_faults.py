@@ -127,7 +127,7 @@ def a_gradient_on_one_replica_only() -> None:
     if dist.get_rank() == 0:
         parameters["tall"].grad = None
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with pytest.raises(RuntimeError, match="'tall' has a gradient on 1 of 2 ranks, and not on the same ones in every"):
+    with pytest.raises(RuntimeError, match="'tall' has a gradient on 1 of 2 ranks, so not in every replica"):
         optimizer.step()
     assert_unchanged(before, {name: parameter.detach() for name, parameter in parameters.items()})
 
@@ -158,7 +158,7 @@ def check_gradients_of_replicated_parts() -> None:
     if dist.get_rank() == 3:
         parameters["wide"].grad = None
     optimizer.share_replicas = True
-    with pytest.raises(RuntimeError, match="'wide' has a gradient on 3 of 4 ranks, and not on the same ones in every"):
+    with pytest.raises(RuntimeError, match="'wide' has a gradient on 3 of 4 ranks, so not in every replica"):
         optimizer.step()
 
 

@@ -1,0 +1,88 @@
+"""What statistics of the selection cost: steps with them, every 10 steps, against steps without, in one process.
+
+    python -m benchmarks.statistics --shapes smollm2-135m --layers 6
+
+Two optimizers with the same weights and gradients take turns, a block of steps each; one of them has statistics
+attached and is asked for the figures at the end of its block, as a callback does. The gradients change from step to
+step, so that the selection does. Quote the ratio.
+"""
+
+import argparse
+import platform
+import statistics
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.step import LAYERS, TRANSPOSED, timed, weights
+from dion2_lightning import Dion2, SelectionStatistics, SelectionWarning
+
+GRADIENTS = 4
+"""Sets of gradients that follow each other."""
+
+
+def main() -> None:
+    """Run the comparison that the command line asks for and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=LAYERS, nargs="+", default=list(LAYERS), help="default: all")
+    parser.add_argument("--layers", type=int, default=6, help="decoder layers (default: 6)")
+    parser.add_argument(
+        "--every", type=int, default=10, help="steps of a block, the last one with figures (default: 10)"
+    )
+    parser.add_argument("--blocks", type=int, default=20, help="blocks of each that count (default: 20)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore", SelectionWarning)  # random gradients leave slices out for long
+    print(f"torch {torch.__version__}, {platform.machine()}, {arguments.device}, {torch.get_num_threads()} threads")
+    print(f"{'':14}{'ms without':>12}{'with':>9}{'ratio of medians':>18}{'median ratio':>14}{'integers a slice':>18}")
+    for shapes in arguments.shapes:
+        compare(shapes, arguments)
+
+
+def compare(shapes: str, arguments: argparse.Namespace) -> None:
+    """Time both on one model's shapes and print a row."""
+    device = arguments.device
+    observed = SelectionStatistics(every=arguments.every)
+    blocks = [block(shapes, arguments, statistics_) for statistics_ in (None, observed)]
+    times: list[list[float]] = [[], []]
+    for number in range(arguments.blocks + 1):
+        for which in (0, 1) if number % 2 else (1, 0):
+            elapsed = timed(blocks[which], device) / arguments.every
+            if number > 0:  # the first creates state
+                times[which].append(elapsed)
+    without, with_ = (statistics.median(each) for each in times)
+    paired = statistics.median(b / a for a, b in zip(*times, strict=True))
+    slices = sum(min(shape) for shape in LAYERS[shapes]) * arguments.layers
+    kept = sum(each.numel() for ledger in observed._ledgers for each in (ledger.last, ledger.hits))
+    print(f"{shapes:14}{without:12.2f}{with_:9.2f}{with_ / without:18.4f}{paired:14.4f}{kept / slices:18.1f}")
+
+
+def block(shapes: str, arguments: argparse.Namespace, observed: SelectionStatistics | None) -> Callable[[], None]:
+    """Return a function that takes a block of steps."""
+    parameters = weights(shapes, arguments.layers, arguments.device)
+    optimizer = Dion2([{"params": parameters, "transposed": TRANSPOSED[shapes]}])
+    if observed is not None:
+        observed.attach(optimizer)
+    sets = [[gradient_like(each, seed) for each in parameters] for seed in range(GRADIENTS)]
+
+    def steps() -> None:
+        for step in range(arguments.every):
+            for parameter, gradient in zip(parameters, sets[step % GRADIENTS], strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            if observed is not None:
+                observed.take()
+
+    return steps
+
+
+def gradient_like(parameter: Tensor, seed: int) -> Tensor:
+    """Return a random gradient."""
+    generator = torch.Generator(parameter.device).manual_seed(seed)
+    return torch.randn(parameter.shape, generator=generator, device=parameter.device)
+
+
+if __name__ == "__main__":
+    main()
