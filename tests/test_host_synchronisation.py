@@ -267,7 +267,8 @@ def test_a_step_on_shards_waits_once_at_most(
     """Once for all matrices and precisions together, and only where ranks hold different slices."""
     reads = Reads()
     monkeypatch.setattr("dion2_lightning.sharing.read_together", reads)
-    monkeypatch.setattr("dion2_lightning.sharing._edges", lambda *read: OnHost(on_host(sharing._edges)(*read)))
+    edges = on_host(sharing._edges)
+    monkeypatch.setattr("dion2_lightning.sharing._edges", lambda *read: OnHost(edges(*read)))
     monkeypatch.setattr(Totals, "gradient_counts", on_host(Totals.gradient_counts))
     monkeypatch.setattr("dion2_lightning.update.layout_of", on_host(layout.layout_of))
     monkeypatch.setattr("dion2_lightning.optimizer.check_agreement", lambda *_: None)  # waits, at the first step

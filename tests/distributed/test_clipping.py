@@ -37,6 +37,10 @@ def check_mixed_meshes() -> None:
         whole[-1].grad = summed
         parts.append(nn.Parameter(place(torch.zeros(7, 5), mesh["tensor"], (Replicate(),))))
         parts[-1].grad = DTensor.from_local(summed / 2, mesh["tensor"], (Partial(),), run_check=False)
+        whole.append(nn.Parameter(torch.zeros(7, 5)))
+        whole[-1].grad = summed.clone()
+        parts.append(nn.Parameter(place(torch.zeros(7, 5), mesh, (Replicate(), Replicate()))))
+        parts[-1].grad = DTensor.from_local(summed / 4, mesh, (Partial(), Partial()), run_check=False)
         expected = nn.utils.clip_grad_norm_(whole, 0.7, norm_type)
         norm = clip_grad_norm_(parts, 0.7, norm_type)
         torch.testing.assert_close(norm, expected)

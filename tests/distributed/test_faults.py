@@ -252,6 +252,99 @@ def settings_that_differ(mesh: DeviceMesh) -> None:
             optimizer.step()
 
 
+def check_settings_of_other_meshes() -> None:
+    """A group whose parameters lie on another mesh, or on none, is compared with the matrices' all the same."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    strided = (_StridedShard(0, split_factor=2), Shard(0))
+    tensors = whole(seed=0)
+    bias_on = {
+        "another mesh": lambda: place(tensors["bias"], mesh["data"], (Shard(0),)),
+        "no mesh": lambda: tensors["bias"].clone(),
+    }
+    for make in bias_on.values():
+        parameters = {
+            "wide": nn.Parameter(place(tensors["wide"], mesh, strided)),
+            "tall": nn.Parameter(place(tensors["tall"], mesh, (Shard(0), Replicate()))),
+            "square": nn.Parameter(place(tensors["square"], mesh, strided)),
+            "bias": nn.Parameter(make()),
+        }
+        for name, setting in (("rest", "lr"), ("matrices", "lr")):
+            optimizer = optimizer_of(parameters)
+            set_gradients_like(parameters)
+            optimizer.step()
+            if dist.get_rank() == 3:
+                [group] = [group for group in optimizer.param_groups if group["name"] == name]
+                group[setting] = 0.06
+            with pytest.raises(RuntimeError, match="ranks share parameters but disagree about their settings"):
+                optimizer.step()
+            dist.barrier()
+
+
+def set_gradients_like(parameters: Parameters) -> None:
+    for name, parameter in parameters.items():
+        gradient = whole(seed=1)[name]
+        is_spread = isinstance(parameter, DTensor)
+        parameter.grad = place(gradient, parameter.device_mesh, parameter.placements) if is_spread else gradient
+
+
+def check_settings_near_the_cost_rule() -> None:
+    """One rank's fraction makes sharing the work pay, the other's not; that must not decide what they exchange."""
+    size = 1024
+    for fraction, other in ((1.0, 0.25), (0.25, 1.0)):
+        weight = nn.Parameter(torch.zeros(size, size))
+        optimizer = Dion2([weight], fraction=fraction, process_group=dist.group.WORLD, orthonormalize_dtype="float32")
+        optimizer.orthonormalize = lambda submatrices: submatrices
+        weight.grad = torch.ones(size, size)
+        optimizer.step()
+        if dist.get_rank() == 1:
+            optimizer.param_groups[0]["fraction"] = other
+        with pytest.raises(RuntimeError, match="ranks share parameters but disagree about their settings"):
+            optimizer.step()
+
+
+def check_replicas_that_round_differently() -> None:
+    """Their momenta differ in the last digits; selection and weights do not, and nothing hangs."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    parameters = {
+        name: nn.Parameter(place(tensor, mesh, (Replicate(), Shard(0)))) for name, tensor in whole(seed=0).items()
+    }
+    optimizer = optimizer_of(parameters, share_replicas=True)
+    for step in range(4):
+        equal = torch.ones(12, 20) * (1 + 1e-7 * mesh.get_local_rank("replicas") * torch.randn(12, 20))
+        set_gradients(parameters, whole(seed=step) | {"wide": equal})
+        optimizer.step()
+        for name in ("wide", "tall", "square"):
+            mine = torch.cat(
+                [optimizer.selection_of(parameters[name]).indices.float(), held(parameters[name]).flatten()]
+            )
+            both = [torch.zeros_like(mine) for _ in range(2)]
+            dist.all_gather(both, mine, group=mesh.get_group("replicas"))
+            assert torch.equal(*both), name
+
+
+def check_meshes_of_others() -> None:
+    """A rank that is not in a parameter's mesh cannot hold a part of it."""
+    mesh = DeviceMesh("cpu", torch.tensor([0, 1]))
+    parameters = (
+        {name: nn.Parameter(place(tensor, mesh, (Shard(0),))) for name, tensor in whole(seed=0).items()}
+        if (dist.get_rank() < 2)
+        else {
+            name: nn.Parameter(DTensor.from_local(torch.zeros(0), mesh, (Shard(0),), run_check=False))
+            for name in SHAPES
+        }
+    )
+    if dist.get_rank() == 2:
+        optimizer = Dion2([{"params": [("bias", parameters["bias"])], "algorithm": "adamw"}])
+        with pytest.raises(
+            ValueError, match=r"parameter 'bias' is on .* to which rank 2 does not belong; leave it out"
+        ):
+            optimizer.step()
+    else:
+        optimizer = optimizer_of(parameters)
+        set_gradients(parameters, whole(seed=1))
+        optimizer.step()
+
+
 def check_first_steps_that_differ() -> None:
     """What decides how many collectives there are, and how large, must be compared before there is any."""
     mesh = init_device_mesh("cpu", (2,))
@@ -421,6 +514,22 @@ def test_gradients_and_settings_that_differ_between_ranks() -> None:
 
 def test_gradients_of_replicated_parts() -> None:
     run_on_ranks(4, check_gradients_of_replicated_parts)
+
+
+def test_settings_of_other_meshes() -> None:
+    run_on_ranks(4, check_settings_of_other_meshes)
+
+
+def test_settings_near_the_cost_rule() -> None:
+    run_on_ranks(2, check_settings_near_the_cost_rule)
+
+
+def test_replicas_that_round_differently() -> None:
+    run_on_ranks(4, check_replicas_that_round_differently)
+
+
+def test_meshes_of_others() -> None:
+    run_on_ranks(3, check_meshes_of_others)
 
 
 def test_first_steps_that_differ() -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dion2_lightning import Dion2
+from dion2_lightning.sharing import SharedMatrices
 from tests.distributed.ranks import run_on_ranks
 
 STEPS = 20
@@ -121,7 +123,7 @@ def whole_tensors(seed: int) -> dict[str, Tensor]:
 
 
 def sharded(case: Case) -> dict[str, nn.Parameter]:
-    names = ("first", "second")[: len(case.mesh)]
+    names = ("first", "second", "third")[: len(case.mesh)]
     of_ranks = torch.tensor(case.order or range(math.prod(case.mesh))).view(case.mesh)
     mesh = DeviceMesh("cpu", of_ranks, mesh_dim_names=names)
     placements = {
@@ -134,13 +136,13 @@ def sharded(case: Case) -> dict[str, nn.Parameter]:
     }
 
 
-def train_and_compare(parameters: dict[str, nn.Parameter], **settings: Any) -> None:
+def train_and_compare(parameters: dict[str, nn.Parameter], steps: int = STEPS, **settings: Any) -> None:
     """Step both, comparing at every step, and the weights at the end."""
     alone = {name: nn.Parameter(0.1 * whole) for name, whole in whole_tensors(seed=0).items()}
     common = {"lr": 0.02, "weight_decay": 0.1, "orthonormalize_dtype": "float32"}
     optimizer = Dion2(groups_of(parameters), **common, **settings)
     reference = Dion2(groups_of(alone), **common)
-    for step in range(STEPS):
+    for step in range(steps):
         for name, gradient in whole_tensors(seed=100 + step).items():
             alone[name].grad = gradient
             parameter = parameters[name]
@@ -182,6 +184,54 @@ def check_replicated(share_replicas: bool | None) -> None:
     train_and_compare(parameters, process_group=dist.group.WORLD, share_replicas=share_replicas)
 
 
+def check_without_reading() -> None:
+    """As on a GPU, where the host does not look at what the device found unless it has to."""
+
+    class Unread(SharedMatrices):
+        def select(self) -> None:
+            super().select()
+            self.must_read = bool(self._split)
+
+    with mock.patch("dion2_lightning.sharing.SharedMatrices", Unread):
+        for share_replicas in (True, None):
+            check_replicated(share_replicas)
+        case = CASES["HSDP 2 x 2, by columns"]
+        # Of a tall matrix every rank would hold different slices.
+        parameters = sharded(case)
+        wide = {name: each for name, each in parameters.items() if name in ("wide", "wide twin", "square", "odd")}
+        optimizer = Dion2(list(wide.items()), share_replicas=True)
+        for step in range(2):
+            for name, each in wide.items():
+                each.grad = place(whole_tensors(seed=100 + step)[name], each.device_mesh, each.placements)
+            optimizer.step()
+        wide["odd"].grad = None
+        # The rank that lacks a gradient reads; the others' devices find it out.
+        with pytest.raises(RuntimeError, match=r"(some replicas lack gradients|has a gradient on)"):
+            if dist.get_rank() != 3:
+                wide["odd"].grad = torch.zeros_like(wide["odd"])
+            optimizer.step()
+
+
+def check_cubes() -> None:
+    """Meshes of three dimensions, in order and permuted."""
+    for placements in (
+        (Replicate(), _StridedShard(0, split_factor=2), Shard(0)),
+        (Replicate(), Shard(0), Shard(1)),
+        (Replicate(), Shard(0), Replicate()),
+        (Shard(0), Replicate(), Shard(1)),
+        (Replicate(), Replicate(), Shard(1)),
+    ):
+        for order in (None, (0, 5, 2, 7, 4, 1, 6, 3)):
+            # By rows: torch gathers what is spread over experts in the order of the ranks, not of the mesh.
+            stacks = tuple(
+                Shard(1) if each == Shard(0) else Shard(2) if each == Shard(1) else Replicate() for each in placements
+            )
+            rest = tuple(Replicate() for _ in placements)
+            case = Case((2, 2, 2), placements, stacks=stacks, rest=rest, order=order)
+            with naming(f"{placements}, order {order}"):
+                train_and_compare(sharded(case), steps=3, share_replicas=True)
+
+
 def check_all(ranks: int) -> None:
     """Every layout that takes this many ranks, in one set of processes: starting some costs more than a case."""
     for name, case in CASES.items():
@@ -205,3 +255,11 @@ def naming(name: str) -> Iterator[None]:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_layouts(ranks: int) -> None:
     run_on_ranks(ranks, check_all, ranks, seconds=200)
+
+
+def test_a_host_that_does_not_look() -> None:
+    run_on_ranks(4, check_without_reading)
+
+
+def test_meshes_of_three_dimensions() -> None:
+    run_on_ranks(8, check_cubes, seconds=100)

@@ -182,19 +182,20 @@ def check_every_layout() -> None:
 
     layouts: dict[str, tuple[Callable[[nn.Module], None], DeviceMesh | None]] = {
         "FSDP2": (lambda model: shard_layers(model, pair), pair),
+        "HSDP": (lambda model: shard_layers(model, mesh), mesh._flatten()),
         "TP": (lambda model: parallelize_layers(model, pair), None),
         "FSDP2 x TP": (shard_over_parallel_layers, mesh["dp"]),
     }
     for layout, (shard, data_parallel) in layouts.items():
         model = llama()
-        optimizer = optimizer_of(model)
+        optimizer = optimizer_of(model, share_replicas=True)
         shard(model)
         replace_parameters(optimizer, model)
         check_same_training(f"{layout}, built before", train(model, optimizer, data_parallel), expected)
 
         model = llama()
         shard(model)
-        optimizer = optimizer_of(model)
+        optimizer = optimizer_of(model, share_replicas=True)
         check_same_training(f"{layout}, built after", train(model, optimizer, data_parallel), expected)
         assert all(isinstance(parameter, DTensor) for parameter in matrices_of(optimizer).values())
 
