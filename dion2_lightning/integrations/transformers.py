@@ -77,8 +77,6 @@ class Dion2Factory:
         """
         if not isinstance(arguments, TrainingArguments):
             raise TypeError(f"arguments must be the Trainer's TrainingArguments, got {type(arguments).__name__}")
-        if "arguments" in overrides:
-            raise ValueError("arguments is given twice; pass the TrainingArguments once")
         _coerced({**_read(arguments), **overrides})  # an error here is nearer to its cause than in the Trainer
         return cls, {"arguments": arguments, **overrides}
 

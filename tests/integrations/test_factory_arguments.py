@@ -3,7 +3,6 @@
 import copy
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -153,8 +152,6 @@ def test_wrong_optim_args_are_refused_at_once(optim_args: str, message: str) -> 
 def test_wrong_overrides_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="did you mean 'fraction'"):
         Dion2Factory.from_arguments(arguments(), fractions=0.5)
-    with pytest.raises(ValueError, match="arguments is given twice"):
-        Dion2Factory.from_arguments(arguments(), **{"arguments": arguments()})
     with pytest.raises(TypeError, match="arguments must be the Trainer's TrainingArguments, got dict"):
         Dion2Factory.from_arguments({"learning_rate": 1e-3})
 
@@ -168,7 +165,7 @@ def test_the_pair_can_be_copied() -> None:
 # What leaves no matrices
 
 
-def test_arguments_of_fsdp1_are_refused(tmp_path: Path) -> None:
+def test_arguments_of_fsdp1_are_refused() -> None:
     args = arguments(fsdp=True, fsdp_config={"version": 1})
     factory, settings = Dion2Factory.from_arguments(args)
     with pytest.raises(ValueError, match=r"TrainingArguments with FSDP1 flattens matrices.*use FSDP2"):

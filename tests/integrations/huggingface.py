@@ -1,0 +1,55 @@
+"""What the tests of Accelerate, the Trainer and TRL share."""
+
+import functools
+import warnings
+from typing import Any, Final
+
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig, state
+from accelerate.utils import DistributedType
+
+STATE_DICTS: Final = {"FSDP2, sharded": "SHARDED_STATE_DICT", "FSDP2, full": "FULL_STATE_DICT"}
+"""How a checkpoint is kept, by layout."""
+
+
+def fsdp2_on_cpu() -> None:
+    """Let Accelerate prepare FSDP2 on several CPU processes, in this process from here on.
+
+    Stock Accelerate turns FSDP on for several GPUs only, and falls back to DDP on CPUs without a word. So the world is
+    said to be one of GPUs while the state is built; device and backend remain the CPU's.
+    """
+    build = state.AcceleratorState.__init__
+
+    @functools.wraps(build)
+    def build_with_fsdp(self: Any, *arguments: Any, **settings: Any) -> None:
+        if not state.AcceleratorState._shared_state:
+            state.PartialState(settings.get("cpu", True))
+            if state.PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+                state.PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        build(self, *arguments, **settings)
+
+    state.AcceleratorState.__init__ = build_with_fsdp
+
+
+def make_accelerator(layout: str, **settings: Any) -> Accelerator:
+    """Make an Accelerator for ``"one device"``, ``"DDP"``, one of ``STATE_DICTS``, or ``"HSDP"`` of two times two."""
+    if layout in ("one device", "DDP"):
+        return Accelerator(cpu=True, **settings)
+    fsdp2_on_cpu()
+    if layout == "HSDP":
+        settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+    plugin = fsdp_plugin(state_dict_type=STATE_DICTS.get(layout, "SHARDED_STATE_DICT"))
+    return Accelerator(cpu=True, fsdp_plugin=plugin, **settings)
+
+
+def fsdp_plugin(**settings: Any) -> FullyShardedDataParallelPlugin:
+    """FSDP2 by decoder layers, unless ``settings`` say otherwise."""
+    chosen: dict[str, Any] = {
+        "fsdp_version": 2,
+        "reshard_after_forward": True,
+        "cpu_ram_efficient_loading": False,
+        "auto_wrap_policy": "transformer_based_wrap",
+        "transformer_cls_names_to_wrap": ["LlamaDecoderLayer"],
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what FSDP1 calls otherwise
+        return FullyShardedDataParallelPlugin(**{**chosen, **settings})
