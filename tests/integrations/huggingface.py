@@ -4,8 +4,13 @@ import functools
 import warnings
 from typing import Any, Final
 
+import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig, state
 from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from dion2_lightning import Dion2, build_optimizer
+from tests.integrations.training import BATCH, MAX_NORM, SETTINGS, Sequences, make_model
 
 STATE_DICTS: Final = {"FSDP2, sharded": "SHARDED_STATE_DICT", "FSDP2, full": "FULL_STATE_DICT"}
 """How a checkpoint is kept, by layout."""
@@ -53,3 +58,42 @@ def fsdp_plugin(**settings: Any) -> FullyShardedDataParallelPlugin:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about what FSDP1 calls otherwise
         return FullyShardedDataParallelPlugin(**{**chosen, **settings})
+
+
+def curve_by_hand(steps: int, **settings: Any) -> list[float]:
+    """The losses of the training without a framework, in one process."""
+    model = make_model()
+    optimizer = build_optimizer(model, **{**SETTINGS, **settings})
+    losses = []
+    for batch in Sequences(steps).pieces.split(BATCH):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def whole(model: nn.Module, optimizer: Dion2 | None = None) -> dict[str, Tensor]:
+    """Copies of all weights and of all their state, the same under every layout. All ranks call it."""
+    found: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("module.")
+        found[name] = parameter
+        state = {} if optimizer is None else optimizer.state.get(parameter, {})
+        found |= {f"{name}: {entry}": value for entry, value in state.items()}
+    return {name: _gathered(value) for name, value in found.items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Both of :func:`whole`, bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
+
+
+def _gathered(value: Any) -> Tensor:
+    gathered: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return gathered.detach().clone()

@@ -2,7 +2,6 @@
 
 import copy
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import accelerate
@@ -15,14 +14,6 @@ from torch import nn
 
 from dion2_lightning import Dion2, Dion2Factory, build_optimizer
 from tests.integrations.training import make_model
-
-
-@pytest.fixture(autouse=True)
-def no_accelerator_of_another_test() -> Iterator[None]:
-    """All Accelerators of a process share one state."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def arguments(**settings: Any) -> transformers.TrainingArguments:
@@ -91,7 +82,11 @@ REFUSED: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "unknown, near": (ValueError, {"fractoin": 0.5}, "unknown argument 'fractoin'; did you mean 'fraction'?"),
     "unknown, the Trainer's": (ValueError, {"learning_rate": 1}, "unknown argument 'learning_rate'; did you mean 'lr'"),
     "unknown, far": (ValueError, {"foreach": True}, "unknown argument 'foreach'; known are lr, algorithm, fraction,"),
-    "a wrong name": (ValueError, {"algorithm": "none"}, "algorithm must be one of 'dion2', 'muon', 'adamw', got 'none'"),
+    "a wrong name": (
+        ValueError,
+        {"algorithm": "none"},
+        "algorithm must be one of 'dion2', 'muon', 'adamw', got",
+    ),
 }
 
 

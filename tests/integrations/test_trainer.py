@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -47,9 +47,7 @@ def arguments(folder: Path, ranks: int = 1, steps: int = STEPS, **settings: Any)
 
 def make_trainer(args: TrainingArguments, model: nn.Module, pair: Any = None, **settings: Any) -> InOrder:
     pair = (Dion2Factory, {**SETTINGS, "strategy": args}) if pair is None else pair
-    trainer = InOrder(
-        model, args, train_dataset=Sequences(args.max_steps), optimizer_cls_and_kwargs=pair, **settings
-    )
+    trainer = InOrder(model, args, train_dataset=Sequences(args.max_steps), optimizer_cls_and_kwargs=pair, **settings)
     trainer.losses = []
     return trainer
 
