@@ -1,6 +1,7 @@
 """Accelerate's checkpoints: moved between numbers of ranks, of awkward models, and of other optimizers."""
 
 import copy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dion2_lightning import Dion2, build_optimizer
 from tests.distributed.ranks import run_like_torchrun
@@ -55,17 +58,23 @@ def load_compare_and_save(layout: str, folder: Path, source: str, target: str) -
 
 
 @pytest.mark.parametrize("layout", STATE_DICTS)
-def test_fsdp2_from_two_ranks_to_four_and_back(layout: str, tmp_path: Path) -> None:
+def test_fsdp2_from_two_ranks_to_four_to_two_to_one(layout: str, tmp_path: Path) -> None:
     run_like_torchrun(2, train_and_save, layout, tmp_path)
     run_like_torchrun(4, load_compare_and_save, layout, tmp_path, "two", "four")
     run_like_torchrun(2, load_compare_and_save, layout, tmp_path, "four", "last")
-    if STATE_DICTS[layout] == "FULL_STATE_DICT":
-        # It names the parameters, so that one process loads it without Accelerate.
-        model = awkward_model(seed=1)
-        optimizer = build_optimizer(model, **SETTINGS)
-        model.load_state_dict(torch.load(tmp_path / "last" / "pytorch_model_fsdp.bin", weights_only=True))
-        optimizer.load_state_dict(torch.load(tmp_path / "last" / "optimizer.bin", weights_only=True))
-        assert_same(whole(model, optimizer), torch.load(tmp_path / "trained.pt"))
+
+    # The files name the parameters, so that one process loads them without Accelerate.
+    files = {"model": "pytorch_model_fsdp", "optimizer": "optimizer"}
+    if STATE_DICTS[layout] == "SHARDED_STATE_DICT":
+        for name in files.values():
+            dcp_to_torch_save(tmp_path / "last" / f"{name}_0", tmp_path / "last" / f"{name}.bin")
+    saved = {key: torch.load(tmp_path / "last" / f"{name}.bin", weights_only=True) for key, name in files.items()}
+    saved = {key: value.get(key, value) for key, value in saved.items()}
+    model = awkward_model(seed=1)
+    optimizer = build_optimizer(model, **SETTINGS)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert_same(whole(model, optimizer), torch.load(tmp_path / "trained.pt"))
 
 
 def load_and_save(source: Path, target: Path) -> None:
@@ -166,3 +175,27 @@ def test_what_does_not_fit_is_refused_whole(made: Any, tmp_path: Path) -> None:
         accelerator.load_state(str(tmp_path / "foreign"))
     assert_same(whole(model, optimizer), before)
     assert optimizer.state_dict()["param_groups"] == groups
+
+
+def save_adamw_then_load_dion2(layout: str, folder: Path) -> None:
+    accelerator = make_accelerator(layout)
+    model = make_model()
+    model, wrapped = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    train_on(accelerator, accelerator.prepare(loader_of(accelerator, 1)), model, wrapped)
+    accelerator.save_state(str(folder))
+    accelerator.free_memory()
+
+    model, optimizer, _ = prepared(accelerator, make_model(seed=1))
+    with pytest.raises((ValueError, RuntimeError, CheckpointException)) as raised:
+        accelerator.load_state(str(folder))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    if layout == "FSDP2, sharded":
+        assert f"Missing key in checkpoint state_dict: optimizer.state.{name}.momentum" in str(raised.value)
+        assert all(not value.any() for value in chain(*(state.values() for state in optimizer.state.values())))
+    elif accelerator.is_main_process:  # which alone has read the file; the others only see it go
+        assert str(raised.value).startswith(f"group 'dion2': parameter '{name}': the checkpoint holds ['exp_avg', ")
+
+
+@pytest.mark.parametrize("layout", STATE_DICTS)
+def test_a_sharded_checkpoint_of_adamw_is_refused(layout: str, tmp_path: Path) -> None:
+    run_like_torchrun(2, save_adamw_then_load_dion2, layout, tmp_path)

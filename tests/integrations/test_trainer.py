@@ -1,5 +1,7 @@
 """The Hugging Face Trainer: a checkpoint resumes exactly under every layout, and the loop is the one by hand."""
 
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dion2_lightning import Dion2Factory
-from tests.distributed.ranks import kill_this_process
-from tests.integrations.huggingface import STATE_DICTS, fsdp2_on_cpu
+from tests.distributed.ranks import kill_this_process, run_like_torchrun
+from tests.integrations.huggingface import STATE_DICTS, curve_by_hand, fsdp2_on_cpu
 from tests.integrations.resume import STEPS, STOP, Phase, check_resume, unwrapped, write_outcome
 from tests.integrations.training import BATCH, MAX_NORM, SETTINGS, Sequences, make_model
 
@@ -74,6 +77,7 @@ def train(layout: str, kind: str, phase: Phase, folder: Path) -> None:
     if phase is Phase.KILLED:
         trainer.add_callback(KillAfterSaving())
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STOP}") if phase is Phase.RESUMED else None)
+    assert all(isinstance(parameter, DTensor) == (layout in STATE_DICTS) for parameter in trainer.model.parameters())
     write_outcome(folder, phase, trainer.model.named_parameters(), unwrapped(trainer.optimizer), trainer.losses)
 
 
@@ -82,3 +86,25 @@ def train(layout: str, kind: str, phase: Phase, folder: Path) -> None:
 )
 def test_resume(layout: str, ranks: int, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     check_resume(train, "Trainer", layout, ranks, tmp_path, record_property)
+
+
+def loss_curve(steps: int) -> list[float]:
+    """The losses of the training, over all ranks."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(arguments(Path(folder), ranks, steps), make_model())
+        trainer.train()
+    losses = torch.tensor(trainer.losses)
+    return trainer.accelerator.reduce(losses, reduction="mean").tolist()
+
+
+def test_the_curve_is_the_one_by_hand() -> None:
+    assert loss_curve(20) == pytest.approx(curve_by_hand(20), abs=1e-4)
+
+
+def assert_curve_is_the_one_by_hand() -> None:
+    assert loss_curve(20) == pytest.approx(curve_by_hand(20), abs=1e-4)
+
+
+def test_the_curve_of_two_ranks_is_the_one_by_hand() -> None:
+    run_like_torchrun(2, assert_curve_is_the_one_by_hand)
