@@ -60,10 +60,10 @@ def fsdp_plugin(**settings: Any) -> FullyShardedDataParallelPlugin:
         return FullyShardedDataParallelPlugin(**{**chosen, **settings})
 
 
-def curve_by_hand(steps: int, **settings: Any) -> list[float]:
-    """The losses of the training without a framework, in one process."""
-    model = make_model()
-    optimizer = build_optimizer(model, **{**SETTINGS, **settings})
+def curve_by_hand(steps: int, model: nn.Module | None = None) -> list[float]:
+    """The losses of the training without a framework, in one process; of ``make_model()`` by default."""
+    model = make_model() if model is None else model
+    optimizer = build_optimizer(model, **SETTINGS)
     losses = []
     for batch in Sequences(steps).pieces.split(BATCH):
         loss = model(input_ids=batch, labels=batch).loss
