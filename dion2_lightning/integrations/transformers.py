@@ -106,11 +106,19 @@ class Dion2Factory:
                 "lr is missing, and the Trainer does not hand on its learning_rate; pass "
                 "optimizer_cls_and_kwargs=(Dion2Factory, {'lr': ...}) or Dion2Factory.from_arguments(args)"
             )
-        if is_initialized():
-            # Accelerate's launcher can turn on FSDP1 or DeepSpeed without a word in the arguments, and DeepSpeed
-            # flattens after this call. The group is not used: it comes from an explicit strategy only.
-            process_group_of(AcceleratorState())
+        _refuse_flattening(settings.get("strategy"))
         return build_optimizer(model, **settings)
+
+
+def _refuse_flattening(strategy: object | None) -> None:
+    """Raise an error where no matrix will be left, also where only Accelerate knows it.
+
+    Its launcher can turn on FSDP1 or DeepSpeed without a word in the arguments, and DeepSpeed flattens after the
+    optimizer was built. What the state says of the ranks is not used: that takes an explicit strategy.
+    """
+    process_group_of(strategy)
+    if is_initialized():
+        process_group_of(AcceleratorState())
 
 
 def _read(arguments: TrainingArguments) -> dict[str, Any]:

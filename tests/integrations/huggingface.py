@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig, state
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dion2_lightning import Dion2, build_optimizer
 from tests.integrations.training import BATCH, MAX_NORM, SETTINGS, Sequences, make_model
@@ -92,6 +93,15 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
         assert torch.equal(found[name], value), name
+
+
+def plain_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The groups without what schedulers add, and with shapes in the place of the parameters."""
+    return [
+        {key: value for key, value in group.items() if key != "initial_lr"}
+        | {"params": [tuple(parameter.shape) for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
 
 
 def _gathered(value: Any) -> Tensor:

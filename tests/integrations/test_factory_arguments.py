@@ -13,19 +13,12 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from dion2_lightning import Dion2, Dion2Factory, build_optimizer
+from tests.integrations.huggingface import plain_groups
 from tests.integrations.training import make_model
 
 
 def arguments(**settings: Any) -> transformers.TrainingArguments:
     return transformers.TrainingArguments(use_cpu=True, report_to=[], **settings)
-
-
-def plain_groups(optimizer: Dion2) -> list[dict[str, Any]]:
-    """The groups, with the parameters' shapes in the place of the parameters."""
-    return [
-        {**group, "params": [tuple(parameter.shape) for parameter in group["params"]]}
-        for group in optimizer.param_groups
-    ]
 
 
 def test_it_builds_what_build_optimizer_builds() -> None:

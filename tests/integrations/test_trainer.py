@@ -30,7 +30,8 @@ class InOrder(Trainer):
 
     def compute_loss(self, *arguments: Any, **settings: Any) -> Any:
         loss = super().compute_loss(*arguments, **settings)
-        self.losses.append(loss.item())
+        if self.model.training:
+            self.losses.append(loss.item())
         return loss
 
 

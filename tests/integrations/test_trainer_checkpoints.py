@@ -1,0 +1,162 @@
+"""The Trainer's checkpoints: of awkward models and LoRA, moved between numbers of ranks, and of other optimizers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from dion2_lightning import Dion2, Dion2Factory, build_optimizer
+from tests.distributed.ranks import run_like_torchrun
+from tests.integrations.huggingface import STATE_DICTS, assert_same, fsdp2_on_cpu, plain_groups, whole
+from tests.integrations.resume import unwrapped
+from tests.integrations.test_trainer import FSDP, InOrder, arguments, make_trainer
+from tests.integrations.training import SETTINGS, make_model
+
+STOP, STEPS = 2, 4
+
+
+def tied_frozen_unused(seed: int) -> nn.Module:
+    """bfloat16 with tied embeddings, a frozen matrix, and a matrix that never has a gradient."""
+    model = make_model(seed, tie_word_embeddings=True)
+    model.model.layers[0].unused = nn.Linear(32, 32, bias=False)
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    return model.to(torch.bfloat16)
+
+
+def with_lora(seed: int) -> nn.Module:
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_dropout=0.0)
+    model: nn.Module = get_peft_model(make_model(), config)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.02)  # B is 0 otherwise, and so is A's first gradient
+    return model
+
+
+MODELS: dict[str, tuple[Callable[[int], nn.Module], dict[str, Any], int]] = {
+    "tied, frozen, unused": (tied_frozen_unused, {}, 14),
+    "LoRA by AdamW": (with_lora, {}, 0),
+    "LoRA, B by Dion2": (with_lora, {"lora": "B"}, 4),
+}
+"""How to make them from a seed, further settings, and how many parameters Dion2 updates."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_resume(name: str, tmp_path: Path) -> None:
+    make, settings, matrices = MODELS[name]
+    pair = (Dion2Factory, {**SETTINGS, **settings})
+    run = {"lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": STOP}
+    uninterrupted = make_trainer(arguments(tmp_path, steps=STEPS, **run), make(0), pair)
+    uninterrupted.train()
+    resumed = make_trainer(arguments(tmp_path, steps=STEPS, **run), make(0 if "LoRA" not in name else 1), pair)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
+    assert resumed.losses == uninterrupted.losses[STOP:]
+    optimizer = dion2_of(resumed)
+    assert_same(whole(resumed.model, optimizer), whole(uninterrupted.model, dion2_of(uninterrupted)))
+    updated = [p for group in optimizer.param_groups if group["algorithm"] == "dion2" for p in group["params"]]
+    assert len(updated) == matrices
+    assert len(optimizer.state) == sum(parameter.requires_grad for parameter in resumed.model.parameters())
+    assert {optimizer.state[parameter]["momentum"].dtype for parameter in updated} <= {torch.float32}
+
+
+def dion2_of(trainer: InOrder) -> Dion2:
+    optimizer = unwrapped(trainer.optimizer)
+    assert isinstance(optimizer, Dion2)
+    return optimizer
+
+
+# Other numbers of ranks
+
+
+def train_on(ranks: int, layout: str, folder: Path, steps: int, checkpoint: str | None, expected: str | None) -> None:
+    """Train up to some step; first compare with what was saved, if a checkpoint is given."""
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": steps}
+    if layout in STATE_DICTS:
+        fsdp2_on_cpu()
+        settings |= {"fsdp": True, "fsdp_config": {**FSDP, "state_dict_type": STATE_DICTS[layout]}}
+    args = arguments(folder, ranks, steps, **settings)
+    trainer = make_trainer(args, make_model(seed=0 if checkpoint is None else 1))
+    compared = []
+
+    class Compare(InOrder):
+        def training_step(self, *arguments: Any, **settings: Any) -> Any:
+            if expected is not None and not compared:
+                compared.append(True)
+                assert_same(whole(self.model, dion2_of(self)), torch.load(folder / expected))
+            return super().training_step(*arguments, **settings)
+
+    trainer.__class__ = Compare
+    trainer.train(resume_from_checkpoint=checkpoint and str(folder / checkpoint))
+    assert bool(compared) == (expected is not None)
+    trained = whole(trainer.model, dion2_of(trainer))
+    if args.process_index == 0:
+        torch.save(trained, folder / f"{steps}.pt")
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [("DDP", (1, 2, 1)), ("FSDP2, sharded", (2, 4, 2)), ("FSDP2, full", (2, 4, 2))],
+)
+def test_other_numbers_of_ranks(layout: str, ranks: tuple[int, int, int], tmp_path: Path) -> None:
+    run_like_torchrun(ranks[0], train_on, ranks[0], layout, tmp_path, 1, None, None)
+    run_like_torchrun(ranks[1], train_on, ranks[1], layout, tmp_path, 2, "checkpoint-1", "1.pt")
+    run_like_torchrun(ranks[2], train_on, ranks[2], layout, tmp_path, 3, "checkpoint-2", "2.pt")
+
+
+# What does not fit
+
+
+def of_adamw(folder: Path) -> None:
+    args = arguments(folder, steps=1, save_strategy="steps", save_steps=1)
+    make_trainer(args, make_model(), (torch.optim.AdamW, {"lr": 1e-3})).train()
+
+
+def of_dion2(folder: Path) -> None:
+    make_trainer(arguments(folder, steps=1, save_strategy="steps", save_steps=1), make_model()).train()
+
+
+def of_another_model(folder: Path) -> None:
+    """Only optimizer.pt: the Trainer refuses the weights of another model by itself."""
+    of_dion2(folder)
+    model = make_model(num_hidden_layers=1)
+    model(**{name: torch.zeros(1, 4, dtype=torch.long) for name in ("input_ids", "labels")}).loss.backward()
+    optimizer = build_optimizer(model, **SETTINGS)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), folder / "checkpoint-1" / "optimizer.pt")
+
+
+def with_a_group_less(folder: Path) -> None:
+    of_dion2(folder)
+    file = folder / "checkpoint-1" / "optimizer.pt"
+    saved = torch.load(file, weights_only=True)
+    saved["param_groups"].pop()
+    torch.save(saved, file)
+
+
+def truncated(folder: Path) -> None:
+    of_dion2(folder)
+    file = folder / "checkpoint-1" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+FOREIGN = {
+    of_adamw: r"the checkpoint has 2 groups, \[None, None\]; this optimizer 3, \['dion2', 'adamw', 'adamw-no-decay'\]",
+    of_another_model: r"group 'dion2': the checkpoint has 7 parameters, this optimizer 14; it is of another model",
+    with_a_group_less: r"the checkpoint has 2 groups, \['dion2', 'adamw'\]; this optimizer 3",
+    truncated: "PytorchStreamReader failed reading zip archive",
+}
+
+
+@pytest.mark.parametrize("made", FOREIGN, ids=lambda made: made.__name__)
+def test_what_does_not_fit_is_refused_whole(made: Any, tmp_path: Path) -> None:
+    made(tmp_path)
+    trainer = make_trainer(arguments(tmp_path, steps=2), make_model())
+    with pytest.raises((ValueError, RuntimeError), match=FOREIGN[made]):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert not trainer.losses
+    assert not dion2_of(trainer).state
+    assert plain_groups(dion2_of(trainer)) == plain_groups(build_optimizer(make_model(), **SETTINGS))
