@@ -80,7 +80,7 @@ def train_on(ranks: int, layout: str, folder: Path, steps: int, checkpoint: str 
         settings |= {"fsdp": True, "fsdp_config": {**FSDP, "state_dict_type": STATE_DICTS[layout]}}
     args = arguments(folder, ranks, steps, **settings)
     trainer = make_trainer(args, make_model(seed=0 if checkpoint is None else 1))
-    compared = []
+    compared: list[bool] = []
 
     class Compare(InOrder):
         def training_step(self, *arguments: Any, **settings: Any) -> Any:

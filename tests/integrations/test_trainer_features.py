@@ -116,6 +116,8 @@ def test_an_optimizer_made_by_hand(tmp_path: Path) -> None:
 
 
 class WithItsOwnOptimizer(InOrder):
+    optimizer: Optimizer | None
+
     def create_optimizer(self, model: Any = None) -> Optimizer:
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model, **SETTINGS, strategy=self.args)
