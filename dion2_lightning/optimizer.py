@@ -225,8 +225,8 @@ class Dion2(Optimizer):
 
         Raises:
             FloatingPointError: A gradient holds NaN or Inf, where ``check_finite`` asks for the check.
-            ValueError: A gradient is sparse, or a parameter is sharded in a way that has no update, or offloaded to where
-                its ranks do not communicate.
+            ValueError: A gradient is sparse, a parameter is sharded in a way that has no update, or it is offloaded to
+                where its ranks do not communicate.
             RuntimeError: Ranks that share a matrix disagree about its settings, or an earlier step failed in between.
         """
         loss = None
