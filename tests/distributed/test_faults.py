@@ -389,9 +389,7 @@ def check_parameters_out_of_reach() -> None:
         optimizer = optimizer_of(parameters, process_group=process_group)
         for parameter in parameters.values():
             parameter.grad = torch.ones_like(parameter)
-        with pytest.raises(
-            ValueError, match=r"'matrices': parameter 'wide' is on 'cpu'.*on 'cuda' only.*'cpu:"
-        ):
+        with pytest.raises(ValueError, match=r"'matrices': parameter 'wide' is on 'cpu'.*on 'cuda' only.*'cpu:"):
             optimizer.step()
         assert not optimizer.state
 
