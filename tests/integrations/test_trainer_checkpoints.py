@@ -69,6 +69,25 @@ def dion2_of(trainer: InOrder) -> Dion2:
     return optimizer
 
 
+def check_lora_under_fsdp2(folder: Path, state_dict_type: str) -> None:
+    fsdp2_on_cpu()
+    config = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "state_dict_type": state_dict_type}
+    run = {"fsdp": True, "fsdp_config": config, "save_strategy": "steps", "save_steps": STOP}
+    pair = (Dion2Factory, {**SETTINGS, "lora": "B"})
+    uninterrupted = make_trainer(arguments(folder, 2, STEPS, **run), with_lora(0), pair)
+    uninterrupted.train()
+    resumed = make_trainer(arguments(folder, 2, STEPS, **run), with_lora(1), pair)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{STOP}"))
+    assert resumed.losses == uninterrupted.losses[STOP:]
+    assert_same(whole(resumed.model, dion2_of(resumed)), whole(uninterrupted.model, dion2_of(uninterrupted)))
+    assert sum(len(group["params"]) for group in dion2_of(resumed).param_groups if group["algorithm"] == "dion2") == 4
+
+
+@pytest.mark.parametrize("state_dict_type", STATE_DICTS.values())
+def test_resume_lora_under_fsdp2(state_dict_type: str, tmp_path: Path) -> None:
+    run_like_torchrun(2, check_lora_under_fsdp2, tmp_path, state_dict_type)
+
+
 # Other numbers of ranks
 
 

@@ -82,6 +82,8 @@ def check_curve(source: Path, layout: Layout, down_projection: str, expected: li
     model: nn.Module = AutoModelForCausalLM.from_pretrained(source, distributed_config=config)
     parameter = model.get_parameter(down_projection)
     assert placed(parameter) == layout.placements
+    with pytest.raises(ValueError, match="Resuming is not supported for models sharded at load time"):
+        make_trainer(arguments(target, layout.batches, STEPS, save_strategy="steps"), model)
     trainer = make_trainer(args, model)
     trainer.train()
     optimizer = unwrapped(trainer.optimizer)
