@@ -9,14 +9,13 @@ from dion2_lightning.routing import Decision, Routing, route_parameters
 from dion2_lightning.selection import Selection
 
 if TYPE_CHECKING:
-    from dion2_lightning.integrations.transformers import Dion2Factory
+    from dion2_lightning.integrations.transformers import Dion2Factory as Dion2Factory
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Decision",
     "Dion2",
-    "Dion2Factory",
     "Routing",
     "Selection",
     "build_optimizer",
@@ -25,7 +24,10 @@ __all__ = [
 ]
 
 _INTEGRATIONS: Final = {"Dion2Factory": "transformers"}
-"""Names that need a framework, and the file in ``integrations`` that each is in; imported on first use."""
+"""Names that need a framework, and the file in ``integrations`` that each is in; imported on first use.
+
+They are not in ``__all__``: ``from dion2_lightning import *`` needs torch alone.
+"""
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ SECONDS = 90
 
 # Processes are forked from a server that has imported what takes seconds, and has no threads that a fork would lose.
 multiprocessing.set_forkserver_preload(
-    ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers", "lightning", "accelerate"]
+    ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers.trainer", "lightning", "accelerate"]
 )
 
 

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 
+import dion2_lightning
 from dion2_lightning import Dion2, Dion2Factory, build_optimizer
 from tests.integrations.huggingface import plain_groups
 from tests.integrations.training import make_model
@@ -19,6 +20,14 @@ from tests.integrations.training import make_model
 
 def arguments(**settings: Any) -> transformers.TrainingArguments:
     return transformers.TrainingArguments(use_cpu=True, report_to=[], **settings)
+
+
+def test_the_package_hands_it_out_and_nothing_that_is_not_there() -> None:
+    from dion2_lightning.integrations.transformers import Dion2Factory as its_own
+
+    assert Dion2Factory is its_own
+    with pytest.raises(AttributeError, match="module 'dion2_lightning' has no attribute 'Dion3Factory'"):
+        dion2_lightning.Dion3Factory  # noqa: B018
 
 
 def test_it_builds_what_build_optimizer_builds() -> None:
