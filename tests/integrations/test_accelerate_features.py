@@ -155,6 +155,31 @@ def test_a_step_with_infinite_gradients_is_skipped_by_the_scaler() -> None:
     assert scaler.get_scale() == 0.5
 
 
+def check_ranks_skip_together() -> None:
+    """An infinite gradient in one rank's shard stops the step on both."""
+    accelerator = make_accelerator("FSDP2, full")
+    model, optimizer, _ = build_before(accelerator)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    wrapped = AcceleratedOptimizer(optimizer, scaler=scaler)
+    batch = next(iter(accelerator.prepare(loader_of(accelerator, 1))))
+    before = whole(model)
+    for is_planted in (True, False):
+        scaler.scale(model(**batch).loss).backward()
+        if is_planted and accelerator.process_index == 1:
+            model.model.layers[0].mlp.up_proj.weight.grad.to_local()[3, 5] = float("inf")
+        scaler.unscale_(optimizer)
+        wrapped.step()
+        wrapped.zero_grad()
+        assert wrapped.step_was_skipped == is_planted
+        if is_planted:
+            assert_same(whole(model, optimizer), before)
+    assert not torch.equal(whole(model)["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_ranks_skip_together() -> None:
+    run_like_torchrun(2, check_ranks_skip_together)
+
+
 def test_a_closure_is_called_once() -> None:
     accelerator = Accelerator(cpu=True)
     model, _, wrapped = build_before(accelerator)
