@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import TrainerCallback
 
 from dion2_lightning import Dion2, Dion2Factory, build_optimizer
 from tests.distributed.ranks import run_like_torchrun
@@ -89,29 +90,35 @@ def test_resume_lora_under_fsdp2(tmp_path: Path) -> None:
 # Other numbers of ranks
 
 
-def train_on(ranks: int, layout: str, folder: Path, steps: int, checkpoint: str | None, expected: str | None) -> None:
-    """Train up to some step; first compare with what was saved, if a checkpoint is given."""
-    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": steps}
+class CompareAtTheStart(TrainerCallback):
+    """Compares what a trainer has loaded with what was saved."""
+
+    def __init__(self, trainer: InOrder, expected: Path) -> None:
+        self.trainer, self.expected, self.has_compared = trainer, expected, False
+
+    def on_train_begin(self, *arguments: Any, **settings: Any) -> None:
+        assert_same(whole(self.trainer.model, dion2_of(self.trainer)), torch.load(self.expected))
+        self.has_compared = True
+
+
+def train_to(step: int, ranks: int, layout: str, folder: Path) -> None:
+    """Train one more step than the checkpoint in the folder has, if there is one."""
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": step}
     if layout in STATE_DICTS:
         fsdp2_on_cpu()
         settings |= {"fsdp": True, "fsdp_config": {**FSDP, "state_dict_type": STATE_DICTS[layout]}}
-    args = arguments(folder, ranks, steps, **settings)
-    trainer = make_trainer(args, make_model(seed=0 if checkpoint is None else 1))
-    compared: list[bool] = []
-
-    class Compare(InOrder):
-        def training_step(self, *arguments: Any, **settings: Any) -> Any:
-            if expected is not None and not compared:
-                compared.append(True)
-                assert_same(whole(self.model, dion2_of(self)), torch.load(folder / expected))
-            return super().training_step(*arguments, **settings)
-
-    trainer.__class__ = Compare
-    trainer.train(resume_from_checkpoint=checkpoint and str(folder / checkpoint))
-    assert bool(compared) == (expected is not None)
+    args = arguments(folder, ranks, step, **settings)
+    trainer = make_trainer(args, make_model(seed=step))
+    if step == 1:
+        trainer.train()
+    else:
+        comparison = CompareAtTheStart(trainer, folder / f"{step - 1}.pt")
+        trainer.add_callback(comparison)
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step - 1}"))
+        assert comparison.has_compared
     trained = whole(trainer.model, dion2_of(trainer))
     if args.process_index == 0:
-        torch.save(trained, folder / f"{steps}.pt")
+        torch.save(trained, folder / f"{step}.pt")
 
 
 @pytest.mark.parametrize(
@@ -119,9 +126,8 @@ def train_on(ranks: int, layout: str, folder: Path, steps: int, checkpoint: str 
     [("DDP", (1, 2, 1)), ("FSDP2, sharded", (2, 4, 2))],
 )
 def test_other_numbers_of_ranks(layout: str, ranks: tuple[int, int, int], tmp_path: Path) -> None:
-    run_like_torchrun(ranks[0], train_on, ranks[0], layout, tmp_path, 1, None, None)
-    run_like_torchrun(ranks[1], train_on, ranks[1], layout, tmp_path, 2, "checkpoint-1", "1.pt")
-    run_like_torchrun(ranks[2], train_on, ranks[2], layout, tmp_path, 3, "checkpoint-2", "2.pt")
+    for step, number in enumerate(ranks, start=1):
+        run_like_torchrun(number, train_to, step, number, layout, tmp_path)
 
 
 # What does not fit
