@@ -1,11 +1,16 @@
 """Dion2 (arXiv 2512.16928) where people already train: Lightning, Accelerate and the Hugging Face Trainer."""
 
+from typing import TYPE_CHECKING, Any, Final
+
 from dion2_lightning.clipping import clip_grad_norm_
 from dion2_lightning.factory import build_optimizer
 from dion2_lightning.optimizer import Dion2
 from dion2_lightning.routing import Decision, Routing, route_parameters
 from dion2_lightning.selection import Selection
 from dion2_lightning.statistics import Figures, SelectionStatistics, SelectionWarning
+
+if TYPE_CHECKING:
+    from dion2_lightning.integrations.transformers import Dion2Factory as Dion2Factory
 
 __version__ = "0.1.0"
 
@@ -21,3 +26,17 @@ __all__ = [
     "clip_grad_norm_",
     "route_parameters",
 ]
+
+_INTEGRATIONS: Final = {"Dion2Factory": "transformers"}
+"""Names that need a framework, and the file in ``integrations`` that each is in; imported on first use.
+
+They are not in ``__all__``: ``from dion2_lightning import *`` needs torch alone.
+"""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _INTEGRATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.integrations.{_INTEGRATIONS[name]}"), name)

@@ -123,6 +123,21 @@ def check_agreement(
             raise RuntimeError(f"{DISAGREE}; this rank has {len(positions)} parameters there")
 
 
+def refuse_unreachable(parameter: Tensor, what: str, process_group: "ProcessGroup | None") -> None:
+    """Raise an error where ranks share a parameter on a device that their group does not communicate from.
+
+    CPU offload under FSDP2 leaves parameters and gradients on the CPU, and NCCL alone does not reach them.
+    """
+    for group in _groups_around(getattr(parameter, "device_mesh", None), process_group):
+        reached = [device.type for device in group._device_types]
+        if parameter.device.type not in reached:
+            raise ValueError(
+                f"{what} is on {parameter.device.type!r}, as under CPU offload, but its ranks communicate on "
+                f"{', '.join(map(repr, reached))} only; call init_process_group with a backend for both, such as "
+                "'cpu:gloo,cuda:nccl'"
+            )
+
+
 def _groups_around(mesh: Any, process_group: "ProcessGroup | None") -> list["ProcessGroup"]:
     """The groups along every dimension of a mesh, or that of plain parameters; none of a single rank."""
     groups = [mesh.get_group(dim) for dim in range(mesh.ndim)] if mesh is not None else [process_group]

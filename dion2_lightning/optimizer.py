@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.adamw import adamw_state, adamw_update
 from dion2_lightning.checkpoint import match_state_dict, restore_exactly
-from dion2_lightning.exchange import check_agreement, on_any_rank, place_gradients
+from dion2_lightning.exchange import check_agreement, on_any_rank, place_gradients, refuse_unreachable
 from dion2_lightning.groups import (
     check_names,
     check_parameters,
@@ -228,7 +228,8 @@ class Dion2(Optimizer):
 
         Raises:
             FloatingPointError: A gradient holds NaN or Inf, where ``check_finite`` asks for the check.
-            ValueError: A gradient is sparse, or a parameter is sharded in a way that has no update.
+            ValueError: A gradient is sparse, a parameter is sharded in a way that has no update, or it is offloaded to
+                where its ranks do not communicate.
             RuntimeError: Ranks that share a matrix disagree about its settings, or an earlier step failed in between.
         """
         loss = None
@@ -411,6 +412,8 @@ class Dion2(Optimizer):
         if self._is_agreed:
             return
         shared = [each for each in self._parameters("dion2", "adamw") if is_dtensor(each[1]) or self.process_group]
+        for _, parameter, what in shared:
+            refuse_unreachable(parameter, what, self.process_group)
         plain = {id(group): [(k, v) for k, v in group.items() if k not in NOT_SETTINGS] for group in self.param_groups}
         descriptions = [
             repr((tuple(p.shape), p.dtype, default_dtype(p.device), self.share_replicas, plain[id(group)]))

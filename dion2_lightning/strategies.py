@@ -93,6 +93,7 @@ _READERS: Final[dict[tuple[str, str], Callable[[Any], "ProcessGroup | None"]]] =
     ("ProcessGroup", "torch"): lambda group: group,
     ("DeviceMesh", "torch"): _of_mesh,
     ("Accelerator", "accelerate"): _of_accelerator,
+    ("AcceleratorState", "accelerate"): _of_accelerator,
     ("TrainingArguments", "transformers"): _of_training_arguments,
     ("Trainer", "lightning"): lambda trainer: _of_lightning_strategy(trainer.strategy),
     ("Trainer", "pytorch_lightning"): lambda trainer: _of_lightning_strategy(trainer.strategy),

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ SECONDS = 90
 
 # Processes are forked from a server that has imported what takes seconds, and has no threads that a fork would lose.
 multiprocessing.set_forkserver_preload(
-    ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers", "lightning", "accelerate"]
+    ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers.trainer", "lightning", "accelerate"]
 )
 
 
@@ -46,8 +45,10 @@ def run_like_torchrun(
         killed: Whether the processes are to end by :func:`kill_this_process`; they must.
         seconds: The time limit.
     """
+    # Like torchrun's, the store is the parent's: a port that is only looked up could be another's when it is taken.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     try:
-        _run(ranks, _rank_of_a_framework, (ranks, _free_port(), function, arguments), function.__name__, seconds)
+        _run(ranks, _rank_of_a_framework, (ranks, store.port, function, arguments), function.__name__, seconds)
     except ProcessExitedException as error:
         if not killed or error.signal_name != "SIGKILL":
             raise
@@ -100,16 +101,11 @@ def _rank_of_a_framework(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "TORCHELASTIC_RUN_ID": "test",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
     try:
         function(*arguments)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -1,8 +1,9 @@
-"""Checkpoints by torch.distributed.checkpoint under FSDP2 on two ranks: resumed equals uninterrupted, bit for bit."""
+"""Checkpoints by torch.distributed.checkpoint: resumed equals uninterrupted, also on other numbers of ranks."""
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -47,7 +48,7 @@ def network(dtype: torch.dtype, seed: int, sharded: bool = True) -> nn.Module:
     torch.manual_seed(seed)
     model = Network().to(dtype)
     if sharded:
-        mesh = init_device_mesh("cpu", (2,))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for layer in model.body:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -157,3 +158,61 @@ def test_resume_on_two_ranks_and_on_one(tmp_path: Path) -> None:
         for name, expected in torch.load(tmp_path / f"{dtype} trained.pt", weights_only=True).items():
             found = model.state_dict()[name]
             assert torch.linalg.norm(found - expected) <= 1e-4 * torch.linalg.norm(expected), name
+
+
+# Other numbers of ranks
+
+
+def save_to(folder: Path, model: nn.Module, optimizer: Dion2, options: StateDictOptions) -> None:
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    dcp.save(state, checkpoint_id=folder)
+
+
+def whole(model: nn.Module, optimizer: Dion2) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        for entry, value in {"weight": parameter, **optimizer.state[parameter]}.items():
+            gathered = value.full_tensor() if isinstance(value, DTensor) else value
+            found[f"{name}: {entry}"] = gathered.detach().clone()
+    return found
+
+
+def save_trained(folder: Path, options: StateDictOptions) -> None:
+    model = network(torch.bfloat16, seed=0)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(STOP))
+    save_to(folder / "first", model, optimizer, options)
+    trained = whole(model, optimizer)
+    if dist.get_rank() == 0:
+        torch.save(trained, folder / "trained.pt")
+
+
+def load_compare_and_save(folder: Path, source: str, target: str, options: StateDictOptions) -> None:
+    model = network(torch.bfloat16, seed=1, sharded=dist.get_world_size() > 1)
+    optimizer = optimizer_of(model, lr=9.0)
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    dcp.load(state, checkpoint_id=folder / source)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    found, expected = whole(model, optimizer), torch.load(folder / "trained.pt")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05] * len(optimizer.param_groups)
+    save_to(folder / target, model, optimizer, options)
+
+
+@pytest.mark.parametrize("is_flat", [False, True], ids=["nested", "flattened"])
+def test_from_two_ranks_to_four_to_one_and_back(is_flat: bool, tmp_path: Path) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    run_on_ranks(2, save_trained, tmp_path, options)
+    for ranks, source, target in ((4, "first", "second"), (1, "second", "third"), (4, "third", "fourth")):
+        run_on_ranks(ranks, load_compare_and_save, tmp_path, source, target, options)
+    run_on_ranks(2, load_compare_and_save, tmp_path, "fourth", "fifth", options)

@@ -508,6 +508,24 @@ def a_rank_that_fails(group: dist.ProcessGroup, fail: Callable[[Tensor], Tensor]
     assert_refuses_until_load(optimizer, saved)
 
 
+def check_parameters_out_of_reach() -> None:
+    """As under CPU offload over NCCL alone, which a group without a backend for the CPU stands in for."""
+    group = dist.new_group(backend="cuda:gloo")
+    sharded = parameters_of(DeviceMesh.from_group(group, "cpu"))
+    replicated = parameters_of()
+    for parameters, process_group in ((sharded, None), (replicated, group)):
+        optimizer = optimizer_of(parameters, process_group=process_group)
+        for parameter in parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        with pytest.raises(ValueError, match=r"'matrices': parameter 'wide' is on 'cpu'.*on 'cuda' only.*'cpu:"):
+            optimizer.step()
+        assert not optimizer.state
+
+
+def test_parameters_out_of_reach() -> None:
+    run_on_ranks(2, check_parameters_out_of_reach)
+
+
 def test_gradients_and_settings_that_differ_between_ranks() -> None:
     run_on_ranks(2, check_gradients_and_settings)
 

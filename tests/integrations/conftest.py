@@ -1,6 +1,10 @@
 """The table that these tests add to pytest's summary: how exactly each framework resumes under each layout."""
 
+from collections.abc import Iterator
 from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
 
 HEADER = ("framework", "layout", "ranks", "torch.optim.AdamW resumes", "Dion2 resumes")
 
@@ -23,3 +27,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def _row(value: list[Any]) -> list[str]:
     framework, layout, ranks, *differences = value
     return [framework, layout, str(ranks), *("bit for bit" if each == 0 else f"to {each:.0e}" for each in differences)]
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_of_another_test() -> Iterator[None]:
+    """All Accelerators of a process share one state, the Trainer's too."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,179 @@
+"""The factory for the Trainer: text read as what it stands for, arguments of the Trainer, and what is refused."""
+
+import copy
+import re
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+
+import dion2_lightning
+from dion2_lightning import Dion2, Dion2Factory, build_optimizer
+from tests.integrations.huggingface import plain_groups
+from tests.integrations.training import make_model
+
+
+def arguments(**settings: Any) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(use_cpu=True, report_to=[], **settings)
+
+
+def test_the_package_hands_it_out_and_nothing_that_is_not_there() -> None:
+    from dion2_lightning.integrations.transformers import Dion2Factory as its_own
+
+    assert Dion2Factory is its_own
+    with pytest.raises(AttributeError, match="module 'dion2_lightning' has no attribute 'Dion3Factory'"):
+        dion2_lightning.Dion3Factory  # noqa: B018
+
+
+def test_it_builds_what_build_optimizer_builds() -> None:
+    settings = {"lr": 1e-3, "fraction": 0.5, "overrides": {"*.q_proj.weight": {"lr": 2e-3}}}
+    built = Dion2Factory()(make_model(), **settings)
+    assert type(built) is Dion2
+    assert plain_groups(built) == plain_groups(build_optimizer(make_model(), **settings))
+
+
+TEXT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "number": ({"lr": "3e-4"}, {"lr": 3e-4}),
+    "spaces": ({"fraction": " 0.5 "}, {"fraction": 0.5}),
+    "optional number": ({"adamw_lr": "1e-3"}, {"adamw_lr": 1e-3}),
+    "no number": ({"adamw_lr": "none", "adamw_weight_decay": "null"}, {}),
+    "betas": ({"betas": "0.8,0.95"}, {"betas": (0.8, 0.95)}),
+    "betas in brackets": ({"betas": "(0.8, 0.95)"}, {"betas": (0.8, 0.95)}),
+    "betas in a list": ({"betas": ["8e-1", 0.95]}, {"betas": (0.8, 0.95)}),
+    "true": ({"check_finite": "true"}, {"check_finite": True}),
+    "false": ({"scale_lr_by_fraction": "False"}, {"scale_lr_by_fraction": False}),
+    "optional truth": ({"share_replicas": "none"}, {"share_replicas": None}),
+    "dtype": ({"state_dtype": "bfloat16"}, {"state_dtype": torch.bfloat16}),
+    "no dtype": ({"orthonormalize_dtype": "none"}, {}),
+    "a rule called none": ({"adjust_lr_fn": "none"}, {"adjust_lr_fn": "none"}),
+    "a name": ({"algorithm": "muon", "lora": "B", "select": "output"}, {"algorithm": "muon", "select": "output"}),
+    "no object": ({"strategy": "none", "orthonormalize": "none", "overrides": "none"}, {}),
+    "options of a group": (
+        {"overrides": {"*.q_proj.weight": {"lr": "2e-3", "betas": "0.8,0.9"}, "*.k_proj.weight": "adamw"}},
+        {"overrides": {"*.q_proj.weight": {"lr": 2e-3, "betas": (0.8, 0.9)}, "*.k_proj.weight": "adamw"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TEXT)
+def test_text_is_read(case: str) -> None:
+    text, meant = TEXT[case]
+    built = Dion2Factory()(make_model(), **{"lr": "1e-3", **text})
+    assert plain_groups(built) == plain_groups(build_optimizer(make_model(), **{"lr": 1e-3, **meant}))
+
+
+REFUSED: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
+    "number": (ValueError, {"lr": "fast"}, "lr must be a number, got 'fast'; write it like '3e-4'"),
+    "not a number": (ValueError, {"fraction": "nan"}, "fraction must lie in (0, 1], got nan"),
+    "truth": (ValueError, {"check_finite": "maybe"}, "check_finite must be true or false, got 'maybe'"),
+    "one beta": (ValueError, {"betas": "0.9"}, "betas must be two numbers, got '0.9'; write them like '0.9,0.95'"),
+    "a wrong beta": (ValueError, {"betas": "0.9,high"}, "betas[1] must be a number, got 'high'"),
+    "none where a number is": (ValueError, {"eps": "none"}, "eps must be a number, got 'none'"),
+    "an object": (TypeError, {"overrides": "{}"}, "overrides cannot be given as text, got '{}'; pass the object"),
+    "a strategy": (TypeError, {"strategy": "ddp"}, "strategy cannot be given as text, got 'ddp'"),
+    "an option": (
+        ValueError,
+        {"overrides": {"*.q_proj.weight": {"lr": "fast"}}},
+        "overrides['*.q_proj.weight']['lr'] must be a number, got 'fast'",
+    ),
+    "unknown, near": (ValueError, {"fractoin": 0.5}, "unknown argument 'fractoin'; did you mean 'fraction'?"),
+    "unknown, the Trainer's": (ValueError, {"learning_rate": 1}, "unknown argument 'learning_rate'; did you mean 'lr'"),
+    "unknown, far": (ValueError, {"foreach": True}, "unknown argument 'foreach'; known are lr, algorithm, fraction,"),
+    "a wrong name": (
+        ValueError,
+        {"algorithm": "none"},
+        "algorithm must be one of 'dion2', 'muon', 'adamw', got",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_is_refused(case: str) -> None:
+    error, settings, message = REFUSED[case]
+    with pytest.raises(error, match=re.escape(message)):
+        Dion2Factory()(make_model(), **{"lr": 1e-3, **settings})
+
+
+def test_a_missing_learning_rate_is_named() -> None:
+    with pytest.raises(TypeError, match=r"lr is missing.*Dion2Factory\.from_arguments\(args\)"):
+        Dion2Factory()(make_model(), fraction=0.5)
+
+
+# The Trainer's arguments
+
+
+def test_arguments_say_what_overrides_do_not() -> None:
+    args = arguments(learning_rate=1e-3, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
+    factory, settings = Dion2Factory.from_arguments(args, fraction=0.5)
+    expected = build_optimizer(make_model(), 1e-3, weight_decay=0.2, betas=(0.8, 0.95), eps=1e-6, fraction=0.5)
+    assert plain_groups(factory()(make_model(), **settings)) == plain_groups(expected)
+
+    factory, settings = Dion2Factory.from_arguments(args, lr="2e-3", adamw_lr=1e-4, weight_decay=0.0, betas=(0.9, 0.9))
+    expected = build_optimizer(make_model(), 2e-3, adamw_lr=1e-4, weight_decay=0.0, betas=(0.9, 0.9), eps=1e-6)
+    assert plain_groups(factory()(make_model(), **settings)) == plain_groups(expected)
+
+
+def test_arguments_are_read_when_the_optimizer_is_wanted() -> None:
+    """A hyperparameter search changes them between trials."""
+    args = arguments(learning_rate=1e-3)
+    factory, settings = Dion2Factory.from_arguments(args)
+    args.learning_rate = 5e-3
+    assert factory()(make_model(), **settings).param_groups[0]["lr"] == 5e-3
+
+
+def test_optim_args_are_arguments_too() -> None:
+    args = arguments(optim_args="fraction=0.125, momentum=0.8,check_finite=true")
+    factory, settings = Dion2Factory.from_arguments(args, momentum=0.7)
+    group = factory()(make_model(), **settings).param_groups[0]
+    assert (group["fraction"], group["momentum"], group["check_finite"]) == (0.125, 0.7, True)
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "message"),
+    [
+        ("fraction", "optim_args must be like 'fraction=0.25,momentum=0.8', got 'fraction' in 'fraction'"),
+        ("rank=4", "unknown argument 'rank'"),
+        ("fraction=most", "fraction must be a number, got 'most'"),
+    ],
+)
+def test_wrong_optim_args_are_refused_at_once(optim_args: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Dion2Factory.from_arguments(arguments(optim_args=optim_args))
+
+
+def test_wrong_overrides_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="did you mean 'fraction'"):
+        Dion2Factory.from_arguments(arguments(), fractions=0.5)
+    with pytest.raises(TypeError, match="arguments must be the Trainer's TrainingArguments, got dict"):
+        Dion2Factory.from_arguments({"learning_rate": 1e-3})
+
+
+def test_the_pair_can_be_copied() -> None:
+    factory, settings = copy.deepcopy(Dion2Factory.from_arguments(arguments(learning_rate=2e-3), fraction=0.5))
+    group = factory()(make_model(), **settings).param_groups[0]
+    assert (group["lr"], group["fraction"]) == (2e-3, 0.5)
+
+
+# What leaves no matrices
+
+
+def test_arguments_of_fsdp1_are_refused() -> None:
+    args = arguments(fsdp=True, fsdp_config={"version": 1})
+    factory, settings = Dion2Factory.from_arguments(args)
+    with pytest.raises(ValueError, match=r"TrainingArguments with FSDP1 flattens matrices.*use FSDP2"):
+        factory()(make_model(), **settings)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_what_accelerate_runs_under_is_refused_though_the_arguments_do_not_say_it(kind: DistributedType) -> None:
+    """As under ``accelerate launch --use_deepspeed``."""
+    accelerate.Accelerator(cpu=True)
+    AcceleratorState._shared_state["distributed_type"] = kind
+    PartialState._shared_state["distributed_type"] = kind
+    with pytest.raises(ValueError, match=f"Accelerator with {kind.name} flattens matrices"):
+        Dion2Factory()(nn.Linear(4, 4), lr=1e-3)

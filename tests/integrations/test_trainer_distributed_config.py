@@ -1,0 +1,110 @@
+"""The Trainer with models that transformers shards while it loads them, by ``DistributedConfig``.
+
+The Trainer itself refuses to resume those, so there are no checkpoints of the optimizer.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.distributed import DistributedConfig
+
+from dion2_lightning import Dion2
+from tests.distributed.ranks import run_like_torchrun
+from tests.integrations.huggingface import curve_by_hand, fsdp2_on_cpu
+from tests.integrations.resume import unwrapped
+from tests.integrations.test_trainer import arguments, make_trainer
+from tests.integrations.training import LENGTH, make_model
+
+STEPS = 5
+
+
+class Layout(NamedTuple):
+    """A layout, and how the second layer's down projection must lie under it.
+
+    Attributes:
+        ranks: How many.
+        batches: How many of them have batches of their own.
+        settings: Of DistributedConfig.
+        placements: As torch prints them, on the mesh's dimensions.
+    """
+
+    ranks: int
+    batches: int
+    settings: dict[str, int]
+    placements: str
+
+
+DENSE = {
+    "FSDP2": Layout(2, 2, {"fsdp_size": 2}, "fsdp (Shard(dim=0),)"),
+    "TP": Layout(2, 1, {"tp_size": 2}, "tp (Shard(dim=1),)"),
+    "FSDP2 over TP": Layout(4, 2, {"fsdp_size": 2, "tp_size": 2}, "fsdp tp (Shard(dim=0), Shard(dim=1))"),
+    "HSDP": Layout(4, 4, {"dp_replicate_size": 2, "fsdp_size": 2}, "dp_replicate fsdp (Replicate(), Shard(dim=0))"),
+}
+STRIDED = "efsdp ep (_StridedShard(dim=0, sf=2), Shard(dim=0))"
+EXPERTS = {
+    "experts over FSDP2": Layout(2, 2, {"fsdp_size": 2, "ep_size": 2}, STRIDED),
+    "experts over half of FSDP2": Layout(4, 4, {"fsdp_size": 4, "ep_size": 2}, STRIDED),
+}
+
+
+def make_mixture() -> PreTrainedModel:
+    """Four experts in a stack."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=LENGTH,
+        use_cache=False,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def placed(parameter: Any) -> str:
+    return f"{' '.join(parameter.device_mesh.mesh_dim_names)} {parameter.placements}"
+
+
+def check_curve(source: Path, layout: Layout, down_projection: str, expected: list[float], target: Path) -> None:
+    fsdp2_on_cpu()  # Accelerate knows no TP among CPUs either
+    args = arguments(target, layout.batches, STEPS)
+    config = DistributedConfig(**layout.settings)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(source, distributed_config=config)
+    parameter = model.get_parameter(down_projection)
+    assert placed(parameter) == layout.placements
+    with pytest.raises(ValueError, match="Resuming is not supported for models sharded at load time"):
+        make_trainer(arguments(target, layout.batches, STEPS, save_strategy="steps"), model)
+    trainer = make_trainer(args, model)
+    trainer.train()
+    optimizer = unwrapped(trainer.optimizer)
+    assert isinstance(optimizer, Dion2)
+    (group,) = (group for group in optimizer.param_groups if any(parameter is each for each in group["params"]))
+    assert group["algorithm"] == "dion2"
+    losses = trainer.accelerator.reduce(torch.tensor(trainer.losses), reduction="mean")
+    assert losses.tolist() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_dense_model(name: str, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    layout, down_projection = DENSE[name], "model.layers.1.mlp.down_proj.weight"
+    curve = curve_by_hand(STEPS)
+    run_like_torchrun(layout.ranks, check_curve, tmp_path / "model", layout, down_projection, curve, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_mixture_of_experts(name: str, tmp_path: Path) -> None:
+    make_mixture().save_pretrained(tmp_path / "model")
+    layout, experts = EXPERTS[name], "model.layers.1.mlp.experts.down_proj"
+    curve = curve_by_hand(STEPS, make_mixture())
+    run_like_torchrun(layout.ranks, check_curve, tmp_path / "model", layout, experts, curve, tmp_path / "run")
