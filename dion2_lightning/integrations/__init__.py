@@ -1,0 +1,1 @@
+"""What stands on top of the package for one framework each; nothing in the package depends on it."""

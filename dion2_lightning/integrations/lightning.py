@@ -1,0 +1,105 @@
+"""Checkpoints in Lightning and Fabric that hold optimizer states by the names of parameters.
+
+``torch.optim`` numbers parameters in the order of its groups. ``ModelParallelStrategy`` reads the numbers of a
+checkpoint file in the order of the model (``_rekey_optimizer_state_if_needed`` in
+``lightning/fabric/strategies/model_parallel.py``): with several groups a momentum then goes to another parameter,
+unnoticed where shapes are equal. It leaves names as they are, and so does
+:meth:`dion2_lightning.Dion2.load_state_dict`; so a checkpoint with names loads under every strategy.
+"""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from dion2_lightning.optimizer import Dion2
+from dion2_lightning.routing import parameters_by_name
+
+if TYPE_CHECKING or find_spec("lightning") is not None:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:  # the same classes, under the package's other name
+    from pytorch_lightning import Callback, LightningModule, Trainer
+
+
+class NamedOptimizerStates(Callback):
+    """Keep the states of :class:`~dion2_lightning.Dion2` optimizers in checkpoints by the names of parameters.
+
+    :func:`~dion2_lightning.build_optimizer` adds it to the Trainer by itself, where it knows the Trainer, as in
+    ``configure_optimizers``. Only an optimizer whose groups were made by hand needs it in ``Trainer(callbacks=[...])``.
+    It has no state of its own.
+    """
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Replace numbers by names, where the module has a name for every parameter of the optimizer."""
+        states, named = checkpoint["optimizer_states"], set(pl_module.parameters())
+        for index, optimizer in enumerate(trainer.optimizers):
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            if isinstance(optimizer, Dion2) and named.issuperset(parameters):
+                states[index] = with_parameter_names(states[index], optimizer, pl_module)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint with numbers that ``ModelParallelStrategy`` has read in another order.
+
+        Raises:
+            RuntimeError: It was saved by another strategy and without this callback.
+        """
+        if trainer.strategy.lightning_restore_optimizer:  # by Dion2.load_state_dict, in the right order
+            return
+        order = {parameter: number for number, (_, parameter) in enumerate(pl_module.named_parameters())}
+        for optimizer, saved in zip(trainer.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            if not isinstance(optimizer, Dion2):
+                continue
+            for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=False):
+                for parameter, number in zip(group["params"], saved_group["params"], strict=False):
+                    if isinstance(number, int) and number != order.get(parameter):
+                        raise RuntimeError(
+                            "the checkpoint numbers the optimizer's parameters in the order of its groups, but "
+                            f"{type(trainer.strategy).__name__} has read them in the order of the model, so states "
+                            "went to other parameters. Load it with the strategy that saved it, and save it again with "
+                            "Trainer(callbacks=[NamedOptimizerStates()])"
+                        )
+
+
+def with_parameter_names(state_dict: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """Return an optimizer's state dict with names of parameters instead of numbers.
+
+    For Fabric, which has no hook in between: ``fabric.save(path, {"model": model, "optimizer":
+    with_parameter_names(optimizer.state_dict(), optimizer, model)})`` loads under every strategy.
+
+    Args:
+        state_dict: What ``optimizer.state_dict()`` or a strategy made of it: the groups, and the parameters in them,
+            stand as in the optimizer, whatever their numbers. Empty on ranks that do not save. Not changed.
+        optimizer: Its optimizer.
+        module: The names are those in this module, without the prefixes of wrappers.
+
+    Raises:
+        ValueError: A parameter of the optimizer is not in the module.
+    """
+    if not state_dict:
+        return state_dict
+    names: dict[Any, str] = {}
+    for name, parameter in parameters_by_name(module).items():
+        names.setdefault(parameter, name)  # a tied parameter goes by its first name
+    of_ids: dict[Any, str] = {}
+    groups = []
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for parameter, identifier in zip(group["params"], saved["params"], strict=True):
+            if parameter not in names:
+                raise ValueError(
+                    f"group {group.get('name')!r} of the optimizer holds a parameter of shape {tuple(parameter.shape)} "
+                    f"that is not in {type(module).__name__}, so it has no name there"
+                )
+            of_ids[identifier] = names[parameter]
+        groups.append({**saved, "params": [of_ids[identifier] for identifier in saved["params"]]})
+    state = {of_ids[identifier]: value for identifier, value in state_dict["state"].items()}
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def add_named_optimizer_states(trainer: Any) -> None:
+    """Add the callback to a Trainer that has none."""
+    if not any(isinstance(callback, NamedOptimizerStates) for callback in trainer.callbacks):
+        trainer.callbacks.insert(0, NamedOptimizerStates())  # Lightning wants ModelCheckpoint last
