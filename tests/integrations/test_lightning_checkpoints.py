@@ -8,12 +8,17 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
 
 import dion2_lightning
+from dion2_lightning import NamedOptimizerStates
 from tests.distributed.ranks import kill_this_process, run_like_torchrun
-from tests.integrations.lightning_training import RANKS, fit, ranks_of
+from tests.integrations.lightning_training import Llama, fit, make_trainer, ranks_of
 from tests.integrations.resume import STEPS, STOP, Phase, check_resume, write_outcome
+from tests.integrations.training import make_model
 
 FILE = "checkpoint.ckpt"
 
@@ -146,3 +151,181 @@ def test_sharded_files_from_two_ranks_to_four_and_back(saved_by: Callable[[str],
     check_same(outcome(folder / f"loaded by {four}"), outcome(folder))
     run_like_torchrun(2, train_awkward, two, 2, tmp_path / FILE)
     check_same(outcome(tmp_path / f"loaded by {two}"), outcome(folder))
+
+
+class Stack(L.LightningModule):
+    """Four matrices of one shape in two groups: nothing but their names tells their states apart."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.layout = layout
+        self.layers = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4)))
+
+    def configure_model(self) -> None:
+        if self.layout == "FSDP2" and not hasattr(self.layers[0].weight, "device_mesh"):
+            fully_shard(self.layers, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        return self.layers(batch).square().mean()
+
+    def configure_optimizers(self) -> dion2_lightning.Dion2:
+        return dion2_lightning.build_optimizer(self, lr=0.01, overrides={"layers.[13].weight": {"lr": 0.02}})
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.ones(4, 8), batch_size=2)
+
+
+class WithoutNames(L.Callback):
+    """Takes out the callback that build_optimizer has added."""
+
+    def on_fit_start(self, trainer: L.Trainer, _: L.LightningModule) -> None:
+        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, NamedOptimizerStates)]
+
+
+def save_stack(path: Path, with_names: bool) -> None:
+    trainer = make_trainer("one device", 2, callbacks=[] if with_names else [WithoutNames()])
+    trainer.fit(Stack("one device"))
+    trainer.save_checkpoint(path)
+
+
+def load_stack(path: Path) -> None:
+    make_trainer("FSDP2", 2).fit(Stack("FSDP2"), ckpt_path=path)
+
+
+def load_stack_in_vain(path: Path) -> None:
+    with pytest.raises(RuntimeError, match="states went to other parameters. Load it with the strategy that saved it"):
+        load_stack(path)
+
+
+def test_states_that_lightning_has_swapped_are_refused(tmp_path: Path) -> None:
+    """All shapes are equal, and so are the groups' sizes: Lightning and torch notice nothing."""
+    save_stack(tmp_path / FILE, with_names=False)
+    state = torch.load(tmp_path / FILE, weights_only=True)["optimizer_states"][0]
+    assert [group["params"] for group in state["param_groups"]] == [[0, 1], [2, 3]]
+    run_like_torchrun(2, load_stack_in_vain, tmp_path / FILE)
+
+
+def test_the_same_checkpoint_with_names_is_loaded(tmp_path: Path) -> None:
+    save_stack(tmp_path / FILE, with_names=True)
+    state = torch.load(tmp_path / FILE, weights_only=True)["optimizer_states"][0]
+    assert [group["params"] for group in state["param_groups"]] == [
+        ["layers.0.weight", "layers.2.weight"],
+        ["layers.1.weight", "layers.3.weight"],
+    ]
+    run_like_torchrun(2, load_stack, tmp_path / FILE)
+
+
+# What else a model or a run may hold
+
+
+def inject_lora(model: nn.Module) -> None:
+    """Freeze the model and add adapters."""
+    model.requires_grad_(False)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    inject_adapter_in_model(config, model)
+
+
+def compile_a_layer(model: nn.Module) -> None:
+    model.model.layers[0].compile(backend="eager")
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16-true": {"precision": "bf16-true"},
+    "LoRA": {"change": inject_lora, "settings": {"lora": "both"}},
+    "compiled layer": {"change": compile_a_layer},
+}
+
+
+class Saving(L.Callback):
+    """Saves once, after ``STOP`` steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == STOP:
+            trainer.save_checkpoint(self.folder / FILE)
+
+
+def save_and_resume(layout: str, variant: str, folder: Path) -> None:
+    """Train, save and go on; load in a new run and go on; all must be the same, bit for bit."""
+    arguments = VARIANTS[variant]
+    module, trainer = fit(layout, steps=STEPS, callbacks=[Saving(folder)], **arguments)
+    write_outcome(folder, Phase.UNINTERRUPTED, module.named_parameters(), trainer.optimizers[0], module.losses[STOP:])
+    resumed, trainer = fit(layout, steps=STEPS, seed=1, checkpoint=folder / FILE, **arguments)
+    write_outcome(folder, Phase.RESUMED, resumed.named_parameters(), trainer.optimizers[0], resumed.losses)
+    one, other = (torch.load(folder / f"{phase.value} 0.pt") for phase in (Phase.UNINTERRUPTED, Phase.RESUMED))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    momenta = [value for name, value in one.items() if name.endswith("momentum")]
+    assert momenta and all(momentum.dtype == torch.float32 for momentum in momenta)
+
+
+@pytest.mark.parametrize("layout", ["one device", "FSDP2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_of(variant: str, layout: str, tmp_path: Path) -> None:
+    run_like_torchrun(ranks_of(layout), save_and_resume, layout, variant, tmp_path)
+
+
+# What does not fit
+
+
+def changed_file(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint["optimizer_states"][0])
+    changed = path.with_name("changed.ckpt")
+    torch.save(checkpoint, changed)
+    return changed
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    fit("one device", steps=STOP, callbacks=[saving(folder)], enable_checkpointing=True)
+    return folder / FILE
+
+
+def refuse_to_load(path: Path, error: type[Exception], message: str, **arguments: Any) -> tuple[Llama, L.Trainer]:
+    module, trainer = Llama("Dion2", "one device", make_model(1), STEPS, **arguments), make_trainer("one device", STEPS)
+    with pytest.raises(error, match=message):
+        trainer.fit(module, ckpt_path=path)
+    return module, trainer
+
+
+def test_a_checkpoint_from_before_a_setting_was_there(saved: Path) -> None:
+    def forget(state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            del group["check_finite"], group["state_dtype"]
+
+    _, trainer = fit("one device", steps=STEPS, checkpoint=changed_file(saved, forget))
+    assert all(group["check_finite"] is False for group in trainer.optimizers[0].param_groups)
+    assert all(state for state in trainer.optimizers[0].state.values())
+
+
+def test_a_checkpoint_of_another_optimizer(tmp_path: Path) -> None:
+    fit("one device", "AdamW", steps=STOP, callbacks=[saving(tmp_path)], enable_checkpointing=True)
+    _, trainer = refuse_to_load(tmp_path / FILE, ValueError, r"the checkpoint has 1 groups, \[None\]; this optimizer 3")
+    assert not trainer.optimizers[0].state
+
+
+def test_a_checkpoint_of_another_split(saved: Path) -> None:
+    _, trainer = refuse_to_load(saved, ValueError, "the checkpoint has 3 groups", **TWO_GROUPS_OF_MATRICES)
+    assert not trainer.optimizers[0].state
+
+
+def test_a_checkpoint_of_other_parameters(saved: Path) -> None:
+    def rename(state: dict[str, Any]) -> None:
+        state["param_groups"][0]["param_names"][0] = "encoder.weight"
+
+    message = "only in the checkpoint: encoder.weight; only in this optimizer: model.model.layers.0.self_attn.q_proj.weight"
+    _, trainer = refuse_to_load(changed_file(saved, rename), ValueError, message)
+    assert not trainer.optimizers[0].state
+
+
+def test_a_truncated_checkpoint(saved: Path) -> None:
+    truncated = saved.with_name("truncated.ckpt")
+    truncated.write_bytes(saved.read_bytes()[: saved.stat().st_size // 2])
+    module, trainer = refuse_to_load(truncated, RuntimeError, "zip archive")
+    for parameter, untouched in zip(module.model.parameters(), make_model(1).parameters(), strict=True):
+        assert torch.equal(parameter, untouched)
+    assert not any(optimizer.state for optimizer in trainer.optimizers)
