@@ -149,7 +149,7 @@ def build_optimizer(
 
     optimizer.route_parameters = route_added
     attach(optimizer, model)
-    _name_states_in_checkpoints(attached_trainer(strategy))
+    _add_callbacks(attached_trainer(strategy))
     if _is_rank_zero():
         logger.info("%s for %s\n%s", HEADLINES[algorithm], type(model).__name__, routing.report())
     return optimizer
@@ -164,14 +164,13 @@ def _finish(group: dict[str, Any], algorithm: str, adamw_lr: float, adamw_weight
     return group
 
 
-def _name_states_in_checkpoints(trainer: Any | None) -> None:
-    """Have a Lightning Trainer keep optimizer states by name: by number, Lightning may give one to another parameter.
+def _add_callbacks(trainer: Any | None) -> None:
+    """Add what a Lightning Trainer needs to keep each state with its parameter, which nobody would miss in time.
 
-    Whoever forgot the callback would not notice, so it is not left to be remembered. Only a program that has imported
-    Lightning has a Trainer.
+    Only a program that has imported Lightning has a Trainer, so importing here costs nobody else anything.
     """
     if trainer is not None:
-        importlib.import_module("dion2_lightning.integrations.lightning").add_named_optimizer_states(trainer)
+        importlib.import_module("dion2_lightning.integrations.lightning").add_callbacks(trainer)
 
 
 def _is_rank_zero() -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints in Lightning and Fabric that hold optimizer states by the names of parameters.
+"""What Lightning's Trainer and Fabric need to be told: names in checkpoints, and rates of groups that were split.
 
 ``torch.optim`` numbers parameters in the order of its groups. ``ModelParallelStrategy`` reads the numbers of a
 checkpoint file in the order of the model (``_rekey_optimizer_state_if_needed`` in
@@ -8,7 +8,7 @@ unnoticed where shapes are equal. It leaves names as they are, and so does
 """
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -19,8 +19,10 @@ from dion2_lightning.routing import parameters_by_name
 
 if TYPE_CHECKING or find_spec("lightning") is not None:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import BackboneFinetuning
 else:  # the same classes, under the package's other name
     from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.callbacks import BackboneFinetuning
 
 
 class NamedOptimizerStates(Callback):
@@ -99,7 +101,39 @@ def with_parameter_names(state_dict: dict[str, Any], optimizer: Optimizer, modul
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def add_named_optimizer_states(trainer: Any) -> None:
-    """Add the callback to a Trainer that has none."""
-    if not any(isinstance(callback, NamedOptimizerStates) for callback in trainer.callbacks):
-        trainer.callbacks.insert(0, NamedOptimizerStates())  # Lightning wants ModelCheckpoint last
+class BackboneRates(Callback):
+    """Give every group of the backbone the learning rate that ``BackboneFinetuning`` gives the last group.
+
+    That callback adds one group and steps the rate of the last; of the one, Dion2 makes several, for matrices, biases and
+    norms. :func:`~dion2_lightning.build_optimizer` adds this callback where that one is.
+    """
+
+    def __init__(self) -> None:
+        self._before: list[float] = []
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the rates of the last groups: it stands before ``BackboneFinetuning``."""
+        self._before = [optimizer.param_groups[-1]["lr"] for optimizer in trainer.optimizers]
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Change the other groups' rates where the last one's has changed."""
+        if not self._before:  # not the first batch of an epoch
+            return
+        backbone = set(cast(nn.Module, pl_module.backbone).parameters())
+        for optimizer, before in zip(trainer.optimizers, self._before, strict=True):
+            for group in optimizer.param_groups:
+                if isinstance(optimizer, Dion2) and group["lr"] == before and backbone.issuperset(group["params"]):
+                    group["lr"] = optimizer.param_groups[-1]["lr"]
+        self._before = []
+
+
+def add_callbacks(trainer: Any) -> None:
+    """Add the callbacks that a Trainer needs and does not have."""
+    needed: list[type[Callback]] = [NamedOptimizerStates]
+    if any(isinstance(callback, BackboneFinetuning) for callback in trainer.callbacks):
+        needed.append(BackboneRates)
+    present = [type(callback) for callback in trainer.callbacks]
+    # In front: Lightning wants ModelCheckpoint last, and BackboneRates looks before BackboneFinetuning changes anything.
+    trainer.callbacks[:0] = [callback() for callback in needed if callback not in present]

@@ -69,9 +69,7 @@ class Llama(L.LightningModule):
         settings: Of the optimizer, over the common ones.
     """
 
-    def __init__(
-        self, kind: str, layout: str, model: nn.Module, steps: int, **settings: Any
-    ) -> None:
+    def __init__(self, kind: str, layout: str, model: nn.Module, steps: int, **settings: Any) -> None:
         super().__init__()
         self.kind, self.layout, self.settings = kind, layout, settings
         self.model = model.train()
@@ -103,7 +101,9 @@ class Llama(L.LightningModule):
         replicas = RANKS[self.layout][0]
         # Lightning's own sampler shuffles.
         sampler = (
-            DistributedSampler(pieces, shuffle=False, **self.trainer.distributed_sampler_kwargs) if replicas > 1 else None
+            DistributedSampler(pieces, shuffle=False, **self.trainer.distributed_sampler_kwargs)
+            if replicas > 1
+            else None
         )
         return DataLoader(pieces, batch_size=BATCH // replicas, sampler=sampler)
 

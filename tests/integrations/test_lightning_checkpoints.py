@@ -317,7 +317,9 @@ def test_a_checkpoint_of_other_parameters(saved: Path) -> None:
     def rename(state: dict[str, Any]) -> None:
         state["param_groups"][0]["param_names"][0] = "encoder.weight"
 
-    message = "only in the checkpoint: encoder.weight; only in this optimizer: model.model.layers.0.self_attn.q_proj.weight"
+    message = (
+        "only in the checkpoint: encoder.weight; only in this optimizer: model.model.layers.0.self_attn.q_proj.weight"
+    )
     _, trainer = refuse_to_load(changed_file(saved, rename), ValueError, message)
     assert not trainer.optimizers[0].state
 
