@@ -104,8 +104,8 @@ def with_parameter_names(state_dict: dict[str, Any], optimizer: Optimizer, modul
 class BackboneRates(Callback):
     """Give every group of the backbone the learning rate that ``BackboneFinetuning`` gives the last group.
 
-    That callback adds one group and steps the rate of the last; of the one, Dion2 makes several, for matrices, biases and
-    norms. :func:`~dion2_lightning.build_optimizer` adds this callback where that one is.
+    That callback adds one group and steps the rate of the last; of the one, Dion2 makes several, for matrices, biases
+    and norms. :func:`~dion2_lightning.build_optimizer` adds this callback where that one is.
     """
 
     def __init__(self) -> None:
@@ -135,5 +135,5 @@ def add_callbacks(trainer: Any) -> None:
     if any(isinstance(callback, BackboneFinetuning) for callback in trainer.callbacks):
         needed.append(BackboneRates)
     present = [type(callback) for callback in trainer.callbacks]
-    # In front: Lightning wants ModelCheckpoint last, and BackboneRates looks before BackboneFinetuning changes anything.
+    # In front: Lightning wants ModelCheckpoint last, and BackboneRates looks before BackboneFinetuning changes a rate.
     trainer.callbacks[:0] = [callback() for callback in needed if callback not in present]

@@ -77,9 +77,9 @@ class Llama(L.LightningModule):
         self.losses: list[float] = []
 
     def configure_model(self) -> None:
-        if "FSDP2" in self.layout or "TP" in self.layout:
-            if not any(isinstance(parameter, DTensor) for parameter in self.parameters()):
-                parallelize(self.model, self.device_mesh)
+        is_parallel = any(isinstance(parameter, DTensor) for parameter in self.parameters())
+        if ("FSDP2" in self.layout or "TP" in self.layout) and not is_parallel:
+            parallelize(self.model, self.device_mesh)
 
     def configure_optimizers(self) -> Any:
         return make_optimizer(self.kind, self, **self.settings)
@@ -100,11 +100,9 @@ class Llama(L.LightningModule):
         pieces = Subset(self.sequences, range(done * BATCH, len(self.sequences)))
         replicas = RANKS[self.layout][0]
         # Lightning's own sampler shuffles.
-        sampler = (
-            DistributedSampler(pieces, shuffle=False, **self.trainer.distributed_sampler_kwargs)
-            if replicas > 1
-            else None
-        )
+        sampler: Any = None
+        if replicas > 1:
+            sampler = DistributedSampler(pieces, shuffle=False, **self.trainer.distributed_sampler_kwargs)
         return DataLoader(pieces, batch_size=BATCH // replicas, sampler=sampler)
 
 

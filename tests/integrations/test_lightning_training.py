@@ -93,7 +93,7 @@ class PlantInf(L.Callback):
         self.batches = 0
         self.before: list[torch.Tensor] = []
 
-    def everything(self, trainer: L.Trainer, module: L.LightningModule) -> list[torch.Tensor]:
+    def everything(self, trainer: L.Trainer, module: Any) -> list[torch.Tensor]:
         optimizer = trainer.optimizers[0]
         selected = [optimizer.selection_of(p) for p in optimizer.param_groups[0]["params"]]
         states = [value for state in optimizer.state.values() for value in state.values()]
@@ -181,10 +181,17 @@ class Transfer(L.LightningModule):
         return DataLoader(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), batch_size=4)
 
 
+class Thaw(BackboneFinetuning):
+    """Lightning's leaves the backbone frozen when it resumes after the thaw, whatever the optimizer."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self.previous_backbone_lr is not None:
+            self.make_trainable(pl_module.backbone)
+
+
 def finetune(epochs: int, checkpoint: Path | None = None) -> tuple[Transfer, L.Trainer]:
-    thaw = BackboneFinetuning(
-        unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.5, lambda_func=lambda epoch: 1.2
-    )
+    thaw = Thaw(unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.5, lambda_func=lambda epoch: 1.2)
     trainer = make_trainer("one device", -1, max_epochs=epochs, callbacks=[thaw])
     module = Transfer()
     trainer.fit(module, ckpt_path=checkpoint)
