@@ -46,8 +46,9 @@ class OptimizerSettings:
     Example::
 
         class Model(LightningModule):
-            def __init__(self, optimizer: OptimizerSettings = OptimizerSettings()):
-                ...
+            def __init__(self, optimizer: OptimizerSettings):
+                super().__init__()
+                self.optimizer_settings = optimizer
 
             def configure_optimizers(self):
                 return self.optimizer_settings.build(self)

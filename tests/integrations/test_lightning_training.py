@@ -100,7 +100,7 @@ class PlantInf(L.Callback):
         tensors = [*module.parameters(), *states, *(selection.indices for selection in selected)]
         return [tensor.detach().clone() for tensor in tensors]
 
-    def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_after_backward(self, trainer: L.Trainer, module: Any) -> None:
         if self.batches == self.step:
             self.before = self.everything(trainer, module)
             module.model.lm_head.weight.grad[0, 0] = torch.inf
