@@ -5,6 +5,7 @@ that was built before goes on with the old ones: it trains nothing, and says not
 the same parameters each keep a momentum that knows nothing of the other's steps.
 """
 
+import functools
 import itertools
 import weakref
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ class _Attachment:
     def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         parameters = self.parameters()
         identities = [id(parameter) for parameter in parameters]
-        has_closure = any(each is not None for each in (*args, *kwargs.values()))
+        has_closure = any(each is not None for each in (*args[1:], *kwargs.values()))  # the first is self
         is_idle = not has_closure and all(parameter.grad is None for parameter in parameters)
         if is_idle or identities != self._seen:
             self._refuse_replaced()
@@ -74,7 +75,7 @@ class _Attachment:
             name
             for group in optimizer.param_groups
             for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False)
-            if id(parameter) not in in_model and _replaces(present.get(name), parameter)
+            if id(parameter) not in in_model and _replaces(present.get(name, _attribute(model, name)), parameter)
         ]
         if replaced:
             raise RuntimeError(
@@ -111,13 +112,21 @@ _ATTACHMENTS: Final["weakref.WeakSet[_Attachment]"] = weakref.WeakSet()
 """Of the optimizers that live: each is held by its optimizer's hooks alone."""
 
 
-def _replaces(new: Tensor | None, old: Tensor) -> bool:
-    """Whether a model trains ``new`` instead of ``old``.
+def _attribute(model: nn.Module, name: str) -> Any:
+    """What a model has under the name of a parameter that is none any more; None where it has nothing."""
+    try:
+        return functools.reduce(getattr, name.split("."), model)
+    except AttributeError:
+        return None
 
-    A name that is gone stands for a part that was taken out of the model, and FSDP2 may leave its whole, plain
-    parameters in the modules until the next forward pass.
+
+def _replaces(new: Any, old: Tensor) -> bool:
+    """Whether a model computes with ``new`` instead of ``old``.
+
+    A name that is gone stands for a part that was taken out of the model, but FSDP1 leaves plain tensors under the
+    names. And FSDP2 may leave its whole, plain parameters in the modules until the next forward pass.
     """
-    return new is not None and not (is_dtensor(old) and not is_dtensor(new))
+    return isinstance(new, Tensor) and not (is_dtensor(old) and not is_dtensor(new))
 
 
 def _some(names: Sequence[str]) -> str:

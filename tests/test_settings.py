@@ -55,7 +55,8 @@ def test_build_passes_everything_on() -> None:
     settings = OptimizerSettings(lr=0.1, fraction=0.5, adamw_lr=0.2, overrides={"1.weight": "adamw"}, lora="B")
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = settings.build(model, orthonormalize=orthonormalize)
-    assert [(g["name"].split(":")[0], g["lr"], g["fraction"]) for g in optimizer.param_groups][0] == ("dion2", 0.1, 0.5)
+    matrices = optimizer.param_groups[0]
+    assert (matrices["algorithm"], matrices["lr"], matrices["fraction"]) == ("dion2", 0.1, 0.5)
     assert {group["lr"] for group in optimizer.param_groups[1:]} == {0.2}
     assert len(optimizer.param_groups[0]["params"]) == 1
     assert optimizer.orthonormalize is orthonormalize
@@ -120,11 +121,11 @@ def test_command_line() -> None:
 
 def test_yaml(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text("model:\n  optimizer:\n    fraction: 0.5\n    overrides: {layer.weight: adamw}\n    adamw_lr: null\n")
-    cli = run_cli(f"--config={config}", "--model.optimizer.weight_decay=0.3")
-    assert cli.model.settings == OptimizerSettings(
-        fraction=0.5, overrides={"layer.weight": "adamw"}, weight_decay=0.3
+    config.write_text(
+        "model:\n  optimizer:\n    fraction: 0.5\n    overrides: {layer.weight: adamw}\n    adamw_lr: null\n"
     )
+    cli = run_cli(f"--config={config}", "--model.optimizer.weight_decay=0.3")
+    assert cli.model.settings == OptimizerSettings(fraction=0.5, overrides={"layer.weight": "adamw"}, weight_decay=0.3)
 
 
 @pytest.mark.parametrize(
