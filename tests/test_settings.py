@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -98,6 +99,12 @@ QUIET = {
     "enable_model_summary": False,
     "enable_checkpointing": False,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns of them."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
 
 
 def run_cli(*arguments: str) -> LightningCLI:
