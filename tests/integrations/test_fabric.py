@@ -136,9 +136,7 @@ def test_every_state_comes_back_to_its_parameter(saving: str, loading: str, tmp_
 def test_a_parameter_without_a_name() -> None:
     model, other = make_model(), make_model(1)
     optimizer = build_optimizer(model, lr=0.1)
-    with pytest.raises(
-        ValueError, match=r"^group 'dion2' of the optimizer holds a parameter of shape \(32, 32\) that is"
-    ):
+    with pytest.raises(ValueError, match=r"^group 'dion2' of the optimizer holds a parameter of shape \(32, 32\)"):
         with_parameter_names(optimizer.state_dict(), optimizer, other)
 
 

@@ -267,6 +267,24 @@ def test_resume_of(variant: str, layout: str, tmp_path: Path) -> None:
     run_like_torchrun(ranks_of(layout), save_and_resume, layout, variant, tmp_path)
 
 
+def wrap_a_layer(model: Any) -> None:
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+
+
+def test_names_have_no_prefixes_of_wrappers(tmp_path: Path) -> None:
+    """A compiled layer's parameters are saved under the names that FSDP2 would look for."""
+    _, trainer = fit("one device", steps=2, change=wrap_a_layer)
+    trainer.save_checkpoint(tmp_path / FILE)
+    checkpoint = torch.load(tmp_path / FILE, weights_only=True)
+    assert any("_orig_mod" in name for name in checkpoint["state_dict"])
+    names = [name for group in checkpoint["optimizer_states"][0]["param_groups"] for name in group["params"]]
+    assert "model.model.layers.0.self_attn.q_proj.weight" in names
+    assert not any("_orig_mod" in name for name in names)
+    resumed, again = fit("one device", steps=4, seed=1, change=wrap_a_layer, checkpoint=tmp_path / FILE)
+    assert len(resumed.losses) == 2
+    assert {state["step"].item() for state in again.optimizers[0].state.values() if "step" in state} == {4}
+
+
 # What does not fit
 
 
