@@ -14,7 +14,7 @@ from dion2_lightning.attachment import attach
 from dion2_lightning.groups import check_settings
 from dion2_lightning.optimizer import Dion2
 from dion2_lightning.routing import route_parameters
-from dion2_lightning.strategies import attached_trainer, process_group_of, strategy_of
+from dion2_lightning.strategies import attached_trainer, process_group_of, refuse_wrappers_that_flatten, strategy_of
 
 logger = logging.getLogger("dion2_lightning")
 
@@ -107,6 +107,7 @@ def build_optimizer(
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
     check_settings({"lr": lr, "weight_decay": weight_decay, "fraction": fraction})
     check_settings({"lr": adamw_lr, "weight_decay": adamw_weight_decay}, where="adamw_")
+    refuse_wrappers_that_flatten(model)
     strategy = strategy_of(model) if strategy is None else strategy
     process_group = process_group_of(strategy)
 

@@ -56,10 +56,8 @@ def strategy_of(model: Any) -> Any | None:
         model: As it is given to :func:`~dion2_lightning.build_optimizer`.
 
     Raises:
-        ValueError: It is a LightningModule that has yet to make its parameters in ``configure_model``, or it is wrapped
-            by FSDP1 or DeepSpeed.
+        ValueError: It is a LightningModule that has yet to make its parameters in ``configure_model``.
     """
-    _refuse_wrappers_that_flatten(model)
     if _is(model, "OptimizedModule", "torch"):
         return strategy_of(model._orig_mod)
     if _is(model, "DistributedDataParallel", "torch"):
@@ -104,7 +102,8 @@ def _refuse_before_configure_model(model: Any, trainer: Any | None) -> None:
         )
 
 
-def _refuse_wrappers_that_flatten(model: nn.Module) -> None:
+def refuse_wrappers_that_flatten(model: nn.Module) -> None:
+    """Raise an error where a model, or a part of it, is wrapped by FSDP1 or DeepSpeed."""
     for module in model.modules():
         if _is(module, "FullyShardedDataParallel", "torch"):
             # With use_orig_params too: its parameters look whole, but a rank's share of their storage is flat.

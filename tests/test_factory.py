@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
@@ -383,8 +384,11 @@ def check_wrappers():
         built_before = build_optimizer(model, lr=0.1)
         wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
         for given in (wrapped, nn.Sequential(wrapped)):
-            with pytest.raises(ValueError, match=r"^model holds a FullyShardedDataParallel \(FSDP1\), which flattens"):
-                build_optimizer(given, lr=0.1)
+            for strategy in (None, dist.group.WORLD):
+                with pytest.raises(
+                    ValueError, match=r"^model holds a FullyShardedDataParallel \(FSDP1\), which flatte"
+                ):
+                    build_optimizer(given, lr=0.1, strategy=strategy)
         tokens = torch.arange(8).view(2, 4)
         nn.functional.cross_entropy(wrapped(tokens).flatten(0, 1), tokens.flatten()).backward()
         with pytest.raises((RuntimeError, ValueError), match=r"the model has another parameter|flattened by FSDP1"):

@@ -136,4 +136,5 @@ def add_callbacks(trainer: Any) -> None:
         needed.append(BackboneRates)
     present = [type(callback) for callback in trainer.callbacks]
     # In front: Lightning wants ModelCheckpoint last, and BackboneRates looks before BackboneFinetuning changes a rate.
-    trainer.callbacks[:0] = [callback() for callback in needed if callback not in present]
+    # A new list, because Lightning may be going through the old one.
+    trainer.callbacks = [*(callback() for callback in needed if callback not in present), *trainer.callbacks]

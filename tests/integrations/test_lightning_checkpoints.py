@@ -342,6 +342,14 @@ def test_a_checkpoint_of_other_parameters(saved: Path) -> None:
     assert not trainer.optimizers[0].state
 
 
+def test_a_checkpoint_of_another_architecture(tmp_path: Path) -> None:
+    """Lightning restores the weights first, and torch refuses them."""
+    config = {"hidden_size": 64}
+    fit("one device", steps=STOP, config=config, callbacks=[saving(tmp_path)], enable_checkpointing=True)
+    _, trainer = refuse_to_load(tmp_path / FILE, RuntimeError, "size mismatch for model.model.embed_tokens.weight")
+    assert not any(optimizer.state for optimizer in trainer.optimizers)
+
+
 def test_a_truncated_checkpoint(saved: Path) -> None:
     truncated = saved.with_name("truncated.ckpt")
     truncated.write_bytes(saved.read_bytes()[: saved.stat().st_size // 2])
