@@ -385,9 +385,7 @@ def check_wrappers():
         wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
         for given in (wrapped, nn.Sequential(wrapped)):
             for strategy in (None, dist.group.WORLD):
-                with pytest.raises(
-                    ValueError, match=r"^model holds a FullyShardedDataParallel \(FSDP1\), which flatte"
-                ):
+                with pytest.raises(ValueError, match=r"^model holds a FullyShardedDataParallel \(FSDP1\)"):
                     build_optimizer(given, lr=0.1, strategy=strategy)
         tokens = torch.arange(8).view(2, 4)
         nn.functional.cross_entropy(wrapped(tokens).flatten(0, 1), tokens.flatten()).backward()
