@@ -7,9 +7,12 @@ from dion2_lightning.factory import build_optimizer
 from dion2_lightning.optimizer import Dion2
 from dion2_lightning.routing import Decision, Routing, route_parameters
 from dion2_lightning.selection import Selection
+from dion2_lightning.settings import OptimizerSettings
 from dion2_lightning.statistics import Figures, SelectionStatistics, SelectionWarning
 
 if TYPE_CHECKING:
+    from dion2_lightning.integrations.lightning import NamedOptimizerStates as NamedOptimizerStates
+    from dion2_lightning.integrations.lightning import with_parameter_names as with_parameter_names
     from dion2_lightning.integrations.transformers import Dion2Factory as Dion2Factory
 
 __version__ = "0.1.0"
@@ -18,6 +21,7 @@ __all__ = [
     "Decision",
     "Dion2",
     "Figures",
+    "OptimizerSettings",
     "Routing",
     "Selection",
     "SelectionStatistics",
@@ -27,7 +31,11 @@ __all__ = [
     "route_parameters",
 ]
 
-_INTEGRATIONS: Final = {"Dion2Factory": "transformers"}
+_INTEGRATIONS: Final = {
+    "Dion2Factory": "transformers",
+    "NamedOptimizerStates": "lightning",
+    "with_parameter_names": "lightning",
+}
 """Names that need a framework, and the file in ``integrations`` that each is in; imported on first use.
 
 They are not in ``__all__``: ``from dion2_lightning import *`` needs torch alone.

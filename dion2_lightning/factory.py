@@ -1,5 +1,6 @@
 """The factory: one call from a model to the optimizer that trains it."""
 
+import importlib
 import logging
 import os
 import weakref
@@ -9,10 +10,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from dion2_lightning.attachment import attach
 from dion2_lightning.groups import check_settings
 from dion2_lightning.optimizer import Dion2
 from dion2_lightning.routing import route_parameters
-from dion2_lightning.strategies import process_group_of
+from dion2_lightning.strategies import attached_trainer, process_group_of, refuse_wrappers_that_flatten, strategy_of
 
 logger = logging.getLogger("dion2_lightning")
 
@@ -81,7 +83,8 @@ def build_optimizer(
         strategy: What knows about the ranks: a Lightning Trainer, Strategy or LightningModule, a Fabric, an
             Accelerator, TrainingArguments, a ProcessGroup or a DeviceMesh. Under DDP the ranks then share the work;
             without it each updates its replica by itself, with the same result. FSDP2, HSDP and TP need none: the
-            parameters' meshes say all (default: None).
+            parameters' meshes say all. A model that Lightning or Fabric has set up, or that DistributedDataParallel has
+            wrapped, knows it by itself (default: None).
         share_replicas: Whether the ranks of DDP share the work: True, False, or None, where it pays (default: None).
 
     Returns:
@@ -90,7 +93,11 @@ def build_optimizer(
     Raises:
         TypeError: An argument of the wrong type, or a ``strategy`` of an unknown kind.
         ValueError: An argument out of range, a pattern that matches nothing, a model without trainable parameters, or a
-            strategy that leaves no matrices, such as FSDP1 and DeepSpeed ZeRO.
+            strategy or wrapper that leaves no matrices, such as FSDP1 and DeepSpeed ZeRO; or a LightningModule that
+            has yet to make its parameters in ``configure_model``.
+
+    A step of the optimizer raises RuntimeError where the model's parameters are no longer its own, or where another
+    optimizer that was built so takes turns with it on the same parameters.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -100,6 +107,8 @@ def build_optimizer(
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
     check_settings({"lr": lr, "weight_decay": weight_decay, "fraction": fraction})
     check_settings({"lr": adamw_lr, "weight_decay": adamw_weight_decay}, where="adamw_")
+    refuse_wrappers_that_flatten(model)
+    strategy = strategy_of(model) if strategy is None else strategy
     process_group = process_group_of(strategy)
 
     routing = route_parameters(model, overrides=overrides, lora=lora)
@@ -140,6 +149,8 @@ def build_optimizer(
         return finish(added)
 
     optimizer.route_parameters = route_added
+    attach(optimizer, model)
+    _add_callbacks(attached_trainer(strategy))
     if _is_rank_zero():
         logger.info("%s for %s\n%s", HEADLINES[algorithm], type(model).__name__, routing.report())
     return optimizer
@@ -152,6 +163,15 @@ def _finish(group: dict[str, Any], algorithm: str, adamw_lr: float, adamw_weight
     if algorithm == "adamw":
         return {**group, "algorithm": "adamw", "name": group["name"].replace("dion2", "adamw-matrices", 1)}
     return group
+
+
+def _add_callbacks(trainer: Any | None) -> None:
+    """Add what a Lightning Trainer needs to keep each state with its parameter, which nobody would miss in time.
+
+    Only a program that has imported Lightning has a Trainer, so importing here costs nobody else anything.
+    """
+    if trainer is not None:
+        importlib.import_module("dion2_lightning.integrations.lightning").add_callbacks(trainer)
 
 
 def _is_rank_zero() -> bool:

@@ -151,6 +151,11 @@ def route_parameters(
     return Routing(tuple(decisions), {group.name: group.entries() for group in ordered}, _notes(context, decisions))
 
 
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a model's parameters by their names without the prefixes of wrappers, tied ones under each of theirs."""
+    return {place.name: parameter for parameter, place in _walk(_unwrap_root(model), (), ())}
+
+
 # Reading the model
 
 

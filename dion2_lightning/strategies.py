@@ -9,9 +9,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import torch.distributed as dist
+from torch import nn
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_LIGHTNING: Final = ("lightning", "pytorch_lightning", "lightning_fabric")
+"""The packages that Lightning comes in."""
+
+_BEFORE_PARAMETERS: Final = ("configure_callbacks", "prepare_data", "setup", "configure_model")
+"""The hooks of a LightningModule during which its parameters may still be replaced."""
 
 ALTERNATIVE: Final = "flattens matrices into vectors, so no matrix is left to update; use FSDP2 (fully_shard) instead"
 
@@ -37,6 +44,84 @@ def process_group_of(strategy: object | None) -> "ProcessGroup | None":
         "strategy must be a Lightning Trainer, Strategy or LightningModule, a Fabric, an Accelerator, "
         f"TrainingArguments, a ProcessGroup, a DeviceMesh or None, got {type(strategy).__name__}"
     )
+
+
+def strategy_of(model: Any) -> Any | None:
+    """Return what a framework that has set up a model says about its ranks, or None where no framework is known.
+
+    That is the Trainer or Fabric of a LightningModule, the strategy of a module that Fabric has wrapped, and the group
+    of one that DistributedDataParallel has wrapped.
+
+    Args:
+        model: As it is given to :func:`~dion2_lightning.build_optimizer`.
+
+    Raises:
+        ValueError: It is a LightningModule that has yet to make its parameters in ``configure_model``.
+    """
+    if _is(model, "OptimizedModule", "torch"):
+        return strategy_of(model._orig_mod)
+    if _is(model, "DistributedDataParallel", "torch"):
+        return model.process_group
+    if _is(model, "_FabricModule", *_LIGHTNING):
+        return model._strategy
+    lightning_module = _class_of(model, "LightningModule", *_LIGHTNING)
+    if lightning_module is None:
+        return None
+    if model.fabric is not None:
+        return model.fabric
+    trainer = attached_trainer(model)
+    if type(model).configure_model is not lightning_module.configure_model:
+        _refuse_before_configure_model(model, trainer)
+    return trainer
+
+
+def attached_trainer(known: Any) -> Any | None:
+    """Return the Lightning Trainer that something is or belongs to, if any: a Trainer or a LightningModule."""
+    if _is(known, "Trainer", *_LIGHTNING):
+        return known
+    if not _is(known, "LightningModule", *_LIGHTNING) or known.fabric is not None:
+        return None
+    try:
+        return known.trainer
+    except RuntimeError:  # how Lightning says that there is none
+        return None
+
+
+def _refuse_before_configure_model(model: Any, trainer: Any | None) -> None:
+    name = type(model).__name__
+    if trainer is None:
+        raise ValueError(
+            f"model {name} is in no Trainer yet, and there its hook configure_model makes or shards its parameters: "
+            "build the optimizer in configure_optimizers (with LightningCLI by OptimizerSettings as an argument of the "
+            "model, not by --optimizer). If you have called configure_model yourself, say so by passing a strategy"
+        )
+    if model._current_fx_name in _BEFORE_PARAMETERS:
+        raise ValueError(
+            f"model {name} is in its hook {model._current_fx_name}, and configure_model may still make or shard its "
+            "parameters: build the optimizer in configure_optimizers"
+        )
+
+
+def refuse_wrappers_that_flatten(model: nn.Module) -> None:
+    """Raise an error where a model, or a part of it, is wrapped by FSDP1 or DeepSpeed."""
+    for module in model.modules():
+        if _is(module, "FullyShardedDataParallel", "torch"):
+            # With use_orig_params too: its parameters look whole, but a rank's share of their storage is flat.
+            raise ValueError(f"model holds a FullyShardedDataParallel (FSDP1), which {ALTERNATIVE}")
+        if _class_of(module, "DeepSpeedEngine") is not None:
+            raise ValueError(f"model is a {type(module).__name__} (DeepSpeed), which {ALTERNATIVE}")
+
+
+def _is(thing: object, name: str, *packages: str) -> bool:
+    return _class_of(thing, name, *packages) is not None
+
+
+def _class_of(thing: object, name: str, *packages: str) -> Any | None:
+    """The class of a name from one of the packages, or from any, that something is an instance of."""
+    for kind in type(thing).__mro__:
+        if kind.__name__ == name and (not packages or kind.__module__.split(".")[0] in packages):
+            return kind
+    return None
 
 
 def _of_lightning_strategy(strategy: Any) -> "ProcessGroup | None":

@@ -3,12 +3,20 @@
 import logging
 import subprocess
 import sys
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from dion2_lightning import Dion2, build_optimizer
+from tests.distributed.ranks import run_on_ranks
 
 
 class Language(nn.Module):
@@ -165,8 +173,6 @@ def test_the_report_is_logged_once_on_rank_zero(caplog, monkeypatch):
 
 
 def test_lightning_module_in_configure_optimizers(tmp_path):
-    import lightning as L
-
     class Module(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -196,9 +202,7 @@ def test_lightning_module_in_configure_optimizers(tmp_path):
 
 def strategies():
     import accelerate
-    import lightning as L
     import transformers
-    from lightning.pytorch.strategies import SingleDeviceStrategy
 
     yield L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     yield SingleDeviceStrategy(torch.device("cpu"))
@@ -247,3 +251,153 @@ def test_importing_the_package_needs_torch_alone():
     code = f"import sys; from dion2_lightning import *; print([name for name in {frameworks!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+# What a model says about its ranks, and models that are refused
+
+
+class InLightning(L.LightningModule):
+    """Builds its optimizer in whichever hook it is told."""
+
+    def __init__(self, hook: str = "configure_optimizers", **options: Any) -> None:
+        super().__init__()
+        self.hook, self.options = hook, options
+        self.model = Language()
+
+    def build(self, hook: str) -> Any:
+        return build_optimizer(self, lr=0.01, **self.options) if hook == self.hook else None
+
+    def setup(self, stage: str) -> None:
+        self.build("setup")
+
+    def configure_optimizers(self) -> Any:
+        return self.build("configure_optimizers")
+
+    def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.model(batch[0]).flatten(0, 1), batch[0].flatten())
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randint(0, 16, (8, 4))), batch_size=4)
+
+
+class MadeLater(InLightning):
+    """Makes its parameters in ``configure_model``, or other ones."""
+
+    def configure_model(self) -> None:
+        self.model = Language()
+        self.build("configure_model")
+
+
+def quiet_trainer(**arguments: Any) -> L.Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(**{"accelerator": "cpu", "max_epochs": 1, **quiet, **arguments})
+
+
+def test_lightning_module_outside_a_trainer():
+    """Nothing is replaced later, so it is a model like any other."""
+    assert build_optimizer(InLightning(), lr=0.1).process_group is None
+
+
+def test_lightning_module_whose_parameters_are_made_later():
+    with pytest.raises(ValueError, match=r"^model MadeLater is in no Trainer yet, and there its hook configure_m"):
+        build_optimizer(MadeLater(), lr=0.1)
+
+
+def test_an_optimizer_that_was_built_before_all_the_same():
+    """The strategy says that the user knows; the step says that it was wrong."""
+    module, trainer = MadeLater(), quiet_trainer()
+    optimizer = build_optimizer(module, lr=0.1, strategy=trainer)
+    setattr(module, "configure_optimizers", lambda: optimizer)  # noqa: B010
+    with pytest.raises(RuntimeError, match=r"'model.blocks.0.1.weight'.* the model has another parameter"):
+        trainer.fit(module)
+
+
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+def test_lightning_module_in_a_hook_that_comes_too_early(hook):
+    with pytest.raises(ValueError, match=f"^model MadeLater is in its hook {hook}, and configure_model may still make"):
+        quiet_trainer().fit(MadeLater(hook))
+
+
+def test_lightning_module_made_in_configure_model():
+    module, trainer = MadeLater(), quiet_trainer()
+    trainer.fit(module)
+    assert trainer.optimizers[0].state
+
+
+def test_lightning_cli_that_builds_the_optimizer_by_itself():
+    """From the bare parameters, before configure_model: one of them at least is no matrix."""
+    with pytest.raises(ValueError, match=r"parameter \d+ of shape \(\d+,\) is not a matrix.* let build_optimizer"):
+        LightningCLI(MadeLater, args=["--optimizer=dion2_lightning.Dion2"], run=False, save_config_callback=None)
+
+
+class FSDPStrategy(SingleDeviceStrategy):
+    """Fails where the real one would, before it asks for a GPU."""
+
+
+class DeepSpeedStrategy(SingleDeviceStrategy):
+    """As above."""
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_of_a_trainer_that_flatten_are_refused(strategy):
+    """Without strategy=, in configure_optimizers."""
+    with pytest.raises(ValueError, match=f"^strategy {strategy.__name__} .*flattens matrices.*ModelParallelStrategy$"):
+        quiet_trainer(accelerator="auto", strategy=strategy(torch.device("cpu"))).fit(InLightning())
+
+
+def test_an_explicit_strategy_wins():
+    with pytest.raises(ValueError, match="several dimensions without mesh_dim_names"):
+        quiet_trainer().fit(InLightning(strategy=FakeMesh()))
+
+
+class FakeMesh:
+    """Tells which argument was read."""
+
+    ndim = 2
+    mesh_dim_names = None
+
+
+FakeMesh.__name__, FakeMesh.__module__ = "DeviceMesh", "torch"
+
+
+class DeepSpeedEngine(nn.Module):
+    """What DeepSpeed makes of a model, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = Language()
+
+
+def test_a_deepspeed_engine_is_refused():
+    with pytest.raises(ValueError, match=r"^model is a DeepSpeedEngine \(DeepSpeed\), which flattens .* use FSDP2"):
+        build_optimizer(DeepSpeedEngine(), lr=0.1)
+
+
+def check_wrappers():
+    for use_orig_params in (False, True):
+        model = Language()
+        built_before = build_optimizer(model, lr=0.1)
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+        for given in (wrapped, nn.Sequential(wrapped)):
+            for strategy in (None, dist.group.WORLD):
+                with pytest.raises(ValueError, match=r"^model holds a FullyShardedDataParallel \(FSDP1\)"):
+                    build_optimizer(given, lr=0.1, strategy=strategy)
+        tokens = torch.arange(8).view(2, 4)
+        nn.functional.cross_entropy(wrapped(tokens).flatten(0, 1), tokens.flatten()).backward()
+        with pytest.raises((RuntimeError, ValueError), match=r"the model has another parameter|flattened by FSDP1"):
+            built_before.step()
+
+    replicas = DistributedDataParallel(Language())
+    for each in (replicas, torch.compile(replicas, backend="eager")):
+        assert build_optimizer(each, lr=0.1).process_group is replicas.process_group
+    with pytest.raises(TypeError, match="strategy must be"):
+        build_optimizer(replicas, lr=0.1, strategy=3)
+
+
+def test_wrapped_models():
+    run_on_ranks(2, check_wrappers)

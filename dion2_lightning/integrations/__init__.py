@@ -1,1 +1,1 @@
-"""What belongs to one training framework; each file imports its own, and nothing imports these files but the user."""
+"""What one training framework asks for, a file for each; each imports its own framework, on first use."""

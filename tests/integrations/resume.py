@@ -110,6 +110,6 @@ def _whole(tensor: Any) -> Tensor:
 
 def unwrapped(optimizer: Any) -> Optimizer:
     """Return the optimizer that a framework has wrapped."""
-    while not isinstance(optimizer, Dion2 | torch.optim.AdamW):
+    while type(optimizer) not in (Dion2, torch.optim.AdamW):  # Fabric's wrapper is an instance of both
         optimizer = optimizer.optimizer
     return optimizer

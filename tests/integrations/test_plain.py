@@ -36,3 +36,23 @@ def train_by_hand(layout: str, kind: str, phase: Phase, folder: Path) -> None:
 
 def test_resume(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     check_resume(train_by_hand, "none", "one device", 1, tmp_path, record_property)
+
+
+def loss_curve(steps: int) -> list[float]:
+    """The losses of the common training, by hand: what every framework has to reproduce."""
+    model = make_model()
+    optimizer = make_optimizer("Dion2", model)
+    losses = []
+    for batch in Sequences(steps).pieces.split(BATCH):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_common_training_learns() -> None:
+    losses = loss_curve(20)
+    assert losses[-1] < 0.8 * losses[0]

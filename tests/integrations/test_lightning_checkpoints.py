@@ -1,0 +1,359 @@
+"""Checkpoints in Lightning: exact resume under every strategy, from one strategy to another, and what does not fit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+
+import dion2_lightning
+from dion2_lightning import NamedOptimizerStates
+from tests.distributed.ranks import kill_this_process, run_like_torchrun
+from tests.integrations.lightning_training import Llama, fit, make_trainer, ranks_of
+from tests.integrations.resume import STEPS, STOP, Phase, check_resume, write_outcome
+from tests.integrations.training import make_model
+
+FILE = "checkpoint.ckpt"
+
+
+class Kill(L.Callback):
+    """Ends the process once the checkpoint is there."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == STOP:
+            kill_this_process()
+
+
+def saving(folder: Path) -> ModelCheckpoint:
+    """Save after ``STOP`` steps, as ``FILE``."""
+    name = FILE.removesuffix(".ckpt")
+    return ModelCheckpoint(folder, name, every_n_train_steps=STOP, save_top_k=-1, enable_version_counter=False)
+
+
+def train_in_lightning(layout: str, kind: str, phase: Phase, folder: Path) -> None:
+    killed, resumed = phase is Phase.KILLED, phase is Phase.RESUMED
+    module, trainer = fit(
+        layout,
+        kind,
+        steps=STEPS,
+        seed=1 if resumed else 0,
+        checkpoint=folder / FILE if resumed else None,
+        callbacks=[Kill(), saving(folder)] if killed else [],
+        enable_checkpointing=killed,
+    )
+    write_outcome(folder, phase, module.named_parameters(), trainer.optimizers[0], module.losses)
+
+
+@pytest.mark.parametrize("layout", ["one device", "DDP", "FSDP2", "FSDP2, sharded file", "TP", "FSDP2 x TP"])
+def test_resume(layout: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    check_resume(train_in_lightning, "Lightning", layout, ranks_of(layout), tmp_path, record_property)
+
+
+# From one strategy to another
+
+TWO_GROUPS_OF_MATRICES = {"overrides": {"*.layers.1.*_proj.weight": {"lr": 1e-3}}}
+"""With equal shapes in both groups, and the parameters of neither in one piece of the model."""
+
+
+def make_awkward(model: nn.Module) -> None:
+    """A frozen matrix, and one that never has a gradient."""
+    model.model.layers[0].self_attn.k_proj.requires_grad_(False)
+    model.model.unused = nn.Linear(32, 32, bias=False)
+
+
+def train_awkward(layout: str, seed: int, checkpoint: Path | None = None, save: Path | None = None) -> None:
+    """Train ``STOP`` steps, or load what has; save; write weights and state by name."""
+    module, trainer = fit(
+        layout,
+        steps=STOP,
+        seed=seed,
+        checkpoint=checkpoint,
+        config={"tie_word_embeddings": True},
+        settings=TWO_GROUPS_OF_MATRICES,
+        change=make_awkward,
+        options={"find_unused_parameters": True},
+        callbacks=[saving(save)] if save is not None else [],
+        enable_checkpointing=save is not None,
+    )
+    assert len(module.losses) == (0 if checkpoint is not None else STOP)
+    if checkpoint is not None and save is not None:
+        trainer.save_checkpoint(save / FILE)
+    optimizer = trainer.optimizers[0]
+    assert [group["algorithm"] for group in optimizer.param_groups].count("dion2") == 2
+    folder = save if checkpoint is None else checkpoint.parent / f"loaded by {layout}"
+    folder.mkdir(exist_ok=True)
+    write_outcome(folder, Phase.UNINTERRUPTED, module.named_parameters(), optimizer, [])
+
+
+def outcome(folder: Path) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = torch.load(folder / f"{Phase.UNINTERRUPTED.value} 0.pt")
+    return result
+
+
+def check_same(loaded: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    assert any("momentum" in name for name in saved)
+    assert "model.model.unused.weight: momentum" in saved
+    assert loaded.keys() == saved.keys()
+    for name, expected in saved.items():
+        assert torch.equal(loaded[name], expected), name
+
+
+@pytest.fixture(scope="module")
+def saved_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a checkpoint that a layout has saved, once."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(layout: str) -> Path:
+        if layout not in folders:
+            folders[layout] = tmp_path_factory.mktemp("saved")
+            run_like_torchrun(ranks_of(layout), train_awkward, layout, 0, None, folders[layout])
+        return folders[layout]
+
+    return folder_of
+
+
+@pytest.mark.parametrize(
+    ("saving_layout", "loading_layout"),
+    [
+        ("one device", "FSDP2"),
+        ("one device", "DDP"),
+        ("one device", "TP"),
+        ("one device", "FSDP2 x TP"),
+        ("DDP", "FSDP2"),
+        ("DDP", "one device"),
+        ("FSDP2", "one device"),
+        ("FSDP2", "DDP"),
+        ("FSDP2", "FSDP2, 4 ranks"),
+        ("TP", "FSDP2"),
+        ("FSDP2 x TP", "one device"),
+        ("FSDP2, sharded file", "FSDP2 x TP"),
+    ],
+)
+def test_every_state_comes_back_to_its_parameter(
+    saved_by: Callable[[str], Path], saving_layout: str, loading_layout: str
+) -> None:
+    folder = saved_by(saving_layout)
+    run_like_torchrun(ranks_of(loading_layout), train_awkward, loading_layout, 1, folder / FILE)
+    check_same(outcome(folder / f"loaded by {loading_layout}"), outcome(folder))
+
+
+def test_sharded_files_from_two_ranks_to_four_and_back(saved_by: Callable[[str], Path], tmp_path: Path) -> None:
+    two, four = "FSDP2, sharded file", "FSDP2, 4 ranks, sharded file"
+    folder = saved_by(two)
+    run_like_torchrun(4, train_awkward, four, 1, folder / FILE, tmp_path)
+    check_same(outcome(folder / f"loaded by {four}"), outcome(folder))
+    run_like_torchrun(2, train_awkward, two, 2, tmp_path / FILE)
+    check_same(outcome(tmp_path / f"loaded by {two}"), outcome(folder))
+
+
+class Stack(L.LightningModule):
+    """Four matrices of one shape in two groups: nothing but their names tells their states apart."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.layout = layout
+        self.layers = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4)))
+
+    def configure_model(self) -> None:
+        if self.layout == "FSDP2" and not hasattr(self.layers[0].weight, "device_mesh"):
+            fully_shard(self.layers, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        return self.layers(batch).square().mean()
+
+    def configure_optimizers(self) -> dion2_lightning.Dion2:
+        return dion2_lightning.build_optimizer(self, lr=0.01, overrides={"layers.[13].weight": {"lr": 0.02}})
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.ones(4, 8), batch_size=2)
+
+
+class WithoutNames(L.Callback):
+    """Takes out the callback that build_optimizer has added."""
+
+    def on_fit_start(self, trainer: L.Trainer, _: L.LightningModule) -> None:
+        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, NamedOptimizerStates)]
+
+
+def save_stack(path: Path, with_names: bool) -> None:
+    trainer = make_trainer("one device", 2, callbacks=[] if with_names else [WithoutNames()])
+    trainer.fit(Stack("one device"))
+    trainer.save_checkpoint(path)
+
+
+def load_stack(path: Path) -> None:
+    make_trainer("FSDP2", 2).fit(Stack("FSDP2"), ckpt_path=path)
+
+
+def load_stack_in_vain(path: Path) -> None:
+    with pytest.raises(RuntimeError, match="states went to other parameters"):
+        load_stack(path)
+
+
+def test_states_that_lightning_has_swapped_are_refused(tmp_path: Path) -> None:
+    """All shapes are equal, and so are the groups' sizes: Lightning and torch notice nothing."""
+    save_stack(tmp_path / FILE, with_names=False)
+    state = torch.load(tmp_path / FILE, weights_only=True)["optimizer_states"][0]
+    assert [group["params"] for group in state["param_groups"]] == [[0, 1], [2, 3]]
+    run_like_torchrun(2, load_stack_in_vain, tmp_path / FILE)
+
+
+def test_the_same_checkpoint_with_names_is_loaded(tmp_path: Path) -> None:
+    save_stack(tmp_path / FILE, with_names=True)
+    state = torch.load(tmp_path / FILE, weights_only=True)["optimizer_states"][0]
+    assert [group["params"] for group in state["param_groups"]] == [
+        ["layers.0.weight", "layers.2.weight"],
+        ["layers.1.weight", "layers.3.weight"],
+    ]
+    run_like_torchrun(2, load_stack, tmp_path / FILE)
+
+
+# What else a model or a run may hold
+
+
+def inject_lora(model: nn.Module) -> None:
+    """Freeze the model and add adapters."""
+    model.requires_grad_(False)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    inject_adapter_in_model(config, model)
+
+
+def compile_a_layer(model: nn.Module) -> None:
+    model.model.layers[0].compile(backend="eager")
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16-true": {"precision": "bf16-true"},
+    "LoRA": {"change": inject_lora, "settings": {"lora": "both"}},
+    "compiled layer": {"change": compile_a_layer},
+}
+
+
+class Saving(L.Callback):
+    """Saves once, after ``STOP`` steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == STOP:
+            trainer.save_checkpoint(self.folder / FILE)
+
+
+def save_and_resume(layout: str, variant: str, folder: Path) -> None:
+    """Train, save and go on; load in a new run and go on; all must be the same, bit for bit."""
+    arguments = VARIANTS[variant]
+    module, trainer = fit(layout, steps=STEPS, callbacks=[Saving(folder)], **arguments)
+    write_outcome(folder, Phase.UNINTERRUPTED, module.named_parameters(), trainer.optimizers[0], module.losses[STOP:])
+    resumed, trainer = fit(layout, steps=STEPS, seed=1, checkpoint=folder / FILE, **arguments)
+    write_outcome(folder, Phase.RESUMED, resumed.named_parameters(), trainer.optimizers[0], resumed.losses)
+    one, other = (torch.load(folder / f"{phase.value} 0.pt") for phase in (Phase.UNINTERRUPTED, Phase.RESUMED))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    momenta = [value for name, value in one.items() if name.endswith("momentum")]
+    assert momenta and all(momentum.dtype == torch.float32 for momentum in momenta)
+
+
+@pytest.mark.parametrize("layout", ["one device", "FSDP2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_of(variant: str, layout: str, tmp_path: Path) -> None:
+    run_like_torchrun(ranks_of(layout), save_and_resume, layout, variant, tmp_path)
+
+
+def wrap_a_layer(model: Any) -> None:
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+
+
+def test_names_have_no_prefixes_of_wrappers(tmp_path: Path) -> None:
+    """A compiled layer's parameters are saved under the names that FSDP2 would look for."""
+    _, trainer = fit("one device", steps=2, change=wrap_a_layer)
+    trainer.save_checkpoint(tmp_path / FILE)
+    checkpoint = torch.load(tmp_path / FILE, weights_only=True)
+    assert any("_orig_mod" in name for name in checkpoint["state_dict"])
+    names = [name for group in checkpoint["optimizer_states"][0]["param_groups"] for name in group["params"]]
+    assert "model.model.layers.0.self_attn.q_proj.weight" in names
+    assert not any("_orig_mod" in name for name in names)
+    resumed, again = fit("one device", steps=4, seed=1, change=wrap_a_layer, checkpoint=tmp_path / FILE)
+    assert len(resumed.losses) == 2
+    assert {state["step"].item() for state in again.optimizers[0].state.values() if "step" in state} == {4}
+
+
+# What does not fit
+
+
+def changed_file(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint["optimizer_states"][0])
+    changed = path.with_name("changed.ckpt")
+    torch.save(checkpoint, changed)
+    return changed
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    fit("one device", steps=STOP, callbacks=[saving(folder)], enable_checkpointing=True)
+    return folder / FILE
+
+
+def refuse_to_load(path: Path, error: type[Exception], message: str, **arguments: Any) -> tuple[Llama, L.Trainer]:
+    module, trainer = Llama("Dion2", "one device", make_model(1), STEPS, **arguments), make_trainer("one device", STEPS)
+    with pytest.raises(error, match=message):
+        trainer.fit(module, ckpt_path=path)
+    return module, trainer
+
+
+def test_a_checkpoint_from_before_a_setting_was_there(saved: Path) -> None:
+    def forget(state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            del group["check_finite"], group["state_dtype"]
+
+    _, trainer = fit("one device", steps=STEPS, checkpoint=changed_file(saved, forget))
+    assert all(group["check_finite"] is False for group in trainer.optimizers[0].param_groups)
+    assert all(state for state in trainer.optimizers[0].state.values())
+
+
+def test_a_checkpoint_of_another_optimizer(tmp_path: Path) -> None:
+    fit("one device", "AdamW", steps=STOP, callbacks=[saving(tmp_path)], enable_checkpointing=True)
+    _, trainer = refuse_to_load(tmp_path / FILE, ValueError, r"the checkpoint has 1 groups, \[None\]; this optimizer 3")
+    assert not trainer.optimizers[0].state
+
+
+def test_a_checkpoint_of_another_split(saved: Path) -> None:
+    _, trainer = refuse_to_load(saved, ValueError, "the checkpoint has 3 groups", **TWO_GROUPS_OF_MATRICES)
+    assert not trainer.optimizers[0].state
+
+
+def test_a_checkpoint_of_other_parameters(saved: Path) -> None:
+    def rename(state: dict[str, Any]) -> None:
+        state["param_groups"][0]["param_names"][0] = "encoder.weight"
+
+    message = (
+        "only in the checkpoint: encoder.weight; only in this optimizer: model.model.layers.0.self_attn.q_proj.weight"
+    )
+    _, trainer = refuse_to_load(changed_file(saved, rename), ValueError, message)
+    assert not trainer.optimizers[0].state
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path: Path) -> None:
+    """Lightning restores the weights first, and torch refuses them."""
+    config = {"hidden_size": 64}
+    fit("one device", steps=STOP, config=config, callbacks=[saving(tmp_path)], enable_checkpointing=True)
+    _, trainer = refuse_to_load(tmp_path / FILE, RuntimeError, "size mismatch for model.model.embed_tokens.weight")
+    assert not any(optimizer.state for optimizer in trainer.optimizers)
+
+
+def test_a_truncated_checkpoint(saved: Path) -> None:
+    truncated = saved.with_name("truncated.ckpt")
+    truncated.write_bytes(saved.read_bytes()[: saved.stat().st_size // 2])
+    module, trainer = refuse_to_load(truncated, RuntimeError, "zip archive")
+    for parameter, untouched in zip(module.model.parameters(), make_model(1).parameters(), strict=True):
+        assert torch.equal(parameter, untouched)
+    assert not any(optimizer.state for optimizer in trainer.optimizers)

@@ -1,0 +1,271 @@
+"""Training in Lightning: the same losses under every strategy, and whatever a Trainer does with an optimizer."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from dion2_lightning import NamedOptimizerStates, build_optimizer
+from tests.distributed.ranks import run_like_torchrun
+from tests.integrations import test_plain
+from tests.integrations.lightning_training import Llama, fit, make_trainer, mean_over_ranks, ranks_of
+from tests.integrations.training import BATCH, make_model
+
+STEPS = 20
+
+
+def loss_curve(steps: int) -> list[float]:
+    """The losses of the common training, by Lightning on one process."""
+    module, _ = fit("one device", steps=steps)
+    return module.losses
+
+
+def test_loss_curve_is_that_of_a_loop_by_hand() -> None:
+    assert loss_curve(STEPS) == pytest.approx(test_plain.loss_curve(STEPS), rel=1e-4)
+
+
+def check_loss_curve(layout: str, expected: list[float], options: dict[str, Any]) -> None:
+    module, trainer = fit(layout, steps=STEPS, options=options)
+    assert mean_over_ranks(module.losses) == pytest.approx(expected, rel=1e-4)
+    optimizer = trainer.optimizers[0]
+    matrices = optimizer.param_groups[0]["params"]
+    if layout == "DDP":
+        assert optimizer.process_group is dist.group.WORLD  # nobody said strategy=
+    else:
+        assert optimizer.process_group is None
+        assert all(isinstance(parameter, DTensor) for parameter in matrices)
+    assert all(optimizer.selection_of(parameter) is not None for parameter in matrices)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("DDP", {}),
+        ("DDP", {"static_graph": True, "gradient_as_bucket_view": True}),
+        ("DDP", {"find_unused_parameters": True}),
+        ("FSDP2", {}),
+        ("TP", {}),
+        ("FSDP2 x TP", {}),
+    ],
+    ids=str,
+)
+def test_every_strategy_has_the_loss_curve_of_one_device(layout: str, options: dict[str, Any]) -> None:
+    expected = test_plain.loss_curve(STEPS)
+    run_like_torchrun(ranks_of(layout), check_loss_curve, layout, expected, options)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision(precision: Any) -> None:
+    module, trainer = fit("one device", steps=STEPS, precision=precision)
+    assert module.losses == pytest.approx(test_plain.loss_curve(STEPS), rel=0.02)
+    expected = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
+    assert {parameter.dtype for parameter in module.parameters()} == {expected}
+    state = trainer.optimizers[0].state
+    momenta = [state[parameter]["momentum"] for parameter in trainer.optimizers[0].param_groups[0]["params"]]
+    assert {momentum.dtype for momentum in momenta} == {torch.float32}
+
+
+class ScaledFloat32(MixedPrecision):
+    """A GradScaler as with float16, and products in float32: float16's take too long on a CPU."""
+
+    def autocast_context_manager(self) -> torch.autocast:
+        return torch.autocast("cpu", enabled=False)
+
+
+class PlantInf(L.Callback):
+    """Makes one gradient infinite at one step, and looks whether anything changes in it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.batches = 0
+        self.before: list[torch.Tensor] = []
+
+    def everything(self, trainer: L.Trainer, module: Any) -> list[torch.Tensor]:
+        optimizer = trainer.optimizers[0]
+        selected = [optimizer.selection_of(p) for p in optimizer.param_groups[0]["params"]]
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        tensors = [*module.parameters(), *states, *(selection.indices for selection in selected)]
+        return [tensor.detach().clone() for tensor in tensors]
+
+    def on_after_backward(self, trainer: L.Trainer, module: Any) -> None:
+        if self.batches == self.step:
+            self.before = self.everything(trainer, module)
+            module.model.lm_head.weight.grad[0, 0] = torch.inf
+        self.batches += 1
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if self.batches == self.step + 1:
+            after = self.everything(trainer, module)
+            assert len(self.before) > 30
+            assert all(torch.equal(one, other) for one, other in zip(self.before, after, strict=True))
+
+
+def test_a_step_that_the_grad_scaler_skips_changes_nothing() -> None:
+    plugin = ScaledFloat32("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+    planted = PlantInf(step=3)
+    module, trainer = fit("one device", steps=8, plugins=[plugin], callbacks=[planted])
+    assert planted.before
+    assert plugin.scaler.get_scale() == 2.0
+    assert trainer.optimizers[0].state[module.model.lm_head.weight]["step"] == 7
+    assert module.losses[:4] == pytest.approx(test_plain.loss_curve(8)[:4], rel=1e-5)
+    assert module.losses[7] < module.losses[0]
+
+
+# What a Trainer does with an optimizer
+
+
+def test_accumulated_batches_make_one_step() -> None:
+    """Halves of a batch one after the other, as the two ranks of DDP have them side by side."""
+
+    class Halves(Llama):
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(self.sequences, batch_size=BATCH // 2)
+
+    module = Halves("Dion2", "one device", make_model(), 6)
+    make_trainer("one device", 6, accumulate_grad_batches=2).fit(module)
+    losses = [(first + second) / 2 for first, second in zip(module.losses[::2], module.losses[1::2], strict=True)]
+    assert losses == pytest.approx(test_plain.loss_curve(6), rel=1e-4)
+
+
+def test_learning_rate_monitor_shows_every_group(tmp_path: Path) -> None:
+    class Scheduled(Llama):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    trainer = make_trainer(
+        "one device", 4, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[LearningRateMonitor("step")]
+    )
+    trainer.fit(Scheduled("Dion2", "one device", make_model(), 4))
+    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name, start in {"dion2": 3e-3, "adamw": 2e-3, "adamw-no-decay": 2e-3}.items():
+        shown = [float(row[f"lr-Dion2/{name}"]) for row in rows]
+        assert shown == pytest.approx([start, start / 2, start / 3, start / 4])
+    assert all(type(group["lr"]) is float for group in trainer.optimizers[0].param_groups)
+
+
+class Transfer(L.LightningModule):
+    """What BackboneFinetuning wants: a backbone to thaw, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 8))
+        self.head = nn.Linear(8, 8)
+        self.losses: list[float] = []
+
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        loss = (self.head(self.backbone(batch)) - batch).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return build_optimizer(self, lr=0.01)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), batch_size=4)
+
+
+class Thaw(BackboneFinetuning):
+    """Lightning's leaves the backbone frozen when it resumes after the thaw, whatever the optimizer."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self.previous_backbone_lr is not None:
+            self.make_trainable(pl_module.backbone)
+
+
+def finetune(epochs: int, checkpoint: Path | None = None) -> tuple[Transfer, L.Trainer]:
+    thaw = Thaw(unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.5, lambda_func=lambda epoch: 1.2)
+    trainer = make_trainer("one device", -1, max_epochs=epochs, callbacks=[thaw])
+    module = Transfer()
+    trainer.fit(module, ckpt_path=checkpoint)
+    return module, trainer
+
+
+def test_backbone_finetuning(tmp_path: Path) -> None:
+    """It adds one bare group, biases and norms included; resumed, it replaces all groups."""
+    whole, trainer = finetune(4)
+    optimizer = trainer.optimizers[0]
+    groups = {group["name"]: (group["algorithm"], group["param_names"]) for group in optimizer.param_groups}
+    assert groups == {
+        "dion2": ("dion2", ["head.weight"]),
+        "adamw-no-decay": ("adamw", ["head.bias"]),
+        "dion2-2": ("dion2", ["backbone.0.weight", "backbone.2.weight"]),
+        "adamw-no-decay-2": ("adamw", ["backbone.0.bias", "backbone.1.weight", "backbone.1.bias", "backbone.2.bias"]),
+    }
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.01, *[0.01 * 0.5 * 1.2**2] * 2])
+    assert optimizer.selection_of(whole.backbone[0].weight).indices.shape == (2,)
+
+    _, stopped = finetune(2)
+    stopped.save_checkpoint(tmp_path / "checkpoint.ckpt")
+    resumed, trainer = finetune(4, tmp_path / "checkpoint.ckpt")
+    assert resumed.losses == whole.losses[4:]
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Pair(L.LightningModule):
+    """Two optimizers on two parts of a module, by manual optimization, with and without a closure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def training_step(self, batch: torch.Tensor, _: int) -> None:
+        first, second = self.optimizers()
+
+        def closure() -> torch.Tensor:
+            first.zero_grad()
+            loss = self.one(batch).square().mean()
+            self.manual_backward(loss)
+            return loss
+
+        first.step(closure)
+        second.zero_grad()
+        self.manual_backward((self.other(self.one(batch).detach()) - batch).square().mean())
+        second.step()
+
+    def configure_optimizers(self) -> Any:
+        return [build_optimizer(self.one, lr=0.01), build_optimizer(self.other, lr=0.02)]
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.ones(6, 8), batch_size=2)
+
+
+def test_two_optimizers_on_two_parts(tmp_path: Path) -> None:
+    callback = NamedOptimizerStates()  # parts know no Trainer, so build_optimizer cannot add it
+    trainer = make_trainer("one device", -1, max_epochs=2, gradient_clip_val=None, callbacks=[callback])
+    module = Pair()
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "checkpoint.ckpt")
+    states = torch.load(tmp_path / "checkpoint.ckpt", weights_only=True)["optimizer_states"]
+    assert [group["params"] for state in states for group in state["param_groups"]] == [
+        ["one.weight"],
+        ["one.bias"],
+        ["other.weight"],
+        ["other.bias"],
+    ]
+    resumed = make_trainer("one device", -1, max_epochs=2, gradient_clip_val=None)
+    again = Pair()
+    resumed.fit(again, ckpt_path=tmp_path / "checkpoint.ckpt")
+    for one, other in zip(trainer.optimizers, resumed.optimizers, strict=True):
+        momentum = one.state[one.param_groups[0]["params"][0]]["momentum"]
+        assert torch.equal(momentum, other.state[other.param_groups[0]["params"][0]]["momentum"])
