@@ -251,8 +251,9 @@ def check_sequence_parallel() -> None:
         with CommDebugMode() as collectives:
             optimizers[1].step()
         if step:
-            # The summands of the norm's weight and bias and of the last layer's weight, the slice norms; both ways.
-            assert collectives.get_total_counts() == 4
+            # The summands of the norm's weight and bias and of the last layer's weight; the slice norms of what is in
+            # parts and of the last layer, which is replicated; submatrices both ways.
+            assert collectives.get_total_counts() == 1 + 2 + 2
         optimizers[0].step()
         for optimizer in optimizers:
             optimizer.zero_grad()
