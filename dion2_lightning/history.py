@@ -48,7 +48,11 @@ class Kind(NamedTuple):
 class SelectionHistory:
     """The figures of a run, and how often each part of each parameter was selected.
 
+    Args:
+        window: Steps that ``coverage`` looks back (default: 100).
+
     Attributes:
+        window: The same.
         steps: At which steps there were figures; at most ``MAX_POINTS`` of them, evenly over the run.
         overall: At each of them the figures of all matrices, by name.
         groups: The same by group.
@@ -60,7 +64,8 @@ class SelectionHistory:
             to the most; float64 (parameters, bins).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = 100) -> None:
+        self.window = window
         self.steps: list[int] = []
         self.overall: list[dict[str, float]] = []
         self.groups: list[dict[str, dict[str, float]]] = []
@@ -119,12 +124,17 @@ class SelectionHistory:
         if saved.get("version") != VERSION:
             raise ValueError(f"{path} is of version {saved.get('version')!r}, this release reads version {VERSION}")
         history = cls()
-        history.load_state_dict(_from_plain(saved))
+        try:
+            history.load_state_dict(_from_plain(saved))
+            history._check()
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); take another copy of it") from error
         return history
 
     def state_dict(self) -> dict[str, Any]:
         """Return it as plain data and tensors."""
         return {
+            "window": self.window,
             "steps": list(self.steps),
             "overall": [dict(each) for each in self.overall],
             "groups": [{name: dict(each) for name, each in point.items()} for point in self.groups],
@@ -137,10 +147,25 @@ class SelectionHistory:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
+        self.window = state_dict["window"]
         for name in ("steps", "overall", "groups", "parameters"):
             setattr(self, name, list(state_dict[name]))
         self.kinds = [Kind(*kind) for kind in state_dict["kinds"]]
         self.shares, self.counts, self._hits = (state_dict[name].clone() for name in ("shares", "counts", "hits"))
+
+    def _check(self) -> None:
+        """Refuse what does not fit together."""
+        points, kinds = len(self.steps), len(self.kinds)
+        for name in ("overall", "groups", "parameters"):
+            if len(getattr(self, name)) != points:
+                raise ValueError(f"{name} has {len(getattr(self, name))} points, steps has {points}")
+        if any(len(point) != kinds for point in self.parameters):
+            raise ValueError(f"parameters and kinds differ in number, {kinds} kinds")
+        if points and self.shares.shape != (points, kinds, BINS):
+            raise ValueError(f"shares has shape {tuple(self.shares.shape)} instead of {(points, kinds, BINS)}")
+        for name, tensor in {"counts": self.counts, "hits": self._hits}.items():
+            if tensor.shape != (kinds, BINS):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)} instead of {(kinds, BINS)}")
 
     def _take_over(self, kinds: Sequence[Kind]) -> None:
         """Make what is there refer to ``kinds``; of a parameter that is new it says it was never selected."""

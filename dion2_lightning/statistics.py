@@ -157,7 +157,7 @@ class SelectionStatistics:
             raise TypeError(f"orthogonality must be True or False, got {orthogonality!r}")
         self.every, self.window, self.orthogonality = every, window, orthogonality
         self.step = 0
-        self.history = SelectionHistory()
+        self.history = SelectionHistory(window)
         self.wants_results = False
         self._optimizer: Dion2 | None = None
         self._entries: dict[Tensor, _Entry] = {}
@@ -318,7 +318,7 @@ class SelectionStatistics:
         """
         self.step = state_dict["step"]
         self._loaded = dict(state_dict["counts"])
-        self.history.load_state_dict(state_dict["history"])
+        self.history.load_state_dict(state_dict["history"] | {"window": self.window})
         self._warned = {(kind, (group, name)) for kind, group, name in state_dict["warned"]}
         self._entries, self._ledgers = {}, []
 
