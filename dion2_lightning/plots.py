@@ -4,7 +4,6 @@ Every function makes a matplotlib ``Figure`` of a :class:`~dion2_lightning.histo
 pyplot or settings of matplotlib, so none leaves a window or a figure behind, with or without a display.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +53,10 @@ _STYLE: Final[dict[str, Any]] = {
     "legend.fontsize": 8.5,
     "figure.titlesize": 11.5,
 }
-_MAX_COLUMNS: Final = 48
+_MAX_COLUMNS: Final = 36
 """Intervals that a heatmap shows; neighbours become one, or single steps would be noise."""
 
-_MAX_ROWS: Final = 256
+_MAX_ROWS: Final = 128
 """Rows of a panel of a heatmap."""
 
 _MAX_SINGLES: Final = 24
@@ -96,7 +95,7 @@ def overview(history: SelectionHistory) -> Figure:
         ValueError: The history has no figures.
     """
     figure = Figure(figsize=(11, 7.4), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # type: ignore[union-attr]
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.15)  # type: ignore[union-attr]
     (first, second), (third, fourth) = figure.subplots(2, 2)
     families = _families(history.kinds)
     family = max(families, key=lambda each: _mean_of(history, each, "imbalance"))
@@ -106,8 +105,13 @@ def overview(history: SelectionHistory) -> Figure:
     _selection_colorbar(figure, mesh, [first])
     _draw_counts(second, history)
     _draw_curve(third, history, "coverage")
+    third.legend(loc="lower right")
     third.set_title(_coverage_title(history))
     _draw_captured_mass(fourth, history, families)
+    series = sum(family.depths[0] is not None for family in families)
+    fourth.legend(loc="upper left", ncols=2, fontsize=7.5 if series <= 8 else 5.5, handlelength=1.8)
+    fourth.set_ylim(0, 1.6 * fourth.dataLim.y1)
+    fourth.set_yticks([tick for tick in fourth.get_yticks() if tick <= 1.0])
     return figure
 
 
@@ -124,7 +128,7 @@ def heatmap(history: SelectionHistory) -> Figure:
     columns = _grid_columns(len(families))
     rows = -(-len(families) // columns)
     tallest = [max(len(each.members) for each in families[row * columns :][:columns]) for row in range(rows)]
-    heights = [float(np.clip(0.35 + 0.17 * count, 1.3, 3.6)) for count in tallest]
+    heights = [float(np.clip(0.6 + 0.26 * count, 1.6, 4.2)) for count in tallest]
     figure = Figure(figsize=(3.0 * columns + 1.7, sum(heights) + 0.45 * rows + 0.7), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
     panels = list(grid.flat)
@@ -136,7 +140,7 @@ def heatmap(history: SelectionHistory) -> Figure:
     for axes in panels[max(0, len(families) - columns) : len(families)]:
         axes.set_xlabel("step")
     figure.suptitle("How often each part of each matrix was selected", x=0.01, ha="left")
-    _selection_colorbar(figure, mesh, panels[: len(families)])
+    _selection_colorbar(figure, mesh, panels[: len(families)], shrink=min(1.0, 3.4 / sum(heights)))
     return figure
 
 
@@ -149,6 +153,7 @@ def coverage(history: SelectionHistory) -> Figure:
     """
     figure, axes = _single()
     _draw_curve(axes, history, "coverage")
+    axes.legend(loc="lower right")
     axes.set_title(_coverage_title(history))
     return figure
 
@@ -165,10 +170,11 @@ def staleness(history: SelectionHistory) -> Figure:
     expected = 1 / max(_fraction(history.overall), 1e-9) - 1
     _draw_curve(left, history, "staleness_mean")
     _draw_reference(left, expected, f"slices take turns: {expected:.3g} steps")
+    left.legend(loc="upper left")
     left.set_title("Staleness: steps since a slice was last selected, mean")
     _draw_curve(right, history, "staleness_max")
-    steps = _steps(history)
-    right.plot(steps, steps, color=QUIET, linestyle=(0, (4, 3)), linewidth=1, label="never selected")
+    last = history.steps[-1]
+    right.plot([0, last], [0, last], color=QUIET, linestyle=(0, (4, 3)), linewidth=1, label="a slice never selected")
     right.legend(loc="upper left")
     right.set_title("The slice that waits longest")
     return figure
@@ -185,6 +191,7 @@ def turnover(history: SelectionHistory) -> Figure:
     _draw_curve(axes, history, "turnover")
     expected = 1 - _fraction(history.overall)
     _draw_reference(axes, expected, f"random selection: {expected:.0%}")
+    axes.legend(loc="lower right")
     axes.set_title("Turnover: share of the selection that is new since the step before")
     return figure
 
@@ -197,7 +204,10 @@ def captured_mass(history: SelectionHistory) -> Figure:
         ValueError: The history has no figures.
     """
     figure, axes = _single()
-    _draw_captured_mass(axes, history, _families(history.kinds))
+    families = _families(history.kinds)
+    _draw_captured_mass(axes, history, families)
+    series = sum(family.depths[0] is not None for family in families)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=8.5 if series <= 12 else 6.5, handlelength=1.8)
     return figure
 
 
@@ -323,57 +333,53 @@ class _Family:
 
 def _families(kinds: Sequence[Kind]) -> list[_Family]:
     """Sort parameters by their role in a layer; those that occur once come last, together."""
-    members: dict[tuple[str, ...], list[int]] = {}
-    for position, kind in enumerate(kinds):
-        members.setdefault(_pattern(kind.name), []).append(position)
-    titles = _titles(members)
-    families, singles = [], []
-    for pattern, positions in members.items():
-        if len(positions) == 1:
-            singles.append((titles[pattern], positions[0]))
-            continue
-        stars = [place for place, part in enumerate(pattern) if part == "*"]
-        numbers = {position: [int(kinds[position].name.split(".")[place]) for place in stars] for position in positions}
-        varying = [i for i in range(len(stars)) if len({each[i] for each in numbers.values()}) > 1]
-        positions.sort(key=numbers.__getitem__)
+    names = _parts_of_names(kinds)
+    by_role: dict[tuple[str, ...], list[int]] = {}
+    for position, parts in enumerate(names):
+        by_role.setdefault(tuple("*" if part.isdecimal() else part for part in parts), []).append(position)
+    roles = [role for role, members in by_role.items() if len(members) > 1]
+    start = _common_beginning(roles)
+    families = []
+    for role in roles:
+        places = [place for place, part in enumerate(role) if part == "*"]
+        numbers = {member: [int(names[member][place]) for place in places] for member in by_role[role]}
+        varying = [i for i in range(len(places)) if len({each[i] for each in numbers.values()}) > 1]
+        members = sorted(numbers, key=numbers.__getitem__)
         families.append(
             _Family(
-                title=titles[pattern],
-                members=positions,
-                labels=[".".join(str(numbers[position][i]) for i in varying) for position in positions],
-                depths=[numbers[position][varying[0]] for position in positions],
+                title=".".join(role if role[start:] == ("*",) else role[start:]),
+                members=members,
+                labels=[".".join(str(numbers[member][i]) for i in varying) for member in members],
+                depths=[numbers[member][varying[0]] for member in members],
             )
         )
+    singles = [members[0] for members in by_role.values() if len(members) == 1]
+    start = _common_beginning(names)
+    titles = [".".join(names[member][start:]) for member in singles]
     if len(singles) == 1:
-        title, position = singles[0]
-        return [*families, _Family(title, [position], [""], [None])]
-    for start in range(0, len(singles), _MAX_SINGLES):
-        names, positions_ = zip(*singles[start : start + _MAX_SINGLES], strict=True)
-        title = "other matrices" if families else ""
-        families.append(_Family(title, list(positions_), list(names), [None] * len(names)))
+        return [*families, _Family(titles[0], singles, [""], [None])]
+    for first in range(0, len(singles), _MAX_SINGLES):
+        members, labels = (each[first : first + _MAX_SINGLES] for each in (singles, titles))
+        families.append(_Family("other matrices" if roles else "", members, labels, [None] * len(members)))
     return families
 
 
-def _pattern(name: str) -> tuple[str, ...]:
-    return tuple("*" if re.fullmatch(r"\d+", part) else part for part in name.split("."))
+def _parts_of_names(kinds: Sequence[Kind]) -> list[tuple[str, ...]]:
+    """The names, ``weight`` left out where that is unambiguous, the group in front where names need it."""
+    names = [tuple(kind.name.split(".")) for kind in kinds]
+    if len(set(names)) < len(names):
+        names = [(kind.group, *parts) for kind, parts in zip(kinds, names, strict=True)]
+    shorter = [parts[:-1] if len(parts) > 1 and parts[-1] == "weight" else parts for parts in names]
+    return shorter if len(set(shorter)) == len(names) else names
 
 
-def _titles(patterns: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Names of families, without what they all begin and end with."""
-    patterns = list(patterns)
-    parts = {each: each[:-1] if len(each) > 1 and each[-1] == "weight" else each for each in patterns}
-    if len(set(parts.values())) < len(patterns):  # say, `a` and `a.weight`
-        parts = {each: each for each in patterns}
-    if len(patterns) == 1:
-        [(pattern, only)] = parts.items()
-        last = max((place for place, part in enumerate(only) if part == "*"), default=-1)
-        return {pattern: ".".join(only[last + 1 :] or pattern)}
-    common = 0
-    while len({each[common : common + 1] for each in parts.values()}) == 1 and all(
-        len(each) > common + 1 for each in parts.values()
-    ):
-        common += 1
-    return {pattern: ".".join(each[common:]) for pattern, each in parts.items()}
+def _common_beginning(names: Sequence[tuple[str, ...]]) -> int:
+    """How many parts all names begin with, at least one part of each left out."""
+    length = 0
+    shortest = min(map(len, names), default=0)
+    while length + 1 < shortest and len({each[length] for each in names}) == 1:
+        length += 1
+    return length
 
 
 # What the history says
@@ -448,20 +454,18 @@ def _draw_curve(axes: Axes, history: SelectionHistory, name: str) -> None:
         axes.plot(steps, of_group, color=COLORS[place % len(COLORS)], linewidth=1.2, marker=marker, label=group)
     axes.plot(steps, _values(history.overall, name), color=INK, linewidth=2, marker=marker, label="all matrices")
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlim(0 if len(steps) > 1 else None, None if len(steps) == 1 else steps[-1])
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlim(0, steps[-1] if len(steps) > 1 else 1.1 * steps[-1])
     if name.startswith("staleness"):
         axes.set_ylabel("steps")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(1.0, 1.35 * axes.dataLim.y1))  # room for the legend
     else:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(0, 1.02)
-    axes.legend(loc="best")
 
 
 def _draw_reference(axes: Axes, value: float, label: str) -> None:
     axes.axhline(value, color=QUIET, linestyle=(0, (4, 3)), linewidth=1, label=label)
-    axes.legend(loc="best")
 
 
 def _coverage_title(history: SelectionHistory) -> str:
@@ -488,13 +492,13 @@ def _draw_captured_mass(axes: Axes, history: SelectionHistory, families: Sequenc
             _mean(values[:, [m for m, at in zip(family.members, family.depths, strict=True) if at == depth]])
             for depth in depths
         ]
-        style = {"color": COLORS[series % len(COLORS)], "marker": MARKERS[(series + series // 7) % len(MARKERS)]}
+        color = COLORS[series % len(COLORS)]
+        marker = MARKERS[(series + series // len(COLORS)) % len(MARKERS)]  # shifted when colours come again
         x = [places[depth] for depth in depths]
-        axes.plot(x, y, linewidth=1.3, markersize=4, label=family.title, **style)
+        axes.plot(x, y, color=color, marker=marker, linewidth=1.3, markersize=4, label=family.title)
         series += 1
-    fraction = _fraction(history.overall)
-    axes.axhline(fraction, color=QUIET, linestyle=(0, (4, 3)), linewidth=1, label="slices all alike")
-    every = -(-len(layers) // 16)
+    _draw_reference(axes, _fraction(history.overall), "slices all alike")
+    every = max(1, -(-len(layers) // 16))
     ticks = list(range(0, len(layers), every)) + list(range(len(layers), len(layers) + len(names)))
     axes.set_xticks(ticks, [str(layers[tick]) if tick < len(layers) else names[tick - len(layers)] for tick in ticks])
     for label in axes.get_xticklabels()[len(ticks) - len(names) :] if names else ():
@@ -502,13 +506,10 @@ def _draw_captured_mass(axes: Axes, history: SelectionHistory, families: Sequenc
     axes.set_xlim(-0.5, len(layers) + len(names) - 0.5)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylabel("share of the momentum's L1 norm")
     axes.set_xlabel("layer" if layers else "")
-    steps = f"step {history.steps[-1]}" if since == len(history) - 1 else f"steps {history.steps[since]} and later"
-    axes.set_title(f"Captured mass: share of the momentum that is selected ({steps})")
-    if series <= 10:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.8)
-    else:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.8, fontsize=6.5)
+    since_step = f"since step {history.steps[since]}" if since < len(history) - 1 else f"at step {history.steps[-1]}"
+    axes.set_title(f"Captured mass: what the selected slices hold, {since_step}")
 
 
 def _draw_counts(axes: Axes, history: SelectionHistory) -> None:
@@ -528,22 +529,22 @@ def _draw_counts(axes: Axes, history: SelectionHistory) -> None:
     for member, share in enumerate(shares):
         depth = depths[member]
         color = QUIET if depth is None else DEPTH_COLORS(norm(depth))
-        axes.plot(x, share, color=color, linewidth=0.9, alpha=0.75)
+        axes.plot(x, share, color=color, linewidth=0.8, alpha=0.6)
     if len(shares) > 1:
         axes.plot(x, shares.mean(axis=0), color=INK, linewidth=2.4, label="mean of the matrices")
-    axes.axhline(_fraction(history.overall), color=QUIET, linestyle=(0, (4, 3)), linewidth=1.2, label="all alike")
+    _draw_reference(axes, _fraction(history.overall), "all alike")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("slices of a matrix, from the least to the most selected")
-    axes.set_ylabel("selected in so many of the steps")
+    axes.set_ylabel("share of the steps that selected it")
     axes.set_title("How evenly the work is shared")
     axes.legend(loc="upper left")
     if layers:
         bar = axes.figure.colorbar(ScalarMappable(norm, DEPTH_COLORS), ax=axes, label="layer", pad=0.02, aspect=30)
         bar.locator = MaxNLocator(integer=True)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
 
 
 # The heatmap
@@ -569,8 +570,8 @@ def _draw_heatmap(axes: Axes, history: SelectionHistory, family: _Family) -> Qua
     axes.set_yticks((places + 0.5) * rows, [family.labels[place] for place in places])
     axes.tick_params(axis="y", length=0, labelsize=7.5)
     if family.depths[0] is not None:
-        axes.set_ylabel("layer", fontsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_ylabel("layer, slices downwards", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
     axes.spines[:].set_visible(False)
     return mesh
 
@@ -588,7 +589,9 @@ def _heat(
     The scale bends at the fair share, which is ``fraction``, so that white is the same for every fraction.
     """
     lengths = np.diff([0, *history.steps])
-    parts = np.array_split(np.arange(len(lengths)), min(len(lengths), _MAX_COLUMNS))
+    size = -(-len(lengths) // _MAX_COLUMNS)
+    # Equally many each but for the first, or the last ones would look noisier than the others.
+    parts = np.split(np.arange(len(lengths)), np.arange(len(lengths) % size or size, len(lengths), size))
     edges = np.asarray([0, *(history.steps[part[-1]] for part in parts)])
     blocks = []
     for member in members:
@@ -610,8 +613,11 @@ def _bend(shares: NDArray[np.float64], fraction: float) -> NDArray[np.float64]:
     return np.where(shares <= fraction, below, above)
 
 
-def _selection_colorbar(figure: Figure, mesh: QuadMesh, panels: Sequence[Axes]) -> None:
-    bar = figure.colorbar(mesh, ax=list(panels), aspect=30, pad=0.02)
+def _selection_colorbar(figure: Figure, mesh: QuadMesh, panels: Sequence[Axes], shrink: float = 1.0) -> None:
+    bar = figure.colorbar(mesh, ax=list(panels), aspect=30, pad=0.015, fraction=0.05, shrink=shrink, anchor=(0.0, 1.0))
     bar.set_ticks([0, 0.5, 1], labels=["never", "fair\nshare", "every\nstep"])
     bar.ax.tick_params(length=0)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    lowest, _, highest = bar.ax.get_yticklabels()
+    lowest.set_verticalalignment("bottom")
+    highest.set_verticalalignment("top")
+    bar.outline.set_visible(False)
