@@ -22,6 +22,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
@@ -94,8 +95,7 @@ def overview(history: SelectionHistory) -> Figure:
     Raises:
         ValueError: The history has no figures.
     """
-    figure = Figure(figsize=(11, 7.4), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.15)  # type: ignore[union-attr]
+    figure = Figure(figsize=(11, 7.4), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.15))
     (first, second), (third, fourth) = figure.subplots(2, 2)
     families = _families(history.kinds)
     family = max(families, key=lambda each: _mean_of(history, each, "imbalance"))
@@ -226,8 +226,8 @@ def counts(history: SelectionHistory) -> Figure:
 PICTURES: Final[Mapping[str, Callable[[SelectionHistory], Figure]]] = {
     "overview": overview,
     "heatmap": heatmap,
-    "coverage": coverage,
     "staleness": staleness,
+    "coverage": coverage,
     "turnover": turnover,
     "captured_mass": captured_mass,
     "counts": counts,
@@ -359,8 +359,9 @@ def _families(kinds: Sequence[Kind]) -> list[_Family]:
     if len(singles) == 1:
         return [*families, _Family(titles[0], singles, [""], [None])]
     for first in range(0, len(singles), _MAX_SINGLES):
-        members, labels = (each[first : first + _MAX_SINGLES] for each in (singles, titles))
-        families.append(_Family("other matrices" if roles else "", members, labels, [None] * len(members)))
+        shown = slice(first, first + _MAX_SINGLES)
+        title = "other matrices" if roles else ""
+        families.append(_Family(title, singles[shown], titles[shown], [None] * len(singles[shown])))
     return families
 
 
