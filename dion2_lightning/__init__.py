@@ -11,9 +11,12 @@ from dion2_lightning.settings import OptimizerSettings
 from dion2_lightning.statistics import Figures, SelectionStatistics, SelectionWarning
 
 if TYPE_CHECKING:
+    from dion2_lightning.integrations.accelerate import SelectionLogger as SelectionLogger
     from dion2_lightning.integrations.lightning import NamedOptimizerStates as NamedOptimizerStates
     from dion2_lightning.integrations.lightning import with_parameter_names as with_parameter_names
+    from dion2_lightning.integrations.lightning_selection import SelectionMonitor as SelectionMonitor
     from dion2_lightning.integrations.transformers import Dion2Factory as Dion2Factory
+    from dion2_lightning.integrations.transformers_selection import SelectionCallback as SelectionCallback
 
 __version__ = "0.1.0"
 
@@ -34,6 +37,9 @@ __all__ = [
 _INTEGRATIONS: Final = {
     "Dion2Factory": "transformers",
     "NamedOptimizerStates": "lightning",
+    "SelectionCallback": "transformers_selection",
+    "SelectionLogger": "accelerate",
+    "SelectionMonitor": "lightning_selection",
     "with_parameter_names": "lightning",
 }
 """Names that need a framework, and the file in ``integrations`` that each is in; imported on first use.

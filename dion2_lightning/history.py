@@ -105,8 +105,11 @@ class SelectionHistory:
 
     def save(self, path: str | Path) -> None:
         """Write it to a JSON file."""
-        text = json.dumps({"format": FORMAT, "version": VERSION, **_plain(self.state_dict())}, allow_nan=False)
-        Path(path).write_text(text, encoding="utf-8")
+        text = json.dumps({"format": FORMAT, "version": VERSION, **to_plain(self.state_dict())}, allow_nan=False)
+        # A run that is killed in between leaves the file of before.
+        unfinished = Path(f"{path}.unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "SelectionHistory":
@@ -125,7 +128,7 @@ class SelectionHistory:
             raise ValueError(f"{path} is of version {saved.get('version')!r}, this release reads version {VERSION}")
         history = cls()
         try:
-            history.load_state_dict(_from_plain(saved))
+            history.load_state_dict(from_plain(saved))
             history._check()
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); take another copy of it") from error
@@ -198,8 +201,8 @@ def bin_of(slices: int, device: torch.device | None = None) -> Tensor:
     return torch.arange(slices, device=device) * BINS // slices
 
 
-def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict for JSON, which knows no tensors and no NaN."""
+def to_plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict for JSON, which knows no tensors and no NaN."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -214,7 +217,9 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: plain(value) for key, value in state.items()}
 
 
-def _from_plain(saved: Mapping[str, Any]) -> dict[str, Any]:
+def from_plain(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state dict of which :func:`to_plain` made ``saved``."""
+
     def tensor(value: Any) -> Any:
         if isinstance(value, dict) and "base64" in value:
             dtype = getattr(torch, value["dtype"])

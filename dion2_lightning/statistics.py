@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dion2_lightning.groups import parameter_names
 from dion2_lightning.history import BINS, Kind, SelectionHistory, bin_of
@@ -122,7 +123,8 @@ class SelectionStatistics:
     ``torch.distributed.checkpoint`` makes an optimizer create its state.
 
     Args:
-        every: Steps from one set of figures to the next (default: 10).
+        every: Steps from one set of figures to the next; None: only of steps before which :meth:`ask` was called
+            (default: 10).
         window: Steps that ``coverage`` looks back; also after how many steps a slice that was never selected is worth a
             warning (default: 100).
         orthogonality: Also measure how far the updates are from orthonormal, in the steps with figures, for about a
@@ -147,14 +149,11 @@ class SelectionStatistics:
                 print(figures.overall["coverage"])
     """
 
-    def __init__(self, *, every: int = 10, window: int = 100, orthogonality: bool = False) -> None:
-        for name, value in {"every": every, "window": window}.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a whole number of steps, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1 step, got {value}")
-        if not isinstance(orthogonality, bool):
-            raise TypeError(f"orthogonality must be True or False, got {orthogonality!r}")
+    def __init__(self, *, every: int | None = 10, window: int = 100, orthogonality: bool = False) -> None:
+        if every is not None:
+            check_steps("every", every)
+        check_steps("window", window)
+        check_truth("orthogonality", orthogonality)
         self.every, self.window, self.orthogonality = every, window, orthogonality
         self.step = 0
         self.history = SelectionHistory(window)
@@ -164,6 +163,7 @@ class SelectionStatistics:
         self._ledgers: list[_Ledger] = []
         self._loaded: dict[str, Mapping[str, Tensor]] = {}
         self._due: _Due | None = None
+        self._is_asked = False
         self._warned: set[tuple[str, tuple[str, str]]] = set()
 
     # Looking on
@@ -178,18 +178,17 @@ class SelectionStatistics:
             TypeError: It is another optimizer.
             RuntimeError: Other statistics look on already.
         """
-        unwrapped: Any = optimizer
-        while not hasattr(unwrapped, "observer") and hasattr(unwrapped, "optimizer"):
-            unwrapped = unwrapped.optimizer
-        if not hasattr(unwrapped, "observer"):
+        found = without_wrapper(optimizer)
+        if not hasattr(found, "observer"):
             raise TypeError(
-                f"optimizer must be a Dion2, got {type(unwrapped).__name__}; make it with "
+                f"optimizer must be a Dion2, got {type(found).__name__}; make it with "
                 "dion2_lightning.build_optimizer(model, lr=...)"
             )
-        if unwrapped.observer is not None and unwrapped.observer is not self:
+        if found.observer is not None and found.observer is not self:
             raise RuntimeError("other statistics look on at this optimizer already; detach() them first")
-        self._optimizer = unwrapped
-        unwrapped.observer = self
+        self.detach()
+        self._optimizer = found
+        found.observer = self
 
     def detach(self) -> None:
         """Look on no longer; what was counted stays."""
@@ -203,7 +202,7 @@ class SelectionStatistics:
         self.step += 1
         for ledger in self._ledgers:
             ledger.seen = []
-        is_due = self.step % self.every == 0
+        is_due = self._is_asked or (self.every is not None and self.step % self.every == 0)
         self._due = _Due(self.step, self.window) if is_due else None
         self.wants_results = is_due
 
@@ -231,12 +230,20 @@ class SelectionStatistics:
 
     # Figures
 
+    def ask(self) -> None:
+        """Make figures of the next step, whatever ``every`` says; :meth:`take` ends it, also where no step was taken.
+
+        So a framework's own count of steps, which includes those that a GradScaler skips, can say when.
+        """
+        self._is_asked = True
+
     def take(self) -> Figures | None:
-        """Return the figures of the last step, once; None where it was not one of every ``every`` steps.
+        """Return the figures of the last step, once; None where nothing asked for figures of it.
 
         Waits for the device. Where ranks hold different parts of matrices, all of them have to call it: it adds up.
         """
         due, self._due = self._due, None
+        self._is_asked = False
         if due is None or not self._entries:
             return None
         entries = list(self._entries.values())
@@ -293,10 +300,16 @@ class SelectionStatistics:
 
     # State
 
+    @property
+    def state_is_spread(self) -> bool:
+        """Whether ranks hold different experts of a stack, so that all of them have to call :meth:`state_dict`."""
+        return any(entry.spread_over > 1 for entry in self._entries.values())
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that goes on after a resume: tensors on the host, and plain data.
 
-        Where ranks hold different experts of a stack, all of them have to call it: it gathers. Otherwise any may.
+        Where ranks hold different experts of a stack, all of them have to call it: it gathers. Otherwise any may; see
+        ``state_is_spread``.
         """
         counts = {}
         for parameter, entry in self._entries.items():
@@ -661,6 +674,30 @@ def _group_around(entries: Sequence[_Entry], process_group: "ProcessGroup | None
         group: ProcessGroup = mesh.get_group()
         return group
     return mesh._flatten().get_group() if mesh.mesh_dim_names is not None else dist.group.WORLD
+
+
+def check_steps(name: str, value: object) -> None:
+    """Raise an error where an argument is no number of steps."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number of steps, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1 step, got {value}")
+
+
+def check_truth(name: str, value: object) -> None:
+    """Raise an error where an argument is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def without_wrapper(optimizer: Any) -> Any:
+    """Return the optimizer that a framework's wrapper steps.
+
+    Some wrappers forward no attributes; others look like the optimizer, and what is set on them does not reach it.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _plain_names(group: Mapping[str, Any]) -> Sequence[str]:

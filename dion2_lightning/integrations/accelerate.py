@@ -1,0 +1,103 @@
+"""What is being selected, in a loop of one's own under Accelerate."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch.optim import Optimizer
+
+from dion2_lightning.integrations.selection import SelectionRecorder
+from dion2_lightning.statistics import Figures, SelectionStatistics
+
+
+class SelectionLogger:
+    """Log what Dion2 selects, to every tracker: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
+
+    :class:`~dion2_lightning.Figures` says what each figure means. ``accelerator.save_state`` and ``load_state``
+    keep the state with everything else. All ranks make it and call it alike.
+
+    Args:
+        accelerator: Whose trackers get the figures.
+        optimizer: A :class:`~dion2_lightning.Dion2`, prepared or not.
+        every: Steps of the optimizer from one set of figures to the next (default: 10).
+        window: Steps that ``coverage`` looks back (default: 100).
+        per_matrix: Also log every parameter, as ``dion2/<group>/<parameter>/coverage`` (default: False).
+        orthogonality: Also measure how far updates are from orthonormal (default: False).
+        save_to: Where the history is written when a checkpoint is saved and at :meth:`close`, for plots: a folder, or a
+            file ending in ``.json``. True: the accelerator's ``project_dir``, if it has one; False: nowhere
+            (default: True).
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``every`` or ``window`` is under 1, or the optimizer is no Dion2.
+
+    Example::
+
+        with SelectionLogger(accelerator, optimizer) as selection:
+            for batch in loader:
+                accelerator.backward(model(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                selection.log()
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        optimizer: Optimizer,
+        *,
+        every: int = 10,
+        window: int = 100,
+        per_matrix: bool = False,
+        orthogonality: bool = False,
+        save_to: str | Path | bool = True,
+    ) -> None:
+        statistics = SelectionStatistics(every=every, window=window, orthogonality=orthogonality)
+        self._recorder = SelectionRecorder(type(self).__name__, statistics, per_matrix=per_matrix, save_to=save_to)
+        self._accelerator = accelerator
+        self._path = self._recorder.path(accelerator.project_dir)
+        self._recorder.attach([optimizer])
+        accelerator.register_for_checkpointing(self)
+
+    @property
+    def statistics(self) -> SelectionStatistics:
+        """What counts, and holds the history."""
+        return self._recorder.statistics
+
+    def log(self, step: int | None = None) -> Figures | None:
+        """Log the figures of the last step of the optimizer, if it has some. Call it after every batch, on every rank.
+
+        Args:
+            step: What trackers log it under (default: None, the steps that the optimizer has taken).
+
+        Returns:
+            The figures, for a progress bar; None where there are none.
+        """
+        figures = self.statistics.take()
+        if figures is not None:
+            self._accelerator.log(self._recorder.named(figures), step=figures.step if step is None else step)
+        return figures
+
+    def close(self) -> None:
+        """Write the history, and look on no longer."""
+        self._save()
+        self.statistics.detach()
+
+    def __enter__(self) -> "SelectionLogger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the statistics, and write the history; ``save_state`` calls it on every rank."""
+        self._save()
+        return self.statistics.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; ``load_state`` calls it."""
+        self.statistics.load_state_dict(state_dict)
+
+    def _save(self) -> None:
+        if self._accelerator.is_main_process:
+            self._recorder.save(self._path)

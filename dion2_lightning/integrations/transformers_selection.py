@@ -1,0 +1,246 @@
+"""What is being selected, in the Hugging Face Trainer and TRL: a callback that logs it."""
+
+import base64
+import inspect
+import json
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+from typing_extensions import override
+
+from dion2_lightning.history import from_plain, to_plain
+from dion2_lightning.integrations.selection import SelectionRecorder
+from dion2_lightning.statistics import Figures, SelectionStatistics, SelectionWarning, check_steps, check_truth
+
+
+class SelectionCallback(TrainerCallback, ExportableState):
+    """Log what Dion2 selects, with the loss: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
+
+    :class:`~dion2_lightning.Figures` says what each figure means. They are in the Trainer's ``log_history`` and go to
+    every reporter. The state goes into ``trainer_state.json``, and ``train(resume_from_checkpoint=...)`` goes on from
+    it, with ``restore_callback_states_from_checkpoint`` or without; with it, the Trainer puts a new callback, with the
+    saved arguments, into the place of the one it was given.
+
+    Args:
+        every: Steps from one set of figures to the next; the Trainer then logs at these steps too (default: None, at
+            the steps at which the Trainer logs).
+        window: Steps that ``coverage`` looks back (default: 100).
+        per_matrix: Also log every parameter, as ``dion2/<group>/<parameter>/coverage`` (default: False).
+        orthogonality: Also measure how far updates are from orthonormal (default: False).
+        save_to: Where the history is written when a checkpoint is saved and when training ends, for plots: a folder, or
+            a file ending in ``.json``. True: ``args.output_dir``; False: nowhere (default: True).
+        progress: Show ``coverage`` beside the loss in the progress bar (default: True).
+
+    Attributes:
+        figures: The last ones; None before the first.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``every`` or ``window`` is under 1; or, when training begins, the optimizer is no Dion2, or neither
+            ``every`` nor the Trainer's arguments say at which steps to log.
+
+    Example::
+
+        Trainer(..., optimizer_cls_and_kwargs=(Dion2Factory, {"lr": 3e-4}), callbacks=[SelectionCallback()])
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int | None = None,
+        window: int = 100,
+        per_matrix: bool = False,
+        orthogonality: bool = False,
+        save_to: str | Path | bool = True,
+        progress: bool = True,
+    ) -> None:
+        if every is not None:
+            check_steps("every", every)
+        check_truth("progress", progress)
+        statistics = SelectionStatistics(every=None, window=window, orthogonality=orthogonality)
+        self._recorder = SelectionRecorder(type(self).__name__, statistics, per_matrix=per_matrix, save_to=save_to)
+        self.every, self.progress = every, progress
+        self.figures: Figures | None = None
+        self._unlogged: dict[str, float] | None = None
+        self._gathered: str | None = None
+        self._gathered_at = 0
+        self._handler: CallbackHandler | None = None
+
+    @property
+    def statistics(self) -> SelectionStatistics:
+        """What counts, and holds the history; another one after each start of a training."""
+        return self._recorder.statistics
+
+    @override
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look on; go on from the checkpoint's state, where one was loaded."""
+        if self.every is None and args.logging_strategy != IntervalStrategy.STEPS:
+            raise ValueError(
+                f"{self._recorder.owner}: every=None follows logging_steps, but logging_strategy is "
+                f"{str(args.logging_strategy.value)!r}; pass every=..."
+            )
+        self._recorder.path(args.output_dir)
+        self._handler = _handler_of_this_event()
+        self._go_before_reporters(self._handler)
+        self._recorder.restart()
+        self.figures = self._unlogged = self._gathered = None
+        self._gathered_at = 0
+        name = type(self).__name__
+        if state.global_step > 0 and isinstance(saved := state.stateful_callbacks.get(name), dict):
+            self.saved = saved["attributes"]["saved"]
+        # The Trainer takes for granted that there is an entry, also where the checkpoint was saved without it.
+        state.stateful_callbacks.setdefault(name, self.state())
+        self._recorder.attach([kwargs["optimizer"]])
+
+    @override
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for figures of the step that is due."""
+        if self._is_due(state.global_step + 1, args, state):
+            self.statistics.ask()
+
+    @override
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Take the figures, on every rank, and have them logged."""
+        figures = self.statistics.take()
+        if figures is not None:
+            self.figures, self._unlogged = figures, self._recorder.named(figures)
+            control.should_log = True
+        self._gather(control.should_save)
+        return control
+
+    @override
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Get ready for a checkpoint of the epoch."""
+        self._gather(control.should_save)
+
+    @override
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Get ready for a checkpoint that depends on the result."""
+        self._gather(self._handler is not None)
+
+    @override
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the figures to what is being logged: to the history's entry, and to what the reporters get next."""
+        if self._unlogged is None or logs is None or self._handler is None:
+            return
+        logs.update(self._unlogged)
+        state.log_history[-1].update(self._unlogged)
+        self._unlogged = None
+        if self.progress:
+            shown = {name.removeprefix("dion2/"): logs[name] for name in ("loss", "dion2/coverage") if name in logs}
+            for callback in self._handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.training_bar.set_postfix(shown)
+
+    @override
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the history."""
+        self._save(args, state)
+
+    @override
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the history, and look on no longer."""
+        self._save(args, state)
+        self.statistics.detach()
+        self._handler = None
+
+    @override
+    def state(self) -> dict[str, Any]:
+        """Return arguments and statistics as the Trainer keeps them in ``trainer_state.json``."""
+        recorder, statistics = self._recorder, self.statistics
+        return {
+            "args": {
+                "every": self.every,
+                "window": statistics.window,
+                "per_matrix": recorder.per_matrix,
+                "orthogonality": statistics.orthogonality,
+                "save_to": recorder.save_to if isinstance(recorder.save_to, bool) else str(recorder.save_to),
+                "progress": self.progress,
+            },
+            "attributes": {"saved": self.saved},
+        }
+
+    @property
+    def saved(self) -> str:
+        """The state of the statistics as text; to set it is to go on from there."""
+        if not self.statistics.state_is_spread:
+            return _packed(self.statistics)
+        # The Trainer asks one rank alone, and all are needed.
+        if self._handler is not None and self._gathered_at != self.statistics.step:
+            message = (
+                f"step {self.statistics.step}: a checkpoint is saved that was not planned when the step ended, so it "
+                f"holds the statistics of step {self._gathered_at}; set control.should_save in a callback that stands "
+                f"before {self._recorder.owner}"
+            )
+            warnings.warn(message, SelectionWarning, stacklevel=2)
+        return self._gathered or _packed(SelectionStatistics())
+
+    @saved.setter
+    def saved(self, text: str) -> None:
+        self.statistics.load_state_dict(from_plain(json.loads(zlib.decompress(base64.b64decode(text)))))
+
+    def _is_due(self, step: int, args: TrainingArguments, state: TrainerState) -> bool:
+        if self.every is not None:
+            return step % self.every == 0
+        return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+
+    def _gather(self, is_needed: bool) -> None:
+        """Bring together what ranks hold of stacks of experts, on all ranks."""
+        if is_needed and self.statistics.state_is_spread:
+            self._gathered, self._gathered_at = _packed(self.statistics), self.statistics.step
+
+    def _go_before_reporters(self, handler: CallbackHandler) -> None:
+        """Move to behind what decides about logging and saving, so that reporters come later.
+
+        The Trainer puts a user's callbacks behind its reporters, so they would have reported before there are figures.
+        """
+        callbacks = handler.callbacks
+        flow = [index for index, each in enumerate(callbacks) if isinstance(each, DefaultFlowCallback)]
+        place = flow[0] + 1 if flow else 0
+        # Only ever to the front: the handler is going through the list, and would leave out another callback.
+        if callbacks.index(self) > place:
+            callbacks.remove(self)
+            callbacks.insert(place, self)
+
+    def _save(self, args: TrainingArguments, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            self._recorder.save(self._recorder.path(args.output_dir))
+
+
+def _handler_of_this_event() -> CallbackHandler:
+    """The handler that calls, which gives its callbacks everything but itself."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    raise RuntimeError("SelectionCallback must be called by a Trainer: pass it as Trainer(callbacks=[...])")
+
+
+def _packed(statistics: SelectionStatistics) -> str:
+    """The state as text, a fraction as long as its JSON."""
+    text = json.dumps(to_plain(statistics.state_dict()))
+    return base64.b64encode(zlib.compress(text.encode())).decode()
