@@ -7,15 +7,17 @@ import torch
 from dion2_lightning.history import BINS, Kind, SelectionHistory, bin_of
 from dion2_lightning.statistics import Figures
 
-LLAMA = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-LLAMA_ALL = (*LLAMA, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LLAMA = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
 
 
 def kinds_of(names: Sequence[str], *, matrices: int = 1, slices: int = 128, group: str = "dion2") -> list[Kind]:
     return [Kind(group, name, matrices, slices, 0) for name in names]
 
 
-def llama(layers: int, roles: Sequence[str] = LLAMA_ALL) -> list[str]:
+def llama(layers: int, roles: Sequence[str] = LLAMA) -> list[str]:
     return [f"model.layers.{layer}.{role}.weight" for layer in range(layers) for role in roles]
 
 

@@ -28,24 +28,38 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from dion2_lightning import build_optimizer
+from dion2_lightning import SelectionMonitor, build_optimizer
+from dion2_lightning.history import SelectionHistory
+from dion2_lightning.plots import save_pictures
+from dion2_lightning.report import render_report
 from recipes.text_classification.data import Batch, Split, TrainingLoader, collate_with, load_split
 from recipes.text_classification.settings import OFFLINE_MODEL, InputError, Settings
 
 TITLES = {"dion2": "Dion2", "muon": "Muon", "adamw": "AdamW"}
 MAX_GRADIENT_NORM = 1.0
+LOOKS_AT_SELECTION = 80
+"""A run looks about so many times at what is selected: enough for pictures, whatever its length."""
 
 console = Console()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run reached on the held-out rows, and the median time of its steps in this call, if it made any."""
+    """What a run reached on the held-out rows, and what it left.
+
+    Attributes:
+        settings: Of the run.
+        accuracy: On the held-out rows.
+        loss: On the held-out rows.
+        step_seconds: The median time of its steps in this call, if it made any.
+        selection: Files that show what was selected; none where nothing was.
+    """
 
     settings: Settings
     accuracy: float
     loss: float
     step_seconds: float | None
+    selection: tuple[Path, ...] = ()
 
 
 class TextClassifier(LightningModule):
@@ -151,9 +165,9 @@ def run_folder(settings: Settings) -> Path:
 
 def train(settings: Settings, split: Split, progress: bool = True) -> Result:
     """Makes one run: trains, measures, and saves the checkpoint, the metrics and the model in its folder."""
-    timer = StepTimer()
+    timer, monitors = StepTimer(), _monitors(settings)
     try:
-        trainer = _trainer(settings, timer, progress)
+        trainer = _trainer(settings, [timer, *monitors], progress)
     except MisconfigurationException as error:
         raise InputError(f"--accelerator, --devices, --precision: {error}") from error
     seed_everything(settings.seed, verbose=False)
@@ -173,7 +187,8 @@ def train(settings: Settings, split: Split, progress: bool = True) -> Result:
     model.save_pretrained(_saved_model(settings))
     tokenizer.save_pretrained(_saved_model(settings))
     step_seconds = statistics.median(timer.seconds) if timer.seconds else None
-    return Result(settings, metrics["held_out_accuracy"], metrics["held_out_loss"], step_seconds)
+    selection = tuple(file for monitor in monitors for file in _show_selection(settings, monitor.statistics.history))
+    return Result(settings, metrics["held_out_accuracy"], metrics["held_out_loss"], step_seconds, selection)
 
 
 def load_model(settings: Settings, classes: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -216,7 +231,24 @@ def _offline_model() -> str:
     return str(Path(package.origin).parent / "model")
 
 
-def _trainer(settings: Settings, timer: StepTimer, progress: bool) -> Trainer:
+def _monitors(settings: Settings) -> list[SelectionMonitor]:
+    """What looks on at the selection: nothing where all of every matrix is trained in every step."""
+    if settings.algorithm != "dion2":
+        return []
+    every = max(1, settings.steps // LOOKS_AT_SELECTION)
+    return [SelectionMonitor(every=every, save_to=run_folder(settings) / "selection.json")]
+
+
+def _show_selection(settings: Settings, history: SelectionHistory) -> list[Path]:
+    """Makes pictures and a page of what was selected, and returns these files and that of the statistics."""
+    folder = run_folder(settings)
+    page = folder / "selection.html"
+    title = f"{settings.model} on {settings.dataset}: what {TITLES[settings.algorithm]} selected"
+    page.write_text(render_report(history, title=title), encoding="utf-8")
+    return [page, folder / "selection.json", *save_pictures(history, folder / "pictures")]
+
+
+def _trainer(settings: Settings, callbacks: list[Callback], progress: bool) -> Trainer:
     checkpoint = _checkpoint(settings)
     return Trainer(
         accelerator=_accelerator(settings),
@@ -229,7 +261,7 @@ def _trainer(settings: Settings, timer: StepTimer, progress: bool) -> Trainer:
         logger=CSVLogger(run_folder(settings), name="", version=""),
         log_every_n_steps=10,
         callbacks=[
-            timer,
+            *callbacks,
             ModelCheckpoint(
                 checkpoint.parent,
                 filename=checkpoint.stem,
@@ -288,6 +320,10 @@ def _print_comparison(results: list[Result]) -> None:
     console.print("Load the fine-tuned model with")
     for name in ("AutoModelForSequenceClassification", "AutoTokenizer"):
         console.print(f'    {name}.from_pretrained("{_saved_model(results[0].settings)}")', soft_wrap=True)
+    if results[0].selection:
+        console.print("See which parts of the matrices were trained, and when: open the first in a browser")
+        for file in results[0].selection:
+            console.print(f"    {file}", soft_wrap=True, highlight=False)
 
 
 def quiet_libraries() -> None:
