@@ -158,6 +158,10 @@ class SelectionHistory:
 
     def _check(self) -> None:
         """Refuse what does not fit together."""
+        if not isinstance(self.window, int):
+            raise ValueError(f"window is {self.window!r}")
+        if self.steps != sorted({int(step) for step in self.steps if step > 0}):
+            raise ValueError("steps do not count up from 1 or later")
         points, kinds = len(self.steps), len(self.kinds)
         for name in ("overall", "groups", "parameters"):
             if len(getattr(self, name)) != points:
