@@ -4,6 +4,7 @@ Every function makes a matplotlib ``Figure`` of a :class:`~dion2_lightning.histo
 pyplot or settings of matplotlib, so none leaves a window or a figure behind, with or without a display.
 """
 
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,12 +249,26 @@ def save_pictures(history: SelectionHistory, folder: str | Path) -> list[Path]:
     Raises:
         ValueError: The history has no figures.
     """
-    figures = {name: draw(history) for name, draw in PICTURES.items()}
+    pictures = draw_pictures(history)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = [Path(folder) / f"{name}.png" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=_DPI)
+    paths = [Path(folder) / f"{name}.png" for name in pictures]
+    for path, png in zip(paths, pictures.values(), strict=True):
+        path.write_bytes(png)
     return paths
+
+
+def draw_pictures(history: SelectionHistory) -> dict[str, bytes]:
+    """Return every picture by its name, as what is in a PNG file.
+
+    Raises:
+        ValueError: The history has no figures.
+    """
+    pictures = {}
+    for name, draw in PICTURES.items():
+        file = io.BytesIO()
+        draw(history).savefig(file, format="png", dpi=_DPI)
+        pictures[name] = file.getvalue()
+    return pictures
 
 
 def log_pictures(
@@ -470,6 +485,8 @@ def _draw_reference(axes: Axes, value: float, label: str) -> None:
 
 
 def _coverage_title(history: SelectionHistory) -> str:
+    if history.steps[-1] <= history.window:
+        return "Coverage: share of slices selected at least once"
     return f"Coverage: share of slices selected in the last {history.window} steps"
 
 

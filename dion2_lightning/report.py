@@ -7,20 +7,16 @@
 
 import argparse
 import base64
-import io
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from dion2_lightning.history import Kind, SelectionHistory
 from dion2_lightning.statistics import FAR_FROM_ORTHONORMAL, MEANINGS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 HEALTHY, LOOK, UNKNOWN = "healthy", "look", "no verdict"
 
@@ -123,12 +119,16 @@ def _verdict(name: str, value: float, fraction: float, step: int, window: int) -
     return Verdict(UNKNOWN, "")
 
 
-def render_report(history: SelectionHistory, *, title: str = "What Dion2 selected") -> str:
+def render_report(
+    history: SelectionHistory, *, title: str = "What Dion2 selected", pictures: Sequence[Path] | None = None
+) -> str:
     """Make the page.
 
     Args:
         history: What to report.
         title: Heading of the page (default: ``"What Dion2 selected"``).
+        pictures: What :func:`~dion2_lightning.plots.save_pictures` returned for this history (default: None, pictures
+            are drawn, which takes a second or two).
 
     Returns:
         HTML that refers to no other file.
@@ -137,9 +137,12 @@ def render_report(history: SelectionHistory, *, title: str = "What Dion2 selecte
         ImportError: matplotlib is missing.
         ValueError: The history has no figures.
     """
-    from dion2_lightning.plots import PICTURES  # draws, so it needs matplotlib
+    if pictures is None:
+        from dion2_lightning.plots import draw_pictures  # needs matplotlib
 
-    pictures = [_picture(name, draw(history)) for name, draw in PICTURES.items()]
+        images = draw_pictures(history)
+    else:
+        images = {path.stem: path.read_bytes() for path in pictures}
     names = [
         name for name in MEANINGS if any(name in point for point in (history.overall[-1], *history.parameters[-1]))
     ]
@@ -150,7 +153,7 @@ def render_report(history: SelectionHistory, *, title: str = "What Dion2 selecte
         _headline(history),
         "<h2>Pictures</h2>",
         '<div class="pictures">',
-        *pictures,
+        *(_picture(name, image) for name, image in images.items()),
         "</div>",
         "<h2>Figures by group</h2>",
         _table(history, _group_rows(history), ("group", "parameters"), names),
@@ -169,13 +172,10 @@ def render_report(history: SelectionHistory, *, title: str = "What Dion2 selecte
     )
 
 
-def _picture(name: str, figure: "Figure") -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    data = base64.b64encode(file.getvalue()).decode()
-    caption, width = escape(CAPTIONS[name]), "wide" if figure.get_figwidth() > 8 else "narrow"
-    image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-    return f'<figure id="{name}" class="{width}">{image}<figcaption>{caption}</figcaption></figure>'
+def _picture(name: str, png: bytes) -> str:
+    caption = escape(CAPTIONS[name])
+    image = f'<img alt="{caption}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f'<figure id="{name}">{image}<figcaption>{caption}</figcaption></figure>'
 
 
 def _what_was_trained(history: SelectionHistory) -> str:
@@ -409,8 +409,8 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
 .badge.no-verdict { color: var(--quiet); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; break-inside: avoid; }
-figure.wide { grid-column: 1 / -1; }
-img { width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: .5rem;
+#overview, #heatmap, #staleness { grid-column: 1 / -1; }
+img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: .5rem;
   padding: .5rem; }
 dl:not(.facts) dt { font-weight: 600; } dl:not(.facts) dd { margin: 0 0 .5rem; }
 @media print {

@@ -1,5 +1,6 @@
 """The page that dion2-report writes: what it says, that it stands alone, and that a real browser shows it."""
 
+import base64
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from dion2_lightning.history import SelectionHistory
+from dion2_lightning.plots import save_pictures
 from dion2_lightning.report import LOOK, UNKNOWN, main, render_report, verdicts
 from dion2_lightning.statistics import MEANINGS
 from tests.selection_histories import extend, kinds_of, llama, make_history
@@ -81,6 +83,13 @@ def test_the_page_stands_alone_and_is_well_formed(html: str) -> None:
     assert "http" not in html.replace("data-", "")
     assert "url(" not in html and "@import" not in html
     assert page.counts["script"] == 1
+
+
+def test_pictures_that_are_there_are_not_drawn_again(history: SelectionHistory, html: str, tmp_path: Path) -> None:
+    paths = save_pictures(history, tmp_path)
+    assert render_report(history, title="Tom & Jerry", pictures=paths) == html
+    paths[0].write_bytes(b"another picture")
+    assert base64.b64encode(b"another picture").decode() in render_report(history, pictures=paths)
 
 
 def test_it_says_what_was_trained(html: str) -> None:

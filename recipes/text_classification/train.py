@@ -244,8 +244,9 @@ def _show_selection(settings: Settings, history: SelectionHistory) -> list[Path]
     folder = run_folder(settings)
     page = folder / "selection.html"
     title = f"{settings.model} on {settings.dataset}: what {TITLES[settings.algorithm]} selected"
-    page.write_text(render_report(history, title=title), encoding="utf-8")
-    return [page, folder / "selection.json", *save_pictures(history, folder / "pictures")]
+    pictures = save_pictures(history, folder / "pictures")
+    page.write_text(render_report(history, title=title, pictures=pictures), encoding="utf-8")
+    return [page, folder / "selection.json", *pictures]
 
 
 def _trainer(settings: Settings, callbacks: list[Callback], progress: bool) -> Trainer:

@@ -13,6 +13,7 @@ from jsonargparse import auto_cli
 from lightning import seed_everything
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
+from dion2_lightning.history import SelectionHistory
 from recipes.text_classification import train as recipe
 from recipes.text_classification.__main__ import main
 from recipes.text_classification.data import Batch, ShuffledBatches, Split, collate_with, load_split
@@ -109,6 +110,21 @@ class TestOfflineRun:
             assert model.config.id2label == dict(enumerate(MODULES))
             assert model.config.label2id == {name: number for number, name in enumerate(MODULES)}
 
+    def test_shows_what_was_selected(self, results: list[Result]) -> None:
+        """Statistics of every step, a page and pictures; nothing for the control, which selects nothing."""
+        dion2, adamw = results
+        folder = run_folder(dion2.settings)
+        names = ["overview", "heatmap", "staleness", "coverage", "turnover", "captured_mass", "counts"]
+        assert dion2.selection[:2] == (folder / "selection.html", folder / "selection.json")
+        assert dion2.selection[2:] == tuple(folder / "pictures" / f"{name}.png" for name in names)
+        assert all(file.stat().st_size > 1000 for file in dion2.selection)
+        assert "minilm on docstrings: what Dion2 selected" in dion2.selection[0].read_text()
+        history = SelectionHistory.load(dion2.selection[1])
+        assert history.steps == [1, 2, 3, 4]
+        assert len(history.kinds) == 6 * 6 + 1
+        assert adamw.selection == ()
+        assert not [file for file in run_folder(adamw.settings).iterdir() if "selection" in file.name]
+
     @staticmethod
     def logits_of_checkpoint(settings: Settings, split: Split) -> torch.Tensor:
         """The logits of what was trained, by a way that does not touch the saved model."""
@@ -144,11 +160,14 @@ class TestCommand:
         main([f"--{name}={getattr(tiny, name)}" for name in ("model", "output", *SMALL)])
         printed = capfd.readouterr()
         assert f'from_pretrained("{run_folder(tiny) / "model"}")' in printed.out
+        for name in ("selection.html", "selection.json", "pictures/overview.png"):
+            assert str(run_folder(tiny) / name) in printed.out
         assert "warn" not in (printed.out + printed.err).lower()
         assert len([record for record in caplog.records if record.name == "dion2_lightning"]) == 1
 
     def test_trains_with_muon(self, tiny: Settings) -> None:
         [result] = fine_tune(replace(tiny, algorithm="muon", control=False))
+        assert result.selection == ()
         assert (run_folder(result.settings) / "model").is_dir()
 
     def test_the_control_differs_in_the_matrices_alone(self, tiny: Settings) -> None:
@@ -235,6 +254,10 @@ class TestResume:
 
         fine_tune(replace(tiny, resume=True))
         torch.testing.assert_close(saved_weights(tiny), saved_weights(whole), rtol=0, atol=0)
+        history, expected = (SelectionHistory.load(run_folder(run) / "selection.json") for run in (tiny, whole))
+        assert history.steps == [1, 2, 3, 4]
+        assert history.overall == expected.overall
+        assert torch.equal(history.shares, expected.shares)
 
     def test_a_finished_run_is_only_measured_again(self, tiny: Settings) -> None:
         [first] = fine_tune(replace(tiny, control=False))
