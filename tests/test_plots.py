@@ -44,7 +44,7 @@ def lines_of(axes: Axes) -> dict[str, Any]:
     return {str(line.get_label()): np.asarray(line.get_ydata()) for line in axes.lines}
 
 
-def mesh_of(axes: Axes) -> np.ma.MaskedArray:
+def mesh_of(axes: Axes) -> Any:
     [mesh] = [each for each in axes.collections if isinstance(each, QuadMesh)]
     return mesh.get_array()
 

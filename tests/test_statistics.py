@@ -467,6 +467,16 @@ def test_a_file_holds_all(tmp_path: Any) -> None:
         assert torch.equal(found, value) if isinstance(value, Tensor) else found == value, name
 
 
+def test_a_history_knows_the_window_of_its_statistics() -> None:
+    """The present one, where a run goes on with another."""
+    statistics = run(range(1, 5), None)[1]
+    assert statistics.history.window == 9
+    resumed = SelectionStatistics(window=30)
+    resumed.load_state_dict(statistics.state_dict())
+    assert resumed.history.window == 30
+    assert resumed.history.steps == statistics.history.steps
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
