@@ -69,7 +69,7 @@ FIGURES: Final[list[dict[str, float]]] = [
 ]  # fmt: skip
 
 
-def named(step: int, *prefixes: str) -> dict[str, float]:
+def named(step: int, *prefixes: str) -> dict[str, Any]:
     """The figures of a step, from 0, under the names that loggers get; to compare with."""
     return {
         f"{prefix}/{name}": pytest.approx(value, rel=1e-6)

@@ -79,10 +79,10 @@ def test_names_and_values_by_hand(parts: int, is_prepared: bool, tmp_path: Path)
                 optimizer.zero_grad()
             if (figures := selection.log()) is not None:
                 seen.append(figures.overall["coverage"])
-        assert built.observer is selection.statistics
+        looked_on = built.observer is selection.statistics
+    assert looked_on and built.observer is None
     assert tracker.logged == [(step + 1, named(step, *EACH)) for step in range(3)]
     assert seen == [0.25, 0.25, 0.5]
-    assert built.observer is None
     assert points(SelectionHistory.load(tmp_path / "dion2_selection.json")) == points(selection.statistics.history)
 
 
