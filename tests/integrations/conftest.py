@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 
 HEADER = ("framework", "layout", "ranks", "torch.optim.AdamW resumes", "Dion2 resumes")
 
@@ -31,7 +31,9 @@ def _row(value: list[Any]) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def no_accelerator_of_another_test() -> Iterator[None]:
-    """All Accelerators of a process share one state, the Trainer's too."""
+    """All Accelerators of a process share their state, the Trainer's too, and with it how far its batches are."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

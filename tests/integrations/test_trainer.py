@@ -43,10 +43,10 @@ def arguments(folder: Path, ranks: int = 1, steps: int = STEPS, **settings: Any)
         "lr_scheduler_type": "constant",
         "save_strategy": "no",
         "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
     }
-    return TrainingArguments(
-        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, seed=0, **{**chosen, **settings}
-    )
+    return TrainingArguments(str(folder), use_cpu=True, seed=0, **{**chosen, **settings})
 
 
 def make_trainer(args: TrainingArguments, model: nn.Module, pair: Any = None, **settings: Any) -> InOrder:

@@ -1,0 +1,115 @@
+"""What the tests of the selection's figures share: a training small enough to compute by hand, and comparisons."""
+
+import math
+from typing import Any, Final
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dion2_lightning import Dion2
+from dion2_lightning.history import SelectionHistory
+
+ROWS: Final = (0, 0, 2)
+"""Which row of the 4 x 8 matrix each step selects."""
+
+WINDOW: Final = 2
+
+
+def gradients() -> list[Tensor]:
+    """The gradient of each step; in the last, another row has one too, a third as large."""
+    found = []
+    for row in ROWS:
+        gradient = torch.zeros(4, 8)
+        gradient[row] = 3.0
+        gradient[3] = 1.0 if row == 2 else 0.0
+        found.append(gradient)
+    return found
+
+
+class ByHand(nn.Module):
+    """One matrix, whose gradient is the batch: its mean over several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 8))
+
+    def forward(self, gradient: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.weight * gradient).sum((-2, -1)).mean()}
+
+
+def optimizer_by_hand(module: ByHand, **group: Any) -> Dion2:
+    """No memory; a selected row moves by its direction, times the root of n / k = 2."""
+    settings: dict[str, Any] = {
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "adjust_lr_fn": "none",
+        "orthonormalize_dtype": "float32",
+    }
+    optimizer = Dion2([{"params": [("weight", module.weight)], **group}], lr=1.0, **settings)
+    optimizer.orthonormalize = lambda row: nn.functional.normalize(row, dim=-1)
+    return optimizer
+
+
+RMS: Final = math.sqrt(4 / 32)
+FIGURES: Final[list[dict[str, float]]] = [
+    {
+        "selected_fraction": 0.25, "coverage": 0.25, "staleness_mean": 0.75, "staleness_max": 1.0, "turnover": 1.0,
+        "captured_mass": 1.0, "imbalance": 0.75, "update_rms": RMS,
+    },
+    {
+        "selected_fraction": 0.25, "coverage": 0.25, "staleness_mean": 1.5, "staleness_max": 2.0, "turnover": 0.0,
+        "captured_mass": 1.0, "imbalance": 0.75, "update_rms": RMS,
+    },
+    # Counts 0, 0, 1, 2: (-3 * 0 - 1 * 0 + 1 * 1 + 3 * 2) / (4 * 3) = 7 / 12. Waits 1, 3, 0, 3.
+    {
+        "selected_fraction": 0.25, "coverage": 0.5, "staleness_mean": 1.75, "staleness_max": 3.0, "turnover": 1.0,
+        "captured_mass": 0.75, "imbalance": 7 / 12, "update_rms": RMS,
+    },
+]  # fmt: skip
+
+
+def named(step: int, *prefixes: str) -> dict[str, Any]:
+    """The figures of a step, from 0, under the names that loggers get; to compare with."""
+    return {
+        f"{prefix}/{name}": pytest.approx(value, rel=1e-6)
+        for prefix in prefixes
+        for name, value in FIGURES[step].items()
+    }
+
+
+ALL: Final = ("dion2", "dion2/dion2")
+"""The prefixes of all matrices together, and of the one group."""
+
+EACH: Final = (*ALL, "dion2/dion2/weight")
+"""And of the one parameter."""
+
+
+def points(history: SelectionHistory) -> list[Any]:
+    """Everything that a history says of each of its steps."""
+    return list(zip(history.steps, history.overall, history.groups, history.parameters, strict=True))
+
+
+def assert_same_figures(found: Any, expected: Any) -> None:
+    """Both of :func:`points`: what is counted is the same, what is computed the same to rounding."""
+    assert len(found) == len(expected) > 0
+    for its, other in zip(found, expected, strict=True):
+        assert its[0] == other[0]
+        pairs = [(its[1], other[1]), *((its[2][name], other[2][name]) for name in other[2])]
+        for mine, theirs in [*pairs, *zip(its[3], other[3], strict=True)]:
+            assert list(mine) == list(theirs)
+            for name, value in theirs.items():
+                is_rounded = name in ("update_rms", "orthogonality_error", "captured_mass", "imbalance")
+                assert mine[name] == (pytest.approx(value, rel=1e-3) if is_rounded else value), (its[0], name)
+
+
+class WithDeadLayer(nn.Module):
+    """Two layers, of which one has no part in the loss but for a factor of 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.alive, self.dead = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, gradient: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.alive(gradient) + 0.0 * self.dead(gradient)).square().mean()}

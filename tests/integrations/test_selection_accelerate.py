@@ -1,0 +1,194 @@
+"""SelectionLogger in loops under Accelerate: names and values by hand, skipped steps, resuming, refusals."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dion2_lightning import SelectionLogger, SelectionStatistics, SelectionWarning, build_optimizer
+from dion2_lightning.history import SelectionHistory
+from tests.distributed.ranks import run_like_torchrun
+from tests.integrations.huggingface import make_accelerator
+from tests.integrations.resume import STEPS, STOP
+from tests.integrations.selection import (
+    ALL,
+    EACH,
+    WINDOW,
+    ByHand,
+    WithDeadLayer,
+    assert_same_figures,
+    gradients,
+    named,
+    optimizer_by_hand,
+    points,
+)
+from tests.integrations.test_accelerate import loader_of
+from tests.integrations.training import SETTINGS, make_model
+
+
+class Tracker(GeneralTracker):
+    """Keeps what it is given, by step."""
+
+    name = "kept"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def tracker(self) -> Any:
+        return self.logged
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        pass
+
+    def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
+        self.logged.append((step, values))
+
+
+def tracked(**settings: Any) -> tuple[Accelerator, Tracker]:
+    tracker = Tracker()
+    accelerator = Accelerator(cpu=True, log_with=tracker, **settings)
+    accelerator.init_trackers("run")
+    return accelerator, tracker
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("is_prepared", [True, False])
+def test_names_and_values_by_hand(parts: int, is_prepared: bool, tmp_path: Path) -> None:
+    """Whether batches are accumulated or not, and the optimizer is given as it was built or as it was prepared."""
+    accelerator, tracker = tracked(gradient_accumulation_steps=parts, project_dir=str(tmp_path))
+    module = ByHand()
+    built = optimizer_by_hand(module)
+    model, optimizer = accelerator.prepare(module, built)
+    seen = []
+    options: dict[str, Any] = {"every": 1, "window": WINDOW, "per_matrix": True}
+    with SelectionLogger(accelerator, optimizer if is_prepared else built, **options) as selection:
+        for batch in DataLoader([each for each in gradients() for _ in range(parts)], batch_size=1):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch)["loss"])
+                optimizer.step()
+                optimizer.zero_grad()
+            if (figures := selection.log()) is not None:
+                seen.append(figures.overall["coverage"])
+        looked_on = built.observer is selection.statistics
+    assert looked_on and built.observer is None
+    assert tracker.logged == [(step + 1, named(step, *EACH)) for step in range(3)]
+    assert seen == [0.25, 0.25, 0.5]
+    assert points(SelectionHistory.load(tmp_path / "dion2_selection.json")) == points(selection.statistics.history)
+
+
+def test_interval_and_step(tmp_path: Path) -> None:
+    accelerator, tracker = tracked()
+    model = ByHand()
+    optimizer = accelerator.prepare(optimizer_by_hand(model))
+    selection = SelectionLogger(accelerator, optimizer, every=3, window=4, save_to=tmp_path / "new" / "run.json")
+    for number, gradient in enumerate(gradients()):
+        accelerator.backward(model(gradient)["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+        selection.log(step=100 + number)
+    selection.close()
+    (logged,) = tracker.logged
+    assert logged == (102, {**named(2, *ALL)})
+    assert SelectionHistory.load(tmp_path / "new" / "run.json").steps == [3]
+
+
+def test_steps_that_the_grad_scaler_skips_are_not_logged() -> None:
+    accelerator, tracker = tracked()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model = nn.Linear(8, 8)
+    optimizer = accelerator.prepare(build_optimizer(model, lr=0.01))
+    selection = SelectionLogger(accelerator, optimizer, every=1)
+    for number in range(4):
+        accelerator.backward(model(torch.ones(2, 8)).square().sum())
+        if number == 1:
+            model.weight.grad[0, 0] = torch.inf
+        optimizer.step()
+        optimizer.zero_grad()
+        selection.log(step=number)
+    assert [step for step, _ in tracker.logged] == [0, 2, 3]
+
+
+def train(layout: str, folder: Path, start: int = 0) -> SelectionStatistics:
+    """Train from a step, with a checkpoint after ``STOP``; also the checkpoint's file is written on the way."""
+    accelerator = make_accelerator(layout, project_dir=str(folder))
+    model = make_model(seed=start)
+    built = build_optimizer(model, **SETTINGS, strategy=accelerator)
+    # Before prepare, which replaces the parameters under FSDP2.
+    selection = SelectionLogger(accelerator, built, every=2, window=3)
+    model, optimizer, loader = accelerator.prepare(model, built, loader_of(accelerator, STEPS))
+    if start:
+        accelerator.load_state(str(folder / "checkpoint"))
+    for number, batch in enumerate(loader):
+        if number < start:
+            continue
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        selection.log()
+        if number + 1 == STOP and not start:
+            accelerator.save_state(str(folder / "checkpoint"))
+            if accelerator.is_main_process:
+                assert SelectionHistory.load(folder / "dion2_selection.json").steps == [2]
+    selection.close()
+    accelerator.free_memory()
+    return selection.statistics
+
+
+def check_resume(layout: str, folder: Path, expected: Any) -> None:
+    """The figures are those of one process, and a resumed loop has those of one that was not interrupted."""
+    warnings.simplefilter("ignore", SelectionWarning)
+    whole = train(layout, folder)
+    if expected is not None:
+        assert_same_figures(points(whole.history), expected)
+    resumed = train(layout, folder, start=STOP)
+    assert points(resumed.history) == points(whole.history)
+    assert torch.equal(resumed.history.shares, whole.history.shares)
+    one, other = (each.state_dict()["counts"] for each in (resumed, whole))
+    assert len(one) == 14
+    assert all(torch.equal(one[name][entry], other[name][entry]) for name in other for entry in other[name])
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_resume(tmp_path: Path) -> None:
+    check_resume("one device", tmp_path, None)
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_resume_under_fsdp2(tmp_path: Path) -> None:
+    expected = points(train("one device", tmp_path / "one").history)
+    run_like_torchrun(2, check_resume, "FSDP2, sharded", tmp_path / "two", expected)
+
+
+def test_what_is_refused() -> None:
+    accelerator = Accelerator(cpu=True)
+    other = accelerator.prepare(torch.optim.SGD(ByHand().parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"SelectionLogger: no Dion2 optimizer; found SGD\. Make it with dion2_light"):
+        SelectionLogger(accelerator, other)
+    with pytest.raises(ValueError, match="every must be at least 1 step, got 0"):
+        SelectionLogger(accelerator, optimizer_by_hand(ByHand()), every=0)
+
+
+def test_a_dead_layer_is_named_once() -> None:
+    accelerator = Accelerator(cpu=True)
+    model = WithDeadLayer()
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, lr=0.01))
+    selection = SelectionLogger(accelerator, optimizer, every=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for gradient in gradients():
+            accelerator.backward(model(gradient)["loss"])
+            optimizer.step()
+            selection.log()
+    messages = [str(each.message) for each in caught if each.category is SelectionWarning]
+    assert len(messages) == 1
+    assert messages[0].startswith("step 1, all-zero momentum: dead.weight (1 of 1 matrices); their gradients")

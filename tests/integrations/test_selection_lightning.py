@@ -1,0 +1,296 @@
+"""SelectionMonitor in real fits: names, values and steps by hand, every strategy, resuming, and what is refused."""
+
+import csv
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dion2_lightning import Dion2, SelectionMonitor, SelectionStatistics, SelectionWarning, build_optimizer
+from dion2_lightning.history import SelectionHistory
+from tests.distributed.ranks import run_like_torchrun
+from tests.integrations.lightning_training import fit, make_trainer, ranks_of
+from tests.integrations.selection import (
+    ALL,
+    EACH,
+    WINDOW,
+    ByHand,
+    WithDeadLayer,
+    assert_same_figures,
+    gradients,
+    named,
+    optimizer_by_hand,
+    points,
+)
+from tests.integrations.test_lightning_checkpoints import FILE, Saving
+from tests.integrations.test_lightning_training import Pair, PlantInf, ScaledFloat32
+
+STEPS = 8
+
+
+class Module(L.LightningModule):
+    """Takes a model's loss on batches of ``gradients``, each of them ``parts`` times."""
+
+    def __init__(self, model: nn.Module | None = None, parts: int = 1) -> None:
+        super().__init__()
+        self.model = ByHand() if model is None else model
+        self.parts = parts
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        loss: Tensor = self.model(batch)["loss"]
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return optimizer_by_hand(self.model) if isinstance(self.model, ByHand) else build_optimizer(self, lr=0.01)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([each for each in gradients() for _ in range(self.parts)], batch_size=1)
+
+
+def rows_of(logger: CSVLogger) -> dict[int, dict[str, float]]:
+    """What a logger has written of the selection, by step; each name once a step."""
+    found: dict[int, dict[str, float]] = defaultdict(dict)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if name.startswith("dion2/") and value:
+                    assert name not in found[int(row["step"])], "logged twice"
+                    found[int(row["step"])][name] = float(value)
+    return dict(found)
+
+
+def fit_by_hand(monitor: SelectionMonitor, parts: int = 1, **arguments: Any) -> L.Trainer:
+    trainer = make_trainer("one device", 3, **{"gradient_clip_val": None, "log_every_n_steps": 1, **arguments})
+    trainer.callbacks = [monitor, *trainer.callbacks]
+    trainer.fit(Module(parts=parts))
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_names_and_values_by_hand(tmp_path: Path) -> None:
+    """In two loggers, on the steps of the loss, and in callback_metrics, which choose the best checkpoint here."""
+    loggers = [CSVLogger(tmp_path, "one"), CSVLogger(tmp_path, "other")]
+    monitor = SelectionMonitor(window=WINDOW, per_matrix=True)
+    best = ModelCheckpoint(
+        tmp_path, "best", monitor="dion2/coverage", mode="max", every_n_train_steps=1, enable_version_counter=False
+    )
+    trainer = fit_by_hand(monitor, logger=loggers, callbacks=[best], enable_checkpointing=True)
+    for logger in loggers:
+        assert rows_of(logger) == {step: named(step, *EACH) for step in range(3)}
+    with (Path(loggers[0].log_dir) / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["loss"]] == [0, 1, 2]
+    selection = {name: value.item() for name, value in trainer.callback_metrics.items() if "dion2" in name}
+    assert selection == named(2, *EACH)
+    assert best.best_model_score == 0.5
+    assert monitor.figures.named(per_matrix=True) == named(2, *EACH)
+    saved = SelectionHistory.load(Path(loggers[0].log_dir) / "dion2_selection.json")
+    assert points(saved) == points(monitor.statistics.history)
+    assert [point["coverage"] for point in saved.overall] == [0.25, 0.25, 0.5]
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_accumulated_batches_are_logged_once(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    monitor = SelectionMonitor(window=WINDOW)
+    fit_by_hand(monitor, parts=2, logger=logger, accumulate_grad_batches=2)
+    assert rows_of(logger) == {step: named(step, *ALL) for step in range(3)}
+
+
+def test_intervals(tmp_path: Path) -> None:
+    """The Trainer's own, and another."""
+    every_two, every_three = CSVLogger(tmp_path, "two"), CSVLogger(tmp_path, "three")
+    fit_by_hand(SelectionMonitor(window=WINDOW), logger=every_two, log_every_n_steps=2)
+    fit_by_hand(SelectionMonitor(window=WINDOW, every=3), logger=every_three, log_every_n_steps=2)
+    assert rows_of(every_two) == {1: named(1, *ALL)}
+    assert rows_of(every_three) == {2: named(2, *ALL)}
+
+
+def test_steps_that_the_grad_scaler_skips_are_not_logged(tmp_path: Path) -> None:
+    """The fourth of eight is skipped; the figures stay on the steps of the Trainer."""
+    plugin = ScaledFloat32("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+    logger, monitor = CSVLogger(tmp_path), SelectionMonitor()
+    callbacks = [PlantInf(step=3), monitor]
+    fit("one device", steps=8, plugins=[plugin], callbacks=callbacks, logger=logger, log_every_n_steps=2)
+    assert plugin.scaler.get_scale() == 2.0
+    assert list(rows_of(logger)) == [1, 5, 7]
+    assert monitor.statistics.history.steps == [2, 5, 7]
+
+
+def test_the_progress_bars_show_coverage(capfd: pytest.CaptureFixture[str]) -> None:
+    for bar in (TQDMProgressBar(), RichProgressBar(leave=True)):
+        for progress in (True, False):
+            monitor = SelectionMonitor(window=WINDOW, every=3, progress=progress)
+            fit_by_hand(monitor, callbacks=[bar], enable_progress_bar=True)
+            shown = "".join(capfd.readouterr())
+            assert ("coverage=0.5" in shown or "coverage: 0.5" in shown) == progress, (bar, shown)
+
+
+# Strategies
+
+
+def fit_llama(layout: str, **arguments: Any) -> tuple[SelectionMonitor, L.Trainer]:
+    monitor = SelectionMonitor(window=3, orthogonality=True)
+    _, trainer = fit(layout, steps=STEPS, log_every_n_steps=2, **{"callbacks": [monitor], **arguments})
+    return monitor, trainer
+
+
+def check_figures(layout: str, expected: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SelectionWarning)
+        monitor, trainer = fit_llama(layout)
+    assert_same_figures(points(monitor.statistics.history), expected)
+    # Every rank has them, so that what follows from them is decided alike.
+    assert trainer.callback_metrics["dion2/coverage"].item() == pytest.approx(expected[-1][1]["coverage"])
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_figures_are_the_same_under_every_strategy() -> None:
+    expected = points(fit_llama("one device")[0].statistics.history)
+    for layout in ("DDP", "FSDP2"):
+        run_like_torchrun(ranks_of(layout), check_figures, layout, expected)
+
+
+# Resuming
+
+
+def check_resume(layout: str, folder: Path) -> None:
+    """A fit that goes on after loading in a new one has the figures of one that was not interrupted, bit for bit."""
+    warnings.simplefilter("ignore", SelectionWarning)
+    whole = SelectionMonitor(window=3, save_to=folder / "whole.json")
+    file = folder / "resumed" / "statistics.json"
+    arguments: dict[str, Any] = {"steps": STEPS, "log_every_n_steps": 2}
+    fit(layout, callbacks=[whole, Saving(folder)], **arguments)
+    resumed = SelectionMonitor(window=3, save_to=file)
+    _, trainer = fit(layout, seed=1, checkpoint=folder / FILE, callbacks=[resumed], **arguments)
+    assert points(resumed.statistics.history) == points(whole.statistics.history)
+    assert resumed.statistics.step == STEPS
+    one, other = resumed.statistics.state_dict(), whole.statistics.state_dict()
+    assert torch.equal(one["history"]["shares"], other["history"]["shares"])
+    assert len(one["counts"]) == 14
+    for name, counts in other["counts"].items():
+        assert all(torch.equal(one["counts"][name][entry], value) for entry, value in counts.items())
+    if trainer.is_global_zero:
+        assert points(SelectionHistory.load(file)) == points(whole.statistics.history)
+
+
+@pytest.mark.parametrize("layout", ["one device", "DDP", "FSDP2", "FSDP2, sharded file"])
+def test_resume(layout: str, tmp_path: Path) -> None:
+    run_like_torchrun(ranks_of(layout), check_resume, layout, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_the_optimizers_state_holds_none_of_it(tmp_path: Path) -> None:
+    monitor = SelectionMonitor(save_to=tmp_path)
+    _, trainer = fit("one device", steps=2, callbacks=[monitor], log_every_n_steps=1)
+    trainer.save_checkpoint(tmp_path / FILE)
+    checkpoint = torch.load(tmp_path / FILE, weights_only=True)
+    assert checkpoint["callbacks"]["SelectionMonitor"]["step"] == 2
+    entries = {entry for state in checkpoint["optimizer_states"][0]["state"].values() for entry in state}
+    assert entries == {"momentum", "step", "exp_avg", "exp_avg_sq"}
+    assert (tmp_path / "dion2_selection.json").exists()
+
+
+# Attaching
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_another_fit_begins_anew_and_one_without_it_pays_nothing() -> None:
+    monitor = SelectionMonitor(window=WINDOW)
+    for _ in range(2):
+        trainer = fit_by_hand(monitor)
+        assert monitor.statistics.step == 3
+        assert monitor.figures.named() == named(2, *ALL)
+        assert trainer.optimizers[0].observer is None
+
+
+class Fails(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        assert trainer.optimizers[0].observer is not None
+        raise ArithmeticError("planted")
+
+
+def test_it_looks_on_no_longer_after_an_exception() -> None:
+    trainer = make_trainer("one device", 3, gradient_clip_val=None, callbacks=[SelectionMonitor(), Fails()])
+    with pytest.raises(ArithmeticError, match="planted"):
+        trainer.fit(Module())
+    assert trainer.optimizers[0].observer is None
+
+
+def test_a_wrapped_optimizer_is_looked_through() -> None:
+    """Lightning's wrapper passes for the optimizer; what is set on it does not reach it."""
+    optimizer = optimizer_by_hand(ByHand())
+    wrapper = LightningOptimizer(optimizer)
+    assert isinstance(wrapper, Dion2)
+    statistics = SelectionStatistics()
+    statistics.attach(wrapper)
+    assert optimizer.observer is statistics
+
+
+class WithAdamW(Module):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters())
+
+
+class AsControl(Module):
+    def configure_optimizers(self) -> Any:
+        return build_optimizer(self, lr=0.01, algorithm="adamw")
+
+
+def test_what_is_refused() -> None:
+    trainer = make_trainer("one device", 3, callbacks=[SelectionMonitor()])
+    with pytest.raises(ValueError, match=r"SelectionMonitor: no Dion2 optimizer; found AdamW\. Make it with dion2_"):
+        trainer.fit(WithAdamW())
+    trainer = make_trainer("one device", 3, gradient_clip_val=None, callbacks=[SelectionMonitor()])
+    with pytest.raises(ValueError, match="SelectionMonitor: looks on at one Dion2 optimizer, found 2; leave it out"):
+        trainer.fit(Pair())
+    trainer = make_trainer("one device", 3, log_every_n_steps=0, callbacks=[SelectionMonitor()])
+    with pytest.raises(ValueError, match="every=None follows the Trainer, whose log_every_n_steps is 0; pass every="):
+        trainer.fit(Module())
+    trainer = make_trainer("one device", 3, callbacks=[SelectionMonitor(save_to="s3://bucket/run")])
+    with pytest.raises(ValueError, match="save_to would be 's3://bucket/run', which is no local folder"):
+        trainer.fit(Module())
+
+
+def test_the_control_without_matrices_has_nothing_to_show() -> None:
+    monitor = SelectionMonitor()
+    with pytest.warns(SelectionWarning, match="SelectionMonitor: no group of the optimizer has algorithm 'dion2'"):
+        make_trainer("one device", 3, callbacks=[monitor]).fit(AsControl(WithDeadLayer()))
+    assert monitor.figures is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"every": 0}, ValueError, "every must be at least 1 step, got 0"),
+        ({"every": "10"}, TypeError, "every must be a whole number of steps, got '10'"),
+        ({"window": 0}, ValueError, "window must be at least 1 step, got 0"),
+        ({"per_matrix": 1}, TypeError, "per_matrix must be True or False, got 1"),
+        ({"orthogonality": None}, TypeError, "orthogonality must be True or False, got None"),
+        ({"save_to": None}, TypeError, "save_to must be a folder, a file, True or False, got None"),
+        ({"progress": "tqdm"}, TypeError, "progress must be True or False, got 'tqdm'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SelectionMonitor(**arguments)
+
+
+def test_a_dead_layer_is_named_once() -> None:
+    trainer = make_trainer("one device", 3, log_every_n_steps=1, callbacks=[SelectionMonitor()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Module(WithDeadLayer()))
+    messages = [str(each.message) for each in caught if each.category is SelectionWarning]
+    assert len(messages) == 1
+    assert messages[0].startswith("step 1, all-zero momentum: model.dead.weight (1 of 1 matrices); their gradients")

@@ -1,0 +1,323 @@
+"""SelectionCallback in the Trainer: names and values by hand in every report, every layout, resuming, refusals."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dion2_lightning import Dion2Factory, SelectionCallback, SelectionWarning
+from dion2_lightning.history import SelectionHistory
+from tests.distributed.ranks import run_like_torchrun
+from tests.integrations.huggingface import fsdp2_on_cpu
+from tests.integrations.resume import STOP, unwrapped
+from tests.integrations.selection import (
+    ALL,
+    EACH,
+    WINDOW,
+    ByHand,
+    WithDeadLayer,
+    assert_same_figures,
+    gradients,
+    named,
+    optimizer_by_hand,
+    points,
+)
+from tests.integrations.test_trainer import FSDP, InOrder, arguments, make_trainer
+from tests.integrations.test_trainer_distributed_config import make_mixture
+from tests.integrations.training import SETTINGS, make_model
+
+STEPS = 8
+
+
+class Recorder(TrainerCallback):
+    """A reporter: keeps what it is given, by step."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.logged.append((state.global_step, {name: value for name, value in logs.items() if "dion2" in name}))
+
+
+def trainer_by_hand(folder: Path, callbacks: list[TrainerCallback], parts: int = 1, **settings: Any) -> Trainer:
+    model = ByHand()
+    chosen = {"per_device_train_batch_size": 1, "max_grad_norm": 0.0, **settings}
+    trainer = InOrder(
+        model,
+        arguments(folder, steps=3, **chosen),
+        train_dataset=[{"gradient": each} for each in gradients() for _ in range(parts)],
+        optimizers=(optimizer_by_hand(model), None),
+        callbacks=callbacks,
+    )
+    trainer.losses = []
+    return trainer
+
+
+def selection_of(entries: list[dict[str, float]]) -> list[tuple[float, dict[str, float]]]:
+    """What entries of a log say of the selection, with their steps."""
+    found = [(each["step"], {name: value for name, value in each.items() if "dion2" in name}) for each in entries]
+    return [(step, figures) for step, figures in found if figures]
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_names_and_values_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the history, in TensorBoard, and in callbacks that stand before and behind it; beside the loss."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    before, behind = Recorder(), Recorder()
+    callback = SelectionCallback(window=WINDOW, per_matrix=True)
+    trainer = trainer_by_hand(tmp_path, [before, callback, behind], report_to=["tensorboard"])
+    trainer.train()
+    expected = [(step + 1, named(step, *EACH)) for step in range(3)]
+    assert selection_of(trainer.state.log_history) == expected
+    assert all("loss" in entry for entry in trainer.state.log_history[:3])
+    for recorder in (before, behind):
+        assert [entry for entry in recorder.logged if entry[1]] == expected
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name in named(0, *EACH):
+        scalars = [(scalar.step, scalar.value) for scalar in events.Scalars(f"train/{name}")]
+        assert scalars == [(step, pytest.approx(figures[name].expected)) for step, figures in expected]
+    assert callback.figures.named(per_matrix=True) == named(2, *EACH)
+    saved = SelectionHistory.load(tmp_path / "dion2_selection.json")
+    assert points(saved) == points(callback.statistics.history)
+    assert len(saved) == 3
+    assert unwrapped(trainer.optimizer).observer is None
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_accumulated_batches_are_logged_once(tmp_path: Path) -> None:
+    trainer = trainer_by_hand(tmp_path, [SelectionCallback(window=WINDOW)], parts=2, gradient_accumulation_steps=2)
+    trainer.train()
+    assert selection_of(trainer.state.log_history) == [(step + 1, named(step, *ALL)) for step in range(3)]
+
+
+def test_intervals(tmp_path: Path) -> None:
+    """The Trainer's own, the first step included or not, and another, at which the loss is then logged too."""
+    for settings, every, steps in (
+        ({"logging_steps": 2}, None, [2]),
+        ({"logging_steps": 2, "logging_first_step": True}, None, [1, 2]),
+        ({"logging_steps": 100}, 3, [3]),
+        ({"logging_strategy": "epoch"}, 2, [2]),
+        ({"logging_strategy": "no"}, 2, [2]),
+    ):
+        trainer = trainer_by_hand(tmp_path, [SelectionCallback(window=WINDOW, every=every)], **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SelectionWarning)
+            trainer.train()
+        entries = trainer.state.log_history
+        assert selection_of(entries) == [(step, named(step - 1, *ALL)) for step in steps]
+        assert [entry["step"] for entry in entries if "dion2/coverage" in entry and "loss" in entry] == steps
+
+
+class PlantInf(TrainerCallback):
+    """Makes a gradient infinite at one step."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == 3:
+            model.lm_head.weight.grad[0, 0] = torch.inf
+
+
+def test_steps_that_the_grad_scaler_skips_are_not_logged(tmp_path: Path) -> None:
+    callback = SelectionCallback()
+    trainer = make_trainer(arguments(tmp_path, steps=STEPS, logging_steps=2), make_model(), callbacks=[callback])
+    trainer.add_callback(PlantInf())
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 2.0
+    assert [step for step, _ in selection_of(trainer.state.log_history)] == [2, 6, 8]
+    assert callback.statistics.history.steps == [2, 5, 7]
+
+
+def test_the_progress_bar_shows_coverage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for progress in (True, False):
+        callback = SelectionCallback(window=WINDOW, every=3, progress=progress)
+        trainer_by_hand(tmp_path, [callback], disable_tqdm=False).train()
+        shown = "".join(capfd.readouterr())
+        assert ("coverage=0.5" in shown) == progress
+        assert ("loss=" in shown) == progress
+
+
+# Layouts
+
+
+def train_llama(
+    folder: Path, ranks: int = 1, checkpoint: Path | None = None, **settings: Any
+) -> tuple[SelectionCallback, InOrder]:
+    callback = SelectionCallback(window=3, orthogonality=True)
+    args = arguments(folder, ranks, STEPS, **{"logging_steps": 2, "lr_scheduler_type": "linear", **settings})
+    trainer = make_trainer(args, make_model(seed=0 if checkpoint is None else 1), callbacks=[callback])
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return callback, trainer
+
+
+def check_fsdp2(folder: Path, expected: Any) -> None:
+    warnings.simplefilter("ignore", SelectionWarning)
+    fsdp2_on_cpu()
+    callback, trainer = train_llama(folder, 2, fsdp=True, fsdp_config=FSDP)
+    assert_same_figures(points(callback.statistics.history), expected)
+    logged = [figures["dion2/coverage"] for _, figures in selection_of(trainer.state.log_history)]
+    assert logged == [point[1]["coverage"] for point in expected]
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_figures_under_fsdp2_are_those_of_one_process(tmp_path: Path) -> None:
+    run_like_torchrun(2, check_fsdp2, tmp_path, points(train_llama(tmp_path)[0].statistics.history))
+
+
+# Resuming
+
+
+def check_resume(ranks: int, folder: Path) -> SelectionCallback:
+    """With the Trainer's flag, by which it makes new callbacks, and without it."""
+    whole, trainer = train_llama(folder, ranks, save_strategy="steps", save_steps=STOP)
+    expected = selection_of(trainer.state.log_history)
+    for flag in (False, True):
+        given, resumed = train_llama(
+            folder,
+            ranks,
+            folder / f"checkpoint-{STOP}",
+            restore_callback_states_from_checkpoint=flag,
+        )
+        assert selection_of(resumed.state.log_history) == expected
+        (found,) = (each for each in resumed.callback_handler.callbacks if isinstance(each, SelectionCallback))
+        assert (found is given) == (not flag)
+        assert points(found.statistics.history) == points(whole.statistics.history)
+        assert torch.equal(found.statistics.history.shares, whole.statistics.history.shares)
+        assert found.statistics.window == 3 and found.statistics.orthogonality
+        one, other = (each.statistics.state_dict()["counts"] for each in (found, whole))
+        assert len(one) == 14
+        assert all(torch.equal(one[name][entry], other[name][entry]) for name in other for entry in other[name])
+    return whole
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_resume(tmp_path: Path) -> None:
+    check_resume(1, tmp_path)
+    state = json.loads((tmp_path / f"checkpoint-{STOP}" / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["SelectionCallback"]
+    assert saved["args"]["window"] == 3
+    restored = SelectionCallback.from_state(saved)
+    assert restored.statistics.step == STOP
+    assert restored.statistics.window == 3
+    optimizer = torch.load(tmp_path / f"checkpoint-{STOP}" / "optimizer.pt", weights_only=True)
+    entries = {entry for its in optimizer["state"].values() for entry in its}
+    assert entries == {"momentum", "step", "exp_avg", "exp_avg_sq"}
+
+
+def check_ddp(folder: Path, expected: Any) -> None:
+    warnings.simplefilter("ignore", SelectionWarning)
+    assert_same_figures(points(check_resume(2, folder).statistics.history), expected)
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_figures_under_ddp_are_those_of_one_process_and_go_on_after_a_resume(tmp_path: Path) -> None:
+    run_like_torchrun(2, check_ddp, tmp_path, points(train_llama(tmp_path)[0].statistics.history))
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_a_checkpoint_from_before_the_callback_was_there(tmp_path: Path) -> None:
+    """It starts to count there, and the Trainer, which expects an entry of every callback, goes on to save."""
+    args = arguments(tmp_path, steps=4, save_strategy="steps", save_steps=2)
+    make_trainer(args, make_model()).train()
+    callback = SelectionCallback()
+    resumed = make_trainer(args, make_model(), callbacks=[callback])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert callback.statistics.step == 2
+    assert [step for step, _ in selection_of(resumed.state.log_history)] == [3, 4]
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert SelectionCallback.from_state(state["stateful_callbacks"]["SelectionCallback"]).statistics.step == 2
+
+
+class SaveLate(TrainerCallback):
+    """Asks for a checkpoint of step 3 when the other callbacks no longer notice."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save |= state.global_step == 3
+
+
+def train_mixture(folder: Path, checkpoint: Path | None = None, **settings: Any) -> SelectionCallback:
+    callback = SelectionCallback(window=3)
+    fsdp = {"transformer_layer_cls_to_wrap": "Qwen3MoeDecoderLayer"}
+    args = arguments(folder, 2, 4, fsdp=True, fsdp_config=fsdp, **settings)
+    trainer = make_trainer(args, make_mixture(), callbacks=[callback, SaveLate()])
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return callback
+
+
+def check_experts(folder: Path) -> None:
+    """Ranks hold different experts, and the Trainer asks one rank alone for the state."""
+    fsdp2_on_cpu()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        whole = train_mixture(folder, save_strategy="steps", save_steps=2)
+    late = [str(each.message) for each in caught if "not planned when the step ended" in str(each.message)]
+    assert [message.partition(":")[0] for message in late] == ([] if dist.get_rank() else ["step 3"])
+    assert all("so it holds the statistics of step 2; set control.should_save in a callback" in each for each in late)
+    assert whole.statistics.state_is_spread
+    warnings.simplefilter("ignore", SelectionWarning)
+    resumed = train_mixture(folder, folder / "checkpoint-2")
+    assert points(resumed.statistics.history) == points(whole.statistics.history)
+    one, other = (each.statistics.state_dict()["counts"] for each in (resumed, whole))
+    assert all(torch.equal(one[name][entry], other[name][entry]) for name in other for entry in other[name])
+
+
+def test_resume_experts_under_fsdp2(tmp_path: Path) -> None:
+    run_like_torchrun(2, check_experts, tmp_path)
+
+
+# Attaching
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_another_training_begins_anew(tmp_path: Path) -> None:
+    callback = SelectionCallback(window=WINDOW)
+    trainer = trainer_by_hand(tmp_path, [callback])
+    for _ in range(2):
+        trainer.train()
+        assert callback.statistics.step == 3
+        assert (callback.figures.overall["coverage"], callback.figures.overall["staleness_max"]) == (0.5, 3.0)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    pair = (torch.optim.AdamW, {"lr": 1e-3})
+    trainer = make_trainer(arguments(tmp_path), make_model(), pair, callbacks=[SelectionCallback()])
+    with pytest.raises(ValueError, match=r"SelectionCallback: no Dion2 optimizer; found AdamW\. Make it with"):
+        trainer.train()
+    args = arguments(tmp_path, logging_strategy="epoch")
+    trainer = make_trainer(args, make_model(), callbacks=[SelectionCallback()])
+    with pytest.raises(ValueError, match="every=None follows logging_steps, but logging_strategy is 'epoch'; pass ev"):
+        trainer.train()
+    with pytest.raises(RuntimeError, match="SelectionCallback must be called by a Trainer"):
+        SelectionCallback().on_train_begin(arguments(tmp_path), trainer.state, trainer.control)
+    with pytest.raises(TypeError, match="progress must be True or False, got 'yes'"):
+        SelectionCallback(progress="yes")
+    with pytest.raises(ValueError, match="every must be at least 1 step, got -1"):
+        SelectionCallback(every=-1)
+
+
+def test_a_dead_layer_is_named_once(tmp_path: Path) -> None:
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=3, logging_steps=1, save_strategy="no"
+    )
+    model: nn.Module = WithDeadLayer()
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=[{"gradient": each} for each in gradients()],
+        optimizer_cls_and_kwargs=(Dion2Factory, SETTINGS),
+        callbacks=[SelectionCallback(save_to=False)],
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    messages = [str(each.message) for each in caught if each.category is SelectionWarning]
+    assert len(messages) == 1
+    assert messages[0].startswith("step 1, all-zero momentum: dead.weight (1 of 1 matrices); their gradients")
+    assert not (tmp_path / "dion2_selection.json").exists()
