@@ -49,6 +49,12 @@ _FORMATS: Final[dict[str, str]] = {
 }
 
 
+_TEXTS: Final = ("group", "parameter", "which are")
+"""Columns of the tables that hold no numbers."""
+
+_NUMBER: Final = ' class="number"'
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a figure looks healthy.
@@ -285,7 +291,7 @@ def _table(
 ) -> str:
     """A table whose headings sort it; cells carry the plain number to sort by."""
     headings = "".join(
-        f'<th scope="col"><button type="button">{escape(label)}</button></th>'
+        f'<th scope="col"{"" if label in _TEXTS else _NUMBER}><button type="button">{escape(label)}</button></th>'
         for label in (*labels, *(_words(name) for name in names))
     )
     body = []
@@ -396,14 +402,17 @@ small { display: block; font-weight: 400; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .4rem .7rem; text-align: left; vertical-align: top; }
 thead th { color: var(--quiet); font-weight: 600; vertical-align: bottom; }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 .headline td.number { font-size: 1.1rem; }
 .sortable { font-size: .82rem; }
-.sortable td:first-child { min-width: 17rem; }
+.sortable td, .sortable th { padding: .35rem .4rem; }
+.sortable td:first-child { min-width: 13rem; }
+.headline { min-width: 44rem; }
 .sortable button { all: unset; cursor: pointer; }
 .sortable button:focus-visible { outline: 2px solid var(--quiet); }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
+td.number { white-space: nowrap; }
 .badge { border: 1px solid; border-radius: 1rem; padding: 0 .6rem; font-size: .85rem; white-space: nowrap; }
 .badge.healthy { color: var(--good); } .badge.look, td.look { color: var(--bad); font-weight: 600; }
 .badge.no-verdict { color: var(--quiet); }

@@ -5,7 +5,9 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +212,12 @@ def test_the_command_is_a_module_too(statistics: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dion2_lightning.report", statistics, "-o", output, "--title", "A title"]
     assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
     assert "A title" in Page(output.read_text()).texts
+
+
+def test_the_console_script_is_the_command() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    entry = EntryPoint("dion2-report", project["scripts"]["dion2-report"], "console_scripts")
+    assert entry.load() is main
 
 
 def test_help_and_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
