@@ -2,7 +2,6 @@
 
 import base64
 import json
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,14 +10,13 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
-import numpy as np
 import pytest
 
 from dion2_lightning.history import SelectionHistory
 from dion2_lightning.plots import save_pictures
 from dion2_lightning.report import LOOK, UNKNOWN, main, render_report, verdicts
 from dion2_lightning.statistics import MEANINGS
+from tests.browser import browse, check_shown
 from tests.selection_histories import extend, kinds_of, llama, make_history
 
 HOSTILE = 'layers.0.<script>alert("x")</script>&amp;\'"'
@@ -307,21 +305,6 @@ def test_without_matplotlib(statistics: Path) -> None:
 # A browser
 
 
-def browser() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
-        if (path := shutil.which(name)) is not None:
-            return path
-    pytest.skip("no Chromium or Chrome on this machine: apt-get install chromium")
-
-
-def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    quiet = "--disable-background-networking --disable-component-update --disable-sync --no-first-run --disable-quic"
-    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *quiet.split()]
-    # Messages of the page's console go to stderr, with CONSOLE in front.
-    command += ["--enable-logging=stderr", f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-
-
 @pytest.fixture
 def page(html: str, tmp_path: Path) -> Path:
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
@@ -329,12 +312,7 @@ def page(html: str, tmp_path: Path) -> Path:
 
 
 def test_a_browser_shows_it(page: Path, tmp_path: Path) -> None:
-    result = browse(page, "--window-size=1200,2400", f"--screenshot={tmp_path / 'screen.png'}")
-    assert "CONSOLE" not in result.stderr
-    pixels = matplotlib.image.imread(tmp_path / "screen.png")
-    assert pixels.shape[:2] == (2400, 1200)
-    for band in np.split(pixels[..., :3], 12):
-        assert band.std() > 0.02  # nothing of 200 pixels in height is blank
+    check_shown(page, tmp_path / "screen.png")
 
 
 def test_a_click_on_a_heading_sorts_and_another_sorts_back(page: Path, history: SelectionHistory) -> None:

@@ -20,6 +20,7 @@ from recipes.text_classification.data import Batch, ShuffledBatches, Split, coll
 from recipes.text_classification.docstrings import MODULES
 from recipes.text_classification.settings import InputError, Settings
 from recipes.text_classification.train import Result, TextClassifier, fine_tune, load_model, run_folder
+from tests.browser import check_shown
 
 EXAMPLES = sorted(Path(recipe.__file__).parent.glob("*.yaml"))
 SMALL = {"held_out_rows": 32, "max_length": 16, "batch_size": 4, "steps": 4, "accelerator": "cpu"}
@@ -124,6 +125,9 @@ class TestOfflineRun:
         assert len(history.kinds) == 6 * 6 + 1
         assert adamw.selection == ()
         assert not [file for file in run_folder(adamw.settings).iterdir() if "selection" in file.name]
+
+    def test_a_browser_shows_the_page(self, results: list[Result], tmp_path: Path) -> None:
+        check_shown(results[0].selection[0], tmp_path / "screen.png")
 
     @staticmethod
     def logits_of_checkpoint(settings: Settings, split: Split) -> torch.Tensor:
