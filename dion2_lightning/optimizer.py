@@ -95,8 +95,8 @@ class Dion2(Optimizer):
         process_group: The ranks that hold replicas of the plain parameters, with the same gradients, as under DDP. They
             share the work. Without it every rank updates its replicas by itself, with the same result. DTensors need
             none: their mesh says who shares them (default: None).
-        share_replicas: Whether the ranks of ``process_group`` share the work: True for every matrix, False for none,
-            None where it costs more than sending the result (default: None).
+        share_replicas: Whether ranks that hold replicas, as under DDP and HSDP, share the work on them: True, False, or
+            None, where it saves more than sending the results costs (default: None).
 
     Raises:
         TypeError: An argument or a group's entry has the wrong type.
