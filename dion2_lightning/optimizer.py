@@ -115,12 +115,13 @@ class Dion2(Optimizer):
         )
     """
 
-    orthonormalize: Callable[[Tensor], Tensor] | None = None
-    process_group: "ProcessGroup | None" = None
-    share_replicas: bool | None = None
-    observer: Observer | None = None
+    # Values are set on the instance: a framework's wrapper of an optimizer shows what is on the class as its own.
+    orthonormalize: Callable[[Tensor], Tensor] | None
+    process_group: "ProcessGroup | None"
+    share_replicas: bool | None
+    observer: Observer | None
     """What looks on at every step; see :class:`~dion2_lightning.SelectionStatistics`. A copy has none."""
-    route_parameters: Callable[[list[Tensor]], list[Group]] | None = None
+    route_parameters: Callable[[list[Tensor]], list[Group]] | None
     """Splits parameters that are added later without ``algorithm`` into groups; set where the model is known."""
 
     def __init__(
@@ -169,6 +170,8 @@ class Dion2(Optimizer):
         self.orthonormalize = orthonormalize
         self.process_group = process_group
         self.share_replicas = share_replicas
+        self.observer = None
+        self.route_parameters = None
         self._selections: dict[Tensor, Selection] = {}
         self._failure: str | None = None
         self._is_agreed = False
@@ -354,7 +357,8 @@ class Dion2(Optimizer):
         super().__setstate__(state)
         self._selections = {}
         self._is_agreed = False
-        self.__dict__.setdefault("_failure", None)
+        for name in ("_failure", "orthonormalize", "process_group", "share_replicas", "observer", "route_parameters"):
+            self.__dict__.setdefault(name, None)
         for group in self.param_groups:
             for name, default in {**self.defaults, "algorithm": "dion2", "batched": False, "transposed": False}.items():
                 if name != "differentiable":

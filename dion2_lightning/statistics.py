@@ -179,7 +179,7 @@ class SelectionStatistics:
             RuntimeError: Other statistics look on already.
         """
         unwrapped: Any = optimizer
-        while not hasattr(unwrapped, "observer") and hasattr(unwrapped, "optimizer"):
+        while hasattr(unwrapped, "optimizer"):  # some wrappers look like what they wrap
             unwrapped = unwrapped.optimizer
         if not hasattr(unwrapped, "observer"):
             raise TypeError(
