@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.adamw import adamw_state, adamw_update
-from dion2_lightning.checkpoint import match_state_dict, restore_exactly
+from dion2_lightning.checkpoint import match_state_dict, restore_exactly, shares_memory
 from dion2_lightning.exchange import check_agreement, on_any_rank, place_gradients, refuse_unreachable
 from dion2_lightning.groups import (
     check_names,
@@ -316,13 +316,19 @@ class Dion2(Optimizer):
             state_dict: What :meth:`state_dict` returned; ``state`` and ``params`` may hold names instead of numbers.
 
         Raises:
-            ValueError: The checkpoint is of another model or optimizer; the error says what differs, and nothing has
-                been loaded.
+            ValueError: The checkpoint is of another model or optimizer; the error says what differs. Nothing has been
+                loaded; where ``torch.distributed.checkpoint`` has read the file into this optimizer's state before it
+                called this, ``step()`` refuses until something that fits is loaded.
         """
         matched: StateDict = {}
 
         def match(_: Optimizer, incoming: StateDict) -> StateDict:
-            matched.update(match_state_dict(incoming, self.param_groups))
+            try:
+                matched.update(match_state_dict(incoming, self.param_groups))
+            except ValueError:
+                if shares_memory(incoming, self.state):
+                    self._failure = "load_state_dict() failed"
+                raise
             return matched
 
         # As the last hook it sees what the other hooks made of the input.
