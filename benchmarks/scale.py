@@ -169,9 +169,9 @@ def submatrix(shape: Shape, fraction: float, ranks: int) -> Submatrix:
     held = shard(rows, ranks)
     if matrices.slices_are_rows(axis):
         selected = torch.tensor([(k * start // slices, k * stop // slices) for start, stop in held])
-        transfer = Transfer(0, (k, entries), selected, [(0, columns)] * ranks)
+        transfer = Transfer(0, (k, entries), (0, 0), selected, [(0, columns)] * ranks)
     else:
-        transfer = Transfer(0, (k, entries), None, held)
+        transfer = Transfer(0, (k, entries), (0, 0), None, held)
     return Submatrix(orthonormalization_cost(k, entries), tuple(transfer.size_on(rank) for rank in range(ranks)))
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: which saved state belongs to which parameter, whether it fits, and restoring it without rounding."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -8,8 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from dion2_lightning.adamw import step_device
-from dion2_lightning.groups import parameter_names
-from dion2_lightning.layout import is_dtensor
+from dion2_lightning.groups import check_settings, parameter_names
+from dion2_lightning.layout import is_dtensor, local
 
 Group = Mapping[str, Any]
 
@@ -31,11 +32,31 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group]) -> StateDict:
         if key not in saved:
             raise ValueError(f"the checkpoint has no {key!r}; pass what state_dict() returned")
     matched = [_match_group(old, new) for old, new in zip(_match_order(saved, groups), groups, strict=True)]
+    without_state = []
     for old, new in zip(matched, groups, strict=True):
         for key, parameter, name in zip(old["params"], new["params"], parameter_names(new), strict=True):
             if key in saved["state"]:
                 _check_state(saved["state"][key], parameter, new["algorithm"], f"group {new['name']!r}: {name}")
+            elif saved["state"] and parameter.requires_grad:
+                without_state.append(name)
+    if without_state:
+        warnings.warn(
+            f"the checkpoint has no state for {_some(without_state)}, as of what was frozen when it was saved; these "
+            "start anew",
+            stacklevel=2,
+        )
     return {**saved, "param_groups": matched}
+
+
+def shares_memory(saved: StateDict, state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
+    """Return whether a saved state dict holds tensors of an optimizer's present state.
+
+    ``torch.distributed.checkpoint`` reads files into the tensors that an optimizer has, before it calls
+    ``load_state_dict``.
+    """
+    present = {local(value).data_ptr() for entries in state.values() for value in entries.values() if value.numel()}
+    values = (value for entries in saved.get("state", {}).values() for value in entries.values())
+    return any(isinstance(value, Tensor) and local(value).data_ptr() in present for value in values)
 
 
 def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
@@ -83,20 +104,49 @@ def _match_group(old: Group, new: Group) -> dict[str, Any]:
             f"{where}: the checkpoint has {len(old['params'])} parameters, this optimizer {len(new['params'])}; "
             "it is of another model, or the model was split otherwise"
         )
+    _check_settings(old, new, where)
     group = {**new, **old}
-    names = old.get("param_names") or [key for key in old["params"] if isinstance(key, str)]
-    if names and "param_names" in new:
-        ids = dict(zip(names, old["params"], strict=True))
-        if ids.keys() != set(new["param_names"]):
-            unknown = sorted(ids.keys() - set(new["param_names"]))
-            missing = sorted(set(new["param_names"]) - ids.keys())
-            raise ValueError(
-                f"{where}: the names of the parameters differ; only in the checkpoint: {_some(unknown)}; only in this "
-                f"optimizer: {_some(missing)}. To load by position, remove 'param_names' from the checkpoint's groups"
-            )
-        group["params"] = [ids[name] for name in new["param_names"]]
+    if "param_names" in new:
+        group["params"] = _in_order(old, new, where)
         group["param_names"] = list(new["param_names"])
     return group
+
+
+def _check_settings(old: Group, new: Group, where: str) -> None:
+    """Refuse settings that are not this optimizer's; what schedulers have added may stay."""
+    unknown = sorted(old.keys() - new.keys())
+    if "algorithm" not in old and unknown:
+        raise ValueError(
+            f"{where}: the checkpoint's group says no algorithm and has {_some(unknown)}, which Dion2 does not know; "
+            "it is of another optimizer"
+        )
+    check_settings({key: value for key, value in old.items() if key in new}, f"{where}: the checkpoint's ")
+
+
+def _in_order(old: Group, new: Group, where: str) -> list[Any]:
+    """The ids of a saved group's parameters, in the order of the present group's names."""
+    ids, wanted = list(old["params"]), list(new["param_names"])
+    if all(isinstance(each, str) for each in ids):
+        # Names of the module that was saved, which the optimizer may know a part of. torch.distributed.checkpoint has
+        # put them in the present order, but left param_names in the file's.
+        if set(ids) == set(wanted):
+            return wanted
+        if all(each == name or each.endswith(f".{name}") for each, name in zip(ids, wanted, strict=True)):
+            return ids
+    names = old.get("param_names") or [each for each in ids if isinstance(each, str)]
+    if not names:
+        return ids
+    if set(names) != set(wanted):
+        raise ValueError(
+            f"{where}: the names of the parameters differ; only in the checkpoint: "
+            f"{_some(sorted(set(names) - set(wanted)))}; only in this optimizer: "
+            f"{_some(sorted(set(wanted) - set(names)))}. To load by position, remove 'param_names' from the "
+            "checkpoint's groups"
+        )
+    if len(names) != len(ids):
+        raise ValueError(f"{where}: the checkpoint has {len(names)} names for {len(ids)} parameters; it is damaged")
+    of_names = dict(zip(names, ids, strict=True))
+    return [of_names[name] for name in wanted]
 
 
 def _check_state(state: Mapping[str, Any], parameter: Tensor, algorithm: str, what: str) -> None:

@@ -238,6 +238,7 @@ class Transfer:
     Attributes:
         owner: The rank that orthonormalizes it.
         shape: (k, m) of the whole submatrix.
+        own: Shape of the part that this rank holds.
         edges: By rank, where the slices that it holds begin and end among the k selected ones, on the host (ranks, 2);
             None where every rank holds a part of all.
         columns: By rank, which of the m entries of each it holds.
@@ -245,18 +246,20 @@ class Transfer:
 
     owner: int
     shape: tuple[int, int]
+    own: tuple[int, int]
     edges: Tensor | None
     columns: Sequence[Span]
 
-    def shape_on(self, rank: int) -> tuple[int, int]:
-        """Return the shape of the part that a rank holds."""
-        (start, stop), (left, right) = self._rows(rank), self.columns[rank]
-        return stop - start, right - left
+    @property
+    def own_size(self) -> int:
+        """Entries that this rank holds."""
+        rows, columns = self.own
+        return rows * columns
 
     def size_on(self, rank: int) -> int:
         """Return the number of entries that a rank holds."""
-        rows, columns = self.shape_on(rank)
-        return rows * columns
+        (start, stop), (left, right) = self._rows(rank), self.columns[rank]
+        return (stop - start) * (right - left)
 
     def part(self, submatrix: Tensor, rank: int) -> Tensor:
         """View the part of the (k, m) submatrix that a rank holds."""
@@ -284,7 +287,7 @@ class Exchange:
         self._rank, ranks = dist.get_rank(group), range(group.size())
         self._by_owner = _by_rank([transfer.owner for transfer in transfers], group.size())
         self.owned = self._by_owner[self._rank]
-        self._to_owners = [sum(transfers[index].size_on(self._rank) for index in owned) for owned in self._by_owner]
+        self._to_owners = [sum(transfers[index].own_size for index in owned) for owned in self._by_owner]
         self._from_ranks = [sum(transfers[index].size_on(rank) for index in self.owned) for rank in ranks]
 
     def send(self, parts: Sequence[Tensor]) -> None:
@@ -320,9 +323,9 @@ class Exchange:
         """Return this rank's part of every orthonormalized submatrix, in the order of the transfers."""
         parts = [self._nothing] * len(self._transfers)
         for owned, received in zip(self._by_owner, torch.split(self._finish(), self._to_owners), strict=True):
-            pieces = torch.split(received, [self._transfers[index].size_on(self._rank) for index in owned])
+            pieces = torch.split(received, [self._transfers[index].own_size for index in owned])
             for index, piece in zip(owned, pieces, strict=True):
-                parts[index] = piece.view(self._transfers[index].shape_on(self._rank))
+                parts[index] = piece.view(self._transfers[index].own)
         return parts
 
     def _start(self, sent: Tensor, receive: list[int], send: list[int]) -> None:

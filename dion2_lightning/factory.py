@@ -85,7 +85,8 @@ def build_optimizer(
             without it each updates its replica by itself, with the same result. FSDP2, HSDP and TP need none: the
             parameters' meshes say all. A model that Lightning or Fabric has set up, or that DistributedDataParallel has
             wrapped, knows it by itself (default: None).
-        share_replicas: Whether the ranks of DDP share the work: True, False, or None, where it pays (default: None).
+        share_replicas: Whether ranks that hold replicas, as under DDP and HSDP, share the work on them: True, False, or
+            None, where it saves more than sending the results costs (default: None).
 
     Returns:
         A :class:`~dion2_lightning.Dion2` with named groups, the matrices first.

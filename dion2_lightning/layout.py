@@ -92,6 +92,20 @@ class Matrices:
         return axis == (INPUT_AXIS if self.transposed else OUTPUT_AXIS)
 
 
+class Spans(tuple[Span, ...]):
+    """What each rank of a group holds along an axis; what follows from it is found once for all matrices."""
+
+    @cached_property
+    def are_equal(self) -> bool:
+        """Whether all ranks hold the same."""
+        return all(span == self[0] for span in self)
+
+    @cached_property
+    def edges(self) -> Tensor:
+        """Where each begins and ends, one after the other, on the host."""
+        return torch.tensor(self).flatten()
+
+
 @dataclass(frozen=True)
 class Replicas:
     """The ranks that hold the same parts of the same matrices as this one.
@@ -138,14 +152,14 @@ class Layout:
     replicas: Replicas | None = None
 
     @cached_property
-    def rows(self) -> tuple[Span, ...]:
+    def rows(self) -> "Spans":
         """Which rows each rank of the group holds."""
-        return tuple(block.rows for block in self.blocks)
+        return Spans(block.rows for block in self.blocks)
 
     @cached_property
-    def columns(self) -> tuple[Span, ...]:
+    def columns(self) -> "Spans":
         """Which columns each rank of the group holds."""
-        return tuple(block.columns for block in self.blocks)
+        return Spans(block.columns for block in self.blocks)
 
     @cached_property
     def fingerprint(self) -> int:

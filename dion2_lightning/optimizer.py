@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.adamw import adamw_state, adamw_update
-from dion2_lightning.checkpoint import match_state_dict, restore_exactly
+from dion2_lightning.checkpoint import match_state_dict, restore_exactly, shares_memory
 from dion2_lightning.exchange import check_agreement, on_any_rank, place_gradients, refuse_unreachable
 from dion2_lightning.groups import (
     check_names,
@@ -95,8 +95,8 @@ class Dion2(Optimizer):
         process_group: The ranks that hold replicas of the plain parameters, with the same gradients, as under DDP. They
             share the work. Without it every rank updates its replicas by itself, with the same result. DTensors need
             none: their mesh says who shares them (default: None).
-        share_replicas: Whether the ranks of ``process_group`` share the work: True for every matrix, False for none,
-            None where it costs more than sending the result (default: None).
+        share_replicas: Whether ranks that hold replicas, as under DDP and HSDP, share the work on them: True, False, or
+            None, where it saves more than sending the results costs (default: None).
 
     Raises:
         TypeError: An argument or a group's entry has the wrong type.
@@ -115,12 +115,13 @@ class Dion2(Optimizer):
         )
     """
 
-    orthonormalize: Callable[[Tensor], Tensor] | None = None
-    process_group: "ProcessGroup | None" = None
-    share_replicas: bool | None = None
-    observer: Observer | None = None
+    # Values are set on the instance: a framework's wrapper of an optimizer shows what is on the class as its own.
+    orthonormalize: Callable[[Tensor], Tensor] | None
+    process_group: "ProcessGroup | None"
+    share_replicas: bool | None
+    observer: Observer | None
     """What looks on at every step; see :class:`~dion2_lightning.SelectionStatistics`. A copy has none."""
-    route_parameters: Callable[[list[Tensor]], list[Group]] | None = None
+    route_parameters: Callable[[list[Tensor]], list[Group]] | None
     """Splits parameters that are added later without ``algorithm`` into groups; set where the model is known."""
 
     def __init__(
@@ -169,6 +170,8 @@ class Dion2(Optimizer):
         self.orthonormalize = orthonormalize
         self.process_group = process_group
         self.share_replicas = share_replicas
+        self.observer = None
+        self.route_parameters = None
         self._selections: dict[Tensor, Selection] = {}
         self._failure: str | None = None
         self._is_agreed = False
@@ -313,13 +316,19 @@ class Dion2(Optimizer):
             state_dict: What :meth:`state_dict` returned; ``state`` and ``params`` may hold names instead of numbers.
 
         Raises:
-            ValueError: The checkpoint is of another model or optimizer; the error says what differs, and nothing has
-                been loaded.
+            ValueError: The checkpoint is of another model or optimizer; the error says what differs. Nothing has been
+                loaded; where ``torch.distributed.checkpoint`` has read the file into this optimizer's state before it
+                called this, ``step()`` refuses until something that fits is loaded.
         """
         matched: StateDict = {}
 
         def match(_: Optimizer, incoming: StateDict) -> StateDict:
-            matched.update(match_state_dict(incoming, self.param_groups))
+            try:
+                matched.update(match_state_dict(incoming, self.param_groups))
+            except ValueError:
+                if shares_memory(incoming, self.state):
+                    self._failure = "load_state_dict() failed"
+                raise
             return matched
 
         # As the last hook it sees what the other hooks made of the input.
@@ -354,7 +363,8 @@ class Dion2(Optimizer):
         super().__setstate__(state)
         self._selections = {}
         self._is_agreed = False
-        self.__dict__.setdefault("_failure", None)
+        for name in ("_failure", "orthonormalize", "process_group", "share_replicas", "observer", "route_parameters"):
+            self.__dict__.setdefault(name, None)
         for group in self.param_groups:
             for name, default in {**self.defaults, "algorithm": "dion2", "batched": False, "transposed": False}.items():
                 if name != "differentiable":

@@ -41,7 +41,8 @@ class OptimizerSettings:
         check_finite: Refuse gradients with NaN or Inf, at the price of a synchronisation every step (default: False).
         overrides: By patterns of parameter names: dion2, adamw, or a mapping of group options (default: None).
         lora: Which LoRA factors are updated by Dion2: adamw for none, B, or both (default: adamw).
-        share_replicas: Whether the ranks of DDP share the work; None is where it pays (default: None).
+        share_replicas: Whether ranks that hold replicas, as under DDP and HSDP, share the work; None is where it pays
+            (default: None).
 
     Example::
 

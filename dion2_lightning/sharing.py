@@ -138,7 +138,7 @@ class SharedMatrices:
         self._norms = dict(zip(self._updates, norms, strict=True))
         self._selected = _select(self._updates, norms)
         self._on_host: dict[MatrixUpdate, Tensor] = {}
-        self._split = [update for update in self._updates if _is_split(update)]
+        self._split = [update for update in self._updates if update.is_split]
         self.unread = [header, *(self._selected[update] for update in self._split)]
         self.must_read = bool(self._split) or not all(self._has_gradient) or self._device.type == "cpu"
 
@@ -301,13 +301,16 @@ class _Piece:
         stack = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
         apply(weight, self.indices, stack, self.update)
 
-    def transfer(self, matrix: int, owner: int) -> Transfer:
+    def transfer(self, matrix: int, owner: int, rank: int) -> Transfer:
         """One of its matrices' way."""
+        columns = self.update.columns
+        left, right = columns[rank]
         return Transfer(
             owner,
             (self.update.k, self.update.entries),
+            (self.indices.shape[1], right - left),
             None if self.edges is None else self.edges[matrix],
-            self.update.columns,
+            columns,
         )
 
 
@@ -324,8 +327,9 @@ class _Journey:
         """Plan it, the same on every rank."""
         self._pieces, self._custom = [piece for piece, _ in owned], custom
         self._update_of = [piece.update for piece, owners in owned for _ in owners]
+        rank = 0 if group is None else dist.get_rank(group)
         transfers = [
-            piece.transfer(matrix, owner) for piece, owners in owned for matrix, (_, owner) in enumerate(owners)
+            piece.transfer(matrix, owner, rank) for piece, owners in owned for matrix, (_, owner) in enumerate(owners)
         ]
         where = [replica for _, owners in owned for replica, _ in owners]
         mine = None if replicas is None else replicas.number
@@ -336,9 +340,9 @@ class _Journey:
         if group is not None:
             self._exchange = Exchange(group, [transfers[index] for index in self._here], dtype, device)
         if replicas is not None and where[0] is not None:
-            rank = 0 if group is None else dist.get_rank(group)
-            sources = [replicas.position_of[number] for number in where if number is not None]
-            shapes = [transfer.shape_on(rank) for transfer in transfers]
+            position_of = replicas.position_of
+            sources = [position_of[number] for number in where if number is not None]
+            shapes = [transfer.own for transfer in transfers]
             self._gathering = Gathering(replicas.group, sources, shapes, dtype, device)
 
     def send(self) -> None:
@@ -394,15 +398,9 @@ def _pieces(update: MatrixUpdate, selected: Tensor, on_host: Tensor | None, rank
         first += count
 
 
-def _is_split(update: MatrixUpdate) -> bool:
-    """Whether ranks hold different slices: how many of the selected ones each holds then depends on the selection."""
-    return any(slices != (0, update.slices) for slices in update.held)
-
-
 def _edges(update: MatrixUpdate, indices: Tensor) -> Tensor:
     """For every matrix and rank, where its slices begin and end among the sorted selected ones; (count, ranks, 2)."""
-    held = torch.tensor(update.held).flatten()
-    positions = torch.searchsorted(indices, held.expand(len(indices), -1).contiguous())
+    positions = torch.searchsorted(indices, update.held.edges.expand(len(indices), -1).contiguous())
     return positions.view(len(indices), -1, 2)
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from dion2_lightning.groups import parameter_names
 from dion2_lightning.history import BINS, Kind, SelectionHistory, bin_of
@@ -695,7 +694,7 @@ def without_wrapper(optimizer: Any) -> Any:
 
     Some wrappers forward no attributes; others look like the optimizer, and what is set on them does not reach it.
     """
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+    while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 

@@ -24,7 +24,7 @@ from dion2_lightning.layout import (
     Layout,
     Layouts,
     Matrices,
-    Span,
+    Spans,
     alike,
     layout_of,
     local,
@@ -163,18 +163,23 @@ class MatrixUpdate:
         return self.matrices.shape[1 - self.axis]
 
     @property
-    def held(self) -> Sequence[Span]:
+    def held(self) -> Spans:
         """By rank of the layout's group: which slices it touches. Without a group this rank is the only one."""
         if self.layout.group is None:
-            return [(0, self.slices)]
+            return Spans([(0, self.slices)])
         return self.layout.rows if self.matrices.slices_are_rows(self.axis) else self.layout.columns
 
     @property
-    def columns(self) -> Sequence[Span]:
+    def columns(self) -> Spans:
         """By rank of the layout's group: which entries of the slices it holds."""
         if self.layout.group is None:
-            return [(0, self.entries)]
+            return Spans([(0, self.entries)])
         return self.layout.columns if self.matrices.slices_are_rows(self.axis) else self.layout.rows
+
+    @property
+    def is_split(self) -> bool:
+        """Whether ranks hold different slices: how many of the selected ones each holds depends on the selection."""
+        return not self.held.are_equal
 
     def selection(self, indices: Tensor, norms: Tensor) -> Selection:
         """Return what users see of the indices (count, k); the observer sees the norms (count, n) too."""

@@ -5,9 +5,15 @@ import io
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from dion2_lightning import Dion2
+from dion2_lightning import Dion2, build_optimizer
 from tests.test_optimizer import assert_identical, groups_of, model_of, snapshot, train
 
 
@@ -140,6 +146,115 @@ def test_hooks_see_and_change_the_state_dict():
     assert_same_state(optimizer, model, other, other_model)
 
 
+class Stack(nn.Module):
+    """Matrices of one shape, defined in the order of their names' letters."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        for name in order:
+            self.add_module(name, nn.Linear(8, 8, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in "abc":
+            x = torch.tanh(self.get_submodule(name)(x))
+        return x
+
+
+def momenta_of(model: nn.Module, optimizer: Dion2) -> dict[str, torch.Tensor]:
+    return {name: optimizer.state[parameter]["momentum"] for name, parameter in model.named_parameters()}
+
+
+def stepped(order: str) -> tuple[nn.Module, Dion2]:
+    model = Stack(order)
+    optimizer = build_optimizer(model, lr=0.1)
+    model(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("form", ["nested", "flat", "full"])
+def test_modules_that_are_defined_in_another_order(form, tmp_path):
+    """torch.distributed.checkpoint puts names into the present order, but leaves param_names in that of the file."""
+    options = StateDictOptions(full_state_dict=form == "full", flatten_optimizer_state_dict=form == "flat")
+    torch.manual_seed(0)
+    model, optimizer = stepped("abc")
+    other_model = Stack("cba")
+    other = build_optimizer(other_model, lr=0.1)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    if form != "full":
+        dcp.save({"optimizer": saved}, checkpoint_id=tmp_path / "saved", no_dist=True)
+        loaded = {"optimizer": get_optimizer_state_dict(other_model, other, options=options)}
+        dcp.load(loaded, checkpoint_id=tmp_path / "saved", no_dist=True)
+        saved = loaded["optimizer"]
+    set_optimizer_state_dict(other_model, other, saved, options=options)
+    found, expected = momenta_of(other_model, other), momenta_of(model, optimizer)
+    assert all(torch.equal(found[name], momentum) for name, momentum in expected.items())
+
+
+def test_names_of_the_whole_and_of_the_part():
+    """Frameworks save the names of a module of which the optimizer may know a part."""
+    model, optimizer = stepped("abc")
+    saved = optimizer.state_dict()
+    [group] = saved["param_groups"]
+    whole = [f"module.net.{name}" for name in group["param_names"]]
+    named = {
+        "state": {whole[number]: state for number, state in saved["state"].items()},
+        "param_groups": [{**group, "params": whole, "param_names": group["param_names"][::-1]}],
+    }
+    other_model = Stack("abc")
+    other = build_optimizer(other_model, lr=0.1)
+    other.load_state_dict(named)
+    found, expected = momenta_of(other_model, other), momenta_of(model, optimizer)
+    assert all(torch.equal(found[name], momentum) for name, momentum in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_file_that_was_read_into_the_state_before_it_was_refused(tmp_path):
+    """Going on would train with what is left of both."""
+    model, optimizer = stepped("abc")
+    optimizer.param_groups[0]["fraction"] = 7.0
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    other_model, other = stepped("abc")
+    good = copy.deepcopy(other.state_dict())
+    loaded = {"optimizer": get_optimizer_state_dict(other_model, other)}
+    dcp.load(loaded, checkpoint_id=tmp_path / "saved", no_dist=True)
+    with pytest.raises(ValueError, match=r"the checkpoint's fraction must lie in \(0, 1\], got 7.0"):
+        set_optimizer_state_dict(other_model, other, loaded["optimizer"])
+    with pytest.raises(RuntimeError, match=r"an earlier load_state_dict\(\) failed"):
+        other.step()
+    other.load_state_dict(good)
+    other.step()
+
+
+def test_what_has_no_state_in_the_checkpoint_starts_anew():
+    """As what was frozen when it was saved; it is said."""
+    model, optimizer = trained()
+    saved = optimizer.state_dict()
+    del saved["state"][1]
+    other_model = copy.deepcopy(model)
+    other = Dion2(groups_of(other_model), lr=0.05)
+    with pytest.warns(UserWarning, match="the checkpoint has no state for parameter '1.weight', as of what was frozen"):
+        other.load_state_dict(saved)
+    assert other_model[1].weight not in other.state
+    assert other_model[0].weight in other.state
+
+
+def of_another_optimizer(saved):
+    saved["state"].clear()
+    for group in saved["param_groups"]:
+        del group["algorithm"]
+        group |= {"dampening": 0, "nesterov": False}
+
+
+def a_setting_out_of_range(saved):
+    saved["param_groups"][0]["momentum"] = 1.5
+
+
+def names_too_many(saved):
+    saved["param_groups"][0]["param_names"].append("0.weight")
+
+
 def other_shape(saved):
     saved["state"][0]["momentum"] = torch.zeros(3, 3)
 
@@ -180,6 +295,9 @@ def no_groups(saved):
         (a_parameter_less, "group 'dion2': the checkpoint has 2 parameters, this optimizer 3"),
         (other_names, "only in the checkpoint: encoder.weight; only in this optimizer: 0.weight. To load by position"),
         (foreign_state, r"the checkpoint holds \['momentum_buffer'\] for it, algorithm 'dion2' needs \['momentum'\]"),
+        (of_another_optimizer, "group says no algorithm and has dampening, nesterov, which Dion2 does not know"),
+        (a_setting_out_of_range, r"group 'dion2': the checkpoint's momentum must lie in \[0, 1\), got 1.5"),
+        (names_too_many, "the checkpoint has 4 names for 3 parameters; it is damaged"),
         (no_groups, "the checkpoint has no 'param_groups'; pass what state_dict"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

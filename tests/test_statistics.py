@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -207,6 +208,26 @@ def test_orthogonality_error() -> None:
     assert all(each["orthogonality_error"] == pytest.approx(3.0, rel=1e-4) for each in figures.parameters.values())
 
 
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+@pytest.mark.parametrize("every", [None, 4])
+def test_figures_of_steps_that_were_asked_for(every: int | None) -> None:
+    """Besides those that are due anyway; asking lasts until figures would be taken."""
+    named = parameters()
+    optimizer = optimizer_of(named)
+    statistics = SelectionStatistics(every=every)
+    statistics.attach(optimizer)
+    statistics.ask()
+    assert statistics.take() is None  # no step was taken, and nothing is asked for any more
+    seen = []
+    for step in range(1, 6):
+        set_gradients(named, step)
+        if step in (3, 5):
+            statistics.ask()
+        optimizer.step()
+        seen.append(statistics.take() is not None)
+    assert seen == [False, False, True, every == 4, True]
+
+
 # Steps that leave nothing
 
 
@@ -409,6 +430,15 @@ def test_what_cannot_be_attached() -> None:
         SelectionStatistics().attach(optimizer)
 
 
+def test_statistics_look_on_at_one_optimizer_at_a_time() -> None:
+    statistics = SelectionStatistics()
+    first, second = optimizer_of(parameters()), optimizer_of(parameters())
+    statistics.attach(first)
+    statistics.attach(second)
+    assert first.observer is None
+    assert second.observer is statistics
+
+
 # History
 
 
@@ -475,6 +505,21 @@ def test_a_history_knows_the_window_of_its_statistics() -> None:
     resumed.load_state_dict(statistics.state_dict())
     assert resumed.history.window == 30
     assert resumed.history.steps == statistics.history.steps
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_of_before(tmp_path: Any, monkeypatch: Any) -> None:
+    history = run(range(1, 5), None)[1].history
+    history.save(tmp_path / "statistics.json")
+    before = (tmp_path / "statistics.json").read_text()
+
+    def cut_short(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text[:100].encode())
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    with pytest.raises(OSError, match="no space left"):
+        run(range(1, 9), None)[1].history.save(tmp_path / "statistics.json")
+    assert (tmp_path / "statistics.json").read_text() == before
 
 
 @pytest.mark.parametrize(

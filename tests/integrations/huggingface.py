@@ -10,8 +10,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dion2_lightning import Dion2, build_optimizer
-from tests.integrations.training import BATCH, MAX_NORM, SETTINGS, Sequences, make_model
+from dion2_lightning import Dion2
 
 STATE_DICTS: Final = {"FSDP2, sharded": "SHARDED_STATE_DICT", "FSDP2, full": "FULL_STATE_DICT"}
 """How a checkpoint is kept, by layout."""
@@ -59,21 +58,6 @@ def fsdp_plugin(**settings: Any) -> FullyShardedDataParallelPlugin:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about what FSDP1 calls otherwise
         return FullyShardedDataParallelPlugin(**{**chosen, **settings})
-
-
-def curve_by_hand(steps: int, model: nn.Module | None = None) -> list[float]:
-    """The losses of the training without a framework, in one process; of ``make_model()`` by default."""
-    model = make_model() if model is None else model
-    optimizer = build_optimizer(model, **SETTINGS)
-    losses = []
-    for batch in Sequences(steps).pieces.split(BATCH):
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def whole(model: nn.Module, optimizer: Dion2 | None = None) -> dict[str, Tensor]:

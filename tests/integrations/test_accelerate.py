@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from dion2_lightning import build_optimizer
 from tests.distributed.ranks import kill_this_process, run_like_torchrun
-from tests.integrations.huggingface import curve_by_hand, make_accelerator
+from tests.integrations import test_plain
+from tests.integrations.huggingface import make_accelerator
 from tests.integrations.resume import STEPS, STOP, Phase, check_resume, make_optimizer, unwrapped, write_outcome
 from tests.integrations.training import BATCH, MAX_NORM, SETTINGS, Sequences, make_model
 
@@ -92,11 +93,11 @@ def test_resume(layout: str, tmp_path: Path, record_property: Callable[[str, obj
 
 
 def test_the_curve_is_the_one_by_hand() -> None:
-    assert loss_curve(20) == pytest.approx(curve_by_hand(20), abs=1e-4)
+    assert loss_curve(20) == pytest.approx(test_plain.loss_curve(20), abs=1e-4)
 
 
 def assert_curve_is_the_one_by_hand() -> None:
-    assert loss_curve(20) == pytest.approx(curve_by_hand(20), abs=1e-4)
+    assert loss_curve(20) == pytest.approx(test_plain.loss_curve(20), abs=1e-4)
 
 
 def test_the_curve_of_two_ranks_is_the_one_by_hand() -> None:

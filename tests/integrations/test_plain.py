@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tests.distributed.ranks import kill_this_process
 from tests.integrations.resume import STEPS, STOP, Phase, check_resume, make_optimizer, write_outcome
@@ -22,12 +24,7 @@ def train_by_hand(layout: str, kind: str, phase: Phase, folder: Path) -> None:
         first = STOP
     losses = []
     for batch in Sequences(STEPS).pieces.split(BATCH)[first:]:
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(train_step(model, optimizer, batch))
         if phase is Phase.KILLED and len(losses) == STOP:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
             kill_this_process()
@@ -38,19 +35,20 @@ def test_resume(tmp_path: Path, record_property: Callable[[str, object], None]) 
     check_resume(train_by_hand, "none", "one device", 1, tmp_path, record_property)
 
 
-def loss_curve(steps: int) -> list[float]:
-    """The losses of the common training, by hand: what every framework has to reproduce."""
-    model = make_model()
+def loss_curve(steps: int, model: nn.Module | None = None) -> list[float]:
+    """The losses of the common training, by hand: what every framework has to reproduce; of ``make_model()``."""
+    model = make_model() if model is None else model
     optimizer = make_optimizer("Dion2", model)
-    losses = []
-    for batch in Sequences(steps).pieces.split(BATCH):
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return [train_step(model, optimizer, batch) for batch in Sequences(steps).pieces.split(BATCH)]
+
+
+def train_step(model: nn.Module, optimizer: Optimizer, batch: Tensor) -> float:
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def test_the_common_training_learns() -> None:

@@ -106,6 +106,7 @@ def test_accumulated_batches_are_logged_once(tmp_path: Path) -> None:
     assert rows_of(logger) == {step: named(step, *ALL) for step in range(3)}
 
 
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
 def test_intervals(tmp_path: Path) -> None:
     """The Trainer's own, and another."""
     every_two, every_three = CSVLogger(tmp_path, "two"), CSVLogger(tmp_path, "three")
@@ -126,6 +127,7 @@ def test_steps_that_the_grad_scaler_skips_are_not_logged(tmp_path: Path) -> None
     assert monitor.statistics.history.steps == [2, 5, 7]
 
 
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
 def test_the_progress_bars_show_coverage(capfd: pytest.CaptureFixture[str]) -> None:
     for bar in (TQDMProgressBar(), RichProgressBar(leave=True)):
         for progress in (True, False):

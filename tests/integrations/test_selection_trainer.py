@@ -135,6 +135,7 @@ def test_steps_that_the_grad_scaler_skips_are_not_logged(tmp_path: Path) -> None
     assert callback.statistics.history.steps == [2, 5, 7]
 
 
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
 def test_the_progress_bar_shows_coverage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for progress in (True, False):
         callback = SelectionCallback(window=WINDOW, every=3, progress=progress)

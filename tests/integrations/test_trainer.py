@@ -15,7 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dion2_lightning import Dion2Factory
 from tests.distributed.ranks import kill_this_process, run_like_torchrun
-from tests.integrations.huggingface import STATE_DICTS, curve_by_hand, fsdp2_on_cpu
+from tests.integrations import test_plain
+from tests.integrations.huggingface import STATE_DICTS, fsdp2_on_cpu
 from tests.integrations.resume import STEPS, STOP, Phase, check_resume, unwrapped, write_outcome
 from tests.integrations.training import BATCH, MAX_NORM, SETTINGS, Sequences, make_model
 
@@ -100,11 +101,11 @@ def loss_curve(steps: int) -> list[float]:
 
 
 def test_the_curve_is_the_one_by_hand() -> None:
-    assert loss_curve(20) == pytest.approx(curve_by_hand(20), abs=1e-4)
+    assert loss_curve(20) == pytest.approx(test_plain.loss_curve(20), abs=1e-4)
 
 
 def assert_curve_is_the_one_by_hand() -> None:
-    assert loss_curve(20) == pytest.approx(curve_by_hand(20), abs=1e-4)
+    assert loss_curve(20) == pytest.approx(test_plain.loss_curve(20), abs=1e-4)
 
 
 def test_the_curve_of_two_ranks_is_the_one_by_hand() -> None:

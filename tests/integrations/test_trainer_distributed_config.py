@@ -14,7 +14,8 @@ from transformers.distributed import DistributedConfig
 
 from dion2_lightning import Dion2
 from tests.distributed.ranks import run_like_torchrun
-from tests.integrations.huggingface import curve_by_hand, fsdp2_on_cpu
+from tests.integrations import test_plain
+from tests.integrations.huggingface import fsdp2_on_cpu
 from tests.integrations.resume import unwrapped
 from tests.integrations.test_trainer import arguments, make_trainer
 from tests.integrations.training import LENGTH, make_model
@@ -98,7 +99,7 @@ def check_curve(source: Path, layout: Layout, down_projection: str, expected: li
 def test_a_dense_model(name: str, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "model")
     layout, down_projection = DENSE[name], "model.layers.1.mlp.down_proj.weight"
-    curve = curve_by_hand(STEPS)
+    curve = test_plain.loss_curve(STEPS)
     run_like_torchrun(layout.ranks, check_curve, tmp_path / "model", layout, down_projection, curve, tmp_path / "run")
 
 
@@ -106,5 +107,5 @@ def test_a_dense_model(name: str, tmp_path: Path) -> None:
 def test_a_mixture_of_experts(name: str, tmp_path: Path) -> None:
     make_mixture().save_pretrained(tmp_path / "model")
     layout, experts = EXPERTS[name], "model.layers.1.mlp.experts.down_proj"
-    curve = curve_by_hand(STEPS, make_mixture())
+    curve = test_plain.loss_curve(STEPS, make_mixture())
     run_like_torchrun(layout.ranks, check_curve, tmp_path / "model", layout, experts, curve, tmp_path / "run")

@@ -1,0 +1,177 @@
+"""The examples of README.md and of the frameworks' pages run as they stand there."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+import dion2_lightning
+from dion2_lightning import Dion2, Dion2Factory, OptimizerSettings, build_optimizer, route_parameters
+from tests.integrations.resume import unwrapped
+from tests.integrations.training import BATCH, Sequences, make_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def examples(page: str) -> list[str]:
+    """The Python blocks of a page, one after the other."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def data(tmp_path: Path) -> dict[str, Any]:
+    """What README's examples take for granted."""
+    return {
+        "dataset": Sequences(3),
+        "loader": DataLoader(Sequences(3), BATCH),
+        "model": make_model(),
+        "path": tmp_path / "checkpoint",
+    }
+
+
+def names_in_examples(tmp_path: Path) -> dict[str, Any]:
+    """What the examples of the frameworks' pages take for granted, which import less."""
+    return {
+        **data(tmp_path),
+        "Accelerator": Accelerator,
+        "Dion2Factory": Dion2Factory,
+        "L": L,
+        "LightningModule": L.LightningModule,
+        "Trainer": Trainer,
+        "TrainingArguments": TrainingArguments,
+        "args": TrainingArguments("runs", report_to=[]),
+        "accelerator": Accelerator(),  # after the arguments, which reset the state that all Accelerators share
+        "build_optimizer": build_optimizer,
+        "dion2_lightning": dion2_lightning,
+    }
+
+
+@pytest.fixture(autouse=True)
+def on_cpu_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+def run(example: str, page: str, names: dict[str, Any]) -> dict[str, Any]:
+    exec(compile(example, str(ROOT / page), "exec"), names)
+    return names
+
+
+def assert_trained(optimizer: Any) -> None:
+    assert {group["algorithm"] for group in unwrapped(optimizer).param_groups} == {"dion2", "adamw"}
+    assert unwrapped(optimizer).state
+
+
+def fit(module_class: Any, *arguments: Any) -> L.Trainer:
+    """Train a module whose example says only how it makes its optimizer."""
+
+    class Complete(module_class):
+        def __init__(self) -> None:
+            super().__init__(*arguments)
+            self.model = make_model()
+
+        def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+            return self.model(**batch).loss
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about workers of loaders
+        trainer.fit(Complete(), DataLoader(Sequences(3), BATCH))
+    assert_trained(trainer.optimizers[0])
+    return trainer
+
+
+class TestReadme:
+    """Four examples: any loop, Lightning, Accelerate, the Trainer."""
+
+    def test_all_are_here(self) -> None:
+        assert len(examples("README.md")) == 4
+
+    def test_any_loop(self, tmp_path: Path) -> None:
+        names = run(examples("README.md")[0], "README.md", data(tmp_path))
+        assert isinstance(names["optimizer"], Dion2)
+        assert "linear" in route_parameters(names["model"]).report()
+
+    def test_lightning(self, tmp_path: Path) -> None:
+        names = run(examples("README.md")[1], "README.md", data(tmp_path))
+        trainer = fit(names["Module"])
+        assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [3e-4, 1e-4, 1e-4]
+
+    def test_accelerate(self, tmp_path: Path) -> None:
+        names = run(examples("README.md")[2], "README.md", data(tmp_path))
+        for batch in names["loader"]:
+            names["accelerator"].backward(names["model"](**batch).loss)
+            names["optimizer"].step()
+            names["optimizer"].zero_grad()
+        assert_trained(names["optimizer"])
+
+    def test_trainer(self, tmp_path: Path) -> None:
+        trainer = run(examples("README.md")[3], "README.md", data(tmp_path))["trainer"]
+        trainer.train()
+        assert_trained(trainer.optimizer)
+
+
+@pytest.mark.parametrize("example", examples("docs/huggingface.md"), ids=range(len(examples("docs/huggingface.md"))))
+def test_huggingface(example: str, tmp_path: Path) -> None:
+    names = run(example, "docs/huggingface.md", names_in_examples(tmp_path))
+    optimizer = names["trainer"].optimizer if "trainer" in names else names.get("optimizer")
+    if optimizer is not None:  # an example has trained
+        assert_trained(optimizer)
+
+
+class TestLightning:
+    """A module, clipping, command line, backbone, Fabric, names for Fabric."""
+
+    page = "docs/lightning.md"
+
+    def test_all_are_here(self) -> None:
+        assert len(examples(self.page)) == 6
+        assert len(examples("docs/huggingface.md")) == 3
+
+    def test_a_module_and_its_clipping(self, tmp_path: Path) -> None:
+        module, clipping, *_ = examples(self.page)
+        names = run(module + clipping, self.page, names_in_examples(tmp_path))
+        fit(names["Model"])
+
+    def test_settings(self, tmp_path: Path) -> None:
+        asked: list[Any] = []
+        names = names_in_examples(tmp_path) | {"LightningCLI": asked.append}
+        run(examples(self.page)[2], self.page, names)
+        assert asked == [names["Model"]]
+        fit(names["Model"], OptimizerSettings(lr=1e-3))
+
+    def test_a_backbone_that_stays_thawed(self, tmp_path: Path) -> None:
+        names = names_in_examples(tmp_path) | {"BackboneFinetuning": L.pytorch.callbacks.BackboneFinetuning}
+        assert issubclass(run(examples(self.page)[3], self.page, names)["Thaw"], L.pytorch.callbacks.BackboneFinetuning)
+
+    def test_fabric(self, tmp_path: Path) -> None:
+        names = names_in_examples(tmp_path) | {"fabric": L.Fabric(accelerator="cpu")}
+        setting_up, naming = examples(self.page)[4:]
+        run(setting_up, self.page, names)
+        names["fabric"].backward(names["model"](**next(iter(names["loader"]))).loss)
+        names["optimizer"].step()
+        run(naming, self.page, names)
+        saved = names["fabric"].load(names["path"])["optimizer"]
+        assert all(isinstance(name, str) for name in saved["state"])
+        assert_trained(names["optimizer"])
+
+
+def test_transformers_is_the_one_that_was_read() -> None:
+    """Pages name versions only in constraints.txt; what they say was tried with these."""
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert transformers.__version__ == pinned["transformers"]
+    assert L.__version__ == pinned["lightning"]
