@@ -218,7 +218,7 @@ class SelectionStatistics:
     def moved(self, update: MatrixUpdate, change: Tensor) -> None:
         """Take what a part of a parameter was changed by; called by the optimizer."""
         if self._due is not None:
-            squares = torch.linalg.vector_norm(change, dtype=torch.float64).square()
+            squares = torch.linalg.vector_norm(change).double().square()
             self._due.squares.append((self._entries[update.parameter], squares))
 
     def end_step(self) -> None:
@@ -501,10 +501,10 @@ class _Ledger:
         zeros = self.last.new_zeros((1, self._slices), dtype=torch.float32)
         mass = torch.cat([norms.get(entry, zeros.expand(entry.count, -1)) for entry in self._entries]).double()
         total, captured = mass.sum(1), (mass * now).sum(1)
-        staleness = step - self.last.long()
+        staleness = step - self.last
         never = self.hits == 0
         updated = now.any(1)
-        counts = self.hits.long().sort(dim=1).values
+        counts = self.hits.sort(dim=1).values
         places = torch.arange(1 - self._slices, self._slices, 2, device=counts.device)
         gini = (places * counts).sum(1).double() / (self._slices * counts.sum(1).clamp(min=1)).double()
         rows = torch.zeros((len(mass), _COUNTS + BINS), dtype=torch.float64, device=mass.device)
