@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dion2_lightning.clipping import clip_grad_norm_
 from dion2_lightning.factory import build_optimizer
+from dion2_lightning.figures import Figures
 from dion2_lightning.optimizer import Dion2
 from dion2_lightning.routing import Decision, Routing, route_parameters
 from dion2_lightning.selection import Selection
 from dion2_lightning.settings import OptimizerSettings
-from dion2_lightning.statistics import Figures, SelectionStatistics, SelectionWarning
+from dion2_lightning.statistics import SelectionStatistics, SelectionWarning
 
 if TYPE_CHECKING:
     from dion2_lightning.integrations.accelerate import SelectionLogger as SelectionLogger

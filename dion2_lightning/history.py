@@ -9,13 +9,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dion2_lightning.statistics import Figures
+from dion2_lightning.figures import Figures, Kind
 
 BINS: Final = 64
 """Slices of a parameter are counted in so many bins."""
@@ -25,24 +24,6 @@ MAX_POINTS: Final = 256
 
 FORMAT: Final = "dion2 selection history"
 VERSION: Final = 1
-
-
-class Kind(NamedTuple):
-    """What is known of a parameter's matrices.
-
-    Attributes:
-        group: Name of its parameter group.
-        name: Its own.
-        matrices: How many it holds.
-        slices: Of each.
-        axis: What a slice is: 0 output, 1 input.
-    """
-
-    group: str
-    name: str
-    matrices: int
-    slices: int
-    axis: int
 
 
 class SelectionHistory:
@@ -78,7 +59,7 @@ class SelectionHistory:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def append(self, figures: "Figures", kinds: Sequence[Kind], hits: Tensor, counts: Tensor) -> None:
+    def append(self, figures: Figures, kinds: Sequence[Kind], hits: Tensor, counts: Tensor) -> None:
         """Add what is known at a step.
 
         Args:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec
 
-from dion2_lightning.history import BINS, Kind, SelectionHistory
+from dion2_lightning.figures import Kind
+from dion2_lightning.history import BINS, SelectionHistory
 
 try:
     import matplotlib.style

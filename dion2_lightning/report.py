@@ -15,8 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from dion2_lightning.history import Kind, SelectionHistory
-from dion2_lightning.statistics import FAR_FROM_ORTHONORMAL, MEANINGS
+from dion2_lightning.figures import FAR_FROM_ORTHONORMAL, MEANINGS, Kind
+from dion2_lightning.history import SelectionHistory
 
 HEALTHY, LOOK, UNKNOWN = "healthy", "look", "no verdict"
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from dion2_lightning.figures import MEANINGS
 from dion2_lightning.history import SelectionHistory
 from dion2_lightning.plots import save_pictures
 from dion2_lightning.report import LOOK, UNKNOWN, main, render_report, verdicts
-from dion2_lightning.statistics import MEANINGS
 from tests.browser import browse, check_shown
 from tests.selection_histories import extend, kinds_of, llama, make_history
 

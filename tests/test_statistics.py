@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dion2_lightning import Dion2, SelectionStatistics, SelectionWarning, build_optimizer
+from dion2_lightning.figures import MEANINGS
 from dion2_lightning.history import MAX_POINTS, SelectionHistory
-from dion2_lightning.statistics import MEANINGS
 
 SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "wide": ((8, 20), {}),

@@ -6,8 +6,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
+from dion2_lightning.figures import Figures
 from dion2_lightning.integrations.selection import SelectionRecorder
-from dion2_lightning.statistics import Figures, SelectionStatistics
+from dion2_lightning.statistics import SelectionStatistics
 
 
 class SelectionLogger:

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from dion2_lightning.figures import Figures
 from dion2_lightning.optimizer import Dion2
-from dion2_lightning.statistics import Figures, SelectionStatistics, SelectionWarning, check_truth, without_wrapper
+from dion2_lightning.statistics import SelectionStatistics, SelectionWarning, check_truth, without_wrapper
 
 FILE_NAME: Final = "dion2_selection.json"
 """What the file of a run's history is called, unless ``save_to`` gives it a name."""

@@ -13,9 +13,10 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from transformers.trainer_utils import IntervalStrategy
 from typing_extensions import override
 
+from dion2_lightning.figures import Figures
 from dion2_lightning.history import from_plain, to_plain
 from dion2_lightning.integrations.selection import SelectionRecorder
-from dion2_lightning.statistics import Figures, SelectionStatistics, SelectionWarning, check_steps, check_truth
+from dion2_lightning.statistics import SelectionStatistics, SelectionWarning, check_steps, check_truth
 
 
 class SelectionCallback(TrainerCallback, ExportableState):
