@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dion2_lightning.clipping import clip_grad_norm_
 from dion2_lightning.factory import build_optimizer
 from dion2_lightning.figures import Figures
+from dion2_lightning.history import SelectionHistory
 from dion2_lightning.optimizer import Dion2
 from dion2_lightning.routing import Decision, Routing, route_parameters
 from dion2_lightning.selection import Selection
@@ -28,6 +29,7 @@ __all__ = [
     "OptimizerSettings",
     "Routing",
     "Selection",
+    "SelectionHistory",
     "SelectionStatistics",
     "SelectionWarning",
     "build_optimizer",

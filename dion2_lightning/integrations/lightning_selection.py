@@ -1,5 +1,6 @@
 """What is being selected, in Lightning: a callback that logs it."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ class SelectionMonitor(Callback):
             a file ending in ``.json``. True: the first logger's folder, if there is a logger; False: nowhere
             (default: True).
         progress: Show ``coverage`` in the progress bar (default: True).
+        pictures: When training ends, write pictures of the history to a folder ``pictures`` beside it, and send two to
+            the loggers that take images, as TensorBoard's and W&B's do; needs matplotlib (default: False).
 
     Attributes:
         figures: The last ones; None before the first.
@@ -55,13 +58,17 @@ class SelectionMonitor(Callback):
         orthogonality: bool = False,
         save_to: str | Path | bool = True,
         progress: bool = True,
+        pictures: bool = False,
     ) -> None:
         if every is not None:
             check_steps("every", every)
         check_truth("progress", progress)
+        check_truth("pictures", pictures)
+        if pictures:
+            import_module("dion2_lightning.plots")  # says at once if matplotlib is missing
         statistics = SelectionStatistics(every=None, window=window, orthogonality=orthogonality)
         self._recorder = SelectionRecorder(type(self).__name__, statistics, per_matrix=per_matrix, save_to=save_to)
-        self.every, self.progress = every, progress
+        self.every, self.progress, self.pictures = every, progress, pictures
         self.figures: Figures | None = None
         self._interval = 0
         self._path: Path | None = None
@@ -124,6 +131,12 @@ class SelectionMonitor(Callback):
         """Write the history, and look on no longer."""
         self._save(trainer)
         self.statistics.detach()
+        if self.pictures and len(self.statistics.history) and trainer.is_global_zero:
+            from dion2_lightning.plots import log_pictures, save_pictures
+
+            log_pictures(self.statistics.history, trainer.loggers, _step(trainer))
+            if self._path is not None:
+                save_pictures(self.statistics.history, self._path.parent / "pictures")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

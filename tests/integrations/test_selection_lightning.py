@@ -11,12 +11,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dion2_lightning import Dion2, SelectionMonitor, SelectionStatistics, SelectionWarning, build_optimizer
 from dion2_lightning.history import SelectionHistory
+from dion2_lightning.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.lightning_training import fit, make_trainer, ranks_of
 from tests.integrations.selection import (
@@ -99,6 +101,20 @@ def test_names_and_values_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_pictures_are_written_and_sent(tmp_path: Path) -> None:
+    """To the loggers that take images, and beside the history."""
+    board, csv = (
+        TensorBoardLogger(tmp_path / "board", name="", version=""),
+        CSVLogger(tmp_path / "csv", name="", version=""),
+    )
+    monitor = SelectionMonitor(every=1, pictures=True, save_to=tmp_path / "selection.json")
+    fit_by_hand(monitor, logger=[csv, board])
+    assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == set(PICTURES)
+    events = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["dion2/overview", "dion2/heatmap"]
+
+
 def test_accumulated_batches_are_logged_once(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     monitor = SelectionMonitor(window=WINDOW)
