@@ -11,8 +11,9 @@ from dion2_lightning.settings import OptimizerSettings
 from dion2_lightning.statistics import Figures, SelectionStatistics, SelectionWarning
 
 if TYPE_CHECKING:
+    from dion2_lightning.integrations.lightning import BackboneRates as BackboneRates
     from dion2_lightning.integrations.lightning import NamedOptimizerStates as NamedOptimizerStates
-    from dion2_lightning.integrations.lightning import with_parameter_names as with_parameter_names
+    from dion2_lightning.integrations.lightning_hooks import with_parameter_names as with_parameter_names
     from dion2_lightning.integrations.transformers import Dion2Factory as Dion2Factory
 
 __version__ = "0.1.0"
@@ -32,9 +33,10 @@ __all__ = [
 ]
 
 _INTEGRATIONS: Final = {
+    "BackboneRates": "lightning",
     "Dion2Factory": "transformers",
     "NamedOptimizerStates": "lightning",
-    "with_parameter_names": "lightning",
+    "with_parameter_names": "lightning_hooks",
 }
 """Names that need a framework, and the file in ``integrations`` that each is in; imported on first use.
 
@@ -48,3 +50,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"{__name__}.integrations.{_INTEGRATIONS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_INTEGRATIONS})
