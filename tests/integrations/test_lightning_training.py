@@ -220,6 +220,46 @@ def test_backbone_finetuning(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+class Rebuilt(Transfer):
+    """Makes its head anew at the second epoch, where the optimizer exists already."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.head = nn.Linear(8, 8)
+
+
+def test_parameters_that_are_replaced_between_epochs() -> None:
+    """In automatic optimization the gradients are made in a closure, so that none before the step says nothing."""
+    trainer = make_trainer("one device", -1, max_epochs=2)
+    with pytest.raises(
+        RuntimeError, match=r"^parameter 'head.weight', 'head.bias' of this optimizer: the model has an"
+    ):
+        trainer.fit(Rebuilt())
+    assert trainer.global_step == 2
+
+
+class InTurns(Transfer):
+    """One model for two Trainers, which share its optimizer or have one each."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.optimizer = build_optimizer(self, lr=0.01) if shared else None
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer or build_optimizer(self, lr=0.01)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_trainers_that_take_turns(shared: bool) -> None:
+    """Each fit of a Trainer makes an optimizer, unless the module has one: no turn is ever taken back."""
+    module = InTurns(shared)
+    first, second = (make_trainer("one device", -1, max_epochs=1) for _ in range(2))
+    for trainer in (first, second, first, second):
+        trainer.fit_loop.max_epochs = trainer.current_epoch + 1
+        trainer.fit(module)
+    assert len(module.losses) == 8
+
+
 class Pair(L.LightningModule):
     """Two optimizers on two parts of a module, by manual optimization, with and without a closure."""
 
