@@ -242,9 +242,11 @@ def test_parameters_of_an_earlier_optimizer_that_are_added_later() -> None:
 
 def test_threads_that_train_their_own_models() -> None:
     def build_and_train(_: int) -> None:
-        for _ in range(20):
+        living = []  # every step of any of them would notice, if it looked at all that live
+        for _ in range(30):
             model = make_model()
-            train(model, build_optimizer(model, lr=0.1), 4)
+            living.append(build_optimizer(model, lr=0.1))
+            train(model, living[-1], 3)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
