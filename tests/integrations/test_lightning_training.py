@@ -159,8 +159,11 @@ def test_learning_rate_monitor_shows_every_group(tmp_path: Path) -> None:
     assert all(type(group["lr"]) is float for group in trainer.optimizers[0].param_groups)
 
 
-class Transfer(L.LightningModule):
-    """What BackboneFinetuning wants: a backbone to thaw, and a head."""
+class TransferLearning:
+    """What BackboneFinetuning wants: a backbone to thaw, and a head; of a LightningModule of either package."""
+
+    backbone: nn.Sequential
+    head: nn.Linear
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,6 +182,10 @@ class Transfer(L.LightningModule):
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), batch_size=4)
+
+
+class Transfer(TransferLearning, L.LightningModule):
+    pass
 
 
 class Thaw(BackboneFinetuning):
@@ -218,6 +225,33 @@ def test_backbone_finetuning(tmp_path: Path) -> None:
     assert resumed.losses == whole.losses[4:]
     for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_package_pytorch_lightning(tmp_path: Path) -> None:
+    """Installed beside ``lightning``, with classes of its own: its Trainer takes no callbacks of the other package."""
+    import pytorch_lightning
+    from pytorch_lightning.callbacks import BackboneFinetuning as Finetuning
+
+    from dion2_lightning.integrations import pytorch_lightning as callbacks
+
+    class Module(TransferLearning, pytorch_lightning.LightningModule):
+        pass
+
+    thaw = Finetuning(unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.5, lambda_func=lambda epoch: 1.2)
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pytorch_lightning.Trainer(
+        accelerator="cpu", max_epochs=4, enable_checkpointing=False, callbacks=[thaw], **quiet
+    )
+    trainer.fit(Module())
+    for kind in (callbacks.NamedOptimizerStates, callbacks.BackboneRates):
+        assert issubclass(kind, pytorch_lightning.Callback)
+        assert [type(callback) for callback in trainer.callbacks].count(kind) == 1
+    rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+    assert rates == pytest.approx([0.01, 0.01, *[0.01 * 0.5 * 1.2**2] * 2])
+    trainer.save_checkpoint(tmp_path / "checkpoint.ckpt")
+    state = torch.load(tmp_path / "checkpoint.ckpt", weights_only=True)["optimizer_states"][0]
+    assert state["param_groups"][0]["params"] == ["head.weight"]
+    pytorch_lightning.Trainer(accelerator="cpu", callbacks=[callbacks.NamedOptimizerStates()], **quiet)
 
 
 class Rebuilt(Transfer):
