@@ -157,7 +157,7 @@ def _of_lightning_strategy(strategy: Any) -> "ProcessGroup | None":
 
 def _of_ddp_strategy(strategy: Any) -> "ProcessGroup | None":
     """The ranks among which gradients are averaged, or None where something else may be done with them."""
-    wrapped = getattr(strategy, "model", None)  # of Lightning's; Fabric's keeps no model
+    wrapped: Any = getattr(strategy, "model", None)  # of Lightning's; Fabric's keeps no model
     options = getattr(strategy, "_ddp_kwargs", {})
     # Some hooks leave the same gradients on all ranks, some do not, and which one this is cannot be read from it.
     if any(getattr(strategy, f"_{name}", None) is not None for name in ("ddp_comm_hook", "model_averaging_period")):
@@ -206,7 +206,7 @@ def _world() -> "ProcessGroup | None":
     return _of_several_ranks(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
 
 
-def _of_several_ranks(group: "ProcessGroup") -> "ProcessGroup | None":
+def _of_several_ranks(group: "ProcessGroup | None") -> "ProcessGroup | None":
     return group if dist.get_world_size(group) > 1 else None
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import dion2_lightning
 from dion2_lightning import NamedOptimizerStates
 from tests.distributed.ranks import kill_this_process, run_like_torchrun
-from tests.integrations.lightning_training import Llama, fit, make_trainer, ranks_of
+from tests.integrations.lightning_training import Llama, Scheduled, fit, make_trainer, ranks_of
 from tests.integrations.resume import STEPS, STOP, Phase, check_resume, write_outcome
 from tests.integrations.training import make_model
 
@@ -44,6 +44,7 @@ def train_in_lightning(layout: str, kind: str, phase: Phase, folder: Path) -> No
     module, trainer = fit(
         layout,
         kind,
+        module_class=Scheduled,
         steps=STEPS,
         seed=1 if resumed else 0,
         checkpoint=folder / FILE if resumed else None,

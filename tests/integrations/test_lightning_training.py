@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from dion2_lightning import NamedOptimizerStates, build_optimizer
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations import test_plain
-from tests.integrations.lightning_training import Llama, fit, make_trainer, mean_over_ranks, ranks_of
+from tests.integrations.lightning_training import Llama, Scheduled, fit, make_trainer, mean_over_ranks, ranks_of
 from tests.integrations.training import BATCH, make_model
 
 STEPS = 20
@@ -31,7 +31,7 @@ def loss_curve(steps: int) -> list[float]:
 
 
 def test_loss_curve_is_that_of_a_loop_by_hand() -> None:
-    assert loss_curve(STEPS) == pytest.approx(test_plain.loss_curve(STEPS), rel=1e-4)
+    assert loss_curve(STEPS) == pytest.approx(test_plain.loss_curve(STEPS), rel=0, abs=1e-4)
 
 
 def check_loss_curve(layout: str, expected: list[float], options: dict[str, Any]) -> None:
@@ -141,12 +141,6 @@ def test_accumulated_batches_make_one_step() -> None:
 
 
 def test_learning_rate_monitor_shows_every_group(tmp_path: Path) -> None:
-    class Scheduled(Llama):
-        def configure_optimizers(self) -> Any:
-            optimizer = super().configure_optimizers()
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
     trainer = make_trainer(
         "one device", 4, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[LearningRateMonitor("step")]
     )
