@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dion2_lightning.attachment import attach
 from dion2_lightning.groups import check_settings
 from dion2_lightning.optimizer import Dion2
-from dion2_lightning.routing import route_parameters
+from dion2_lightning.routing import check_lora, route_parameters
 from dion2_lightning.strategies import process_group_of, refuse_wrappers_that_flatten, strategy_of, trainer_of
 
 logger = logging.getLogger("dion2_lightning")
@@ -103,12 +103,20 @@ def build_optimizer(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if algorithm not in HEADLINES:
-        raise ValueError(f"algorithm must be one of {', '.join(map(repr, HEADLINES))}, got {algorithm!r}")
+    check_arguments(
+        {
+            "lr": lr,
+            "algorithm": algorithm,
+            "fraction": fraction,
+            "weight_decay": weight_decay,
+            "adamw_lr": adamw_lr,
+            "adamw_weight_decay": adamw_weight_decay,
+            "overrides": overrides,
+            "lora": lora,
+        }
+    )
     adamw_lr = lr if adamw_lr is None else adamw_lr
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
-    check_settings({"lr": lr, "weight_decay": weight_decay, "fraction": fraction})
-    check_settings({"lr": adamw_lr, "weight_decay": adamw_weight_decay}, where="adamw_")
     refuse_wrappers_that_flatten(model)
     process_group = process_group_of(strategy_of(model) if strategy is None else strategy)
 
@@ -155,6 +163,29 @@ def build_optimizer(
     if _is_rank_zero():
         logger.info("%s for %s\n%s", HEADLINES[algorithm], type(model).__name__, routing.report())
     return optimizer
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Check arguments of :func:`build_optimizer` that can be checked without a model, whichever of them are given.
+
+    Args:
+        arguments: By name.
+
+    Raises:
+        TypeError: A value of the wrong type.
+        ValueError: A value out of its range.
+    """
+    algorithm = arguments.get("algorithm", "dion2")
+    if algorithm not in HEADLINES:
+        raise ValueError(f"algorithm must be one of {', '.join(map(repr, HEADLINES))}, got {algorithm!r}")
+    check_settings({name: value for name, value in arguments.items() if name != "algorithm"})
+    for name in ("lr", "weight_decay"):
+        if arguments.get(f"adamw_{name}") is not None:
+            check_settings({name: arguments[f"adamw_{name}"]}, where="adamw_")
+    check_lora(arguments.get("lora", "adamw"))
+    overrides = arguments.get("overrides")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must be a mapping from patterns of names, got {type(overrides).__name__}")
 
 
 def _finish(group: dict[str, Any], algorithm: str, adamw_lr: float, adamw_weight_decay: float) -> dict[str, Any]:
