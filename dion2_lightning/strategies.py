@@ -106,7 +106,8 @@ def _refuse_before_configure_model(model: Any, trainer: Any | None) -> None:
         raise ValueError(
             f"model {name} is in no Trainer yet, and there its hook configure_model makes or shards its parameters: "
             "build the optimizer in configure_optimizers (with LightningCLI by OptimizerSettings as an argument of the "
-            "model, not by --optimizer). If you have called configure_model yourself, say so by passing a strategy"
+            "model, not by --optimizer). If you have called configure_model yourself, to train in a loop of your own, "
+            "say so by strategy=: SingleDeviceStrategy() of Lightning, or a Fabric, a ProcessGroup or a DeviceMesh"
         )
     if model._current_fx_name in _BEFORE_PARAMETERS:
         raise ValueError(

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+import dion2_lightning
 from dion2_lightning import Dion2, build_optimizer
 from tests.distributed.ranks import run_on_ranks
 
@@ -247,6 +248,16 @@ def test_a_model_is_asked_for():
         build_optimizer(Language().parameters(), lr=0.1)
 
 
+def test_names_of_integrations_are_listed():
+    """For completion; they are imported on first use, and not by a star."""
+    lazy = {"BackboneRates", "Dion2Factory", "NamedOptimizerStates", "with_parameter_names"}
+    assert lazy <= set(dir(dion2_lightning))
+    assert lazy.isdisjoint(dion2_lightning.__all__)
+    assert {"build_optimizer", "Dion2", "__version__"} <= set(dir(dion2_lightning))
+    for name in lazy:
+        assert getattr(dion2_lightning, name).__name__ == name
+
+
 def test_importing_the_package_needs_torch_alone():
     frameworks = "lightning", "pytorch_lightning", "accelerate", "transformers", "datasets", "peft"
     code = f"import sys; from dion2_lightning import *; print([name for name in {frameworks!r} if name in sys.modules])"
@@ -321,6 +332,32 @@ def test_a_module_knows_its_trainer(backend):
 def test_lightning_module_whose_parameters_are_made_later():
     with pytest.raises(ValueError, match=r"^model MadeLater is in no Trainer yet, and there its hook configure_m"):
         build_optimizer(MadeLater(), lr=0.1)
+
+
+class MadeOnce(InLightning):
+    """As Lightning wants ``configure_model``: to be called again changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.model
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "model"):
+            self.model = Language()
+
+
+def test_lightning_module_in_a_loop_of_ones_own():
+    """The error names what works."""
+    module = MadeOnce()
+    module.configure_model()
+    with pytest.raises(ValueError, match=r"say so by strategy=: SingleDeviceStrategy\(\) of Lightning"):
+        build_optimizer(module, lr=0.1)
+    optimizer = build_optimizer(module, lr=0.1, strategy=SingleDeviceStrategy())
+    before = module.model.head.weight.detach().clone()
+    module.training_step([torch.randint(0, 16, (4, 4))], 0).backward()
+    optimizer.step()
+    assert not torch.equal(module.model.head.weight, before)
+    assert optimizer.process_group is None
 
 
 def test_an_optimizer_that_was_built_before_all_the_same():

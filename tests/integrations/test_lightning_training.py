@@ -124,6 +124,23 @@ def test_a_step_that_the_grad_scaler_skips_changes_nothing() -> None:
     assert module.losses[7] < module.losses[0]
 
 
+def check_precision_under_ddp(expected: list[float]) -> None:
+    module, _ = fit("DDP", steps=8, precision="bf16-mixed")
+    assert mean_over_ranks(module.losses) == pytest.approx(expected, rel=0.02)
+
+    plugin = ScaledFloat32("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+    planted = PlantInf(step=3)
+    module, trainer = fit("DDP", steps=8, plugins=[plugin], callbacks=[planted])
+    assert planted.before
+    assert plugin.scaler.get_scale() == 2.0
+    assert trainer.optimizers[0].state[module.model.lm_head.weight]["step"] == 7
+    assert mean_over_ranks(module.losses[:4]) == pytest.approx(expected[:4], rel=1e-4)
+
+
+def test_precisions_of_replicas() -> None:
+    run_like_torchrun(2, check_precision_under_ddp, test_plain.loss_curve(8))
+
+
 # What a Trainer does with an optimizer
 
 
