@@ -64,6 +64,32 @@ def test_every_strategy_has_the_loss_curve_of_one_device(layout: str, options: d
     run_like_torchrun(ranks_of(layout), check_loss_curve, layout, expected, options)
 
 
+class CheckLosses(L.Callback):
+    """In the processes that Lightning starts, each of which has a module of its own."""
+
+    def __init__(self, expected: list[float]) -> None:
+        self.expected = expected
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        assert trainer.optimizers[0].process_group is dist.group.WORLD
+        assert mean_over_ranks(pl_module.losses) == pytest.approx(self.expected, rel=1e-4)
+
+
+def test_processes_that_lightning_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not torchrun: the module and its settings go to them pickled, the weights come back.
+
+    With the start method forkserver Lightning leaves the parameters on a CPU in memory that the processes share, so that
+    steps of whatever optimizer add up; with spawn it does not.
+    """
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    check = CheckLosses(test_plain.loss_curve(6))
+    settings = {"share_replicas": True}
+    module, _ = fit("DDP", options={"start_method": "spawn"}, settings=settings, callbacks=[check])
+    expected, _ = fit("one device")
+    for one, other in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
 # Precision
 
 
