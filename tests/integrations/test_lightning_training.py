@@ -78,7 +78,7 @@ class CheckLosses(L.Callback):
 def test_processes_that_lightning_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not torchrun: the module and its settings go to them pickled, the weights come back.
 
-    With the start method forkserver Lightning leaves the parameters on a CPU in memory that the processes share, so that
+    With the start method forkserver Lightning leaves a CPU's parameters in memory that the processes share, so that
     steps of whatever optimizer add up; with spawn it does not.
     """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
