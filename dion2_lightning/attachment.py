@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dion2_lightning.layout import is_dtensor
 from dion2_lightning.routing import parameters_by_name
@@ -30,6 +29,8 @@ def attach(optimizer: Optimizer, model: nn.Module) -> None:
         model: Kept by a weak reference.
     """
     attachment = _Attachment(model)
+    with _LOCK:
+        _ATTACHMENTS.add(attachment)
     optimizer.register_step_pre_hook(attachment)
     optimizer.register_load_state_dict_post_hook(attachment.start_anew)
 
@@ -37,8 +38,8 @@ def attach(optimizer: Optimizer, model: nn.Module) -> None:
 class _Attachment:
     """The hooks of one optimizer.
 
-    They compare identities of parameters that exist at that moment, and keep none alive: frameworks replace them in
-    model and optimizer together, which is right.
+    They compare identities of parameters that exist at that moment, and refer to none: frameworks replace them in model
+    and optimizer together, which is right, and torch moves no sharded parameter that is referred to weakly.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,15 +63,13 @@ class _Attachment:
             self._taken, self._lost = [], set()
 
     def _take(self, parameters: Sequence[Tensor]) -> None:
-        """Become the last to have stepped these parameters, which tells those that were."""
+        """Become the last to have stepped these parameters, which tells those that have stepped them before."""
         identities = [id(parameter) for parameter in parameters]
         if identities == self._taken:
             return
-        for parameter in parameters:
-            holder = _HOLDERS.get(parameter)
-            if holder is not None and holder is not self:
-                holder._lost.add(id(parameter))
-            _HOLDERS[parameter] = self
+        for other in _ATTACHMENTS:
+            if other is not self:
+                other._lost |= set(identities).intersection(other._taken)
         self._taken = identities
 
     def _refuse_replaced(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
@@ -109,8 +108,8 @@ class _Attachment:
 _LOCK: Final = threading.Lock()
 """Optimizers of several threads may tell each other."""
 
-_HOLDERS: Final = WeakTensorKeyDictionary()
-"""The attachment whose optimizer was the last to step a parameter."""
+_ATTACHMENTS: Final["weakref.WeakSet[_Attachment]"] = weakref.WeakSet()
+"""Of the optimizers that live: each is held by its optimizer's hooks alone."""
 
 
 def _identities(model: nn.Module) -> set[int]:

@@ -184,6 +184,17 @@ def test_an_optimizer_that_is_gone() -> None:
     train(model, build_optimizer(model, lr=0.1), 2)
 
 
+def test_parameters_that_are_swapped() -> None:
+    """As torch does it where a sharded model is moved: it refuses where something refers to a parameter weakly."""
+    model = make_model()
+    optimizer = build_optimizer(model, lr=0.1)
+    train(model, optimizer)
+    optimizer.zero_grad()
+    for parameter in model.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().clone()))
+    train(model, optimizer)
+
+
 def test_parameters_that_are_gone() -> None:
     model = make_model()
     optimizer = build_optimizer(model, lr=0.1)
