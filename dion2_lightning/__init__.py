@@ -14,8 +14,9 @@ from dion2_lightning.statistics import SelectionStatistics, SelectionWarning
 
 if TYPE_CHECKING:
     from dion2_lightning.integrations.accelerate import SelectionLogger as SelectionLogger
+    from dion2_lightning.integrations.lightning import BackboneRates as BackboneRates
     from dion2_lightning.integrations.lightning import NamedOptimizerStates as NamedOptimizerStates
-    from dion2_lightning.integrations.lightning import with_parameter_names as with_parameter_names
+    from dion2_lightning.integrations.lightning_hooks import with_parameter_names as with_parameter_names
     from dion2_lightning.integrations.lightning_selection import SelectionMonitor as SelectionMonitor
     from dion2_lightning.integrations.transformers import Dion2Factory as Dion2Factory
     from dion2_lightning.integrations.transformers_selection import SelectionCallback as SelectionCallback
@@ -38,12 +39,13 @@ __all__ = [
 ]
 
 _INTEGRATIONS: Final = {
+    "BackboneRates": "lightning",
     "Dion2Factory": "transformers",
     "NamedOptimizerStates": "lightning",
     "SelectionCallback": "transformers_selection",
     "SelectionLogger": "accelerate",
     "SelectionMonitor": "lightning_selection",
-    "with_parameter_names": "lightning",
+    "with_parameter_names": "lightning_hooks",
 }
 """Names that need a framework, and the file in ``integrations`` that each is in; imported on first use.
 
@@ -57,3 +59,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"{__name__}.integrations.{_INTEGRATIONS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_INTEGRATIONS})

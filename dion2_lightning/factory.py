@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dion2_lightning.attachment import attach
 from dion2_lightning.groups import check_settings
 from dion2_lightning.optimizer import Dion2
-from dion2_lightning.routing import route_parameters
-from dion2_lightning.strategies import attached_trainer, process_group_of, refuse_wrappers_that_flatten, strategy_of
+from dion2_lightning.routing import check_lora, route_parameters
+from dion2_lightning.strategies import process_group_of, refuse_wrappers_that_flatten, strategy_of, trainer_of
 
 logger = logging.getLogger("dion2_lightning")
 
@@ -83,8 +83,9 @@ def build_optimizer(
         strategy: What knows about the ranks: a Lightning Trainer, Strategy or LightningModule, a Fabric, an
             Accelerator, TrainingArguments, a ProcessGroup or a DeviceMesh. Under DDP the ranks then share the work;
             without it each updates its replica by itself, with the same result. FSDP2, HSDP and TP need none: the
-            parameters' meshes say all. A model that Lightning or Fabric has set up, or that DistributedDataParallel has
-            wrapped, knows it by itself (default: None).
+            parameters' meshes say all. A model that a Lightning Trainer or Fabric runs knows it by itself; with a part
+            of one, pass the Trainer. A Trainer that is found so gets the callbacks that this optimizer needs in it
+            (:mod:`dion2_lightning.integrations.lightning_hooks`) (default: None).
         share_replicas: Whether ranks that hold replicas, as under DDP and HSDP, share the work on them: True, False, or
             None, where it saves more than sending the results costs (default: None).
 
@@ -102,15 +103,22 @@ def build_optimizer(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if algorithm not in HEADLINES:
-        raise ValueError(f"algorithm must be one of {', '.join(map(repr, HEADLINES))}, got {algorithm!r}")
+    check_arguments(
+        {
+            "lr": lr,
+            "algorithm": algorithm,
+            "fraction": fraction,
+            "weight_decay": weight_decay,
+            "adamw_lr": adamw_lr,
+            "adamw_weight_decay": adamw_weight_decay,
+            "overrides": overrides,
+            "lora": lora,
+        }
+    )
     adamw_lr = lr if adamw_lr is None else adamw_lr
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
-    check_settings({"lr": lr, "weight_decay": weight_decay, "fraction": fraction})
-    check_settings({"lr": adamw_lr, "weight_decay": adamw_weight_decay}, where="adamw_")
     refuse_wrappers_that_flatten(model)
-    strategy = strategy_of(model) if strategy is None else strategy
-    process_group = process_group_of(strategy)
+    process_group = process_group_of(strategy_of(model) if strategy is None else strategy)
 
     routing = route_parameters(model, overrides=overrides, lora=lora)
 
@@ -151,10 +159,33 @@ def build_optimizer(
 
     optimizer.route_parameters = route_added
     attach(optimizer, model)
-    _add_callbacks(attached_trainer(strategy))
+    _add_callbacks(trainer_of(model) or trainer_of(strategy))
     if _is_rank_zero():
         logger.info("%s for %s\n%s", HEADLINES[algorithm], type(model).__name__, routing.report())
     return optimizer
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Check arguments of :func:`build_optimizer` that can be checked without a model, whichever of them are given.
+
+    Args:
+        arguments: By name.
+
+    Raises:
+        TypeError: A value of the wrong type.
+        ValueError: A value out of its range.
+    """
+    algorithm = arguments.get("algorithm", "dion2")
+    if algorithm not in HEADLINES:
+        raise ValueError(f"algorithm must be one of {', '.join(map(repr, HEADLINES))}, got {algorithm!r}")
+    check_settings({name: value for name, value in arguments.items() if name != "algorithm"})
+    for name in ("lr", "weight_decay"):
+        if arguments.get(f"adamw_{name}") is not None:
+            check_settings({name: arguments[f"adamw_{name}"]}, where="adamw_")
+    check_lora(arguments.get("lora", "adamw"))
+    overrides = arguments.get("overrides")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must be a mapping from patterns of names, got {type(overrides).__name__}")
 
 
 def _finish(group: dict[str, Any], algorithm: str, adamw_lr: float, adamw_weight_decay: float) -> dict[str, Any]:
@@ -169,10 +200,11 @@ def _finish(group: dict[str, Any], algorithm: str, adamw_lr: float, adamw_weight
 def _add_callbacks(trainer: Any | None) -> None:
     """Add what a Lightning Trainer needs to keep each state with its parameter, which nobody would miss in time.
 
-    Only a program that has imported Lightning has a Trainer, so importing here costs nobody else anything.
+    Only a program that has imported Lightning has a Trainer, so importing here costs nobody else anything. Trainers
+    that are not found here have the first callback all the same, by Lightning's entry point in ``pyproject.toml``.
     """
     if trainer is not None:
-        importlib.import_module("dion2_lightning.integrations.lightning").add_callbacks(trainer)
+        importlib.import_module("dion2_lightning.integrations.lightning_hooks").add_callbacks(trainer)
 
 
 def _is_rank_zero() -> bool:

@@ -131,8 +131,7 @@ def route_parameters(
             matrix, nothing is trainable, or the parameters are uninitialized or flattened by FSDP1 or DeepSpeed ZeRO.
         TypeError: If an override is neither a string nor a mapping.
     """
-    if lora not in _LORA_FACTORS:
-        raise ValueError(f"lora must be one of {', '.join(map(repr, _LORA_FACTORS))}, got {lora!r}")
+    check_lora(lora)
     parsed = [_parse_override(pattern, value) for pattern, value in (overrides or {}).items()]
     _refuse_unusable_parameters(model)
 
@@ -149,6 +148,16 @@ def route_parameters(
 
     ordered = sorted(groups.values(), key=lambda group: group.rank(parsed))
     return Routing(tuple(decisions), {group.name: group.entries() for group in ordered}, _notes(context, decisions))
+
+
+def check_lora(lora: object) -> None:
+    """Check an argument ``lora``.
+
+    Raises:
+        ValueError: It is none of those that are known.
+    """
+    if lora not in _LORA_FACTORS:
+        raise ValueError(f"lora must be one of {', '.join(map(repr, _LORA_FACTORS))}, got {lora!r}")
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dion2_lightning.factory import build_optimizer
+from dion2_lightning.factory import build_optimizer, check_arguments
 from dion2_lightning.optimizer import Dion2
 
 
@@ -44,6 +44,10 @@ class OptimizerSettings:
         share_replicas: Whether ranks that hold replicas, as under DDP and HSDP, share the work; None is where it pays
             (default: None).
 
+    Raises:
+        TypeError: A setting of the wrong type, such as a number given as text.
+        ValueError: A setting out of range.
+
     Example::
 
         class Model(LightningModule):
@@ -74,6 +78,9 @@ class OptimizerSettings:
     lora: Literal["adamw", "B", "both"] = "adamw"
     share_replicas: bool | None = None
 
+    def __post_init__(self) -> None:
+        check_arguments(vars(self))
+
     def build(
         self,
         model: nn.Module,
@@ -89,8 +96,8 @@ class OptimizerSettings:
             orthonormalize: A callable instead of Polar Express (default: None).
 
         Raises:
-            TypeError: A setting of the wrong type.
-            ValueError: A setting out of range, or a model that cannot be trained so.
+            TypeError: A setting that was changed to one of the wrong type, or a ``strategy`` of an unknown kind.
+            ValueError: A setting that was changed to one out of range, or a model that cannot be trained so.
         """
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         return build_optimizer(model, strategy=strategy, orthonormalize=orthonormalize, **settings)

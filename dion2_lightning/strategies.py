@@ -1,8 +1,11 @@
 """What a training framework's strategy says about the ranks: who holds replicas of the plain parameters.
 
 Under FSDP2, HSDP and TP the parameters are DTensors and say it themselves. Under DDP they are plain, and a plain
-parameter cannot tell a replica from an independent model: sharing work between the latter would overwrite weights. So a
-group comes from an explicit strategy only. The frameworks are recognised by class and package, without importing them.
+parameter cannot tell a replica from an independent model: sharing work between the latter would overwrite weights. Nor
+does DistributedDataParallel around a model say that gradients are equal on all ranks: they are not in local steps
+(``no_sync``), nor under a communication hook that does something else. So a group comes from an explicit strategy only,
+the user's, or that of the Trainer or Fabric that runs the model. The frameworks are recognised by class and package,
+without importing them.
 """
 
 from collections.abc import Callable
@@ -47,10 +50,7 @@ def process_group_of(strategy: object | None) -> "ProcessGroup | None":
 
 
 def strategy_of(model: Any) -> Any | None:
-    """Return what a framework that has set up a model says about its ranks, or None where no framework is known.
-
-    That is the Trainer or Fabric of a LightningModule, the strategy of a module that Fabric has wrapped, and the group
-    of one that DistributedDataParallel has wrapped.
+    """Return the strategy of the Lightning Trainer or Fabric that runs a model, or None where none does.
 
     Args:
         model: As it is given to :func:`~dion2_lightning.build_optimizer`.
@@ -58,27 +58,31 @@ def strategy_of(model: Any) -> Any | None:
     Raises:
         ValueError: It is a LightningModule that has yet to make its parameters in ``configure_model``.
     """
-    if _is(model, "OptimizedModule", "torch"):
-        return strategy_of(model._orig_mod)
-    if _is(model, "DistributedDataParallel", "torch"):
-        return model.process_group
+    model = _unwrapped(model)
     if _is(model, "_FabricModule", *_LIGHTNING):
         return model._strategy
     lightning_module = _class_of(model, "LightningModule", *_LIGHTNING)
     if lightning_module is None:
         return None
     if model.fabric is not None:
-        return model.fabric
-    trainer = attached_trainer(model)
+        return model.fabric.strategy
+    trainer = trainer_of(model)
     if type(model).configure_model is not lightning_module.configure_model:
         _refuse_before_configure_model(model, trainer)
     return trainer
 
 
-def attached_trainer(known: Any) -> Any | None:
-    """Return the Lightning Trainer that something is or belongs to, if any: a Trainer or a LightningModule."""
+def trainer_of(known: Any) -> Any | None:
+    """Return the Lightning Trainer that something is or belongs to, or None where there is none.
+
+    Args:
+        known: Anything; a Trainer, a LightningModule, or a Strategy that a Trainer has set up, may know one.
+    """
+    known = _unwrapped(known)
     if _is(known, "Trainer", *_LIGHTNING):
         return known
+    if _is(known, "Strategy", *_LIGHTNING):  # Fabric's has no module
+        known = getattr(known, "lightning_module", None)
     if not _is(known, "LightningModule", *_LIGHTNING) or known.fabric is not None:
         return None
     try:
@@ -87,13 +91,23 @@ def attached_trainer(known: Any) -> Any | None:
         return None
 
 
+def _unwrapped(model: Any) -> Any:
+    """A model without what torch has wrapped around it; anything else as it is."""
+    if _is(model, "OptimizedModule", "torch"):
+        return _unwrapped(model._orig_mod)
+    if _is(model, "DistributedDataParallel", "torch"):
+        return _unwrapped(model.module)
+    return model
+
+
 def _refuse_before_configure_model(model: Any, trainer: Any | None) -> None:
     name = type(model).__name__
     if trainer is None:
         raise ValueError(
             f"model {name} is in no Trainer yet, and there its hook configure_model makes or shards its parameters: "
             "build the optimizer in configure_optimizers (with LightningCLI by OptimizerSettings as an argument of the "
-            "model, not by --optimizer). If you have called configure_model yourself, say so by passing a strategy"
+            "model, not by --optimizer). If you have called configure_model yourself, to train in a loop of your own, "
+            "say so by strategy=: SingleDeviceStrategy() of Lightning, or a Fabric, a ProcessGroup or a DeviceMesh"
         )
     if model._current_fx_name in _BEFORE_PARAMETERS:
         raise ValueError(
@@ -124,6 +138,11 @@ def _class_of(thing: object, name: str, *packages: str) -> Any | None:
     return None
 
 
+def _of_lightning_module(module: Any) -> "ProcessGroup | None":
+    runs_it = module.trainer if module.fabric is None else module.fabric  # Lightning's error, where neither does
+    return _of_lightning_strategy(runs_it.strategy)
+
+
 def _of_lightning_strategy(strategy: Any) -> "ProcessGroup | None":
     names = [kind.__name__ for kind in type(strategy).__mro__]
     if "FSDPStrategy" in names:
@@ -131,10 +150,26 @@ def _of_lightning_strategy(strategy: Any) -> "ProcessGroup | None":
     if "DeepSpeedStrategy" in names:
         raise ValueError(f"strategy {names[0]} {ALTERNATIVE}: ModelParallelStrategy")
     if "DDPStrategy" in names:
-        return _world()
+        return _of_ddp_strategy(strategy)
     if "ModelParallelStrategy" in names or names[0].startswith("SingleDevice") or _world() is None:
         return None
     raise ValueError(f"strategy {names[0]} is not supported on several ranks; use DDPStrategy or ModelParallelStrategy")
+
+
+def _of_ddp_strategy(strategy: Any) -> "ProcessGroup | None":
+    """The ranks among which gradients are averaged, or None where something else may be done with them."""
+    wrapped: Any = getattr(strategy, "model", None)  # of Lightning's; Fabric's keeps no model
+    options = getattr(strategy, "_ddp_kwargs", {})
+    # Some hooks leave the same gradients on all ranks, some do not, and which one this is cannot be read from it.
+    if any(getattr(strategy, f"_{name}", None) is not None for name in ("ddp_comm_hook", "model_averaging_period")):
+        return None
+    if _is(wrapped, "DistributedDataParallel", "torch"):
+        return None if wrapped._comm_hooks else _of_several_ranks(wrapped.process_group)
+    if options.get("process_group") is not None:
+        return _of_several_ranks(options["process_group"])
+    if options.get("device_mesh") is not None:
+        return _of_several_ranks(options["device_mesh"].get_group())
+    return _world()
 
 
 def _of_accelerator(accelerator: Any) -> "ProcessGroup | None":
@@ -169,9 +204,11 @@ def _of_mesh(mesh: Any) -> "ProcessGroup | None":
 
 
 def _world() -> "ProcessGroup | None":
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return dist.group.WORLD
-    return None
+    return _of_several_ranks(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
+
+
+def _of_several_ranks(group: "ProcessGroup | None") -> "ProcessGroup | None":
+    return group if dist.get_world_size(group) > 1 else None
 
 
 _READERS: Final[dict[tuple[str, str], Callable[[Any], "ProcessGroup | None"]]] = {
@@ -182,8 +219,8 @@ _READERS: Final[dict[tuple[str, str], Callable[[Any], "ProcessGroup | None"]]] =
     ("TrainingArguments", "transformers"): _of_training_arguments,
     ("Trainer", "lightning"): lambda trainer: _of_lightning_strategy(trainer.strategy),
     ("Trainer", "pytorch_lightning"): lambda trainer: _of_lightning_strategy(trainer.strategy),
-    ("LightningModule", "lightning"): lambda module: _of_lightning_strategy(module.trainer.strategy),
-    ("LightningModule", "pytorch_lightning"): lambda module: _of_lightning_strategy(module.trainer.strategy),
+    ("LightningModule", "lightning"): _of_lightning_module,
+    ("LightningModule", "pytorch_lightning"): _of_lightning_module,
     ("Fabric", "lightning"): lambda fabric: _of_lightning_strategy(fabric.strategy),
     ("Fabric", "lightning_fabric"): lambda fabric: _of_lightning_strategy(fabric.strategy),
     ("Strategy", "lightning"): _of_lightning_strategy,

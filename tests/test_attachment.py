@@ -3,7 +3,10 @@
 import copy
 import gc
 import pickle
+import sys
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -50,7 +53,6 @@ def test_replaced_before_the_first_step() -> None:
 
 
 def test_replaced_later() -> None:
-    """A step looks again where no parameter has a gradient."""
     model = make_model()
     optimizer = build_optimizer(model, lr=0.1)
     train(model, optimizer)
@@ -121,15 +123,28 @@ def test_sharded_after_building() -> None:
     run_on_ranks(2, shard_after_building)
 
 
-def test_the_model_is_looked_through_only_where_something_may_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("by_closure", [True, False])
+def test_replaced_later_though_gradients_say_nothing(set_to_none: bool, by_closure: bool) -> None:
+    """Gradients of replaced parameters are zero, or not there until a closure has run, as in Lightning."""
     model = make_model()
     optimizer = build_optimizer(model, lr=0.1)
     train(model, optimizer)
-    monkeypatch.setattr("dion2_lightning.attachment.parameters_by_name", None)  # a call would fail
-    train(model, optimizer, 3)
-    with pytest.raises(TypeError, match="not callable"):
-        optimizer.zero_grad()
-        optimizer.step()
+    model[0] = nn.Linear(4, 6)
+    optimizer.zero_grad(set_to_none)
+    with pytest.raises(RuntimeError, match=REPLACED):
+        if by_closure:
+            optimizer.step(lambda: backward(model))
+        else:
+            backward(model)
+            optimizer.step()
+
+
+def test_modules_that_hold_each_other() -> None:
+    model = make_model()
+    model[0].parent = model
+    optimizer = build_optimizer(model[0], lr=0.1)
+    train(nn.Sequential(model[0]), optimizer)
 
 
 # Copies and the ends of lives
@@ -146,20 +161,48 @@ def test_copies_are_not_attached() -> None:
     unpickled.step()
 
 
-def test_a_model_and_an_optimizer_that_are_gone() -> None:
+def test_a_model_that_is_gone() -> None:
     model = make_model()
     optimizer = build_optimizer(model, lr=0.1)
     train(model, optimizer)
-    parameters = list(model.parameters())
+    gone = weakref.ref(model)
     del model
     gc.collect()
+    assert gone() is None
     optimizer.step()
+
+
+def test_an_optimizer_that_is_gone() -> None:
+    """Nothing keeps it or its state, though its parameters live; nor do they keep another from training them."""
+    model = make_model()
+    optimizer = build_optimizer(model, lr=0.1)
+    train(model, optimizer)
+    gone = [weakref.ref(optimizer), weakref.ref(optimizer.state[model[0].weight]["momentum"])]
     del optimizer
     gc.collect()
-    from dion2_lightning.attachment import _ATTACHMENTS
+    assert [reference() for reference in gone] == [None, None]
+    train(model, build_optimizer(model, lr=0.1), 2)
 
-    assert all(attachment.parameters() != parameters for attachment in _ATTACHMENTS)
-    assert not any(p is q for attachment in _ATTACHMENTS for p in attachment.parameters() for q in parameters)
+
+def test_parameters_that_are_swapped() -> None:
+    """As torch does it where a sharded model is moved: it refuses where something refers to a parameter weakly."""
+    model = make_model()
+    optimizer = build_optimizer(model, lr=0.1)
+    train(model, optimizer)
+    optimizer.zero_grad()
+    for parameter in model.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().clone()))
+    train(model, optimizer)
+
+
+def test_parameters_that_are_gone() -> None:
+    model = make_model()
+    optimizer = build_optimizer(model, lr=0.1)
+    train(model, optimizer)
+    gone = weakref.ref(model[0].weight)
+    del model, optimizer
+    gc.collect()
+    assert gone() is None
 
 
 # Two optimizers
@@ -172,6 +215,57 @@ def test_two_optimizers_that_take_turns() -> None:
     train(model, second)
     with pytest.raises(RuntimeError, match=r"^parameter '1.weight', '1.bias' of this optimizer: another Dion2 has"):
         train(model, first)
+
+
+def test_back_to_an_earlier_optimizer() -> None:
+    """Weights and state of before a phase that went wrong: as if it had not been. Then the other is the one before."""
+    model = make_model()
+    first = build_optimizer(model, lr=0.1)
+    train(model, first)
+    saved = copy.deepcopy({"model": model.state_dict(), "first": first.state_dict()})
+    train(model, first)
+    expected = copy.deepcopy(model.state_dict())
+
+    second = build_optimizer(model, lr=10.0)
+    train(model, second)
+    model.load_state_dict(saved["model"])
+    with pytest.raises(RuntimeError, match=r"load its state: optimizer\.load_state_dict\(optimizer\.state_dict\(\)\)$"):
+        train(model, first)
+    first.load_state_dict(saved["first"])
+    train(model, first)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    train(model, first)
+    with pytest.raises(RuntimeError, match="another Dion2 has stepped the same parameters"):
+        train(model, second)
+
+
+def test_parameters_of_an_earlier_optimizer_that_are_added_later() -> None:
+    """No turn is taken: the other's steps came before any of this one's on them."""
+    model = make_model()
+    train(model, build_optimizer(model, lr=0.1))
+    optimizer = build_optimizer(model, lr=0.1)
+    last = optimizer.param_groups[-1]
+    optimizer.param_groups[-1:] = []
+    train(model, optimizer)
+    optimizer.param_groups.append(last)
+    train(model, optimizer, 2)
+
+
+def test_threads_that_train_their_own_models() -> None:
+    def build_and_train(_: int) -> None:
+        living = []  # every step of any of them would notice, if it looked at all that live
+        for _ in range(30):
+            model = make_model()
+            living.append(build_optimizer(model, lr=0.1))
+            train(model, living[-1], 3)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            list(threads.map(build_and_train, range(6)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_new_phase_with_a_new_optimizer() -> None:
@@ -203,8 +297,7 @@ def test_a_rehearsed_step_is_no_turn() -> None:
     train(model, first)
 
 
-def test_a_closure_comes_after_the_look() -> None:
-    """Where a closure makes the gradients, none before the step is no reason to look."""
+def test_a_closure_that_makes_the_gradients() -> None:
     model = make_model()
     optimizer = build_optimizer(model, lr=0.1)
     for _ in range(2):

@@ -1,5 +1,6 @@
 """From a model to its optimizer."""
 
+import copy
 import logging
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+import dion2_lightning
 from dion2_lightning import Dion2, build_optimizer
 from tests.distributed.ranks import run_on_ranks
 
@@ -246,6 +248,16 @@ def test_a_model_is_asked_for():
         build_optimizer(Language().parameters(), lr=0.1)
 
 
+def test_names_of_integrations_are_listed():
+    """For completion; they are imported on first use, and not by a star."""
+    lazy = {"BackboneRates", "Dion2Factory", "NamedOptimizerStates", "with_parameter_names"}
+    assert lazy <= set(dir(dion2_lightning))
+    assert lazy.isdisjoint(dion2_lightning.__all__)
+    assert {"build_optimizer", "Dion2", "__version__"} <= set(dir(dion2_lightning))
+    for name in lazy:
+        assert getattr(dion2_lightning, name).__name__ == name
+
+
 def test_importing_the_package_needs_torch_alone():
     frameworks = "lightning", "pytorch_lightning", "accelerate", "transformers", "datasets", "peft"
     code = f"import sys; from dion2_lightning import *; print([name for name in {frameworks!r} if name in sys.modules])"
@@ -303,9 +315,49 @@ def test_lightning_module_outside_a_trainer():
     assert build_optimizer(InLightning(), lr=0.1).process_group is None
 
 
+@pytest.mark.parametrize("backend", [None, "eager"], ids=["plain", "compiled"])
+def test_a_module_knows_its_trainer(backend):
+    """Also one that torch.compile has wrapped."""
+
+    class Compiled(InLightning):
+        def configure_optimizers(self):
+            model = self if backend is None else torch.compile(self, backend=backend)
+            return build_optimizer(model, lr=0.01)
+
+    trainer = quiet_trainer()
+    trainer.fit(Compiled())
+    assert any(type(callback).__name__ == "NamedOptimizerStates" for callback in trainer.callbacks)
+
+
 def test_lightning_module_whose_parameters_are_made_later():
     with pytest.raises(ValueError, match=r"^model MadeLater is in no Trainer yet, and there its hook configure_m"):
         build_optimizer(MadeLater(), lr=0.1)
+
+
+class MadeOnce(InLightning):
+    """As Lightning wants ``configure_model``: to be called again changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.model
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "model"):
+            self.model = Language()
+
+
+def test_lightning_module_in_a_loop_of_ones_own():
+    """The error names what works."""
+    module = MadeOnce()
+    module.configure_model()
+    with pytest.raises(ValueError, match=r"say so by strategy=: SingleDeviceStrategy\(\) of Lightning"):
+        build_optimizer(module, lr=0.1)
+    optimizer = build_optimizer(module, lr=0.1, strategy=SingleDeviceStrategy())
+    before = module.model.head.weight.detach().clone()
+    module.training_step([torch.randint(0, 16, (4, 4))], 0).backward()
+    optimizer.step()
+    assert not torch.equal(module.model.head.weight, before)
+    assert optimizer.process_group is None
 
 
 def test_an_optimizer_that_was_built_before_all_the_same():
@@ -392,12 +444,31 @@ def check_wrappers():
         with pytest.raises((RuntimeError, ValueError), match=r"the model has another parameter|flattened by FSDP1"):
             built_before.step()
 
+    # Whether the ranks' gradients are equal is not the wrapper's to say: in local steps they are not.
     replicas = DistributedDataParallel(Language())
     for each in (replicas, torch.compile(replicas, backend="eager")):
-        assert build_optimizer(each, lr=0.1).process_group is replicas.process_group
+        assert build_optimizer(each, lr=0.1).process_group is None
+        assert build_optimizer(each, lr=0.1, strategy=replicas.process_group).process_group is replicas.process_group
     with pytest.raises(TypeError, match="strategy must be"):
         build_optimizer(replicas, lr=0.1, strategy=3)
 
 
 def test_wrapped_models():
     run_on_ranks(2, check_wrappers)
+
+
+def check_local_steps():
+    torch.manual_seed(0)
+    replicas = DistributedDataParallel(nn.Linear(16, 16))
+    alone = copy.deepcopy(replicas.module)
+    own = torch.randn(4, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for model, optimizer in ((it, build_optimizer(it, lr=0.1, share_replicas=True)) for it in (replicas, alone)):
+        with replicas.no_sync():
+            model(own).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(replicas.module.weight, alone.weight)
+
+
+def test_local_steps_of_replicas_are_each_ranks_own():
+    """As local SGD takes them: a rank that took another's update would lose its own batch."""
+    run_on_ranks(2, check_local_steps)

@@ -63,8 +63,28 @@ def test_build_passes_everything_on() -> None:
     assert optimizer.orthonormalize is orthonormalize
     with pytest.raises(TypeError, match="strategy must be"):
         settings.build(model, strategy="ddp")
-    with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\], got 2"):
-        OptimizerSettings(fraction=2.0).build(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"lr": "1e-3"}, TypeError, "^lr must be a number, got the str '1e-3'"),  # as plain YAML reads it
+        ({"fraction": 2.0}, ValueError, r"^fraction must lie in \(0, 1\], got 2"),
+        ({"algorithm": "sgd"}, ValueError, "^algorithm must be one of 'dion2', 'muon', 'adamw', got 'sgd'"),
+        ({"adamw_lr": -1.0}, ValueError, "^adamw_lr must be at least 0"),
+        ({"lora": "A"}, ValueError, "^lora must be one of"),
+        ({"betas": (0.9, 1.0)}, ValueError, "^betas"),
+        ({"share_replicas": "yes"}, TypeError, "^share_replicas"),
+        ({"overrides": ["*.bias"]}, TypeError, "^overrides must be a mapping from patterns of names, got list"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused_at_once(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    """As build_optimizer refuses them, but where they are written."""
+    with pytest.raises(error, match=message):
+        OptimizerSettings(**settings)
+    with pytest.raises(error, match=message):
+        build_optimizer(nn.Linear(4, 4), **{"lr": 0.1, **settings})
 
 
 class Model(L.LightningModule):

@@ -16,6 +16,7 @@ from lightning.fabric import strategies as fabric_strategies
 from lightning.pytorch import strategies
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dion2_lightning.strategies import process_group_of
@@ -116,6 +117,39 @@ def test_ddp_holds_replicas(four_ranks: None) -> None:
 
     for strategy in (strategies.DDPStrategy(), fabric_strategies.DDPStrategy(), Mine()):
         assert process_group_of(strategy) is dist.group.WORLD
+
+
+@pytest.mark.parametrize("kind", [strategies.DDPStrategy, fabric_strategies.DDPStrategy], ids=["Lightning", "Fabric"])
+def test_ddp_over_some_of_the_ranks(four_ranks: None, kind: Any) -> None:
+    pair, alone = dist.new_group([0, 1]), dist.new_group([0])
+    assert process_group_of(kind(process_group=pair)) is pair
+    assert process_group_of(kind(process_group=alone)) is None
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("nodes", "devices"))["devices"]
+    assert process_group_of(kind(device_mesh=mesh)) is mesh.get_group()
+
+
+def wrapped_by_ddp(group: Any, hooks: list[Any]) -> strategies.DDPStrategy:
+    """After Lightning has wrapped the model; with a group that only the wrapper knows, as of a user's subclass."""
+    strategy, wrapper = strategies.DDPStrategy(), without_init(DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.process_group, wrapper._comm_hooks = group, hooks
+    strategy.model = wrapper
+    return strategy
+
+
+def test_ddp_says_its_group_itself_once_it_is_there(four_ranks: None) -> None:
+    pair = dist.new_group([0, 1])
+    assert process_group_of(wrapped_by_ddp(pair, [])) is pair
+
+
+def hook(state: object, bucket: dist.GradBucket) -> None:
+    """What gradients it leaves nobody knows."""
+
+
+@pytest.mark.parametrize("option", [{"ddp_comm_hook": hook}, {"model_averaging_period": 4}], ids=str)
+def test_ddp_whose_gradients_may_differ_between_ranks_has_no_replicas(four_ranks: None, option: dict[str, Any]) -> None:
+    assert process_group_of(strategies.DDPStrategy(**option)) is None
+    assert process_group_of(wrapped_by_ddp(dist.group.WORLD, [(hook, None)])) is None
 
 
 @pytest.mark.parametrize(

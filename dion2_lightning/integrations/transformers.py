@@ -27,13 +27,15 @@ KINDS: Final[dict[str, Any]] = {
 OPTION_KINDS: Final = {**KINDS, "batched": bool, "transposed": bool}
 """The same for the options of a group in ``overrides``."""
 
-NAMES_IN_ARGUMENTS: Final = {
+OTHER_NAMES: Final = {
     "learning_rate": "lr",
     "adam_beta1": "betas",
     "adam_beta2": "betas",
     "adam_epsilon": "eps",
+    "args": "arguments",
+    "training_args": "arguments",
 }
-"""What TrainingArguments call differently."""
+"""What the Trainer and TrainingArguments call differently."""
 
 TRUE: Final = ("true", "yes", "on", "1")
 FALSE: Final = ("false", "no", "off", "0")
@@ -65,7 +67,8 @@ class Dion2Factory:
         They are read when the Trainer asks for the optimizer, so that a hyperparameter search may change them.
 
         Args:
-            arguments: The Trainer's TrainingArguments, or TRL's.
+            arguments: The very TrainingArguments that the Trainer uses, or TRL's. TRL's trainers take their own kind,
+                such as SFTConfig; of a plain TrainingArguments they make a new one, whose later changes are not seen.
             **overrides: Arguments of :func:`~dion2_lightning.build_optimizer` that come first.
 
         Returns:
@@ -75,8 +78,6 @@ class Dion2Factory:
             TypeError: ``arguments`` is no TrainingArguments, or an override has a type that is not taken.
             ValueError: An override or an entry of ``optim_args`` is unknown or cannot be read.
         """
-        if not isinstance(arguments, TrainingArguments):
-            raise TypeError(f"arguments must be the Trainer's TrainingArguments, got {type(arguments).__name__}")
         _coerced({**_read(arguments), **overrides})  # an error here is nearer to its cause than in the Trainer
         return cls, {"arguments": arguments, **overrides}
 
@@ -123,6 +124,8 @@ def _refuse_flattening(strategy: object | None) -> None:
 
 def _read(arguments: TrainingArguments) -> dict[str, Any]:
     """What TrainingArguments say of the optimizer."""
+    if not isinstance(arguments, TrainingArguments):
+        raise TypeError(f"arguments must be the Trainer's TrainingArguments, got {type(arguments).__name__}")
     return {
         "lr": arguments.learning_rate,
         "weight_decay": arguments.weight_decay,
@@ -155,10 +158,11 @@ def _coerced(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hint(name: str) -> str:
-    if name in NAMES_IN_ARGUMENTS:
-        return f"; did you mean {NAMES_IN_ARGUMENTS[name]!r}?"
-    close = difflib.get_close_matches(name, KINDS, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(KINDS)}"
+    if name in OTHER_NAMES:
+        return f"; did you mean {OTHER_NAMES[name]!r}?"
+    known = [*KINDS, "arguments"]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
 def _options(pattern: str, options: Any) -> Any:

@@ -106,6 +106,15 @@ class Llama(L.LightningModule):
         return DataLoader(pieces, batch_size=BATCH // replicas, sampler=sampler)
 
 
+class Scheduled(Llama):
+    """The same with learning rates that change at every step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 def make_trainer(layout: str, steps: int, *, options: dict[str, Any] | None = None, **arguments: Any) -> L.Trainer:
     """Make a quiet Trainer on the CPU; ``options`` are DDPStrategy's."""
     data_parallel, tensor_parallel = RANKS[layout]
@@ -131,6 +140,7 @@ def fit(
     layout: str,
     kind: str = "Dion2",
     *,
+    module_class: type[Llama] = Llama,
     steps: int = 6,
     seed: int = 0,
     checkpoint: Path | None = None,
@@ -144,6 +154,7 @@ def fit(
     Args:
         layout: One of ``RANKS``.
         kind: Which optimizer.
+        module_class: ``Llama`` or a subclass.
         steps: In all.
         seed: Of the model.
         checkpoint: To resume from.
@@ -155,7 +166,7 @@ def fit(
     model = make_model(seed, **(config or {}))
     if change is not None:
         change(model)
-    module = Llama(kind, layout, model, steps, **(settings or {}))
+    module = module_class(kind, layout, model, steps, **(settings or {}))
     trainer = make_trainer(layout, steps, **arguments)
     trainer.fit(module, ckpt_path=checkpoint)
     return module, trainer

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Subset
 
 from dion2_lightning import Dion2, build_optimizer, with_parameter_names
@@ -41,7 +42,9 @@ def set_up(fabric: L.Fabric, layout: str, kind: str, seed: int = 0, before: bool
     return model, fabric.setup_optimizers(make_optimizer(kind, model, fabric, **settings))
 
 
-def train(fabric: L.Fabric, model: Any, optimizer: Any, steps: range, of: int) -> list[float]:
+def train(
+    fabric: L.Fabric, model: Any, optimizer: Any, steps: range, of: int, scheduler: LRScheduler | None = None
+) -> list[float]:
     pieces = Subset(Sequences(of), range(steps.start * BATCH, steps.stop * BATCH))
     losses = []
     for batch in fabric.setup_dataloaders(DataLoader(pieces, batch_size=BATCH // fabric.world_size)):
@@ -50,6 +53,8 @@ def train(fabric: L.Fabric, model: Any, optimizer: Any, steps: range, of: int) -
         fabric.clip_gradients(model, optimizer, max_norm=MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
         losses.append(loss.item())
     return losses
 
@@ -65,7 +70,7 @@ def loss_curve(steps: int, layout: str = "one device", before: bool = False) -> 
 
 @pytest.mark.parametrize("before", [True, False], ids=["built before", "built after"])
 def test_loss_curve_is_that_of_a_loop_by_hand(before: bool) -> None:
-    assert loss_curve(20, before=before) == pytest.approx(test_plain.loss_curve(20), rel=1e-4)
+    assert loss_curve(20, before=before) == pytest.approx(test_plain.loss_curve(20), rel=0, abs=1e-4)
 
 
 def check_loss_curve(layout: str, before: bool, expected: list[float]) -> None:
@@ -80,16 +85,19 @@ def test_every_strategy_has_the_loss_curve_of_one_device(layout: str, before: bo
 def train_in_fabric(layout: str, kind: str, phase: Phase, folder: Path) -> None:
     fabric = make_fabric(layout)
     model, optimizer = set_up(fabric, layout, kind, seed=1 if phase is Phase.RESUMED else 0)
-    state = {"model": model, "optimizer": optimizer}
+    scheduler = LambdaLR(unwrapped(optimizer), lambda step: 1 / (1 + step))
+    # Its state, not itself: of a folder Fabric leaves objects as they are.
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler.state_dict()}
     if phase is Phase.RESUMED:
         fabric.load(folder / "checkpoint", state)
-        losses = train(fabric, model, optimizer, range(STOP, STEPS), STEPS)
+        scheduler.load_state_dict(state["scheduler"])
+        losses = train(fabric, model, optimizer, range(STOP, STEPS), STEPS, scheduler)
     elif phase is Phase.KILLED:
-        train(fabric, model, optimizer, range(STOP), STEPS)
-        fabric.save(folder / "checkpoint", state)
+        train(fabric, model, optimizer, range(STOP), STEPS, scheduler)
+        fabric.save(folder / "checkpoint", {**state, "scheduler": scheduler.state_dict()})
         kill_this_process()
     else:
-        losses = train(fabric, model, optimizer, range(STEPS), STEPS)
+        losses = train(fabric, model, optimizer, range(STEPS), STEPS, scheduler)
     write_outcome(folder, phase, model.module.named_parameters(), unwrapped(optimizer), losses)
 
 

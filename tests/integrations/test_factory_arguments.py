@@ -84,6 +84,9 @@ REFUSED: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "unknown, near": (ValueError, {"fractoin": 0.5}, "unknown argument 'fractoin'; did you mean 'fraction'?"),
     "unknown, the Trainer's": (ValueError, {"learning_rate": 1}, "unknown argument 'learning_rate'; did you mean 'lr'"),
     "unknown, far": (ValueError, {"foreach": True}, "unknown argument 'foreach'; known are lr, algorithm, fraction,"),
+    "arguments by other names": (ValueError, {"args": None}, "unknown argument 'args'; did you mean 'arguments'?"),
+    "arguments are known too": (ValueError, {"foreach": True}, "share_replicas, arguments"),
+    "other arguments": (TypeError, {"arguments": {}}, "arguments must be the Trainer's TrainingArguments, got dict"),
     "a wrong name": (
         ValueError,
         {"algorithm": "none"},

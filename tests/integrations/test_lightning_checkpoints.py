@@ -1,5 +1,7 @@
 """Checkpoints in Lightning: exact resume under every strategy, from one strategy to another, and what does not fit."""
 
+import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader
 import dion2_lightning
 from dion2_lightning import NamedOptimizerStates
 from tests.distributed.ranks import kill_this_process, run_like_torchrun
-from tests.integrations.lightning_training import Llama, fit, make_trainer, ranks_of
+from tests.integrations.lightning_training import Llama, Scheduled, fit, make_trainer, ranks_of
 from tests.integrations.resume import STEPS, STOP, Phase, check_resume, write_outcome
 from tests.integrations.training import make_model
 
@@ -42,6 +44,7 @@ def train_in_lightning(layout: str, kind: str, phase: Phase, folder: Path) -> No
     module, trainer = fit(
         layout,
         kind,
+        module_class=Scheduled,
         steps=STEPS,
         seed=1 if resumed else 0,
         checkpoint=folder / FILE if resumed else None,
@@ -154,11 +157,16 @@ def test_sharded_files_from_two_ranks_to_four_and_back(saved_by: Callable[[str],
 
 
 class Stack(L.LightningModule):
-    """Four matrices of one shape in two groups: nothing but their names tells their states apart."""
+    """Four matrices of one shape in two groups: nothing but their names tells their states apart.
 
-    def __init__(self, layout: str) -> None:
+    Args:
+        layout: ``"one device"`` or ``"FSDP2"``.
+        given: What ``build_optimizer`` is given in ``configure_optimizers``, one of ``GIVEN``.
+    """
+
+    def __init__(self, layout: str, given: str = "the module") -> None:
         super().__init__()
-        self.layout = layout
+        self.layout, self.given = layout, given
         self.layers = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4)))
 
     def configure_model(self) -> None:
@@ -169,10 +177,33 @@ class Stack(L.LightningModule):
         return self.layers(batch).square().mean()
 
     def configure_optimizers(self) -> dion2_lightning.Dion2:
-        return dion2_lightning.build_optimizer(self, lr=0.01, overrides={"layers.[13].weight": {"lr": 0.02}})
+        strategies = {"the module, the strategy": self.trainer.strategy, "a part, the strategy": self.trainer.strategy}
+        return dion2_lightning.build_optimizer(
+            self.layers if "a part" in self.given else self,
+            lr=0.01,
+            overrides={"*[13].weight": {"lr": 0.02}},
+            strategy=strategies.get(self.given),
+        )
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(torch.ones(4, 8), batch_size=2)
+
+
+GIVEN = ("the module", "the module, the strategy", "a part, the strategy", "a part")
+
+
+def with_entry_points(folder: Path) -> str:
+    """A folder for the front of ``sys.path``: a package of this one's name with its entry points and nothing else."""
+    declared = tomllib.loads(Path("pyproject.toml").read_text())["project"]["entry-points"]
+    installed = folder / "dion2_lightning-9.9.dist-info"
+    installed.mkdir(exist_ok=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: dion2-lightning\nVersion: 9.9\n")
+    (installed / "entry_points.txt").write_text(
+        "\n".join(
+            f"[{group}]\n" + "\n".join(f"{name} = {it}" for name, it in of.items()) for group, of in declared.items()
+        )
+    )
+    return str(folder)
 
 
 class WithoutNames(L.Callback):
@@ -182,37 +213,76 @@ class WithoutNames(L.Callback):
         trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, NamedOptimizerStates)]
 
 
-def save_stack(path: Path, with_names: bool) -> None:
-    trainer = make_trainer("one device", 2, callbacks=[] if with_names else [WithoutNames()])
-    trainer.fit(Stack("one device"))
+def save_stack(path: Path, with_names: bool = True, given: str = "the module") -> None:
+    torch.manual_seed(0)
+    trainer, module = (
+        make_trainer("one device", 2, callbacks=[] if with_names else [WithoutNames()]),
+        Stack("one device", given),
+    )
+    trainer.fit(module)
     trainer.save_checkpoint(path)
+    write_outcome(path.parent, Phase.KILLED, module.named_parameters(), trainer.optimizers[0], [])
 
 
-def load_stack(path: Path) -> None:
-    make_trainer("FSDP2", 2).fit(Stack("FSDP2"), ckpt_path=path)
+def load_stack(path: Path, given: str = "the module") -> None:
+    if given == "a part":
+        sys.path.insert(0, with_entry_points(path.parent))
+    trainer, module = make_trainer("FSDP2", 2), Stack("FSDP2", given)
+    trainer.fit(module, ckpt_path=path)
+    write_outcome(path.parent, Phase.RESUMED, module.named_parameters(), trainer.optimizers[0], [])
 
 
-def load_stack_in_vain(path: Path) -> None:
+def load_stack_in_vain(path: Path, given: str) -> None:
     with pytest.raises(RuntimeError, match="states went to other parameters"):
-        load_stack(path)
+        load_stack(path, given)
 
 
-def test_states_that_lightning_has_swapped_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", ["the module", "a part"])
+def test_states_that_lightning_has_swapped_are_refused(given: str, tmp_path: Path) -> None:
     """All shapes are equal, and so are the groups' sizes: Lightning and torch notice nothing."""
-    save_stack(tmp_path / FILE, with_names=False)
+    save_stack(tmp_path / FILE, False, given)
     state = torch.load(tmp_path / FILE, weights_only=True)["optimizer_states"][0]
     assert [group["params"] for group in state["param_groups"]] == [[0, 1], [2, 3]]
-    run_like_torchrun(2, load_stack_in_vain, tmp_path / FILE)
+    run_like_torchrun(2, load_stack_in_vain, tmp_path / FILE, given)
 
 
-def test_the_same_checkpoint_with_names_is_loaded(tmp_path: Path) -> None:
-    save_stack(tmp_path / FILE, with_names=True)
+@pytest.mark.parametrize("given", GIVEN)
+def test_the_same_checkpoint_with_names_is_loaded(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever build_optimizer is given: the Trainer is found, or has the callback by the entry point."""
+    if given == "a part":
+        monkeypatch.syspath_prepend(with_entry_points(tmp_path))
+    save_stack(tmp_path / FILE, True, given)
     state = torch.load(tmp_path / FILE, weights_only=True)["optimizer_states"][0]
     assert [group["params"] for group in state["param_groups"]] == [
         ["layers.0.weight", "layers.2.weight"],
         ["layers.1.weight", "layers.3.weight"],
     ]
-    run_like_torchrun(2, load_stack, tmp_path / FILE)
+    run_like_torchrun(2, load_stack, tmp_path / FILE, given)
+    saved, loaded = (torch.load(tmp_path / f"{phase.value} 0.pt") for phase in (Phase.KILLED, Phase.RESUMED))
+    assert sum("momentum" in name for name in saved) == 4
+    assert saved.keys() == loaded.keys()
+    assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
+
+
+def test_a_checkpoint_with_numbers_matters_only_where_it_is_trained(tmp_path: Path) -> None:
+    """Trainer.test loads no optimizer, but those of the fit before are still there."""
+    save_stack(tmp_path / FILE, with_names=False)
+    run_like_torchrun(2, evaluate_after_fit, tmp_path / FILE)
+
+
+class Evaluated(Stack):
+    def test_step(self, batch: Tensor, _: int) -> None:
+        self.training_step(batch, _)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.train_dataloader()
+
+
+def evaluate_after_fit(path: Path) -> None:
+    trainer, module = make_trainer("FSDP2", 2), Evaluated("FSDP2")
+    trainer.fit(module)
+    trainer.test(module, ckpt_path=path)
+    assert trainer.state.finished
 
 
 # What else a model or a run may hold

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim import Optimizer
 from transformers.trainer_utils import SchedulerType
 
@@ -141,6 +142,23 @@ def check_overridden_create_optimizer(folder: Path, settings: dict[str, Any]) ->
 @pytest.mark.parametrize("settings", [{}, {"fsdp": True, "fsdp_config": FSDP}], ids=["DDP", "FSDP2"])
 def test_a_subclass_with_its_own_optimizer(settings: dict[str, Any], tmp_path: Path) -> None:
     run_like_torchrun(2, check_overridden_create_optimizer, tmp_path, settings)
+
+
+def check_offload(folder: Path) -> None:
+    fsdp2_on_cpu()
+    config = {**FSDP, "cpu_offload": True}
+    trainer = make_trainer(arguments(folder, 2, STEPS, fsdp=True, fsdp_config=config), make_model())
+    plugin = trainer.accelerator.state.fsdp_plugin
+    assert isinstance(plugin.cpu_offload, CPUOffloadPolicy), "the Trainer has handed it on"
+    plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # there is no GPU to pin it for
+    trainer.train()
+    losses = trainer.accelerator.reduce(torch.tensor(trainer.losses), reduction="mean")
+    assert losses.tolist() == pytest.approx(test_plain.loss_curve(STEPS), abs=1e-4)
+
+
+def test_parameters_offloaded_to_the_cpu(tmp_path: Path) -> None:
+    """As far as a CPU shows it; where its ranks communicate on GPUs alone, the step refuses (test_faults.py)."""
+    run_like_torchrun(2, check_offload, tmp_path)
 
 
 def check_fsdp1_is_refused(folder: Path) -> None:
