@@ -72,6 +72,8 @@ class Figures:
                                          that the submatrix is close to singular or the precision too low
     ==================== =============== ==========================================================================
 
+    A matrix whose momentum is zero throughout has no captured mass and counts for none of the means.
+
     A parameter without a gradient in the step has no turnover, captured mass, update RMS and orthogonality error, and
     counts for none of those of its group.
 
@@ -127,6 +129,11 @@ class Row:
         return self.kind.group, self.kind.name
 
     @property
+    def fraction(self) -> float:
+        """Share of the slices that a step selects, in the matrices that it updated; 1 if it updated none."""
+        return self.selected / (self.updated * self.kind.slices) if self.updated else 1.0
+
+    @property
     def slices(self) -> float:
         """Of all its matrices."""
         return self.matrices * self.kind.slices
@@ -145,7 +152,9 @@ def figures_of(rows: Sequence[Row]) -> dict[str, float]:
     updated = [row for row in rows if row.updated]
     if updated:
         figures["turnover"] = sum(row.fresh for row in updated) / sum(row.selected for row in updated)
-        figures["captured_mass"] = sum(row.captured for row in updated) / sum(row.updated for row in updated)
+        alive = sum(row.updated - row.dead for row in updated)
+        if alive:
+            figures["captured_mass"] = sum(row.captured for row in updated) / alive
         entries = sum(row.entries for row in updated)
         figures["update_rms"] = math.sqrt(sum(row.squares for row in updated) / entries)
     measured = [row for row in rows if row.measured]
@@ -169,13 +178,15 @@ class Trouble(NamedTuple):
 TROUBLES: Final = (
     Trouble(
         "slices never selected",
-        lambda row, step, window: row.never > 0 and step >= window,
+        # Counted from when the parameter came; and so few slices that a fair draw could miss some for longer.
+        lambda row, step, window: row.never > 0 and row.longest >= max(window, 4 / row.fraction),
         lambda row: f"{row.never:.0f} of {row.slices:.0f}",
         "a lower momentum or a higher fraction selects more of them; a slice without any gradient is never selected",
     ),
     Trouble(
         "all-zero momentum",
-        lambda row, step, window: row.dead > 0,
+        # At its first step, what lies behind a factor that starts at zero has no gradient yet.
+        lambda row, step, window: row.dead > 0 and step > 1,
         lambda row: f"{row.dead:.0f} of {row.matrices:.0f} matrices",
         "their gradients have been zero so far: does the loss depend on them?",
     ),
@@ -187,7 +198,7 @@ TROUBLES: Final = (
     ),
     Trouble(
         "update far from orthonormal",
-        lambda row, step, window: row.measured > 0 and row.error / row.measured > FAR_FROM_ORTHONORMAL,
+        lambda row, step, window: row.measured > 0 and not row.dead and row.error / row.measured > FAR_FROM_ORTHONORMAL,
         lambda row: f"error {row.error / row.measured:.2g}",
         "try orthonormalize_dtype='float32'; slices that are nearly multiples of each other have such errors too",
     ),

@@ -5,6 +5,7 @@ from one such step to the next.
 """
 
 import base64
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from dion2_lightning.figures import Figures, Kind
+from dion2_lightning.figures import MEANINGS, Figures, Kind
 
 BINS: Final = 64
 """Slices of a parameter are counted in so many bins."""
@@ -39,8 +40,6 @@ class SelectionHistory:
         groups: The same by group.
         parameters: The same by parameter, in the order of ``kinds``.
         kinds: The parameters.
-        shares: In the interval that ends at each step: the share of its steps in which the slices of each bin of each
-            parameter were selected; uint8, 255 is all of them; (steps, parameters, bins).
         counts: How often slices were selected until the last step: of each parameter ``BINS`` of them, from the least
             to the most; float64 (parameters, bins).
     """
@@ -52,12 +51,23 @@ class SelectionHistory:
         self.groups: list[dict[str, dict[str, float]]] = []
         self.parameters: list[list[dict[str, float]]] = []
         self.kinds: list[Kind] = []
-        self.shares = torch.zeros((0, 0, BINS), dtype=torch.uint8)
+        self._shares: list[Tensor] = []
+        self._sizes: Tensor | None = None
+        self._shown: Tensor | None = None
         self.counts = torch.zeros((0, BINS), dtype=torch.float64)
         self._hits = torch.zeros((0, BINS), dtype=torch.float64)
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @property
+    def shares(self) -> Tensor:
+        """How often each part was selected, uint8 (steps, parameters, bins).
+
+        In the interval that ends at each step: the share of its steps in which the slices of each bin of each parameter
+        were selected; 255 is all of them.
+        """
+        return torch.stack(self._shares) if self._shares else torch.zeros((0, 0, BINS), dtype=torch.uint8)
 
     def append(self, figures: Figures, kinds: Sequence[Kind], hits: Tensor, counts: Tensor) -> None:
         """Add what is known at a step.
@@ -69,17 +79,16 @@ class SelectionHistory:
             counts: See the attribute.
         """
         self._take_over(kinds)
-        sizes = torch.stack([torch.bincount(bin_of(kind.slices), minlength=BINS) * kind.matrices for kind in kinds])
+        assert self._sizes is not None
+        assert self._shown is not None
         steps = figures.step - (self.steps[-1] if self.steps else 0)
-        shares = ((hits - self._hits) / (sizes * steps).clamp(min=1)).clamp(0, 1)
-        # With fewer slices than bins, bins between two slices show the one before.
-        shown = torch.stack([bin_of(kind.slices)[torch.arange(BINS) * kind.slices // BINS] for kind in kinds])
-        shares = shares.gather(1, shown).mul(255).round().to(torch.uint8)
+        shares = ((hits - self._hits) / (self._sizes * steps).clamp(min=1)).clamp(0, 1)
+        shares = shares.gather(1, self._shown).mul(255).round().to(torch.uint8)
         self.steps.append(figures.step)
         self.overall.append(dict(figures.overall))
         self.groups.append({name: dict(each) for name, each in figures.groups.items()})
         self.parameters.append([dict(figures.parameters[kind.group, kind.name]) for kind in kinds])
-        self.shares = torch.cat([self.shares, shares.unsqueeze(0)])
+        self._shares.append(shares)
         self.counts, self._hits = counts.clone(), hits.clone()
         if len(self.steps) > MAX_POINTS:
             self._thin_out()
@@ -124,7 +133,7 @@ class SelectionHistory:
             "groups": [{name: dict(each) for name, each in point.items()} for point in self.groups],
             "parameters": [[dict(each) for each in point] for point in self.parameters],
             "kinds": [list(kind) for kind in self.kinds],
-            "shares": self.shares.clone(),
+            "shares": self.shares,
             "counts": self.counts.clone(),
             "hits": self._hits.clone(),
         }
@@ -135,7 +144,9 @@ class SelectionHistory:
         for name in ("steps", "overall", "groups", "parameters"):
             setattr(self, name, list(state_dict[name]))
         self.kinds = [Kind(*kind) for kind in state_dict["kinds"]]
-        self.shares, self.counts, self._hits = (state_dict[name].clone() for name in ("shares", "counts", "hits"))
+        self._shares = [each.clone() for each in state_dict["shares"]]
+        self.counts, self._hits = state_dict["counts"].clone(), state_dict["hits"].clone()
+        self._sizes = None
 
     def _check(self) -> None:
         """Refuse what does not fit together."""
@@ -143,6 +154,13 @@ class SelectionHistory:
             raise ValueError(f"window is {self.window!r}")
         if self.steps != sorted({int(step) for step in self.steps if step > 0}):
             raise ValueError("steps do not count up from 1 or later")
+        if any(kind.axis not in (0, 1) or kind.slices < 1 or kind.matrices < 1 for kind in self.kinds):
+            raise ValueError("a kind has an axis other than 0 and 1, or no slices")
+        for figures in [*self.overall, *(each for point in self.groups for each in point.values())]:
+            if not {"selected_fraction"} <= figures.keys() <= MEANINGS.keys():
+                raise ValueError(f"figures are {sorted(figures)}")
+        if any(not figures.keys() <= MEANINGS.keys() for point in self.parameters for figures in point):
+            raise ValueError("a parameter has figures of other names")
         points, kinds = len(self.steps), len(self.kinds)
         for name in ("overall", "groups", "parameters"):
             if len(getattr(self, name)) != points:
@@ -157,28 +175,33 @@ class SelectionHistory:
 
     def _take_over(self, kinds: Sequence[Kind]) -> None:
         """Make what is there refer to ``kinds``; of a parameter that is new it says it was never selected."""
-        if self.kinds == list(kinds):
+        if self._sizes is not None and self.kinds == list(kinds):
             return
         known = {kind: position for position, kind in enumerate(self.kinds)}
         nothing = len(self.kinds)
         index = torch.tensor([known.get(kind, nothing) for kind in kinds], dtype=torch.int64)
-        self.shares = torch.cat([self.shares, self.shares.new_zeros((len(self.steps), 1, BINS))], 1)[:, index]
+        self._shares = [torch.cat([each, each.new_zeros((1, BINS))])[index] for each in self._shares]
         self._hits = torch.cat([self._hits, self._hits.new_zeros((1, BINS))])[index]
         self.parameters = [[(*point, {})[position] for position in index.tolist()] for point in self.parameters]
         self.kinds = list(kinds)
+        self._sizes = torch.stack(
+            [torch.bincount(bin_of(kind.slices), minlength=BINS) * kind.matrices for kind in kinds]
+        )
+        # With fewer slices than bins, bins between two slices show the one before.
+        self._shown = torch.stack([bin_of(kind.slices)[torch.arange(BINS) * kind.slices // BINS] for kind in kinds])
 
     def _thin_out(self) -> None:
-        """Make one of every two neighbours: the later one's figures, the shares of both."""
-        lengths = torch.tensor([0, *self.steps]).diff().double().view(-1, 1, 1)
-        shares = self.shares.double() * lengths
-        # The number of points is odd: the first stays alone.
-        merged, length = shares[::2].clone(), lengths[::2].clone()
-        merged[1:] += shares[1::2]
-        length[1:] += lengths[1::2]
-        self.shares = (merged / length).round().to(torch.uint8)
-        for name in ("steps", "overall", "groups", "parameters"):
-            values = getattr(self, name)
-            setattr(self, name, values[::2])
+        """Make one of the two neighbours that are closest together: the later one's figures, the shares of both.
+
+        So points stay about evenly spread, however long the run.
+        """
+        lengths = [stop - start for start, stop in itertools.pairwise([0, *self.steps])]
+        first = min(range(len(lengths) - 1), key=lambda i: lengths[i] + lengths[i + 1])
+        weighted = [self._shares[i].double() * lengths[i] for i in (first, first + 1)]
+        both = (weighted[0] + weighted[1]) / (lengths[first] + lengths[first + 1])
+        self._shares[first + 1] = both.round().to(torch.uint8)
+        for values in (self.steps, self.overall, self.groups, self.parameters, self._shares):
+            del values[first]
 
 
 def bin_of(slices: int, device: torch.device | None = None) -> Tensor:

@@ -175,7 +175,7 @@ class Ledger:
             _COVERED: ((staleness < window) & ~never).sum(1),
             _STALENESS: staleness.sum(1),
             _FRESH: (now & ~before).sum(1),
-            _CAPTURED: torch.where(total > 0, captured / total, 0.0),
+            _CAPTURED: torch.where(total == 0, 0.0, captured / total),
             _IMBALANCE: gini,
             _DEAD: updated & (total == 0),
             _NEVER: never.sum(1) * updated,
@@ -212,7 +212,8 @@ class Due:
         table = torch.zeros((len(entries), COUNTS + BINS), dtype=torch.float64, device=device)
         for its_entries, rows in self.parts:
             position_of_row = [entry.position for entry in its_entries for _ in range(entry.count)]
-            positions = to_device(position_of_row, device)
+            # A rank may hold no expert of any stack: even then these are whole numbers.
+            positions = torch.tensor(position_of_row, dtype=torch.int64).to(device, non_blocking=True)
             rows = rows.to(device)
             longest = rows.select(1, LONGEST).clone()
             rows.select(1, LONGEST).zero_()

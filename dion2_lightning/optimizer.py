@@ -248,10 +248,10 @@ class Dion2(Optimizer):
         self._selections = {}
         left_out = self._rehearsed() if is_first and not any(group["lr"] for group in self.param_groups) else set()
         observer = None if left_out else self.observer
-        updates = list(self._matrix_updates(left_out, observer))
-        self._failure = "step() failed"
         if observer is not None:
             observer.begin_step()
+        updates = list(self._matrix_updates(left_out, observer))
+        self._failure = "step() failed"
         self._selections = update_matrices(
             updates,
             self.orthonormalize,

@@ -102,7 +102,7 @@ def overview(history: SelectionHistory) -> Figure:
     families = _families(history.kinds)
     family = max(families, key=lambda each: _mean_of(history, each, "imbalance"))
     mesh = _draw_heatmap(first, history, family)
-    first.set_title(f"Selected where and when: {family.title or 'all matrices'}")
+    first.set_title(f"Selected where and when: {_literal(family.title) or 'all matrices'}")
     first.set_xlabel("step")
     _selection_colorbar(figure, mesh, [first])
     _draw_counts(second, history)
@@ -136,7 +136,7 @@ def heatmap(history: SelectionHistory) -> Figure:
     panels = list(grid.flat)
     for axes, family in zip(panels, families, strict=False):
         mesh = _draw_heatmap(axes, history, family)
-        axes.set_title(family.title, fontsize=9)
+        axes.set_title(_literal(family.title), fontsize=9)
     for axes in panels[len(families) :]:
         axes.remove()
     for axes in panels[max(0, len(families) - columns) : len(families)]:
@@ -468,7 +468,9 @@ def _draw_curve(axes: Axes, history: SelectionHistory, name: str) -> None:
     groups = _groups(history)
     for place, group in enumerate(groups if len(groups) > 1 else []):
         of_group = _values([point.get(group, {}) for point in history.groups], name)
-        axes.plot(steps, of_group, color=COLORS[place % len(COLORS)], linewidth=1.2, marker=marker, label=group)
+        axes.plot(
+            steps, of_group, color=COLORS[place % len(COLORS)], linewidth=1.2, marker=marker, label=_literal(group)
+        )
     axes.plot(steps, _values(history.overall, name), color=INK, linewidth=2, marker=marker, label="all matrices")
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
@@ -483,6 +485,11 @@ def _draw_curve(axes: Axes, history: SelectionHistory, name: str) -> None:
 
 def _draw_reference(axes: Axes, value: float, label: str) -> None:
     axes.axhline(value, color=QUIET, linestyle=(0, (4, 3)), linewidth=1, label=label)
+
+
+def _literal(name: str) -> str:
+    """A name for matplotlib: there a dollar sign begins a formula, and legends leave out what begins with _."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _coverage_title(history: SelectionHistory) -> str:
@@ -502,7 +509,7 @@ def _draw_captured_mass(axes: Axes, history: SelectionHistory, families: Sequenc
     for family in families:
         if family.depths[0] is None:
             start = len(layers) + len(names)
-            names += [label or family.title for label in family.labels]
+            names += [_literal(label or family.title) for label in family.labels]
             y = [_mean(values[:, member]) for member in family.members]
             axes.plot(range(start, start + len(y)), y, "o", color=INK, markersize=5)
             continue
@@ -514,7 +521,7 @@ def _draw_captured_mass(axes: Axes, history: SelectionHistory, families: Sequenc
         color = COLORS[series % len(COLORS)]
         marker = MARKERS[(series + series // len(COLORS)) % len(MARKERS)]  # shifted when colours come again
         x = [places[depth] for depth in depths]
-        axes.plot(x, y, color=color, marker=marker, linewidth=1.3, markersize=4, label=family.title)
+        axes.plot(x, y, color=color, marker=marker, linewidth=1.3, markersize=4, label=_literal(family.title))
         series += 1
     _draw_reference(axes, _fraction(history.overall), "slices all alike")
     every = max(1, -(-len(layers) // 16))
@@ -586,7 +593,7 @@ def _draw_heatmap(axes: Axes, history: SelectionHistory, family: _Family) -> Qua
     axes.hlines(np.arange(1, len(family.members)) * rows, edges[0], edges[-1], color="white", linewidth=0.8)
     every = 1 if family.depths[0] is None else -(-len(family.members) // 12)
     places = np.arange(0, len(family.members), every)
-    axes.set_yticks((places + 0.5) * rows, [family.labels[place] for place in places])
+    axes.set_yticks((places + 0.5) * rows, [_literal(family.labels[place]) for place in places])
     axes.tick_params(axis="y", length=0, labelsize=7.5)
     if family.depths[0] is not None:
         axes.set_ylabel("layer, slices downwards", fontsize=8)

@@ -68,6 +68,10 @@ class Verdict:
     reason: str
 
 
+ORTHONORMAL = 0.35
+"""Singular values within [0.85, 1.15] give at most 0.32."""
+
+
 def verdicts(history: SelectionHistory) -> dict[str, Verdict]:
     """Judge the figures of the last step by the reading guide of :class:`~dion2_lightning.Figures`.
 
@@ -78,8 +82,17 @@ def verdicts(history: SelectionHistory) -> dict[str, Verdict]:
         A verdict for every figure of the last step.
     """
     figures, step = history.overall[-1], history.steps[-1]
-    fraction = figures["selected_fraction"]
-    return {name: _verdict(name, value, fraction, step, history.window) for name, value in figures.items()}
+    return {name: _verdict(name, value, _fraction(history), step, history.window) for name, value in figures.items()}
+
+
+def _fraction(history: SelectionHistory) -> float:
+    """Share of the slices that a step selects, of the parameters that had a gradient in the last one; 0 if none had."""
+    selected = slices = 0.0
+    for kind, figures in zip(history.kinds, history.parameters[-1], strict=True):
+        if "turnover" in figures:
+            slices += kind.matrices * kind.slices
+            selected += kind.matrices * kind.slices * figures["selected_fraction"]
+    return selected / slices if slices else 0.0
 
 
 def _verdict(name: str, value: float, fraction: float, step: int, window: int) -> Verdict:
@@ -90,8 +103,9 @@ def _verdict(name: str, value: float, fraction: float, step: int, window: int) -
     if name == "update_rms":
         return Verdict(UNKNOWN, "follows the learning rate; about 0.2 lr with match_rms_adamw")
     if name == "orthogonality_error":
-        text = f"healthy under 0.35, worth a look over {FAR_FROM_ORTHONORMAL:g}"
-        return Verdict(LOOK if value > FAR_FROM_ORTHONORMAL else HEALTHY, text)
+        text = f"healthy under {ORTHONORMAL:g}, worth a look over {FAR_FROM_ORTHONORMAL:g}"
+        between = UNKNOWN if value > ORTHONORMAL else HEALTHY
+        return Verdict(LOOK if value > FAR_FROM_ORTHONORMAL else between, text)
     if fraction == 0:
         return Verdict(UNKNOWN, "the last step selected nothing: it had no gradients")
     if fraction == 1:
@@ -188,7 +202,7 @@ def _what_was_trained(history: SelectionHistory) -> str:
     kinds = history.kinds
     matrices, slices = sum(kind.matrices for kind in kinds), sum(kind.matrices * kind.slices for kind in kinds)
     groups = list(dict.fromkeys(kind.group for kind in kinds))
-    selected = history.overall[-1]["selected_fraction"]
+    selected = _fraction(history)
     facts = {
         "steps": f"{history.steps[-1]:,}",
         "parameters": f"{len(kinds):,}",

@@ -87,6 +87,7 @@ class SelectionStatistics:
         self._optimizer: Dion2 | None = None
         self._entries: dict[Tensor, Entry] = {}
         self._ledgers: list[Ledger] = []
+        self._signature: Sequence[tuple[object, ...]] = []
         self._loaded: dict[str, Mapping[str, Tensor]] = {}
         self._due: Due | None = None
         self._is_asked = False
@@ -170,7 +171,7 @@ class SelectionStatistics:
         """
         due, self._due = self._due, None
         self._is_asked = False
-        if due is None or not self._entries:
+        if due is None or not self._entries or self._optimizer is None:
             return None
         entries = list(self._entries.values())
         host = self._over_ranks(due.table(entries), entries).cpu()  # the one look at the device
@@ -247,7 +248,7 @@ class SelectionStatistics:
         warned = sorted([kind, *key] for kind, key in self._warned)
         return {
             "step": self.step,
-            "counts": counts or dict(self._loaded),
+            "counts": {**self._loaded, **counts},  # what was loaded and has not come yet is kept
             "history": self.history.state_dict(),
             "warned": warned,
         }
@@ -262,7 +263,7 @@ class SelectionStatistics:
         self._loaded = dict(state_dict["counts"])
         self.history.load_state_dict(state_dict["history"] | {"window": self.window})
         self._warned = {(kind, (group, name)) for kind, group, name in state_dict["warned"]}
-        self._entries, self._ledgers = {}, []
+        self._entries, self._ledgers, self._signature = {}, [], []
 
     # Parameters
 
@@ -275,11 +276,16 @@ class SelectionStatistics:
             if group["algorithm"] == "dion2"
             for parameter, name in zip(group["params"], _plain_names(group), strict=True)
         ]
-        if list(map(id, self._entries)) == [id(parameter) for parameter, _, _ in found]:
+        # The entries hold the parameters, so an id stands for one of them.
+        signature = [(id(each), group["select"], group["batched"], group["transposed"]) for each, group, _ in found]
+        if signature == self._signature:
             return
+        self._signature = signature
         kept = {
-            entry.key: tuple(part.clone() for part in entry.ledger.rows_of(entry)) for entry in self._entries.values()
+            parameter: tuple(part.clone() for part in entry.ledger.rows_of(entry))
+            for parameter, entry in self._entries.items()
         }
+        kept_by_name = {self._entries[parameter].key: rows for parameter, rows in kept.items()}
         entries = [
             Entry.of(position, parameter, group, name) for position, (parameter, group, name) in enumerate(found)
         ]
@@ -288,13 +294,18 @@ class SelectionStatistics:
             for (slices, device), members in alike(entries, lambda entry: (entry.kind.slices, entry.device)).items()
         ]
         self._entries = {parameter: entry for (parameter, _, _), entry in zip(found, entries, strict=True)}
-        for parameter, entry in self._entries.items():
-            loaded = self._loaded.get("/".join(entry.key))
-            if entry.key in kept:
-                entry.ledger.write(entry, *kept[entry.key])
-            elif loaded is not None and loaded["last"].shape == (entry.kind.matrices, entry.kind.slices):
-                entry.ledger.write(entry, *(own_part(loaded[name], parameter, entry) for name in ("last", "hits")))
-        self._loaded = {}
+        for (parameter, group, _), entry in zip(found, entries, strict=True):
+            name = "/".join(entry.key)
+            rows = kept.get(parameter)
+            # Frameworks replace parameters; what has no name cannot be found again.
+            if rows is None and group.get("param_names"):
+                rows = kept_by_name.get(entry.key)
+            if rows is None and name in self._loaded:
+                saved = self._loaded.pop(name)
+                if saved["last"].shape == (entry.kind.matrices, entry.kind.slices):
+                    rows = tuple(own_part(saved[each], parameter, entry) for each in ("last", "hits"))
+            if rows is not None and rows[0].shape == (entry.count, entry.kind.slices):
+                entry.ledger.write(entry, *rows)
 
 
 def check_steps(name: str, value: object) -> None:

@@ -1,5 +1,6 @@
 """Pictures show what the history says: the data of their artists is compared with it, and files with figures."""
 
+import io
 import subprocess
 import sys
 from itertools import pairwise
@@ -123,10 +124,11 @@ def test_counts_are_shares_of_the_steps() -> None:
 def test_heatmap_shows_the_shares() -> None:
     """0 is never, 0.5 the fair share, 1 every step; here a bin each of these, in both layers, and the rest never."""
     history = make_history(["layers.0.up.weight", "layers.1.up.weight"], points=2)
-    history.shares.zero_()
-    history.shares[:, :, :16] = 255
-    history.shares[1, :, 16:32] = 64  # a quarter, but for rounding
-    history.shares[1, 1, 48:] = round(255 * 0.625)  # half-way from a quarter to all
+    shares = torch.zeros_like(history.shares)
+    shares[:, :, :16] = 255
+    shares[1, :, 16:32] = 64  # a quarter, but for rounding
+    shares[1, 1, 48:] = round(255 * 0.625)  # half-way from a quarter to all
+    history.load_state_dict(history.state_dict() | {"shares": shares})
     axes = panels_of(plots.heatmap(history))["up"]
     values = mesh_of(axes)
     assert values.shape == (2 * 64, 2)
@@ -138,11 +140,26 @@ def test_heatmap_shows_the_shares() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1"]
 
 
+def test_names_are_shown_as_they_are() -> None:
+    """A dollar sign begins no formula, and a legend leaves out nothing that begins with an underscore."""
+    names = [f"layers.{layer}.{part}.weight" for layer in range(2) for part in ("_expand", "_reduce")] + [
+        "a$x_{$.weight"
+    ]
+    history = make_history(names, points=3)
+    for draw in plots.PICTURES.values():
+        draw(history).savefig(io.BytesIO())
+    figure = plots.captured_mass(history)
+    [legend] = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    shown = {text.get_text().strip("\u200b") for text in legend.get_texts()}
+    assert {"_expand", "_reduce"} <= shown
+
+
 def test_heatmap_merges_intervals_by_their_lengths() -> None:
     history = make_history(["weight"], points=2 * plots._MAX_COLUMNS)
     history.steps = [1, *range(10, 10 * len(history), 10)]
-    history.shares.zero_()
-    history.shares[1] = 51
+    shares = torch.zeros_like(history.shares)
+    shares[1] = 51
+    history.load_state_dict(history.state_dict() | {"shares": shares})
     values = mesh_of(plots.heatmap(history).axes[0])
     assert values.shape == (BINS, plots._MAX_COLUMNS)
     # 9 of 10 steps at a share of 0.2, against a fair share of 0.25, which is drawn at 0.5.

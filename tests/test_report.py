@@ -143,6 +143,7 @@ def figures_at(step: int, **figures: float) -> SelectionHistory:
         "captured_mass": 0.4, "imbalance": 0.2, "update_rms": 1e-3, "orthogonality_error": 0.2,
     }  # fmt: skip
     history.overall[-1] = {**healthy, **figures}
+    history.parameters[-1] = [{**healthy, **figures} for _ in history.kinds]
     return history
 
 
@@ -174,7 +175,23 @@ def test_no_verdict_before_slices_had_their_turns() -> None:
 
 
 def test_no_verdict_of_a_step_without_gradients() -> None:
-    assert verdicts(figures_at(100, selected_fraction=0.0, coverage=0.1))["coverage"].state == UNKNOWN
+    history = figures_at(100, selected_fraction=0.0, coverage=0.1)
+    for figures in history.parameters[-1]:
+        del figures["turnover"]
+    assert verdicts(history)["coverage"].state == UNKNOWN
+
+
+def test_the_fraction_is_that_of_what_had_gradients() -> None:
+    """One of two parameters had none in the last step: the share of all slices is half of the fraction."""
+    history = figures_at(100, selected_fraction=0.125, staleness_mean=10.0)
+    history.parameters[-1][0]["selected_fraction"] = 0.25
+    history.parameters[-1][1]["selected_fraction"] = 0.0
+    del history.parameters[-1][1]["turnover"]
+    assert "25% is that of slices all alike" in str(verdicts(history)["captured_mass"])
+
+
+def test_between_healthy_and_worth_a_look_there_is_no_verdict() -> None:
+    assert verdicts(figures_at(100, orthogonality_error=0.4))["orthogonality_error"].state == UNKNOWN
 
 
 def test_all_of_every_matrix_is_healthy() -> None:

@@ -146,7 +146,9 @@ def hook(state: object, bucket: dist.GradBucket) -> None:
     """What gradients it leaves nobody knows."""
 
 
-@pytest.mark.parametrize("option", [{"ddp_comm_hook": hook}, {"model_averaging_period": 4}], ids=lambda option: next(iter(option)))
+@pytest.mark.parametrize(
+    "option", [{"ddp_comm_hook": hook}, {"model_averaging_period": 4}], ids=lambda option: next(iter(option))
+)
 def test_ddp_whose_gradients_may_differ_between_ranks_has_no_replicas(four_ranks: None, option: dict[str, Any]) -> None:
     assert process_group_of(strategies.DDPStrategy(**option)) is None
     assert process_group_of(wrapped_by_ddp(dist.group.WORLD, [(hook, None)])) is None

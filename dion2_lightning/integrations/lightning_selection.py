@@ -140,7 +140,8 @@ class SelectionMonitor(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Look on no longer, so that another fit without this callback pays nothing."""
+        """Write the history, which is wanted then, and look on no longer: another fit pays nothing."""
+        self._save(trainer)
         self.statistics.detach()
 
     @override

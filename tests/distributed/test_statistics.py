@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dion2_lightning import Dion2, Figures, SelectionStatistics, SelectionWarning
@@ -99,15 +101,42 @@ def test_figures_on_four_ranks() -> None:
     run_on_ranks(4, check_all, 4)
 
 
+def check_empty_experts() -> None:
+    """Four experts over three ranks leave none for the last."""
+    mesh = init_device_mesh("cpu", (3,))
+    whole = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(0))
+    alone, spread = nn.Parameter(whole.clone()), nn.Parameter(place(whole, mesh, (Shard(0),)))
+    figures = []
+    for parameter in (alone, spread):
+        optimizer = Dion2([{"params": [("experts", parameter)], "batched": True}], **SETTINGS)
+        statistics = SelectionStatistics(every=1)
+        statistics.attach(optimizer)
+        parameter.grad = whole if parameter is alone else place(whole, mesh, (Shard(0),))
+        optimizer.step()
+        figures.append(statistics.take())
+    assert_same(figures[1], figures[0])
+
+
 def check_warnings() -> None:
     """Said by the first rank alone."""
     parameters = sharded(Case((2,), CASES["FSDP2 on 2"].placements))
+    optimizer = Dion2(groups_of(parameters), **SETTINGS)
+    statistics = SelectionStatistics(every=1)
+    statistics.attach(optimizer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figures_of(parameters)
+        for _ in range(2):
+            for parameter in parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            statistics.take()
     found = [each for each in caught if each.category is SelectionWarning]
     assert bool(found) == (dist.get_rank() == 0)
 
 
 def test_warnings_come_from_one_rank() -> None:
     run_on_ranks(2, check_warnings)
+
+
+def test_ranks_without_experts() -> None:
+    run_on_ranks(3, check_empty_experts)

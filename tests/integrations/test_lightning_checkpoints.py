@@ -403,7 +403,9 @@ def test_a_checkpoint_of_another_split(saved: Path) -> None:
 
 def test_a_checkpoint_of_other_parameters(saved: Path) -> None:
     def rename(state: dict[str, Any]) -> None:
-        state["param_groups"][0]["param_names"][0] = "encoder.weight"
+        group = state["param_groups"][0]
+        state["state"]["encoder.weight"] = state["state"].pop(group["params"][0])
+        group["params"][0] = group["param_names"][0] = "encoder.weight"
 
     message = (
         "only in the checkpoint: encoder.weight; only in this optimizer: model.model.layers.0.self_attn.q_proj.weight"
