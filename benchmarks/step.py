@@ -1,6 +1,6 @@
 """Time of an optimizer step: AdamW, Muon and Dion2 at several fractions, in turn in one process.
 
-    python benchmarks/step.py --shapes smollm2-135m --layers 6
+    python -m benchmarks.step --shapes smollm2-135m --layers 6
 
 Every round steps each optimizer once on its own copy of the weights, in an order that rotates, so that a machine whose
 speed drifts slows all of them alike. Quote the ratios; the milliseconds are of this machine on this day.
