@@ -36,9 +36,8 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", SelectionWarning)  # random gradients leave slices out for long
     print(f"torch {torch.__version__}, {platform.machine()}, {arguments.device}, {torch.get_num_threads()} threads")
-    print(
-        f"{'':14}{'ms without':>12}{'with':>9}{'of fastest':>12}{'of medians':>12}{'median ratio':>14}{'integers a slice':>18}"
-    )
+    heads = f"{'of fastest':>12}{'of medians':>12}{'median ratio':>14}"
+    print(f"{'':14}{'ms without':>12}{'with':>9}{heads}{'integers a slice':>18}")
     for shapes in arguments.shapes:
         compare(shapes, arguments)
 
