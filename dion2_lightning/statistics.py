@@ -51,8 +51,8 @@ class SelectionStatistics:
     Args:
         every: Steps from one set of figures to the next; None: only of steps before which :meth:`ask` was called
             (default: 10).
-        window: Steps that ``coverage`` looks back; also after how many steps a slice that was never selected is worth a
-            warning (default: 100).
+        window: Steps that ``coverage`` looks back; a slice that was never selected is worth a warning after as many, or
+            after 4 / ``fraction`` if that is more (default: 100).
         orthogonality: Also measure how far the updates are from orthonormal, in the steps with figures, for about a
             tenth of what making them costs (default: False).
 
