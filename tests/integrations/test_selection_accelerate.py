@@ -191,4 +191,4 @@ def test_a_dead_layer_is_named_once() -> None:
             selection.log()
     messages = [str(each.message) for each in caught if each.category is SelectionWarning]
     assert len(messages) == 1
-    assert messages[0].startswith("step 1, all-zero momentum: dead.weight (1 of 1 matrices); their gradients")
+    assert messages[0].startswith("step 2, all-zero momentum: dead.weight (1 of 1 matrices); their gradients")

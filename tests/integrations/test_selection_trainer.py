@@ -320,5 +320,5 @@ def test_a_dead_layer_is_named_once(tmp_path: Path) -> None:
         trainer.train()
     messages = [str(each.message) for each in caught if each.category is SelectionWarning]
     assert len(messages) == 1
-    assert messages[0].startswith("step 1, all-zero momentum: dead.weight (1 of 1 matrices); their gradients")
+    assert messages[0].startswith("step 2, all-zero momentum: dead.weight (1 of 1 matrices); their gradients")
     assert not (tmp_path / "dion2_selection.json").exists()
