@@ -69,6 +69,8 @@ def write_outcome(
             outcome[f"{name}: {entry}"] = _whole(value)
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.save(outcome, folder / f"{phase.value} {rank}.pt")
+    if dist.is_initialized():
+        dist.barrier()  # a rank may read what another wrote
 
 
 def check_resume(
