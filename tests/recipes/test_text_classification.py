@@ -14,11 +14,13 @@ from lightning import seed_everything
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 from dion2_lightning.history import SelectionHistory
+from recipes.inputs import InputError
+from recipes.offline import MINILM, model_source
+from recipes.python_texts import MODULES
 from recipes.text_classification import train as recipe
 from recipes.text_classification.__main__ import main
 from recipes.text_classification.data import Batch, ShuffledBatches, Split, collate_with, load_split
-from recipes.text_classification.docstrings import MODULES
-from recipes.text_classification.settings import InputError, Settings
+from recipes.text_classification.settings import Settings
 from recipes.text_classification.train import Result, TextClassifier, fine_tune, load_model, run_folder
 from tests.browser import check_shown
 
@@ -32,7 +34,7 @@ Write = Callable[..., str]
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with MiniLM's tokenizer and two random layers without dropout, so that runs can be compared exactly."""
     folder = str(tmp_path_factory.mktemp("tiny"))
-    tokenizer = AutoTokenizer.from_pretrained(recipe._offline_model())
+    tokenizer = AutoTokenizer.from_pretrained(**model_source(MINILM))
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
