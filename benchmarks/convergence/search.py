@@ -1,0 +1,144 @@
+"""The search: every method's learning rates and momentum by the same rule, then the seeds that count.
+
+Every run is appended to a file as soon as it ends, and none that stands there is made again: a search that was cut off
+goes on where it stopped.
+"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.convergence.methods import Candidate, Method
+from benchmarks.convergence.tasks import Task
+from benchmarks.convergence.training import Record, time_steps, train
+
+SEARCH_SEED = 100
+"""Takes no part in the runs that count."""
+
+FACTOR = 1.5
+"""Between neighbouring learning rates."""
+
+TIMING = "step times"
+
+
+class Study:
+    """All runs of a task, made or yet to make.
+
+    Args:
+        task: What is trained.
+        results: File with a line for each run.
+        device: Where to train.
+        seeds: Of the runs that count.
+    """
+
+    def __init__(self, task: Task, results: Path, device: torch.device, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
+        self.task = task
+        self.results = results
+        self.device = device
+        self.seeds = seeds
+
+    @property
+    def records(self) -> list[Record]:
+        """All runs that stand in the file by now, those of other processes too."""
+        return read_records(self.results)
+
+    def run(self, names: list[str] | None = None) -> None:
+        """Makes what is missing: the search, the runs that count, and, with all methods, the times of a step.
+
+        Args:
+            names: Of the methods to run (default: None, all).
+        """
+        chosen: dict[str, Candidate] = {}
+        for method in sorted(self.task.methods, key=lambda method: method.like is not None):
+            if names is not None and method.name not in names:
+                continue
+            candidates = self.search(method)
+            chosen[method.name] = candidates[0]
+            for seed in self.seeds:
+                for candidate in candidates:
+                    self.record(method, candidate, seed)
+        if names is None and not any(record["method"] == TIMING for record in self.records):
+            by_method = {method: chosen[method.name] for method in self.task.methods}
+            self._write({"method": TIMING, **time_steps(self.task, by_method, self.device)})
+
+    def search(self, method: Method) -> list[Candidate]:
+        """Returns the candidates of a method that get all seeds: the best, then perhaps that of each other momentum.
+
+        For each rule of the momentum the learning rate of the matrices climbs from where it was best before. At the
+        best of these, that of everything else climbs.
+        """
+        if method.like is not None:
+            [origin] = [each for each in self.task.methods if each.name == method.like]
+            return [self._climb(method, self.search(origin)[0], "lr")]
+        start = self.task.starts[method.algorithm]
+        best_of: list[Candidate] = []
+        for rule in method.momenta:
+            origin_of_rule = min(best_of, key=lambda each: self.loss(method, each)) if best_of else start
+            best_of.append(self._climb(method, replace(origin_of_rule, momentum=rule), "lr"))
+        best_of.sort(key=lambda each: self.loss(method, each))
+        best, *others = best_of
+        best = self._climb(method, best, "adamw_lr")
+        return [best, *(replace(each, adamw_lr=best.adamw_lr) for each in others if method.every_momentum)]
+
+    def loss(self, method: Method, candidate: Candidate) -> float:
+        """Returns the held-out loss at the end of a run of the search."""
+        return last_loss(self.record(method, candidate, SEARCH_SEED))
+
+    def record(self, method: Method, candidate: Candidate, seed: int) -> Record:
+        """Returns the record of a run, and makes the run if there is none."""
+        steps = self.task.search_steps if seed == SEARCH_SEED else self.task.steps
+        wanted = {"method": method.name, **candidate.as_dict(), "seed": seed, "steps": steps}
+        for record in self.records:
+            if wanted.items() <= record.items():
+                return record
+        measure_every = steps if seed == SEARCH_SEED else self.task.measure_every
+        return self._write(train(self.task, method, candidate, seed, steps, measure_every, self.device))
+
+    def _climb(self, method: Method, candidate: Candidate, name: str) -> Candidate:
+        """Moves one learning rate by factors while the loss falls."""
+
+        def moved(exponent: int) -> Candidate:
+            rates = {"lr": candidate.lr, "adamw_lr": candidate.adamw_lr}
+            rates[name] = round_rate(rates[name] * FACTOR**exponent)
+            return replace(candidate, lr=rates["lr"], adamw_lr=rates["adamw_lr"])
+
+        best, last = 0, None
+        while best != last:
+            last = best
+            best = min((last, last - 1, last + 1), key=lambda each: self.loss(method, moved(each)))
+        return moved(best)
+
+    def _write(self, record: Record) -> Record:
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        with self.results.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(_line(record), flush=True)
+        return record
+
+
+def last_loss(record: Record) -> float:
+    """Returns the held-out loss at the end of a run, infinity if it is not finite."""
+    loss = record["curve"][-1]["loss"]
+    return math.inf if loss is None else float(loss)
+
+
+def round_rate(rate: float) -> float:
+    """Returns a learning rate with two digits, so that climbing up and down again meets the same runs."""
+    return float(f"{rate:.2g}")
+
+
+def read_records(results: Path) -> list[Record]:
+    """Returns what stands in a file of runs, nothing if there is none."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def _line(record: Record) -> str:
+    shown: dict[str, Any] = {name: value for name, value in record.items() if name != "curve"}
+    if "curve" in record:
+        shown |= record["curve"][-1]
+    return json.dumps(shown)

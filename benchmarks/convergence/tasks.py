@@ -1,0 +1,237 @@
+"""The tasks: models, data and measures of the recipes, small for two cores of a CPU and at full size for a GPU."""
+
+import abc
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from datasets import load_dataset
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import ByT5Tokenizer, get_cosine_schedule_with_warmup, get_wsd_schedule
+
+from benchmarks.convergence.methods import (
+    ADAMW,
+    DION2_EIGHTH,
+    DION2_HALF,
+    DION2_QUARTER,
+    MUON,
+    Candidate,
+    Method,
+)
+from dion2_lightning import Dion2
+from recipes.pretraining.data import PackedTokens, pack, split_documents
+from recipes.pretraining.model import build_model
+from recipes.python_texts import read_prose
+from recipes.text_classification import settings as text_classification
+from recipes.text_classification.data import ShuffledBatches, Split, collate_with, load_split
+from recipes.text_classification.train import load_model
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Task(abc.ABC):
+    """Something to train, to be trained by every method from the same start on the same batches.
+
+    Attributes:
+        name: For the command line and file names.
+        title: For tables and pictures.
+        steps: Of a run that counts.
+        search_steps: Of a run that is made to find learning rates.
+        measure_every: Steps between two looks at the held-out data.
+        batch_size: Rows of a step.
+        weight_decay: Decoupled, of all that decays.
+        betas: AdamW's, also where it trains the rest.
+        methods: What is compared.
+        starts: Where the search of learning rates begins, by algorithm.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    methods: ClassVar[tuple[Method, ...]]
+    starts: ClassVar[dict[str, Candidate]]
+
+    steps: int
+    search_steps: int
+    measure_every: int
+    batch_size: int
+    weight_decay: float
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    @abc.abstractmethod
+    def model(self) -> nn.Module:
+        """Returns the model to begin with; what is random in it follows torch's seed."""
+
+    @abc.abstractmethod
+    def batches(self, seed: int, steps: int) -> Iterator[Batch]:
+        """Yields as many batches, in the order of a seed."""
+
+    @abc.abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the training loss."""
+
+    @abc.abstractmethod
+    def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Returns `loss`, and `accuracy` where there is one, on all of the held-out data."""
+
+    def schedule(self, optimizer: Dion2, steps: int) -> LRScheduler:
+        """Returns a warm-up over a tenth of the steps and half a cosine down to zero."""
+        return get_cosine_schedule_with_warmup(optimizer, round(steps / 10), steps)
+
+
+@dataclass(frozen=True)
+class Pretraining(Task):
+    """A byte-level Llama from nothing on Python's manual and docstrings; at full size on WikiText-103, from the hub."""
+
+    name = "pretraining"
+    title = "Pretraining: byte-level Llama, from scratch"
+    methods = (ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_EIGHTH)
+    starts: ClassVar = {"adamw": Candidate(2e-3, 2e-3), "muon": Candidate(3e-3, 3e-3), "dion2": Candidate(3e-3, 3e-3)}
+
+    length: int = 128
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    held_out_windows: int = 128
+    full: bool = False
+
+    def model(self) -> nn.Module:
+        return build_model(
+            len(self._tokenizer),
+            length=self.length,
+            hidden_size=self.hidden_size,
+            layers=self.layers,
+            heads=self.heads,
+        )
+
+    def batches(self, seed: int, steps: int) -> Iterator[Batch]:
+        train, _ = self._data
+        for rows in ShuffledBatches(len(train), self.batch_size, steps, seed):
+            windows = train.windows[rows].long()
+            yield {"input_ids": windows, "labels": windows}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        _, held_out = self._data
+        losses = [
+            self.loss(model, {"input_ids": windows, "labels": windows}).item()
+            for windows in held_out.windows[: self.held_out_windows].long().to(device).split(self.batch_size)
+        ]
+        return {"loss": math.fsum(losses) / len(losses)}
+
+    def schedule(self, optimizer: Dion2, steps: int) -> LRScheduler:
+        """Returns a warm-up over a tenth of the steps, a plateau, and a line down to zero from the middle on."""
+        return get_wsd_schedule(
+            optimizer, round(steps / 10), steps // 2, num_training_steps=steps, decay_type="linear", min_lr_ratio=0.0
+        )
+
+    @cached_property
+    def _tokenizer(self) -> ByT5Tokenizer:
+        return ByT5Tokenizer()
+
+    @cached_property
+    def _data(self) -> tuple[PackedTokens, PackedTokens]:
+        train, held_out = split_documents(self._documents(), held_out_share=0.05)
+        return pack(train, self._tokenizer, self.length), pack(held_out, self._tokenizer, self.length)
+
+    def _documents(self) -> list[str]:
+        if not self.full:
+            return read_prose()
+        rows = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split="train")
+        return [text for text in rows["text"] if text.strip()]
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """MiniLM-L6 learns to tell which module of Python's library a docstring comes from."""
+
+    name = "classification"
+    title = "Fine-tuning: MiniLM-L6, 8-way text classification"
+    methods = (ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_EIGHTH)
+    starts: ClassVar = {
+        "adamw": Candidate(4e-4, 8e-4),
+        "muon": Candidate(8e-4, 8e-4),
+        "dion2": Candidate(1.6e-3, 1.6e-3),
+    }
+
+    def model(self) -> nn.Module:
+        model, _ = load_model(self._settings, self._split.classes)
+        return model
+
+    def batches(self, seed: int, steps: int) -> Iterator[Batch]:
+        examples = self._split.train
+        for rows in ShuffledBatches(len(examples), self.batch_size, steps, seed):
+            yield self._collate([examples[row] for row in rows])
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return functional.cross_entropy(self._logits(model, batch), batch["labels"])
+
+    def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        # By length, so that little is padding.
+        examples = sorted(self._split.held_out, key=lambda example: len(example.text))
+        losses: list[Tensor] = []
+        right: list[Tensor] = []
+        for start in range(0, len(examples), 64):
+            batch = {name: tensor.to(device) for name, tensor in self._collate(examples[start : start + 64]).items()}
+            logits = self._logits(model, batch)
+            losses.append(functional.cross_entropy(logits, batch["labels"], reduction="none"))
+            right.append(logits.argmax(dim=-1) == batch["labels"])
+        return {"loss": torch.cat(losses).mean().item(), "accuracy": torch.cat(right).float().mean().item()}
+
+    @staticmethod
+    def _logits(model: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+        return logits.float()
+
+    @cached_property
+    def _settings(self) -> text_classification.Settings:
+        return text_classification.Settings()
+
+    @cached_property
+    def _split(self) -> Split:
+        return load_split(self._settings)
+
+    @cached_property
+    def _collate(self) -> Any:
+        _, tokenizer = load_model(self._settings, self._split.classes)
+        return collate_with(tokenizer, self._split.classes, self._settings.max_length)
+
+
+SMALL: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Pretraining(steps=400, search_steps=400, measure_every=20, batch_size=16, weight_decay=0.1, betas=(0.9, 0.95)),
+        Classification(steps=80, search_steps=80, measure_every=20, batch_size=16, weight_decay=0.01),
+    )
+}
+"""What two cores train in at most 40 minutes a task."""
+
+FULL: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Pretraining(
+            steps=8000,
+            search_steps=2000,
+            measure_every=200,
+            batch_size=64,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+            length=1024,
+            hidden_size=768,
+            layers=12,
+            heads=12,
+            held_out_windows=256,
+            full=True,
+        ),
+        Classification(steps=320, search_steps=80, measure_every=20, batch_size=16, weight_decay=0.01),
+    )
+}
+"""What one GPU trains."""

@@ -1,0 +1,296 @@
+"""The search, the records and the tables, with a task so small that whole studies run; the real tasks for a step."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.convergence import search
+from benchmarks.convergence.methods import ADAMW, DION2_EIGHTH, DION2_HALF, DION2_QUARTER, MUON, Candidate, Method
+from benchmarks.convergence.report import (
+    RESULTS,
+    ROOT,
+    is_complete,
+    outcomes,
+    replace_block,
+    search_table,
+    section,
+    summary,
+    table,
+)
+from benchmarks.convergence.search import SEARCH_SEED, TIMING, Study, last_loss, read_records, round_rate
+from benchmarks.convergence.tasks import FULL, SMALL, Batch, Task
+from benchmarks.convergence.training import Record, time_steps, train
+
+CPU = torch.device("cpu")
+STUDIES = {name: (task, read_records(RESULTS / f"{name}.jsonl")) for name, task in SMALL.items()}
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """A linear map is learned."""
+
+    name = "regression"
+    title = "Regression"
+    methods: ClassVar[tuple[Method, ...]] = (ADAMW, MUON, DION2_HALF, DION2_QUARTER)
+    starts: ClassVar[dict[str, Candidate]] = dict.fromkeys(("adamw", "muon", "dion2"), Candidate(0.01, 0.01))
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+
+    def batches(self, seed: int, steps: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            yield {"input_ids": torch.randn(self.batch_size, 8, generator=generator)}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        inputs = batch["input_ids"]
+        return functional.mse_loss(model(inputs), inputs.sum(1, keepdim=True))
+
+    def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        return {"loss": self.loss(model, next(self.batches(7, 1))).item(), "accuracy": 0.5}
+
+
+@pytest.fixture
+def task() -> Regression:
+    return Regression(steps=6, search_steps=4, measure_every=2, batch_size=4, weight_decay=0.0)
+
+
+@pytest.fixture
+def study(task: Regression, tmp_path: Path) -> Study:
+    return Study(task, tmp_path / "results" / "regression.jsonl", CPU)
+
+
+def record_of(method: str, seed: int, losses: list[float], momentum: str = "0.9", accuracy: float = 0.5) -> Record:
+    """A record with a look every two steps."""
+    curve = [{"step": 2 * n, "loss": loss, "accuracy": accuracy} for n, loss in enumerate(losses, start=1)]
+    settings = {"lr": 0.01, "adamw_lr": 0.02, "momentum": momentum}
+    return {"method": method, **settings, "seed": seed, "steps": 6, "curve": curve, "seconds": 30.0, **MACHINE}
+
+
+MACHINE = {"device": "a CPU", "threads": 1, "torch": "2", "date": "2026-01-02"}
+
+
+class TestMethods:
+    @pytest.mark.parametrize(
+        ("method", "momenta"),
+        [
+            (ADAMW, [0.9, 0.8]),
+            (MUON, [0.95, 0.9]),
+            (DION2_HALF, [0.95**2, 0.95, 0.9**2]),
+            (DION2_QUARTER, [0.95**4, 0.95, 0.9**4]),
+            (DION2_EIGHTH, [0.95**8, 0.95, 0.9**8]),
+        ],
+        ids=lambda value: value.name if isinstance(value, Method) else "",
+    )
+    def test_momenta(self, method: Method, momenta: list[float]) -> None:
+        assert list(method.momenta.values()) == pytest.approx(momenta)
+
+    def test_settings_reach_the_optimizer(self, task: Regression, monkeypatch: pytest.MonkeyPatch) -> None:
+        from benchmarks.convergence import training
+
+        optimizer = training._optimizer(task, DION2_QUARTER, Candidate(0.1, 0.2, "0.9^(n/k)"), task.model())
+        matrices, rest, *_ = optimizer.param_groups
+        assert (matrices["algorithm"], matrices["fraction"], matrices["lr"]) == ("dion2", 0.25, 0.1)
+        assert matrices["momentum"] == pytest.approx(0.9**4)
+        assert (rest["algorithm"], rest["lr"], rest["betas"]) == ("adamw", 0.2, task.betas)
+        optimizer = training._optimizer(task, ADAMW, Candidate(0.1, 0.2, "0.8"), task.model())
+        assert [group["algorithm"] for group in optimizer.param_groups] == ["adamw"] * len(optimizer.param_groups)
+        assert {group["betas"] for group in optimizer.param_groups} == {(0.8, task.betas[1])}
+
+
+class TestTraining:
+    def test_every_method_starts_alike_and_sees_the_same(
+        self, task: Regression, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: dict[str, list[Tensor]] = {}
+
+        def spy(self: Regression, model: nn.Module, batch: Batch) -> Tensor:
+            if model.training:
+                seen[name].append(batch["input_ids"])
+            if model.training and len(seen[name]) == 1:
+                seen[name].insert(0, torch.cat([p.detach().flatten().clone() for p in model.parameters()]))
+            return loss(self, model, batch)
+
+        loss = Regression.loss
+        monkeypatch.setattr(Regression, "loss", spy)
+        for method in (ADAMW, MUON, DION2_QUARTER):
+            name = method.name
+            seen[name] = []
+            train(task, method, Candidate(0.01, 0.01, next(iter(method.momenta))), 3, 4, 2, CPU)
+        for name in ("Muon", "Dion2 1/4"):
+            assert len(seen[name]) == 5
+            assert all(torch.equal(*pair) for pair in zip(seen["AdamW"], seen[name], strict=True))
+
+    def test_a_run_is_the_same_again(self, task: Regression) -> None:
+        runs = [train(task, DION2_QUARTER, Candidate(0.01, 0.01, "0.95"), 3, 4, 2, CPU) for _ in range(2)]
+        assert runs[0]["curve"] == runs[1]["curve"]
+        assert [point["step"] for point in runs[0]["curve"]] == [2, 4]
+
+    def test_a_run_that_diverges_comes_last(self, task: Regression, study: Study) -> None:
+        record = train(task, ADAMW, Candidate(1e30, 1e30, "0.9"), 0, 4, 4, CPU)
+        assert record["curve"][-1]["loss"] is None
+        assert last_loss(record) == math.inf
+        json.loads(json.dumps(record, allow_nan=False))
+
+    def test_times_are_of_all_methods_next_to_the_first(self, task: Regression) -> None:
+        candidates = {method: Candidate(0.01, 0.01, next(iter(method.momenta))) for method in (ADAMW, MUON)}
+        timing = time_steps(task, candidates, CPU, rounds=2, steps=1)
+        assert list(timing["milliseconds"]) == list(timing["ratios"]) == ["AdamW", "Muon"]
+        assert timing["ratios"]["AdamW"] == 1.0
+        assert timing["ratios"]["Muon"] > 0
+
+
+class TestSearch:
+    def test_it_climbs_to_the_lowest_loss(self, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+        def loss(self: Study, method: Method, candidate: Candidate) -> float:
+            bonus = {"0.95^(n/k)": 0.0, "0.95": -0.1, "0.9^(n/k)": 0.1}[candidate.momentum]
+            return math.log(candidate.lr / 0.05) ** 2 + math.log(candidate.adamw_lr / 0.003) ** 2 + bonus
+
+        monkeypatch.setattr(Study, "loss", loss)
+        best, *others = study.search(DION2_QUARTER)
+        assert best.momentum == "0.95"
+        assert abs(math.log(best.lr / 0.05)) <= math.log(search.FACTOR) / 2 + 0.05
+        assert abs(math.log(best.adamw_lr / 0.003)) <= math.log(search.FACTOR) / 2 + 0.05
+        assert [each.momentum for each in others] == ["0.95^(n/k)", "0.9^(n/k)"]
+        assert {each.adamw_lr for each in others} == {best.adamw_lr}
+        [half] = study.search(DION2_HALF)
+        assert half == best
+
+    def test_a_study_has_every_run_and_one_that_was_cut_off_makes_the_rest(
+        self, study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        study.run()
+        whole = study.results.read_text().splitlines()
+        records = study.records
+        for method in study.task.methods:
+            runs = [r for r in records if r["method"] == method.name and r["seed"] != SEARCH_SEED]
+            assert sorted(r["seed"] for r in runs) == sorted([0, 1, 2] * (3 if method is DION2_QUARTER else 1))
+            assert all([point["step"] for point in r["curve"]] == [2, 4, 6] for r in runs)
+        assert records[-1]["method"] == TIMING
+        assert len(capsys.readouterr().out.splitlines()) == len(records)
+
+        study.results.write_text("\n".join(whole[:-4]) + "\n")
+        study.run()
+        made = capsys.readouterr().out.splitlines()
+        assert len(made) == 4
+        again = study.records
+        assert [r.get("curve") for r in again] == [r.get("curve") for r in records]
+
+        monkeypatch.setattr(search, "train", lambda *_: pytest.fail("a run was made again"))
+        monkeypatch.setattr(search, "time_steps", lambda *_: pytest.fail("times were taken again"))
+        study.run()
+
+    def test_methods_can_be_run_apart(self, study: Study) -> None:
+        study.run(["Muon"])
+        assert {record["method"] for record in study.records} == {"Muon"}
+
+    def test_rates_have_two_digits(self) -> None:
+        assert round_rate(0.0013333) == 0.0013
+
+
+class TestTables:
+    @pytest.fixture
+    def records(self) -> list[Record]:
+        adamw = [record_of("AdamW", seed, [5.0, 4.0, 2.0 + seed], accuracy=0.5) for seed in (0, 1)]
+        searched = {**record_of("AdamW", SEARCH_SEED, [9.0]), "steps": 4}
+        dion2 = [record_of("Dion2 1/4", seed, [4.0, 3.0, 1.0], "0.95^(n/k)", 0.75) for seed in (1, 0)]
+        other = [record_of("Dion2 1/4", seed, [4.0, 3.5, 3.0], "0.95") for seed in (0, 1)]
+        timing = {"method": TIMING, "ratios": {"AdamW": 1.0, "Dion2 1/4": 1.5}, "milliseconds": {}, **MACHINE}
+        return [searched, *adamw, *dion2, *other, timing]
+
+    def test_outcomes(self, task: Regression, records: list[Record]) -> None:
+        found = outcomes(task, records)
+        assert [(o.method.name, o.candidate.momentum, o.is_best) for o in found] == [
+            ("AdamW", "0.9", True),
+            ("Dion2 1/4", "0.95^(n/k)", True),
+            ("Dion2 1/4", "0.95", False),
+        ]
+        assert found[0].last("loss") == [2.0, 3.0]
+        assert found[0].curve() == [(2, 5.0), (4, 4.0), (6, 2.5)]
+
+    @pytest.mark.parametrize(("loss", "steps"), [(5.0, 2), (4.5, 3.0), (4.0, 4), (3.25, 5.0), (2.5, 6), (2.4, None)])
+    def test_steps_to_a_loss(self, loss: float, steps: float | None, task: Regression, records: list[Record]) -> None:
+        [adamw, *_] = outcomes(task, records)
+        assert adamw.steps_to(loss) == steps
+
+    def test_table(self, task: Regression, records: list[Record]) -> None:
+        *_, adamw, dion2, other = table(task, records).splitlines()
+        assert adamw == (
+            "| AdamW | 0.01 | 0.02 | beta1 0.9 | 2.500 ± 0.707 (2.000, 3.000) | 50.0 ± 0.0 (50.0, 50.0) "
+            "| 100% | 1.00 | 100% |"
+        )
+        # 2.5 lies a quarter of the way from 3.0 at step 4 to 1.0 at step 6.
+        assert dion2.endswith("| 1.000 ± 0.000 (1.000, 1.000) | 75.0 ± 0.0 (75.0, 75.0) | 75% | 1.50 | 112% |")
+        assert other.startswith("| Dion2 1/4 | 0.01 | 0.02 | 0.95 |")
+        assert other.endswith("| not reached |  |  |")
+
+    def test_search_table(self, task: Regression, records: list[Record]) -> None:
+        assert search_table(task, records).splitlines()[2:] == ["| AdamW | 0.9 | 0.01 | 0.02 | 9.000 |"]
+
+    def test_summary_has_the_best_of_each(self, task: Regression, records: list[Record]) -> None:
+        _, _, adamw, dion2 = summary({"regression": (task, records)}).splitlines()
+        assert adamw.startswith("| Regression | AdamW | 2.500 ± 0.707 | 50.0 ± 0.0 | 100% |")
+        assert dion2 == "|  | Dion2 1/4 | 1.000 ± 0.000 | 75.0 ± 0.0 | 75% | 112% |"
+
+    def test_section_says_how_it_was_run(self, task: Regression, records: list[Record]) -> None:
+        first, *_ = section("regression", task, records).splitlines()
+        assert first == (
+            "`python -m benchmarks.convergence regression`, 2026-01-02; a CPU, 1 thread, torch 2; "
+            "7 runs, 4 minutes of training."
+        )
+
+    def test_blocks_are_replaced_between_their_marks(self, tmp_path: Path) -> None:
+        file = tmp_path / "page.md"
+        file.write_text("a\n<!-- x: written by benchmarks.convergence -->\nold\n<!-- x: end -->\nb\n")
+        replace_block(file, "x", "new")
+        replace_block(file, "x", "newer")
+        assert file.read_text() == "a\n<!-- x: written by benchmarks.convergence -->\nnewer\n<!-- x: end -->\nb\n"
+        with pytest.raises(ValueError, match=r"page.md has to hold the lines '<!-- y"):
+            replace_block(file, "y", "new")
+
+
+class TestCommittedResults:
+    """What README and the page of results say is what the committed runs give."""
+
+    @pytest.mark.parametrize("name", SMALL)
+    def test_section(self, name: str) -> None:
+        task, records = STUDIES[name]
+        assert is_complete(task, records)
+        assert section(name, task, records) in (RESULTS / "README.md").read_text()
+        assert (RESULTS / f"{name}.png").stat().st_size > 10_000
+
+    def test_readme(self) -> None:
+        assert summary(STUDIES) in (ROOT / "README.md").read_text()
+
+    @pytest.mark.parametrize("name", SMALL)
+    def test_the_chosen_settings_are_those_with_the_lowest_loss_of_the_search(self, name: str) -> None:
+        task, records = STUDIES[name]
+        for outcome in outcomes(task, records):
+            if outcome.is_best:
+                own = [r for r in records if r["method"] == outcome.method.name and r["seed"] == SEARCH_SEED]
+                best = min(own, key=last_loss)
+                assert outcome.candidate == Candidate(best["lr"], best["adamw_lr"], best["momentum"])
+
+
+class TestRealTasks:
+    @pytest.mark.parametrize("name", SMALL)
+    def test_trains_a_step(self, name: str) -> None:
+        task = SMALL[name]
+        method = task.methods[-1]
+        candidate = replace(task.starts[method.algorithm], momentum="0.95")
+        record = train(replace(task, batch_size=2), method, candidate, 0, 1, 2, CPU)
+        assert record["curve"][-1]["step"] == 1
+        assert 0 < record["curve"][-1]["loss"] < 8
+
+    @pytest.mark.parametrize("name", SMALL)
+    def test_the_full_size_is_the_same_task_scaled_up(self, name: str) -> None:
+        assert type(FULL[name]) is type(SMALL[name])
+        assert FULL[name].steps > SMALL[name].steps
