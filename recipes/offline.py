@@ -35,9 +35,10 @@ def model_source(model: str) -> dict[str, Any]:
 
 
 def forget_quantization(model: Any) -> None:
-    """Takes the mark of a GGUF file off a model's configuration: its weights are dense now, and are saved so."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    """Takes the marks of a GGUF file off a model: its weights are dense now, and are trained and saved as such."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 def _folder(package: str, model: str) -> Path:

