@@ -15,7 +15,7 @@ class Method:
         lora: Which LoRA factors count as matrices.
         like: The name of a method whose best settings its search begins with; it then looks for the learning rate of
             the matrices alone.
-        every_momentum: Whether all its momenta get all seeds, not the best alone.
+        usual_momenta: Whether the first two of its momenta get all seeds too, if they are not the best.
     """
 
     name: str
@@ -23,7 +23,7 @@ class Method:
     fraction: float = 1.0
     lora: str = "adamw"
     like: str | None = None
-    every_momentum: bool = False
+    usual_momenta: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -31,13 +31,16 @@ class Method:
 
     @property
     def momenta(self) -> dict[str, float]:
-        """The momenta to search, by the rule they follow; AdamW's is its first beta."""
+        """The momenta to try, by the rule they follow, from long memory to short; AdamW's is its first beta.
+
+        At a fraction k/n, mu^(n/k) remembers as many steps as mu does at the whole: a slice decays when it is selected.
+        """
         if self.algorithm == "adamw":
-            return {"0.9": 0.9, "0.8": 0.8}
+            return {"0.9": 0.9, "0.8": 0.8, "0.7": 0.7, "0.6": 0.6}
         if self.algorithm == "muon":
-            return {"0.95": 0.95, "0.9": 0.9}
-        horizon = 1 / self.fraction
-        return {"0.95^(n/k)": 0.95**horizon, "0.95": 0.95, "0.9^(n/k)": 0.9**horizon}
+            return {"0.95": 0.95, "0.9": 0.9, "0.8": 0.8, "0.7": 0.7}
+        restored = {f"{mu}^(n/k)": mu ** (1 / self.fraction) for mu in (0.95, 0.9, 0.8, 0.7)}
+        return {"0.95": 0.95, **restored}
 
 
 @dataclass(frozen=True)
@@ -69,5 +72,7 @@ class Candidate:
 ADAMW = Method("AdamW", "adamw")
 MUON = Method("Muon", "muon")
 DION2_HALF = Method("Dion2 1/2", "dion2", 1 / 2, like="Dion2 1/4")
-DION2_QUARTER = Method("Dion2 1/4", "dion2", 1 / 4, every_momentum=True)
+DION2_QUARTER = Method("Dion2 1/4", "dion2", 1 / 4, usual_momenta=True)
+DION2_QUARTER_LORA = Method("Dion2 1/4, A and B", "dion2", 1 / 4, lora="both")
+DION2_QUARTER_LORA_B = Method("Dion2 1/4, B alone", "dion2", 1 / 4, lora="B", like=DION2_QUARTER_LORA.name)
 DION2_EIGHTH = Method("Dion2 1/8", "dion2", 1 / 8, like="Dion2 1/4")

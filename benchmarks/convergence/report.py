@@ -16,7 +16,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.convergence.methods import Candidate, Method
-from benchmarks.convergence.search import SEARCH_SEED, TIMING, last_loss, read_records
+from benchmarks.convergence.search import SEARCH_SEED, TIMING, last_loss, read_records, time_ratios
 from benchmarks.convergence.tasks import SMALL, Task
 from benchmarks.convergence.training import Record
 
@@ -67,9 +67,8 @@ class Outcome:
 
 
 def main() -> None:
-    """Writes tables and pictures of all tasks that have been run at the small size."""
-    studies = {name: (task, read_records(RESULTS / f"{name}.jsonl")) for name, task in SMALL.items()}
-    studies = {name: study for name, study in studies.items() if is_complete(*study)}
+    """Writes tables and pictures of all tasks that have been run."""
+    studies = read_studies(RESULTS)
     page = RESULTS / "README.md"
     for name, (task, records) in studies.items():
         draw(task, records, RESULTS / f"{name}.png")
@@ -77,9 +76,10 @@ def main() -> None:
     replace_block(ROOT / "README.md", "convergence", summary(studies))
 
 
-def is_complete(task: Task, records: list[Record]) -> bool:
-    """Tells whether all methods have been run with all seeds, and timed."""
-    return any(record["method"] == TIMING for record in records)
+def read_studies(folder: Path) -> dict[str, tuple[Task, list[Record]]]:
+    """Returns the tasks that have been run at the small size, with all their runs, once their steps are timed."""
+    studies = {name: (task, read_records(folder / f"{name}.jsonl")) for name, task in SMALL.items()}
+    return {name: study for name, study in studies.items() if time_ratios(study[1])}
 
 
 def section(name: str, task: Task, records: list[Record]) -> str:
@@ -102,15 +102,15 @@ def section(name: str, task: Task, records: list[Record]) -> str:
 
 
 def outcomes(task: Task, records: list[Record]) -> list[Outcome]:
-    """Returns what is complete of a task, in the order of its methods, the best settings of each first."""
-    [timing] = [record for record in records if record["method"] == TIMING] or [{"ratios": {}}]
+    """Returns what has been run of a task, in the order of its methods, the best settings of each first."""
+    ratios = time_ratios(records)
     found = []
     for method in task.methods:
         runs = [r for r in records if r["method"] == method.name and r["seed"] != SEARCH_SEED]
         candidates = {_candidate(record): None for record in runs}  # in the order they were run: the best comes first
         for number, candidate in enumerate(candidates):
             own = sorted((r for r in runs if _candidate(r) == candidate), key=lambda r: int(r["seed"]))
-            ratio = timing["ratios"].get(method.name)
+            ratio = ratios.get(method.name)
             found.append(Outcome(method, candidate, tuple(own), ratio, is_best=number == 0))
     return found
 

@@ -47,7 +47,7 @@ class Study:
         return read_records(self.results)
 
     def run(self, names: list[str] | None = None) -> None:
-        """Makes what is missing: the search, the runs that count, and, with all methods, the times of a step.
+        """Makes what is missing: the search, the runs that count, and the times of a step.
 
         Args:
             names: Of the methods to run (default: None, all).
@@ -61,28 +61,28 @@ class Study:
             for seed in self.seeds:
                 for candidate in candidates:
                     self.record(method, candidate, seed)
-        if names is None and not any(record["method"] == TIMING for record in self.records):
-            by_method = {method: chosen[method.name] for method in self.task.methods}
+        if not chosen.keys() <= time_ratios(self.records).keys():
+            by_method = {method: chosen[method.name] for method in self.task.methods if method.name in chosen}
             self._write({"method": TIMING, **time_steps(self.task, by_method, self.device)})
 
     def search(self, method: Method) -> list[Candidate]:
-        """Returns the candidates of a method that get all seeds: the best, then perhaps that of each other momentum.
+        """Returns the candidates of a method that get all seeds: the best, then perhaps those of the usual momenta.
 
-        For each rule of the momentum the learning rate of the matrices climbs from where it was best before. At the
-        best of these, that of everything else climbs.
+        The memory of the momentum is shortened while the loss falls; for each length the learning rate of the matrices
+        climbs, from where it was best before. At the best of these, the learning rate of everything else climbs.
         """
         if method.like is not None:
-            [origin] = [each for each in self.task.methods if each.name == method.like]
-            return [self._climb(method, self.search(origin)[0], "lr")]
-        start = self.task.starts[method.algorithm]
+            [model] = [each for each in self.task.methods if each.name == method.like]
+            return [self._climb(method, self.search(model)[0], "lr")]
         best_of: list[Candidate] = []
         for rule in method.momenta:
-            origin_of_rule = min(best_of, key=lambda each: self.loss(method, each)) if best_of else start
-            best_of.append(self._climb(method, replace(origin_of_rule, momentum=rule), "lr"))
-        best_of.sort(key=lambda each: self.loss(method, each))
-        best, *others = best_of
-        best = self._climb(method, best, "adamw_lr")
-        return [best, *(replace(each, adamw_lr=best.adamw_lr) for each in others if method.every_momentum)]
+            origin = best_of[-1] if best_of else self.task.starts[method.algorithm]
+            best_of.append(self._climb(method, replace(origin, momentum=rule), "lr"))
+            if len(best_of) > 1 and self.loss(method, best_of[-1]) >= self.loss(method, best_of[-2]):
+                break
+        best = self._climb(method, min(best_of, key=lambda each: self.loss(method, each)), "adamw_lr")
+        usual = best_of[:2] if method.usual_momenta else []
+        return [best, *(replace(each, adamw_lr=best.adamw_lr) for each in usual if each.momentum != best.momentum)]
 
     def loss(self, method: Method, candidate: Candidate) -> float:
         """Returns the held-out loss at the end of a run of the search."""
@@ -118,6 +118,12 @@ class Study:
             file.write(json.dumps(record) + "\n")
         print(_line(record), flush=True)
         return record
+
+
+def time_ratios(records: list[Record]) -> dict[str, float]:
+    """Returns the time of a step of each method next to the first one's, as measured last; nothing if it was not."""
+    timed = [record["ratios"] for record in records if record["method"] == TIMING]
+    return timed[-1] if timed else {}
 
 
 def last_loss(record: Record) -> float:

@@ -3,8 +3,10 @@
 import abc
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +14,22 @@ from datasets import load_dataset
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import ByT5Tokenizer, get_cosine_schedule_with_warmup, get_wsd_schedule
+from torch.utils.data import default_collate
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PreTrainedTokenizerBase,
+    get_cosine_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from benchmarks.convergence.methods import (
     ADAMW,
     DION2_EIGHTH,
     DION2_HALF,
     DION2_QUARTER,
+    DION2_QUARTER_LORA,
+    DION2_QUARTER_LORA_B,
     MUON,
     Candidate,
     Method,
@@ -27,6 +38,17 @@ from dion2_lightning import Dion2
 from recipes.pretraining.data import PackedTokens, pack, split_documents
 from recipes.pretraining.model import build_model
 from recipes.python_texts import read_prose
+from recipes.supervised_fine_tuning import settings as supervised_fine_tuning
+from recipes.supervised_fine_tuning.data import (
+    IGNORED,
+    Conversation,
+    PackedConversations,
+    load_conversations,
+    pack_held_out_rows,
+    pack_training_rows,
+)
+from recipes.supervised_fine_tuning.model import load_model as load_causal_model
+from recipes.supervised_fine_tuning.model import save_model
 from recipes.text_classification import settings as text_classification
 from recipes.text_classification.data import ShuffledBatches, Split, collate_with, load_split
 from recipes.text_classification.train import load_model
@@ -205,11 +227,88 @@ class Classification(Task):
         return collate_with(tokenizer, self._split.classes, self._settings.max_length)
 
 
+@dataclass(frozen=True)
+class CausalFineTuning(Task):
+    """SmolLM2-135M-Instruct learns to write the docstrings of functions, all of its weights."""
+
+    name = "fine-tuning"
+    title = "Fine-tuning: SmolLM2-135M, docstrings of functions"
+    methods: ClassVar[tuple[Method, ...]] = (ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_EIGHTH)
+    starts: ClassVar = {"adamw": Candidate(2e-4, 2e-4), "muon": Candidate(3e-4, 2e-4), "dion2": Candidate(4e-4, 2e-4)}
+
+    length: int = 256
+    held_out_size: int = 32
+    lora_rank: int = 0
+
+    def model(self) -> nn.Module:
+        model, _ = load_causal_model(replace(self._settings, seed=torch.initial_seed(), lora_rank=self.lora_rank))
+        return model
+
+    def batches(self, seed: int, steps: int) -> Iterator[Batch]:
+        train, _ = self._conversations
+        settings = replace(self._settings, seed=seed)
+        packed = pack_training_rows(train, self._tokenizer, settings, steps * self.batch_size)
+        for step in range(steps):
+            yield default_collate([packed[step * self.batch_size + row] for row in range(self.batch_size)])
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        losses, counts = [], []
+        for start in range(0, len(self._held_out), self.batch_size):
+            rows = [self._held_out[row] for row in range(start, start + self.batch_size)]
+            batch = {name: tensor.to(device) for name, tensor in default_collate(rows).items()}
+            counts.append(int((batch["labels"] != IGNORED).sum()))
+            losses.append(self.loss(model, batch).item() * counts[-1] if counts[-1] else 0.0)
+        return {"loss": math.fsum(losses) / sum(counts)}
+
+    @cached_property
+    def _settings(self) -> supervised_fine_tuning.Settings:
+        return supervised_fine_tuning.Settings(
+            model=self._folder.name, length=self.length, batch_size=self.batch_size, held_out_size=self.held_out_size
+        )
+
+    @cached_property
+    def _folder(self) -> TemporaryDirectory[str]:
+        """The model as transformers saves it: it loads faster so than from the quantized file that it comes in."""
+        folder = TemporaryDirectory()
+        save_model(*load_causal_model(supervised_fine_tuning.Settings()), Path(folder.name))
+        return folder
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self._folder.name)
+
+    @cached_property
+    def _conversations(self) -> tuple[list[Conversation], list[Conversation]]:
+        return load_conversations(self._settings)
+
+    @cached_property
+    def _held_out(self) -> PackedConversations:
+        return pack_held_out_rows(self._conversations[1], self._tokenizer, self._settings)
+
+
+@dataclass(frozen=True)
+class Lora(CausalFineTuning):
+    """The same with adapters on all linear layers."""
+
+    name = "lora"
+    title = "Fine-tuning: SmolLM2-135M, LoRA of rank 8"
+    methods: ClassVar[tuple[Method, ...]] = (ADAMW, DION2_QUARTER_LORA, DION2_QUARTER_LORA_B)
+    starts: ClassVar = {"adamw": Candidate(1e-3, 1e-3), "dion2": Candidate(2e-3, 1e-3)}
+
+    lora_rank: int = 8
+
+
 SMALL: dict[str, Task] = {
     task.name: task
     for task in (
         Pretraining(steps=400, search_steps=400, measure_every=20, batch_size=16, weight_decay=0.1, betas=(0.9, 0.95)),
         Classification(steps=80, search_steps=80, measure_every=20, batch_size=16, weight_decay=0.01),
+        CausalFineTuning(steps=24, search_steps=12, measure_every=4, batch_size=2, weight_decay=0.01),
+        Lora(steps=24, search_steps=12, measure_every=4, batch_size=2, weight_decay=0.01),
     )
 }
 """What two cores train in at most 40 minutes a task."""
@@ -232,6 +331,10 @@ FULL: dict[str, Task] = {
             full=True,
         ),
         Classification(steps=320, search_steps=80, measure_every=20, batch_size=16, weight_decay=0.01),
+        CausalFineTuning(
+            steps=320, search_steps=80, measure_every=20, batch_size=32, weight_decay=0.01, held_out_size=256
+        ),
+        Lora(steps=320, search_steps=80, measure_every=20, batch_size=32, weight_decay=0.01, held_out_size=256),
     )
 }
 """What one GPU trains."""
