@@ -101,9 +101,11 @@ class Study:
     def _climb(self, method: Method, candidate: Candidate, name: str) -> Candidate:
         """Moves one learning rate by factors while the loss falls."""
 
-        def moved(exponent: int) -> Candidate:
+        start = self.task.starts[method.algorithm].as_dict()
+
+        def moved(steps: int) -> Candidate:
             rates = {"lr": candidate.lr, "adamw_lr": candidate.adamw_lr}
-            rates[name] = round_rate(rates[name] * FACTOR**exponent)
+            rates[name] = moved_rate(rates[name], steps, start[name])
             return replace(candidate, lr=rates["lr"], adamw_lr=rates["adamw_lr"])
 
         best, last = 0, None
@@ -132,9 +134,13 @@ def last_loss(record: Record) -> float:
     return math.inf if loss is None else float(loss)
 
 
-def round_rate(rate: float) -> float:
-    """Returns a learning rate with two digits, so that climbing up and down again meets the same runs."""
-    return float(f"{rate:.2g}")
+def moved_rate(rate: float, steps: int, start: float) -> float:
+    """Returns a learning rate some factors away, on the grid around a start: two climbs meet the same rates.
+
+    Rates have two digits.
+    """
+    position = round(math.log(rate / start, FACTOR)) + steps
+    return float(f"{start * FACTOR**position:.2g}")
 
 
 def read_records(results: Path) -> list[Record]:

@@ -25,7 +25,7 @@ from benchmarks.convergence.report import (
     summary,
     table,
 )
-from benchmarks.convergence.search import SEARCH_SEED, TIMING, Study, last_loss, round_rate
+from benchmarks.convergence.search import SEARCH_SEED, TIMING, Study, last_loss, moved_rate
 from benchmarks.convergence.tasks import FULL, SMALL, Batch, Task
 from benchmarks.convergence.training import Record, time_steps, train
 
@@ -198,8 +198,11 @@ class TestSearch:
         study.run(["Muon"])
         assert {record["method"] for record in study.records} == {"Muon"}
 
-    def test_rates_have_two_digits(self) -> None:
-        assert round_rate(0.0013333) == 0.0013
+    def test_rates_meet_when_climbing_up_and_down(self) -> None:
+        below = moved_rate(2e-3, -1, start=2e-3)
+        assert below == 0.0013
+        assert moved_rate(below, 1, start=2e-3) == 2e-3
+        assert moved_rate(below, -1, start=2e-3) == moved_rate(2e-3, -2, start=2e-3) == 0.00089
 
 
 class TestTables:
