@@ -15,7 +15,7 @@ class Method:
         lora: Which LoRA factors count as matrices.
         like: The name of a method whose best settings its search begins with; it then looks for the learning rate of
             the matrices alone.
-        usual_momenta: Whether the first two of its momenta get all seeds too, if they are not the best.
+        in_depth: Whether all seeds are also run with the first two of its momenta, and with fewer steps.
     """
 
     name: str
@@ -23,7 +23,7 @@ class Method:
     fraction: float = 1.0
     lora: str = "adamw"
     like: str | None = None
-    usual_momenta: bool = False
+    in_depth: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Candidate:
 ADAMW = Method("AdamW", "adamw")
 MUON = Method("Muon", "muon")
 DION2_HALF = Method("Dion2 1/2", "dion2", 1 / 2, like="Dion2 1/4")
-DION2_QUARTER = Method("Dion2 1/4", "dion2", 1 / 4, usual_momenta=True)
+DION2_QUARTER = Method("Dion2 1/4", "dion2", 1 / 4, in_depth=True)
 DION2_QUARTER_LORA = Method("Dion2 1/4, A and B", "dion2", 1 / 4, lora="both")
 DION2_QUARTER_LORA_B = Method("Dion2 1/4, B alone", "dion2", 1 / 4, lora="B", like=DION2_QUARTER_LORA.name)
 DION2_EIGHTH = Method("Dion2 1/8", "dion2", 1 / 8, like="Dion2 1/4")

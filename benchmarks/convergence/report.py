@@ -31,15 +31,18 @@ class Outcome:
     """What one method reached with the settings its search chose, over all seeds.
 
     Attributes:
-        method: Its name.
-        candidate: The settings.
+        method: What was run.
+        candidate: Its settings.
+        steps: Of a run.
         records: One a seed.
         time_ratio: Time of its training step over the baseline's, measured in turn; None if it was not.
-        is_best: Whether the settings are the best that the method's search found, not those of another momentum.
+        is_best: Whether these are all of the task's steps with the best settings that the method's search found; other
+            rows show another momentum, or fewer steps.
     """
 
     method: Method
     candidate: Candidate
+    steps: int
     records: tuple[Record, ...]
     time_ratio: float | None
     is_best: bool
@@ -107,11 +110,13 @@ def outcomes(task: Task, records: list[Record]) -> list[Outcome]:
     found = []
     for method in task.methods:
         runs = [r for r in records if r["method"] == method.name and r["seed"] != SEARCH_SEED]
-        candidates = {_candidate(record): None for record in runs}  # in the order they were run: the best comes first
-        for number, candidate in enumerate(candidates):
-            own = sorted((r for r in runs if _candidate(r) == candidate), key=lambda r: int(r["seed"]))
+        kinds: dict[tuple[Candidate, int], list[Record]] = {}  # in the order they were run: the best comes first
+        for run in runs:
+            kinds.setdefault((_candidate(run), run["steps"]), []).append(run)
+        for number, ((candidate, steps), own) in enumerate(kinds.items()):
+            own.sort(key=lambda run: int(run["seed"]))
             ratio = ratios.get(method.name)
-            found.append(Outcome(method, candidate, tuple(own), ratio, is_best=number == 0))
+            found.append(Outcome(method, candidate, steps, tuple(own), ratio, is_best=number == 0))
     return found
 
 
@@ -124,7 +129,8 @@ def table(task: Task, records: list[Record]) -> str:
     heads += [f"steps to {BASELINE}'s best loss", "time of a step", "time to that loss"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        cells = [row.method.name, f"{row.candidate.lr:g}", f"{row.candidate.adamw_lr:g}", _momentum(row)]
+        name = row.method.name if row.steps == task.steps else f"{row.method.name}, {row.steps} steps"
+        cells = [name, f"{row.candidate.lr:g}", f"{row.candidate.adamw_lr:g}", _momentum(row)]
         cells += [_seeds(row.last(name), percent=name == "accuracy") for name in measures]
         cells += _cost(row, target, task)
         lines.append("| " + " | ".join(cells) + " |")
@@ -229,12 +235,12 @@ def _number(value: float, percent: bool) -> str:
 
 
 def _cost(row: Outcome, target: float, task: Task) -> list[str]:
+    ratio = "" if row.time_ratio is None else f"{row.time_ratio:.2f}"
     steps = row.steps_to(target)
-    ratio = f"{row.time_ratio:.2f}" if row.time_ratio and row.is_best else ""
     if steps is None:
         return ["not reached", ratio, ""]
     share = steps / task.steps
-    return [f"{share:.0%}", ratio, f"{share * row.time_ratio:.0%}" if ratio and row.time_ratio else ""]
+    return [f"{share:.0%}", ratio, "" if row.time_ratio is None else f"{share * row.time_ratio:.0%}"]
 
 
 def _view(rows: list[Outcome]) -> tuple[float, float]:

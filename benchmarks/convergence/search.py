@@ -60,8 +60,11 @@ class Study:
             chosen[method.name] = candidates[0]
             for seed in self.seeds:
                 for candidate in candidates:
-                    self.record(method, candidate, seed)
-        if not chosen.keys() <= time_ratios(self.records).keys():
+                    self.record(method, candidate, seed, self.task.steps)
+                if method.in_depth:
+                    self.record(method, candidates[0], seed, self.task.short_steps)
+        baseline = self.task.methods[0].name
+        if baseline in chosen and not chosen.keys() <= time_ratios(self.records).keys():
             by_method = {method: chosen[method.name] for method in self.task.methods if method.name in chosen}
             self._write({"method": TIMING, **time_steps(self.task, by_method, self.device)})
 
@@ -81,16 +84,15 @@ class Study:
             if len(best_of) > 1 and self.loss(method, best_of[-1]) >= self.loss(method, best_of[-2]):
                 break
         best = self._climb(method, min(best_of, key=lambda each: self.loss(method, each)), "adamw_lr")
-        usual = best_of[:2] if method.usual_momenta else []
+        usual = best_of[:2] if method.in_depth else []
         return [best, *(replace(each, adamw_lr=best.adamw_lr) for each in usual if each.momentum != best.momentum)]
 
     def loss(self, method: Method, candidate: Candidate) -> float:
         """Returns the held-out loss at the end of a run of the search."""
-        return last_loss(self.record(method, candidate, SEARCH_SEED))
+        return last_loss(self.record(method, candidate, SEARCH_SEED, self.task.search_steps))
 
-    def record(self, method: Method, candidate: Candidate, seed: int) -> Record:
+    def record(self, method: Method, candidate: Candidate, seed: int, steps: int) -> Record:
         """Returns the record of a run, and makes the run if there is none."""
-        steps = self.task.search_steps if seed == SEARCH_SEED else self.task.steps
         wanted = {"method": method.name, **candidate.as_dict(), "seed": seed, "steps": steps}
         for record in self.records:
             if wanted.items() <= record.items():

@@ -65,6 +65,7 @@ class Task(abc.ABC):
         title: For tables and pictures.
         steps: Of a run that counts.
         search_steps: Of a run that is made to find learning rates.
+        short_steps: Of a run that has to do with fewer steps, its schedule included.
         measure_every: Steps between two looks at the held-out data.
         batch_size: Rows of a step.
         weight_decay: Decoupled, of all that decays.
@@ -80,6 +81,7 @@ class Task(abc.ABC):
 
     steps: int
     search_steps: int
+    short_steps: int
     measure_every: int
     batch_size: int
     weight_decay: float
@@ -302,27 +304,38 @@ class Lora(CausalFineTuning):
     lora_rank: int = 8
 
 
-SMALL: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Pretraining(steps=400, search_steps=400, measure_every=20, batch_size=16, weight_decay=0.1, betas=(0.9, 0.95)),
-        Classification(steps=80, search_steps=80, measure_every=20, batch_size=16, weight_decay=0.01),
-        CausalFineTuning(steps=24, search_steps=12, measure_every=4, batch_size=2, weight_decay=0.01),
-        Lora(steps=24, search_steps=12, measure_every=4, batch_size=2, weight_decay=0.01),
-    )
-}
-"""What two cores train in at most 40 minutes a task."""
+_PRETRAINING = Pretraining(
+    steps=400,
+    search_steps=400,
+    short_steps=260,
+    measure_every=20,
+    batch_size=16,
+    weight_decay=0.1,
+    betas=(0.9, 0.95),
+)
+_CLASSIFICATION = Classification(
+    steps=80, search_steps=80, short_steps=60, measure_every=20, batch_size=16, weight_decay=0.01
+)
+_FINE_TUNING = CausalFineTuning(
+    steps=24, search_steps=12, short_steps=20, measure_every=4, batch_size=2, weight_decay=0.01
+)
+_LORA = Lora(steps=24, search_steps=12, short_steps=20, measure_every=4, batch_size=2, weight_decay=0.01)
+
+SMALL: dict[str, Task] = {task.name: task for task in (_PRETRAINING, _CLASSIFICATION, _FINE_TUNING, _LORA)}
+"""What two cores train in about an hour a task."""
+
+_LONGER: dict[str, Any] = {"steps": 320, "search_steps": 80, "short_steps": 272, "measure_every": 20}
 
 FULL: dict[str, Task] = {
     task.name: task
     for task in (
-        Pretraining(
+        replace(
+            _PRETRAINING,
             steps=8000,
             search_steps=2000,
+            short_steps=5200,
             measure_every=200,
             batch_size=64,
-            weight_decay=0.1,
-            betas=(0.9, 0.95),
             length=1024,
             hidden_size=768,
             layers=12,
@@ -330,11 +343,9 @@ FULL: dict[str, Task] = {
             held_out_windows=256,
             full=True,
         ),
-        Classification(steps=320, search_steps=80, measure_every=20, batch_size=16, weight_decay=0.01),
-        CausalFineTuning(
-            steps=320, search_steps=80, measure_every=20, batch_size=32, weight_decay=0.01, held_out_size=256
-        ),
-        Lora(steps=320, search_steps=80, measure_every=20, batch_size=32, weight_decay=0.01, held_out_size=256),
+        replace(_CLASSIFICATION, **_LONGER),
+        replace(_FINE_TUNING, batch_size=32, held_out_size=256, **_LONGER),
+        replace(_LORA, batch_size=32, held_out_size=256, **_LONGER),
     )
 }
 """What one GPU trains."""

@@ -60,7 +60,7 @@ class Regression(Task):
 
 @pytest.fixture
 def task() -> Regression:
-    return Regression(steps=6, search_steps=4, measure_every=2, batch_size=4, weight_decay=0.0)
+    return Regression(steps=6, search_steps=4, short_steps=3, measure_every=2, batch_size=4, weight_decay=0.0)
 
 
 @pytest.fixture
@@ -176,10 +176,11 @@ class TestSearch:
         records = study.records
         for method in study.task.methods:
             runs = [r for r in records if r["method"] == method.name and r["seed"] != SEARCH_SEED]
-            candidates = {(r["lr"], r["adamw_lr"], r["momentum"]) for r in runs}
-            assert len(candidates) in ((2, 3) if method is DION2_QUARTER else (1,))
-            assert sorted(r["seed"] for r in runs) == sorted([0, 1, 2] * len(candidates))
-            assert all([point["step"] for point in r["curve"]] == [2, 4, 6] for r in runs)
+            kinds = {(r["lr"], r["adamw_lr"], r["momentum"], r["steps"]) for r in runs}
+            assert len(kinds) in ((3, 4) if method is DION2_QUARTER else (1,))
+            assert sorted(r["seed"] for r in runs) == sorted([0, 1, 2] * len(kinds))
+            points = {6: [2, 4, 6], 3: [2, 3]}
+            assert all([point["step"] for point in r["curve"]] == points[r["steps"]] for r in runs)
         assert records[-1]["method"] == TIMING
         assert len(capsys.readouterr().out.splitlines()) == len(records)
 
@@ -197,6 +198,9 @@ class TestSearch:
     def test_methods_can_be_run_apart(self, study: Study) -> None:
         study.run(["Muon"])
         assert {record["method"] for record in study.records} == {"Muon"}
+        study.run(["AdamW", "Muon"])
+        assert {record["method"] for record in study.records} == {"Muon", "AdamW", TIMING}
+        assert list(study.records[-1]["ratios"]) == ["AdamW", "Muon"]
 
     def test_rates_meet_when_climbing_up_and_down(self) -> None:
         below = moved_rate(2e-3, -1, start=2e-3)
@@ -212,8 +216,9 @@ class TestTables:
         searched = {**record_of("AdamW", SEARCH_SEED, [9.0]), "steps": 4}
         dion2 = [record_of("Dion2 1/4", seed, [4.0, 3.0, 1.0], "0.95^(n/k)", 0.75) for seed in (1, 0)]
         other = [record_of("Dion2 1/4", seed, [4.0, 3.5, 3.0], "0.95") for seed in (0, 1)]
+        short = [{**record_of("Dion2 1/4", seed, [4.0, 2.4], "0.95^(n/k)"), "steps": 4} for seed in (0, 1)]
         timing = {"method": TIMING, "ratios": {"AdamW": 1.0, "Dion2 1/4": 1.5}, "milliseconds": {}, **MACHINE}
-        return [searched, *adamw, *dion2, *other, timing]
+        return [searched, *adamw, *dion2, *other, *short, timing]
 
     def test_outcomes(self, task: Regression, records: list[Record]) -> None:
         found = outcomes(task, records)
@@ -221,6 +226,7 @@ class TestTables:
             ("AdamW", "0.9", True),
             ("Dion2 1/4", "0.95^(n/k)", True),
             ("Dion2 1/4", "0.95", False),
+            ("Dion2 1/4", "0.95^(n/k)", False),
         ]
         assert found[0].last("loss") == [2.0, 3.0]
         assert found[0].curve() == [(2, 5.0), (4, 4.0), (6, 2.5)]
@@ -231,7 +237,7 @@ class TestTables:
         assert adamw.steps_to(loss) == steps
 
     def test_table(self, task: Regression, records: list[Record]) -> None:
-        *_, adamw, dion2, other = table(task, records).splitlines()
+        *_, adamw, dion2, other, short = table(task, records).splitlines()
         assert adamw == (
             "| AdamW | 0.01 | 0.02 | beta1 0.9 | 2.500 ± 0.707 (2.000, 3.000) | 50.0 ± 0.0 (50.0, 50.0) "
             "| 100% | 1.00 | 100% |"
@@ -239,7 +245,10 @@ class TestTables:
         # 2.5 lies a quarter of the way from 3.0 at step 4 to 1.0 at step 6.
         assert dion2.endswith("| 1.000 ± 0.000 (1.000, 1.000) | 75.0 ± 0.0 (75.0, 75.0) | 75% | 1.50 | 112% |")
         assert other.startswith("| Dion2 1/4 | 0.01 | 0.02 | 0.95 |")
-        assert other.endswith("| not reached |  |  |")
+        assert other.endswith("| not reached | 1.50 |  |")
+        # 2.5 lies 15/16 of the way from 4.0 at step 2 to 2.4 at step 4.
+        assert short.startswith("| Dion2 1/4, 4 steps | 0.01 | 0.02 | 0.95^(n/k) = 0.81 |")
+        assert short.endswith("| 65% | 1.50 | 97% |")
 
     def test_search_table(self, task: Regression, records: list[Record]) -> None:
         assert search_table(task, records).splitlines()[2:] == ["| AdamW | 0.9 | 0.01 | 0.02 | 9.000 |"]
@@ -253,7 +262,7 @@ class TestTables:
         first, *_ = section("regression", task, records).splitlines()
         assert first == (
             "`python -m benchmarks.convergence regression`, 2026-01-02; a CPU, 1 thread, torch 2; "
-            "7 runs, 4 minutes of training."
+            "9 runs, 4 minutes of training."
         )
 
     def test_blocks_are_replaced_between_their_marks(self, tmp_path: Path) -> None:
