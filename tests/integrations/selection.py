@@ -1,10 +1,12 @@
 """What the tests of the selection's figures share: a training small enough to compute by hand, and comparisons."""
 
 import math
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from dion2_lightning import Dion2
@@ -101,6 +103,13 @@ def assert_same_figures(found: Any, expected: Any) -> None:
             for name, value in theirs.items():
                 is_rounded = name in ("update_rms", "orthogonality_error", "captured_mass", "imbalance")
                 assert mine[name] == (pytest.approx(value, rel=1e-3) if is_rounded else value), (its[0], name)
+
+
+def pictures_in(folder: Path) -> dict[str, list[int]]:
+    """The images that TensorBoard has been sent, with the steps that they are of."""
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    return {name: [image.step for image in events.Images(name)] for name in events.Tags()["images"]}
 
 
 class WithDeadLayer(nn.Module):

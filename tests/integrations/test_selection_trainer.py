@@ -1,5 +1,6 @@
 """SelectionCallback in the Trainer: names and values by hand in every report, every layout, resuming, refusals."""
 
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-from dion2_lightning import Dion2Factory, SelectionCallback, SelectionWarning
+from dion2_lightning import Dion2Factory, SelectionCallback, SelectionStatistics, SelectionWarning
 from dion2_lightning.history import SelectionHistory
+from dion2_lightning.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import fsdp2_on_cpu
 from tests.integrations.resume import STOP, unwrapped
@@ -27,6 +30,7 @@ from tests.integrations.selection import (
     gradients,
     named,
     optimizer_by_hand,
+    pictures_in,
     points,
 )
 from tests.integrations.test_trainer import FSDP, InOrder, arguments, make_trainer
@@ -89,6 +93,37 @@ def test_names_and_values_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert points(saved) == points(callback.statistics.history)
     assert len(saved) == 3
     assert unwrapped(trainer.optimizer).observer is None
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_pictures_are_written_and_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    trainer_by_hand(tmp_path, [SelectionCallback(pictures=True)], report_to=["tensorboard"]).train()
+    assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == set(PICTURES)
+    assert pictures_in(tmp_path / "tensorboard") == {"dion2/overview": [3], "dion2/heatmap": [3]}
+
+
+class Quiet(TrainerCallback):
+    """Decides that a step is not logged."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log &= state.global_step != 2
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_figures_of_a_step_that_is_not_logged_stay_under_this_step(tmp_path: Path) -> None:
+    """In the history, also that of a checkpoint; reporters get none of it, then or later."""
+    reporter = Recorder()
+    callbacks = [SelectionCallback(window=WINDOW), Quiet(), reporter]
+    trainer = trainer_by_hand(tmp_path, callbacks, save_strategy="steps", save_steps=2)
+    trainer.train()
+    expected = [(step + 1, named(step, *ALL)) for step in range(3)]
+    assert selection_of(trainer.state.log_history) == expected
+    assert ["loss" in entry for entry in trainer.state.log_history[:3]] == [True, False, True]
+    assert trainer.state.log_history[1]["epoch"] == pytest.approx(2 / 3)
+    assert [entry for entry in reporter.logged if entry[1]] == [expected[0], expected[2]]
+    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert selection_of(saved["log_history"]) == expected[:2]
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
@@ -204,6 +239,7 @@ def test_resume(tmp_path: Path) -> None:
     state = json.loads((tmp_path / f"checkpoint-{STOP}" / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["SelectionCallback"]
     assert saved["args"]["window"] == 3
+    assert saved["args"].keys() == inspect.signature(SelectionCallback).parameters.keys()
     restored = SelectionCallback.from_state(saved)
     assert restored.statistics.step == STOP
     assert restored.statistics.window == 3
@@ -234,6 +270,36 @@ def test_a_checkpoint_from_before_the_callback_was_there(tmp_path: Path) -> None
     assert [step for step, _ in selection_of(resumed.state.log_history)] == [3, 4]
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert SelectionCallback.from_state(state["stateful_callbacks"]["SelectionCallback"]).statistics.step == 2
+
+
+class Counted(TrainerCallback, ExportableState):
+    """Counts how often the Trainer asks for a state by itself."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def state(self) -> dict[str, Any]:
+        self.calls += 1
+        return {"args": {}, "attributes": {}}
+
+
+class CountedSelection(SelectionCallback):
+    calls = 0
+
+    def state(self) -> dict[str, Any]:
+        self.calls += 1
+        return super().state()
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_the_state_is_packed_only_where_the_trainer_asks_for_it(tmp_path: Path) -> None:
+    """It takes a second where a run was long and a model large."""
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        callback, counted = CountedSelection(), Counted()
+        trainer = trainer_by_hand(tmp_path, [callback, counted], **settings)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert callback.calls == counted.calls > 0
 
 
 class SaveLate(TrainerCallback):
@@ -286,7 +352,57 @@ def test_another_training_begins_anew(tmp_path: Path) -> None:
         assert (callback.figures.overall["coverage"], callback.figures.overall["staleness_max"]) == (0.5, 3.0)
 
 
+class Crash(TrainerCallback):
+    """Ends the training by an exception, after a look at who looks on."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        with pytest.raises(RuntimeError, match="SelectionCallback looks on at this optimizer already, and its"):
+            SelectionStatistics().attach(optimizer)
+        raise ArithmeticError("planted")
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_after_a_crash_others_may_look_on(tmp_path: Path) -> None:
+    """A Trainer tells nobody of an exception, so the callback looks on until another is to."""
+    crashed, after = SelectionCallback(), SelectionCallback(window=WINDOW)
+    trainer = trainer_by_hand(tmp_path, [crashed, Crash()])
+    with pytest.raises(ArithmeticError, match="planted"):
+        trainer.train()
+    optimizer = unwrapped(trainer.optimizer)
+    assert optimizer.observer is crashed.statistics
+    for each in (crashed, Crash):
+        trainer.remove_callback(each)
+    trainer.add_callback(after)
+    trainer.train()
+    assert (crashed.statistics.step, after.statistics.step) == (1, 3)
+    trainer.add_callback(crashed)
+    trainer.add_callback(Crash())
+    trainer.remove_callback(after)
+    with pytest.raises(ArithmeticError, match="planted"):
+        trainer.train()
+    statistics = SelectionStatistics()
+    statistics.attach(optimizer)
+    assert optimizer.observer is statistics
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_a_folder_that_is_not_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default it is no reason to end a training."""
+    monkeypatch.chdir(tmp_path)
+    trainer = trainer_by_hand(Path("run"), [SelectionCallback(every=1)])
+    trainer.args.output_dir = "s3://bucket/run"
+    with pytest.warns(SelectionWarning, match="history is written nowhere, for save_to=True is 's3://bucket/run', whi"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    trainer = trainer_by_hand(tmp_path, [SelectionCallback(save_to="s3://bucket/run")])
+    with pytest.raises(ValueError, match="SelectionCallback: save_to is 's3://bucket/run', which is no local folder"):
+        trainer.train()
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_by_hand(tmp_path, [SelectionCallback(), SelectionCallback()])
+    with pytest.raises(RuntimeError, match="SelectionCallback looks on at this optimizer already, and its training"):
+        trainer.train()
     pair = (torch.optim.AdamW, {"lr": 1e-3})
     trainer = make_trainer(arguments(tmp_path), make_model(), pair, callbacks=[SelectionCallback()])
     with pytest.raises(ValueError, match=r"SelectionCallback: no Dion2 optimizer; found AdamW\. Make it with"):
