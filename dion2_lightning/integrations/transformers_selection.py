@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
@@ -18,9 +18,14 @@ from transformers.trainer_utils import IntervalStrategy
 from typing_extensions import override
 
 from dion2_lightning.figures import Figures
-from dion2_lightning.history import from_plain, to_plain
+from dion2_lightning.history import SelectionHistory, from_plain, to_plain
 from dion2_lightning.integrations.selection import SelectionRecorder
 from dion2_lightning.statistics import SelectionStatistics, SelectionWarning, check_steps, check_truth
+
+_MAX_ENTRIES: Final = 25_000
+"""Points of a checkpoint's history, times parameters: 150 bytes each at the most, so under 4 MB in all."""
+
+_MIN_POINTS: Final = 16
 
 
 class SelectionCallback(TrainerCallback, ExportableState):
@@ -299,6 +304,10 @@ def _handler_of_this_event() -> CallbackHandler:
 
 
 def _packed(statistics: SelectionStatistics) -> str:
-    """The state as text, a fraction as long as its JSON."""
-    text = json.dumps(to_plain(statistics.state_dict()))
+    """The state as text, a fraction as long as its JSON; of large models the history has fewer points in it."""
+    state = statistics.state_dict()
+    history = SelectionHistory()
+    history.load_state_dict(state["history"])
+    history.thin_out(max(_MIN_POINTS, _MAX_ENTRIES // max(1, len(history.kinds))))
+    text = json.dumps(to_plain({**state, "history": history.state_dict()}))
     return base64.b64encode(zlib.compress(text.encode())).decode()

@@ -15,7 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from dion2_lightning import Dion2Factory, SelectionCallback, SelectionStatistics, SelectionWarning
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.figures import MEANINGS
+from dion2_lightning.history import BINS, SelectionHistory
 from dion2_lightning.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import fsdp2_on_cpu
@@ -36,8 +37,11 @@ from tests.integrations.selection import (
 from tests.integrations.test_trainer import FSDP, InOrder, arguments, make_trainer
 from tests.integrations.test_trainer_distributed_config import make_mixture
 from tests.integrations.training import SETTINGS, make_model
+from tests.selection_histories import llama
 
 STEPS = 8
+SMOLLM2_SLICES = [576, 192, 192, 576, 576, 576, 576]
+"""Of q, k, v, o, gate, up and down."""
 
 
 class Recorder(TrainerCallback):
@@ -300,6 +304,52 @@ def test_the_state_is_packed_only_where_the_trainer_asks_for_it(tmp_path: Path) 
         trainer = trainer_by_hand(tmp_path, [callback, counted], **settings)
         trainer.train(resume_from_checkpoint=checkpoint)
         assert callback.calls == counted.calls > 0
+
+
+def test_a_checkpoint_of_a_large_model_is_bounded() -> None:
+    """To 5 MB for SmolLM2-135M's 210 matrices, with figures, shares and counts that cannot be compressed.
+
+    Nothing is lost but points of the history's past.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kinds = [["dion2", name, 1, slices, 0] for name, slices in zip(llama(30), 30 * SMOLLM2_SLICES, strict=True)]
+    points, steps = 256, 10**4
+    values = torch.rand(points, len(kinds), len(MEANINGS), generator=generator, dtype=torch.float64).tolist()
+    parameters = [[{n: float(f"{v:.6g}") for n, v in zip(MEANINGS, each, strict=True)} for each in p] for p in values]
+    counts = {
+        f"{group}/{name}": {
+            entry: torch.randint(steps, (matrices, slices), generator=generator, dtype=torch.int32)
+            for entry in ("last", "hits")
+        }
+        for group, name, matrices, slices, _ in kinds
+    }
+    history = {
+        "window": 100,
+        "steps": [steps * (point + 1) // points for point in range(points)],
+        "overall": [point[0] for point in parameters],
+        "groups": [{"dion2": point[0]} for point in parameters],
+        "parameters": parameters,
+        "kinds": kinds,
+        "shares": torch.randint(256, (points, len(kinds), BINS), generator=generator, dtype=torch.uint8),
+        "counts": torch.rand(len(kinds), BINS, generator=generator, dtype=torch.float64),
+        "hits": torch.rand(len(kinds), BINS, generator=generator, dtype=torch.float64),
+    }
+    callback, resumed = SelectionCallback(), SelectionCallback()
+    callback.statistics.load_state_dict({"step": steps, "counts": counts, "history": history, "warned": []})
+    saved = callback.state()
+    assert len(json.dumps(saved)) < 5e6
+    resumed.saved = saved["attributes"]["saved"]
+    state = resumed.statistics.state_dict()
+    assert state["step"] == steps
+    assert all(
+        torch.equal(state["counts"][name][entry], counts[name][entry]) for name in counts for entry in counts[name]
+    )
+    for name in ("counts", "hits"):
+        assert torch.equal(state["history"][name], history[name])
+    assert state["history"]["parameters"][-1] == parameters[-1]
+    kept = torch.tensor([0, *state["history"]["steps"]]).diff()
+    assert len(kept) > 100 and kept.max() <= 2 * kept.min() + 1
+    assert len(callback.statistics.history) == points
 
 
 class SaveLate(TrainerCallback):
