@@ -1,6 +1,7 @@
 """What the tests of the selection's figures share: a training small enough to compute by hand, and comparisons."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from dion2_lightning import Dion2
+from dion2_lightning import Dion2, SelectionWarning
 from dion2_lightning.history import SelectionHistory
 
 ROWS: Final = (0, 0, 2)
@@ -110,6 +111,13 @@ def pictures_in(folder: Path) -> dict[str, list[int]]:
     events = EventAccumulator(str(folder), size_guidance={"images": 0})
     events.Reload()
     return {name: [image.step for image in events.Images(name)] for name in events.Tags()["images"]}
+
+
+def assert_dead_layer_is_named_once(caught: list[warnings.WarningMessage], name: str = "dead.weight") -> None:
+    """What a training of the next module warns of, when its statistics look on at every step."""
+    messages = [str(each.message) for each in caught if each.category is SelectionWarning]
+    assert len(messages) == 1
+    assert messages[0].startswith(f"step 2, all-zero momentum: {name} (1 of 1 matrices); their gradients")
 
 
 class WithDeadLayer(nn.Module):
