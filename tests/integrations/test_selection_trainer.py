@@ -116,19 +116,21 @@ class Quiet(TrainerCallback):
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_figures_of_a_step_that_is_not_logged_stay_under_this_step(tmp_path: Path) -> None:
-    """In the history, also that of a checkpoint; reporters get none of it, then or later."""
+@pytest.mark.parametrize("every", [1, 2])
+def test_figures_of_a_step_that_is_not_logged_stay_under_this_step(every: int, tmp_path: Path) -> None:
+    """In the history, also that of a checkpoint; reporters get none of it, then or with the loss of the next step."""
     reporter = Recorder()
-    callbacks = [SelectionCallback(window=WINDOW), Quiet(), reporter]
+    callbacks = [SelectionCallback(window=WINDOW, every=every), Quiet(), reporter]
     trainer = trainer_by_hand(tmp_path, callbacks, save_strategy="steps", save_steps=2)
     trainer.train()
-    expected = [(step + 1, named(step, *ALL)) for step in range(3)]
+    expected = [(step, named(step - 1, *ALL)) for step in range(every, 4, every)]
     assert selection_of(trainer.state.log_history) == expected
     assert ["loss" in entry for entry in trainer.state.log_history[:3]] == [True, False, True]
+    assert [entry["step"] for entry in trainer.state.log_history[:3]] == [1, 2, 3]
     assert trainer.state.log_history[1]["epoch"] == pytest.approx(2 / 3)
-    assert [entry for entry in reporter.logged if entry[1]] == [expected[0], expected[2]]
+    assert [entry for entry in reporter.logged if entry[1]] == [each for each in expected if each[0] != 2]
     saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    assert selection_of(saved["log_history"]) == expected[:2]
+    assert selection_of(saved["log_history"]) == [each for each in expected if each[0] <= 2]
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
