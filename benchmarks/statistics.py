@@ -9,9 +9,12 @@ ratios: that of the fastest blocks on a machine that others share, for there it 
 """
 
 import argparse
+import gc
 import platform
 import statistics
 import warnings
+from collections.abc import Iterable
+from types import FunctionType, ModuleType
 
 import torch
 from torch import Tensor
@@ -68,10 +71,32 @@ def compare(shapes: str, arguments: argparse.Namespace) -> None:
     without, with_ = (statistics.median(times[each]) for each in (False, True))
     paired = statistics.median(b / a for a, b in zip(times[False], times[True], strict=True))
     slices = sum(min(shape) for shape in LAYERS[shapes]) * arguments.layers
-    kept = sum(each.numel() for ledger in observed._ledgers for each in (ledger.last, ledger.hits))
+    kept = size_of(tensors_of(observed, apart_from=[optimizer, observed.history, *parameters])) / torch.int32.itemsize
     fastest = min(times[True]) / min(times[False])
     ratios = f"{fastest:12.4f}{with_ / without:12.4f}{paired:14.4f}"
     print(f"{shapes:14}{without:12.2f}{with_:9.2f}{ratios}{kept / slices:18.1f}")
+
+
+def tensors_of(root: object, *, apart_from: Iterable[object]) -> list[Tensor]:
+    """Return every tensor that can be reached from an object, but for those on the way through some others."""
+    seen = {id(each) for each in apart_from}
+    found, reached = [], [root]
+    while reached:
+        each = reached.pop()
+        if id(each) in seen or isinstance(each, type | ModuleType):
+            continue
+        seen.add(id(each))
+        if isinstance(each, Tensor):
+            found.append(each)
+        else:  # a function's globals are a whole module
+            reached += gc.get_referents(each.__closure__ if isinstance(each, FunctionType) else each)
+    return found
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of what tensors have their entries in; views keep all of it."""
+    storages = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values())
 
 
 def gradient_like(parameter: Tensor, seed: int) -> Tensor:

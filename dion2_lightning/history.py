@@ -38,10 +38,10 @@ class SelectionHistory:
         steps: At which steps there were figures; at most ``MAX_POINTS`` of them, evenly over the run.
         overall: At each of them the figures of all matrices, by name.
         groups: The same by group.
-        parameters: The same by parameter, in the order of ``kinds``.
+        parameters: The same by parameter, in the order of ``kinds``, to six digits.
         kinds: The parameters.
         counts: How often slices were selected until the last step: of each parameter ``BINS`` of them, from the least
-            to the most; float64 (parameters, bins).
+            to the most; of a stack the sum over its matrices, each sorted by itself; float64 (parameters, bins).
     """
 
     def __init__(self, window: int = 100) -> None:
@@ -87,11 +87,24 @@ class SelectionHistory:
         self.steps.append(figures.step)
         self.overall.append(dict(figures.overall))
         self.groups.append({name: dict(each) for name, each in figures.groups.items()})
-        self.parameters.append([dict(figures.parameters[kind.group, kind.name]) for kind in kinds])
+        self.parameters.append([_in_six_digits(figures.parameters[kind.group, kind.name]) for kind in kinds])
         self._shares.append(shares)
         self.counts, self._hits = counts.clone(), hits.clone()
-        if len(self.steps) > MAX_POINTS:
-            self._thin_out()
+        self.thin_out(MAX_POINTS)
+
+    def thin_out(self, points: int) -> None:
+        """Keep so many points at most: of neighbours that are closest together the later one's figures, shares of both.
+
+        So points stay about evenly spread, however long the run.
+        """
+        while len(self.steps) > points:
+            lengths = [stop - start for start, stop in itertools.pairwise([0, *self.steps])]
+            first = min(range(len(lengths) - 1), key=lambda i: lengths[i] + lengths[i + 1])
+            weighted = [self._shares[i].double() * lengths[i] for i in (first, first + 1)]
+            both = (weighted[0] + weighted[1]) / (lengths[first] + lengths[first + 1])
+            self._shares[first + 1] = both.round().to(torch.uint8)
+            for values in (self.steps, self.overall, self.groups, self.parameters, self._shares):
+                del values[first]
 
     def save(self, path: str | Path) -> None:
         """Write it to a JSON file."""
@@ -190,18 +203,10 @@ class SelectionHistory:
         # With fewer slices than bins, bins between two slices show the one before.
         self._shown = torch.stack([bin_of(kind.slices)[torch.arange(BINS) * kind.slices // BINS] for kind in kinds])
 
-    def _thin_out(self) -> None:
-        """Make one of the two neighbours that are closest together: the later one's figures, the shares of both.
 
-        So points stay about evenly spread, however long the run.
-        """
-        lengths = [stop - start for start, stop in itertools.pairwise([0, *self.steps])]
-        first = min(range(len(lengths) - 1), key=lambda i: lengths[i] + lengths[i + 1])
-        weighted = [self._shares[i].double() * lengths[i] for i in (first, first + 1)]
-        both = (weighted[0] + weighted[1]) / (lengths[first] + lengths[first + 1])
-        self._shares[first + 1] = both.round().to(torch.uint8)
-        for values in (self.steps, self.overall, self.groups, self.parameters, self._shares):
-            del values[first]
+def _in_six_digits(figures: Mapping[str, float]) -> dict[str, float]:
+    """As precise as pictures and tables need them: files and checkpoints are half as large."""
+    return {name: float(f"{value:.6g}") for name, value in figures.items()}
 
 
 def bin_of(slices: int, device: torch.device | None = None) -> Tensor:

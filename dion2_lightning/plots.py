@@ -278,8 +278,8 @@ def log_pictures(
     """Send pictures to loggers that take images, as ``dion2/overview``, ``dion2/heatmap``, ...
 
     A logger takes images if it has ``log_image`` (Lightning's ``WandbLogger``), or if it, its ``experiment``
-    (Lightning's ``TensorBoardLogger``) or its ``tracker`` (Accelerate's) has ``add_figure`` (torch's
-    ``SummaryWriter``).
+    (Lightning's ``TensorBoardLogger``) or its ``tracker`` (Accelerate's ``TensorBoardTracker``) has ``add_figure``
+    (torch's ``SummaryWriter``), or if it has ``log_images`` (Accelerate's ``WandBTracker``).
 
     Args:
         history: What to draw.
@@ -314,6 +314,8 @@ def _sender(logger: Any) -> Callable[[str, Figure, int], Any] | None:
     for owner in (logger, getattr(logger, "experiment", None), getattr(logger, "tracker", None)):
         if callable(add_figure := getattr(owner, "add_figure", None)):
             return lambda name, figure, step, add=add_figure: add(name, figure, global_step=step)  # type: ignore[misc]
+    if callable(log_images := getattr(logger, "log_images", None)):
+        return lambda name, figure, step: log_images({name: [_pixels(figure)]}, step=step)
     return None
 
 

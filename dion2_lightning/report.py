@@ -82,7 +82,7 @@ def verdicts(history: SelectionHistory) -> dict[str, Verdict]:
         A verdict for every figure of the last step.
     """
     figures, step = history.overall[-1], history.steps[-1]
-    return {name: _verdict(name, value, _fraction(history), step, history.window) for name, value in figures.items()}
+    return {name: _verdict(name, value, _fraction(history), step, history) for name, value in figures.items()}
 
 
 def _fraction(history: SelectionHistory) -> float:
@@ -95,7 +95,12 @@ def _fraction(history: SelectionHistory) -> float:
     return selected / slices if slices else 0.0
 
 
-def _verdict(name: str, value: float, fraction: float, step: int, window: int) -> Verdict:
+def _slices(history: SelectionHistory) -> int:
+    """Of all matrices."""
+    return sum(kind.matrices * kind.slices for kind in history.kinds)
+
+
+def _verdict(name: str, value: float, fraction: float, step: int, history: SelectionHistory) -> Verdict:
     if not math.isfinite(value):
         return Verdict(LOOK, "not a finite number: weights are damaged, go back to a checkpoint")
     if name == "selected_fraction":
@@ -119,16 +124,25 @@ def _verdict(name: str, value: float, fraction: float, step: int, window: int) -
         return Verdict(UNKNOWN, f"too early: judged after 4 / fraction = {needed} steps")
     match name:
         case "coverage":
-            if window < needed:
-                return Verdict(UNKNOWN, f"a window of {window} steps is too short: 4 / fraction = {needed} are needed")
+            if history.window < needed:
+                text = f"a window of {history.window} steps is too short: 4 / fraction = {needed} are needed"
+                return Verdict(UNKNOWN, text)
             return Verdict(HEALTHY if value >= 0.95 else LOOK, "healthy from 95%; under it some slices are left out")
         case "staleness_mean":
             limit = 3 * (turns + 1)
             text = f"healthy up to 3 / fraction = {limit:.3g} steps; {turns:.3g} where slices take turns"
             return Verdict(LOOK if value > limit else HEALTHY, text)
         case "staleness_max":
-            text = f"healthy up to half of the {step} steps; {step} is a slice that was never selected"
-            return Verdict(LOOK if value > step / 2 else HEALTHY, text)
+            # Drawn by chance, one of all the slices waits longer than this in one run of a thousand.
+            by_chance = math.log(1000 * _slices(history)) / -math.log1p(-fraction)
+            if step <= by_chance:
+                return Verdict(UNKNOWN, f"too early: of so many slices one may wait {by_chance:.0f} steps by chance")
+            limit = max(by_chance, min(step / 2, 100 / fraction))
+            text = (
+                f"healthy up to {limit:.0f} steps: half of all, but not over 100 / fraction = {100 / fraction:.0f}; "
+                f"{step} is a slice that was never selected"
+            )
+            return Verdict(LOOK if value > limit else HEALTHY, text)
         case "turnover":
             limit = 0.1 * (1 - fraction)
             text = f"healthy from {limit:.1%}; random selections have {1 - fraction:.0%}, the same slices every step 0%"
@@ -200,7 +214,7 @@ def _picture(name: str, png: bytes) -> str:
 
 def _what_was_trained(history: SelectionHistory) -> str:
     kinds = history.kinds
-    matrices, slices = sum(kind.matrices for kind in kinds), sum(kind.matrices * kind.slices for kind in kinds)
+    matrices, slices = sum(kind.matrices for kind in kinds), _slices(history)
     groups = list(dict.fromkeys(kind.group for kind in kinds))
     selected = _fraction(history)
     facts = {
@@ -272,7 +286,7 @@ def _worth_a_look(history: SelectionHistory, name: str) -> list[int]:
 
 def _is_marked(name: str, figures: Mapping[str, float], history: SelectionHistory) -> bool:
     fraction = figures["selected_fraction"]
-    return _verdict(name, figures[name], fraction, history.steps[-1], history.window).state == LOOK
+    return _verdict(name, figures[name], fraction, history.steps[-1], history).state == LOOK
 
 
 def _breakable(name: str) -> str:

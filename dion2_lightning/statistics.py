@@ -7,7 +7,7 @@ at the price of one look of the host at the device and, where ranks hold differe
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,15 @@ class SelectionWarning(UserWarning):
     """Something about the selection that a user should look at; said once for each parameter."""
 
 
+class Owner(Protocol):
+    """Who made statistics for its own use, as the callbacks of the frameworks do."""
+
+    name: str
+
+    def is_running(self) -> bool:
+        """Whether the training that they are for goes on."""
+
+
 class SelectionStatistics:
     """Statistics of what an optimizer selects. Without one attached, an optimizer computes none.
 
@@ -59,6 +68,7 @@ class SelectionStatistics:
     Attributes:
         step: Steps seen.
         history: The figures so far and how often each part of each parameter was selected, for pictures.
+        owner: The callback that they belong to; None for those of a loop of one's own.
 
     Raises:
         TypeError: ``every`` or ``window`` is no whole number, or ``orthogonality`` no truth value.
@@ -83,6 +93,7 @@ class SelectionStatistics:
         self.every, self.window, self.orthogonality = every, window, orthogonality
         self.step = 0
         self.history = SelectionHistory(window)
+        self.owner: Owner | None = None
         self.wants_results = False
         self._optimizer: Dion2 | None = None
         self._entries: dict[Tensor, Entry] = {}
@@ -98,12 +109,15 @@ class SelectionStatistics:
     def attach(self, optimizer: "Dion2") -> None:
         """Look on at every step of an optimizer from now on.
 
+        Statistics of a callback whose training is over look on no longer: after an exception, no framework may have
+        told it so.
+
         Args:
             optimizer: A :class:`~dion2_lightning.Dion2`; one that a framework has wrapped is looked through.
 
         Raises:
             TypeError: It is another optimizer.
-            RuntimeError: Other statistics look on already.
+            RuntimeError: Other statistics look on already, and are in use.
         """
         found = without_wrapper(optimizer)
         if not hasattr(found, "observer"):
@@ -112,16 +126,30 @@ class SelectionStatistics:
                 "dion2_lightning.build_optimizer(model, lr=...)"
             )
         if found.observer is not None and found.observer is not self:
-            raise RuntimeError("other statistics look on at this optimizer already; detach() them first")
+            owner: Owner | None = found.observer.owner
+            if owner is None:
+                raise RuntimeError("other statistics look on at this optimizer already; detach() them first")
+            if owner.is_running():
+                raise RuntimeError(
+                    f"{owner.name} looks on at this optimizer already, and its training is running; "
+                    "leave one of the two out"
+                )
+            found.observer.detach()
         self.detach()
         self._optimizer = found
         found.observer = self
 
     def detach(self) -> None:
         """Look on no longer; what was counted stays."""
-        if self._optimizer is not None and self._optimizer.observer is self:
+        if self.is_attached:
+            assert self._optimizer is not None
             self._optimizer.observer = None
         self._optimizer = None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether they look on."""
+        return self._optimizer is not None and self._optimizer.observer is self
 
     def begin_step(self) -> None:
         """Come before a step; called by the optimizer."""
@@ -216,7 +244,7 @@ class SelectionStatistics:
 
     def _warn(self, rows: Sequence["Row"]) -> None:
         """Say once for each parameter what a user should look at, on the first rank."""
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        if not is_first_rank():
             return
         for trouble in TROUBLES:
             found = [row for row in rows if trouble.is_in(row, self.step, self.window)]
@@ -320,6 +348,11 @@ def check_truth(name: str, value: object) -> None:
     """Raise an error where an argument is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that says what all have found."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def without_wrapper(optimizer: Any) -> Any:

@@ -20,8 +20,10 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.statistics import size_of, tensors_of
 from dion2_lightning import Dion2, SelectionStatistics, layout, sharing
 from dion2_lightning.exchange import PIECES, Totals
+from dion2_lightning.history import SelectionHistory
 
 aten = torch.ops.aten
 Placements = tuple[Any, ...]
@@ -46,11 +48,13 @@ class NoHostWait(TorchDispatchMode):
 
     Attributes:
         sent: The copies from the host to the device: how many entries each.
+        collectives: How many were started.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.sent: list[int] = []
+        self.collectives = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = keywords or {}
@@ -58,6 +62,7 @@ class NoHostWait(TorchDispatchMode):
             raise HostWaits(f"{function} reads from the device")
         if function in COPIES:
             self._look_at_copy(function, arguments, keywords)
+        self.collectives += function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function)
         return function(*arguments, **keywords)
 
     def _look_at_copy(self, function: Any, arguments: Any, keywords: Any) -> None:
@@ -137,6 +142,10 @@ def optimizer_of(**settings: Any) -> Dion2:
     return Dion2(groups, lr=0.1, **settings)
 
 
+SLICES = 3 * 40 + 64 + 2 * 40 + 4 * 96 + 40
+"""Of the matrices above, each by the axis that is selected from."""
+
+
 def step_watched(optimizer: Dion2, process_group: dist.ProcessGroup | None = None) -> NoHostWait:
     """Step once to create the state, then once more, watched; the first step may wait for other ranks."""
     optimizer.step()
@@ -153,18 +162,6 @@ def test_a_step_on_one_device_neither_waits_nor_sends_anything() -> None:
     assert optimizer.state[matrix]["momentum"].device.type == "cuda"
     assert optimizer.state[rest]["step"].device.type == "cuda"
     assert optimizer.selection_of(matrix).indices.device.type == "cuda"
-
-
-@pytest.mark.parametrize("every", [1, 100])
-def test_statistics_do_not_wait_before_they_are_asked(every: int) -> None:
-    optimizer = optimizer_of()
-    statistics = SelectionStatistics(every=every, orthogonality=True)
-    statistics.attach(optimizer)
-    assert step_watched(optimizer).sent == []
-    if every == 1:
-        with NoHostWait() as watched, pytest.raises(HostWaits, match="brings"):
-            statistics.take()
-        assert watched.sent  # which parameter each row belongs to
 
 
 @pytest.mark.parametrize("share_replicas", [True, False, None])
@@ -230,6 +227,25 @@ class OnHost:
         return on_host(self._tensor.tolist)()
 
 
+@pytest.fixture
+def reads(ranks: None, monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """Let optimizers step on shards."""
+    reads = Reads()
+    monkeypatch.setattr("dion2_lightning.sharing.read_together", reads)
+    edges = on_host(sharing._edges)
+    monkeypatch.setattr("dion2_lightning.sharing._edges", lambda *read: OnHost(edges(*read)))
+    monkeypatch.setattr(Totals, "gradient_counts", on_host(Totals.gradient_counts))
+    monkeypatch.setattr("dion2_lightning.update.layout_of", on_host(layout.layout_of))
+    monkeypatch.setattr("dion2_lightning.optimizer.check_agreement", lambda *_: None)  # waits, at the first step
+    return reads
+
+
+def mesh_of(placements: Placements) -> DeviceMesh:
+    with unset_fake_temporarily():
+        of_ranks = torch.arange(4).view([4] if len(placements) == 1 else [2, 2])
+        return DeviceMesh("cuda", of_ranks, mesh_dim_names=("first", "second")[: len(placements)])
+
+
 def spread(mesh: DeviceMesh, placements: Placements, *shape: int) -> nn.Parameter:
     """A parameter on four ranks, with a gradient."""
     part = list(shape)
@@ -262,19 +278,10 @@ def spread(mesh: DeviceMesh, placements: Placements, *shape: int) -> nn.Paramete
     ids=str,
 )
 def test_a_step_on_shards_waits_once_at_most(
-    ranks: None, monkeypatch: pytest.MonkeyPatch, placements: Placements, shapes: list[tuple[int, int]], waits: int
+    reads: Reads, placements: Placements, shapes: list[tuple[int, int]], waits: int
 ) -> None:
     """Once for all matrices and precisions together, and only where ranks hold different slices."""
-    reads = Reads()
-    monkeypatch.setattr("dion2_lightning.sharing.read_together", reads)
-    edges = on_host(sharing._edges)
-    monkeypatch.setattr("dion2_lightning.sharing._edges", lambda *read: OnHost(edges(*read)))
-    monkeypatch.setattr(Totals, "gradient_counts", on_host(Totals.gradient_counts))
-    monkeypatch.setattr("dion2_lightning.update.layout_of", on_host(layout.layout_of))
-    monkeypatch.setattr("dion2_lightning.optimizer.check_agreement", lambda *_: None)  # waits, at the first step
-    with unset_fake_temporarily():
-        of_ranks = torch.arange(4).view([4] if len(placements) == 1 else [2, 2])
-        mesh = DeviceMesh("cuda", of_ranks, mesh_dim_names=("first", "second")[: len(placements)])
+    mesh = mesh_of(placements)
     precisions = ("float32", "bfloat16")
     groups = [
         {"params": [spread(mesh, placements, *shape) for shape in shapes], "orthonormalize_dtype": dtype}
@@ -288,6 +295,77 @@ def test_a_step_on_shards_waits_once_at_most(
     assert reads.calls == 2 * waits
     matrices = len(precisions) * len(shapes)
     assert watched.sent == [matrices + 2 * PIECES]
+
+
+# Statistics
+
+
+class TakesOnce(TorchFunctionMode):
+    """Let ``Tensor.cpu`` bring something to the host, and count how often it does. All of it is ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function is not Tensor.cpu or not is_on_device(arguments[0]):
+            return function(*arguments, **(keywords or {}))
+        self.calls += 1
+        shape = arguments[0].shape
+        return OnHost(on_host(torch.ones)(shape, dtype=torch.float64))
+
+
+def check_cost(
+    optimizer: Dion2,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    slices: int,
+    collectives: int,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:
+    """What statistics add: nothing to a step; to figures one look at the device, and so many collectives.
+
+    And nothing on the device but two integers a slice, once figures are taken.
+    """
+    append = on_host(SelectionHistory.append)
+    monkeypatch.setattr(
+        SelectionHistory, "append", lambda self, *given: append(self, *given[:2], *(each._tensor for each in given[2:]))
+    )
+    alone = step_watched(optimizer, process_group)
+    statistics = SelectionStatistics(every=2, orthogonality=True)
+    statistics.attach(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for step in range(1, 5):
+        is_due = step % 2 == 0
+        with NoHostWait() as watched:
+            optimizer.step()
+        assert (watched.sent, watched.collectives) == (alone.sent, alone.collectives)
+        with TakesOnce() as taken, NoHostWait() as watched:
+            assert (statistics.take() is not None) == is_due
+        assert (taken.calls, watched.collectives) == ((1, collectives) if is_due else (0, 0))
+        kept = tensors_of(statistics, apart_from=[optimizer, *parameters])
+        assert size_of(each for each in kept if is_on_device(each)) == 2 * slices * torch.int32.itemsize
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_statistics_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_cost(optimizer_of(), monkeypatch, slices=SLICES, collectives=0)
+
+
+def test_statistics_on_replicas(ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which measure the updates of different matrices."""
+    optimizer = optimizer_of(share_replicas=True)
+    check_cost(optimizer, monkeypatch, slices=SLICES, collectives=1, process_group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize(
+    "placements", [(Shard(0),), (Shard(1),), (Replicate(), Shard(0)), (Shard(0), Shard(1))], ids=str
+)
+def test_statistics_on_shards(reads: Reads, monkeypatch: pytest.MonkeyPatch, placements: Placements) -> None:
+    mesh = mesh_of(placements)
+    parameters = [spread(mesh, placements, *shape) for shape in ((40, 96), (96, 40), (64, 64))]
+    check_cost(Dion2([{"params": parameters}], lr=0.1), monkeypatch, slices=40 + 40 + 64, collectives=1)
+    assert reads.calls in (0, 6)  # as often as there were steps, or never
 
 
 # The detector

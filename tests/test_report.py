@@ -15,7 +15,7 @@ import pytest
 from dion2_lightning.figures import MEANINGS
 from dion2_lightning.history import SelectionHistory
 from dion2_lightning.plots import save_pictures
-from dion2_lightning.report import LOOK, UNKNOWN, main, render_report, verdicts
+from dion2_lightning.report import HEALTHY, LOOK, UNKNOWN, main, render_report, verdicts
 from tests.browser import browse, check_shown
 from tests.selection_histories import extend, kinds_of, llama, make_history
 
@@ -137,7 +137,8 @@ def test_one_matrix_one_step() -> None:
 
 
 def figures_at(step: int, **figures: float) -> SelectionHistory:
-    history = make_history(["a", "b"], points=1, every=step)
+    history = make_history(["a", "b"], points=1)
+    history.steps[-1] = step
     healthy = {
         "selected_fraction": 0.25, "coverage": 1.0, "staleness_mean": 3.0, "staleness_max": 20.0, "turnover": 0.7,
         "captured_mass": 0.4, "imbalance": 0.2, "update_rms": 1e-3, "orthogonality_error": 0.2,
@@ -172,6 +173,19 @@ def test_no_verdict_before_slices_had_their_turns() -> None:
     early, late = (verdicts(figures_at(step, coverage=0.5)) for step in (15, 16))
     assert {name for name in timed if early[name].state == UNKNOWN} == timed
     assert late["coverage"].state == LOOK
+
+
+@pytest.mark.parametrize(("step", "healthy", "look"), [(100, 50.0, 51.0), (1000, 400.0, 401.0), (10**5, 400.0, 401.0)])
+def test_a_slice_that_waits_long_is_seen_however_long_the_run(step: int, healthy: float, look: float) -> None:
+    """A slice that waited 401 of 100,000 steps may have had a hundredth of its fair share, all the time."""
+    states = [verdicts(figures_at(step, staleness_max=value))["staleness_max"].state for value in (healthy, look)]
+    assert states == [HEALTHY, LOOK]
+
+
+def test_the_longest_of_many_waits_by_chance() -> None:
+    """Of 256 slices, drawn at a fraction of a quarter: (3 / 4)^w * 256 is a thousandth where w is 43.3 steps."""
+    for step, value, state in ((43, 43.0, UNKNOWN), (44, 43.0, HEALTHY), (44, 44.0, LOOK)):
+        assert verdicts(figures_at(step, staleness_max=value))["staleness_max"].state == state
 
 
 def test_no_verdict_of_a_step_without_gradients() -> None:

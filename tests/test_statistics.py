@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.statistics import size_of, tensors_of
 from dion2_lightning import Dion2, SelectionStatistics, SelectionWarning, build_optimizer
 from dion2_lightning.figures import MEANINGS
 from dion2_lightning.history import MAX_POINTS, SelectionHistory
@@ -298,16 +299,23 @@ def test_without_statistics_nothing_is_kept() -> None:
 
 
 def test_two_integers_a_slice() -> None:
+    """All that can be reached from the statistics, but for what the optimizer has itself and the history on the host.
+
+    Of a step with figures more is kept until they are taken.
+    """
     named = parameters()
     optimizer = optimizer_of(named)
-    statistics = SelectionStatistics(every=1000)
+    statistics = SelectionStatistics(every=2, orthogonality=True)
     statistics.attach(optimizer)
-    set_gradients(named, 1)
-    optimizer.step()
-    slices = 8 + 8 + 12 + 10 + 3 * 8
-    kept = [tensor for ledger in statistics._ledgers for tensor in (ledger.last, ledger.hits)]
-    assert sum(tensor.numel() for tensor in kept) == 2 * slices
-    assert {tensor.dtype for tensor in kept} == {torch.int32}
+    integers = 2 * (8 + 8 + 12 + 10 + 3 * 8)
+    for step in range(1, 5):
+        set_gradients(named, step)
+        optimizer.step()
+        is_due = step % 2 == 0
+        for is_taken in (False, True):
+            kept = size_of(tensors_of(statistics, apart_from=[optimizer, statistics.history, *named.values()]))
+            assert (kept > 4 * integers) if is_due and not is_taken else (kept == 4 * integers)
+            statistics.take()
 
 
 # Warnings

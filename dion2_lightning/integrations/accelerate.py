@@ -27,10 +27,15 @@ class SelectionLogger:
         save_to: Where the history is written when a checkpoint is saved and at :meth:`close`, for plots: a folder, or a
             file ending in ``.json``. True: the accelerator's ``project_dir``, if it has one; False: nowhere
             (default: True).
+        pictures: At :meth:`close`, write pictures of the history to a folder ``pictures`` beside it, and send two to
+            the trackers that take images, as TensorBoard's and W&B's do; needs matplotlib (default: False).
 
     Raises:
+        ImportError: ``pictures`` needs matplotlib, which is missing.
+        RuntimeError: Another callback, whose training is running, looks on at the optimizer.
         TypeError: An argument has the wrong type.
-        ValueError: ``every`` or ``window`` is under 1, or the optimizer is no Dion2.
+        ValueError: ``every`` or ``window`` is under 1, the optimizer is no Dion2, or ``save_to`` is not on this
+            machine.
 
     Example::
 
@@ -52,10 +57,21 @@ class SelectionLogger:
         per_matrix: bool = False,
         orthogonality: bool = False,
         save_to: str | Path | bool = True,
+        pictures: bool = False,
     ) -> None:
         statistics = SelectionStatistics(every=every, window=window, orthogonality=orthogonality)
-        self._recorder = SelectionRecorder(type(self).__name__, statistics, per_matrix=per_matrix, save_to=save_to)
+        self._recorder = SelectionRecorder(
+            type(self).__name__,
+            statistics,
+            is_running=self._is_running,
+            log="accelerate",
+            per_matrix=per_matrix,
+            save_to=save_to,
+            pictures=pictures,
+        )
         self._accelerator = accelerator
+        self._is_entered = False
+        self._step: int | None = None
         self._path = self._recorder.path(accelerator.project_dir)
         self._recorder.attach([optimizer])
         accelerator.register_for_checkpointing(self)
@@ -73,22 +89,39 @@ class SelectionLogger:
 
         Returns:
             The figures, for a progress bar; None where there are none.
+
+        Raises:
+            RuntimeError: It was closed, or another one has been made for the same optimizer.
         """
+        if not self.statistics.is_attached:
+            raise RuntimeError(
+                f"{self._recorder.name}: looks on no longer, for it was closed, or another callback has been made for "
+                "the same optimizer; call log() of that one"
+            )
+        self._step = step
         figures = self.statistics.take()
         if figures is not None:
             self._accelerator.log(self._recorder.named(figures), step=figures.step if step is None else step)
         return figures
 
     def close(self) -> None:
-        """Write the history, and look on no longer."""
-        self._save()
-        self.statistics.detach()
+        """Write the history and pictures, and look on no longer; while trackers are open: before ``end_training``."""
+        self._detach()
+        if self._accelerator.is_main_process:
+            step = self.statistics.step if self._step is None else self._step
+            self._recorder.finish(self._path, self._accelerator.trackers, step)
 
     def __enter__(self) -> "SelectionLogger":
+        self._is_entered = True
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
+        """Close it; after an exception without pictures, which take time and may fail in turn."""
+        if exception is None:
+            self.close()
+        else:
+            self._save()
+            self._detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the statistics, and write the history; ``save_state`` calls it on every rank."""
@@ -98,6 +131,14 @@ class SelectionLogger:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; ``load_state`` calls it."""
         self.statistics.load_state_dict(state_dict)
+
+    def _is_running(self) -> bool:
+        """Whether it is in use for certain. Without ``with``, an exception in the loop leaves it open for ever."""
+        return self._is_entered
+
+    def _detach(self) -> None:
+        self.statistics.detach()
+        self._is_entered = False
 
     def _save(self) -> None:
         if self._accelerator.is_main_process:

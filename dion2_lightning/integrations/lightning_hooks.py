@@ -22,7 +22,12 @@ from dion2_lightning.routing import parameters_by_name
 
 
 class NamesInCheckpoints:
-    """The hooks of ``NamedOptimizerStates``."""
+    """Keep the states of :class:`~dion2_lightning.Dion2` optimizers in checkpoints by the names of parameters.
+
+    Every Trainer has it where ``dion2-lightning`` is installed, by an entry point of Lightning's; it concerns no other
+    optimizer. Where the package is only on the path, :func:`~dion2_lightning.build_optimizer` adds it to the Trainer
+    that it knows, and elsewhere ``Trainer(callbacks=[NamedOptimizerStates()])`` does. It has no state of its own.
+    """
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Replace numbers by names, where the module has a name for every parameter of the optimizer."""
@@ -93,7 +98,12 @@ def with_parameter_names(state_dict: dict[str, Any], optimizer: Optimizer, modul
 
 
 class RatesOfTheBackbone:
-    """The hooks of ``BackboneRates``."""
+    """Give every group of the backbone the learning rate that ``BackboneFinetuning`` gives the last group.
+
+    That callback adds one group and steps the rate of the last; of the one, Dion2 makes several, for matrices, biases
+    and norms. :func:`~dion2_lightning.build_optimizer` adds this callback where that one is, in the Trainer that it
+    knows; elsewhere it has to stand before that one in ``Trainer(callbacks=[...])``.
+    """
 
     def __init__(self) -> None:
         self._before: list[float] = []

@@ -1,6 +1,5 @@
 """What is being selected, in Lightning: a callback that logs it."""
 
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,10 @@ from dion2_lightning.statistics import SelectionStatistics, check_steps, check_t
 
 if TYPE_CHECKING or find_spec("lightning") is not None:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.trainer.states import TrainerStatus
 else:  # the same classes, under the package's other name
     from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.trainer.states import TrainerStatus
 
 
 class SelectionMonitor(Callback):
@@ -30,8 +31,8 @@ class SelectionMonitor(Callback):
         per_matrix: Also log every parameter, as ``dion2/<group>/<parameter>/coverage`` (default: False).
         orthogonality: Also measure how far updates are from orthonormal (default: False).
         save_to: Where the history is written when a checkpoint is saved and when training ends, for plots: a folder, or
-            a file ending in ``.json``. True: the first logger's folder, if there is a logger; False: nowhere
-            (default: True).
+            a file ending in ``.json``. True: where the first logger keeps this run, or Lightning its checkpoints
+            (``<save_dir>/<name>/<version>``), if there is a logger; False: nowhere (default: True).
         progress: Show ``coverage`` in the progress bar (default: True).
         pictures: When training ends, write pictures of the history to a folder ``pictures`` beside it, and send two to
             the loggers that take images, as TensorBoard's and W&B's do; needs matplotlib (default: False).
@@ -40,9 +41,11 @@ class SelectionMonitor(Callback):
         figures: The last ones; None before the first.
 
     Raises:
+        ImportError: ``pictures`` needs matplotlib, which is missing.
+        RuntimeError: When the fit starts, another callback looks on at the optimizer.
         TypeError: An argument has the wrong type.
         ValueError: ``every`` or ``window`` is under 1; or, when the fit starts, the Trainer has no Dion2 optimizer or
-            several, or neither ``every`` nor the Trainer says how often to log.
+            several, neither ``every`` nor the Trainer says how often to log, or ``save_to`` is not on this machine.
 
     Example::
 
@@ -63,15 +66,21 @@ class SelectionMonitor(Callback):
         if every is not None:
             check_steps("every", every)
         check_truth("progress", progress)
-        check_truth("pictures", pictures)
-        if pictures:
-            import_module("dion2_lightning.plots")  # says at once if matplotlib is missing
         statistics = SelectionStatistics(every=None, window=window, orthogonality=orthogonality)
-        self._recorder = SelectionRecorder(type(self).__name__, statistics, per_matrix=per_matrix, save_to=save_to)
-        self.every, self.progress, self.pictures = every, progress, pictures
+        self._recorder = SelectionRecorder(
+            type(self).__name__,
+            statistics,
+            is_running=self._is_running,
+            log=Trainer.__module__.removesuffix(".trainer.trainer"),
+            per_matrix=per_matrix,
+            save_to=save_to,
+            pictures=pictures,
+        )
+        self.every, self.progress = every, progress
         self.figures: Figures | None = None
         self._interval = 0
         self._path: Path | None = None
+        self._trainer: Trainer | None = None
 
     @property
     def statistics(self) -> SelectionStatistics:
@@ -91,12 +100,12 @@ class SelectionMonitor(Callback):
         self._interval = self.every or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._interval < 1:
             raise ValueError(
-                f"{self._recorder.owner}: every=None follows the Trainer, whose log_every_n_steps is {self._interval}; "
+                f"{self._recorder.name}: every=None follows the Trainer, whose log_every_n_steps is {self._interval}; "
                 "pass every=..."
             )
-        # The folder is broadcast, so every rank asks for it.
-        self._path = self._recorder.path(trainer.log_dir if trainer.loggers else None)
+        self._path = self._recorder.path(_folder(trainer))
         self._recorder.attach(trainer.optimizers)
+        self._trainer = trainer
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -128,15 +137,10 @@ class SelectionMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the history, and look on no longer."""
-        self._save(trainer)
+        """Write the history and pictures, and look on no longer."""
         self.statistics.detach()
-        if self.pictures and len(self.statistics.history) and trainer.is_global_zero:
-            from dion2_lightning.plots import log_pictures, save_pictures
-
-            log_pictures(self.statistics.history, trainer.loggers, _step(trainer))
-            if self._path is not None:
-                save_pictures(self.statistics.history, self._path.parent / "pictures")
+        if trainer.is_global_zero:
+            self._recorder.finish(self._path, trainer.loggers, _step(trainer))
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -154,9 +158,27 @@ class SelectionMonitor(Callback):
         """Go on from there."""
         self.statistics.load_state_dict(state_dict)
 
+    def _is_running(self) -> bool:
+        trainer: Any = self._trainer
+        return trainer is not None and trainer.state.status == TrainerStatus.RUNNING and self in trainer.callbacks
+
     def _save(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             self._recorder.save(self._path)
+
+
+def _folder(trainer: Any) -> str | None:
+    """The folder of this run, on every rank that of the first; None where nothing is logged."""
+    if not trainer.loggers or trainer.fast_dev_run:
+        return None
+    logger = trainer.loggers[0]
+    folder = getattr(logger, "log_dir", None)
+    if folder is None:
+        # Some loggers, as W&B's, have one folder for all runs. Lightning keeps checkpoints apart in it like this.
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = "/".join([str(logger.save_dir or trainer.default_root_dir), str(logger.name), version])
+    broadcast: str = trainer.strategy.broadcast(folder)
+    return broadcast
 
 
 def _step(trainer: Trainer) -> int:

@@ -1,13 +1,16 @@
 """What the tests of the selection's figures share: a training small enough to compute by hand, and comparisons."""
 
 import math
+import warnings
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from dion2_lightning import Dion2
+from dion2_lightning import Dion2, SelectionWarning
 from dion2_lightning.history import SelectionHistory
 
 ROWS: Final = (0, 0, 2)
@@ -101,6 +104,20 @@ def assert_same_figures(found: Any, expected: Any) -> None:
             for name, value in theirs.items():
                 is_rounded = name in ("update_rms", "orthogonality_error", "captured_mass", "imbalance")
                 assert mine[name] == (pytest.approx(value, rel=1e-3) if is_rounded else value), (its[0], name)
+
+
+def pictures_in(folder: Path) -> dict[str, list[int]]:
+    """The images that TensorBoard has been sent, with the steps that they are of."""
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    return {name: [image.step for image in events.Images(name)] for name in events.Tags()["images"]}
+
+
+def assert_dead_layer_is_named_once(caught: list[warnings.WarningMessage], name: str = "dead.weight") -> None:
+    """What a training of the next module warns of, when its statistics look on at every step."""
+    messages = [str(each.message) for each in caught if each.category is SelectionWarning]
+    assert len(messages) == 1
+    assert messages[0].startswith(f"step 2, all-zero momentum: {name} (1 of 1 matrices); their gradients")
 
 
 class WithDeadLayer(nn.Module):

@@ -93,12 +93,8 @@ def test_resume(layout: str, tmp_path: Path, record_property: Callable[[str, obj
 
 
 def test_the_curve_is_the_one_by_hand() -> None:
-    assert loss_curve(20) == pytest.approx(test_plain.loss_curve(20), abs=1e-4)
-
-
-def assert_curve_is_the_one_by_hand() -> None:
-    assert loss_curve(20) == pytest.approx(test_plain.loss_curve(20), abs=1e-4)
+    test_plain.check_curve(loss_curve)
 
 
 def test_the_curve_of_two_ranks_is_the_one_by_hand() -> None:
-    run_like_torchrun(2, assert_curve_is_the_one_by_hand)
+    run_like_torchrun(2, test_plain.check_curve, loss_curve)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -40,6 +41,11 @@ def loss_curve(steps: int, model: nn.Module | None = None) -> list[float]:
     model = make_model() if model is None else model
     optimizer = make_optimizer("Dion2", model)
     return [train_step(model, optimizer, batch) for batch in Sequences(steps).pieces.split(BATCH)]
+
+
+def check_curve(curve: Callable[[int], list[float]]) -> None:
+    """A framework's losses, of so many steps, are those by hand."""
+    assert curve(20) == pytest.approx(loss_curve(20), abs=1e-4)
 
 
 def train_step(model: nn.Module, optimizer: Optimizer, batch: Tensor) -> float:

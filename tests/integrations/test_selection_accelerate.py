@@ -1,5 +1,6 @@
 """SelectionLogger in loops under Accelerate: names and values by hand, skipped steps, resuming, refusals."""
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from dion2_lightning import SelectionLogger, SelectionStatistics, SelectionWarning, build_optimizer
 from dion2_lightning.history import SelectionHistory
+from dion2_lightning.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import make_accelerator
 from tests.integrations.resume import STEPS, STOP
@@ -22,10 +24,12 @@ from tests.integrations.selection import (
     WINDOW,
     ByHand,
     WithDeadLayer,
+    assert_dead_layer_is_named_once,
     assert_same_figures,
     gradients,
     named,
     optimizer_by_hand,
+    pictures_in,
     points,
 )
 from tests.integrations.test_accelerate import loader_of
@@ -102,6 +106,30 @@ def test_interval_and_step(tmp_path: Path) -> None:
     assert SelectionHistory.load(tmp_path / "new" / "run.json").steps == [3]
 
 
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_pictures_are_written_and_sent(tmp_path: Path) -> None:
+    """When the loop ends; not after an exception, after which there is the history alone."""
+    for fails in (False, True):
+        folder = tmp_path / str(fails)
+        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=folder)
+        accelerator.init_trackers("board")
+        model = ByHand()
+        optimizer = accelerator.prepare(optimizer_by_hand(model))
+        seen = contextlib.suppress(ArithmeticError) if fails else contextlib.nullcontext()
+        with seen, SelectionLogger(accelerator, optimizer, every=1, pictures=True) as selection:
+            for gradient in gradients():
+                accelerator.backward(model(gradient)["loss"])
+                optimizer.step()
+                optimizer.zero_grad()
+                selection.log()
+            if fails:
+                raise ArithmeticError("planted")
+        accelerator.end_training()
+        assert (folder / "dion2_selection.json").exists()
+        assert {path.stem for path in (folder / "pictures").glob("*.png")} == (set() if fails else set(PICTURES))
+        assert pictures_in(folder / "board") == ({} if fails else {"dion2/overview": [3], "dion2/heatmap": [3]})
+
+
 def test_steps_that_the_grad_scaler_skips_are_not_logged() -> None:
     accelerator, tracker = tracked()
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -169,6 +197,33 @@ def test_resume_under_fsdp2(tmp_path: Path) -> None:
     run_like_torchrun(2, check_resume, "FSDP2, sharded", tmp_path / "two", expected)
 
 
+def test_one_logger_takes_the_place_of_another() -> None:
+    """Of one that an exception left open; the other is not used any more without a word."""
+    accelerator, built = Accelerator(cpu=True), optimizer_by_hand(ByHand())
+    before = SelectionLogger(accelerator, built)
+    after = SelectionLogger(accelerator, built)
+    assert built.observer is after.statistics
+    after.log()
+    with pytest.raises(RuntimeError, match="SelectionLogger: looks on no longer, for it was closed, or another callb"):
+        before.log()
+    before.close()
+    assert built.observer is after.statistics
+    after.close()
+    assert not after.statistics.is_attached
+    refused = pytest.raises(RuntimeError, match="SelectionLogger looks on at this optimizer already, and its training")
+    with SelectionLogger(accelerator, built), refused:
+        SelectionLogger(accelerator, built)
+
+
+def test_a_folder_that_is_not_on_this_machine() -> None:
+    """By default it is no reason to end a training."""
+    accelerator = Accelerator(cpu=True, project_dir="s3://bucket")
+    with pytest.warns(SelectionWarning, match="history is written nowhere, for save_to=True is 's3://bucket', which"):
+        SelectionLogger(accelerator, optimizer_by_hand(ByHand())).close()
+    with pytest.raises(ValueError, match="SelectionLogger: save_to is 's3://bucket/run', which is no local folder"):
+        SelectionLogger(accelerator, optimizer_by_hand(ByHand()), save_to="s3://bucket/run")
+
+
 def test_what_is_refused() -> None:
     accelerator = Accelerator(cpu=True)
     other = accelerator.prepare(torch.optim.SGD(ByHand().parameters(), lr=0.1))
@@ -189,6 +244,4 @@ def test_a_dead_layer_is_named_once() -> None:
             accelerator.backward(model(gradient)["loss"])
             optimizer.step()
             selection.log()
-    messages = [str(each.message) for each in caught if each.category is SelectionWarning]
-    assert len(messages) == 1
-    assert messages[0].startswith("step 2, all-zero momentum: dead.weight (1 of 1 matrices); their gradients")
+    assert_dead_layer_is_named_once(caught)

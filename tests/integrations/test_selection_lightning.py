@@ -11,8 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -27,10 +26,12 @@ from tests.integrations.selection import (
     WINDOW,
     ByHand,
     WithDeadLayer,
+    assert_dead_layer_is_named_once,
     assert_same_figures,
     gradients,
     named,
     optimizer_by_hand,
+    pictures_in,
     points,
 )
 from tests.integrations.test_lightning_checkpoints import FILE, Saving
@@ -110,9 +111,7 @@ def test_pictures_are_written_and_sent(tmp_path: Path) -> None:
     monitor = SelectionMonitor(every=1, pictures=True, save_to=tmp_path / "selection.json")
     fit_by_hand(monitor, logger=[csv, board])
     assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == set(PICTURES)
-    events = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0})
-    events.Reload()
-    assert events.Tags()["images"] == ["dion2/overview", "dion2/heatmap"]
+    assert list(pictures_in(tmp_path / "board")) == ["dion2/overview", "dion2/heatmap"]
 
 
 def test_accumulated_batches_are_logged_once(tmp_path: Path) -> None:
@@ -151,6 +150,53 @@ def test_the_progress_bars_show_coverage(capfd: pytest.CaptureFixture[str]) -> N
             fit_by_hand(monitor, callbacks=[bar], enable_progress_bar=True)
             shown = "".join(capfd.readouterr())
             assert ("coverage=0.5" in shown or "coverage: 0.5" in shown) == progress, (bar, shown)
+
+
+# Where the history goes
+
+
+class OneFolder(Logger):
+    """A logger with one folder for all runs, as W&B's: runs differ in their versions."""
+
+    name, version, save_dir = "runs", 7, ""
+
+    def log_metrics(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_the_history_lies_where_lightning_keeps_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One run does not replace the file of another, and the log says where it is."""
+    logger = OneFolder()
+    logger.save_dir = str(tmp_path)
+    checkpoints = ModelCheckpoint(save_last=True)
+    caplog.set_level("INFO", "lightning.pytorch")
+    fit_by_hand(SelectionMonitor(), logger=logger, callbacks=[checkpoints], enable_checkpointing=True)
+    file = tmp_path / "runs" / "version_7" / "dion2_selection.json"
+    assert Path(checkpoints.last_model_path).parents[1] == file.parent
+    assert file.exists()
+    said = [record.message for record in caplog.records if "history of what is selected" in record.message]
+    assert said == [f"SelectionMonitor: the history of what is selected is in {file}"]
+
+
+def test_a_remote_folder_does_not_end_the_training() -> None:
+    logger = OneFolder()
+    logger.save_dir = "s3://bucket"
+    with pytest.warns(SelectionWarning, match="written nowhere, for save_to=True is 's3://bucket/runs/version_7', whi"):
+        trainer = fit_by_hand(SelectionMonitor(), logger=logger)
+    assert trainer.global_step == 3
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_a_rehearsal_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monitor = SelectionMonitor(every=1)
+    fit_by_hand(monitor, fast_dev_run=3, logger=True)
+    assert len(monitor.statistics.history) == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 # Strategies
@@ -244,6 +290,35 @@ def test_it_looks_on_no_longer_after_an_exception() -> None:
     assert trainer.optimizers[0].observer is None
 
 
+class FailsAgain(L.Callback):
+    def on_exception(self, *_: Any) -> None:
+        raise ArithmeticError("and once more")
+
+
+class WithItsOptimizer(Module):
+    """Trains with one optimizer in every fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer = optimizer_by_hand(self.model)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer
+
+
+def test_after_a_fit_that_told_nobody_of_its_end_another_monitor_takes_over() -> None:
+    """Callbacks that come later are not told of an exception if telling an earlier one fails."""
+    module, monitor, other = WithItsOptimizer(), SelectionMonitor(), SelectionMonitor(every=1)
+    optimizer = module.optimizer
+    arguments: dict[str, Any] = {"gradient_clip_val": None, "enable_progress_bar": False}
+    trainer = make_trainer("one device", 3, callbacks=[FailsAgain(), monitor, Fails()], **arguments)
+    with pytest.raises(ArithmeticError, match="and once more"):
+        trainer.fit(module)
+    assert optimizer.observer is monitor.statistics
+    make_trainer("one device", 3, callbacks=[other], **arguments).fit(module)
+    assert (monitor.statistics.step, other.statistics.step) == (1, 3)
+
+
 def test_a_wrapped_optimizer_is_looked_through() -> None:
     """Lightning's wrapper passes for the optimizer; what is set on it does not reach it."""
     optimizer = optimizer_by_hand(ByHand())
@@ -264,6 +339,10 @@ class AsControl(Module):
         return build_optimizer(self, lr=0.01, algorithm="adamw")
 
 
+class Second(SelectionMonitor):
+    """Lightning itself refuses two callbacks of one class that have a state."""
+
+
 def test_what_is_refused() -> None:
     trainer = make_trainer("one device", 3, callbacks=[SelectionMonitor()])
     with pytest.raises(ValueError, match=r"SelectionMonitor: no Dion2 optimizer; found AdamW\. Make it with dion2_"):
@@ -275,7 +354,10 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="every=None follows the Trainer, whose log_every_n_steps is 0; pass every="):
         trainer.fit(Module())
     trainer = make_trainer("one device", 3, callbacks=[SelectionMonitor(save_to="s3://bucket/run")])
-    with pytest.raises(ValueError, match="save_to would be 's3://bucket/run', which is no local folder"):
+    with pytest.raises(ValueError, match="save_to is 's3://bucket/run', which is no local folder"):
+        trainer.fit(Module())
+    trainer = make_trainer("one device", 3, callbacks=[SelectionMonitor(), Second()])
+    with pytest.raises(RuntimeError, match="SelectionMonitor looks on at this optimizer already, and its training is"):
         trainer.fit(Module())
 
 
@@ -296,6 +378,7 @@ def test_the_control_without_matrices_has_nothing_to_show() -> None:
         ({"orthogonality": None}, TypeError, "orthogonality must be True or False, got None"),
         ({"save_to": None}, TypeError, "save_to must be a folder, a file, True or False, got None"),
         ({"progress": "tqdm"}, TypeError, "progress must be True or False, got 'tqdm'"),
+        ({"pictures": "all"}, TypeError, "pictures must be True or False, got 'all'"),
     ],
     ids=str,
 )
@@ -309,6 +392,4 @@ def test_a_dead_layer_is_named_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(Module(WithDeadLayer()))
-    messages = [str(each.message) for each in caught if each.category is SelectionWarning]
-    assert len(messages) == 1
-    assert messages[0].startswith("step 2, all-zero momentum: model.dead.weight (1 of 1 matrices); their gradients")
+    assert_dead_layer_is_named_once(caught, "model.dead.weight")

@@ -1,5 +1,6 @@
 """SelectionCallback in the Trainer: names and values by hand in every report, every layout, resuming, refusals."""
 
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -11,9 +12,12 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-from dion2_lightning import Dion2Factory, SelectionCallback, SelectionWarning
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning import Dion2Factory, SelectionCallback, SelectionStatistics, SelectionWarning
+from dion2_lightning.figures import MEANINGS
+from dion2_lightning.history import BINS, SelectionHistory
+from dion2_lightning.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import fsdp2_on_cpu
 from tests.integrations.resume import STOP, unwrapped
@@ -23,17 +27,22 @@ from tests.integrations.selection import (
     WINDOW,
     ByHand,
     WithDeadLayer,
+    assert_dead_layer_is_named_once,
     assert_same_figures,
     gradients,
     named,
     optimizer_by_hand,
+    pictures_in,
     points,
 )
 from tests.integrations.test_trainer import FSDP, InOrder, arguments, make_trainer
 from tests.integrations.test_trainer_distributed_config import make_mixture
 from tests.integrations.training import SETTINGS, make_model
+from tests.selection_histories import llama
 
 STEPS = 8
+SMOLLM2_SLICES = [576, 192, 192, 576, 576, 576, 576]
+"""Of q, k, v, o, gate, up and down."""
 
 
 class Recorder(TrainerCallback):
@@ -89,6 +98,39 @@ def test_names_and_values_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert points(saved) == points(callback.statistics.history)
     assert len(saved) == 3
     assert unwrapped(trainer.optimizer).observer is None
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_pictures_are_written_and_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    trainer_by_hand(tmp_path, [SelectionCallback(pictures=True)], report_to=["tensorboard"]).train()
+    assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == set(PICTURES)
+    assert pictures_in(tmp_path / "tensorboard") == {"dion2/overview": [3], "dion2/heatmap": [3]}
+
+
+class Quiet(TrainerCallback):
+    """Decides that a step is not logged."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log &= state.global_step != 2
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+@pytest.mark.parametrize("every", [1, 2])
+def test_figures_of_a_step_that_is_not_logged_stay_under_this_step(every: int, tmp_path: Path) -> None:
+    """In the history, also that of a checkpoint; reporters get none of it, then or with the loss of the next step."""
+    reporter = Recorder()
+    callbacks = [SelectionCallback(window=WINDOW, every=every), Quiet(), reporter]
+    trainer = trainer_by_hand(tmp_path, callbacks, save_strategy="steps", save_steps=2)
+    trainer.train()
+    expected = [(step, named(step - 1, *ALL)) for step in range(every, 4, every)]
+    assert selection_of(trainer.state.log_history) == expected
+    assert ["loss" in entry for entry in trainer.state.log_history[:3]] == [True, False, True]
+    assert [entry["step"] for entry in trainer.state.log_history[:3]] == [1, 2, 3]
+    assert trainer.state.log_history[1]["epoch"] == pytest.approx(2 / 3)
+    assert [entry for entry in reporter.logged if entry[1]] == [each for each in expected if each[0] != 2]
+    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert selection_of(saved["log_history"]) == [each for each in expected if each[0] <= 2]
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
@@ -204,6 +246,7 @@ def test_resume(tmp_path: Path) -> None:
     state = json.loads((tmp_path / f"checkpoint-{STOP}" / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["SelectionCallback"]
     assert saved["args"]["window"] == 3
+    assert saved["args"].keys() == inspect.signature(SelectionCallback).parameters.keys()
     restored = SelectionCallback.from_state(saved)
     assert restored.statistics.step == STOP
     assert restored.statistics.window == 3
@@ -234,6 +277,82 @@ def test_a_checkpoint_from_before_the_callback_was_there(tmp_path: Path) -> None
     assert [step for step, _ in selection_of(resumed.state.log_history)] == [3, 4]
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert SelectionCallback.from_state(state["stateful_callbacks"]["SelectionCallback"]).statistics.step == 2
+
+
+class Counted(TrainerCallback, ExportableState):
+    """Counts how often the Trainer asks for a state by itself."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def state(self) -> dict[str, Any]:
+        self.calls += 1
+        return {"args": {}, "attributes": {}}
+
+
+class CountedSelection(SelectionCallback):
+    calls = 0
+
+    def state(self) -> dict[str, Any]:
+        self.calls += 1
+        return super().state()
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_the_state_is_packed_only_where_the_trainer_asks_for_it(tmp_path: Path) -> None:
+    """It takes a second where a run was long and a model large."""
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        callback, counted = CountedSelection(), Counted()
+        trainer = trainer_by_hand(tmp_path, [callback, counted], **settings)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert callback.calls == counted.calls > 0
+
+
+def test_a_checkpoint_of_a_large_model_is_bounded() -> None:
+    """To 5 MB for SmolLM2-135M's 210 matrices, with figures, shares and counts that cannot be compressed.
+
+    Nothing is lost but points of the history's past.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kinds = [["dion2", name, 1, slices, 0] for name, slices in zip(llama(30), 30 * SMOLLM2_SLICES, strict=True)]
+    points, steps = 256, 10**4
+    values = torch.rand(points, len(kinds), len(MEANINGS), generator=generator, dtype=torch.float64).tolist()
+    parameters = [[{n: float(f"{v:.6g}") for n, v in zip(MEANINGS, each, strict=True)} for each in p] for p in values]
+    counts = {
+        f"{group}/{name}": {
+            entry: torch.randint(steps, (matrices, slices), generator=generator, dtype=torch.int32)
+            for entry in ("last", "hits")
+        }
+        for group, name, matrices, slices, _ in kinds
+    }
+    history = {
+        "window": 100,
+        "steps": [steps * (point + 1) // points for point in range(points)],
+        "overall": [point[0] for point in parameters],
+        "groups": [{"dion2": point[0]} for point in parameters],
+        "parameters": parameters,
+        "kinds": kinds,
+        "shares": torch.randint(256, (points, len(kinds), BINS), generator=generator, dtype=torch.uint8),
+        "counts": torch.rand(len(kinds), BINS, generator=generator, dtype=torch.float64),
+        "hits": torch.rand(len(kinds), BINS, generator=generator, dtype=torch.float64),
+    }
+    callback, resumed = SelectionCallback(), SelectionCallback()
+    callback.statistics.load_state_dict({"step": steps, "counts": counts, "history": history, "warned": []})
+    saved = callback.state()
+    assert len(json.dumps(saved)) < 5e6
+    resumed.saved = saved["attributes"]["saved"]
+    state = resumed.statistics.state_dict()
+    assert state["step"] == steps
+    assert all(
+        torch.equal(state["counts"][name][entry], counts[name][entry]) for name in counts for entry in counts[name]
+    )
+    for name in ("counts", "hits"):
+        assert torch.equal(state["history"][name], history[name])
+    assert state["history"]["parameters"][-1] == parameters[-1]
+    kept = torch.tensor([0, *state["history"]["steps"]]).diff()
+    assert len(kept) > 100 and kept.max() <= 2 * kept.min() + 1
+    assert len(callback.statistics.history) == points
 
 
 class SaveLate(TrainerCallback):
@@ -286,7 +405,57 @@ def test_another_training_begins_anew(tmp_path: Path) -> None:
         assert (callback.figures.overall["coverage"], callback.figures.overall["staleness_max"]) == (0.5, 3.0)
 
 
+class Crash(TrainerCallback):
+    """Ends the training by an exception, after a look at who looks on."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        with pytest.raises(RuntimeError, match="SelectionCallback looks on at this optimizer already, and its"):
+            SelectionStatistics().attach(optimizer)
+        raise ArithmeticError("planted")
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_after_a_crash_others_may_look_on(tmp_path: Path) -> None:
+    """A Trainer tells nobody of an exception, so the callback looks on until another is to."""
+    crashed, after = SelectionCallback(), SelectionCallback(window=WINDOW)
+    trainer = trainer_by_hand(tmp_path, [crashed, Crash()])
+    with pytest.raises(ArithmeticError, match="planted"):
+        trainer.train()
+    optimizer = unwrapped(trainer.optimizer)
+    assert optimizer.observer is crashed.statistics
+    for each in (crashed, Crash):
+        trainer.remove_callback(each)
+    trainer.add_callback(after)
+    trainer.train()
+    assert (crashed.statistics.step, after.statistics.step) == (1, 3)
+    trainer.add_callback(crashed)
+    trainer.add_callback(Crash())
+    trainer.remove_callback(after)
+    with pytest.raises(ArithmeticError, match="planted"):
+        trainer.train()
+    statistics = SelectionStatistics()
+    statistics.attach(optimizer)
+    assert optimizer.observer is statistics
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_a_folder_that_is_not_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default it is no reason to end a training."""
+    monkeypatch.chdir(tmp_path)
+    trainer = trainer_by_hand(Path("run"), [SelectionCallback(every=1)])
+    trainer.args.output_dir = "s3://bucket/run"
+    with pytest.warns(SelectionWarning, match="history is written nowhere, for save_to=True is 's3://bucket/run', whi"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    trainer = trainer_by_hand(tmp_path, [SelectionCallback(save_to="s3://bucket/run")])
+    with pytest.raises(ValueError, match="SelectionCallback: save_to is 's3://bucket/run', which is no local folder"):
+        trainer.train()
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_by_hand(tmp_path, [SelectionCallback(), SelectionCallback()])
+    with pytest.raises(RuntimeError, match="SelectionCallback looks on at this optimizer already, and its training"):
+        trainer.train()
     pair = (torch.optim.AdamW, {"lr": 1e-3})
     trainer = make_trainer(arguments(tmp_path), make_model(), pair, callbacks=[SelectionCallback()])
     with pytest.raises(ValueError, match=r"SelectionCallback: no Dion2 optimizer; found AdamW\. Make it with"):
@@ -318,7 +487,5 @@ def test_a_dead_layer_is_named_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
-    messages = [str(each.message) for each in caught if each.category is SelectionWarning]
-    assert len(messages) == 1
-    assert messages[0].startswith("step 2, all-zero momentum: dead.weight (1 of 1 matrices); their gradients")
+    assert_dead_layer_is_named_once(caught)
     assert not (tmp_path / "dion2_selection.json").exists()
