@@ -1,5 +1,7 @@
 """The model and its image processor: pretrained, or a small Vision Transformer from nothing."""
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoImageProcessor,
@@ -14,7 +16,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from recipes.image_classification.settings import SMALL_VIT
 from recipes.inputs import InputError
 
-SIZE, PATCH = 32, 8
+SIZE, PATCH, WIDTH = 32, 8, 64
 
 
 def load_model(name: str, classes: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -39,22 +41,24 @@ def load_model(name: str, classes: list[str]) -> tuple[PreTrainedModel, BaseImag
             **labels,
             ignore_mismatched_sizes=True,  # a head for other classes is replaced
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"--model {name!r} could not be loaded. Give {SMALL_VIT!r}, a folder with a model and its image processor, "
-            "or a name on the hub."
+            f"--model {name!r} could not be loaded: {reason} Give {SMALL_VIT!r}, a folder with a model for image "
+            "classification and its image processor, or a name on the hub."
         ) from error
     return model.train(), processor
 
 
-def _small_vit(labels: dict[str, dict]) -> tuple[PreTrainedModel, BaseImageProcessor]:
+def _small_vit(labels: dict[str, Any]) -> tuple[PreTrainedModel, BaseImageProcessor]:
     config = ViTConfig(
         image_size=SIZE,
         patch_size=PATCH,
-        hidden_size=128,
-        intermediate_size=512,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
         num_hidden_layers=4,
         num_attention_heads=4,
+        initializer_range=0.02 * (768 / WIDTH) ** 0.5,  # 0.02 is meant for the width of ViT-B
         **labels,
     )
     # Without torchvision, ViTImageProcessor is a placeholder; this one needs Pillow alone and is saved as the same.

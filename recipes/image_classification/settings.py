@@ -27,7 +27,7 @@ class Settings:
     Without arguments it trains a small one from scratch to read handwritten digits; that needs neither network nor GPU.
 
     Attributes:
-        model: "small-vit" (0.8M parameters, trained from nothing), a name on the hub, or a folder. Pretrained weights
+        model: "small-vit" (0.2M parameters, trained from nothing), a name on the hub, or a folder. Pretrained weights
             come with their image processor and get a new head for the classes.
         dataset: "digits" (8 x 8 grey images, from scikit-learn), a name on the hub, or a folder of images: one folder
             for each class, or such folders in train/ and test/.

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor
+from torch.nn import functional
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from typing_extensions import override
 
 from dion2_lightning import Dion2Factory, SelectionCallback
@@ -44,9 +46,23 @@ EVALUATION_BATCH = 64
 
 
 class ImageTrainer(Trainer):
-    """A Trainer whose log says how fast it goes."""
+    """A Trainer whose log says how fast it goes, and whose refusals name the recipe's argument."""
 
     speedometer: Speedometer
+
+    @override
+    def create_optimizer(self, model: Any = None) -> Any:
+        try:
+            return super().create_optimizer(model)
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
+
+    @override
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
+        """Evaluate; the Trainer's own mean counts images twice that fill up the last batches of several ranks."""
+        output = super().evaluation_loop(*arguments, **options)
+        output.metrics["eval_loss"] = output.metrics.pop("eval_cross_entropy")
+        return output
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -108,8 +124,12 @@ def fine_tune(settings: Settings) -> list[Result]:
 def train(settings: Settings, split: Split, progress: bool = True) -> Result:
     """Makes one run: trains, measures, and saves the checkpoint, the log and the model in its folder."""
     arguments = training_arguments(settings)
+    checkpoint = _checkpoint_to_start_from(settings, arguments)
     set_seed(settings.seed)
     model, processor = load_model(settings.model, split.classes)
+    if checkpoint is not None:
+        # The Trainer leaves out weights that are saved under other names than they have in memory, as those of ViT are.
+        model, _ = load_model(checkpoint, split.classes)
     collate = collate_with(processor)
     timer = StepTimer(_speedometer(settings, arguments, model, collate, split), settings.batch_size)
     selection = _selection(settings)
@@ -120,15 +140,21 @@ def train(settings: Settings, split: Split, progress: bool = True) -> Result:
         train_dataset=TrainingSequence(split.train, settings),
         eval_dataset=split.held_out,
         processing_class=processor,
-        compute_metrics=_accuracy,
+        compute_metrics=_accuracy_and_loss,
         callbacks=[timer, *selection],
-        optimizer_cls_and_kwargs=_optimizer(settings, arguments),
+        optimizer_cls_and_kwargs=Dion2Factory.from_arguments(
+            arguments,
+            algorithm=settings.algorithm,
+            fraction=settings.fraction,
+            momentum=settings.momentum,
+            adamw_lr=settings.adamw_lr,
+        ),
     )
     trainer.speedometer = timer.speedometer
     trainer.remove_callback(ProgressCallback)
     if progress:
         trainer.add_callback(ProgressBar)
-    trainer.train(resume_from_checkpoint=_checkpoint_to_start_from(settings, arguments))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_model(str(saved_model(settings)))
     files: tuple[Path, ...] = ()
@@ -143,7 +169,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     """Returns what the Trainer is told.
 
     Raises:
-        InputError: If `batch_size` cannot be dealt out, or one process has several GPUs.
+        InputError: If `batch_size` cannot be dealt out, `report_to` is unknown, or one process has several GPUs.
     """
     share = world_size() * settings.accumulation
     if settings.batch_size % share:
@@ -151,6 +177,10 @@ def training_arguments(settings: Settings) -> TrainingArguments:
             f"--batch_size {settings.batch_size} cannot be dealt out evenly to {world_size()} devices in "
             f"{settings.accumulation} parts. Give a multiple of {share}, or another --accumulation."
         )
+    try:
+        get_reporting_integration_callbacks(settings.report_to)
+    except ValueError as error:
+        raise InputError(f"--report_to: {error}") from error
     gpu = torch.cuda.is_available() and not settings.cpu
     auto = gpu and torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
@@ -192,19 +222,6 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _optimizer(settings: Settings, arguments: TrainingArguments) -> Any:
-    try:
-        return Dion2Factory.from_arguments(
-            arguments,
-            algorithm=settings.algorithm,
-            fraction=settings.fraction,
-            momentum=settings.momentum,
-            adamw_lr=settings.adamw_lr,
-        )
-    except ValueError as error:
-        raise InputError(f"--{error}") from error
-
-
 def _selection(settings: Settings) -> list[SelectionCallback]:
     """What looks on at the selection: nothing where all of every matrix is trained in every step."""
     if settings.algorithm != "dion2":
@@ -225,8 +242,12 @@ def _speedometer(
     return Speedometer(training_flops(model, inputs), arguments.device, dtype, world_size(), unit="images")
 
 
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+def _accuracy_and_loss(prediction: EvalPrediction) -> dict[str, float]:
+    logits, labels = torch.as_tensor(prediction.predictions).float(), torch.as_tensor(prediction.label_ids)
+    return {
+        "accuracy": (logits.argmax(-1) == labels).float().mean().item(),
+        "cross_entropy": functional.cross_entropy(logits, labels).item(),
+    }
 
 
 def _checkpoint_to_start_from(settings: Settings, arguments: TrainingArguments) -> str | None:
