@@ -76,7 +76,7 @@ class Settings:
     shift: float = 0.125
     flip: bool = False
     algorithm: Literal["dion2", "muon", "adamw"] = "dion2"
-    lr: float = 4e-3
+    lr: float = 8e-3
     adamw_lr: float | None = 2e-3
     fraction: float = 0.25
     momentum: float = 0.8

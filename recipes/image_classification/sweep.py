@@ -11,10 +11,27 @@ from recipes.image_classification.train import train
 from recipes.sweep import Candidate, search
 from recipes.terminal import quiet_libraries
 
-ADAMW: list[Candidate] = [{"algorithm": "adamw", "lr": lr, "adamw_lr": lr} for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)]
+ADAMW: list[Candidate] = [
+    {"algorithm": "adamw", "lr": lr, "adamw_lr": adamw_lr}
+    for lr, adamw_lr in [
+        (5e-4, 5e-4),
+        (1e-3, 1e-3),
+        (2e-3, 2e-3),
+        (4e-3, 4e-3),
+        (8e-3, 8e-3),
+        (2.8e-3, 2e-3),
+    ]
+]
 DION2: list[Candidate] = [
-    {"algorithm": "dion2", "momentum": momentum, "lr": lr, "adamw_lr": Settings.adamw_lr}
-    for momentum, lr in [(0.8, 2e-3), (0.8, 4e-3), (0.8, 8e-3), (0.8, 1.6e-2), (0.95, 4e-3)]
+    {"algorithm": "dion2", "momentum": momentum, "lr": lr, "adamw_lr": 2e-3}
+    for momentum, lr in [
+        (0.8, 2e-3),
+        (0.8, 4e-3),
+        (0.8, 8e-3),
+        (0.8, 1.6e-2),
+        (0.95, 4e-3),
+        (0.95, 8e-3),
+    ]
 ]
 
 

@@ -55,10 +55,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_vit(tmp_path_factory.mktemp("tiny"))
 
 
+def draw_nothing(history: SelectionHistory, folder: Path) -> list[Path]:
+    """Pictures take longer than a short run."""
+    return []
+
+
 @pytest.fixture
 def tiny(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Settings of a short run without pictures, which take longer to draw than the run."""
-    monkeypatch.setattr(comparison, "save_pictures", lambda history, folder: [])
+    monkeypatch.setattr(comparison, "save_pictures", draw_nothing)
     return Settings(model=tiny_model, output=tmp_path / "runs", control=False, **SMALL)
 
 
@@ -274,6 +278,7 @@ class TestHowItIsComputed:
 
 
 def train_on_rank(settings: Settings) -> None:
+    comparison.save_pictures = draw_nothing
     [result] = fine_tune(settings)
     assert bool(result.selection) == (os.environ["RANK"] == "0")
 
@@ -298,6 +303,7 @@ class TestResume:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Bit for bit, dropout and shifts included, with a part of the images seen twice."""
+        monkeypatch.setattr(comparison, "save_pictures", draw_nothing)
         model = save_tiny_vit(tmp_path / "model", dropout=0.1)
         whole = Settings(
             model=model,
