@@ -41,7 +41,7 @@ class Settings:
         flip: Whether to mirror every other training image. Digits and letters must not be.
         algorithm: What trains the matrices.
         lr: Peak learning rate of the matrices.
-        adamw_lr: Peak learning rate of all other parameters, in the control too. By default `lr`.
+        adamw_lr: Peak learning rate of all other parameters, in the control too; null is `lr`.
         fraction: Share of each matrix that a step of Dion2 updates.
         momentum: Momentum of the matrices. 0.8 suits runs of some hundred steps, 0.95 long ones.
         weight_decay: Decoupled weight decay; biases and norms get none.

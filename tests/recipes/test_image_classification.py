@@ -25,6 +25,7 @@ from recipes.image_classification.model import load_model
 from recipes.image_classification.settings import Settings
 from recipes.image_classification.train import ImageTrainer, fine_tune, main, training_arguments
 from recipes.inputs import InputError
+from recipes.throughput import training_flops
 from tests.distributed.ranks import run_like_torchrun
 
 EXAMPLES = sorted(Path(recipe.__file__).parent.glob("*.yaml"))
@@ -278,7 +279,7 @@ class TestHowItIsComputed:
 
 
 def train_on_rank(settings: Settings) -> None:
-    comparison.save_pictures = draw_nothing
+    comparison.save_pictures = draw_nothing  # type: ignore[assignment]
     [result] = fine_tune(settings)
     assert bool(result.selection) == (os.environ["RANK"] == "0")
 
@@ -296,6 +297,19 @@ class TestLog:
         assert all(line["images_per_second"] > 0 for line in lines[22:])
         assert "images_per_second" not in lines[10]
         assert list(run_folder(tiny).rglob("events.out.tfevents.*"))
+
+    def test_operations_of_training(self, tiny: Settings) -> None:
+        """A product of (n, m) with (m, k) is 2 n m k; backward passes through activations and weights, if trained."""
+        model, _ = load_model(tiny.model, ["a", "b"])
+        tokens, width = 5, 32
+        attention = 4 * tokens * width**2 + 2 * tokens**2 * width
+        layer = attention + 2 * tokens * width * 64
+        forward = 2 * (4 * width * 3 * 8 * 8 + 2 * layer + width * 2)
+        inputs = {"pixel_values": torch.zeros(3, 3, 16, 16)}
+        assert training_flops(model, inputs) == 3 * 3 * forward
+        model.requires_grad_(False)
+        assert training_flops(model, inputs) == 3 * 2 * forward
+        assert model.training
 
 
 class TestResume:
@@ -382,7 +396,7 @@ class TestSplit:
     def test_digits_keep_their_labels_and_their_range(self) -> None:
         """An eight has ink in the middle, a zero none; the darkest ink is white on black."""
         train = load_split(Settings()).train
-        middle = {0: [], 8: []}
+        middle: dict[int, list[int]] = {0: [], 8: []}
         for image, label in train:
             if label in middle:
                 middle[label].append(max(image.getpixel((x, y))[0] for x in (3, 4) for y in (3, 4)))
