@@ -292,7 +292,7 @@ class TestLog:
         lines = [line for line in log_of(tiny) if "loss" in line]
         rates = [line["learning_rate"] for line in lines]
         assert rates[:7] == pytest.approx([1e-3 * step / 6 for step in range(7)])
-        assert rates[15] == pytest.approx(0.5e-3)
+        assert rates[12] == pytest.approx(0.75e-3), "a third of the way down a half cosine"
         assert rates[-1] < 1e-4
         assert all(line["images_per_second"] > 0 for line in lines[22:])
         assert "images_per_second" not in lines[10]
@@ -353,11 +353,18 @@ class TestResume:
         [again] = fine_tune(replace(tiny, resume=True))
         assert (again.accuracy, again.loss, again.step_seconds) == (first.accuracy, first.loss, None)
 
-    def test_checkpoints_of_an_earlier_run_go(self, tiny: Settings) -> None:
-        """A longer run's would be taken for the latest on a resume."""
+    def test_checkpoints_of_an_earlier_run_go(self, tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Else a run that is interrupted before its first checkpoint would be resumed from another run's."""
+
+        def fail(self: ImageTrainer, *rest: Any) -> torch.Tensor:
+            raise RuntimeError("power cut")
+
         fine_tune(tiny)
-        fine_tune(replace(tiny, steps=2))
-        assert [path.name for path in run_folder(tiny).glob("checkpoint-*")] == ["checkpoint-2"]
+        monkeypatch.setattr(ImageTrainer, "training_step", fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fine_tune(tiny)
+        with pytest.raises(InputError, match="--resume: there is no checkpoint"):
+            fine_tune(replace(tiny, resume=True))
 
 
 class TestModel:
