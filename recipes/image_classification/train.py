@@ -70,7 +70,12 @@ class ImageTrainer(Trainer):
 
 
 class StepTimer(TrainerCallback):
-    """Times training steps: each with what it waits for, for the log; and alone, for the comparison."""
+    """Times training steps: each with what it waits for, for the log; and alone, for the comparison.
+
+    Args:
+        speedometer: What the log reads.
+        images: Those of a step on this rank.
+    """
 
     def __init__(self, speedometer: Speedometer, images: int) -> None:
         self.speedometer, self.images = speedometer, images
@@ -131,7 +136,7 @@ def train(settings: Settings, split: Split, progress: bool = True) -> Result:
         # The Trainer leaves out weights that are saved under other names than they have in memory, as those of ViT are.
         model, _ = load_model(checkpoint, split.classes)
     collate = collate_with(processor)
-    timer = StepTimer(_speedometer(settings, arguments, model, collate, split), settings.batch_size)
+    timer = StepTimer(_speedometer(settings, arguments, model, collate, split), settings.batch_size // world_size())
     selection = _selection(settings)
     trainer = ImageTrainer(
         model,

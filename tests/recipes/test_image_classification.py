@@ -279,9 +279,12 @@ class TestHowItIsComputed:
 
 
 def train_on_rank(settings: Settings) -> None:
+    counted: list[int] = []
     comparison.save_pictures = draw_nothing  # type: ignore[assignment]
+    recipe.Speedometer.step = lambda self, images: counted.append(images)  # type: ignore[method-assign]
     [result] = fine_tune(settings)
     assert bool(result.selection) == (os.environ["RANK"] == "0")
+    assert counted == [4] * 4, "a rank's half of the batch, four times"
 
 
 class TestLog:
@@ -552,10 +555,11 @@ class TestBadInput:
         with pytest.raises(InputError, match=r"--held_out test: labels that the training rows lack: \['c'\]"):
             load_split(Settings(dataset=table(["a", "c"], split="test"), held_out="test"))
 
-    def test_a_model_without_an_image_processor(self, tiny: Settings) -> None:
-        (Path(tiny.model) / "preprocessor_config.json").unlink()
+    def test_a_model_without_an_image_processor(self, tmp_path: Path) -> None:
+        model = save_tiny_vit(tmp_path)
+        (tmp_path / "preprocessor_config.json").unlink()
         with pytest.raises(InputError, match=r"--model .* could not be loaded: .*image processor"):
-            load_model(tiny.model, DIGITS)
+            load_model(model, DIGITS)
 
     def test_several_gpus_in_one_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
