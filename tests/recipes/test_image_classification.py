@@ -281,7 +281,7 @@ class TestHowItIsComputed:
 def train_on_rank(settings: Settings) -> None:
     counted: list[int] = []
     comparison.save_pictures = draw_nothing  # type: ignore[assignment]
-    recipe.Speedometer.step = lambda self, images: counted.append(images)  # type: ignore[method-assign]
+    recipe.Speedometer.step = lambda self, tokens: counted.append(tokens)  # type: ignore[method-assign]
     [result] = fine_tune(settings)
     assert bool(result.selection) == (os.environ["RANK"] == "0")
     assert counted == [4] * 4, "a rank's half of the batch, four times"
