@@ -6,10 +6,18 @@ from collections.abc import Mapping
 import torch
 from lightning.fabric.utilities.throughput import Throughput, get_available_flops
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 WINDOW = 20
 """Steps that a figure averages over."""
+
+
+def synchronized_time() -> float:
+    """Return the seconds of a clock, once the accelerator, if any, has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 class Speedometer:
@@ -23,13 +31,22 @@ class Speedometer:
         device: Where it trains.
         dtype: What its products are computed in; decides the device's peak.
         world_size: Ranks that see different data (default: 1).
+        unit: What is counted in the place of tokens, such as images (default: "tokens").
     """
 
-    def __init__(self, flops_per_token: float, device: torch.device, dtype: torch.dtype, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        flops_per_token: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        world_size: int = 1,
+        unit: str = "tokens",
+    ) -> None:
         peak = get_available_flops(device, dtype) if device.type == "cuda" else None
         self._flops_per_token = flops_per_token
         self._device = device
         self._world_size = world_size
+        self._unit = unit
         self._throughput = Throughput(available_flops=peak, world_size=world_size, window_size=WINDOW)
         self._seconds, self._steps, self._tokens = 0.0, 0, 0
         self._last: float | None = None
@@ -60,13 +77,14 @@ class Speedometer:
         """Return what is known, by the name to log it under.
 
         Returns:
-            `tokens_per_second` of all ranks together, after the first 21 steps; `model_flops_utilisation`, a share of
-            the device's peak, where that is known; on a GPU `peak_memory_gb`, the most that was allocated so far.
+            `tokens_per_second`, or what else the unit is, of all ranks together, after the first 21 steps;
+            `model_flops_utilisation`, a share of the device's peak, where that is known; on a GPU `peak_memory_gb`, the
+            most that was allocated so far.
         """
         measured = self._throughput.compute() if self._steps else {}
         figures = {}
         if "device/items_per_sec" in measured:
-            figures["tokens_per_second"] = measured["device/items_per_sec"] * self._world_size
+            figures[f"{self._unit}_per_second"] = measured["device/items_per_sec"] * self._world_size
         if "device/mfu" in measured:
             figures["model_flops_utilisation"] = measured["device/mfu"]
         if self._device.type == "cuda":
@@ -75,19 +93,30 @@ class Speedometer:
 
 
 def model_flops_per_token(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
-    """Count the floating-point operations that training takes for a token: products, attention included.
+    """Count the floating-point operations that training takes for a token, see :func:`training_flops`.
+
+    Args:
+        model: Before it is wrapped or sharded; left as it was.
+        batch: Inputs, `input_ids` among them.
+    """
+    return training_flops(model, batch) / batch["input_ids"].numel()
+
+
+def training_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
+    """Count the floating-point operations that training takes for a batch: products, attention included.
 
     A forward pass is counted. A backward pass takes as much for the gradients of activations, and as much again for
     those of weights, for the share of them that is trained. What gradient checkpointing computes twice counts once.
 
     Args:
         model: Before it is wrapped or sharded; left as it was.
-        batch: Inputs, `input_ids` among them.
+        batch: Inputs.
     """
     training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # The counter does not know the fused attention of CPUs; written out, it is products like the others.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(**batch)
     model.train(training)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = trained / sum(p.numel() for p in model.parameters())
-    return float(counter.get_total_flops()) * (2 + share) / batch["input_ids"].numel()
+    return float(counter.get_total_flops()) * (2 + share)

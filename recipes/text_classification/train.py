@@ -1,22 +1,14 @@
-"""One run: load, train, measure, save. And the comparison that the command makes of two of them or more."""
+"""One run: load, train, measure, save. And the comparison that the command makes of several."""
 
-import logging
 import statistics
-import time
-import warnings
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from rich.console import Console
-from rich.table import Table
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import (
@@ -28,39 +20,25 @@ from transformers import (
 )
 
 from dion2_lightning import SelectionMonitor, build_optimizer
-from dion2_lightning.history import SelectionHistory
-from dion2_lightning.plots import save_pictures
-from dion2_lightning.report import render_report
+from recipes.comparison import (
+    Result,
+    look_every,
+    make_runs,
+    planned_runs,
+    print_comparison,
+    run_folder,
+    saved_model,
+    selection_file,
+    show_selection,
+)
 from recipes.inputs import InputError
 from recipes.offline import MINILM, model_source
+from recipes.terminal import console, quiet_libraries
 from recipes.text_classification.data import Batch, Split, TrainingLoader, collate_with, load_split
 from recipes.text_classification.settings import Settings
+from recipes.throughput import synchronized_time
 
-TITLES = {"dion2": "Dion2", "muon": "Muon", "adamw": "AdamW"}
 MAX_GRADIENT_NORM = 1.0
-LOOKS_AT_SELECTION = 80
-"""A run looks about so many times at what is selected: enough for pictures, whatever its length."""
-
-console = Console()
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run reached on the held-out rows, and what it left.
-
-    Attributes:
-        settings: Of the run.
-        accuracy: On the held-out rows.
-        loss: On the held-out rows.
-        step_seconds: The median time of its steps in this call, if it made any.
-        selection: Files that show what was selected; none where nothing was.
-    """
-
-    settings: Settings
-    accuracy: float
-    loss: float
-    step_seconds: float | None
-    selection: tuple[Path, ...] = ()
 
 
 class TextClassifier(LightningModule):
@@ -113,16 +91,10 @@ class StepTimer(Callback):
         self._start = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._start = self._now()
+        self._start = synchronized_time()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(self._now() - self._start)
-
-    @staticmethod
-    def _now() -> float:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return time.perf_counter()
+        self.seconds.append(synchronized_time() - self._start)
 
 
 def fine_tune(settings: Settings) -> list[Result]:
@@ -137,31 +109,9 @@ def fine_tune(settings: Settings) -> list[Result]:
         raise InputError(f"--resume: there is no checkpoint in --output {settings.output}.")
     split = load_split(settings)
     console.print(_describe(settings, split))
-    results: list[Result] = []
-    for run in runs:
-        # The routing is the same in every run: it is told once.
-        logging.getLogger("dion2_lightning").setLevel(logging.WARNING if results else logging.INFO)
-        console.print(f"\n[bold]{TITLES[run.algorithm]}[/], lr {run.lr:g}, seed {run.seed}")
-        results.append(train(run, split))
-    _print_comparison(results)
+    results = make_runs(runs, lambda run: train(run, split))
+    print_comparison(results, "On the held-out texts", "AutoModelForSequenceClassification", "AutoTokenizer")
     return results
-
-
-def planned_runs(settings: Settings) -> list[Settings]:
-    """Returns the settings of each single run: every seed with the optimizer, then every seed with its control.
-
-    The control differs in the matrices alone: AdamW trains them, at its own learning rate.
-    """
-    settings = replace(settings, adamw_lr=settings.lr if settings.adamw_lr is None else settings.adamw_lr)
-    optimizers = [settings]
-    if settings.control and settings.algorithm != "adamw":
-        optimizers.append(replace(settings, algorithm="adamw", lr=settings.control_lr))
-    return [replace(each, seed=settings.seed + n) for each in optimizers for n in range(settings.repeats)]
-
-
-def run_folder(settings: Settings) -> Path:
-    """Returns where a run leaves what it makes."""
-    return settings.output / settings.algorithm / f"seed-{settings.seed}"
 
 
 def train(settings: Settings, split: Split, progress: bool = True) -> Result:
@@ -185,10 +135,10 @@ def train(settings: Settings, split: Split, progress: bool = True) -> Result:
     )
     trainer.save_checkpoint(checkpoint)
     [metrics] = trainer.validate(classifier, held_out, verbose=False)
-    model.save_pretrained(_saved_model(settings))
-    tokenizer.save_pretrained(_saved_model(settings))
+    model.save_pretrained(saved_model(settings))
+    tokenizer.save_pretrained(saved_model(settings))
     step_seconds = statistics.median(timer.seconds) if timer.seconds else None
-    selection = tuple(file for monitor in monitors for file in _show_selection(settings, monitor.statistics.history))
+    selection = tuple(file for monitor in monitors for file in show_selection(settings, monitor.statistics.history))
     return Result(settings, metrics["held_out_accuracy"], metrics["held_out_loss"], step_seconds, selection)
 
 
@@ -226,18 +176,7 @@ def _monitors(settings: Settings) -> list[SelectionMonitor]:
     """What looks on at the selection: nothing where all of every matrix is trained in every step."""
     if settings.algorithm != "dion2":
         return []
-    every = max(1, settings.steps // LOOKS_AT_SELECTION)
-    return [SelectionMonitor(every=every, save_to=run_folder(settings) / "selection.json")]
-
-
-def _show_selection(settings: Settings, history: SelectionHistory) -> list[Path]:
-    """Makes pictures and a page of what was selected, and returns these files and that of the statistics."""
-    folder = run_folder(settings)
-    page = folder / "selection.html"
-    title = f"{settings.model} on {settings.dataset}: what {TITLES[settings.algorithm]} selected"
-    pictures = save_pictures(history, folder / "pictures")
-    page.write_text(render_report(history, title=title, pictures=pictures), encoding="utf-8")
-    return [page, folder / "selection.json", *pictures]
+    return [SelectionMonitor(every=look_every(settings), save_to=selection_file(settings))]
 
 
 def _trainer(settings: Settings, callbacks: list[Callback], progress: bool) -> Trainer:
@@ -284,46 +223,8 @@ def _checkpoint(settings: Settings) -> Path:
     return run_folder(settings) / "last.ckpt"
 
 
-def _saved_model(settings: Settings) -> Path:
-    return run_folder(settings) / "model"
-
-
 def _describe(settings: Settings, split: Split) -> str:
     return (
         f"Fine-tuning {settings.model} on {settings.dataset}: {len(split.classes)} classes, {len(split.train)} texts "
         f"to train on, {len(split.held_out)} held out; {settings.steps} steps of {settings.batch_size} texts"
     )
-
-
-def _print_comparison(results: list[Result]) -> None:
-    table = Table("Optimizer", "lr", "Seed", "Accuracy", "Loss", "Time per step", title="On the held-out texts")
-    for result in results:
-        settings = result.settings
-        table.add_row(
-            TITLES[settings.algorithm],
-            f"{settings.lr:g}",
-            str(settings.seed),
-            f"{result.accuracy:.1%}",
-            f"{result.loss:.3f}",
-            "-" if result.step_seconds is None else f"{result.step_seconds * 1e3:.0f} ms",
-        )
-    console.print()
-    console.print(table)
-    console.print("Load the fine-tuned model with")
-    for name in ("AutoModelForSequenceClassification", "AutoTokenizer"):
-        console.print(f'    {name}.from_pretrained("{_saved_model(results[0].settings)}")', soft_wrap=True)
-    if results[0].selection:
-        console.print("See which parts of the matrices were trained, and when: open the first in a browser")
-        for file in results[0].selection:
-            console.print(f"    {file}", soft_wrap=True, highlight=False)
-
-
-def quiet_libraries() -> None:
-    """Leaves the recipe's own lines on the terminal, what dion2_lightning logs, and errors."""
-    logging.basicConfig(format="%(message)s")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()

@@ -14,6 +14,7 @@ from lightning import seed_everything
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 from dion2_lightning.history import SelectionHistory
+from recipes.comparison import Result, planned_runs, run_folder
 from recipes.inputs import InputError
 from recipes.offline import MINILM, model_source
 from recipes.python_texts import MODULES
@@ -21,7 +22,7 @@ from recipes.text_classification import train as recipe
 from recipes.text_classification.__main__ import main
 from recipes.text_classification.data import Batch, ShuffledBatches, Split, collate_with, load_split
 from recipes.text_classification.settings import Settings
-from recipes.text_classification.train import Result, TextClassifier, fine_tune, load_model, run_folder
+from recipes.text_classification.train import TextClassifier, fine_tune, load_model
 from tests.browser import check_shown
 
 EXAMPLES = sorted(Path(recipe.__file__).parent.glob("*.yaml"))
@@ -177,12 +178,12 @@ class TestCommand:
         assert (run_folder(result.settings) / "model").is_dir()
 
     def test_the_control_differs_in_the_matrices_alone(self, tiny: Settings) -> None:
-        run, control = recipe.planned_runs(replace(tiny, lr=3e-3, control_lr=1e-3))
+        run, control = planned_runs(replace(tiny, lr=3e-3, control_lr=1e-3))
         assert control == replace(run, algorithm="adamw", lr=1e-3)
         assert run.adamw_lr == 3e-3
 
     def test_repeats_count_seeds_up(self, tiny: Settings) -> None:
-        runs = recipe.planned_runs(replace(tiny, repeats=2, seed=5))
+        runs = planned_runs(replace(tiny, repeats=2, seed=5))
         assert [(run.algorithm, run.seed) for run in runs] == [("dion2", 5), ("dion2", 6), ("adamw", 5), ("adamw", 6)]
 
     def test_help_explains_every_argument(self, capsys: pytest.CaptureFixture[str]) -> None:
