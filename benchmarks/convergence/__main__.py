@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.convergence.search import Study
 from benchmarks.convergence.tasks import FULL, SMALL
-from recipes.text_classification.train import quiet_libraries
+from recipes.terminal import quiet_libraries
 
 RESULTS = Path(__file__).parent.parent / "results"
 
