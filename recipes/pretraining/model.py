@@ -1,5 +1,9 @@
 """Models that are trained from nothing: a small Llama, in sizes that a laptop trains in minutes, or any other."""
 
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -10,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 
 from recipes.inputs import InputError
 from recipes.pretraining.settings import BYTES, SMALL_MODEL, Settings
@@ -53,6 +58,37 @@ def make_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTra
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
     return model
+
+
+def divide_model(model: PreTrainedModel, accelerator: Accelerator, folder: Path) -> PreTrainedModel:
+    """Returns a model whose layers are divided among ranks by tensor parallelism and FSDP2. Every rank calls it.
+
+    transformers divides a model as it reads it, so this one is written first.
+
+    Args:
+        model: The same on every rank.
+        accelerator: Whose launch configuration says among how many.
+        folder: Where it is written; removed afterwards.
+    """
+    sizes = accelerator.parallelism_config
+    if accelerator.is_main_process:
+        model.save_pretrained(folder)
+    accelerator.wait_for_everyone()
+    divided: PreTrainedModel = type(model).from_pretrained(
+        folder,
+        distributed_config=DistributedConfig(
+            dp_replicate_size=sizes.dp_replicate_size, fsdp_size=sizes.dp_shard_size, tp_size=sizes.tp_size
+        ),
+    )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder)
+    return divided.train()
+
+
+def is_divided(model: PreTrainedModel) -> bool:
+    """Says whether a model is one that :func:`divide_model` returned."""
+    return getattr(model.config, "distributed_config", None) is not None
 
 
 def build_model(vocabulary_size: int, *, length: int, hidden_size: int, layers: int, heads: int) -> LlamaForCausalLM:

@@ -24,12 +24,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_wsd_schedule
 
-from dion2_lightning import Dion2, Figures, SelectionLogger
+from dion2_lightning import Dion2, Figures, SelectionLogger, clip_grad_norm_
 from recipes.inputs import InputError
 from recipes.pretraining.checkpoints import load_checkpoint, refuse_old_checkpoints, save_checkpoint
 from recipes.pretraining.data import IGNORED, Window, fill_up, load_windows, shuffled_order
 from recipes.pretraining.metrics import MetricsFile
-from recipes.pretraining.model import load_tokenizer, make_model
+from recipes.pretraining.model import divide_model, is_divided, load_tokenizer, make_model
 from recipes.pretraining.settings import Settings
 from recipes.throughput import Speedometer, model_flops_per_token
 
@@ -48,7 +48,9 @@ def pretrain(settings: Settings) -> float:
     if not settings.resume:
         refuse_old_checkpoints(settings)
     accelerator = make_accelerator(settings)
-    micro_batch_size, parts = share_of_batch(settings, accelerator.num_processes)
+    tensor_parallel = tensor_parallel_size(settings, accelerator)
+    readers = accelerator.num_processes // tensor_parallel  # ranks that read different windows
+    micro_batch_size, parts = share_of_batch(settings, readers)
     accelerator.gradient_accumulation_steps = parts
     set_seed(settings.seed)
 
@@ -56,12 +58,11 @@ def pretrain(settings: Settings) -> float:
     with accelerator.local_main_process_first():  # the others then find the tokenized data on the disk
         train, held_out = load_windows(settings, tokenizer)
     model = make_model(settings, tokenizer)
-    speed = Speedometer(
-        model_flops_per_token(model, {"input_ids": train[0]["input_ids"][None]}),
-        accelerator.device,
-        DTYPES.get(accelerator.mixed_precision, torch.float32),
-        accelerator.num_processes,
-    )
+    flops = model_flops_per_token(model, {"input_ids": train[0]["input_ids"][None]}) / tensor_parallel
+    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+    speed = Speedometer(flops, accelerator.device, dtype, readers)
+    if tensor_parallel > 1:
+        model = divide_model(model, accelerator, settings.output / "initial_model")
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if settings.compile:
@@ -69,7 +70,7 @@ def pretrain(settings: Settings) -> float:
     optimizer = make_optimizer(settings, model, accelerator)
     scheduler = make_schedule(settings, optimizer)
     measured = Subset(held_out, range(min(settings.held_out_windows, len(held_out))))
-    held_out_loader = DataLoader(fill_up(measured, micro_batch_size * accelerator.num_processes), micro_batch_size)
+    held_out_loader = DataLoader(fill_up(measured, micro_batch_size * readers), micro_batch_size)
     model, optimizer, scheduler, held_out_loader = accelerator.prepare(model, optimizer, scheduler, held_out_loader)
     selection = make_selection_logger(settings, accelerator, optimizer)
 
@@ -88,7 +89,8 @@ def pretrain(settings: Settings) -> float:
             losses.append(loss.detach())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_gradient_norm)
+                accelerator.unscale_gradients()  # has an effect in fp16
+                norm = clip_grad_norm_(model.parameters(), settings.max_gradient_norm)  # of the whole model
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -103,7 +105,7 @@ def pretrain(settings: Settings) -> float:
             figures = {
                 "train_loss": accelerator.reduce(torch.stack(losses).mean(), "mean").item(),
                 "learning_rate": learning_rate,
-                "gradient_norm": float(norm),
+                "gradient_norm": norm.item(),
                 **speed.figures(),
             }
             report(accelerator, figures, step, selected)
@@ -111,7 +113,7 @@ def pretrain(settings: Settings) -> float:
         if step % settings.validate_every == 0 and step < settings.steps:
             report(accelerator, {"held_out_loss": measure(accelerator, model, held_out_loader)}, step)
             speed.pause()
-        if step % settings.checkpoint_every == 0 or step == settings.steps:
+        if settings.checkpoint_every and (step % settings.checkpoint_every == 0 or step == settings.steps):
             save_checkpoint(accelerator, settings, step)
             speed.pause()
 
@@ -150,6 +152,31 @@ def make_accelerator(settings: Settings) -> Accelerator:
             f"{accelerator.distributed_type.value}. Use recipes/launch/gpu-1.yaml or cpu.yaml."
         )
     return accelerator
+
+
+def tensor_parallel_size(settings: Settings, accelerator: Accelerator) -> int:
+    """Returns among how many ranks each layer is divided, as the launch configuration says.
+
+    Raises:
+        InputError: If it asks for more than this recipe does.
+    """
+    asked = accelerator.parallelism_config
+    if asked is None:
+        return 1
+    if asked.cp_enabled or asked.sp_enabled:
+        raise InputError("The launch configuration asks for context or sequence parallelism, which is not supported.")
+    if asked.tp_enabled and accelerator.is_fsdp2:
+        raise InputError(
+            "The launch configuration asks for tensor parallelism under Accelerate's FSDP. Let distributed_type be "
+            "MULTI_GPU, as in recipes/launch/fsdp2-tp.yaml."
+        )
+    if asked.tp_enabled and (settings.checkpoint_every or settings.resume):
+        raise InputError(
+            "Accelerate cannot keep the optimizer of a tensor-parallel model: give --checkpoint_every 0 and no "
+            "--resume. The model is saved at the end."
+        )
+    size: int = asked.tp_size
+    return size
 
 
 def has_accelerator() -> bool:
@@ -245,10 +272,13 @@ def save_model(
     accelerator: Accelerator, settings: Settings, model: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Saves the whole model, whatever the ranks hold of it, and its tokenizer."""
-    weights = accelerator.get_state_dict(model)
+    folder = settings.output / "model"
+    unwrapped = accelerator.unwrap_model(model)
+    # A model that transformers has divided is put together by transformers.
+    weights = None if is_divided(unwrapped) else accelerator.get_state_dict(model)
+    unwrapped.save_pretrained(folder, is_main_process=accelerator.is_main_process, state_dict=weights)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(settings.output / "model", state_dict=weights)
-        tokenizer.save_pretrained(settings.output / "model")
+        tokenizer.save_pretrained(folder)
     accelerator.wait_for_everyone()
 
 
