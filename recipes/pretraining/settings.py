@@ -21,6 +21,7 @@ COUNTS = (
     "batch_size",
     "log_every",
     "validate_every",
+    "checkpoint_every",
     "keep_checkpoints",
 )
 
@@ -71,7 +72,7 @@ class Settings:
         log_every: Steps between two lines of figures.
         log_with: Trackers that get the figures too, besides metrics.jsonl.
         validate_every: Steps between two measurements on the held-out windows; one always comes at the end.
-        checkpoint_every: Steps between two checkpoints; one is always written at the end. 0 for none at all.
+        checkpoint_every: Steps between two checkpoints; one is always written at the end.
         keep_checkpoints: Checkpoints that are kept: the newest.
         resume: Whether to go on from the newest checkpoint in `output`. More steps may be given than in the first call.
     """
@@ -111,8 +112,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_positive(self, *COUNTS, *(["micro_batch_size"] if self.micro_batch_size is not None else []))
-        if self.checkpoint_every < 0:
-            raise InputError(f"--checkpoint_every has to be 0 or more, got {self.checkpoint_every}.")
         if not 0 < self.held_out_share < 1:
             raise InputError(f"--held_out_share is a share of the data, between 0 and 1, got {self.held_out_share}.")
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):

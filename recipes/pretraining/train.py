@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_wsd_sched
 
 from dion2_lightning import Dion2, Figures, SelectionLogger, clip_grad_norm_
 from recipes.inputs import InputError
-from recipes.pretraining.checkpoints import load_checkpoint, refuse_old_checkpoints, save_checkpoint
+from recipes.pretraining.checkpoints import Checkpoints, refuse_old_checkpoints
 from recipes.pretraining.data import IGNORED, Window, fill_up, load_windows, shuffled_order
 from recipes.pretraining.metrics import MetricsFile
 from recipes.pretraining.model import divide_model, is_divided, load_tokenizer, make_model
@@ -48,7 +48,7 @@ def pretrain(settings: Settings) -> float:
     if not settings.resume:
         refuse_old_checkpoints(settings)
     accelerator = make_accelerator(settings)
-    tensor_parallel = tensor_parallel_size(settings, accelerator)
+    tensor_parallel = tensor_parallel_size(accelerator)
     readers = accelerator.num_processes // tensor_parallel  # ranks that read different windows
     micro_batch_size, parts = share_of_batch(settings, readers)
     accelerator.gradient_accumulation_steps = parts
@@ -73,8 +73,9 @@ def pretrain(settings: Settings) -> float:
     held_out_loader = DataLoader(fill_up(measured, micro_batch_size * readers), micro_batch_size)
     model, optimizer, scheduler, held_out_loader = accelerator.prepare(model, optimizer, scheduler, held_out_loader)
     selection = make_selection_logger(settings, accelerator, optimizer)
+    checkpoints = Checkpoints(settings, accelerator, model, optimizer, scheduler, selection)
 
-    step = load_checkpoint(accelerator, settings) if settings.resume else 0
+    step = checkpoints.load() if settings.resume else 0
     order = shuffled_order(len(train), settings.steps * settings.batch_size, settings.seed)
     loader = accelerator.prepare(DataLoader(Subset(train, order[step * settings.batch_size :]), micro_batch_size))
     accelerator.log_with.append(MetricsFile(settings.output / "metrics.jsonl", step))
@@ -113,8 +114,8 @@ def pretrain(settings: Settings) -> float:
         if step % settings.validate_every == 0 and step < settings.steps:
             report(accelerator, {"held_out_loss": measure(accelerator, model, held_out_loader)}, step)
             speed.pause()
-        if settings.checkpoint_every and (step % settings.checkpoint_every == 0 or step == settings.steps):
-            save_checkpoint(accelerator, settings, step)
+        if step % settings.checkpoint_every == 0 or step == settings.steps:
+            checkpoints.save(step)
             speed.pause()
 
     held_out_loss = measure(accelerator, model, held_out_loader)
@@ -154,7 +155,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
-def tensor_parallel_size(settings: Settings, accelerator: Accelerator) -> int:
+def tensor_parallel_size(accelerator: Accelerator) -> int:
     """Returns among how many ranks each layer is divided, as the launch configuration says.
 
     Raises:
@@ -169,11 +170,6 @@ def tensor_parallel_size(settings: Settings, accelerator: Accelerator) -> int:
         raise InputError(
             "The launch configuration asks for tensor parallelism under Accelerate's FSDP. Let distributed_type be "
             "MULTI_GPU, as in recipes/launch/fsdp2-tp.yaml."
-        )
-    if asked.tp_enabled and (settings.checkpoint_every or settings.resume):
-        raise InputError(
-            "Accelerate cannot keep the optimizer of a tensor-parallel model: give --checkpoint_every 0 and no "
-            "--resume. The model is saved at the end."
         )
     size: int = asked.tp_size
     return size
