@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -59,7 +58,7 @@ class Checkpoints:
     def save(self, step: int) -> None:
         """Saves a checkpoint, and removes the oldest where there are too many then."""
         folder = _folder(self.settings) / f"step-{step:08d}"
-        dcp.save(self._divided_state(), checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.save(self._divided_state(), checkpoint_id=folder)
         self.accelerator.save(self._common_state(), folder / "common.bin")
         torch.save(_random_state(self.accelerator.device), self._random_file(folder))
         self.accelerator.wait_for_everyone()
@@ -79,7 +78,7 @@ class Checkpoints:
         """
         step, folder = _newest(self.settings)
         state = self._divided_state()
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.load(state, checkpoint_id=folder)
         set_state_dict(
             self.model,
             self.optimizer.optimizer,

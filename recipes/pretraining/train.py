@@ -8,6 +8,7 @@ torchrun --nproc_per_node 8 recipes/pretraining/train.py --config my.yaml
 import logging
 import os
 import sys
+import warnings
 from dataclasses import asdict
 
 import datasets
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_wsd_schedule
 
 from dion2_lightning import Dion2, Figures, SelectionLogger, clip_grad_norm_
@@ -64,20 +65,20 @@ def pretrain(settings: Settings) -> float:
     if tensor_parallel > 1:
         model = divide_model(model, accelerator, settings.output / "initial_model")
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if settings.compile:
         compile_layers(model)
     optimizer = make_optimizer(settings, model, accelerator)
     scheduler = make_schedule(settings, optimizer)
     measured = Subset(held_out, range(min(settings.held_out_windows, len(held_out))))
-    held_out_loader = DataLoader(fill_up(measured, micro_batch_size * readers), micro_batch_size)
+    held_out_loader = make_loader(fill_up(measured, micro_batch_size * readers), micro_batch_size)
     model, optimizer, scheduler, held_out_loader = accelerator.prepare(model, optimizer, scheduler, held_out_loader)
     selection = make_selection_logger(settings, accelerator, optimizer)
     checkpoints = Checkpoints(settings, accelerator, model, optimizer, scheduler, selection)
 
     step = checkpoints.load() if settings.resume else 0
     order = shuffled_order(len(train), settings.steps * settings.batch_size, settings.seed)
-    loader = accelerator.prepare(DataLoader(Subset(train, order[step * settings.batch_size :]), micro_batch_size))
+    loader = accelerator.prepare(make_loader(Subset(train, order[step * settings.batch_size :]), micro_batch_size))
     accelerator.log_with.append(MetricsFile(settings.output / "metrics.jsonl", step))
     accelerator.init_trackers("pretraining", config=flat(settings))
     describe(settings, accelerator, model, len(train), len(measured))
@@ -147,6 +148,8 @@ def make_accelerator(settings: Settings) -> Accelerator:
         )
     except ValueError as error:
         raise InputError(f"--precision {settings.precision}, or the launch configuration: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("--precision fp16 needs a GPU. Give bf16 or no.")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
         raise InputError(
             "The launch configuration asks for FSDP, which Accelerate turns on for several GPUs only; it found "
@@ -203,6 +206,12 @@ def share_of_batch(settings: Settings, ranks: int) -> tuple[int, int]:
             f"once: give a multiple of {ranks * size}, or another --micro_batch_size."
         )
     return size, settings.batch_size // (ranks * size)
+
+
+def make_loader(windows: Dataset[Window], size: int) -> DataLoader[Window]:
+    # Every pass of a DataLoader draws a seed, from the generator of dropout if it has none of its own: a resumed run,
+    # which makes more passes, would go on with other masks.
+    return DataLoader(windows, size, generator=torch.Generator())
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -320,6 +329,7 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process
 
 
 def main(arguments: list[str] | None = None) -> None:
