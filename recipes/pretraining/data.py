@@ -1,9 +1,9 @@
 """Documents as one stream of tokens, cut into windows of equal length: nothing is padded and nothing left out."""
 
 import random
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import torch
@@ -27,12 +27,6 @@ IGNORED = -100
 FILE_READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 Window = dict[str, Tensor]
-
-
-class Windows(Sized, Protocol):
-    """Windows by number."""
-
-    def __getitem__(self, index: int) -> Window: ...
 
 
 class PackedTokens(Dataset[Window]):
@@ -71,6 +65,9 @@ class PackedTable(Dataset[Window]):
     def __getitem__(self, index: int) -> Window:
         window = self.table[index]["window"]
         return {"input_ids": window, "labels": window}
+
+
+Windows = PackedTokens | PackedTable
 
 
 def load_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Windows, Windows]:

@@ -6,7 +6,6 @@ torchrun --nproc_per_node 8 recipes/pretraining/train.py --config my.yaml
 """
 
 import logging
-import os
 import sys
 import warnings
 from dataclasses import asdict
@@ -15,8 +14,7 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,6 +29,7 @@ from recipes.pretraining.checkpoints import Checkpoints, refuse_old_checkpoints
 from recipes.pretraining.data import IGNORED, Window, fill_up, load_windows, shuffled_order
 from recipes.pretraining.metrics import MetricsFile
 from recipes.pretraining.model import divide_model, is_divided, load_tokenizer, make_model
+from recipes.pretraining.ranks import make_accelerator, share_of_batch, tensor_parallel_size
 from recipes.pretraining.settings import Settings
 from recipes.throughput import Speedometer, model_flops_per_token
 
@@ -75,6 +74,7 @@ def pretrain(settings: Settings) -> float:
     model, optimizer, scheduler, held_out_loader = accelerator.prepare(model, optimizer, scheduler, held_out_loader)
     selection = make_selection_logger(settings, accelerator, optimizer)
     checkpoints = Checkpoints(settings, accelerator, model, optimizer, scheduler, selection)
+    torch.manual_seed(settings.seed + accelerator.process_index // tensor_parallel)  # other data, other dropout
 
     step = checkpoints.load() if settings.resume else 0
     order = shuffled_order(len(train), settings.steps * settings.batch_size, settings.seed)
@@ -129,85 +129,6 @@ def pretrain(settings: Settings) -> float:
     return held_out_loss
 
 
-def make_accelerator(settings: Settings) -> Accelerator:
-    """Returns what knows about devices, ranks and precision: as the launcher says, and one process without it.
-
-    Raises:
-        InputError: If the launcher or the settings ask for something that is not there.
-    """
-    missing = set(settings.log_with) - {str(each) for each in get_available_trackers()}
-    if missing:
-        raise InputError(f"--log_with {', '.join(sorted(missing))}: not installed. Install it, or leave it out.")
-    try:
-        accelerator = Accelerator(
-            cpu=not has_accelerator(),
-            mixed_precision=precision(settings),
-            log_with=[*settings.log_with] or None,
-            project_dir=settings.output,
-            step_scheduler_with_optimizer=False,  # or it would take a step for each rank
-        )
-    except ValueError as error:
-        raise InputError(f"--precision {settings.precision}, or the launch configuration: {error}") from error
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise InputError("--precision fp16 needs a GPU. Give bf16 or no.")
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
-        raise InputError(
-            "The launch configuration asks for FSDP, which Accelerate turns on for several GPUs only; it found "
-            f"{accelerator.distributed_type.value}. Use recipes/launch/gpu-1.yaml or cpu.yaml."
-        )
-    return accelerator
-
-
-def tensor_parallel_size(accelerator: Accelerator) -> int:
-    """Returns among how many ranks each layer is divided, as the launch configuration says.
-
-    Raises:
-        InputError: If it asks for more than this recipe does.
-    """
-    asked = accelerator.parallelism_config
-    if asked is None:
-        return 1
-    if asked.cp_enabled or asked.sp_enabled:
-        raise InputError("The launch configuration asks for context or sequence parallelism, which is not supported.")
-    if asked.tp_enabled and accelerator.is_fsdp2:
-        raise InputError(
-            "The launch configuration asks for tensor parallelism under Accelerate's FSDP. Let distributed_type be "
-            "MULTI_GPU, as in recipes/launch/fsdp2-tp.yaml."
-        )
-    size: int = asked.tp_size
-    return size
-
-
-def has_accelerator() -> bool:
-    """Says whether there is a device to train on besides the CPU. Apple's has no float64, which the selection needs."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found is not None and found.type != "mps"
-
-
-def precision(settings: Settings) -> str | None:
-    """Returns what to compute in; None is what the launcher says."""
-    if settings.precision != "auto":
-        return settings.precision
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return None
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-
-
-def share_of_batch(settings: Settings, ranks: int) -> tuple[int, int]:
-    """Returns the windows that a rank reads at once, and how many times it does in a step.
-
-    Raises:
-        InputError: If the batch cannot be divided so.
-    """
-    size = settings.micro_batch_size or max(1, settings.batch_size // ranks)
-    if settings.batch_size % (ranks * size):
-        raise InputError(
-            f"--batch_size {settings.batch_size} cannot be divided over {ranks} ranks that read {size} windows at "
-            f"once: give a multiple of {ranks * size}, or another --micro_batch_size."
-        )
-    return size, settings.batch_size // (ranks * size)
-
-
 def make_loader(windows: Dataset[Window], size: int) -> DataLoader[Window]:
     # Every pass of a DataLoader draws a seed, from the generator of dropout if it has none of its own: a resumed run,
     # which makes more passes, would go on with other masks.
@@ -241,13 +162,14 @@ def make_optimizer(settings: Settings, model: nn.Module, accelerator: Accelerato
 
 def make_schedule(settings: Settings, optimizer: Optimizer) -> LRScheduler:
     """Returns a warm-up, a plateau, and a straight line down to zero."""
-    return get_wsd_schedule(
+    schedule: LRScheduler = get_wsd_schedule(
         optimizer,
         num_warmup_steps=round(settings.warmup * settings.steps),
         num_decay_steps=round(settings.decay * settings.steps),
         num_training_steps=settings.steps,
         decay_type="linear",
     )
+    return schedule
 
 
 def make_selection_logger(settings: Settings, accelerator: Accelerator, optimizer: Optimizer) -> SelectionLogger | None:
@@ -330,6 +252,7 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process
+    warnings.filterwarnings("ignore", "Slicing a flattened dim")  # Accelerate under HSDP
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
@@ -84,7 +83,6 @@ class TestFiles:
     def test_each_says_how_to_start_it(self, name: str) -> None:
         text = CONFIGURATIONS[name].read_text(encoding="utf-8")
         assert f"#   accelerate launch --config_file recipes/launch/{name}.yaml" in text
-        assert yaml.safe_load(text)["compute_environment"] == "LOCAL_MACHINE"
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +185,7 @@ class TestRefused:
     def test_fsdp_that_accelerate_would_not_turn_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for key, value in environment_of("fsdp2-8", 2).items():
             monkeypatch.setenv(key, value)
-        with pytest.raises(
-            InputError, match="asks for FSDP, which Accelerate turns on for several GPUs only; it found"
-        ):
+        with pytest.raises(InputError, match="FSDP, which Accelerate turns on for several GPUs only; it found NO"):
             recipe.make_accelerator(Settings())
 
     @pytest.mark.parametrize(
