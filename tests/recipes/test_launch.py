@@ -104,7 +104,7 @@ def on_one_process(settings: Settings) -> None:
 
 
 def assert_alike(settings: Settings, expected: Settings) -> None:
-    for name in ("train_loss", "gradient_norm", "held_out_loss"):
+    for name in ("train_loss", "gradient_norm", "held_out_loss", "learning_rate"):
         assert logged(settings, name) == pytest.approx(logged(expected, name), abs=1e-4), name
     # The first selections are the same; later ones may differ where norms are equal but for rounding.
     for name in ("dion2/coverage", "dion2/captured_mass"):
