@@ -44,8 +44,8 @@ class Checkpoints:
     """Everything that decides how a training goes on, to save and to load. Every rank calls its methods.
 
     Weights and the optimizer's state are kept by parameter names and in parts, each rank writing what it holds
-    (torch.distributed.checkpoint): unlike those of `Accelerator.save_state`, these checkpoints load on any number of
-    ranks and under any layout, and tensor parallelism is one of them.
+    (torch.distributed.checkpoint). So a checkpoint loads on any number of ranks and under any layout; one of
+    `Accelerator.save_state` does not go from FSDP to anything else or back, and lacks a tensor-parallel optimizer.
     """
 
     settings: Settings

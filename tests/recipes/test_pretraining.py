@@ -331,12 +331,13 @@ class TestData:
     def texts(windows: Any) -> set[tuple[int, ...]]:
         return {tuple(windows[index]["input_ids"].tolist()) for index in range(len(windows))}
 
-    @pytest.mark.parametrize("name", ["data.txt", "data.jsonl", "data.parquet"])
-    def test_a_file_is_packed_like_a_list(self, name: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("name", "processes"), [("data.txt", 1), ("data.jsonl", 1), ("data.parquet", 2)])
+    def test_a_file_is_packed_like_a_list(self, name: str, processes: int, tmp_path: Path) -> None:
         data = self.write(tmp_path, *self.TEXTS, name=name)
         held_out = self.write(tmp_path, "something else", name="held_out.jsonl")
         tokenizer = ByT5Tokenizer()
-        windows, measured = load_windows(Settings(dataset=data, held_out=held_out, length=8), tokenizer)
+        settings = Settings(dataset=data, held_out=held_out, length=8, tokenizing_processes=processes)
+        windows, measured = load_windows(settings, tokenizer)
         expected = pack(self.TEXTS, tokenizer, 8)
         assert len(windows) == len(expected) == 2
         for index in range(2):
