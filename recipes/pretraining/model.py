@@ -46,7 +46,7 @@ def make_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTra
     """Returns the model that the settings ask for, with random weights, that knows the tokenizer's special tokens.
 
     Raises:
-        InputError: If there is no such configuration, or it does not read windows of that length.
+        InputError: If there is no such configuration, or it does not read windows of that length or such tokens.
     """
     vocabulary = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     if settings.model == SMALL_MODEL:
@@ -54,6 +54,12 @@ def make_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTra
         model: PreTrainedModel = build_model(vocabulary, **sizes)
     else:
         model = _build_like(settings.model, vocabulary, settings.length)
+    held = model.get_input_embeddings().weight.shape[0]  # a part of a composed configuration may keep a size of its own
+    if held < len(tokenizer):
+        raise InputError(
+            f"--model {settings.model}: it keeps a vocabulary of {held}, and --tokenizer {settings.tokenizer} has "
+            f"{len(tokenizer)} tokens. Choose another of the two."
+        )
     for config in (model.config, model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))

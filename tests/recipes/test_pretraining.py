@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GPT
 
 from dion2_lightning import OptimizerSettings, SelectionHistory
 from recipes.inputs import InputError
+from recipes.pretraining import model as models
 from recipes.pretraining import train as recipe
 from recipes.pretraining.checkpoints import Checkpoints
 from recipes.pretraining.data import IGNORED, PackedTokens, fill_up, load_windows, pack, shuffled_order
 from recipes.pretraining.metrics import MetricsFile, read_metrics
-from recipes.pretraining.model import make_model
+from recipes.pretraining.model import build_model, make_model
 from recipes.pretraining.settings import Settings
 from recipes.pretraining.train import main, pretrain
 from tests.recipes.pretraining import OPTIMIZER, logged, saved_logits, saved_weights, tiny_settings
@@ -305,6 +306,12 @@ class TestModel:
         tokenizer = ByT5Tokenizer(extra_ids=130)
         assert len(tokenizer) == 389
         assert make_model(Settings(hidden_size=32), tokenizer).config.vocab_size == 448
+
+    def test_a_model_that_keeps_its_vocabulary(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        kept = build_model(64, length=8, hidden_size=32, layers=1, heads=4)
+        monkeypatch.setattr(models, "_build_like", lambda *_: kept)
+        with pytest.raises(InputError, match="it keeps a vocabulary of 64, and --tokenizer bytes has 384"):
+            make_model(Settings(model="other"), ByT5Tokenizer())
 
     def test_the_seed_decides_the_weights_and_the_order(self, tiny: Settings) -> None:
         losses = []
