@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GPT
 from dion2_lightning import OptimizerSettings, SelectionHistory
 from recipes.inputs import InputError
 from recipes.pretraining import model as models
+from recipes.pretraining import ranks
 from recipes.pretraining import train as recipe
 from recipes.pretraining.checkpoints import Checkpoints
 from recipes.pretraining.data import IGNORED, PackedTokens, fill_up, load_windows, pack, shuffled_order
@@ -456,7 +457,6 @@ class TestCommand:
             (["--optimizer.fraction=2"], r"error: --optimizer\.fraction must lie in \(0, 1\], got 2"),
             (["--model=missing/model"], "error: --model 'missing/model': no configuration of a causal language model"),
             (["--tokenizer=missing/one"], "error: --tokenizer 'missing/one' could not be loaded"),
-            (["--log_with=[wandb]"], "error: --log_with wandb: not installed"),
             (["--precision=fp16"], "error: --precision fp16 needs a GPU"),
             (["--optimizer.overrides={nothing.*: adamw}"], r"error: --optimizer: .*nothing\.\*"),
         ],
@@ -466,6 +466,11 @@ class TestCommand:
         line = [f"--{name}={getattr(tiny, name)}" for name in ("dataset", "length", "output", "layers")]
         with pytest.raises(SystemExit, match=message):
             main([*line, *arguments])
+
+    def test_a_tracker_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ranks, "get_available_trackers", lambda: ["tensorboard"])
+        with pytest.raises(InputError, match="--log_with wandb: not installed"):
+            ranks.make_accelerator(Settings(log_with=["tensorboard", "wandb"]))
 
     def test_longer_windows_than_the_model_reads(self, tiny: Settings, tmp_path: Path) -> None:
         GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=16).save_pretrained(tmp_path / "gpt2")
