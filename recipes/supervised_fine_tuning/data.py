@@ -51,12 +51,13 @@ def load_conversations(settings: Settings) -> tuple[list[Conversation], list[Con
     Raises:
         InputError: If the data cannot be read, lacks a column or an answer, or does not suffice.
     """
+    place = None if settings.held_out is None else _place_of_held_out(settings)
     train = _load(settings, settings.dataset, settings.train_split)
-    if settings.held_out is None:
+    if place is None:
         order = random.Random(SPLIT_SEED).sample(train, len(train))
         held_out, train = order[: settings.held_out_size], order[settings.held_out_size :]
     else:
-        held_out = _load(settings, *_place_of_held_out(settings))
+        held_out = _load(settings, *place)
     seen = {text for conversation in held_out for text in _texts(conversation)}
     others = [conversation for conversation in train if seen.isdisjoint(_texts(conversation))]
     if not held_out or not others:
@@ -261,11 +262,13 @@ def pack_training_rows(
             for index in generator.sample(range(len(conversations)), len(conversations)):
                 if index not in encoded:
                     encoded[index] = encode(conversations[index], tokenizer, settings.length)
-                yield encoded[index]
+                if _targets(encoded[index]):
+                    yield encoded[index]
             if not any(map(_targets, encoded.values())):
                 raise InputError(f"--length {settings.length}: no answer begins within so many tokens. Give more.")
 
     packed = PackedConversations(passes(), settings.length, rows)
+    packed.dropped = sum(not _targets(each) for each in encoded.values())  # each once, however many passes
     _tell("train", packed, settings)
     return packed
 

@@ -106,7 +106,7 @@ def held_out_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> 
     model.train(training)
     if dist.is_initialized():
         dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    return float(total[0] / total[1])
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

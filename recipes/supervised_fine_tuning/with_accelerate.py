@@ -54,7 +54,7 @@ def fine_tune(settings: Settings) -> float:
     try:
         optimizer = settings.optimizer.build(model, strategy=accelerator)
     except ValueError as error:
-        raise InputError(f"--optimizer.{error}") from error
+        raise InputError(f"--optimizer: {error}") from error
     schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
     train, held_out = (
         DataLoader(rows, settings.batch_size, collate_fn=collate_for(settings.attention))

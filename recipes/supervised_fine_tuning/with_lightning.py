@@ -65,6 +65,8 @@ def fine_tune(settings: LightningSettings) -> float:
     monitors = []
     if settings.optimizer.algorithm == "dion2":
         monitors.append(SelectionMonitor(every=looks_every(settings), save_to=selection_file(settings)))
+    # The logger would replace the metrics of what is resumed.
+    metrics = f"resumed-{last.stem}" if settings.resume and last is not None else ""
     trainer = Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=settings.devices,
@@ -78,7 +80,7 @@ def fine_tune(settings: LightningSettings) -> float:
         val_check_interval=settings.validate_every * settings.accumulation,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # all that is held out, before training
-        logger=CSVLogger(folder, name="", version="", flush_logs_every_n_steps=settings.log_every),
+        logger=CSVLogger(folder, name="", version=metrics, flush_logs_every_n_steps=settings.log_every),
         callbacks=[
             *monitors,
             ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=settings.checkpoint_every),
@@ -126,6 +128,7 @@ class FineTuner(LightningModule):
 
     def configure_model(self) -> None:
         if self.settings.strategy == "fsdp2" and not hasattr(self.model, "unshard"):
+            assert self.device_mesh is not None
             mesh = self.device_mesh["data_parallel"]
             blocks = set(self.model._no_split_modules)
             for block in [each for each in self.model.modules() if type(each).__name__ in blocks]:
@@ -137,7 +140,7 @@ class FineTuner(LightningModule):
         try:
             optimizer = settings.optimizer.build(self)
         except ValueError as error:
-            raise InputError(f"--optimizer.{error}") from error
+            raise InputError(f"--optimizer: {error}") from error
         schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -159,7 +162,7 @@ class FineTuner(LightningModule):
     def training_step(self, batch: Batch, _: int) -> Tensor:
         # The step's mean over tokens, wherever they are: ranks' gradients are averaged, so their share of it is
         # multiplied by their number; Lightning divides by the accumulation.
-        share = self.model(**batch, num_items_in_batch=self.data.targets[self.trainer.global_step]).loss
+        share: Tensor = self.model(**batch, num_items_in_batch=self.data.targets[self.trainer.global_step]).loss
         self.step_loss += share.detach()
         return share * self.trainer.world_size * self.settings.accumulation
 
@@ -204,7 +207,8 @@ class FineTuner(LightningModule):
         return batches[self.global_rank :: self.trainer.world_size]
 
     def _tell(self, metrics: dict[str, float]) -> None:
-        self.logger.log_metrics(metrics, self.trainer.global_step)
+        for each in self.loggers:
+            each.log_metrics(metrics, self.trainer.global_step)
         if self.trainer.is_global_zero:
             tell(self.trainer.global_step, metrics)
 

@@ -55,6 +55,7 @@ def fine_tune(settings: Settings) -> float:
         logging_steps=settings.log_every,
         save_steps=settings.checkpoint_every,
         save_total_limit=1,
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
     )
@@ -89,8 +90,8 @@ def fine_tune(settings: Settings) -> float:
     try:
         trainer.train(resume_from_checkpoint=last)
     except ValueError as error:
-        raise InputError(f"--optimizer.{error}") from error
-    [*_, loss] = (entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+        raise InputError(f"--optimizer: {error}") from error
+    loss: float = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
     trainer.save_state()
     save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run_folder(settings) / "model")
     show_outcome(settings, loss, None if selection is None else selection.statistics.history)
@@ -108,7 +109,7 @@ class FineTuner(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         metrics = {"eval_loss": held_out_loss(self.model_wrapped, self.get_eval_dataloader())}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
