@@ -65,6 +65,16 @@ def selection_file(settings: Settings) -> Path:
     return run_folder(settings) / "selection.json"
 
 
+def selects(settings: Settings) -> bool:
+    """Returns whether there is a selection to look at: not where all of every matrix is trained in every step."""
+    if settings.optimizer.algorithm != "dion2":
+        return False
+    if settings.lora_rank and settings.optimizer.lora == "adamw":
+        logger.info("AdamW trains all adapters. --optimizer.lora B has Dion2 train their B, --optimizer.lora both all.")
+        return False
+    return True
+
+
 def looks_every(settings: Settings) -> int:
     """Returns the steps from one look at the selection to the next."""
     return max(1, settings.steps // LOOKS_AT_SELECTION)

@@ -118,6 +118,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         folder: Where.
     """
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    weights = {name: weight for name, weight in weights.items() if name not in tied}
     if not dist.is_initialized() or dist.get_rank() == 0:
         model.config.use_cache = True  # for those who will generate with it
         model.save_pretrained(folder, state_dict=weights)

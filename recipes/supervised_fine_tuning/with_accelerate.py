@@ -19,7 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from dion2_lightning import SelectionLogger
 from recipes.inputs import InputError
-from recipes.supervised_fine_tuning.command import looks_every, run, selection_file, show_outcome, tell
+from recipes.supervised_fine_tuning.command import looks_every, run, selection_file, selects, show_outcome, tell
 from recipes.supervised_fine_tuning.data import collate_for, load_data
 from recipes.supervised_fine_tuning.model import (
     autocast_dtype,
@@ -64,7 +64,7 @@ def fine_tune(settings: Settings) -> float:
     # Accelerate would advance a schedule that it prepares once for every process.
     accelerator.register_for_checkpointing(schedule)
     watch: Any = nullcontext()
-    if settings.optimizer.algorithm == "dion2":
+    if selects(settings):
         watch = SelectionLogger(accelerator, optimizer, every=looks_every(settings), save_to=selection_file(settings))
     done = load_checkpoint(accelerator, settings) if settings.resume else 0
 

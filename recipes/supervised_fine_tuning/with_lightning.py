@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_sc
 
 from dion2_lightning import SelectionMonitor
 from recipes.inputs import InputError, check_positive
-from recipes.supervised_fine_tuning.command import looks_every, run, selection_file, show_outcome, tell
+from recipes.supervised_fine_tuning.command import looks_every, run, selection_file, selects, show_outcome, tell
 from recipes.supervised_fine_tuning.data import IGNORED, Data, PackedConversations, collate_for, load_data
 from recipes.supervised_fine_tuning.model import autocast_dtype, count_flops_per_token, load_model, save_model
 from recipes.supervised_fine_tuning.settings import Settings, run_folder
@@ -63,7 +63,7 @@ def fine_tune(settings: LightningSettings) -> float:
     ranks = settings.devices * settings.nodes
     module = FineTuner(model, tokenizer, load_data(settings, tokenizer, ranks), settings)
     monitors = []
-    if settings.optimizer.algorithm == "dion2":
+    if selects(settings):
         monitors.append(SelectionMonitor(every=looks_every(settings), save_to=selection_file(settings)))
     # The logger would replace the metrics of what is resumed.
     metrics = f"resumed-{last.stem}" if settings.resume and last is not None else ""

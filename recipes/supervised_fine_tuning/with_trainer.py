@@ -6,6 +6,7 @@ accelerate launch --config_file recipes/launch/fsdp2-8.yaml recipes/supervised_f
 """
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dion2_lightning import Dion2Factory, SelectionCallback
 from recipes.inputs import InputError
-from recipes.supervised_fine_tuning.command import looks_every, run, selection_file, show_outcome, tell
+from recipes.supervised_fine_tuning.command import looks_every, run, selection_file, selects, show_outcome, tell
 from recipes.supervised_fine_tuning.data import Data, collate_for, load_data
 from recipes.supervised_fine_tuning.model import (
     autocast_dtype,
@@ -64,7 +65,7 @@ def fine_tune(settings: Settings) -> float:
             f"one process sees {args.n_gpu} GPUs. Start one for each with `torchrun --nproc_per_node {args.n_gpu}`, or "
             "choose one with CUDA_VISIBLE_DEVICES=0."
         )
-    last = get_last_checkpoint(args.output_dir) if settings.resume else None
+    last = get_last_checkpoint(args.output_dir) if settings.resume and Path(args.output_dir).is_dir() else None
     if settings.resume and last is None:
         raise InputError(f"--resume: there is no checkpoint in {args.output_dir}.")
 
@@ -73,7 +74,7 @@ def fine_tune(settings: Settings) -> float:
     speed = Speedometer(count_flops_per_token(model, settings.length), args.device, dtype, args.world_size)
     callbacks: list[TrainerCallback] = [Progress(speed, data)]
     selection = None
-    if settings.optimizer.algorithm == "dion2":
+    if selects(settings):
         selection = SelectionCallback(every=looks_every(settings), save_to=selection_file(settings))
         callbacks.append(selection)
     trainer = FineTuner(

@@ -197,7 +197,7 @@ def measure_saved_model(settings: Settings) -> float:
 
 
 @pytest.fixture(scope="module")
-def runs(self, tiny_model: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def runs(tiny_model: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run in each framework, its settings and what it returned; each step reads its rows in two parts."""
     tiny = Settings(
         model=tiny_model,
@@ -339,8 +339,8 @@ class TestRealModel:
 
 
 LAUNCHERS = {
-    "lightning": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"],
-    "trainer": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"],
+    "lightning": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"],
+    "trainer": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"],
     "accelerate": [
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
         *("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"),
@@ -349,8 +349,12 @@ LAUNCHERS = {
 
 
 @pytest.fixture(scope="module")
-def expected(self, tiny_model: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Settings, losses and weights of one process."""
+def expected(tiny_model: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Settings, losses and weights of one process: by Dion2, and by Muon, which leaves no pictures to be drawn."""
+    return {kind: run_on_one_process(kind, tiny_model, dataset, tmp_path_factory) for kind in ("dion2", "muon")}
+
+
+def run_on_one_process(kind: Any, tiny_model: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     settings = Settings(
         model=tiny_model,
         dataset=dataset,
@@ -360,7 +364,9 @@ def expected(self, tiny_model: str, dataset: str, tmp_path_factory: pytest.TempP
         batch_size=4,
         validate_every=2,
         output=tmp_path_factory.mktemp("one"),
-        optimizer=OptimizerSettings(lr=3e-3, adamw_lr=1e-3, momentum=0.8, orthonormalize_dtype="float32"),
+        optimizer=OptimizerSettings(
+            algorithm=kind, lr=3e-3, adamw_lr=1e-3, momentum=0.8, orthonormalize_dtype="float32"
+        ),
     )
     with_accelerate.fine_tune(settings)
     forget_accelerators()
@@ -372,6 +378,7 @@ class TestTwoProcesses:
 
     @pytest.mark.parametrize("name", FRAMEWORKS)
     def test_replicas_through_the_launcher(self, name: str, expected: Any, tmp_path: Path) -> None:
+        expected = expected["muon"]
         settings = for_framework(name, replace(expected[0], output=tmp_path), batch_size=1, accumulation=2)
         file = tmp_path / "settings.yaml"
         plain = {key: value for key, value in vars(settings).items() if key not in ("optimizer", "output")}
@@ -395,6 +402,7 @@ class TestTwoProcesses:
 
     @pytest.mark.parametrize("name", FRAMEWORKS)
     def test_shards(self, name: str, expected: Any, tmp_path: Path) -> None:
+        expected = expected["dion2"]
         changes = {"batch_size": 2, "devices": 2, "strategy": "fsdp2"}
         settings = for_framework(name, replace(expected[0], output=tmp_path), **changes)
         run_like_torchrun(2, fine_tune_sharded, name, settings)
@@ -403,7 +411,7 @@ class TestTwoProcesses:
     def test_shards_of_adapters(self, expected: Any, tmp_path: Path) -> None:
         """LoRA over FSDP2: what is saved is whole."""
         changes = {"batch_size": 2, "devices": 2, "strategy": "fsdp2", "lora_rank": 2}
-        settings = for_framework("lightning", replace(expected[0], output=tmp_path), **changes)
+        settings = for_framework("lightning", replace(expected["dion2"][0], output=tmp_path), **changes)
         run_like_torchrun(2, fine_tune_sharded, "lightning", settings)
         assert measure_saved_model(settings) == pytest.approx(losses("lightning", settings)[1][-1], abs=1e-4)
 
@@ -429,6 +437,7 @@ def fine_tune_sharded(name: str, settings: Settings) -> None:
             "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
             "FSDP_RESHARD_AFTER_FORWARD": "true",
         }
+    command.save_pictures = lambda history, folder: []  # type: ignore[assignment]  # this process ends with the run
     kinds: list[str] = []
     step = Dion2.step
 
@@ -436,7 +445,7 @@ def fine_tune_sharded(name: str, settings: Settings) -> None:
         kinds.extend(type(parameter).__name__ for group in self.param_groups for parameter in group["params"])
         return step(self, *arguments, **options)
 
-    Dion2.step = look  # type: ignore[method-assign]  # this process ends with the run
+    Dion2.step = look  # type: ignore[method-assign]
     FRAMEWORKS[name].fine_tune(settings)
     assert set(kinds) == {"DTensor"}, "the model was not sharded"
 
@@ -510,7 +519,7 @@ class TestModel:
         assert all(weight.dtype == torch.float32 for weight in weights.values())
         history = SelectionHistory.load(run_folder(settings) / "selection.json")
         assert len(history.kinds) == 2 * 7
-        assert all("lora_B" in kind.parameter for kind in history.kinds)
+        assert all("lora_B" in kind.name for kind in history.kinds)
 
     def test_adapters_follow_the_seed(self, tiny: Settings) -> None:
         weights = []
@@ -536,7 +545,8 @@ class TestModel:
             seen: list[torch.dtype] = []
 
             def look(x: Tensor, *_: Any, seen: list[torch.dtype] = seen, **__: Any) -> Tensor:
-                seen.append(x.dtype)
+                if not x.is_meta:  # FLOPs are being counted
+                    seen.append(x.dtype)
                 return x * x.sigmoid()
 
             with monkeypatch.context() as patch:
@@ -568,7 +578,7 @@ class TestEncoding:
     def test_a_template_that_changes_earlier_turns_is_refused(self, tiny_model: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         tokenizer.chat_template = (
-            "{% for m in messages %}{{ m['role'] }}: {% if loop.last and loop.index % 2 == 0 %}<think></think>{% endif %}"
+            "{% for m in messages %}{{ m['role'] }}: {% if loop.last and loop.index != 1 %}<think></think>{% endif %}"
             "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
         )
         assert "first" in "".join(self.learnt(encode(chat("one", "first"), tokenizer, 100), tokenizer))
