@@ -11,12 +11,14 @@ from typing import TypeVar
 import datasets
 import torch.distributed as dist
 import transformers
+from accelerate import Accelerator
 from jsonargparse import auto_cli
 
 from dion2_lightning.history import SelectionHistory
 from dion2_lightning.plots import save_pictures
 from dion2_lightning.report import render_report
 from recipes.inputs import InputError
+from recipes.offline import SMOLLM2
 from recipes.supervised_fine_tuning.settings import Settings, run_folder
 
 LOOKS_AT_SELECTION = 80
@@ -65,6 +67,24 @@ def selection_file(settings: Settings) -> Path:
     return run_folder(settings) / "selection.json"
 
 
+def refuse_model_parallelism(accelerator: Accelerator) -> None:
+    """Raises an error where the launch configuration asks for more than replicas and shards.
+
+    As of Accelerate 1.15 and transformers 5.23, Accelerate prepares no FSDP2 over tensor parallelism and saves no
+    tensor-parallel model; context and sequence parallelism take packed rows apart.
+
+    Raises:
+        InputError: If it does.
+    """
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise InputError(
+            f"the launch configuration asks for tp_size {parallelism.tp_size}, cp_size {parallelism.cp_size} and "
+            f"sp_size {parallelism.sp_size}, which this recipe cannot do: all have to be 1. Use FSDP2 for models that "
+            "do not fit."
+        )
+
+
 def selects(settings: Settings) -> bool:
     """Returns whether there is a selection to look at: not where all of every matrix is trained in every step."""
     if settings.optimizer.algorithm != "dion2":
@@ -103,5 +123,10 @@ def show_outcome(settings: Settings, loss: float, history: SelectionHistory | No
 
 def _how_to_load(settings: Settings) -> list[str]:
     saved = run_folder(settings) / "model"
-    name = "AutoPeftModelForCausalLM" if settings.lora_rank else "AutoModelForCausalLM"
-    return [f'    {name}.from_pretrained("{saved}")', f'    AutoTokenizer.from_pretrained("{saved}")']
+    if not settings.lora_rank:
+        lines = [f'AutoModelForCausalLM.from_pretrained("{saved}")', f'AutoTokenizer.from_pretrained("{saved}")']
+    elif settings.model != SMOLLM2:
+        lines = [f'AutoPeftModelForCausalLM.from_pretrained("{saved}")', f'AutoTokenizer.from_pretrained("{saved}")']
+    else:  # peft would look for its weights in another format
+        lines = ["model, tokenizer = load_model(Settings())", f'PeftModel.from_pretrained(model, "{saved}")']
+    return [f"    {line}" for line in lines]

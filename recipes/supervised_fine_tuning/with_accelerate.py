@@ -19,7 +19,15 @@ from transformers import get_cosine_schedule_with_warmup
 
 from dion2_lightning import SelectionLogger
 from recipes.inputs import InputError
-from recipes.supervised_fine_tuning.command import looks_every, run, selection_file, selects, show_outcome, tell
+from recipes.supervised_fine_tuning.command import (
+    looks_every,
+    refuse_model_parallelism,
+    run,
+    selection_file,
+    selects,
+    show_outcome,
+    tell,
+)
 from recipes.supervised_fine_tuning.data import collate_for, load_data
 from recipes.supervised_fine_tuning.model import (
     autocast_dtype,
@@ -45,6 +53,7 @@ def fine_tune(settings: Settings) -> float:
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
         log_with=JsonLines(run_folder(settings) / "metrics.jsonl", append=settings.resume),
     )
+    refuse_model_parallelism(accelerator)
     accelerator.init_trackers("")
     ranks = accelerator.num_processes
 

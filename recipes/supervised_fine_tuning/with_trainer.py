@@ -15,7 +15,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dion2_lightning import Dion2Factory, SelectionCallback
 from recipes.inputs import InputError
-from recipes.supervised_fine_tuning.command import looks_every, run, selection_file, selects, show_outcome, tell
+from recipes.supervised_fine_tuning.command import (
+    looks_every,
+    refuse_model_parallelism,
+    run,
+    selection_file,
+    selects,
+    show_outcome,
+    tell,
+)
 from recipes.supervised_fine_tuning.data import Data, collate_for, load_data
 from recipes.supervised_fine_tuning.model import (
     autocast_dtype,
@@ -86,12 +94,10 @@ def fine_tune(settings: Settings) -> float:
         optimizer_cls_and_kwargs=(Dion2Factory, {**asdict(settings.optimizer), "strategy": args}),
         callbacks=callbacks,
     )
+    refuse_model_parallelism(trainer.accelerator)
     trainer.speed = speed
     trainer.remove_callback(PrinterCallback)  # it prints all figures of the selection
-    try:
-        trainer.train(resume_from_checkpoint=last)
-    except ValueError as error:
-        raise InputError(f"--optimizer: {error}") from error
+    trainer.train(resume_from_checkpoint=last)
     loss: float = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
     trainer.save_state()
     save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run_folder(settings) / "model")
@@ -106,6 +112,13 @@ class FineTuner(Trainer):
     """
 
     speed: Speedometer
+
+    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+        try:
+            optimizer: torch.optim.Optimizer = super().create_optimizer(*arguments)
+        except ValueError as error:
+            raise InputError(f"--optimizer: {error}") from error
+        return optimizer
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         metrics = {"eval_loss": held_out_loss(self.model_wrapped, self.get_eval_dataloader())}

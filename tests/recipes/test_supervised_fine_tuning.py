@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState
 from jsonargparse import auto_cli
 from peft import AutoPeftModelForCausalLM
@@ -791,6 +792,19 @@ class TestBadInput:
         optimizer = replace(tiny.optimizer, overrides={"absent": "adamw"})
         with pytest.raises(InputError, match=r"--optimizer: override .*absent"):
             FRAMEWORKS[name].fine_tune(for_framework(name, tiny, optimizer=optimizer))
+
+    @pytest.mark.parametrize("name", ["accelerate", "trainer"])
+    def test_a_launch_configuration_with_tensor_parallelism(
+        self, name: str, tiny: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        framework = FRAMEWORKS[name]
+        refuse = framework.refuse_model_parallelism
+        asked = SimpleNamespace(parallelism_config=ParallelismConfig(tp_size=2))
+        monkeypatch.setattr(framework, "refuse_model_parallelism", lambda accelerator: refuse(asked))
+        with pytest.raises(
+            InputError, match="asks for tp_size 2, cp_size 1 and sp_size 1, which this recipe cannot do"
+        ):
+            framework.fine_tune(tiny)
 
     def test_one_process_with_several_gpus(self, tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
         """The Trainer would replicate the model by threads, and read more than a step's rows."""
