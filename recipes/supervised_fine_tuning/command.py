@@ -62,6 +62,33 @@ def tell(step: int, metrics: Mapping[str, float]) -> None:
         logger.info("step %d: %s", step, ", ".join(f"{name} {value:.5g}" for name, value in shown.items()))
 
 
+def last_checkpoint(settings: Settings, names: str) -> Path | None:
+    """Returns the checkpoint to go on from, if the run is to go on.
+
+    Args:
+        settings: Of the run.
+        names: What the framework calls checkpoints, by a pattern; the step is the one number in a name.
+
+    Raises:
+        InputError: If there is none, or if a new run would mix its checkpoints with those of another.
+    """
+    folder = run_folder(settings) / "checkpoints"
+    found = sorted(folder.glob(names), key=step_of)
+    if settings.resume and not found:
+        raise InputError(f"--resume: there is no checkpoint in {folder}.")
+    if found and not settings.resume:
+        raise InputError(
+            f"--output {settings.output}: there are checkpoints of an earlier run in {folder}. Go on from them with "
+            "--resume true, choose another --output, or remove them."
+        )
+    return found[-1] if found else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step that the name of a checkpoint says."""
+    return int("".join(filter(str.isdigit, checkpoint.stem)))
+
+
 def selection_file(settings: Settings) -> Path:
     """Returns where the statistics of the selection are kept."""
     return run_folder(settings) / "selection.json"

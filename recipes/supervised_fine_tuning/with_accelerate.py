@@ -20,12 +20,14 @@ from transformers import get_cosine_schedule_with_warmup
 from dion2_lightning import SelectionLogger
 from recipes.inputs import InputError
 from recipes.supervised_fine_tuning.command import (
+    last_checkpoint,
     looks_every,
     refuse_model_parallelism,
     run,
     selection_file,
     selects,
     show_outcome,
+    step_of,
     tell,
 )
 from recipes.supervised_fine_tuning.data import collate_for, load_data
@@ -46,6 +48,7 @@ def fine_tune(settings: Settings) -> float:
     Raises:
         InputError: If a setting asks for something that cannot be done.
     """
+    last = last_checkpoint(settings, "step-*")
     dtype = autocast_dtype(settings)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -75,7 +78,10 @@ def fine_tune(settings: Settings) -> float:
     watch: Any = nullcontext()
     if selects(settings):
         watch = SelectionLogger(accelerator, optimizer, every=looks_every(settings), save_to=selection_file(settings))
-    done = load_checkpoint(accelerator, settings) if settings.resume else 0
+    done = 0
+    if last is not None:
+        accelerator.load_state(last)
+        done = step_of(last)
 
     def measure(step: int) -> float:
         speed.pause()
@@ -132,19 +138,6 @@ def save_checkpoint(accelerator: Accelerator, settings: Settings, step: int) -> 
         for path in older:
             shutil.rmtree(path)
     accelerator.wait_for_everyone()
-
-
-def load_checkpoint(accelerator: Accelerator, settings: Settings) -> int:
-    """Loads the last checkpoint and returns its step.
-
-    Raises:
-        InputError: If there is none.
-    """
-    steps = [int(path.name.removeprefix("step-")) for path in (run_folder(settings) / "checkpoints").glob("step-*")]
-    if not steps:
-        raise InputError(f"--resume: there is no checkpoint in {run_folder(settings) / 'checkpoints'}.")
-    accelerator.load_state(run_folder(settings) / "checkpoints" / f"step-{max(steps)}")
-    return max(steps)
 
 
 class JsonLines(GeneralTracker):

@@ -21,7 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_sc
 
 from dion2_lightning import SelectionMonitor
 from recipes.inputs import InputError, check_positive
-from recipes.supervised_fine_tuning.command import looks_every, run, selection_file, selects, show_outcome, tell
+from recipes.supervised_fine_tuning.command import (
+    last_checkpoint,
+    looks_every,
+    run,
+    selection_file,
+    selects,
+    show_outcome,
+    tell,
+)
 from recipes.supervised_fine_tuning.data import IGNORED, Data, PackedConversations, collate_for, load_data
 from recipes.supervised_fine_tuning.model import autocast_dtype, count_flops_per_token, load_model, save_model
 from recipes.supervised_fine_tuning.settings import Settings, run_folder
@@ -54,11 +62,7 @@ def fine_tune(settings: LightningSettings) -> float:
         InputError: If a setting asks for something that cannot be done.
     """
     folder = run_folder(settings)
-    checkpoints = list((folder / "checkpoints").glob("step=*.ckpt"))
-    last = max(checkpoints, key=lambda path: int(path.stem.removeprefix("step=")), default=None)
-    if settings.resume and last is None:
-        raise InputError(f"--resume: there is no checkpoint in {folder / 'checkpoints'}.")
-
+    last = last_checkpoint(settings, "step=*.ckpt")
     model, tokenizer = load_model(settings)
     ranks = settings.devices * settings.nodes
     module = FineTuner(model, tokenizer, load_data(settings, tokenizer, ranks), settings)
@@ -66,7 +70,7 @@ def fine_tune(settings: LightningSettings) -> float:
     if selects(settings):
         monitors.append(SelectionMonitor(every=looks_every(settings), save_to=selection_file(settings)))
     # The logger would replace the metrics of what is resumed.
-    metrics = f"resumed-{last.stem}" if settings.resume and last is not None else ""
+    metrics = "" if last is None else f"resumed-{last.stem}"
     trainer = Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=settings.devices,
@@ -88,7 +92,7 @@ def fine_tune(settings: LightningSettings) -> float:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, ckpt_path=last if settings.resume else None)
+    trainer.fit(module, ckpt_path=last)
     trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
     if module.measured_at != trainer.global_step:
         trainer.validate(module, verbose=False)

@@ -6,16 +6,15 @@ accelerate launch --config_file recipes/launch/fsdp2-8.yaml recipes/supervised_f
 """
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from dion2_lightning import Dion2Factory, SelectionCallback
 from recipes.inputs import InputError
 from recipes.supervised_fine_tuning.command import (
+    last_checkpoint,
     looks_every,
     refuse_model_parallelism,
     run,
@@ -42,6 +41,7 @@ def fine_tune(settings: Settings) -> float:
     Raises:
         InputError: If a setting asks for something that cannot be done.
     """
+    last = last_checkpoint(settings, "checkpoint-*")
     dtype = autocast_dtype(settings)
     args = TrainingArguments(
         str(run_folder(settings) / "checkpoints"),
@@ -73,10 +73,6 @@ def fine_tune(settings: Settings) -> float:
             f"one process sees {args.n_gpu} GPUs. Start one for each with `torchrun --nproc_per_node {args.n_gpu}`, or "
             "choose one with CUDA_VISIBLE_DEVICES=0."
         )
-    last = get_last_checkpoint(args.output_dir) if settings.resume and Path(args.output_dir).is_dir() else None
-    if settings.resume and last is None:
-        raise InputError(f"--resume: there is no checkpoint in {args.output_dir}.")
-
     model, tokenizer = load_model(settings)
     data = load_data(settings, tokenizer, args.world_size)
     speed = Speedometer(count_flops_per_token(model, settings.length), args.device, dtype, args.world_size)
@@ -97,7 +93,7 @@ def fine_tune(settings: Settings) -> float:
     refuse_model_parallelism(trainer.accelerator)
     trainer.speed = speed
     trainer.remove_callback(PrinterCallback)  # it prints all figures of the selection
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     loss: float = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
     trainer.save_state()
     save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run_folder(settings) / "model")
