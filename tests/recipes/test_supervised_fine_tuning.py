@@ -227,8 +227,9 @@ def runs(tiny_model: str, dataset: str, tmp_path_factory: pytest.TempPathFactory
 class TestRuns:
     def test_frameworks_agree(self, runs: dict[str, Any]) -> None:
         curves = {name: losses(name, settings) for name, (settings, _) in runs.items()}
-        expected = self.by_hand(runs["accelerate"][0])
+        expected, weights = self.by_hand(runs["accelerate"][0])
         for name, (train, held_out) in curves.items():
+            torch.testing.assert_close(saved_weights(runs[name][0]), weights, rtol=0, atol=2e-5)
             assert train == pytest.approx(expected, abs=1e-4), name
             assert len(held_out) == 3, "before the first step, after the third and the last"
             assert held_out == pytest.approx(curves["accelerate"][1], abs=1e-4), name
@@ -236,8 +237,8 @@ class TestRuns:
             assert held_out[-1] < held_out[0], name
 
     @staticmethod
-    def by_hand(settings: Settings) -> list[float]:
-        """Each step's loss in a plain loop over whole steps, in which no framework takes part."""
+    def by_hand(settings: Settings) -> tuple[list[float], dict[str, Tensor]]:
+        """Each step's loss and the weights after a plain loop over whole steps, in which no framework takes part."""
         model, tokenizer = load_model(settings)
         rows = load_data(settings, tokenizer, 1).train
         optimizer = settings.optimizer.build(model)
@@ -254,7 +255,7 @@ class TestRuns:
             optimizer.step()
             optimizer.zero_grad()
             found.append(loss.item())
-        return found
+        return found, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     @pytest.mark.parametrize("name", FRAMEWORKS)
     def test_the_saved_model_is_what_was_measured(self, name: str, runs: dict[str, Any]) -> None:
