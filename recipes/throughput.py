@@ -27,7 +27,8 @@ class Speedometer:
     checkpoint call :meth:`pause`, so that it does not count.
 
     Args:
-        flops_per_token: What the model needs for a token, forward and backward, see :func:`model_flops_per_token`.
+        flops_per_token: What the model needs for a token, forward and backward, see :func:`model_flops_per_token`; 0
+            where it is not known.
         device: Where it trains.
         dtype: What its products are computed in; decides the device's peak.
         world_size: Ranks that see different data (default: 1).
@@ -85,7 +86,7 @@ class Speedometer:
         figures = {}
         if "device/items_per_sec" in measured:
             figures[f"{self._unit}_per_second"] = measured["device/items_per_sec"] * self._world_size
-        if "device/mfu" in measured:
+        if self._flops_per_token and "device/mfu" in measured:
             figures["model_flops_utilisation"] = measured["device/mfu"]
         if self._device.type == "cuda":
             figures["peak_memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9

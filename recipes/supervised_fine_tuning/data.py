@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,12 +51,13 @@ def load_conversations(settings: Settings) -> tuple[list[Conversation], list[Con
     Raises:
         InputError: If the data cannot be read, lacks a column or an answer, or does not suffice.
     """
+    place = None if settings.held_out is None else _place_of_held_out(settings)
     train = _load(settings, settings.dataset, settings.train_split)
-    if settings.held_out is None:
+    if place is None:
         order = random.Random(SPLIT_SEED).sample(train, len(train))
         held_out, train = order[: settings.held_out_size], order[settings.held_out_size :]
     else:
-        held_out = _load(settings, *_place_of_held_out(settings))
+        held_out = _load(settings, *place)
     seen = {text for conversation in held_out for text in _texts(conversation)}
     others = [conversation for conversation in train if seen.isdisjoint(_texts(conversation))]
     if not held_out or not others:
@@ -103,6 +105,46 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
                 end -= 1  # white space after the end token, where no model ever writes
             labels[len(before) : end] = tokens[len(before) : end]
     return Encoded(tokens[:max_length], labels[:max_length])
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, and what each of its steps reads on all ranks together.
+
+    Attributes:
+        train: All rows of the run, in its order. A step takes the next ones, however ranks share them.
+        held_out: What to measure on; ranks and their batches divide the rows.
+        targets: Tokens of each step that are learnt.
+        tokens: Tokens of each step, padding left out.
+    """
+
+    train: "PackedConversations"
+    held_out: "PackedConversations"
+    targets: list[int]
+    tokens: list[int]
+
+
+def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, ranks: int) -> Data:
+    """Reads and packs all that a run needs, the same on every rank.
+
+    Args:
+        settings: Of the run.
+        tokenizer: With a chat template.
+        ranks: Processes that read different rows.
+
+    Raises:
+        InputError: If the data cannot be read or does not suffice.
+    """
+    conversations, held_out = load_conversations(settings)
+    rows = settings.batch_size * settings.accumulation * ranks
+    train = pack_training_rows(conversations, tokenizer, settings, settings.steps * rows)
+    steps = range(0, len(train), rows)
+    return Data(
+        train,
+        pack_held_out_rows(held_out, tokenizer, settings, ranks),
+        [sum(train.targets[start : start + rows]) for start in steps],
+        [sum(train.tokens[start : start + rows]) for start in steps],
+    )
 
 
 class PackedConversations(Dataset[dict[str, Tensor]]):
@@ -220,11 +262,13 @@ def pack_training_rows(
             for index in generator.sample(range(len(conversations)), len(conversations)):
                 if index not in encoded:
                     encoded[index] = encode(conversations[index], tokenizer, settings.length)
-                yield encoded[index]
+                if _targets(encoded[index]):
+                    yield encoded[index]
             if not any(map(_targets, encoded.values())):
                 raise InputError(f"--length {settings.length}: no answer begins within so many tokens. Give more.")
 
     packed = PackedConversations(passes(), settings.length, rows)
+    packed.dropped = sum(not _targets(each) for each in encoded.values())  # each once, however many passes
     _tell("train", packed, settings)
     return packed
 

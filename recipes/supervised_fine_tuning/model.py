@@ -1,18 +1,25 @@
-"""The model: loaded with its tokenizer, LoRA and checkpointing; measured; and saved from whatever layout."""
+"""The model: loaded with its tokenizer, adapters and checkpointing; measured; and saved from whatever layout."""
 
+import copy
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from recipes.inputs import InputError
 from recipes.offline import SMOLLM2, forget_quantization, model_source
+from recipes.supervised_fine_tuning.data import IGNORED
 from recipes.supervised_fine_tuning.settings import Settings
+from recipes.throughput import model_flops_per_token
+
+logger = logging.getLogger("recipes")
 
 
 def load_model(settings: Settings, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -58,7 +65,51 @@ def load_model(settings: Settings, **options: Any) -> tuple[PreTrainedModel, Pre
     return model.train(), tokenizer
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def autocast_dtype(settings: Settings) -> torch.dtype:
+    """Returns what products are computed in: bfloat16 on GPUs that have it, unless the settings say otherwise."""
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    wants_bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16)
+    return torch.bfloat16 if wants_bf16 else torch.float32
+
+
+def count_flops_per_token(model: PreTrainedModel, length: int) -> float:
+    """Counts what training takes for a token of a row, before the model is wrapped; nothing is computed.
+
+    Where it depends on the values what is computed, as in a mixture of experts, it is unknown: 0.
+    """
+    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    twin = copy.deepcopy(model, memo)
+    twin.set_attn_implementation("eager")
+    with torch.device("meta"):
+        # With a mask that is ready, nobody looks at the values of the positions.
+        batch = {
+            "input_ids": torch.ones(1, length, dtype=torch.long),
+            "attention_mask": torch.ones(1, 1, length, length),
+        }
+    try:
+        return model_flops_per_token(twin, batch)
+    except (RuntimeError, NotImplementedError) as error:
+        logger.warning("model_flops_utilisation is not known for this model: %s", str(error).splitlines()[0])
+        return 0.0
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """Returns the mean loss of all tokens to be learnt, over all ranks, which call it with their batches."""
+    training = model.training
+    model.eval()
+    total: Any = 0
+    for batch in batches:
+        loss = model(**batch, num_items_in_batch=1).loss  # the sum over tokens
+        total = total + torch.stack([loss.double(), (batch["labels"] != IGNORED).sum()])
+    model.train(training)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Saves the model, or its adapters, in the format of `save_pretrained`. All ranks call it.
 
     Args:
@@ -67,6 +118,8 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
         folder: Where.
     """
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    weights = {name: weight for name, weight in weights.items() if name not in tied}
     if not dist.is_initialized() or dist.get_rank() == 0:
         model.config.use_cache = True  # for those who will generate with it
         model.save_pretrained(folder, state_dict=weights)

@@ -100,7 +100,7 @@ class Settings:
         if self.max_norm <= 0:
             raise InputError(f"--max_norm has to be above 0, got {self.max_norm}.")
 
-    @property
-    def folder(self) -> Path:
-        """Where the run leaves what it makes."""
-        return self.output / self.optimizer.algorithm
+
+def run_folder(settings: Settings) -> Path:
+    """Returns where a run leaves what it makes."""
+    return settings.output / settings.optimizer.algorithm

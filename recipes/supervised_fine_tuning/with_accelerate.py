@@ -1,0 +1,172 @@
+"""Supervised fine-tuning in a loop of one's own under Accelerate.
+
+python recipes/supervised_fine_tuning/with_accelerate.py --help
+accelerate launch --config_file recipes/launch/fsdp2-8.yaml recipes/supervised_fine_tuning/with_accelerate.py
+"""
+
+import json
+import shutil
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.tracking import GeneralTracker, on_main_process
+from torch.utils.data import DataLoader
+from transformers import get_cosine_schedule_with_warmup
+
+from dion2_lightning import SelectionLogger
+from recipes.inputs import InputError
+from recipes.supervised_fine_tuning.command import (
+    last_checkpoint,
+    looks_every,
+    refuse_model_parallelism,
+    run,
+    selection_file,
+    selects,
+    show_outcome,
+    step_of,
+    tell,
+)
+from recipes.supervised_fine_tuning.data import collate_for, load_data
+from recipes.supervised_fine_tuning.model import (
+    autocast_dtype,
+    count_flops_per_token,
+    held_out_loss,
+    load_model,
+    save_model,
+)
+from recipes.supervised_fine_tuning.settings import Settings, run_folder
+from recipes.throughput import Speedometer
+
+
+def fine_tune(settings: Settings) -> float:
+    """Trains, and leaves the model, metrics and a checkpoint in the run's folder; returns the held-out loss.
+
+    Raises:
+        InputError: If a setting asks for something that cannot be done.
+    """
+    last = last_checkpoint(settings, "step-*")
+    dtype = autocast_dtype(settings)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        gradient_accumulation_steps=settings.accumulation,
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        log_with=JsonLines(run_folder(settings) / "metrics.jsonl", append=settings.resume),
+    )
+    refuse_model_parallelism(accelerator)
+    accelerator.init_trackers("")
+    ranks = accelerator.num_processes
+
+    model, tokenizer = load_model(settings)
+    data = load_data(settings, tokenizer, ranks)
+    speed = Speedometer(count_flops_per_token(model, settings.length), accelerator.device, dtype, ranks)
+    try:
+        optimizer = settings.optimizer.build(model, strategy=accelerator)
+    except ValueError as error:
+        raise InputError(f"--optimizer: {error}") from error
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
+    train, held_out = (
+        DataLoader(rows, settings.batch_size, collate_fn=collate_for(settings.attention))
+        for rows in (data.train, data.held_out)
+    )
+    model, optimizer, train, held_out = accelerator.prepare(model, optimizer, train, held_out)
+    # Accelerate would advance a schedule that it prepares once for every process.
+    accelerator.register_for_checkpointing(schedule)
+    watch: Any = nullcontext()
+    if selects(settings):
+        watch = SelectionLogger(accelerator, optimizer, every=looks_every(settings), save_to=selection_file(settings))
+    done = 0
+    if last is not None:
+        accelerator.load_state(last)
+        done = step_of(last)
+
+    def measure(step: int) -> float:
+        speed.pause()
+        loss = held_out_loss(model, held_out)
+        accelerator.log({"held_out_loss": loss}, step)
+        return loss
+
+    reached = measure(done)
+    batches = iter(skip_first_batches(train, done * settings.accumulation))
+    with watch as selection:
+        for step in range(done, settings.steps):
+            total = torch.zeros((), device=accelerator.device)
+            for batch in islice(batches, settings.accumulation):
+                with accelerator.accumulate(model):
+                    # The step's mean over tokens, wherever they are: ranks' gradients are averaged, so their share of
+                    # it is multiplied by their number; backward() divides by the accumulation.
+                    share = model(**batch, num_items_in_batch=data.targets[step]).loss
+                    accelerator.backward(share * ranks * settings.accumulation)
+                    total += share.detach()
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), settings.max_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            rate = optimizer.param_groups[0]["lr"]
+            schedule.step()
+            speed.step(round(data.tokens[step] / ranks))
+            done = step + 1
+            if selection is not None:
+                selection.log()
+            if done % settings.log_every == 0:
+                loss = accelerator.reduce(total).item()
+                accelerator.log({"train_loss": loss, "lr": rate, **speed.figures()}, done)
+            if done % settings.validate_every == 0 or done == settings.steps:
+                reached = measure(done)
+            if done % settings.checkpoint_every == 0 or done == settings.steps:
+                save_checkpoint(accelerator, settings, done)
+                speed.pause()
+    save_model(accelerator.unwrap_model(model), tokenizer, run_folder(settings) / "model")
+    show_outcome(settings, reached, None if selection is None else selection.statistics.history)
+    accelerator.end_training()
+    return reached
+
+
+def save_checkpoint(accelerator: Accelerator, settings: Settings, step: int) -> None:
+    """Writes everything that the run needs to go on, and removes older checkpoints once it is there."""
+    folder = run_folder(settings) / "checkpoints"
+    unfinished = folder / "unfinished"
+    accelerator.save_state(unfinished)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        older = [path for path in folder.glob("step-*") if path.name != f"step-{step}"]
+        shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
+        unfinished.rename(folder / f"step-{step}")
+        for path in older:
+            shutil.rmtree(path)
+    accelerator.wait_for_everyone()
+
+
+class JsonLines(GeneralTracker):
+    """A tracker that prints metrics, and writes a line for every set of metrics: {"step": 1, "train_loss": 2.3}."""
+
+    name = "json_lines"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path, append: bool) -> None:
+        super().__init__()
+        self.path = path
+        self.append = append
+
+    @property
+    def tracker(self) -> Path:
+        return self.path
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        pass
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a" if self.append else "w", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.append = True
+        tell(step or 0, values)
+
+
+if __name__ == "__main__":
+    run(fine_tune, Settings)

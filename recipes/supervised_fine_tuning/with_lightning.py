@@ -1,0 +1,251 @@
+"""Supervised fine-tuning with Lightning.
+
+python recipes/supervised_fine_tuning/with_lightning.py --help
+torchrun --nproc_per_node 2 recipes/supervised_fine_tuning/with_lightning.py --devices 2 --strategy fsdp2
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, Sampler
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+
+from dion2_lightning import SelectionMonitor
+from recipes.inputs import InputError, check_positive
+from recipes.supervised_fine_tuning.command import (
+    last_checkpoint,
+    looks_every,
+    run,
+    selection_file,
+    selects,
+    show_outcome,
+    tell,
+)
+from recipes.supervised_fine_tuning.data import IGNORED, Data, PackedConversations, collate_for, load_data
+from recipes.supervised_fine_tuning.model import autocast_dtype, count_flops_per_token, load_model, save_model
+from recipes.supervised_fine_tuning.settings import Settings, run_folder
+from recipes.throughput import Speedometer
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LightningSettings(Settings):
+    __doc__ = f"""{Settings.__doc__}
+        strategy: How processes share the work: "ddp" replicates the model, "fsdp2" shards it.
+        devices: Processes on each machine.
+        nodes: Machines.
+    """
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    devices: int = 1
+    nodes: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "devices", "nodes")
+
+
+def fine_tune(settings: LightningSettings) -> float:
+    """Trains, and leaves the model, metrics and a checkpoint in the run's folder; returns the held-out loss.
+
+    Raises:
+        InputError: If a setting asks for something that cannot be done.
+    """
+    folder = run_folder(settings)
+    last = last_checkpoint(settings, "step=*.ckpt")
+    model, tokenizer = load_model(settings)
+    ranks = settings.devices * settings.nodes
+    module = FineTuner(model, tokenizer, load_data(settings, tokenizer, ranks), settings)
+    monitors = []
+    if selects(settings):
+        monitors.append(SelectionMonitor(every=looks_every(settings), save_to=selection_file(settings)))
+    # The logger would replace the metrics of what is resumed.
+    metrics = "" if last is None else f"resumed-{last.stem}"
+    trainer = Trainer(
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=settings.devices,
+        num_nodes=settings.nodes,
+        strategy=make_strategy(settings),
+        precision="bf16-mixed" if autocast_dtype(settings) == torch.bfloat16 else "32-true",
+        max_steps=settings.steps,
+        accumulate_grad_batches=settings.accumulation,
+        gradient_clip_val=settings.max_norm,
+        use_distributed_sampler=False,
+        val_check_interval=settings.validate_every * settings.accumulation,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=-1,  # all that is held out, before training
+        logger=CSVLogger(folder, name="", version=metrics, flush_logs_every_n_steps=settings.log_every),
+        callbacks=[
+            *monitors,
+            ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=settings.checkpoint_every),
+        ],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, ckpt_path=last)
+    trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
+    if module.measured_at != trainer.global_step:
+        trainer.validate(module, verbose=False)
+    show_outcome(settings, module.reached, monitors[0].statistics.history if monitors else None)
+    return module.reached
+
+
+def make_strategy(settings: LightningSettings) -> Strategy | str:
+    """Returns what shares the work between processes; nothing to share for one."""
+    if settings.strategy == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=settings.devices * settings.nodes, tensor_parallel_size=1)
+    return DDPStrategy() if settings.devices * settings.nodes > 1 else "auto"
+
+
+class FineTuner(LightningModule):
+    """A causal language model, trained on the answers of conversations.
+
+    Args:
+        model: As `load_model` returns it.
+        tokenizer: Its own.
+        data: Of the run.
+        settings: Of the run.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, settings: LightningSettings
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.data = data
+        self.settings = settings
+        self.collate = collate_for(settings.attention)
+        self.held_out_loss = MeanMetric()
+        self.flops_per_token = count_flops_per_token(model, settings.length)
+        self.measured_at = -1
+
+    def configure_model(self) -> None:
+        if self.settings.strategy == "fsdp2" and not hasattr(self.model, "unshard"):
+            assert self.device_mesh is not None
+            mesh = self.device_mesh["data_parallel"]
+            blocks = set(self.model._no_split_modules)
+            for block in [each for each in self.model.modules() if type(each).__name__ in blocks]:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
+    def configure_optimizers(self) -> Any:
+        settings = self.settings
+        try:
+            optimizer = settings.optimizer.build(self)
+        except ValueError as error:
+            raise InputError(f"--optimizer: {error}") from error
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def train_dataloader(self) -> "TrainingLoader":
+        return TrainingLoader(self.data.train, self._batches(self.data.train), self.collate)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        rows = self.data.held_out
+        return DataLoader(rows, batch_sampler=self._batches(rows), collate_fn=self.collate)
+
+    def on_fit_start(self) -> None:
+        dtype = autocast_dtype(self.settings)
+        self.speed = Speedometer(self.flops_per_token, self.device, dtype, self.trainer.world_size)
+
+    def on_train_start(self) -> None:
+        self.steps_done = self.trainer.global_step
+        self.step_loss = torch.zeros((), device=self.device)
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        # The step's mean over tokens, wherever they are: ranks' gradients are averaged, so their share of it is
+        # multiplied by their number; Lightning divides by the accumulation.
+        share: Tensor = self.model(**batch, num_items_in_batch=self.data.targets[self.trainer.global_step]).loss
+        self.step_loss += share.detach()
+        return share * self.trainer.world_size * self.settings.accumulation
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.rate = optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.global_step == self.steps_done:
+            return  # gradients are being accumulated
+        self.steps_done = self.trainer.global_step
+        self.speed.step(round(self.data.tokens[self.steps_done - 1] / self.trainer.world_size))
+        if self.steps_done % self.settings.log_every == 0:
+            loss = self.trainer.strategy.reduce(self.step_loss, reduce_op="sum").item()
+            self._tell({"train_loss": loss, "lr": self.rate, **self.speed.figures()})
+        self.step_loss.zero_()
+
+    def on_validation_start(self) -> None:
+        if self.trainer.training or self.trainer.sanity_checking:
+            self.speed.pause()
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        tokens = (batch["labels"] != IGNORED).sum()
+        loss = self.model(**batch, num_items_in_batch=1).loss  # the sum over tokens
+        self.held_out_loss.update(loss / tokens.clamp(min=1), tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        self.reached = self.held_out_loss.compute().item()
+        self.measured_at = self.trainer.global_step
+        self.held_out_loss.reset()
+        self._tell({"held_out_loss": self.reached})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.speed.pause()
+
+    def on_train_end(self) -> None:
+        save_model(self.model, self.tokenizer, run_folder(self.settings) / "model")
+
+    def _batches(self, rows: PackedConversations) -> list[list[int]]:
+        """The numbers of this rank's rows: each batch takes the next ones, and the ranks take batches in turn."""
+        size = self.settings.batch_size
+        batches = [list(range(start, start + size)) for start in range(0, len(rows), size)]
+        return batches[self.global_rank :: self.trainer.world_size]
+
+    def _tell(self, metrics: dict[str, float]) -> None:
+        for each in self.loggers:
+            each.log_metrics(metrics, self.trainer.global_step)
+        if self.trainer.is_global_zero:
+            tell(self.trainer.global_step, metrics)
+
+
+class RemainingBatches(Sampler[list[int]]):
+    """Batches, each given once."""
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self.batches = batches
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[self.position - 1]
+
+
+class TrainingLoader(DataLoader[Batch]):
+    """Batches of rows. Lightning keeps the position in checkpoints, so a resumed run sees only what is left."""
+
+    def __init__(self, rows: PackedConversations, batches: list[list[int]], collate: Callable[..., Batch]) -> None:
+        self.order = RemainingBatches(batches)
+        super().__init__(rows, batch_sampler=self.order, collate_fn=collate)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.order.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.order.position = state["position"]
+
+
+if __name__ == "__main__":
+    run(fine_tune, LightningSettings)

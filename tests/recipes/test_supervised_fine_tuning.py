@@ -1,0 +1,832 @@
+"""The recipe, run for real in all three frameworks: offline, a few steps, on one process and on two."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState, GradientState
+from jsonargparse import auto_cli
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import default_collate
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from dion2_lightning import Dion2, OptimizerSettings
+from dion2_lightning.history import SelectionHistory
+from recipes.inputs import InputError
+from recipes.offline import SMOLLM2, model_source
+from recipes.python_texts import read_functions
+from recipes.supervised_fine_tuning import command, data, with_accelerate, with_lightning, with_trainer
+from recipes.supervised_fine_tuning.data import (
+    IGNORED,
+    Conversation,
+    Encoded,
+    PackedConversations,
+    collate_for,
+    encode,
+    load_conversations,
+    load_data,
+    pack_training_rows,
+)
+from recipes.supervised_fine_tuning.model import count_flops_per_token, held_out_loss, load_model
+from recipes.supervised_fine_tuning.settings import Settings, run_folder
+from recipes.supervised_fine_tuning.with_lightning import LightningSettings
+from tests.distributed.ranks import run_like_torchrun
+from tests.integrations.huggingface import fsdp2_on_cpu
+
+FRAMEWORKS = {"lightning": with_lightning, "accelerate": with_accelerate, "trainer": with_trainer}
+EXAMPLES = sorted(Path(with_lightning.__file__).parent.glob("*.yaml"))
+ROOT = Path(with_lightning.__file__).parents[2]
+STEPS = 4
+EPS = 1e-2
+"""So large that AdamW's steps depend on the scale of the gradients, which the frameworks could get wrong."""
+
+WORDS = ("red", "green", "blue", "white")
+
+
+def question(number: int) -> str:
+    return f"Which colour is number {number}?"
+
+
+def answer(number: int) -> str:
+    return " ".join(WORDS[(number + index) % len(WORDS)] for index in range(1 + number % 9))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a Llama of two random layers, its embeddings tied as SmolLM2's, and a tokenizer like SmolLM2's.
+
+    The tokenizer has the same chat template and special tokens, but knows few words.
+    """
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(**model_source(SMOLLM2))
+    texts = [tokenizer.apply_chat_template(chat(question(n), answer(n)), tokenize=False) for n in range(60)]
+    tokenizer = tokenizer.train_new_from_iterator(texts, 400)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of 60 short conversations, with answers of unequal lengths."""
+    rows = [{"prompt": question(number), "completion": answer(number)} for number in range(60)]
+    return write_rows(tmp_path_factory.mktemp("data") / "data.jsonl", rows)
+
+
+@pytest.fixture
+def tiny(tiny_model: str, dataset: str, tmp_path: Path) -> Settings:
+    return Settings(
+        model=tiny_model,
+        dataset=dataset,
+        held_out_size=5,
+        length=96,
+        steps=STEPS,
+        batch_size=2,
+        validate_every=2,
+        output=tmp_path,
+        optimizer=OptimizerSettings(lr=3e-3, adamw_lr=1e-3, momentum=0.8, eps=EPS, orthonormalize_dtype="float32"),
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures() -> Iterator[None]:
+    """They take longer than a run, and have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "save_pictures", lambda history, folder: [])
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_of_another_test() -> Iterator[None]:
+    """All Accelerators of a process share their state, the Trainer's too."""
+    yield
+    forget_accelerators()
+
+
+def forget_accelerators() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def chat(*contents: str, system: str | None = None) -> Conversation:
+    """Messages of the user and the assistant in turn."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[turn % 2], "content": content} for turn, content in enumerate(contents)]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def for_framework(name: str, settings: Settings, **changes: Any) -> Any:
+    """The settings as the framework's entry point takes them, with a folder of its own."""
+    arguments = {**vars(settings), "output": settings.output / name, **changes}
+    if name == "lightning":
+        return LightningSettings(**arguments)
+    return Settings(**{key: value for key, value in arguments.items() if key not in ("devices", "strategy")})
+
+
+def losses(name: str, settings: Settings) -> tuple[list[float], list[float]]:
+    """What a run logged: the training loss of each step, and what was held out."""
+    folder = run_folder(settings)
+    if name == "trainer":
+        entries = json.loads((folder / "checkpoints" / "trainer_state.json").read_text())["log_history"]
+        columns = ("loss", "eval_loss")
+    elif name == "accelerate":
+        entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        columns = ("train_loss", "held_out_loss")
+    else:
+        with (folder / "metrics.csv").open() as file:
+            entries = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+        columns = ("train_loss", "held_out_loss")
+    train, held_out = ([entry[column] for entry in entries if column in entry] for column in columns)
+    return train, held_out
+
+
+def saved_weights(settings: Settings) -> dict[str, Tensor]:
+    [file] = (run_folder(settings) / "model").glob("*.safetensors")
+    return load_file(file)
+
+
+def measure_saved_model(settings: Settings) -> float:
+    """The held-out loss of what was saved, by other means than the recipe's: conversation by conversation."""
+    folder = run_folder(settings) / "model"
+    kind = AutoPeftModelForCausalLM if settings.lora_rank else AutoModelForCausalLM
+    model, tokenizer = kind.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    _, held_out = load_conversations(settings)
+    total, tokens = 0.0, 0
+    for conversation in held_out:
+        input_ids, labels = (torch.tensor([each]) for each in encode(conversation, tokenizer, settings.length))
+        with torch.no_grad():
+            logits = model(input_ids).logits[:, :-1]
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        ).item()
+        tokens += int((labels[:, 1:] != IGNORED).sum())
+    return total / tokens
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run in each framework, its settings and what it returned; each step reads its rows in two parts."""
+    tiny = Settings(
+        model=tiny_model,
+        dataset=dataset,
+        held_out_size=5,
+        length=96,
+        steps=STEPS,
+        batch_size=1,
+        accumulation=2,
+        max_norm=100.0,  # clipping would hide a wrong scale
+        validate_every=3,
+        output=tmp_path_factory.mktemp("runs"),
+        optimizer=OptimizerSettings(lr=3e-3, adamw_lr=1e-3, momentum=0.8, eps=EPS, orthonormalize_dtype="float32"),
+    )
+    runs = {}
+    for name, framework in FRAMEWORKS.items():
+        settings = for_framework(name, tiny)
+        runs[name] = settings, framework.fine_tune(settings)
+        forget_accelerators()
+    return runs
+
+
+class TestRuns:
+    def test_frameworks_agree(self, runs: dict[str, Any]) -> None:
+        curves = {name: losses(name, settings) for name, (settings, _) in runs.items()}
+        expected, weights = self.by_hand(runs["accelerate"][0])
+        for name, (train, held_out) in curves.items():
+            torch.testing.assert_close(saved_weights(runs[name][0]), weights, rtol=0, atol=2e-5)
+            assert train == pytest.approx(expected, abs=1e-4), name
+            assert len(held_out) == 3, "before the first step, after the third and the last"
+            assert held_out == pytest.approx(curves["accelerate"][1], abs=1e-4), name
+            assert held_out[-1] == pytest.approx(runs[name][1], abs=1e-6), name
+            assert held_out[-1] < held_out[0], name
+
+    @staticmethod
+    def by_hand(settings: Settings) -> tuple[list[float], dict[str, Tensor]]:
+        """Each step's loss and the weights after a plain loop over whole steps, in which no framework takes part."""
+        model, tokenizer = load_model(settings)
+        rows = load_data(settings, tokenizer, 1).train
+        optimizer = settings.optimizer.build(model)
+        found = []
+        for step in range(settings.steps):
+            progress = 0.0 if step == 0 else step / settings.steps
+            for group in optimizer.param_groups:
+                group.setdefault("peak", group["lr"])
+                group["lr"] = group["peak"] * 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+            batch = default_collate([rows[2 * step], rows[2 * step + 1]])
+            loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    @pytest.mark.parametrize("name", FRAMEWORKS)
+    def test_the_saved_model_is_what_was_measured(self, name: str, runs: dict[str, Any]) -> None:
+        settings, loss = runs[name]
+        assert measure_saved_model(settings) == pytest.approx(loss, abs=1e-4)
+        config = json.loads((run_folder(settings) / "model" / "config.json").read_text())
+        assert config["architectures"] == ["LlamaForCausalLM"]
+        assert config["use_cache"] is True
+        assert "lm_head.weight" not in saved_weights(settings), "tied to the embedding"
+
+    @pytest.mark.parametrize("name", FRAMEWORKS)
+    def test_shows_what_was_selected(self, name: str, runs: dict[str, Any]) -> None:
+        folder = run_folder(runs[name][0])
+        history = SelectionHistory.load(folder / "selection.json")
+        assert history.steps == [1, 2, 3, 4]
+        assert (folder / "selection.html").stat().st_size > 10_000
+        other = SelectionHistory.load(run_folder(runs["trainer"][0]) / "selection.json")
+        assert [each["coverage"] for each in history.overall] == [each["coverage"] for each in other.overall]
+
+    @pytest.mark.parametrize("name", FRAMEWORKS)
+    def test_the_control_selects_nothing(self, name: str, tiny: Settings) -> None:
+        settings = for_framework(name, tiny, optimizer=replace(tiny.optimizer, algorithm="adamw"), steps=2)
+        FRAMEWORKS[name].fine_tune(settings)
+        assert {path.name for path in run_folder(settings).iterdir()} <= {
+            "model",
+            "checkpoints",
+            "metrics.csv",
+            "metrics.jsonl",
+        }
+
+    @pytest.mark.parametrize("name", FRAMEWORKS)
+    def test_a_resumed_run_ends_like_an_uninterrupted_one(
+        self, name: str, tiny: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        framework = FRAMEWORKS[name]
+        # Adapters with dropout would do, but for the framework's generators; here the weights say all.
+        tiny = replace(tiny, checkpoint_every=2, accumulation=2, batch_size=1)
+        whole = for_framework(name, replace(tiny, output=tiny.output / "whole"))
+        framework.fine_tune(whole)
+        forget_accelerators()
+
+        step = Dion2.step
+        taken: list[None] = []
+
+        def fail_at_the_fourth(self: Dion2, *arguments: Any, **options: Any) -> Any:
+            taken.append(None)
+            if len(taken) == 4:
+                raise RuntimeError("power cut")
+            return step(self, *arguments, **options)
+
+        part = for_framework(name, tiny)
+        with monkeypatch.context() as patch:
+            patch.setattr(Dion2, "step", fail_at_the_fourth)
+            with pytest.raises(RuntimeError, match="power cut"):
+                framework.fine_tune(part)
+        forget_accelerators()
+        assert not (run_folder(part) / "model").exists()
+        loss = framework.fine_tune(replace(part, resume=True))
+
+        torch.testing.assert_close(saved_weights(part), saved_weights(whole), rtol=0, atol=0)
+        assert loss == losses(name, whole)[1][-1]
+        history, expected = (SelectionHistory.load(run_folder(each) / "selection.json") for each in (part, whole))
+        assert history.overall == expected.overall
+        forget_accelerators()
+        with pytest.raises(InputError, match=r"there are checkpoints of an earlier run in .* Go on from them"):
+            framework.fine_tune(part)
+        assert framework.fine_tune(replace(part, resume=True)) == loss, "a finished run is only measured again"
+        torch.testing.assert_close(saved_weights(part), saved_weights(whole), rtol=0, atol=0)
+
+
+class TestRealModel:
+    def test_the_default(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """SmolLM2 on functions of the standard library, as the command line starts it."""
+        functions = read_functions()[:600]  # real ones, parsed once
+        monkeypatch.setattr(data, "read_functions", lambda: functions)
+        arguments = ["--length=64", "--batch_size=1", "--steps=2", "--held_out_size=16", f"--output={tmp_path}"]
+        try:
+            command.run(with_accelerate.fine_tune, Settings, arguments)
+            settings = Settings(length=64, held_out_size=16, steps=2, output=tmp_path)
+            _, held_out = losses("accelerate", settings)
+            assert held_out[-1] < held_out[0] < 5, "a pretrained model, and better after two steps"
+            printed = capsys.readouterr().out
+            assert f'from_pretrained("{run_folder(settings) / "model"}")' in printed
+            assert f"Held-out loss {held_out[-1]:.4f}" in printed
+            assert measure_saved_model(settings) == pytest.approx(held_out[-1], abs=1e-4)
+        finally:
+            shutil.rmtree(tmp_path)  # two gigabytes
+
+
+LAUNCHERS = {
+    "lightning": [sys.executable],
+    "trainer": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"],
+    "accelerate": [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
+        *("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Settings, losses and weights of one process: by Dion2, and by Muon, which leaves no pictures to be drawn."""
+    return {kind: run_on_one_process(kind, tiny_model, dataset, tmp_path_factory) for kind in ("dion2", "muon")}
+
+
+def run_on_one_process(kind: Any, tiny_model: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    settings = Settings(
+        model=tiny_model,
+        dataset=dataset,
+        held_out_size=5,
+        length=96,
+        steps=2,
+        batch_size=4,
+        max_norm=1.5,  # a little less than the gradients have
+        validate_every=2,
+        output=tmp_path_factory.mktemp("one"),
+        optimizer=OptimizerSettings(
+            algorithm=kind, lr=3e-3, adamw_lr=1e-3, momentum=0.8, eps=EPS, orthonormalize_dtype="float32"
+        ),
+    )
+    with_accelerate.fine_tune(settings)
+    forget_accelerators()
+    return settings, losses("accelerate", settings), saved_weights(settings)
+
+
+class TestTwoProcesses:
+    """Two processes that read half of each step: the losses and the model of one process that reads it whole."""
+
+    @pytest.mark.parametrize("name", FRAMEWORKS)
+    def test_replicas_through_the_launcher(self, name: str, expected: Any, tmp_path: Path) -> None:
+        expected = expected["muon"]
+        settings = for_framework(name, replace(expected[0], output=tmp_path), batch_size=1, accumulation=2)
+        file = tmp_path / "settings.yaml"
+        plain = {key: value for key, value in vars(settings).items() if key not in ("optimizer", "output")}
+        plain |= {"output": str(settings.output), "optimizer": vars(settings.optimizer)}
+        plain["optimizer"] = {**plain["optimizer"], "betas": list(settings.optimizer.betas)}
+        file.write_text(json.dumps(plain))
+        script = Path(FRAMEWORKS[name].__file__).relative_to(ROOT)
+        devices = ["--devices=2"] if name == "lightning" else []
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        launched = subprocess.Popen(
+            [*LAUNCHERS[name], str(script), f"--config={file}", *devices],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, errors = launched.communicate(timeout=110)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(launched.pid, signal.SIGKILL)  # what it started outlives it otherwise
+        assert launched.returncode == 0, errors
+        assert output.count("Load the fine-tuned model with") == 1, "one process tells"
+        self.check(name, settings, expected)
+
+    @pytest.mark.parametrize("name", FRAMEWORKS)
+    def test_shards(self, name: str, expected: Any, tmp_path: Path) -> None:
+        expected = expected["dion2"]
+        changes = {"batch_size": 2, "devices": 2, "strategy": "fsdp2"}
+        settings = for_framework(name, replace(expected[0], output=tmp_path), **changes)
+        run_like_torchrun(2, fine_tune_sharded, name, settings)
+        self.check(name, settings, expected)
+
+    def test_shards_of_adapters(self, expected: Any, tmp_path: Path) -> None:
+        """LoRA over FSDP2: what is saved is whole."""
+        changes = {"batch_size": 2, "devices": 2, "strategy": "fsdp2", "lora_rank": 2}
+        settings = for_framework("lightning", replace(expected["dion2"][0], output=tmp_path), **changes)
+        run_like_torchrun(2, fine_tune_sharded, "lightning", settings)
+        assert measure_saved_model(settings) == pytest.approx(losses("lightning", settings)[1][-1], abs=1e-4)
+
+    @staticmethod
+    def check(name: str, settings: Settings, expected: Any) -> None:
+        _, (train, held_out), weights = expected
+        found = losses(name, settings)
+        assert found[0] == pytest.approx(train, abs=1e-4)
+        assert found[1] == pytest.approx(held_out, abs=1e-4)
+        torch.testing.assert_close(saved_weights(settings), weights, rtol=0, atol=2e-5)
+
+
+def fine_tune_sharded(name: str, settings: Settings) -> None:
+    if name != "lightning":
+        fsdp2_on_cpu()
+        # As accelerate launch says what its configuration file says.
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+            "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+        }
+    command.save_pictures = lambda history, folder: []  # this process ends with the run
+    kinds: list[str] = []
+    step = Dion2.step
+
+    def look(self: Dion2, *arguments: Any, **options: Any) -> Any:
+        kinds.extend(type(parameter).__name__ for group in self.param_groups for parameter in group["params"])
+        return step(self, *arguments, **options)
+
+    Dion2.step = look  # type: ignore[method-assign]
+    FRAMEWORKS[name].fine_tune(settings)
+    assert set(kinds) == {"DTensor"}, "the model was not sharded"
+
+
+class TestModel:
+    def test_packed_conversations_do_not_see_each_other(
+        self, tiny: Settings, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """The logits of a conversation are those of it alone, wherever it lies, in batches of several rows too."""
+        conversations = [encode(chat(question(n), answer(n)), tokenizer, 96) for n in range(8)]
+        rows = PackedConversations(conversations, 96)
+        assert len(rows) < len(conversations)
+        batch = default_collate([rows[index] for index in range(len(rows))])
+        long_row = collate_for("flash_attention_2")([rows[index] for index in range(len(rows))])
+        assert long_row["input_ids"].shape == (1, 96 * len(rows))
+        for attention in ("sdpa", "eager"):
+            model, _ = load_model(replace(tiny, attention=attention))
+            model.eval()
+            with torch.no_grad():
+                packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+                flat = model(input_ids=long_row["input_ids"], position_ids=long_row["position_ids"]).logits
+            torch.testing.assert_close(flat.view_as(packed), packed, rtol=0, atol=1e-4)
+            compared = 0
+            for index, row in enumerate(rows._rows):
+                start = 0
+                for conversation in row:
+                    with torch.no_grad():
+                        alone = model(torch.tensor([conversation.input_ids])).logits[0]
+                    end = start + len(conversation.input_ids)
+                    torch.testing.assert_close(packed[index, start:end], alone, rtol=0, atol=1e-4)
+                    start = end
+                    compared += 1
+            assert compared == len(conversations)
+
+    def test_its_loss_is_that_of_the_conversations_alone(
+        self, tiny: Settings, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        model, _ = load_model(tiny)
+        conversations = [encode(chat(question(n), answer(n)), tokenizer, 96) for n in range(5)]
+        rows = PackedConversations(conversations, 96)
+        rows.pad_rows(4)
+        alone = PackedConversations(conversations, 96, rows=None)
+        total = sum(
+            model(torch.tensor([each.input_ids]), labels=torch.tensor([each.labels]), num_items_in_batch=1).loss
+            for each in conversations
+        )
+        batches = [default_collate([rows[index], rows[index + 1]]) for index in range(0, len(rows), 2)]
+        assert held_out_loss(model, batches) == pytest.approx(total.item() / sum(alone.targets), abs=1e-4)
+        assert model.training
+
+    def test_checkpointing_changes_no_gradient(self, tiny: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
+        rows = pack_training_rows([chat(question(1), answer(1))], tokenizer, tiny, 1)
+        gradients = []
+        for checkpointing in (False, True):
+            model, _ = load_model(replace(tiny, gradient_checkpointing=checkpointing))
+            assert model.is_activation_checkpointing is checkpointing
+            model(**default_collate([rows[0]])).loss.backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+        assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+    @pytest.mark.parametrize("name", FRAMEWORKS)
+    def test_adapters(self, name: str, tiny: Settings) -> None:
+        """LoRA with checkpointing: only factors are trained and saved, B by Dion2, and the folder loads."""
+        optimizer = replace(tiny.optimizer, lora="B")
+        settings = for_framework(name, tiny, lora_rank=2, gradient_checkpointing=True, optimizer=optimizer)
+        loss = FRAMEWORKS[name].fine_tune(settings)
+        assert measure_saved_model(settings) == pytest.approx(loss, abs=1e-4)
+        weights = saved_weights(settings)
+        assert len(weights) == 2 * 2 * 7
+        assert all("lora_A" in key or "lora_B" in key for key in weights)
+        assert all(weight.dtype == torch.float32 for weight in weights.values())
+        history = SelectionHistory.load(run_folder(settings) / "selection.json")
+        assert len(history.kinds) == 2 * 7
+        assert all("lora_B" in kind.name for kind in history.kinds)
+
+    def test_adapters_follow_the_seed(self, tiny: Settings) -> None:
+        weights = []
+        for seed in (0, 0, 1):
+            model, _ = load_model(replace(tiny, lora_rank=2, seed=seed))
+            weights.append(next(p for name, p in model.named_parameters() if "lora_A" in name))
+        assert torch.equal(weights[0], weights[1])
+        assert not torch.equal(weights[0], weights[2])
+
+    def test_flops_of_a_token(self, tiny: Settings) -> None:
+        """6 for a weight that multiplies; attention twice 2 x length x width, forward once and backward twice."""
+        model, _ = load_model(tiny)
+        linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+        attention = 2 * 2 * 2 * tiny.length * 16
+        assert count_flops_per_token(model, tiny.length) == 6 * linear + 3 * attention
+        frozen, _ = load_model(replace(tiny, lora_rank=2))
+        assert count_flops_per_token(frozen, tiny.length) < count_flops_per_token(model, tiny.length)
+        assert not any(parameter.is_meta for parameter in model.parameters())
+
+    def test_bf16_autocast(self, tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Products in bfloat16 on weights in float32, in every framework."""
+        for name in FRAMEWORKS:
+            seen: list[torch.dtype] = []
+
+            def look(x: Tensor, *_: Any, seen: list[torch.dtype] = seen, **__: Any) -> Tensor:
+                if not x.is_meta:  # FLOPs are being counted
+                    seen.append(x.dtype)
+                return x * x.sigmoid()
+
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.nn.functional, "silu", look)
+                settings = for_framework(name, tiny, precision="bf16", steps=1)
+                FRAMEWORKS[name].fine_tune(settings)
+            forget_accelerators()
+            assert set(seen) == {torch.bfloat16}, name
+            assert all(weight.dtype == torch.float32 for weight in saved_weights(settings).values()), name
+
+
+class TestEncoding:
+    def test_only_answers_and_their_end_are_learnt(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        conversation = chat("one", "first answer", "two", " second\n answer", system="be brief")
+        encoded = encode(conversation, tokenizer, 100)
+        assert tokenizer.decode(encoded.input_ids) == tokenizer.apply_chat_template(conversation, tokenize=False)
+        assert self.learnt(encoded, tokenizer) == ["first answer<|im_end|>", " second\n answer<|im_end|>"]
+        pairs = zip(encoded.input_ids, encoded.labels, strict=True)
+        assert all(label in (IGNORED, token) for token, label in pairs)
+
+    def test_long_ones_are_cut(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        whole = encode(chat("one", "a long answer of many words"), tokenizer, 100)
+        cut = encode(chat("one", "a long answer of many words"), tokenizer, len(whole.input_ids) - 4)
+        assert cut.input_ids == whole.input_ids[:-4]
+        assert cut.labels == whole.labels[:-4]
+        [learnt] = self.learnt(cut, tokenizer)
+        assert "a long answer of many words".startswith(learnt)
+
+    def test_a_template_that_changes_earlier_turns_is_refused(self, tiny_model: str) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m['role'] }}: {% if loop.last and loop.index != 1 %}<think></think>{% endif %}"
+            "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        )
+        assert "first" in "".join(self.learnt(encode(chat("one", "first"), tokenizer, 100), tokenizer))
+        with pytest.raises(InputError, match=r"changes earlier turns .* of 4 messages .* answer 'first'"):
+            encode(chat("one", "first", "two", "second"), tokenizer, 100)
+
+    def test_a_template_that_refuses_a_conversation(self, tiny_model: str) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
+        with pytest.raises(InputError, match=r"does not take a conversation of \['user', 'assistant'\]: no system"):
+            encode(chat("one", "first"), tokenizer, 100)
+
+    @staticmethod
+    def learnt(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Texts of the stretches of tokens that have labels."""
+        texts: list[list[int]] = []
+        for before, label in zip([IGNORED, *encoded.labels], encoded.labels, strict=False):
+            if label != IGNORED:
+                if before == IGNORED:
+                    texts.append([])
+                texts[-1].append(label)
+        return [tokenizer.decode(text) for text in texts]
+
+
+class TestPacking:
+    @staticmethod
+    def conversation(number: int, size: int, learnt: int) -> Encoded:
+        """Tokens that tell conversations apart; the last ones are learnt."""
+        tokens = [100 * number + index for index in range(size)]
+        return Encoded(tokens, [IGNORED] * (size - learnt) + tokens[size - learnt :])
+
+    def test_rows(self) -> None:
+        """Every conversation once and whole; padding after them; what no other conversation foretells unlabelled."""
+        sizes = [7, 3, 6, 4, 10, 2, 9, 1 + 5]
+        conversations = [self.conversation(number, size, size) for number, size in enumerate(sizes, 1)]
+        rows = PackedConversations(conversations, 10)
+        tokens: list[int] = []
+        for index in range(len(rows)):
+            row = rows[index]
+            assert all(values.shape == (10,) and values.dtype == torch.int64 for values in row.values())
+            used = rows.tokens[index]
+            starts = (row["position_ids"] == 0).nonzero().flatten().tolist()
+            for start, end in zip(starts, [*starts[1:], 10], strict=True):
+                assert row["position_ids"][start:end].tolist() == list(range(end - start))
+                assert row["labels"][start] == IGNORED
+                expected = row["input_ids"][start + 1 : end] if start < used else torch.tensor([IGNORED])
+                assert torch.equal(row["labels"][start + 1 : end], expected.expand(end - start - 1))
+            assert int((row["labels"] != IGNORED).sum()) == rows.targets[index]
+            tokens += row["input_ids"][:used].tolist()
+        assert sorted(tokens) == sorted(token for each in conversations for token in each.input_ids)
+        assert sum(rows.tokens) == sum(sizes)
+        assert rows.packed == len(sizes)
+        assert len(rows) == 5, "47 tokens"
+
+    def test_what_has_nothing_to_learn_is_dropped_and_counted(self) -> None:
+        rows = PackedConversations([self.conversation(1, 5, 2), self.conversation(2, 5, 0)], 10)
+        assert (rows.dropped, rows.packed, rows.tokens) == (1, 1, [5])
+
+    def test_padding_rows(self) -> None:
+        rows = PackedConversations([self.conversation(1, 5, 2)], 10)
+        rows.pad_rows(4)
+        assert len(rows) == 4
+        assert rows.targets == [2, 0, 0, 0]
+        assert (rows[3]["labels"] == IGNORED).all()
+
+    def test_a_run_has_its_rows_however_many_are_asked_for(
+        self, tiny: Settings, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Two processes with half the batch read what one reads; the seed decides the order; passes go on and on."""
+        conversations = [chat(question(n), answer(n)) for n in range(40)]
+        few, many, other = (
+            pack_training_rows(conversations, tokenizer, replace(tiny, seed=seed), rows)
+            for seed, rows in ((0, 6), (0, 60), (1, 6))
+        )
+        assert len(few) == 6 and len(many) == 60
+        assert few._rows == many._rows[:6] != other._rows
+        assert many.packed > 2 * len(conversations)
+        assert sum(few.tokens) > 0.8 * 6 * tiny.length
+
+    def test_what_was_dropped_is_told(
+        self, tiny: Settings, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", logger="recipes")
+        conversations = [chat(question(1), answer(1)), chat("word " * 100, "no room for this")]
+        pack_training_rows(conversations, tokenizer, tiny, 20)
+        assert " 1 dropped" in caplog.text, "however often it was passed by"
+        with pytest.raises(InputError, match="--length 10: no answer begins within so many tokens"):
+            pack_training_rows(conversations, tokenizer, replace(tiny, length=10), 1)
+
+
+class TestConversations:
+    def test_functions_are_held_out_whatever_the_seed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        functions = read_functions()
+        monkeypatch.setattr(data, "read_functions", lambda: functions)
+        train, held_out = load_conversations(Settings())
+        assert len(held_out) == 32
+        assert len(train) > 4000
+        contents = [{message["content"] for each in side for message in each} for side in (train, held_out)]
+        assert not contents[0] & contents[1]
+        assert (train, held_out) == load_conversations(Settings(seed=1))
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            lambda n: {"messages": chat(question(n), answer(n))},
+            lambda n: {"prompt": question(n), "completion": answer(n)},
+            lambda n: {"prompt": chat(question(n)), "completion": chat("", answer(n))[1:]},
+        ],
+        ids=["messages", "texts", "lists"],
+    )
+    @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+    def test_files(self, row: Callable[[int], dict[str, Any]], suffix: str, tmp_path: Path) -> None:
+        import datasets
+
+        path = tmp_path / f"data{suffix}"
+        rows = datasets.Dataset.from_list([row(n) for n in range(6)])
+        rows.to_parquet(path) if suffix == ".parquet" else rows.to_json(path)
+        train, held_out = load_conversations(Settings(dataset=str(path), held_out_size=2))
+        assert sorted(map(str, train + held_out)) == sorted(str(chat(question(n), answer(n))) for n in range(6))
+        assert len(held_out) == 2
+
+    def test_texts_of_a_held_out_file_are_taken_from_the_training_rows(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", logger="recipes")
+        long = "an answer that is too long to be given twice by chance"
+        rows = [("How?", "so"), ("Why?", long), ("When?", "now"), ("Who?", "so")]
+        path = write_rows(tmp_path / "a.jsonl", [{"messages": chat(*row)} for row in rows])
+        held_out = write_rows(tmp_path / "b.jsonl", [{"messages": chat("how? ", "so")}, {"messages": chat("x", long)}])
+        train, measured = load_conversations(Settings(dataset=path, held_out=held_out))
+        assert [each[0]["content"] for each in train] == ["When?", "Who?"]
+        assert [each[0]["content"] for each in measured] == ["how? ", "x"]
+        assert "2 left out that share a text" in caplog.text
+
+
+class TestCommand:
+    def test_a_file_of_settings_and_overrides(self, tmp_path: Path) -> None:
+        file = tmp_path / "settings.yaml"
+        file.write_text("steps: 7\noptimizer: {fraction: 0.5}\n")
+        settings = auto_cli(LightningSettings, args=[f"--config={file}", "--steps=9", "--optimizer.lr=1e-3"])
+        assert settings == LightningSettings(
+            steps=9, optimizer=OptimizerSettings(lr=1e-3, adamw_lr=2e-4, momentum=0.8, fraction=0.5)
+        )
+
+    @pytest.mark.parametrize(("file", "kind"), list(product(EXAMPLES, (Settings, LightningSettings))))
+    def test_the_example_files_are_valid(self, file: Path, kind: type[Settings]) -> None:
+        assert isinstance(auto_cli(kind, args=[f"--config={file}"]), kind)
+
+    @pytest.mark.parametrize("kind", [Settings, LightningSettings])
+    def test_help_explains_every_argument(self, kind: type[Settings], capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            command.run(lambda settings: None, kind, ["--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "Tokens of a row, into which conversations are packed" in printed
+        assert "Share of each matrix's slices to update every step" in printed
+        assert ("Processes on each machine" in printed) is (kind is LightningSettings)
+        assert "} (type:" not in printed, "an argument without a description"
+
+
+class TestBadInput:
+    """Every error names the argument and what to do."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"steps": 0}, "--steps has to be 1 or more, got 0"),
+            ({"warmup": 1.0}, "--warmup is a share of the steps"),
+            ({"max_norm": 0.0}, "--max_norm has to be above 0"),
+            ({"lora_rank": -1}, "--lora_rank is 0 for no adapters"),
+            ({"model": "missing/model"}, "--model 'missing/model', --attention sdpa: it could not be loaded"),
+            ({"length": 1000}, "--length 1000: the model reads 256 tokens at most"),
+            ({"attention": "flash_attention_2"}, "--attention flash_attention_2: it could not be loaded"),
+            ({"dataset": "missing.jsonl"}, "--dataset, --held_out: there is no file missing.jsonl"),
+            ({"dataset": "functions", "held_out": "test"}, "--held_out test: functions has no splits"),
+            ({"held_out_size": 100}, "60 conversations are held out and 0 are left to train on"),
+            ({"messages_column": "x", "prompt_column": "y"}, "there is neither a column 'x' nor both of 'y' and"),
+            ({"resume": True}, "--resume: there is no checkpoint in"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    @pytest.mark.parametrize("framework", FRAMEWORKS.values(), ids=FRAMEWORKS)
+    def test_arguments(self, framework: ModuleType, arguments: dict[str, Any], message: str, tiny: Settings) -> None:
+        name = next(key for key, value in FRAMEWORKS.items() if value is framework)
+        with pytest.raises(InputError, match=message):
+            framework.fine_tune(for_framework(name, tiny, **arguments))
+
+    @pytest.mark.parametrize(
+        ("conversation", "problem"),
+        [
+            ("text", "it is no list of messages"),
+            ([{"role": "user"}], "a message has no role or no content in text"),
+            (chat("a", "b")[1:], "it does not begin with the user"),
+            (chat("a"), "the assistant says nothing"),
+            (chat("a", " "), "the assistant says nothing"),
+        ],
+    )
+    def test_conversations(self, conversation: Any, problem: str, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "data.jsonl", [{"messages": conversation}])
+        with pytest.raises(InputError, match=f"row 0 of .*: {problem}"):
+            load_conversations(Settings(dataset=path))
+
+    def test_a_model_without_a_chat_template(self, tiny: Settings, tmp_path: Path) -> None:
+        shutil.copytree(tiny.model, tmp_path / "model")
+        (tmp_path / "model" / "chat_template.jinja").unlink()
+        with pytest.raises(InputError, match=r"its tokenizer has no chat template. Choose an instruct model"):
+            load_model(replace(tiny, model=str(tmp_path / "model")))
+
+    @pytest.mark.parametrize("name", FRAMEWORKS)
+    def test_overrides_that_match_nothing(self, name: str, tiny: Settings) -> None:
+        optimizer = replace(tiny.optimizer, overrides={"absent": "adamw"})
+        with pytest.raises(InputError, match=r"--optimizer: override .*absent"):
+            FRAMEWORKS[name].fine_tune(for_framework(name, tiny, optimizer=optimizer))
+
+    @pytest.mark.parametrize("name", ["accelerate", "trainer"])
+    def test_a_launch_configuration_with_tensor_parallelism(
+        self, name: str, tiny: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        framework = FRAMEWORKS[name]
+        refuse = framework.refuse_model_parallelism
+        asked = SimpleNamespace(parallelism_config=ParallelismConfig(tp_size=2))
+        monkeypatch.setattr(framework, "refuse_model_parallelism", lambda accelerator: refuse(asked))
+        with pytest.raises(
+            InputError, match="asks for tp_size 2, cp_size 1 and sp_size 1, which this recipe cannot do"
+        ):
+            framework.fine_tune(tiny)
+
+    def test_one_process_with_several_gpus(self, tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The Trainer would replicate the model by threads, and read more than a step's rows."""
+        monkeypatch.setattr(with_trainer.TrainingArguments, "n_gpu", 2)
+        with pytest.raises(InputError, match="torchrun --nproc_per_node 2"):
+            with_trainer.fine_tune(tiny)
+
+    def test_the_command_ends_with_the_message_alone(self) -> None:
+        with pytest.raises(SystemExit, match="error: --steps has to be 1 or more"):
+            command.run(with_trainer.fine_tune, Settings, ["--steps=0"])
