@@ -63,6 +63,8 @@ class Study:
                     self.record(method, candidate, seed, self.task.steps)
                 if method.in_depth:
                     self.record(method, candidates[0], seed, self.task.short_steps)
+            if self.task.long_steps is not None and method.like is None:
+                self.record(method, candidates[0], self.seeds[0], self.task.long_steps)
         baseline = self.task.methods[0].name
         if baseline in chosen and not chosen.keys() <= time_ratios(self.records).keys():
             by_method = {method: chosen[method.name] for method in self.task.methods if method.name in chosen}

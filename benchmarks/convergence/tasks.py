@@ -66,6 +66,7 @@ class Task(abc.ABC):
         steps: Of a run that counts.
         search_steps: Of a run that is made to find learning rates.
         short_steps: Of a run that has to do with fewer steps, its schedule included.
+        long_steps: Of a run that has more, with the settings found for fewer; None for no such run.
         measure_every: Steps between two looks at the held-out data.
         batch_size: Rows of a step.
         weight_decay: Decoupled, of all that decays.
@@ -86,6 +87,7 @@ class Task(abc.ABC):
     batch_size: int
     weight_decay: float
     betas: tuple[float, float] = (0.9, 0.999)
+    long_steps: int | None = None
 
     @abc.abstractmethod
     def model(self) -> nn.Module:
@@ -308,6 +310,7 @@ _PRETRAINING = Pretraining(
     steps=400,
     search_steps=400,
     short_steps=260,
+    long_steps=1200,
     measure_every=20,
     batch_size=16,
     weight_decay=0.1,
@@ -334,6 +337,7 @@ FULL: dict[str, Task] = {
             steps=8000,
             search_steps=2000,
             short_steps=5200,
+            long_steps=None,
             measure_every=200,
             batch_size=64,
             length=1024,
