@@ -5,6 +5,7 @@ they come, so a search that was cut off goes on where it stopped.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,9 +69,10 @@ def _records(candidate: Candidate, results: Path) -> list[Record]:
 def _best_first(candidates: list[Candidate], seed: int, by: str, results: Path) -> list[Candidate]:
     def figure(candidate: Candidate) -> float:
         [record] = [record for record in _records(candidate, results) if record["seed"] == seed]
-        return float(record[by])
+        value = float(record[by]) * (-1 if by == "accuracy" else 1)
+        return value if math.isfinite(value) and math.isfinite(record["loss"]) else math.inf
 
-    return sorted(candidates, key=figure, reverse=by == "accuracy")
+    return sorted(candidates, key=figure)
 
 
 def _print_markdown(candidates: list[Candidate], results: Path) -> None:

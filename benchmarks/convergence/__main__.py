@@ -40,7 +40,10 @@ def main() -> None:
     for name in arguments.tasks:
         task = (FULL if arguments.full else SMALL)[name]
         file = arguments.results / f"{name}{'-full' if arguments.full else ''}.jsonl"
-        Study(task, file, arguments.device).run(arguments.methods)
+        try:
+            Study(task, file, arguments.device).run(arguments.methods)
+        except ValueError as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+SHORTER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0)
+"""Memories to try, down to none; few searches get that far."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -36,10 +39,10 @@ class Method:
         At a fraction k/n, mu^(n/k) remembers as many steps as mu does at the whole: a slice decays when it is selected.
         """
         if self.algorithm == "adamw":
-            return {"0.9": 0.9, "0.8": 0.8, "0.7": 0.7, "0.6": 0.6}
+            return {str(beta): beta for beta in SHORTER}
         if self.algorithm == "muon":
-            return {"0.95": 0.95, "0.9": 0.9, "0.8": 0.8, "0.7": 0.7}
-        restored = {f"{mu}^(n/k)": mu ** (1 / self.fraction) for mu in (0.95, 0.9, 0.8, 0.7)}
+            return {str(mu): mu for mu in (0.95, *SHORTER)}
+        restored = {f"{mu}^(n/k)": mu ** (1 / self.fraction) for mu in (0.95, *SHORTER)}
         return {"0.95": 0.95, **restored}
 
 

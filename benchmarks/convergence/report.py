@@ -2,9 +2,12 @@
 
     python -m benchmarks.convergence.report
 
-writes them into benchmarks/results/README.md, and the table of README.md.
+writes them into benchmarks/results/README.md, and the table of README.md; with --full it prints those of the runs at
+full size instead.
 """
 
+import argparse
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.convergence.methods import Candidate, Method
 from benchmarks.convergence.search import SEARCH_SEED, TIMING, last_loss, read_records, time_ratios
-from benchmarks.convergence.tasks import SMALL, Task
+from benchmarks.convergence.tasks import FULL, SMALL, Task
 from benchmarks.convergence.training import Record
 
 ROOT = Path(__file__).parent.parent.parent
@@ -49,12 +52,12 @@ class Outcome:
 
     def last(self, measure: str) -> list[float]:
         """Returns a measure at the end of each run, in the order of the seeds."""
-        return [float(record["curve"][-1][measure]) for record in self.records]
+        return [_known(record["curve"][-1][measure]) for record in self.records]
 
     def curve(self) -> list[tuple[int, float]]:
         """Returns the mean held-out loss over the seeds, by step."""
         points = zip(*(record["curve"] for record in self.records), strict=True)
-        return [(each[0]["step"], statistics.fmean(point["loss"] for point in each)) for each in points]
+        return [(each[0]["step"], statistics.fmean(_known(point["loss"]) for point in each)) for each in points]
 
     def steps_to(self, loss: float) -> float | None:
         """Returns the step at which the mean curve reaches a loss, between two measured ones by a straight line."""
@@ -71,7 +74,15 @@ class Outcome:
 
 def main() -> None:
     """Writes tables and pictures of all tasks that have been run."""
-    studies = read_studies(RESULTS)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence.report", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="the runs at full size, on the terminal")
+    full = parser.parse_args().full
+    studies = read_studies(RESULTS, full)
+    if full:
+        for name, (task, records) in studies.items():
+            draw(task, records, RESULTS / f"{name}-full.png")
+            print(f"{section(f'{name}-full', task, records)}\n")
+        return
     page = RESULTS / "README.md"
     for name, (task, records) in studies.items():
         draw(task, records, RESULTS / f"{name}.png")
@@ -79,9 +90,10 @@ def main() -> None:
     replace_block(ROOT / "README.md", "convergence", summary(studies))
 
 
-def read_studies(folder: Path) -> dict[str, tuple[Task, list[Record]]]:
-    """Returns the tasks that have been run at the small size, with all their runs, once their steps are timed."""
-    studies = {name: (task, read_records(folder / f"{name}.jsonl")) for name, task in SMALL.items()}
+def read_studies(folder: Path, full: bool = False) -> dict[str, tuple[Task, list[Record]]]:
+    """Returns the tasks that have been run at a size, with all their runs, once their steps are timed."""
+    tasks, end = (FULL, "-full") if full else (SMALL, "")
+    studies = {name: (task, read_records(folder / f"{name}{end}.jsonl")) for name, task in tasks.items()}
     return {name: study for name, study in studies.items() if time_ratios(study[1])}
 
 
@@ -90,10 +102,11 @@ def section(name: str, task: Task, records: list[Record]) -> str:
     counted = [record for record in records if record["method"] != TIMING]
     dates = sorted({record["date"] for record in records})
     machines = {f"{r['device']}, {r['threads']} thread{'s' * (r['threads'] > 1)}, torch {r['torch']}" for r in records}
+    call = name.replace("-full", " --full")
     runs = f"{len(counted)} runs, {sum(record['seconds'] for record in counted) / 60:.0f} minutes of training"
     return "\n".join(
         [
-            f"`python -m benchmarks.convergence {name}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; "
+            f"`python -m benchmarks.convergence {call}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; "
             f"{'; '.join(sorted(machines))}; {runs}.\n",
             f"![Held-out loss against steps and against time]({name}.png)\n",
             table(task, records),
@@ -159,7 +172,7 @@ def draw(task: Task, records: list[Record], file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for row in rows:
         steps = [point["step"] for point in row.records[0]["curve"]]
-        losses = [[point["loss"] for point in record["curve"]] for record in row.records]
+        losses = [[_known(point["loss"]) for point in record["curve"]] for record in row.records]
         mean = [statistics.fmean(each) for each in zip(*losses, strict=True)]
         for axis, scale in zip(axes, (1.0, (row.time_ratio or float("nan")) / task.steps), strict=True):
             [line] = axis.plot([step * scale for step in steps], mean, label=row.method.name)
@@ -225,12 +238,21 @@ def _seeds(values: list[float], percent: bool = False) -> str:
     return f"{_spread(values, percent)} ({', '.join(_number(value, percent) for value in values)})"
 
 
+def _known(value: float | None) -> float:
+    """What is not finite is recorded as None."""
+    return math.inf if value is None else float(value)
+
+
 def _spread(values: list[float], percent: bool = False) -> str:
+    if not all(map(math.isfinite, values)):
+        return "diverged"
     mean = _number(statistics.fmean(values), percent)
     return f"{mean} ± {_number(statistics.stdev(values), percent)}" if len(values) > 1 else mean
 
 
 def _number(value: float, percent: bool) -> str:
+    if not math.isfinite(value):
+        return "diverged"
     return f"{100 * value:.1f}" if percent else f"{value:.3f}"
 
 
@@ -245,8 +267,9 @@ def _cost(row: Outcome, target: float, task: Task) -> list[str]:
 
 def _view(rows: list[Outcome]) -> tuple[float, float]:
     """The lower part of the curves, where the methods differ."""
-    ends = [row.curve()[-1][1] for row in rows]
-    middles = [row.curve()[len(row.curve()) // 4][1] for row in rows]
+    curves = [[loss for _, loss in row.curve()] for row in rows]
+    ends = [curve[-1] for curve in curves if math.isfinite(curve[-1])]
+    middles = [curve[len(curve) // 4] for curve in curves if math.isfinite(curve[len(curve) // 4])]
     return min(ends) - 0.05 * (max(middles) - min(ends)), max(middles)
 
 

@@ -51,11 +51,18 @@ class Study:
 
         Args:
             names: Of the methods to run (default: None, all).
+
+        Raises:
+            ValueError: If the task has no such method, or one that begins with the settings of another comes first.
         """
+        known = [method.name for method in self.task.methods]
+        if unknown := set(names or []) - set(known):
+            raise ValueError(f"--methods: {self.task.name} has no {sorted(unknown)}, but {known}")
         chosen: dict[str, Candidate] = {}
         for method in sorted(self.task.methods, key=lambda method: method.like is not None):
             if names is not None and method.name not in names:
                 continue
+            self._refuse_too_early(method, names)
             candidates = self.search(method)
             chosen[method.name] = candidates[0]
             for seed in self.seeds:
@@ -101,6 +108,12 @@ class Study:
                 return record
         measure_every = steps if seed == SEARCH_SEED else self.task.measure_every
         return self._write(train(self.task, method, candidate, seed, steps, measure_every, self.device))
+
+    def _refuse_too_early(self, method: Method, names: list[str] | None) -> None:
+        """Keeps two calls from making the same search."""
+        made = {record["method"] for record in self.records if record.get("seed") in self.seeds}
+        if names is not None and method.like is not None and method.like not in {*names, *made}:
+            raise ValueError(f"--methods: {method.name} begins with the settings of {method.like}; run that first")
 
     def _climb(self, method: Method, candidate: Candidate, name: str) -> Candidate:
         """Moves one learning rate by factors while the loss falls."""

@@ -325,7 +325,7 @@ _FINE_TUNING = CausalFineTuning(
 _LORA = Lora(steps=24, search_steps=12, short_steps=20, measure_every=4, batch_size=2, weight_decay=0.01)
 
 SMALL: dict[str, Task] = {task.name: task for task in (_PRETRAINING, _CLASSIFICATION, _FINE_TUNING, _LORA)}
-"""What two cores train in about an hour a task."""
+"""What two cores of a CPU train in an hour or two a task."""
 
 _LONGER: dict[str, Any] = {"steps": 320, "search_steps": 80, "short_steps": 272, "measure_every": 20}
 

@@ -63,7 +63,8 @@ class Checkpoints:
         torch.save(_random_state(self.accelerator.device), self._random_file(folder))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (folder / SEAL).write_text(json.dumps(_describe(self.settings), indent=2), encoding="utf-8")
+            seal = {**_describe(self.settings), "steps": self.settings.steps}
+            (folder / SEAL).write_text(json.dumps(seal, indent=2), encoding="utf-8")
             for old in _whole(self.settings)[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -135,6 +136,14 @@ def _newest(settings: Settings) -> tuple[int, Path]:
     step = int(found[-1].name.removeprefix("step-"))
     if step > settings.steps:
         raise InputError(f"--resume: {step} steps have been made already, --steps is {settings.steps}.")
+    planned = saved["steps"]
+    falls_after = planned - round(settings.decay * planned)
+    if settings.steps != planned and step > falls_after:
+        raise InputError(
+            f"--resume --steps {settings.steps}: when {found[-1]} was saved the learning rate had begun to fall, after "
+            f"step {falls_after} of {planned}, and would rise again. Give --steps {planned}, or remove the checkpoints "
+            "after that step if there is one before it."
+        )
     return step, found[-1]
 
 

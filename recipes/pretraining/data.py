@@ -1,4 +1,4 @@
-"""Documents as one stream of tokens, cut into windows of equal length: nothing is padded and nothing left out."""
+"""Documents as one stream of tokens, cut into windows of equal length, without padding."""
 
 import random
 from collections.abc import Iterable
@@ -147,8 +147,10 @@ def _pack_tables(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def _pack_table(table: datasets.Dataset, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PackedTable:
+    column, length = settings.text_column, settings.length  # all that the result on disk may depend on
+
     def pack_documents(rows: dict[str, list[str]]) -> dict[str, Any]:
-        return {"window": pack(rows[settings.text_column], tokenizer, settings.length).windows.numpy()}
+        return {"window": pack(rows[column], tokenizer, length).windows.numpy()}
 
     processes = settings.tokenizing_processes
     packed = table.map(

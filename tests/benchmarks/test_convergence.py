@@ -5,18 +5,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.convergence import search
+from benchmarks.convergence import search, tasks
 from benchmarks.convergence.methods import ADAMW, DION2_EIGHTH, DION2_HALF, DION2_QUARTER, MUON, Candidate, Method
 from benchmarks.convergence.report import (
     RESULTS,
     ROOT,
+    draw,
     outcomes,
     read_studies,
     replace_block,
@@ -84,11 +85,11 @@ class TestMethods:
     @pytest.mark.parametrize(
         ("method", "momenta"),
         [
-            (ADAMW, [0.9, 0.8, 0.7, 0.6]),
-            (MUON, [0.95, 0.9, 0.8, 0.7]),
-            (DION2_HALF, [0.95, 0.95**2, 0.9**2, 0.8**2, 0.7**2]),
-            (DION2_QUARTER, [0.95, 0.95**4, 0.9**4, 0.8**4, 0.7**4]),
-            (DION2_EIGHTH, [0.95, 0.95**8, 0.9**8, 0.8**8, 0.7**8]),
+            (ADAMW, [0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0]),
+            (MUON, [0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0]),
+            (DION2_HALF, [0.95, 0.95**2, 0.9**2, 0.8**2, 0.7**2, 0.6**2, 0.5**2, 0.3**2, 0]),
+            (DION2_QUARTER, [0.95, 0.95**4, 0.9**4, 0.8**4, 0.7**4, 0.6**4, 0.5**4, 0.3**4, 0]),
+            (DION2_EIGHTH, [0.95, 0.95**8, 0.9**8, 0.8**8, 0.7**8, 0.6**8, 0.5**8, 0.3**8, 0]),
         ],
         ids=lambda value: value.name if isinstance(value, Method) else "",
     )
@@ -206,6 +207,16 @@ class TestSearch:
         assert {record["method"] for record in study.records} == {"Muon", "AdamW", TIMING}
         assert list(study.records[-1]["ratios"]) == ["AdamW", "Muon"]
 
+    def test_unknown_methods_are_refused(self, study: Study) -> None:
+        with pytest.raises(ValueError, match=r"--methods: regression has no \['Lion'\], but \['AdamW', "):
+            study.run(["Lion", "Muon"])
+        assert not study.results.exists()
+
+    def test_a_method_waits_for_the_one_it_begins_with(self, study: Study) -> None:
+        with pytest.raises(ValueError, match="Dion2 1/2 begins with the settings of Dion2 1/4; run that first"):
+            study.run(["Dion2 1/2"])
+        assert not study.results.exists()
+
     def test_rates_meet_when_climbing_up_and_down(self) -> None:
         below = moved_rate(2e-3, -1, start=2e-3)
         assert below == 0.0013
@@ -253,6 +264,18 @@ class TestTables:
         # 2.5 lies 15/16 of the way from 4.0 at step 2 to 2.4 at step 4.
         assert short.startswith("| Dion2 1/4, 4 steps | 0.01 | 0.02 | 0.95^(n/k) = 0.81 |")
         assert short.endswith("| 65% | 1.50 | 97% |")
+
+    def test_runs_that_diverged(self, task: Regression, records: list[Record], tmp_path: Path) -> None:
+        diverged = [{**record_of("Muon", seed, [4.0, 3.0, 1.0])} for seed in (0, 1)]
+        diverged[1]["curve"] = [{**point, "loss": None} for point in diverged[1]["curve"]]
+        for record in diverged:
+            record["momentum"] = "0.9"
+        rows = table(task, [*records, *diverged]).splitlines()
+        [row] = [row for row in rows if row.startswith("| Muon")]
+        assert "| diverged (1.000, diverged) |" in row
+        assert "| not reached |" in row
+        draw(task, [*records, *diverged], tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").exists()
 
     def test_search_table(self, task: Regression, records: list[Record]) -> None:
         assert search_table(task, records).splitlines()[2:] == ["| AdamW | 0.9 | 0.01 | 0.02 | 9.000 |"]
@@ -303,6 +326,11 @@ class TestCommittedResults:
             )
 
     @pytest.mark.parametrize("name", STUDIES)
+    def test_no_search_was_cut_off_by_the_momenta_that_were_offered(self, name: str) -> None:
+        for outcome in outcomes(*STUDIES[name]):
+            assert outcome.candidate.momentum != list(outcome.method.momenta)[-1]
+
+    @pytest.mark.parametrize("name", STUDIES)
     def test_the_chosen_settings_are_those_with_the_lowest_loss_of_the_search(self, name: str) -> None:
         task, records = STUDIES[name]
         for outcome in outcomes(task, records):
@@ -326,3 +354,17 @@ class TestRealTasks:
     def test_the_full_size_is_the_same_task_scaled_up(self, name: str) -> None:
         assert type(FULL[name]) is type(SMALL[name])
         assert FULL[name].steps > SMALL[name].steps
+
+    def test_the_full_pretraining_reads_a_data_set_of_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+
+        def load(*arguments: str, **options: str) -> dict[str, list[str]]:
+            asked.append((arguments, options))
+            return {"text": ["a line of text, " * 20, "", "another, " * 40]}
+
+        monkeypatch.setattr(tasks, "load_dataset", load)
+        whole: Any = FULL["pretraining"]
+        task = replace(whole, batch_size=2, length=16, hidden_size=16, layers=1, heads=2)
+        record = train(task, ADAMW, Candidate(1e-3, 1e-3, "0.9"), 0, 1, 1, CPU)
+        assert asked == [(("Salesforce/wikitext", "wikitext-103-raw-v1"), {"split": "train"})]
+        assert 0 < record["curve"][-1]["loss"] < 8

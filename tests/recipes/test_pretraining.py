@@ -242,6 +242,11 @@ class TestResume:
         pretrain(whole := again(tiny, "whole", warmup=0.0, decay=0.5, steps=6))
         assert logged(tiny, "train_loss") == logged(whole, "train_loss")
 
+    def test_a_run_whose_rate_has_begun_to_fall_is_not_made_longer(self, tiny: Settings) -> None:
+        pretrain(replace(tiny, warmup=0.0, decay=0.5))
+        with pytest.raises(InputError, match=r"--resume --steps 6: .*step-00000004 .* to fall, after step 2 of 4"):
+            pretrain(replace(tiny, warmup=0.0, decay=0.5, steps=6, resume=True))
+
     def test_other_parts_of_a_batch(self, tiny: Settings, power_cut: pytest.MonkeyPatch) -> None:
         """Three steps of four parts end where a step of eight does not: a counter that goes on would be out of step."""
         with pytest.raises(PowerCutError):
@@ -434,7 +439,7 @@ class TestCommand:
         assert 8 * size * parts == settings.batch_size
 
     def test_there_is_an_example(self) -> None:
-        assert [file.name for file in EXAMPLES] == ["124m.yaml"]
+        assert [file.name for file in EXAMPLES] == ["gpt2-size.yaml"]
 
     def test_help_explains_every_argument(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
