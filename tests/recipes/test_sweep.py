@@ -22,7 +22,7 @@ class Runs:
     def __call__(self, candidate: dict[str, Any], seed: int, folder: Path) -> Result:
         self.made.append((candidate["lr"], seed))
         loss = LOSSES[candidate["lr"]]
-        return Result(candidate, accuracy=1 - candidate["lr"], loss=loss, step_seconds=None)  # type: ignore[arg-type]
+        return Result(candidate, accuracy=1 - candidate["lr"], loss=loss, step_seconds=None)
 
 
 @pytest.mark.parametrize(("by", "best"), [("loss", [4e-3, 1e-3]), ("accuracy", [1e-3, 4e-3])])
