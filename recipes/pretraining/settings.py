@@ -29,7 +29,7 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"
 
 
 def _optimizer() -> OptimizerSettings:
-    return OptimizerSettings(lr=3e-3, adamw_lr=3e-3, momentum=0.8, weight_decay=0.1, betas=(0.9, 0.95))
+    return OptimizerSettings(lr=4.5e-3, adamw_lr=6.7e-3, momentum=0.4, weight_decay=0.1, betas=(0.9, 0.95))
 
 
 @dataclass(frozen=True)
