@@ -341,12 +341,20 @@ class TestCommittedResults:
 
 
 class TestRealTasks:
-    @pytest.mark.parametrize("name", SMALL)
-    def test_trains_a_step(self, name: str) -> None:
-        task = SMALL[name]
+    @pytest.mark.parametrize(
+        ("name", "smaller"),
+        [
+            ("pretraining", {"held_out_windows": 4}),
+            ("classification", {}),
+            ("lora", {"length": 128, "held_out_size": 8}),  # a fine-tuning task with adapters
+        ],
+    )
+    def test_trains_a_step(self, name: str, smaller: dict[str, int]) -> None:
+        task: Any = SMALL[name]
+        task = replace(task, batch_size=2, **smaller)
         method = task.methods[-1]
         candidate = replace(task.starts[method.algorithm], momentum="0.95")
-        record = train(replace(task, batch_size=2), method, candidate, 0, 1, 2, CPU)
+        record = train(task, method, candidate, 0, 1, 2, CPU)
         assert record["curve"][-1]["step"] == 1
         assert 0 < record["curve"][-1]["loss"] < 8
 
