@@ -22,6 +22,9 @@ SEARCH_SEED = 100
 FACTOR = 1.5
 """Between neighbouring learning rates."""
 
+MARGIN = 0.005
+"""By which a shorter memory has to be better; seeds differ by more."""
+
 TIMING = "step times"
 
 
@@ -80,8 +83,8 @@ class Study:
     def search(self, method: Method) -> list[Candidate]:
         """Returns the candidates of a method that get all seeds: the best, then perhaps those of the usual momenta.
 
-        The memory of the momentum is shortened while the loss falls; for each length the learning rate of the matrices
-        climbs, from where it was best before. At the best of these, the learning rate of everything else climbs.
+        The memory of the momentum is shortened while the loss falls by a margin; for each length the learning rate of
+        the matrices climbs, from where it was best before. In the end the learning rate of everything else climbs.
         """
         if method.like is not None:
             [model] = [each for each in self.task.methods if each.name == method.like]
@@ -89,10 +92,11 @@ class Study:
         best_of: list[Candidate] = []
         for rule in method.momenta:
             origin = best_of[-1] if best_of else self.task.starts[method.algorithm]
-            best_of.append(self._climb(method, replace(origin, momentum=rule), "lr"))
-            if len(best_of) > 1 and self.loss(method, best_of[-1]) >= self.loss(method, best_of[-2]):
+            shorter = self._climb(method, replace(origin, momentum=rule), "lr")
+            if best_of and self.loss(method, shorter) > self.loss(method, best_of[-1]) - MARGIN:
                 break
-        best = self._climb(method, min(best_of, key=lambda each: self.loss(method, each)), "adamw_lr")
+            best_of.append(shorter)
+        best = self._climb(method, best_of[-1], "adamw_lr")
         usual = best_of[:2] if method.in_depth else []
         return [best, *(replace(each, adamw_lr=best.adamw_lr) for each in usual if each.momentum != best.momentum)]
 

@@ -331,13 +331,13 @@ class TestCommittedResults:
             assert outcome.candidate.momentum != list(outcome.method.momenta)[-1]
 
     @pytest.mark.parametrize("name", STUDIES)
-    def test_the_chosen_settings_are_those_with_the_lowest_loss_of_the_search(self, name: str) -> None:
+    def test_the_chosen_settings_have_the_lowest_loss_of_the_search_but_for_the_margin(self, name: str) -> None:
         task, records = STUDIES[name]
         for outcome in outcomes(task, records):
             if outcome.is_best:
                 own = [r for r in records if r["method"] == outcome.method.name and r["seed"] == SEARCH_SEED]
-                best = min(own, key=last_loss)
-                assert outcome.candidate == Candidate(best["lr"], best["adamw_lr"], best["momentum"])
+                chosen = [r for r in own if Candidate(r["lr"], r["adamw_lr"], r["momentum"]) == outcome.candidate]
+                assert last_loss(chosen[0]) <= min(map(last_loss, own)) + search.MARGIN
 
 
 class TestRealTasks:
