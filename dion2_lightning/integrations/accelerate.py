@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from dion2_lightning.figures import Figures
 from dion2_lightning.integrations.selection import SelectionRecorder
-from dion2_lightning.statistics import SelectionStatistics
+from dion2_lightning.statistics import SelectionStatistics, without_wrapper
 
 
 class SelectionLogger:
@@ -74,7 +74,8 @@ class SelectionLogger:
         self._step: int | None = None
         self._path = self._recorder.path(accelerator.project_dir)
         self._recorder.attach([optimizer])
-        accelerator.register_for_checkpointing(self)
+        self._optimizer = without_wrapper(optimizer)
+        self._register()
 
     @property
     def statistics(self) -> SelectionStatistics:
@@ -105,7 +106,12 @@ class SelectionLogger:
         return figures
 
     def close(self) -> None:
-        """Write the history and pictures, and look on no longer; while trackers are open: before ``end_training``."""
+        """Write the history and pictures, and look on no longer; while trackers are open: before ``end_training``.
+
+        Closed again, or once another one has taken its place, it does nothing.
+        """
+        if not self.statistics.is_attached:
+            return
         self._detach()
         if self._accelerator.is_main_process:
             step = self.statistics.step if self._step is None else self._step
@@ -136,10 +142,20 @@ class SelectionLogger:
         """Whether it is in use for certain. Without ``with``, an exception in the loop leaves it open for ever."""
         return self._is_entered
 
+    def _register(self) -> None:
+        """Take part in checkpoints, in the place of one that looked on at the same optimizer before."""
+        objects = self._accelerator._custom_objects
+        for place, other in enumerate(objects):
+            if isinstance(other, SelectionLogger) and other._optimizer is self._optimizer:
+                objects[place] = self
+                return
+        self._accelerator.register_for_checkpointing(self)
+
     def _detach(self) -> None:
         self.statistics.detach()
         self._is_entered = False
 
     def _save(self) -> None:
-        if self._accelerator.is_main_process:
+        # What is closed has been written, and another one may write there now.
+        if self._accelerator.is_main_process and self.statistics.is_attached:
             self._recorder.save(self._path)

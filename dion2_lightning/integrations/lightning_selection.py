@@ -140,7 +140,8 @@ class SelectionMonitor(Callback):
         """Write the history and pictures, and look on no longer."""
         self.statistics.detach()
         if trainer.is_global_zero:
-            self._recorder.finish(self._path, trainer.loggers, _step(trainer))
+            last = max(0, _step(trainer) - 1)  # by now it is that of a batch to come
+            self._recorder.finish(self._path, trainer.loggers, last)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

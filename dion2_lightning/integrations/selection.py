@@ -155,4 +155,9 @@ class SelectionRecorder:
 
         if path is not None:
             save_pictures(history, path.parent / "pictures")
-        log_pictures(history, loggers, step)
+        if not log_pictures(history, loggers, step) and path is None:
+            message = (
+                f"{self.name}: there are no pictures, for the history has no file and no logger takes images; pass "
+                "save_to=, or save_pictures(callback.statistics.history, folder) by hand"
+            )
+            warnings.warn(message, SelectionWarning, stacklevel=2)

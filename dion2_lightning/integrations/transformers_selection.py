@@ -171,8 +171,11 @@ class SelectionCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Add the figures to what is being logged: to the history's entry, and to what the reporters get next."""
+        # What is logged without a loss is an evaluation, or the end of the training.
+        if logs is None or "loss" not in logs:
+            return
         entry, self._entry = self._entry, None
-        if entry is None or entry["step"] != state.global_step or logs is None or self._handler is None:
+        if entry is None or entry["step"] != state.global_step or self._handler is None:
             return
         state.log_history[:] = [each for each in state.log_history if each is not entry]
         figures = {name: value for name, value in entry.items() if name not in ("epoch", "step")}

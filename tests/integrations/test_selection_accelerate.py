@@ -197,8 +197,34 @@ def test_resume_under_fsdp2(tmp_path: Path) -> None:
     run_like_torchrun(2, check_resume, "FSDP2, sharded", tmp_path / "two", expected)
 
 
-def test_one_logger_takes_the_place_of_another() -> None:
-    """Of one that an exception left open; the other is not used any more without a word."""
+def test_one_logger_takes_the_place_of_another(tmp_path: Path) -> None:
+    """Of one that an exception left open, in checkpoints and in the file too; the other is not used without a word."""
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    model = ByHand()
+    built = accelerator.prepare(optimizer_by_hand(model))
+    earlier, later = gradients()[:1], gradients()
+
+    def train(selection: SelectionLogger, batches: Any) -> None:
+        for gradient in batches:
+            accelerator.backward(model(gradient)["loss"])
+            built.step()
+            built.zero_grad()
+            selection.log()
+
+    before = SelectionLogger(accelerator, built, every=1)
+    train(before, earlier)
+    accelerator.save_state(str(tmp_path / "checkpoint"))
+    after = SelectionLogger(accelerator, built, every=1)
+    accelerator.load_state(str(tmp_path / "checkpoint"))
+    assert after.statistics.history.steps == [1]
+    train(after, later)
+    after.close()
+    before.close()
+    accelerator.save_state(str(tmp_path / "another"))
+    assert SelectionHistory.load(tmp_path / "dion2_selection.json").steps == [1, 2, 3, 4]
+
+
+def test_a_logger_that_was_left_open_is_not_used_any_more() -> None:
     accelerator, built = Accelerator(cpu=True), optimizer_by_hand(ByHand())
     before = SelectionLogger(accelerator, built)
     after = SelectionLogger(accelerator, built)

@@ -111,7 +111,16 @@ def test_pictures_are_written_and_sent(tmp_path: Path) -> None:
     monitor = SelectionMonitor(every=1, pictures=True, save_to=tmp_path / "selection.json")
     fit_by_hand(monitor, logger=[csv, board])
     assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == set(PICTURES)
-    assert list(pictures_in(tmp_path / "board")) == ["dion2/overview", "dion2/heatmap"]
+    assert pictures_in(tmp_path / "board") == {"dion2/overview": [2], "dion2/heatmap": [2]}, (
+        "the step of the last figures"
+    )
+
+
+def test_pictures_without_a_place_are_missed(tmp_path: Path) -> None:
+    with pytest.warns(
+        SelectionWarning, match="SelectionMonitor: there are no pictures, for the history has no file and"
+    ):
+        fit_by_hand(SelectionMonitor(every=1, pictures=True, save_to=False), logger=CSVLogger(tmp_path))
 
 
 def test_accumulated_batches_are_logged_once(tmp_path: Path) -> None:

@@ -109,10 +109,13 @@ def test_pictures_are_written_and_sent(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 class Quiet(TrainerCallback):
-    """Decides that a step is not logged."""
+    """Decides that some steps are not logged."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_log &= state.global_step != 2
+        control.should_log &= state.global_step not in self.steps
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
@@ -120,7 +123,7 @@ class Quiet(TrainerCallback):
 def test_figures_of_a_step_that_is_not_logged_stay_under_this_step(every: int, tmp_path: Path) -> None:
     """In the history, also that of a checkpoint; reporters get none of it, then or with the loss of the next step."""
     reporter = Recorder()
-    callbacks = [SelectionCallback(window=WINDOW, every=every), Quiet(), reporter]
+    callbacks = [SelectionCallback(window=WINDOW, every=every), Quiet(2), reporter]
     trainer = trainer_by_hand(tmp_path, callbacks, save_strategy="steps", save_steps=2)
     trainer.train()
     expected = [(step, named(step - 1, *ALL)) for step in range(every, 4, every)]
@@ -131,6 +134,19 @@ def test_figures_of_a_step_that_is_not_logged_stay_under_this_step(every: int, t
     assert [entry for entry in reporter.logged if entry[1]] == [each for each in expected if each[0] != 2]
     saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert selection_of(saved["log_history"]) == [each for each in expected if each[0] <= 2]
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_figures_of_the_last_step_do_not_get_into_the_summary(tmp_path: Path) -> None:
+    """That is logged at the same step."""
+    reporter = Recorder()
+    trainer = trainer_by_hand(tmp_path, [SelectionCallback(window=WINDOW), Quiet(3), reporter])
+    trainer.train()
+    [summary] = [entry for entry in trainer.state.log_history if "train_runtime" in entry]
+    assert summary["step"] == 3
+    assert not [name for name in summary if name.startswith("dion2/")]
+    assert selection_of(trainer.state.log_history) == [(step, named(step - 1, *ALL)) for step in (1, 2, 3)]
+    assert [step for step, figures in reporter.logged if figures] == [1, 2]
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
