@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from recipes.inputs import InputError
 from recipes.pretraining.settings import OFFLINE_DATASET, Settings
 from recipes.python_texts import read_prose
+from recipes.tables import place_of_held_out, read_table
 
 SPLIT_SEED = 0
 """Every run is measured on the same documents, whatever its seed."""
@@ -24,7 +24,7 @@ DOCUMENTS_AT_ONCE = 1000
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""
 
-FILE_READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FILES = (".txt", ".json", ".jsonl", ".parquet")
 
 Window = dict[str, Tensor]
 
@@ -133,9 +133,12 @@ def _pack_offline(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tup
 
 
 def _pack_tables(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[PackedTable, PackedTable]:
-    table = _read_table(settings, settings.dataset, settings.train_split)
+    table = _read_texts(settings, settings.dataset, settings.train_split)
     if settings.held_out is not None:
-        held_out = _read_table(settings, *_place_of_held_out(settings.held_out, settings.dataset))
+        place = place_of_held_out(
+            settings.held_out, settings.dataset, files=FILES, offline=OFFLINE_DATASET, instead="--held_out_share"
+        )
+        held_out = _read_texts(settings, *place)
     elif len(table) < 2:
         raise InputError(
             f"--dataset {settings.dataset}: one document cannot be trained on and measured on. Give --held_out, or "
@@ -163,22 +166,8 @@ def _pack_table(table: datasets.Dataset, settings: Settings, tokenizer: PreTrain
     return PackedTable(packed)
 
 
-def _read_table(settings: Settings, source: str, split: str) -> datasets.Dataset:
-    path = Path(source)
-    if path.suffix in FILE_READERS and not path.exists():
-        raise InputError(f"--dataset, --held_out: there is no file {source}.")
-    try:
-        if path.suffix in FILE_READERS:
-            options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-            table = datasets.load_dataset(FILE_READERS[path.suffix], data_files=source, split="train", **options)
-        else:
-            table = datasets.load_dataset(source, settings.subset, split=split)
-    except Exception as error:  # every reader raises errors of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"--dataset, --subset, --train_split, --held_out: {split!r} of {source!r} could not be read: {reason}. "
-            f"Give {OFFLINE_DATASET!r}, a file ending in {', '.join(FILE_READERS)}, or a name on the hub."
-        ) from error
+def _read_texts(settings: Settings, source: str, split: str) -> datasets.Dataset:
+    table = read_table(source, split, subset=settings.subset, files=FILES, offline=OFFLINE_DATASET)
     return _check_texts(table, settings.text_column, source)
 
 
@@ -194,12 +183,3 @@ def _check_texts(table: datasets.Dataset, column: str, source: str) -> datasets.
     if empty:
         raise InputError(f"--text_column {column}: {empty} rows of {source} are empty. Remove them.")
     return table
-
-
-def _place_of_held_out(held_out: str, dataset: str) -> tuple[str, str]:
-    """A file stands for itself; anything else is a split of the hub dataset that is trained on."""
-    if Path(held_out).suffix in FILE_READERS:
-        return held_out, "train"
-    if Path(dataset).suffix in FILE_READERS:
-        raise InputError(f"--held_out {held_out}: {dataset} has no splits. Give a file, or --held_out_share.")
-    return dataset, held_out

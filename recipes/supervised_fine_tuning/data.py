@@ -4,10 +4,8 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
@@ -17,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from recipes.inputs import InputError
 from recipes.python_texts import SHORTEST_ANSWER, read_functions
 from recipes.supervised_fine_tuning.settings import OFFLINE_DATASET, Settings
+from recipes.tables import place_of_held_out, read_table
 
 INSTRUCTION = "Write the docstring of this Python function."
 IGNORED = -100
@@ -28,7 +27,7 @@ SPLIT_SEED = 0
 OPEN_ROWS = 8
 """Rows that wait for a conversation that fits: the more, the less padding."""
 
-FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FILES = (".json", ".jsonl", ".parquet")
 
 Conversation = list[dict[str, str]]
 """Messages, each a role and its content."""
@@ -51,7 +50,11 @@ def load_conversations(settings: Settings) -> tuple[list[Conversation], list[Con
     Raises:
         InputError: If the data cannot be read, lacks a column or an answer, or does not suffice.
     """
-    place = None if settings.held_out is None else _place_of_held_out(settings)
+    place = None
+    if settings.held_out is not None:
+        place = place_of_held_out(
+            settings.held_out, settings.dataset, files=FILES, offline=OFFLINE_DATASET, instead="--held_out_size"
+        )
     train = _load(settings, settings.dataset, settings.train_split)
     if place is None:
         order = random.Random(SPLIT_SEED).sample(train, len(train))
@@ -343,7 +346,7 @@ def _load(settings: Settings, source: str, split: str) -> list[Conversation]:
             _question_and_answer(f"{INSTRUCTION}\n\n{function.source}", function.docstring)
             for function in read_functions()
         ]
-    table = _read_table(settings, source, split)
+    table = read_table(source, split, subset=settings.subset, files=FILES, offline=OFFLINE_DATASET)
     if settings.messages_column in table.column_names:
         conversations = list(table[settings.messages_column])
     elif {settings.prompt_column, settings.completion_column} <= set(table.column_names):
@@ -382,29 +385,3 @@ def _checked(conversation: Any, number: int, source: str) -> Conversation:
             '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]; repair or remove it.'
         )
     return [{"role": message["role"], "content": message["content"]} for message in conversation]
-
-
-def _read_table(settings: Settings, source: str, split: str) -> datasets.Dataset:
-    path = Path(source)
-    if path.suffix in FILE_READERS and not path.exists():
-        raise InputError(f"--dataset, --held_out: there is no file {source}.")
-    try:
-        if path.suffix not in FILE_READERS:
-            return datasets.load_dataset(source, settings.subset, split=split)
-        return datasets.load_dataset(FILE_READERS[path.suffix], data_files=source, split="train")
-    except Exception as error:  # every reader raises errors of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"--dataset, --subset, --train_split, --held_out: {split!r} of {source!r} could not be read: {reason}. "
-            f"Give {OFFLINE_DATASET!r}, a file ending in {', '.join(FILE_READERS)}, or a name on the hub."
-        ) from error
-
-
-def _place_of_held_out(settings: Settings) -> tuple[str, str]:
-    """A file stands for itself; anything else is a split of the hub data set that is trained on."""
-    held_out, dataset = str(settings.held_out), settings.dataset
-    if Path(held_out).suffix in FILE_READERS:
-        return held_out, "train"
-    if dataset == OFFLINE_DATASET or Path(dataset).suffix in FILE_READERS:
-        raise InputError(f"--held_out {held_out}: {dataset} has no splits. Give a file, or --held_out_size.")
-    return dataset, held_out

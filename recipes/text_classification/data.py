@@ -3,21 +3,21 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import ClassLabel, Dataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from recipes.inputs import InputError
 from recipes.python_texts import MODULES, read_docstrings
+from recipes.tables import place_of_held_out, read_table
 from recipes.text_classification.settings import OFFLINE_DATASET, Settings
 
 # Every seed is measured on the same rows, so the split has a seed of its own.
 SPLIT_SEED = 0
-FILE_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 Batch = dict[str, torch.Tensor]
 Collate = Callable[[list["Example"]], Batch]
@@ -47,7 +47,10 @@ def load_split(settings: Settings) -> Split:
     if settings.held_out is None:
         train, held_out = _draw_held_out(_unique(train), settings.held_out_rows)
     else:
-        held_out, _ = _load(settings, *_place_of_held_out(settings))
+        place = place_of_held_out(
+            settings.held_out, settings.dataset, files=FILES, offline=OFFLINE_DATASET, instead="--held_out_rows"
+        )
+        held_out, _ = _load(settings, *place)
         train = _without(_unique(train), held_out)
     _check(classes, train, held_out, settings)
     return Split(classes, train, held_out)
@@ -101,7 +104,7 @@ class TrainingLoader(DataLoader[Any]):
 def _load(settings: Settings, source: str, split: str) -> tuple[list[Example], list[str]]:
     if source == OFFLINE_DATASET:
         return [Example(*row) for row in read_docstrings()], list(MODULES)
-    table = _read_table(settings, source, split)
+    table = read_table(source, split, subset=settings.subset, files=FILES, offline=OFFLINE_DATASET)
     texts = _column(table, settings.text_column, "--text_column")
     labels = _column(table, settings.label_column, "--label_column")
     feature = table.features[settings.label_column]
@@ -114,23 +117,6 @@ def _load(settings: Settings, source: str, split: str) -> tuple[list[Example], l
     return [Example(str(text), label) for text, label in zip(texts, labels, strict=True)], classes
 
 
-def _read_table(settings: Settings, source: str, split: str) -> Dataset:
-    path = Path(source)
-    if path.suffix in FILE_READERS and not path.exists():
-        raise InputError(f"--dataset, --held_out: there is no file {source}.")
-    try:
-        if path.suffix not in FILE_READERS:
-            return load_dataset(source, settings.subset, split=split)
-        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        return load_dataset(FILE_READERS[path.suffix], data_files=source, split="train", **options)
-    except Exception as error:  # every reader raises errors of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"--dataset, --subset, --train_split, --held_out: {split!r} of {source!r} could not be read: {reason}. "
-            f"Give {OFFLINE_DATASET!r}, a file ending in {', '.join(FILE_READERS)}, or a name on the hub."
-        ) from error
-
-
 def _column(table: Dataset, name: str, argument: str) -> list[Any]:
     if name not in table.column_names:
         raise InputError(f"{argument}: there is no column {name!r}. Choose one of {', '.join(table.column_names)}.")
@@ -138,16 +124,6 @@ def _column(table: Dataset, name: str, argument: str) -> list[Any]:
     if None in values:
         raise InputError(f"{argument}: column {name!r} is empty in row {values.index(None)}. Remove such rows.")
     return values
-
-
-def _place_of_held_out(settings: Settings) -> tuple[str, str]:
-    """A file stands for itself; anything else is a split of the hub data set that is trained on."""
-    held_out, dataset = str(settings.held_out), settings.dataset
-    if Path(held_out).suffix in FILE_READERS:
-        return held_out, "train"
-    if dataset == OFFLINE_DATASET or Path(dataset).suffix in FILE_READERS:
-        raise InputError(f"--held_out {held_out}: {dataset} has no splits. Give a file, or --held_out_rows.")
-    return dataset, held_out
 
 
 def _key(example: Example) -> str:
