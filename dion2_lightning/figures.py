@@ -72,7 +72,8 @@ class Figures:
                                          that the submatrix is close to singular or the precision too low
     ==================== =============== ==========================================================================
 
-    A matrix whose momentum is zero throughout has no captured mass and counts for none of the means.
+    A matrix whose momentum is zero throughout has no captured mass, imbalance and orthogonality error, and counts for
+    none of these means.
 
     A parameter without a gradient in the step has no turnover, captured mass, update RMS and orthogonality error, and
     counts for none of those of its group.
@@ -121,6 +122,7 @@ class Row:
     squares: float
     error: float
     measured: float
+    idle: float
     longest: float
 
     @property
@@ -147,8 +149,10 @@ def figures_of(rows: Sequence[Row]) -> dict[str, float]:
         "coverage": sum(row.covered for row in rows) / slices,
         "staleness_mean": sum(row.staleness for row in rows) / slices,
         "staleness_max": max(row.longest for row in rows),
-        "imbalance": sum(row.imbalance for row in rows) / sum(row.matrices for row in rows),
     }
+    counted = sum(row.matrices - row.dead for row in rows)
+    if counted:
+        figures["imbalance"] = sum(row.imbalance for row in rows) / counted
     updated = [row for row in rows if row.updated]
     if updated:
         figures["turnover"] = sum(row.fresh for row in updated) / sum(row.selected for row in updated)
@@ -157,12 +161,12 @@ def figures_of(rows: Sequence[Row]) -> dict[str, float]:
             figures["captured_mass"] = sum(row.captured for row in updated) / alive
         entries = sum(row.entries for row in updated)
         figures["update_rms"] = math.sqrt(sum(row.squares for row in updated) / entries)
-    measured = [row for row in rows if row.measured]
+    measured = [row for row in rows if row.measured and row.updated > row.dead]
     if measured:
         # Replicas that do not share the work have measured the same matrix several times.
-        weights = [row.updated / row.measured for row in measured]
+        weights = [(row.updated - row.dead) / row.measured for row in measured]
         errors = sum(row.error * weight for row, weight in zip(measured, weights, strict=True))
-        figures["orthogonality_error"] = errors / sum(row.updated for row in measured)
+        figures["orthogonality_error"] = errors / sum(row.updated - row.dead for row in measured)
     return {name: figures[name] for name in MEANINGS if name in figures}
 
 
@@ -185,9 +189,9 @@ TROUBLES: Final = (
     ),
     Trouble(
         "all-zero momentum",
-        # At its first step, what lies behind a factor that starts at zero has no gradient yet.
-        lambda row, step, window: row.dead > 0 and step > 1,
-        lambda row: f"{row.dead:.0f} of {row.matrices:.0f} matrices",
+        # At its own first step, what lies behind a factor that starts at zero has no gradient yet.
+        lambda row, step, window: row.idle > 0,
+        lambda row: f"{row.idle:.0f} of {row.matrices:.0f} matrices",
         "their gradients have been zero so far: does the loss depend on them?",
     ),
     Trouble(
@@ -198,7 +202,7 @@ TROUBLES: Final = (
     ),
     Trouble(
         "update far from orthonormal",
-        lambda row, step, window: row.measured > 0 and not row.dead and row.error / row.measured > FAR_FROM_ORTHONORMAL,
+        lambda row, step, window: row.measured > 0 and row.error / row.measured > FAR_FROM_ORTHONORMAL,
         lambda row: f"error {row.error / row.measured:.2g}",
         "try orthonormalize_dtype='float32'; slices that are nearly multiples of each other have such errors too",
     ),

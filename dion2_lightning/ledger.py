@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # Columns of the table that a step leaves, a row for each parameter. All but the longest staleness are sums.
 (
     _MATRICES, _UPDATED, _SELECTED, _COVERED, _STALENESS, _FRESH, _CAPTURED, _IMBALANCE, _DEAD, _NEVER, _SQUARES,
-    _ERROR, _MEASURED, LONGEST, COLUMNS,
-) = range(15)  # fmt: skip
+    _ERROR, _MEASURED, _IDLE, LONGEST, COLUMNS,
+) = range(16)  # fmt: skip
 HITS: Final = COLUMNS
 COUNTS: Final = COLUMNS + BINS
 
@@ -164,6 +164,7 @@ class Ledger:
         staleness = step - self.last
         never = self.hits == 0
         updated = now.any(1)
+        dead = updated & (total == 0)
         counts = self.hits.sort(dim=1).values
         places = torch.arange(1 - self._slices, self._slices, 2, device=counts.device)
         gini = (places * counts).sum(1).double() / (self._slices * counts.sum(1).clamp(min=1)).double()
@@ -176,9 +177,10 @@ class Ledger:
             _STALENESS: staleness.sum(1),
             _FRESH: (now & ~before).sum(1),
             _CAPTURED: torch.where(total == 0, 0.0, captured / total),
-            _IMBALANCE: gini,
-            _DEAD: updated & (total == 0),
+            _IMBALANCE: torch.where(dead, 0.0, gini),
+            _DEAD: dead,
             _NEVER: never.sum(1) * updated,
+            _IDLE: dead & (self.hits.sum(1) > now.sum(1)),
             LONGEST: staleness.amax(1),
         }.items():
             rows.select(1, column).copy_(values)
@@ -197,7 +199,7 @@ class Due:
         window: Steps that coverage looks back.
         parts: Every ledger's parameters and rows.
         squares: Of what a part of a parameter was changed by, the sum.
-        errors: Of matrices that this rank has orthonormalized.
+        errors: Of matrices that this rank has orthonormalized, as :func:`orthogonality_errors` returns them.
     """
 
     step: int
@@ -219,27 +221,32 @@ class Due:
             rows.select(1, LONGEST).zero_()
             table.index_add_(0, positions, rows)
             table.select(1, LONGEST).scatter_reduce_(0, positions, longest, "amax")
-        for column, pairs in ((_SQUARES, self.squares), (_ERROR, self.errors)):
-            if pairs:
-                positions = to_device([entry.position for entry, _ in pairs], device)
-                values = torch.stack([each.sum().to(device) for _, each in pairs])
-                table.select(1, column).index_add_(0, positions, values)
+        if self.squares:
+            positions = to_device([entry.position for entry, _ in self.squares], device)
+            values = torch.stack([each.sum().to(device) for _, each in self.squares])
+            table.select(1, _SQUARES).index_add_(0, positions, values)
         if self.errors:
             positions = to_device([entry.position for entry, _ in self.errors], device)
-            measured = to_device([float(len(each)) for _, each in self.errors], device).double()
-            table.select(1, _MEASURED).index_add_(0, positions, measured)
+            sums = torch.stack([each.sum(1).to(device) for _, each in self.errors])
+            for column, values in zip((_ERROR, _MEASURED), sums.unbind(1), strict=True):
+                table.select(1, column).index_add_(0, positions, values)
         return table
 
 
 def orthogonality_errors(orthonormal: Tensor) -> Tensor:
-    """The error of each of a stack (count, k, m), in float32 at least."""
+    """The error of each of a stack (count, k, m), in float32 at least, and whether it has one, 1 or 0; (2, count).
+
+    What is made of momentum that is zero throughout is zero itself, and has none: both numbers are 0.
+    """
     precise = orthonormal.to(torch.promote_types(orthonormal.dtype, torch.float32))
     if precise.shape[1] > precise.shape[2]:
         precise = precise.mT
     gram = precise @ precise.mT
     short = gram.shape[1]
     distance = torch.linalg.matrix_norm(gram - torch.eye(short, dtype=gram.dtype, device=gram.device))
-    return torch.div(distance.double(), short**0.5)
+    has_one = (precise != 0).flatten(1).any(1)
+    errors = torch.where(has_one, torch.div(distance.double(), short**0.5), 0.0)
+    return torch.stack([errors, has_one.double()])
 
 
 def group_around(entries: Sequence[Entry], process_group: "ProcessGroup | None") -> "ProcessGroup | None":

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from dion2_lightning.figures import FAR_FROM_ORTHONORMAL, MEANINGS, Kind
 from dion2_lightning.history import SelectionHistory
@@ -81,18 +81,41 @@ def verdicts(history: SelectionHistory) -> dict[str, Verdict]:
     Returns:
         A verdict for every figure of the last step.
     """
-    figures, step = history.overall[-1], history.steps[-1]
-    return {name: _verdict(name, value, _fraction(history), step, history) for name, value in figures.items()}
+    part = _part(history)
+    return {name: _verdict(name, value, part, history) for name, value in history.overall[-1].items()}
 
 
-def _fraction(history: SelectionHistory) -> float:
-    """Share of the slices that a step selects, of the parameters that had a gradient in the last one; 0 if none had."""
+class _Part(NamedTuple):
+    """What figures of some parameters are judged by.
+
+    Attributes:
+        fraction: Share of the slices that a step selects, in those that had a gradient in the last one; 0 if none had.
+        steps: Since the first of the parameters came.
+        shortest: Since the last of them came.
+    """
+
+    fraction: float
+    steps: int
+    shortest: int
+
+
+def _part(history: SelectionHistory, members: Sequence[int] | None = None) -> _Part:
+    """Of some parameters, by their positions; of all where none are given."""
+    members = range(len(history.kinds)) if members is None else members
     selected = slices = 0.0
-    for kind, figures in zip(history.kinds, history.parameters[-1], strict=True):
+    for member in members:
+        kind, figures = history.kinds[member], history.parameters[-1][member]
         if "turnover" in figures:
             slices += kind.matrices * kind.slices
             selected += kind.matrices * kind.slices * figures["selected_fraction"]
-    return selected / slices if slices else 0.0
+    steps = [_steps_of(history, member) for member in members]
+    return _Part(selected / slices if slices else 0.0, max(steps, default=0), min(steps, default=0))
+
+
+def _steps_of(history: SelectionHistory, member: int) -> int:
+    """Steps that a parameter has had for certain: all, or since the first point that knows of it."""
+    start = next((point for point, each in enumerate(history.parameters) if each[member]), 0)
+    return history.steps[-1] - history.steps[start] + 1 if start else history.steps[-1]
 
 
 def _slices(history: SelectionHistory) -> int:
@@ -100,7 +123,8 @@ def _slices(history: SelectionHistory) -> int:
     return sum(kind.matrices * kind.slices for kind in history.kinds)
 
 
-def _verdict(name: str, value: float, fraction: float, step: int, history: SelectionHistory) -> Verdict:
+def _verdict(name: str, value: float, part: _Part, history: SelectionHistory) -> Verdict:
+    fraction, steps = part.fraction, part.steps
     if not math.isfinite(value):
         return Verdict(LOOK, "not a finite number: weights are damaged, go back to a checkpoint")
     if name == "selected_fraction":
@@ -118,10 +142,15 @@ def _verdict(name: str, value: float, fraction: float, step: int, history: Selec
     turns = 1 / fraction - 1
     needed = math.ceil(4 / fraction)
     if name == "captured_mass":
-        text = f"over 90% the slices left out have next to no momentum; {fraction:.0%} is that of slices all alike"
-        return Verdict(LOOK if value > 0.9 else HEALTHY, text)
-    if step < needed:
-        return Verdict(UNKNOWN, f"too early: judged after 4 / fraction = {needed} steps")
+        limit = 1 - 0.1 * (1 - fraction)
+        text = (
+            f"over {limit:.1%} the slices left out have under a tenth of their share of the momentum; {fraction:.0%} "
+            "is that of slices all alike"
+        )
+        return Verdict(LOOK if value > limit else HEALTHY, text)
+    if part.shortest < needed:
+        which = "" if part.shortest == steps else " with every parameter, of which some came late"
+        return Verdict(UNKNOWN, f"too early: judged after 4 / fraction = {needed} steps{which}")
     match name:
         case "coverage":
             if history.window < needed:
@@ -135,13 +164,13 @@ def _verdict(name: str, value: float, fraction: float, step: int, history: Selec
         case "staleness_max":
             # Drawn by chance, one of all the slices waits longer than this in one run of a thousand.
             by_chance = math.log(1000 * _slices(history)) / -math.log1p(-fraction)
-            if step <= by_chance:
+            if steps <= by_chance:
                 return Verdict(UNKNOWN, f"too early: of so many slices one may wait {by_chance:.0f} steps by chance")
-            limit = max(by_chance, min(step / 2, 100 / fraction))
-            text = (
-                f"healthy up to {limit:.0f} steps: half of all, but not over 100 / fraction = {100 / fraction:.0f}; "
-                f"{step} is a slice that was never selected"
+            limit, rule = max(
+                (by_chance, "of so many slices one may wait as long by chance"),
+                min((steps / 2, "half of all"), (100 / fraction, "100 / fraction")),
             )
+            text = f"healthy up to {limit:.0f} steps: {rule}; {steps} is a slice that was never selected"
             return Verdict(LOOK if value > limit else HEALTHY, text)
         case "turnover":
             limit = 0.1 * (1 - fraction)
@@ -216,7 +245,7 @@ def _what_was_trained(history: SelectionHistory) -> str:
     kinds = history.kinds
     matrices, slices = sum(kind.matrices for kind in kinds), _slices(history)
     groups = list(dict.fromkeys(kind.group for kind in kinds))
-    selected = _fraction(history)
+    selected = _part(history).fraction
     facts = {
         "steps": f"{history.steps[-1]:,}",
         "parameters": f"{len(kinds):,}",
@@ -281,12 +310,13 @@ def _furthest(history: SelectionHistory, name: str) -> str:
 def _worth_a_look(history: SelectionHistory, name: str) -> list[int]:
     """The parameters that would be worth a look if they were all there is."""
     points = enumerate(history.parameters[-1])
-    return [position for position, point in points if name in point and _is_marked(name, point, history)]
+    return [
+        place for place, point in points if name in point and _is_marked(name, point, _part(history, [place]), history)
+    ]
 
 
-def _is_marked(name: str, figures: Mapping[str, float], history: SelectionHistory) -> bool:
-    fraction = figures["selected_fraction"]
-    return _verdict(name, figures[name], fraction, history.steps[-1], history).state == LOOK
+def _is_marked(name: str, figures: Mapping[str, float], part: _Part, history: SelectionHistory) -> bool:
+    return _verdict(name, figures[name], part, history).state == LOOK
 
 
 def _breakable(name: str) -> str:
@@ -294,36 +324,41 @@ def _breakable(name: str) -> str:
     return escape(name).replace(".", ".<wbr>")
 
 
-def _group_rows(history: SelectionHistory) -> list[tuple[list[str | int], Mapping[str, float]]]:
-    points = history.groups[-1]
-    count = {group: sum(kind.group == group for kind in history.kinds) for group in points}
-    rows: list[tuple[list[str | int], Mapping[str, float]]] = [
-        ([group, count[group]], points[group]) for group in points
-    ]
-    return [*rows, (["all", len(history.kinds)], history.overall[-1])] if len(rows) > 1 else rows
+class _Row(NamedTuple):
+    """Of a table: what comes before the figures, these, and what they are judged by."""
+
+    described: Sequence[str | int]
+    figures: Mapping[str, float]
+    part: _Part
 
 
-def _parameter_rows(history: SelectionHistory) -> list[tuple[list[str | int], Mapping[str, float]]]:
-    return [(_described(kind), point) for kind, point in zip(history.kinds, history.parameters[-1], strict=True)]
+def _group_rows(history: SelectionHistory) -> list[_Row]:
+    rows = []
+    for group, figures in history.groups[-1].items():
+        members = [place for place, kind in enumerate(history.kinds) if kind.group == group]
+        rows.append(_Row([group, len(members)], figures, _part(history, members)))
+    if len(rows) > 1:
+        rows.append(_Row(["all", len(history.kinds)], history.overall[-1], _part(history)))
+    return rows
+
+
+def _parameter_rows(history: SelectionHistory) -> list[_Row]:
+    points = zip(history.kinds, history.parameters[-1], strict=True)
+    return [_Row(_described(kind), point, _part(history, [place])) for place, (kind, point) in enumerate(points)]
 
 
 def _described(kind: Kind) -> list[str | int]:
     return [kind.name, kind.group, kind.matrices, kind.slices, ("outputs", "inputs")[kind.axis]]
 
 
-def _table(
-    history: SelectionHistory,
-    rows: Sequence[tuple[Sequence[str | int], Mapping[str, float]]],
-    labels: Sequence[str],
-    names: Sequence[str],
-) -> str:
+def _table(history: SelectionHistory, rows: Sequence[_Row], labels: Sequence[str], names: Sequence[str]) -> str:
     """A table whose headings sort it; cells carry the plain number to sort by."""
     headings = "".join(
         f'<th scope="col"{"" if label in _TEXTS else _NUMBER}><button type="button">{escape(label)}</button></th>'
         for label in (*labels, *(_words(name) for name in names))
     )
     body = []
-    for described, figures in rows:
+    for described, figures, part in rows:
         cells = [
             f'<td class="number" data-value="{value}">{value:,}</td>'
             if isinstance(value, int)
@@ -333,7 +368,7 @@ def _table(
         for name in names:
             value = figures.get(name, math.nan)
             number = f' data-value="{value!r}"' if math.isfinite(value) else ""
-            marked = " look" if name in figures and _is_marked(name, figures, history) else ""
+            marked = " look" if name in figures and _is_marked(name, figures, part, history) else ""
             text = _show(name, value).removesuffix(" steps") if name in figures else "-"
             cells.append(f'<td class="number{marked}"{number}>{text}</td>')
         body.append(f"<tr>{''.join(cells)}</tr>")

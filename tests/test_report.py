@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -155,7 +156,7 @@ def figures_at(step: int, **figures: float) -> SelectionHistory:
         ("staleness_mean", 12.0, 12.1),
         ("staleness_max", 50.0, 51.0),
         ("turnover", 0.0751, 0.0749),
-        ("captured_mass", 0.9, 0.91),
+        ("captured_mass", 0.92, 0.93),
         ("imbalance", 0.5, 0.51),
         ("orthogonality_error", 0.5, 0.51),
         ("update_rms", 1.0, float("nan")),
@@ -186,6 +187,69 @@ def test_the_longest_of_many_waits_by_chance() -> None:
     """Of 256 slices, drawn at a fraction of a quarter: (3 / 4)^w * 256 is a thousandth where w is 43.3 steps."""
     for step, value, state in ((43, 43.0, UNKNOWN), (44, 43.0, HEALTHY), (44, 44.0, LOOK)):
         assert verdicts(figures_at(step, staleness_max=value))["staleness_max"].state == state
+
+
+@pytest.mark.parametrize(
+    ("fraction", "healthy", "look"), [(0.0625, 0.9, 0.91), (0.9, 0.98, 0.991), (0.95, 0.99, 0.996)]
+)
+def test_captured_mass_is_judged_by_what_is_left_for_the_others(fraction: float, healthy: float, look: float) -> None:
+    """It is k / n at least: of nine tenths of the slices, 95% is half of what the others would have at random."""
+    judged = [
+        verdicts(figures_at(1000, selected_fraction=fraction, captured_mass=value))["captured_mass"]
+        for value in (healthy, look)
+    ]
+    assert [verdict.state for verdict in judged] == [HEALTHY, LOOK]
+    assert judged[0].reason.startswith(f"over {1 - (1 - fraction) / 10:.1%} the slices left out have under a tenth")
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (60, "healthy up to 43 steps: of so many slices one may wait as long by chance; 60 is"),
+        (100, "healthy up to 50 steps: half of all; 100 is"),
+        (1000, "healthy up to 400 steps: 100 / fraction; 1000 is"),
+    ],
+)
+def test_the_longest_wait_names_the_rule_that_made_its_limit(step: int, reason: str) -> None:
+    assert verdicts(figures_at(step))["staleness_max"].reason.startswith(reason)
+
+
+def cells_of(html: str, label: str) -> list[bool]:
+    """Of the row of a table that begins with a label: which figures are marked."""
+    [row] = [row for row in html.split("<tr>") if row.startswith(f"<td>{label}</td>")]
+    return ["look" in cell for cell in re.findall(r'<td class="(number[^"]*)"', row)]
+
+
+def test_what_came_late_is_judged_by_its_own_steps() -> None:
+    """Two of its steps have passed at step 120; at 140 there were enough, by the first point that knows of it."""
+    old, late = kinds_of(["old"]), kinds_of(["late"], group="late")
+    history = extend(SelectionHistory(), old, 11)
+    states = []
+    for _ in range(3):
+        extend(history, [*old, *late], 1)
+        history.overall[-1] = history.overall[-1] | {"coverage": 0.7}
+        for point, coverage in zip(history.parameters[-1], (0.5, 0.4), strict=True):
+            point["coverage"] = coverage
+        html = render_report(history, pictures=[])
+        marked = [f'<td class="number look" data-value="{value}">' in html for value in (0.5, 0.4)]
+        states.append((history.steps[-1], verdicts(history)["coverage"].state, *marked))
+    assert states == [(120, UNKNOWN, True, False), (130, UNKNOWN, True, False), (140, LOOK, True, True)]
+    del history.overall[-2:], history.steps[-2:], history.parameters[-2:], history.groups[-2:]
+    assert verdicts(history)["coverage"].reason == (
+        "too early: judged after 4 / fraction = 16 steps with every parameter, of which some came late"
+    )
+
+
+def test_headline_and_table_agree_where_a_group_had_no_gradients() -> None:
+    """A step selects a quarter of what had gradients, and an eighth of all: 16 steps are enough to judge, or 32."""
+    history = extend(SelectionHistory(), [*kinds_of(["a"]), *kinds_of(["b"], group="frozen")], 2)
+    history.overall[-1] |= {"selected_fraction": 0.125, "coverage": 0.5, "staleness_mean": 20.0}
+    history.parameters[-1][1]["selected_fraction"] = 0.0
+    del history.parameters[-1][1]["turnover"], history.groups[-1]["frozen"]["turnover"]
+    marked = cells_of(render_report(history, pictures=[]), "all")[1:]
+    judged = verdicts(history)
+    assert [judged[name].state == LOOK for name in MEANINGS if name in judged] == marked
+    assert judged["coverage"].state == judged["staleness_mean"].state == LOOK
 
 
 def test_no_verdict_of_a_step_without_gradients() -> None:

@@ -372,6 +372,66 @@ def test_a_parameter_that_came_late_is_not_said_to_be_left_out() -> None:
     assert not any("wide" in str(each.message) for each in caught)
 
 
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_a_matrix_without_momentum_counts_for_none_of_the_means() -> None:
+    """Three experts, a row of each selected: one has no gradient; the errors of the others are 1 - 0.5^2 and 1 - 1."""
+    experts = nn.Parameter(torch.zeros(3, 4, 8))
+    groups = [{"params": [("experts", experts)], "batched": True}]
+    optimizer = Dion2(groups, momentum=0.0, orthonormalize_dtype="float32")
+    scales = torch.tensor([0.5, 1.0, 1.0]).view(3, 1, 1)
+    optimizer.orthonormalize = lambda rows: nn.functional.normalize(rows, dim=-1) * scales
+    statistics = SelectionStatistics(every=1, orthogonality=True)
+    statistics.attach(optimizer)
+    for step in range(4):
+        experts.grad = torch.zeros(3, 4, 8)
+        experts.grad[0, 0] = experts.grad[1, step] = 1.0
+        optimizer.step()
+        overall = statistics.take().overall
+    assert overall["orthogonality_error"] == pytest.approx((0.75 + 0.0) / 2)
+    # Counts 4, 0, 0, 0 and 1, 1, 1, 1.
+    assert overall["imbalance"] == pytest.approx((0.75 + 0.0) / 2)
+    assert overall["captured_mass"] == 1.0
+    experts.grad = torch.zeros(3, 4, 8)
+    optimizer.step()
+    assert not {"captured_mass", "imbalance", "orthogonality_error"} & statistics.take().overall.keys()
+
+
+def test_an_expert_without_momentum_does_not_hide_the_errors_of_the_others() -> None:
+    experts = nn.Parameter(torch.zeros(3, 4, 8))
+    optimizer = Dion2([{"params": [("experts", experts)], "batched": True}], momentum=0.0)
+    optimizer.orthonormalize = lambda rows: 2.0 * nn.functional.normalize(rows, dim=-1)
+    statistics = SelectionStatistics(every=1, orthogonality=True)
+    statistics.attach(optimizer)
+    experts.grad = torch.ones(3, 4, 8)
+    experts.grad[2] = 0.0
+    optimizer.step()
+    with pytest.warns(SelectionWarning, match=r"update far from orthonormal: experts \(error 3\)"):
+        statistics.take()
+
+
+def test_momentum_may_be_zero_at_the_first_step_of_a_parameter_that_came_late() -> None:
+    """Not at its second; also where every step selects all slices, so that none of them ever waits."""
+    named = parameters()
+    late = named.pop("wide")
+    optimizer = optimizer_of(named)
+    statistics = SelectionStatistics(every=1)
+    statistics.attach(optimizer)
+    messages: dict[int, list[str]] = {}
+    for step in range(1, 5):
+        set_gradients(named, step)
+        if step == 3:
+            optimizer.add_param_group({"params": [("late", late)], "name": "late", "algorithm": "dion2", "fraction": 1})
+        late.grad = torch.zeros_like(late) if step >= 3 else None
+        optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            statistics.take()
+        messages[step] = [str(each.message) for each in caught if "all-zero" in str(each.message)]
+    assert messages[1] == messages[2] == messages[3] == []
+    [message] = messages[4]
+    assert message.startswith("step 4, all-zero momentum: late (1 of 1 matrices);")
+
+
 # State
 
 
