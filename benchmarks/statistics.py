@@ -4,17 +4,20 @@
 
 One optimizer takes blocks of steps in turn, with statistics attached and without, so that both run on the same memory:
 where weights happen to lie makes more of a difference than the statistics do. At the end of a block with them the
-figures are taken, as a callback does it. The gradients change from step to step, so that the selection does. Quote the
-ratios: that of the fastest blocks on a machine that others share, for there it varies least.
+figures are taken, as a callback does it. The gradients change from step to step, so that the selection does. "calls"
+is the time of all calls of the statistics, as a share of the steps in the same blocks: on a CPU it is what they cost,
+and unlike the ratios of blocks it hardly depends on what else a shared machine does.
 """
 
 import argparse
 import gc
 import platform
 import statistics
+import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", SelectionWarning)  # random gradients leave slices out for long
     print(f"torch {torch.__version__}, {platform.machine()}, {arguments.device}, {torch.get_num_threads()} threads")
-    heads = f"{'of fastest':>12}{'of medians':>12}{'median ratio':>14}"
+    heads = f"{'calls':>8}{'of fastest':>12}{'of medians':>12}{'median ratio':>14}"
     print(f"{'':14}{'ms without':>12}{'with':>9}{heads}{'integers a slice':>18}")
     for shapes in arguments.shapes:
         compare(shapes, arguments)
@@ -50,7 +53,7 @@ def compare(shapes: str, arguments: argparse.Namespace) -> None:
     parameters = weights(shapes, arguments.layers, arguments.device)
     optimizer = Dion2([{"params": parameters, "transposed": TRANSPOSED[shapes]}])
     sets = [[gradient_like(each, seed) for each in parameters] for seed in range(GRADIENTS)]
-    observed = SelectionStatistics(every=arguments.every)
+    observed = TimedStatistics(every=arguments.every)
 
     def block() -> None:
         for step in range(arguments.every):
@@ -60,21 +63,55 @@ def compare(shapes: str, arguments: argparse.Namespace) -> None:
             observed.take()
 
     times: dict[bool, list[float]] = {False: [], True: []}
+    calls: list[float] = []
     for number in range(arguments.blocks + 1):
         for is_observed in (True, False) if number % 2 else (False, True):
             if is_observed:
                 observed.attach(optimizer)
+                observed.seconds = 0.0
             elapsed = timed(block, arguments.device) / arguments.every
             observed.detach()
             if number > 0:  # the first creates state
                 times[is_observed].append(elapsed)
+                if is_observed:
+                    calls.append(1e3 * observed.seconds / arguments.every / elapsed)
     without, with_ = (statistics.median(times[each]) for each in (False, True))
     paired = statistics.median(b / a for a, b in zip(times[False], times[True], strict=True))
     slices = sum(min(shape) for shape in LAYERS[shapes]) * arguments.layers
     kept = size_of(tensors_of(observed, apart_from=[optimizer, observed.history, *parameters])) / torch.int32.itemsize
     fastest = min(times[True]) / min(times[False])
-    ratios = f"{fastest:12.4f}{with_ / without:12.4f}{paired:14.4f}"
+    ratios = f"{statistics.median(calls):8.2%}{fastest:12.4f}{with_ / without:12.4f}{paired:14.4f}"
     print(f"{shapes:14}{without:12.2f}{with_:9.2f}{ratios}{kept / slices:18.1f}")
+
+
+def _timed_call(name: str) -> Callable[..., Any]:
+    call = getattr(SelectionStatistics, name)
+
+    def timed_call(self: "TimedStatistics", *arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return call(self, *arguments, **options)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    return timed_call
+
+
+class TimedStatistics(SelectionStatistics):
+    """Statistics that add up the time of their calls, those that an optimizer's step makes and :meth:`take`.
+
+    Attributes:
+        seconds: On the host, since it was set to zero.
+    """
+
+    seconds = 0.0
+
+    begin_step = _timed_call("begin_step")
+    selected = _timed_call("selected")
+    orthonormalized = _timed_call("orthonormalized")
+    moved = _timed_call("moved")
+    end_step = _timed_call("end_step")
+    take = _timed_call("take")
 
 
 def tensors_of(root: object, *, apart_from: Iterable[object]) -> list[Tensor]:
