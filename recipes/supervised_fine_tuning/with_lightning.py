@@ -4,7 +4,6 @@ python recipes/supervised_fine_tuning/with_lightning.py --help
 torchrun --nproc_per_node 2 recipes/supervised_fine_tuning/with_lightning.py --devices 2 --strategy fsdp2
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +14,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from dion2_lightning import SelectionMonitor
+from recipes.batches import RemainingBatches, TrainingLoader
 from recipes.inputs import InputError, check_positive
 from recipes.supervised_fine_tuning.command import (
     last_checkpoint,
@@ -148,8 +148,8 @@ class FineTuner(LightningModule):
         schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def train_dataloader(self) -> "TrainingLoader":
-        return TrainingLoader(self.data.train, self._batches(self.data.train), self.collate)
+    def train_dataloader(self) -> TrainingLoader:
+        return TrainingLoader(self.data.train, RemainingBatches(self._batches(self.data.train)), self.collate)
 
     def val_dataloader(self) -> DataLoader[Any]:
         rows = self.data.held_out
@@ -215,36 +215,6 @@ class FineTuner(LightningModule):
             each.log_metrics(metrics, self.trainer.global_step)
         if self.trainer.is_global_zero:
             tell(self.trainer.global_step, metrics)
-
-
-class RemainingBatches(Sampler[list[int]]):
-    """Batches, each given once."""
-
-    def __init__(self, batches: list[list[int]]) -> None:
-        self.batches = batches
-        self.position = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        while self.position < len(self.batches):
-            self.position += 1
-            yield self.batches[self.position - 1]
-
-
-class TrainingLoader(DataLoader[Batch]):
-    """Batches of rows. Lightning keeps the position in checkpoints, so a resumed run sees only what is left."""
-
-    def __init__(self, rows: PackedConversations, batches: list[list[int]], collate: Callable[..., Batch]) -> None:
-        self.order = RemainingBatches(batches)
-        super().__init__(rows, batch_sampler=self.order, collate_fn=collate)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.order.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.order.position = state["position"]
 
 
 if __name__ == "__main__":

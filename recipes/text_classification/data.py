@@ -1,15 +1,15 @@
 """Texts with labels, from the hub, from files or from Python itself, split so that no held-out text is trained on."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from datasets import ClassLabel, Dataset
-from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from recipes.batches import RemainingBatches
 from recipes.inputs import InputError
 from recipes.python_texts import MODULES, read_docstrings
 from recipes.tables import place_of_held_out, read_table
@@ -68,37 +68,14 @@ def collate_with(tokenizer: PreTrainedTokenizerBase, classes: list[str], max_len
     return collate
 
 
-class ShuffledBatches(Sampler[list[int]]):
+class ShuffledBatches(RemainingBatches):
     """Row numbers for a whole run: all rows in a random order, then all in another, cut into batches."""
 
     def __init__(self, rows: int, batch_size: int, steps: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         passes = -(-steps * batch_size // rows)
         order = torch.cat([torch.randperm(rows, generator=generator) for _ in range(passes)])
-        self.batches = order[: steps * batch_size].view(steps, batch_size).tolist()
-        self.position = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        while self.position < len(self.batches):
-            self.position += 1
-            yield self.batches[self.position - 1]
-
-
-class TrainingLoader(DataLoader[Any]):
-    """The batches of one run. Lightning stores the position in checkpoints, so a resumed run sees only what is left."""
-
-    def __init__(self, examples: list[Example], settings: Settings, collate: Collate) -> None:
-        self.order = ShuffledBatches(len(examples), settings.batch_size, settings.steps, settings.seed)
-        super().__init__(examples, batch_sampler=self.order, collate_fn=collate)  # type: ignore[arg-type]  # a list will do
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.order.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.order.position = state["position"]
+        super().__init__(order[: steps * batch_size].view(steps, batch_size).tolist())
 
 
 def _load(settings: Settings, source: str, split: str) -> tuple[list[Example], list[str]]:

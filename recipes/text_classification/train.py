@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from dion2_lightning import SelectionMonitor, build_optimizer
+from recipes.batches import TrainingLoader
 from recipes.comparison import (
     Result,
     look_every,
@@ -34,7 +35,7 @@ from recipes.comparison import (
 from recipes.inputs import InputError
 from recipes.offline import MINILM, model_source
 from recipes.terminal import console, quiet_libraries
-from recipes.text_classification.data import Batch, Split, TrainingLoader, collate_with, load_split
+from recipes.text_classification.data import Batch, ShuffledBatches, Split, collate_with, load_split
 from recipes.text_classification.settings import Settings
 from recipes.throughput import synchronized_time
 
@@ -127,9 +128,10 @@ def train(settings: Settings, split: Split, progress: bool = True) -> Result:
     held_out: DataLoader[Any] = DataLoader(split.held_out, batch_size=64, collate_fn=collate)  # type: ignore[arg-type]
     classifier = TextClassifier(model, settings)
     checkpoint = _checkpoint(settings)
+    order = ShuffledBatches(len(split.train), settings.batch_size, settings.steps, settings.seed)
     trainer.fit(
         classifier,
-        TrainingLoader(split.train, settings, collate),
+        TrainingLoader(split.train, order, collate),
         held_out if settings.validate_every < settings.steps else None,
         ckpt_path=checkpoint if settings.resume and checkpoint.exists() else None,
     )

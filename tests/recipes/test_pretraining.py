@@ -359,6 +359,20 @@ class TestData:
         assert tokenizer.decode(measured[0]["input_ids"]) == "somethin"
         assert tokenizer.decode(torch.cat([windows[0]["input_ids"], windows[1]["input_ids"]])) == "one</s>two and more"
 
+    def test_it_is_tokenized_once(self, tmp_path: Path) -> None:
+        """What a later call may change decides nothing about the windows, so they come from disk."""
+        data = self.write(tmp_path, *(f"document {number:02}" for number in range(40)))
+        settings = Settings(dataset=data, length=12)
+
+        def files_after(settings: Settings) -> set[Path]:
+            load_windows(settings, ByT5Tokenizer())
+            return set((tmp_path / "cache").rglob("*.arrow"))
+
+        first = files_after(settings)
+        resumed = replace(settings, resume=True, steps=800, seed=1, log_every=3, output=tmp_path / "elsewhere")
+        assert files_after(resumed) == first
+        assert files_after(replace(settings, length=16)) > first
+
     def test_the_held_out_share_does_not_follow_the_seed(self, tmp_path: Path) -> None:
         data = self.write(tmp_path, *(f"document {number:02}" for number in range(40)))
         settings = Settings(dataset=data, held_out_share=0.25, length=12)
