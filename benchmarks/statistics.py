@@ -7,9 +7,14 @@ where weights happen to lie makes more of a difference than the statistics do. A
 figures are taken, as a callback does it. The gradients change from step to step, so that the selection does. "calls"
 is the time of all calls of the statistics, as a share of the steps in the same blocks: on a CPU it is what they cost,
 and unlike the ratios of blocks it hardly depends on what else a shared machine does.
+
+Memory that is freed stays with the process (--malloc keeps the C library's own way). Left to itself, glibc gives large
+blocks back to the system and fetches them again, page by page, in some processes and not in others: in those, a step
+takes a third longer, with statistics or without, and which of the two it hits harder is a matter of chance.
 """
 
 import argparse
+import ctypes
 import gc
 import platform
 import statistics
@@ -28,6 +33,9 @@ from dion2_lightning import Dion2, SelectionStatistics, SelectionWarning
 GRADIENTS = 4
 """Sets of gradients that follow each other."""
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt(): up to how many bytes free memory stays, and blocks come from the heap."""
+
 
 def main() -> None:
     """Run the comparison that the command line asks for and print it."""
@@ -39,13 +47,25 @@ def main() -> None:
     )
     parser.add_argument("--blocks", type=int, default=20, help="blocks of each that count (default: 20)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
+    parser.add_argument("--malloc", action="store_true", help="leave freed memory to the C library")
     arguments = parser.parse_args()
+    if not arguments.malloc:
+        keep_memory()
     warnings.simplefilter("ignore", SelectionWarning)  # random gradients leave slices out for long
     print(f"torch {torch.__version__}, {platform.machine()}, {arguments.device}, {torch.get_num_threads()} threads")
     heads = f"{'calls':>8}{'of fastest':>12}{'of medians':>12}{'median ratio':>14}"
     print(f"{'':14}{'ms without':>12}{'with':>9}{heads}{'integers a slice':>18}")
     for shapes in arguments.shapes:
         compare(shapes, arguments)
+
+
+def keep_memory() -> None:
+    """Let freed memory stay with the process, where the C library is glibc; elsewhere say that it may not."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    most = 2**31 - 1
+    # glibc takes a threshold for blocks up to half a heap's size, 32 MiB, and answers 0 to more.
+    if mallopt is None or not (mallopt(M_TRIM_THRESHOLD, most) and mallopt(M_MMAP_THRESHOLD, 2**25)):
+        print("this C library has no say in where freed memory goes; the ratios of blocks may differ by a third")
 
 
 def compare(shapes: str, arguments: argparse.Namespace) -> None:
