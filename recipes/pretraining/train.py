@@ -5,14 +5,10 @@ accelerate launch --config_file recipes/launch/ddp-8.yaml recipes/pretraining/tr
 torchrun --nproc_per_node 8 recipes/pretraining/train.py --config my.yaml
 """
 
-import logging
 import sys
-import warnings
 from dataclasses import asdict
 
-import datasets
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from jsonargparse import auto_cli
@@ -31,6 +27,7 @@ from recipes.pretraining.metrics import MetricsFile
 from recipes.pretraining.model import divide_model, is_divided, load_tokenizer, make_model
 from recipes.pretraining.ranks import make_accelerator, share_of_batch, tensor_parallel_size
 from recipes.pretraining.settings import Settings
+from recipes.terminal import quiet_libraries, show_own_lines
 from recipes.throughput import Speedometer, model_flops_per_token
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -244,17 +241,6 @@ def flat(settings: Settings) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def quiet_libraries() -> None:
-    """Leaves the recipe's own lines on the terminal, what dion2_lightning logs, and errors."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("dion2_lightning").setLevel(logging.INFO)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process
-    warnings.filterwarnings("ignore", "Slicing a flattened dim")  # Accelerate under HSDP
-
-
 def main(arguments: list[str] | None = None) -> None:
     try:
         try:
@@ -264,6 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
         except (TypeError, ValueError) as error:  # of the optimizer's settings, which check themselves
             raise InputError(f"--optimizer.{error}") from error
         quiet_libraries()
+        show_own_lines()
         pretrain(settings)
     except InputError as error:
         sys.exit(f"error: {error}")

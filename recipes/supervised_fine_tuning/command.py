@@ -1,16 +1,12 @@
 """What every entry point does around its training: read the arguments, keep quiet, and show what it leaves."""
 
 import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import datasets
 import torch.distributed as dist
-import transformers
 from accelerate import Accelerator
 from jsonargparse import auto_cli
 
@@ -20,6 +16,7 @@ from dion2_lightning.report import render_report
 from recipes.inputs import InputError
 from recipes.offline import SMOLLM2
 from recipes.supervised_fine_tuning.settings import Settings, run_folder
+from recipes.terminal import quiet_libraries, show_own_lines
 
 LOOKS_AT_SELECTION = 80
 """A run looks about so many times at what is selected: enough for pictures, whatever its length."""
@@ -36,23 +33,10 @@ def run(
     try:
         settings = auto_cli(kind, args=arguments)
         quiet_libraries()
+        show_own_lines()
         fine_tune(settings)
     except InputError as error:
         sys.exit(f"error: {error}")
-
-
-def quiet_libraries() -> None:
-    """Leaves the recipe's own lines on the terminal, what dion2_lightning logs, and errors; of one process."""
-    logging.basicConfig(format="%(message)s")
-    is_first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
-    for name in ("recipes", "dion2_lightning"):
-        logging.getLogger(name).setLevel(logging.INFO if is_first else logging.WARNING)
-    for name in ("accelerate", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def tell(step: int, metrics: Mapping[str, float]) -> None:
