@@ -9,7 +9,7 @@ full size instead.
 import argparse
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -31,7 +31,7 @@ BEGIN, END = "<!-- {name}: written by benchmarks.convergence -->", "<!-- {name}:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method reached with the settings its search chose, over all seeds.
+    """What one method reached with some settings, over the seeds.
 
     Attributes:
         method: What was run.
@@ -39,8 +39,8 @@ class Outcome:
         steps: Of a run.
         records: One a seed.
         time_ratio: Time of its training step over the baseline's, measured in turn; None if it was not.
-        is_best: Whether these are all of the task's steps with the best settings that the method's search found; other
-            rows show another momentum, or fewer steps.
+        is_best: Whether these are all of the task's steps with the lowest mean loss of what the method ran over all
+            seeds; other rows show another momentum, or another number of steps.
     """
 
     method: Method
@@ -123,13 +123,21 @@ def outcomes(task: Task, records: list[Record]) -> list[Outcome]:
     found = []
     for method in task.methods:
         runs = [r for r in records if r["method"] == method.name and r["seed"] != SEARCH_SEED]
-        kinds: dict[tuple[Candidate, int], list[Record]] = {}  # in the order they were run: the best comes first
-        for run in runs:
+        kinds: dict[tuple[Candidate, int], list[Record]] = {}
+        for run in sorted(runs, key=lambda run: int(run["seed"])):
             kinds.setdefault((_candidate(run), run["steps"]), []).append(run)
-        for number, ((candidate, steps), own) in enumerate(kinds.items()):
-            own.sort(key=lambda run: int(run["seed"]))
-            ratio = ratios.get(method.name)
-            found.append(Outcome(method, candidate, steps, tuple(own), ratio, is_best=number == 0))
+        its_ratio = ratios.get(method.name)
+        own = [Outcome(method, *kind, tuple(its_runs), its_ratio, is_best=False) for kind, its_runs in kinds.items()]
+        whole = [each for each in own if each.steps == task.steps]
+        seeds = max((len(each.records) for each in whole), default=0)
+        # What the search chose by one seed need not be the best of what was run with all of them.
+        best = min(
+            (each for each in whole if len(each.records) == seeds),
+            key=lambda each: statistics.fmean(each.last("loss")),
+            default=None,
+        )
+        found += [replace(best, is_best=True)] if best is not None else []
+        found += [each for each in own if each is not best]
     return found
 
 
