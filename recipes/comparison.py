@@ -9,14 +9,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from rich.table import Table
 
 from dion2_lightning.history import SelectionHistory
-from dion2_lightning.plots import save_pictures
-from dion2_lightning.report import render_report
+from recipes.selection_page import write_selection_page
 from recipes.terminal import console
 
 TITLES = {"dion2": "Dion2", "muon": "Muon", "adamw": "AdamW"}
-
-LOOKS_AT_SELECTION = 80
-"""A run looks about so many times at what is selected: enough for pictures, whatever its length."""
 
 
 class Compared(Protocol):
@@ -107,18 +103,10 @@ def selection_file(settings: Compared) -> Path:
     return run_folder(settings) / "selection.json"
 
 
-def look_every(settings: Compared) -> int:
-    """Returns after how many steps to look again at what is selected."""
-    return max(1, settings.steps // LOOKS_AT_SELECTION)
-
-
 def show_selection(settings: Compared, history: SelectionHistory) -> tuple[Path, ...]:
     """Makes pictures and a page of what was selected, and returns these files and that of the statistics."""
-    folder = run_folder(settings)
-    page = folder / "selection.html"
     title = f"{settings.model} on {settings.dataset}: what {TITLES[settings.algorithm]} selected"
-    pictures = save_pictures(history, folder / "pictures")
-    page.write_text(render_report(history, title=title, pictures=pictures), encoding="utf-8")
+    page, *pictures = write_selection_page(history, title, run_folder(settings))
     return (page, selection_file(settings), *pictures)
 
 

@@ -1,10 +1,34 @@
 """What the recipes do with arguments that cannot work: one kind of error, printed without a traceback."""
 
-from typing import Any
+from typing import Any, TypeVar
+
+from jsonargparse import auto_cli
+
+Settings = TypeVar("Settings")
 
 
 class InputError(ValueError):
     """The user asked for something that cannot be done; the message names the argument and the fix."""
+
+
+def read_settings(kind: type[Settings], arguments: list[str] | None = None, **options: Any) -> Settings:
+    """Reads a dataclass of arguments from the command line.
+
+    Args:
+        kind: The dataclass; one of its arguments may be `optimizer`, whose settings check themselves.
+        arguments: In the place of the command line's (default: None).
+        options: More for jsonargparse's `auto_cli`.
+
+    Raises:
+        InputError: If a value cannot be; what is no argument at all ends the program with its usage.
+    """
+    try:
+        settings: Settings = auto_cli(kind, args=arguments, **options)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--optimizer.{error}") from error
+    return settings
 
 
 def check_positive(settings: Any, *names: str) -> None:

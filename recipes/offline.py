@@ -4,6 +4,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.quantization_config import QuantizationMethod
+
 from recipes.inputs import InputError
 
 MINILM = "minilm"
@@ -18,7 +20,7 @@ _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def model_source(model: str) -> dict[str, Any]:
     """Returns what transformers' `from_pretrained` takes to load a model and its tokenizer.
 
-    transformers dequantizes a model from a GGUF file; call `forget_quantization` on it before it is saved.
+    transformers dequantizes a model from a GGUF file; call `forget_gguf` on it before it is saved.
 
     Args:
         model: "minilm", "smollm2", or anything that `from_pretrained` knows: a name on the hub, or a folder.
@@ -34,10 +36,10 @@ def model_source(model: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": model}
 
 
-def forget_quantization(model: Any) -> None:
-    """Takes the marks of a GGUF file off a model: its weights are dense now, and are trained and saved as such."""
+def forget_gguf(model: Any) -> None:
+    """Takes the marks of a GGUF file off a model, if it came in one: its weights are dense now, and saved as such."""
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
+    if quantizer is not None and quantizer.quantization_config.quant_method == QuantizationMethod.GGUF:
         quantizer.remove_quantization_config(model)
 
 

@@ -24,7 +24,6 @@ from typing_extensions import override
 from dion2_lightning import Dion2Factory, SelectionCallback
 from recipes.comparison import (
     Result,
-    look_every,
     make_runs,
     planned_runs,
     print_comparison,
@@ -37,6 +36,7 @@ from recipes.image_classification.data import Example, Split, TrainingSequence, 
 from recipes.image_classification.model import load_model
 from recipes.image_classification.settings import Settings
 from recipes.inputs import InputError
+from recipes.selection_page import look_every
 from recipes.terminal import console, quiet_libraries
 from recipes.throughput import Speedometer, synchronized_time, training_flops
 
@@ -231,7 +231,7 @@ def _selection(settings: Settings) -> list[SelectionCallback]:
     """What looks on at the selection: nothing where all of every matrix is trained in every step."""
     if settings.algorithm != "dion2":
         return []
-    return [SelectionCallback(every=look_every(settings), save_to=selection_file(settings), progress=False)]
+    return [SelectionCallback(every=look_every(settings.steps), save_to=selection_file(settings), progress=False)]
 
 
 def _speedometer(

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dion2_lightning import SelectionLogger
 from recipes.inputs import InputError
 from recipes.pretraining.settings import Settings
+from recipes.resuming import describe, refuse_changes
 
 SEAL = "settings.json"
 """Written last: a folder that has it is whole."""
@@ -63,7 +64,7 @@ class Checkpoints:
         torch.save(_random_state(self.accelerator.device), self._random_file(folder))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            seal = {**_describe(self.settings), "steps": self.settings.steps}
+            seal = {**describe(self.settings, FREE), "steps": self.settings.steps}
             (folder / SEAL).write_text(json.dumps(seal, indent=2), encoding="utf-8")
             for old in _whole(self.settings)[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(old)
@@ -128,11 +129,7 @@ def _newest(settings: Settings) -> tuple[int, Path]:
     if not found:
         raise InputError(f"--resume: there is no checkpoint in --output {settings.output}.")
     saved = json.loads((found[-1] / SEAL).read_text(encoding="utf-8"))
-    asked = _describe(settings)
-    different = [name for name in asked if saved.get(name) != asked[name]]
-    if different:
-        changes = "; ".join(f"--{name} was {saved.get(name)!r}, is {asked[name]!r}" for name in different)
-        raise InputError(f"--resume: the checkpoint {found[-1]} is of another training: {changes}.")
+    refuse_changes(saved, describe(settings, FREE), f"the checkpoint {found[-1]}")
     step = int(found[-1].name.removeprefix("step-"))
     if step > settings.steps:
         raise InputError(f"--resume: {step} steps have been made already, --steps is {settings.steps}.")
@@ -153,14 +150,6 @@ def _folder(settings: Settings) -> Path:
 
 def _whole(settings: Settings) -> list[Path]:
     return sorted(seal.parent for seal in _folder(settings).glob(f"step-*/{SEAL}"))
-
-
-def _describe(settings: Settings) -> dict[str, Any]:
-    """What the training was asked for, by the names of the command line."""
-    values = {name: value for name, value in asdict(settings).items() if name not in FREE}
-    values |= {f"optimizer.{name}": value for name, value in values.pop("optimizer").items()}
-    described: dict[str, Any] = json.loads(json.dumps(values))  # as it will be read: tuples become lists
-    return described
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:

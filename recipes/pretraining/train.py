@@ -11,7 +11,6 @@ from dataclasses import asdict
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -20,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_wsd_schedule
 
 from dion2_lightning import Dion2, Figures, SelectionLogger, clip_grad_norm_
-from recipes.inputs import InputError
+from recipes.inputs import InputError, read_settings
+from recipes.metrics import MetricsFile
+from recipes.precision import sum_in_float32
 from recipes.pretraining.checkpoints import Checkpoints, refuse_old_checkpoints
 from recipes.pretraining.data import IGNORED, Window, fill_up, load_windows, shuffled_order
-from recipes.pretraining.metrics import MetricsFile
 from recipes.pretraining.model import divide_model, is_divided, load_tokenizer, make_model
 from recipes.pretraining.ranks import make_accelerator, share_of_batch, tensor_parallel_size
 from recipes.pretraining.settings import Settings
@@ -45,6 +45,7 @@ def pretrain(settings: Settings) -> float:
     if not settings.resume:
         refuse_old_checkpoints(settings)
     accelerator = make_accelerator(settings)
+    sum_in_float32(accelerator)
     tensor_parallel = tensor_parallel_size(accelerator)
     readers = accelerator.num_processes // tensor_parallel  # ranks that read different windows
     micro_batch_size, parts = share_of_batch(settings, readers)
@@ -243,12 +244,7 @@ def flat(settings: Settings) -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> None:
     try:
-        try:
-            settings = auto_cli(Settings, args=arguments, prog="recipes/pretraining/train.py")
-        except InputError:
-            raise
-        except (TypeError, ValueError) as error:  # of the optimizer's settings, which check themselves
-            raise InputError(f"--optimizer.{error}") from error
+        settings = read_settings(Settings, arguments, prog="recipes/pretraining/train.py")
         quiet_libraries()
         show_own_lines()
         pretrain(settings)

@@ -1,5 +1,6 @@
 """What every entry point does around its training: read the arguments, keep quiet, and show what it leaves."""
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -8,18 +9,14 @@ from typing import TypeVar
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from jsonargparse import auto_cli
 
 from dion2_lightning.history import SelectionHistory
-from dion2_lightning.plots import save_pictures
-from dion2_lightning.report import render_report
-from recipes.inputs import InputError
+from recipes.inputs import InputError, read_settings
 from recipes.offline import SMOLLM2
-from recipes.supervised_fine_tuning.settings import Settings, run_folder
-from recipes.terminal import quiet_libraries, show_own_lines
-
-LOOKS_AT_SELECTION = 80
-"""A run looks about so many times at what is selected: enough for pictures, whatever its length."""
+from recipes.resuming import describe, refuse_changes
+from recipes.selection_page import write_selection_page
+from recipes.supervised_fine_tuning.settings import FREE, Settings, run_folder
+from recipes.terminal import IS_FIRST_RANK, quiet_libraries, show_own_lines
 
 logger = logging.getLogger("recipes")
 
@@ -31,7 +28,7 @@ def run(
 ) -> None:
     """Reads settings from the command line and trains; ends with a message alone where these cannot work."""
     try:
-        settings = auto_cli(kind, args=arguments)
+        settings = read_settings(kind, arguments)
         quiet_libraries()
         show_own_lines()
         fine_tune(settings)
@@ -46,26 +43,44 @@ def tell(step: int, metrics: Mapping[str, float]) -> None:
         logger.info("step %d: %s", step, ", ".join(f"{name} {value:.5g}" for name, value in shown.items()))
 
 
-def last_checkpoint(settings: Settings, names: str) -> Path | None:
-    """Returns the checkpoint to go on from, if the run is to go on.
+def last_checkpoint(settings: Settings, names: str, seal: str = "", ranks: int = 1) -> Path | None:
+    """Returns the checkpoint to go on from, if the run is to go on; else it writes down what the run is.
 
     Args:
         settings: Of the run.
         names: What the framework calls checkpoints, by a pattern; the step is the one number in a name.
+        seal: The file in such a folder that is written last: a folder without it was not finished.
+        ranks: Processes that read different rows.
 
     Raises:
-        InputError: If there is none, or if a new run would mix its checkpoints with those of another.
+        InputError: If there is none, if it is of another run, or if a new run would mix its checkpoints with those of
+            another.
     """
     folder = run_folder(settings) / "checkpoints"
     found = sorted(folder.glob(names), key=step_of)
-    if settings.resume and not found:
-        raise InputError(f"--resume: there is no checkpoint in {folder}.")
-    if found and not settings.resume:
+    whole = [each for each in found if each.is_file() or (each / seal).exists()]
+    begun = run_folder(settings) / "settings.json"
+    asked = describe(settings, FREE)
+    if not settings.resume:
+        if found:
+            raise InputError(
+                f"--output {settings.output}: there are checkpoints of an earlier run in {folder}. Go on from them "
+                "with --resume true, choose another --output, or remove them."
+            )
+        if IS_FIRST_RANK:
+            begun.parent.mkdir(parents=True, exist_ok=True)
+            begun.write_text(json.dumps({**asked, "ranks": ranks}, indent=2), encoding="utf-8")
+        return None
+    if not whole or not begun.exists():
+        raise InputError(f"--resume: there is no finished checkpoint in {folder}, or no {begun.name} beside it.")
+    saved = json.loads(begun.read_text(encoding="utf-8"))
+    refuse_changes(saved, asked, f"the run in {run_folder(settings)}")
+    if saved["ranks"] != ranks:
         raise InputError(
-            f"--output {settings.output}: there are checkpoints of an earlier run in {folder}. Go on from them with "
-            "--resume true, choose another --output, or remove them."
+            f"--resume: the run in {run_folder(settings)} was begun by {saved['ranks']} processes, which divide its "
+            f"rows among them; now there are {ranks}. Start as many again."
         )
-    return found[-1] if found else None
+    return whole[-1]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -106,11 +121,6 @@ def selects(settings: Settings) -> bool:
     return True
 
 
-def looks_every(settings: Settings) -> int:
-    """Returns the steps from one look at the selection to the next."""
-    return max(1, settings.steps // LOOKS_AT_SELECTION)
-
-
 def show_outcome(settings: Settings, loss: float, history: SelectionHistory | None) -> None:
     """Prints what the run reached and left, and makes a page of what was selected. One rank does it.
 
@@ -125,9 +135,7 @@ def show_outcome(settings: Settings, loss: float, history: SelectionHistory | No
     lines = [f"Held-out loss {loss:.4f}. Load the fine-tuned model with", *_how_to_load(settings)]
     if history is not None:
         title = f"{settings.model} on {settings.dataset}: what Dion2 selected"
-        pictures = save_pictures(history, folder / "pictures")
-        page = folder / "selection.html"
-        page.write_text(render_report(history, title=title, pictures=pictures), encoding="utf-8")
+        page, *_ = write_selection_page(history, title, folder)
         lines += ["See which parts of the matrices were trained, and when: open in a browser", f"    {page}"]
     print("\n".join(lines))
 

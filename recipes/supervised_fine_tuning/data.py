@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipes.inputs import InputError
 from recipes.python_texts import SHORTEST_ANSWER, read_functions
-from recipes.supervised_fine_tuning.settings import OFFLINE_DATASET, Settings
+from recipes.supervised_fine_tuning.settings import FILES, OFFLINE_DATASET, Settings
 from recipes.tables import place_of_held_out, read_table
 
 INSTRUCTION = "Write the docstring of this Python function."
@@ -26,8 +26,6 @@ SPLIT_SEED = 0
 
 OPEN_ROWS = 8
 """Rows that wait for a conversation that fits: the more, the less padding."""
-
-FILES = (".json", ".jsonl", ".parquet")
 
 Conversation = list[dict[str, str]]
 """Messages, each a role and its content."""

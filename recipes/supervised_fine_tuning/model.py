@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from recipes.inputs import InputError
-from recipes.offline import SMOLLM2, forget_quantization, model_source
+from recipes.offline import SMOLLM2, forget_gguf, model_source
 from recipes.supervised_fine_tuning.data import IGNORED
 from recipes.supervised_fine_tuning.settings import Settings
 from recipes.throughput import model_flops_per_token
@@ -49,10 +50,19 @@ def load_model(settings: Settings, **options: Any) -> tuple[PreTrainedModel, Pre
     longest = getattr(model.config, "max_position_embeddings", settings.length)
     if settings.length > longest:
         raise InputError(f"--length {settings.length}: the model reads {longest} tokens at most.")
-    forget_quantization(model)
+    forget_gguf(model)
+    if getattr(model, "is_quantized", False):
+        method = model.config.quantization_config.quant_method
+        raise InputError(
+            f"--model {settings.model}: its weights are quantized ({method.value}), which this recipe does not train. "
+            "Choose a model with dense weights."
+        )
     model.config.use_cache = False  # with a cache, packed conversations would see each other
     if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        try:
+            model.activation_checkpointing_enable()
+        except ValueError as error:
+            raise InputError(f"--gradient_checkpointing: {error}") from error
     set_seed(settings.seed)
     if settings.lora_rank:
         adapters = LoraConfig(
@@ -66,16 +76,29 @@ def load_model(settings: Settings, **options: Any) -> tuple[PreTrainedModel, Pre
 
 
 def autocast_dtype(settings: Settings) -> torch.dtype:
-    """Returns what products are computed in: bfloat16 on GPUs that have it, unless the settings say otherwise."""
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    wants_bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16)
-    return torch.bfloat16 if wants_bf16 else torch.float32
+    """Returns what products are computed in: as the settings say, or else the launcher, or else bfloat16 on GPUs.
+
+    Raises:
+        InputError: If the launcher says something else than bf16 or no mixed precision.
+    """
+    precision = settings.precision
+    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision == "auto" and launched_with is not None:
+        if launched_with not in ("bf16", "no"):
+            raise InputError(
+                f"the launch configuration's mixed_precision is {launched_with}, which this recipe does not do. Let it "
+                "be bf16 or no there, or give --precision."
+            )
+        precision = "bf16" if launched_with == "bf16" else "float32"
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def count_flops_per_token(model: PreTrainedModel, length: int) -> float:
     """Counts what training takes for a token of a row, before the model is wrapped; nothing is computed.
 
-    Where it depends on the values what is computed, as in a mixture of experts, it is unknown: 0.
+    Where it cannot be counted so, as in a mixture of experts, where it depends on the values, it is unknown: 0.
     """
     memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
@@ -89,8 +112,8 @@ def count_flops_per_token(model: PreTrainedModel, length: int) -> float:
         }
     try:
         return model_flops_per_token(twin, batch)
-    except (RuntimeError, NotImplementedError) as error:
-        logger.warning("model_flops_utilisation is not known for this model: %s", str(error).splitlines()[0])
+    except Exception as error:  # whatever a model does to tensors without values: a figure in the log ends no run
+        logger.warning("model_flops_utilisation is not known for this model: %s", (str(error) or "?").splitlines()[0])
         return 0.0
 
 

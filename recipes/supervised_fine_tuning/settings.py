@@ -9,6 +9,22 @@ from recipes.inputs import InputError, check_positive
 from recipes.offline import SMOLLM2
 
 OFFLINE_DATASET = "functions"
+
+FILES = (".json", ".jsonl", ".parquet")
+
+FREE = {
+    "gradient_checkpointing",
+    "precision",
+    "output",
+    "log_every",
+    "validate_every",
+    "checkpoint_every",
+    "resume",
+    "devices",
+    "nodes",
+}
+"""Arguments that may change when a run goes on; all others decide what it computes, and so does the number of ranks."""
+
 COUNTS = (
     "length",
     "lora_alpha",
@@ -50,7 +66,8 @@ class Settings:
         accumulation: Times that it does so for a step.
         warmup: Share of the steps in which the learning rate rises; afterwards it follows a half cosine down to zero.
         max_norm: Norm to which longer gradients are clipped.
-        precision: "auto" is bf16 autocast on GPUs that have it, and float32 elsewhere. Weights are float32.
+        precision: "bf16" is autocast; weights are float32. "auto" is what `accelerate launch` says, and without it
+            "bf16" on GPUs that have it.
         seed: Decides the order of the data, the adapters' initial weights and dropout. What is held out does not
             depend on it.
         output: Folder for checkpoints, metrics and models, in a folder for each algorithm.
@@ -95,10 +112,28 @@ class Settings:
         check_positive(self, *COUNTS, "log_every")
         if self.lora_rank < 0:
             raise InputError(f"--lora_rank is 0 for no adapters, or their rank, got {self.lora_rank}.")
+        if not self.lora_rank:
+            self._refuse_unused("lora_alpha", "there are no adapters without --lora_rank")
+            if self.optimizer.lora != "adamw":
+                raise InputError(
+                    f"--optimizer.lora {self.optimizer.lora}: there are no adapters without --lora_rank. Give a rank, "
+                    "or leave it out."
+                )
+        if self.dataset == OFFLINE_DATASET or Path(self.dataset).suffix in FILES:
+            for name in ("subset", "train_split"):
+                self._refuse_unused(name, f"{self.dataset} has no subsets and splits, as datasets on the hub have")
+        if self.held_out is not None:
+            self._refuse_unused("held_out_size", f"--held_out {self.held_out} is held out as a whole")
         if not 0 <= self.warmup < 1:
             raise InputError(f"--warmup is a share of the steps, from 0 to below 1, got {self.warmup}.")
         if self.max_norm <= 0:
             raise InputError(f"--max_norm has to be above 0, got {self.max_norm}.")
+
+    def _refuse_unused(self, name: str, reason: str) -> None:
+        """Raises an error where an argument that would have no effect is given."""
+        value = getattr(self, name)
+        if value != getattr(Settings, name):
+            raise InputError(f"--{name} {value} would have no effect: {reason}. Leave it out.")
 
 
 def run_folder(settings: Settings) -> Path:

@@ -4,24 +4,24 @@ python recipes/supervised_fine_tuning/with_accelerate.py --help
 accelerate launch --config_file recipes/launch/fsdp2-8.yaml recipes/supervised_fine_tuning/with_accelerate.py
 """
 
-import json
+import math
 import shutil
 from contextlib import nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.tracking import GeneralTracker, on_main_process
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from dion2_lightning import SelectionLogger
 from recipes.inputs import InputError
+from recipes.metrics import MetricsFile
+from recipes.precision import sum_in_float32
+from recipes.selection_page import look_every
 from recipes.supervised_fine_tuning.command import (
     last_checkpoint,
-    looks_every,
     refuse_model_parallelism,
     run,
     selection_file,
@@ -48,17 +48,19 @@ def fine_tune(settings: Settings) -> float:
     Raises:
         InputError: If a setting asks for something that cannot be done.
     """
-    last = last_checkpoint(settings, "step-*")
     dtype = autocast_dtype(settings)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         gradient_accumulation_steps=settings.accumulation,
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
-        log_with=JsonLines(run_folder(settings) / "metrics.jsonl", append=settings.resume),
     )
     refuse_model_parallelism(accelerator)
-    accelerator.init_trackers("")
+    sum_in_float32(accelerator)
     ranks = accelerator.num_processes
+    last = last_checkpoint(settings, "step-*", ranks=ranks)
+    done = 0 if last is None else step_of(last)
+    accelerator.log_with.append(MetricsFile(run_folder(settings) / "metrics.jsonl", done))
+    accelerator.init_trackers("")
 
     model, tokenizer = load_model(settings)
     data = load_data(settings, tokenizer, ranks)
@@ -77,19 +79,25 @@ def fine_tune(settings: Settings) -> float:
     accelerator.register_for_checkpointing(schedule)
     watch: Any = nullcontext()
     if selects(settings):
-        watch = SelectionLogger(accelerator, optimizer, every=looks_every(settings), save_to=selection_file(settings))
-    done = 0
+        every = look_every(settings.steps)
+        watch = SelectionLogger(accelerator, optimizer, every=every, save_to=selection_file(settings))
     if last is not None:
         accelerator.load_state(last)
-        done = step_of(last)
+
+    def report(metrics: dict[str, float], step: int) -> None:
+        accelerator.log(metrics, step)
+        if accelerator.is_main_process:
+            tell(step, metrics)
 
     def measure(step: int) -> float:
         speed.pause()
         loss = held_out_loss(model, held_out)
-        accelerator.log({"held_out_loss": loss}, step)
+        report({"held_out_loss": loss}, step)
         return loss
 
-    reached = measure(done)
+    reached = math.nan
+    if last is None or done == settings.steps:  # else it stands in the metrics already
+        reached = measure(done)
     batches = iter(skip_first_batches(train, done * settings.accumulation))
     with watch as selection:
         for step in range(done, settings.steps):
@@ -113,7 +121,7 @@ def fine_tune(settings: Settings) -> float:
                 selection.log()
             if done % settings.log_every == 0:
                 loss = accelerator.reduce(total).item()
-                accelerator.log({"train_loss": loss, "lr": rate, **speed.figures()}, done)
+                report({"train_loss": loss, "lr": rate, **speed.figures()}, done)
             if done % settings.validate_every == 0 or done == settings.steps:
                 reached = measure(done)
             if done % settings.checkpoint_every == 0 or done == settings.steps:
@@ -138,34 +146,6 @@ def save_checkpoint(accelerator: Accelerator, settings: Settings, step: int) -> 
         for path in older:
             shutil.rmtree(path)
     accelerator.wait_for_everyone()
-
-
-class JsonLines(GeneralTracker):
-    """A tracker that prints metrics, and writes a line for every set of metrics: {"step": 1, "train_loss": 2.3}."""
-
-    name = "json_lines"
-    requires_logging_directory = False
-
-    def __init__(self, path: Path, append: bool) -> None:
-        super().__init__()
-        self.path = path
-        self.append = append
-
-    @property
-    def tracker(self) -> Path:
-        return self.path
-
-    @on_main_process
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        pass
-
-    @on_main_process
-    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a" if self.append else "w", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        self.append = True
-        tell(step or 0, values)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ python recipes/supervised_fine_tuning/with_lightning.py --help
 torchrun --nproc_per_node 2 recipes/supervised_fine_tuning/with_lightning.py --devices 2 --strategy fsdp2
 """
 
+import math
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,15 +17,14 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from dion2_lightning import SelectionMonitor
 from recipes.batches import RemainingBatches, TrainingLoader
 from recipes.inputs import InputError, check_positive
+from recipes.selection_page import look_every
 from recipes.supervised_fine_tuning.command import (
     last_checkpoint,
-    looks_every,
     run,
     selection_file,
     selects,
@@ -62,13 +63,14 @@ def fine_tune(settings: LightningSettings) -> float:
         InputError: If a setting asks for something that cannot be done.
     """
     folder = run_folder(settings)
-    last = last_checkpoint(settings, "step=*.ckpt")
-    model, tokenizer = load_model(settings)
     ranks = settings.devices * settings.nodes
+    refuse_other_launch(ranks)
+    last = last_checkpoint(settings, "step=*.ckpt", seal="meta.pt", ranks=ranks)  # of shards; else it is a file
+    model, tokenizer = load_model(settings)
     module = FineTuner(model, tokenizer, load_data(settings, tokenizer, ranks), settings)
     monitors = []
     if selects(settings):
-        monitors.append(SelectionMonitor(every=looks_every(settings), save_to=selection_file(settings)))
+        monitors.append(SelectionMonitor(every=look_every(settings.steps), save_to=selection_file(settings)))
     # The logger would replace the metrics of what is resumed.
     metrics = "" if last is None else f"resumed-{last.stem}"
     trainer = Trainer(
@@ -100,6 +102,20 @@ def fine_tune(settings: LightningSettings) -> float:
     return module.reached
 
 
+def refuse_other_launch(ranks: int) -> None:
+    """Raises an error where a launcher has started another number of processes: each would train by itself.
+
+    Raises:
+        InputError: If it has.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", ranks))
+    if launched != ranks:
+        raise InputError(
+            f"--devices, --nodes: they make {ranks} processes, the launcher started {launched}. Give --devices the "
+            "processes on each machine."
+        )
+
+
 def make_strategy(settings: LightningSettings) -> Strategy | str:
     """Returns what shares the work between processes; nothing to share for one."""
     if settings.strategy == "fsdp2":
@@ -126,9 +142,9 @@ class FineTuner(LightningModule):
         self.data = data
         self.settings = settings
         self.collate = collate_for(settings.attention)
-        self.held_out_loss = MeanMetric()
         self.flops_per_token = count_flops_per_token(model, settings.length)
         self.measured_at = -1
+        self.reached = math.nan
 
     def configure_model(self) -> None:
         if self.settings.strategy == "fsdp2" and not hasattr(self.model, "unshard"):
@@ -184,18 +200,19 @@ class FineTuner(LightningModule):
         self.step_loss.zero_()
 
     def on_validation_start(self) -> None:
+        self.held_out = torch.zeros(2, dtype=torch.float64, device=self.device)  # summed loss, tokens
         if self.trainer.training or self.trainer.sanity_checking:
             self.speed.pause()
 
     def validation_step(self, batch: Batch, _: int) -> None:
         tokens = (batch["labels"] != IGNORED).sum()
         loss = self.model(**batch, num_items_in_batch=1).loss  # the sum over tokens
-        self.held_out_loss.update(loss / tokens.clamp(min=1), tokens)
+        self.held_out += torch.stack([loss.double(), tokens])
 
     def on_validation_epoch_end(self) -> None:
-        self.reached = self.held_out_loss.compute().item()
+        loss, tokens = self.trainer.strategy.reduce(self.held_out, reduce_op="sum").tolist()
+        self.reached = loss / tokens
         self.measured_at = self.trainer.global_step
-        self.held_out_loss.reset()
         self._tell({"held_out_loss": self.reached})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -13,9 +13,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from dion2_lightning import Dion2Factory, SelectionCallback
 from recipes.inputs import InputError
+from recipes.precision import sum_in_float32
+from recipes.selection_page import look_every
 from recipes.supervised_fine_tuning.command import (
     last_checkpoint,
-    looks_every,
     refuse_model_parallelism,
     run,
     selection_file,
@@ -41,7 +42,6 @@ def fine_tune(settings: Settings) -> float:
     Raises:
         InputError: If a setting asks for something that cannot be done.
     """
-    last = last_checkpoint(settings, "checkpoint-*")
     dtype = autocast_dtype(settings)
     args = TrainingArguments(
         str(run_folder(settings) / "checkpoints"),
@@ -60,26 +60,29 @@ def fine_tune(settings: Settings) -> float:
         remove_unused_columns=False,
         eval_strategy="steps",
         eval_steps=settings.validate_every,
-        eval_on_start=True,
+        eval_on_start=not settings.resume,
         logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,  # it logs an average in the place of a loss that is none
         save_steps=settings.checkpoint_every,
         save_total_limit=1,
         ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
     )
+    args.mixed_precision = "bf16" if args.bf16 else "no"  # the launcher's would stand otherwise
     if args.n_gpu > 1:
         raise InputError(
             f"one process sees {args.n_gpu} GPUs. Start one for each with `torchrun --nproc_per_node {args.n_gpu}`, or "
             "choose one with CUDA_VISIBLE_DEVICES=0."
         )
+    last = last_checkpoint(settings, "checkpoint-*", seal="trainer_state.json", ranks=args.world_size)
     model, tokenizer = load_model(settings)
     data = load_data(settings, tokenizer, args.world_size)
     speed = Speedometer(count_flops_per_token(model, settings.length), args.device, dtype, args.world_size)
     callbacks: list[TrainerCallback] = [Progress(speed, data)]
     selection = None
     if selects(settings):
-        selection = SelectionCallback(every=looks_every(settings), save_to=selection_file(settings))
+        selection = SelectionCallback(every=look_every(settings.steps), save_to=selection_file(settings))
         callbacks.append(selection)
     trainer = FineTuner(
         model,
@@ -91,6 +94,7 @@ def fine_tune(settings: Settings) -> float:
         callbacks=callbacks,
     )
     refuse_model_parallelism(trainer.accelerator)
+    sum_in_float32(trainer.accelerator)
     trainer.speed = speed
     trainer.remove_callback(PrinterCallback)  # it prints all figures of the selection
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -131,16 +135,14 @@ class FineTuner(Trainer):
 
 
 class Progress(TrainerCallback):
-    """Tells the speedometer what happens, and has the last step measured too."""
+    """Tells the speedometer what happens."""
 
     def __init__(self, speed: Speedometer, data: Data) -> None:
         self.speed = speed
         self.data = data
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> Any:
+    def on_step_end(self, args: TrainingArguments, state: Any, *_: Any, **__: Any) -> None:
         self.speed.step(round(self.data.tokens[state.global_step - 1] / args.world_size))
-        control.should_evaluate |= state.global_step == args.max_steps
-        return control
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
         self.speed.pause()

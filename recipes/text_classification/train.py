@@ -23,7 +23,6 @@ from dion2_lightning import SelectionMonitor, build_optimizer
 from recipes.batches import TrainingLoader
 from recipes.comparison import (
     Result,
-    look_every,
     make_runs,
     planned_runs,
     print_comparison,
@@ -34,6 +33,7 @@ from recipes.comparison import (
 )
 from recipes.inputs import InputError
 from recipes.offline import MINILM, model_source
+from recipes.selection_page import look_every
 from recipes.terminal import console, quiet_libraries
 from recipes.text_classification.data import Batch, ShuffledBatches, Split, collate_with, load_split
 from recipes.text_classification.settings import Settings
@@ -178,7 +178,7 @@ def _monitors(settings: Settings) -> list[SelectionMonitor]:
     """What looks on at the selection: nothing where all of every matrix is trained in every step."""
     if settings.algorithm != "dion2":
         return []
-    return [SelectionMonitor(every=look_every(settings), save_to=selection_file(settings))]
+    return [SelectionMonitor(every=look_every(settings.steps), save_to=selection_file(settings))]
 
 
 def _trainer(settings: Settings, callbacks: list[Callback], progress: bool) -> Trainer:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dion2_lightning import OptimizerSettings
-from recipes.pretraining.metrics import read_metrics
+from recipes.metrics import read_metrics
 from recipes.pretraining.settings import Settings
 from recipes.pretraining.train import pretrain
 from tests.distributed.ranks import run_like_torchrun

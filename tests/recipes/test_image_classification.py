@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from dion2_lightning.history import SelectionHistory
-from recipes import comparison
+from recipes import selection_page
 from recipes.comparison import Result, run_folder, saved_model
 from recipes.image_classification import train as recipe
 from recipes.image_classification.data import Images, TrainingSequence, collate_with, load_split
@@ -63,7 +63,7 @@ def draw_nothing(history: SelectionHistory, folder: Path) -> list[Path]:
 
 @pytest.fixture
 def tiny(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setattr(comparison, "save_pictures", draw_nothing)
+    monkeypatch.setattr(selection_page, "save_pictures", draw_nothing)
     return Settings(model=tiny_model, output=tmp_path / "runs", control=False, **SMALL)
 
 
@@ -280,7 +280,7 @@ class TestHowItIsComputed:
 
 def train_on_rank(settings: Settings) -> None:
     counted: list[int] = []
-    comparison.save_pictures = draw_nothing  # type: ignore[assignment]
+    selection_page.save_pictures = draw_nothing  # type: ignore[assignment]
     recipe.Speedometer.step = lambda self, tokens: counted.append(tokens)  # type: ignore[method-assign]
     [result] = fine_tune(settings)
     assert bool(result.selection) == (os.environ["RANK"] == "0")
@@ -320,7 +320,7 @@ class TestResume:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Bit for bit, dropout and shifts included, with a part of the images seen twice."""
-        monkeypatch.setattr(comparison, "save_pictures", draw_nothing)
+        monkeypatch.setattr(selection_page, "save_pictures", draw_nothing)
         model = save_tiny_vit(tmp_path / "model", dropout=0.1)
         whole = Settings(
             model=model,

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GPT
 
 from dion2_lightning import OptimizerSettings, SelectionHistory
 from recipes.inputs import InputError
+from recipes.metrics import MetricsFile, read_metrics
 from recipes.pretraining import model as models
 from recipes.pretraining import ranks
 from recipes.pretraining import train as recipe
 from recipes.pretraining.checkpoints import Checkpoints
 from recipes.pretraining.data import IGNORED, PackedTokens, fill_up, load_windows, pack, shuffled_order
-from recipes.pretraining.metrics import MetricsFile, read_metrics
 from recipes.pretraining.model import build_model, make_model
 from recipes.pretraining.settings import Settings
 from recipes.pretraining.train import main, pretrain

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -24,10 +26,18 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import default_collate
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from dion2_lightning import Dion2, OptimizerSettings
 from dion2_lightning.history import SelectionHistory
+from recipes import selection_page
 from recipes.inputs import InputError
 from recipes.offline import SMOLLM2, model_source
 from recipes.python_texts import read_functions
@@ -43,7 +53,7 @@ from recipes.supervised_fine_tuning.data import (
     load_data,
     pack_training_rows,
 )
-from recipes.supervised_fine_tuning.model import count_flops_per_token, held_out_loss, load_model
+from recipes.supervised_fine_tuning.model import autocast_dtype, count_flops_per_token, held_out_loss, load_model
 from recipes.supervised_fine_tuning.settings import Settings, run_folder
 from recipes.supervised_fine_tuning.with_lightning import LightningSettings
 from tests.distributed.ranks import run_like_torchrun
@@ -124,7 +134,7 @@ def tiny(tiny_model: str, dataset: str, tmp_path: Path) -> Settings:
 def no_pictures() -> Iterator[None]:
     """They take longer than a run, and have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "save_pictures", lambda history, folder: [])
+        patch.setattr(selection_page, "save_pictures", lambda history, folder: [])
         yield
 
 
@@ -282,9 +292,23 @@ class TestRuns:
         assert {path.name for path in run_folder(settings).iterdir()} <= {
             "model",
             "checkpoints",
+            "settings.json",
             "metrics.csv",
             "metrics.jsonl",
         }
+
+    @pytest.mark.parametrize("name", FRAMEWORKS)
+    def test_a_run_that_diverges_says_so(self, name: str, tiny: Settings) -> None:
+        """The Trainer would log an average of earlier losses, and a mean of torchmetrics leave the loss out."""
+        optimizer = replace(tiny.optimizer, lr=1e38, adamw_lr=1e38)
+        settings = for_framework(name, tiny, optimizer=optimizer, max_norm=1e30, warmup=0.0, steps=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the callbacks say of it
+            assert not math.isfinite(FRAMEWORKS[name].fine_tune(settings))
+        train, held_out = losses(name, settings)
+        assert math.isfinite(train[0])
+        assert not math.isfinite(train[1])
+        assert math.isfinite(held_out[0])
 
     @pytest.mark.parametrize("name", FRAMEWORKS)
     def test_a_resumed_run_ends_like_an_uninterrupted_one(
@@ -322,8 +346,21 @@ class TestRuns:
         forget_accelerators()
         with pytest.raises(InputError, match=r"there are checkpoints of an earlier run in .* Go on from them"):
             framework.fine_tune(part)
+        if name != "lightning":  # which begins another file
+            assert losses(name, part) == losses(name, whole)
+        with pytest.raises(InputError, match=r"--resume: the run in .* is of another training: --seed was 0, is 1"):
+            framework.fine_tune(replace(part, resume=True, seed=1))
+        add_unfinished_checkpoint(name, part)
         assert framework.fine_tune(replace(part, resume=True)) == loss, "a finished run is only measured again"
         torch.testing.assert_close(saved_weights(part), saved_weights(whole), rtol=0, atol=0)
+
+
+def add_unfinished_checkpoint(name: str, settings: Settings) -> None:
+    """What is left of a checkpoint whose writing was interrupted."""
+    unfinished = {"lightning": "step=99.ckpt", "accelerate": "unfinished", "trainer": "checkpoint-99"}[name]
+    folder = run_folder(settings) / "checkpoints" / unfinished
+    folder.mkdir()
+    (folder / "optimizer.pt").write_bytes(b"half")
 
 
 class TestRealModel:
@@ -424,6 +461,31 @@ class TestTwoProcesses:
         run_like_torchrun(2, fine_tune_sharded, name, settings)
         self.check(name, settings, expected)
 
+    @pytest.mark.parametrize("name", ["accelerate", "trainer"])
+    def test_shards_with_products_in_bf16(self, name: str, expected: Any, tmp_path: Path) -> None:
+        """Losses and gradients are summed in float32: of a sum over tokens, three digits would be left."""
+        expected = expected["dion2"]
+        settings = for_framework(
+            name, replace(expected[0], output=tmp_path), batch_size=2, precision="bf16", validate_every=1
+        )
+        run_like_torchrun(2, fine_tune_sharded, name, settings)
+        train, held_out = losses(name, settings)
+        assert held_out[0] == pytest.approx(expected[1][1][0], abs=2e-3)
+        assert all(torch.tensor(loss).bfloat16().item() != loss for loss in train)
+
+    @pytest.mark.parametrize("name", ["lightning", "accelerate"])
+    def test_a_resumed_run_on_shards(self, name: str, expected: Any, tmp_path: Path) -> None:
+        """Interrupted at the second step, it ends as the run on one process does that was not."""
+        expected = expected["dion2"]
+        changes = {"batch_size": 2, "devices": 2, "strategy": "fsdp2", "checkpoint_every": 1}
+        settings = for_framework(name, replace(expected[0], output=tmp_path), **changes)
+        run_like_torchrun(2, fine_tune_sharded, name, settings, 2)
+        assert not (run_folder(settings) / "model").exists()
+        with pytest.raises(InputError, match=r"was begun by 2 processes.*; now there are 1"):
+            command.last_checkpoint(replace(settings, resume=True), "step*", seal="", ranks=1)
+        run_like_torchrun(2, fine_tune_sharded, name, replace(settings, resume=True))
+        torch.testing.assert_close(saved_weights(settings), expected[2], rtol=0, atol=2e-5)
+
     def test_shards_of_adapters(self, expected: Any, tmp_path: Path) -> None:
         """LoRA over FSDP2: what is saved is whole."""
         changes = {"batch_size": 2, "devices": 2, "strategy": "fsdp2", "lora_rank": 2}
@@ -440,7 +502,7 @@ class TestTwoProcesses:
         torch.testing.assert_close(saved_weights(settings), weights, rtol=0, atol=2e-5)
 
 
-def fine_tune_sharded(name: str, settings: Settings) -> None:
+def fine_tune_sharded(name: str, settings: Settings, interrupted_at: int = 0) -> None:
     if name != "lightning":
         fsdp2_on_cpu()
         # As accelerate launch says what its configuration file says.
@@ -450,19 +512,27 @@ def fine_tune_sharded(name: str, settings: Settings) -> None:
             "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
             "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
             "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
             "FSDP_RESHARD_AFTER_FORWARD": "true",
         }
-    command.save_pictures = lambda history, folder: []  # this process ends with the run
+    selection_page.save_pictures = lambda history, folder: []  # this process ends with the run
     kinds: list[str] = []
+    taken: list[None] = []
     step = Dion2.step
 
     def look(self: Dion2, *arguments: Any, **options: Any) -> Any:
         kinds.extend(type(parameter).__name__ for group in self.param_groups for parameter in group["params"])
+        taken.append(None)
+        if len(taken) == interrupted_at:
+            raise RuntimeError("power cut")
         return step(self, *arguments, **options)
 
     Dion2.step = look  # type: ignore[method-assign]
-    FRAMEWORKS[name].fine_tune(settings)
+    if interrupted_at:
+        with pytest.raises(RuntimeError, match="power cut"):
+            FRAMEWORKS[name].fine_tune(settings)
+    else:
+        FRAMEWORKS[name].fine_tune(settings)
     assert set(kinds) == {"DTensor"}, "the model was not sharded"
 
 
@@ -533,6 +603,12 @@ class TestModel:
         assert len(weights) == 2 * 2 * 7
         assert all("lora_A" in key or "lora_B" in key for key in weights)
         assert all(weight.dtype == torch.float32 for weight in weights.values())
+        assert all(weight.any() for key, weight in weights.items() if "lora_B" in key), "trained; B begins at zero"
+        if name != "lightning":
+            forget_accelerators()
+            other = for_framework("lightning", settings, output=tiny.output / "other")
+            with_lightning.fine_tune(other)
+            torch.testing.assert_close(weights, saved_weights(other), rtol=0, atol=2e-5)
         history = SelectionHistory.load(run_folder(settings) / "selection.json")
         assert len(history.kinds) == 2 * 7
         assert all("lora_B" in kind.name for kind in history.kinds)
@@ -545,6 +621,17 @@ class TestModel:
         assert torch.equal(weights[0], weights[1])
         assert not torch.equal(weights[0], weights[2])
 
+    def test_flops_that_cannot_be_counted_end_no_run(
+        self, tiny: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise ValueError("not without values")
+
+        model, _ = load_model(tiny)
+        monkeypatch.setattr(LlamaForCausalLM, "forward", fail)
+        assert count_flops_per_token(model, tiny.length) == 0.0
+        assert "model_flops_utilisation is not known for this model: not without values" in caplog.text
+
     def test_flops_of_a_token(self, tiny: Settings) -> None:
         """6 for a weight that multiplies; attention twice 2 x length x width, forward once and backward twice."""
         model, _ = load_model(tiny)
@@ -555,8 +642,19 @@ class TestModel:
         assert count_flops_per_token(frozen, tiny.length) < count_flops_per_token(model, tiny.length)
         assert not any(parameter.is_meta for parameter in model.parameters())
 
-    def test_bf16_autocast(self, tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Products in bfloat16 on weights in float32, in every framework."""
+    @pytest.mark.parametrize(
+        ("precision", "launched_with", "dtype"),
+        [
+            ("bf16", "no", torch.bfloat16),
+            ("float32", "bf16", torch.float32),
+            ("auto", "bf16", torch.bfloat16),
+        ],
+    )
+    def test_precision(
+        self, precision: Any, launched_with: str, dtype: torch.dtype, tiny: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Weights in float32, products as the settings say, or else as `accelerate launch` does, in every framework."""
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
         for name in FRAMEWORKS:
             seen: list[torch.dtype] = []
 
@@ -567,10 +665,10 @@ class TestModel:
 
             with monkeypatch.context() as patch:
                 patch.setattr(torch.nn.functional, "silu", look)
-                settings = for_framework(name, tiny, precision="bf16", steps=1)
+                settings = for_framework(name, tiny, precision=precision, steps=1)
                 FRAMEWORKS[name].fine_tune(settings)
             forget_accelerators()
-            assert set(seen) == {torch.bfloat16}, name
+            assert set(seen) == {dtype}, name
             assert all(weight.dtype == torch.float32 for weight in saved_weights(settings).values()), name
 
 
@@ -768,10 +866,24 @@ class TestBadInput:
             ({"length": 1000}, "--length 1000: the model reads 256 tokens at most"),
             ({"attention": "flash_attention_2"}, "--attention flash_attention_2: it could not be loaded"),
             ({"dataset": "missing.jsonl"}, "--dataset, --held_out: there is no file missing.jsonl"),
-            ({"dataset": "functions", "held_out": "test"}, "--held_out test: functions has no splits"),
+            (
+                {"dataset": "functions", "held_out": "test", "held_out_size": 32},
+                "--held_out test: functions has no splits",
+            ),
+            ({"held_out": "x.jsonl"}, "--held_out_size 5 would have no effect: --held_out x.jsonl is held out as a"),
+            (
+                {"train_split": "test"},
+                "--train_split test would have no effect: .*data.jsonl has no subsets and splits",
+            ),
+            ({"subset": "all", "dataset": "functions"}, "--subset all would have no effect: functions has no"),
+            ({"lora_alpha": 8}, "--lora_alpha 8 would have no effect: there are no adapters without --lora_rank"),
+            (
+                {"optimizer": OptimizerSettings(lr=1e-3, lora="B")},
+                "--optimizer.lora B: there are no adapters without --lora_rank",
+            ),
             ({"held_out_size": 100}, "60 conversations are held out and 0 are left to train on"),
             ({"messages_column": "x", "prompt_column": "y"}, "there is neither a column 'x' nor both of 'y' and"),
-            ({"resume": True}, "--resume: there is no checkpoint in"),
+            ({"resume": True}, "--resume: there is no finished checkpoint in"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
@@ -826,6 +938,47 @@ class TestBadInput:
         monkeypatch.setattr(with_trainer.TrainingArguments, "n_gpu", 2)
         with pytest.raises(InputError, match="torchrun --nproc_per_node 2"):
             with_trainer.fine_tune(tiny)
+
+    def test_a_launcher_that_started_more_processes_than_lightning_is_told(
+        self, tiny: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each would train by itself, in the same folder."""
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(InputError, match=r"--devices, --nodes: they make 1 processes, the launcher started 2"):
+            with_lightning.fine_tune(for_framework("lightning", tiny))
+
+    def test_quantized_weights(self, tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They would be saved as numbers that nobody can read."""
+
+        def load_quantized(*arguments: Any, **options: Any) -> LlamaForCausalLM:
+            model = LlamaForCausalLM.from_pretrained(*arguments, **options)
+            model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+            model.hf_quantizer = SimpleNamespace(quantization_config=model.config.quantization_config)
+            model.is_quantized = True
+            return model
+
+        monkeypatch.setattr("recipes.supervised_fine_tuning.model.AutoModelForCausalLM.from_pretrained", load_quantized)
+        with pytest.raises(InputError, match=r"its weights are quantized \(bitsandbytes\), which this recipe does not"):
+            load_model(replace(tiny, lora_rank=2))
+
+    def test_checkpointing_that_a_model_lacks(self, tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+        with pytest.raises(InputError, match="--gradient_checkpointing: LlamaForCausalLM does not support"):
+            load_model(replace(tiny, gradient_checkpointing=True))
+
+    def test_a_precision_of_the_launcher_that_the_recipe_lacks(
+        self, tiny: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+        with pytest.raises(InputError, match="mixed_precision is fp16, which this recipe does not do"):
+            autocast_dtype(tiny)
+        assert autocast_dtype(replace(tiny, precision="bf16")) == torch.bfloat16
+
+    @pytest.mark.parametrize("argument", ["--optimizer.lr=-1", "--optimizer.fraction=2"])
+    def test_settings_of_the_optimizer(self, argument: str) -> None:
+        name = argument.split("=")[0].removeprefix("--optimizer.")
+        with pytest.raises(SystemExit, match=f"error: --optimizer.{name} must"):
+            command.run(with_trainer.fine_tune, Settings, [argument])
 
     def test_the_command_ends_with_the_message_alone(self) -> None:
         with pytest.raises(SystemExit, match="error: --steps has to be 1 or more"):

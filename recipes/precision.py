@@ -1,0 +1,23 @@
+"""Precision under Accelerate's FSDP2: products in half precision, sums in float32."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+
+def sum_in_float32(accelerator: Accelerator) -> None:
+    """Lets FSDP2 add up gradients and return losses in float32, before the model is prepared.
+
+    With mixed precision, Accelerate has both rounded to the precision of the products. A loss that is a sum over tokens
+    then has three digits.
+
+    Args:
+        accelerator: Whatever it does; without FSDP2 nothing changes.
+    """
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=torch.float32)
