@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from recipes.inputs import InputError
 from recipes.offline import SMOLLM2, forget_quantization, model_source
-from recipes.supervised_fine_tuning.data import IGNORED
+from recipes.supervised_fine_tuning.encoding import IGNORED
+from recipes.supervised_fine_tuning.packing import check_packing
 from recipes.supervised_fine_tuning.settings import Settings
 from recipes.throughput import model_flops_per_token
 
@@ -30,7 +31,8 @@ def load_model(settings: Settings, **options: Any) -> tuple[PreTrainedModel, Pre
         options: More for `from_pretrained`.
 
     Raises:
-        InputError: If it cannot be loaded, has no chat template, or reads less than `length` tokens.
+        InputError: If it cannot be loaded, has no chat template, reads less than `length` tokens, or cannot tell packed
+            conversations apart.
     """
     source = model_source(settings.model)
     try:
@@ -51,6 +53,8 @@ def load_model(settings: Settings, **options: Any) -> tuple[PreTrainedModel, Pre
         raise InputError(f"--length {settings.length}: the model reads {longest} tokens at most.")
     forget_quantization(model)
     model.config.use_cache = False  # with a cache, packed conversations would see each other
+    if settings.packing:
+        check_packing(model, settings)
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
     set_seed(settings.seed)
@@ -89,7 +93,7 @@ def count_flops_per_token(model: PreTrainedModel, length: int) -> float:
         }
     try:
         return model_flops_per_token(twin, batch)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, ValueError) as error:
         logger.warning("model_flops_utilisation is not known for this model: %s", str(error).splitlines()[0])
         return 0.0
 
