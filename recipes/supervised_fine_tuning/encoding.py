@@ -65,7 +65,7 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
         text = template.render(conversation.messages)
         spans, rewritten = _answers(template, text)
     _check_all_is_used(template, text)
-    tokens, learnt = _tokenize(text, spans, tokenizer)
+    tokens, learnt = _tokenize(text, [span for span in spans if span[0] < span[1]], tokenizer)
     labels = [IGNORED] * len(tokens)
     for start, end in learnt:
         labels[start:end] = tokens[start:end]
@@ -213,19 +213,23 @@ def _tokenize(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase) 
 
 
 def _tokenize_slowly(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
-    """The same with a tokenizer in Python, which does not say where its tokens lie: what comes before is compared."""
+    """The same with a tokenizer in Python, which does not say where its tokens lie: their text is counted instead."""
+    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.decode(tokens, clean_up_tokenization_spaces=False) != text:
+        raise InputError(
+            f"--model: its tokenizer {type(tokenizer).__name__} neither says where tokens lie in the text nor restores "
+            "it, so answers cannot be told. Choose a model with a fast tokenizer."
+        )
 
-    def tokens_of(part: str) -> list[int]:
-        tokens: list[int] = tokenizer(part, add_special_tokens=False)["input_ids"]
-        return tokens
+    def characters(count: int) -> int:
+        return len(tokenizer.decode(tokens[:count], clean_up_tokenization_spaces=False))
 
-    def end_of(place: int) -> int:
-        part = tokens_of(text[:place])
-        whole = _common(tokens, part)
-        return whole + (whole < len(part))  # one more that reaches over it
+    def before(place: int) -> int:
+        return bisect_right(range(len(tokens) + 1), place, key=characters) - 1
 
-    tokens = tokens_of(text)
-    return tokens, [(_common(tokens, tokens_of(text[:start])), end_of(end)) for start, end in spans]
+    ends = [before(end) for _, end in spans]
+    ends = [count + (characters(count) < end) for count, (_, end) in zip(ends, spans, strict=True)]
+    return tokens, [(before(start), end) for (start, _), end in zip(spans, ends, strict=True)]
 
 
 def _common(one: Any, other: Any) -> int:
