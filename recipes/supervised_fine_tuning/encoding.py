@@ -57,10 +57,11 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
         InputError: If the template refuses the conversation, or makes no use of something in it.
     """
     template = _Template(tokenizer, conversation)
+    rewritten: list[str] = []
     if GENERATION_MARK.search(tokenizer.get_chat_template(tools=conversation.tools)):
         text, spans = template.render_with_marks()
         given = _end_of_prompt(template, text)
-        spans, rewritten = [span for span in spans if span[1] > given], []
+        spans = [span for span in spans if span[1] > given]
     else:
         text = template.render(conversation.messages)
         spans, rewritten = _answers(template, text)

@@ -390,7 +390,7 @@ class TestModelsForPacking:
     def test_one_without_positions(self) -> None:
         model = build("llama", "eager")
         forward = model.forward
-        model.forward = lambda input_ids: forward(input_ids)  # type: ignore[method-assign]
+        model.forward = lambda input_ids: forward(input_ids)
         with pytest.raises(InputError, match="it takes no positions"):
             check_packing(model, Settings(attention="eager"))
 
