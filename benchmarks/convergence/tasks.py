@@ -39,14 +39,9 @@ from recipes.pretraining.data import PackedTokens, pack, split_documents
 from recipes.pretraining.model import build_model
 from recipes.python_texts import read_prose
 from recipes.supervised_fine_tuning import settings as supervised_fine_tuning
-from recipes.supervised_fine_tuning.data import (
-    IGNORED,
-    Conversation,
-    PackedConversations,
-    load_conversations,
-    pack_held_out_rows,
-    pack_training_rows,
-)
+from recipes.supervised_fine_tuning.conversations import Conversation, load_conversations
+from recipes.supervised_fine_tuning.data import PackedConversations, pack_held_out_rows, pack_training_rows
+from recipes.supervised_fine_tuning.encoding import IGNORED
 from recipes.supervised_fine_tuning.model import load_model as load_causal_model
 from recipes.supervised_fine_tuning.model import save_model
 from recipes.text_classification import settings as text_classification

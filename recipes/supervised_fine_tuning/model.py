@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from recipes.inputs import InputError
 from recipes.offline import SMOLLM2, forget_gguf, model_source
-from recipes.supervised_fine_tuning.data import IGNORED
+from recipes.supervised_fine_tuning.encoding import IGNORED
+from recipes.supervised_fine_tuning.packing import check_packing
 from recipes.supervised_fine_tuning.settings import Settings
 from recipes.throughput import model_flops_per_token
 
@@ -31,7 +32,8 @@ def load_model(settings: Settings, **options: Any) -> tuple[PreTrainedModel, Pre
         options: More for `from_pretrained`.
 
     Raises:
-        InputError: If it cannot be loaded, has no chat template, or reads less than `length` tokens.
+        InputError: If it cannot be loaded, has no chat template, reads less than `length` tokens, or cannot tell packed
+            conversations apart.
     """
     source = model_source(settings.model)
     try:
@@ -58,6 +60,8 @@ def load_model(settings: Settings, **options: Any) -> tuple[PreTrainedModel, Pre
             "Choose a model with dense weights."
         )
     model.config.use_cache = False  # with a cache, packed conversations would see each other
+    if settings.packing:
+        check_packing(model, settings)
     if settings.gradient_checkpointing:
         try:
             model.activation_checkpointing_enable()

@@ -58,8 +58,11 @@ class Settings:
         held_out_size: Conversations to hold out where `held_out` names none.
         messages_column: Column of whole conversations: lists of {"role": ..., "content": ...}.
         prompt_column: Column of questions, as text or messages; read where there is no column of conversations.
-        completion_column: Column of their answers, as text or messages.
+        completion_column: Column of their answers, as text or messages; only these are learnt.
+        tools_column: Column of what the assistant may call, where there is one: JSON schemas.
         length: Tokens of a row, into which conversations are packed; longer ones are cut.
+        packing: Whether a row may hold several conversations. For models that cannot tell them apart, which are
+            refused otherwise, false gives each a row.
         optimizer: The optimizer.
         steps: Optimizer steps.
         batch_size: Rows that a process reads at a time.
@@ -91,7 +94,9 @@ class Settings:
     messages_column: str = "messages"
     prompt_column: str = "prompt"
     completion_column: str = "completion"
+    tools_column: str = "tools"
     length: int = 256
+    packing: bool = True
     optimizer: OptimizerSettings = field(
         default_factory=lambda: OptimizerSettings(lr=4e-4, adamw_lr=2e-4, momentum=0.8, fraction=0.25)
     )

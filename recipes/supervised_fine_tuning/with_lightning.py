@@ -31,7 +31,8 @@ from recipes.supervised_fine_tuning.command import (
     show_outcome,
     tell,
 )
-from recipes.supervised_fine_tuning.data import IGNORED, Data, PackedConversations, collate_for, load_data
+from recipes.supervised_fine_tuning.data import Data, PackedConversations, collate_for, load_data
+from recipes.supervised_fine_tuning.encoding import IGNORED
 from recipes.supervised_fine_tuning.model import autocast_dtype, count_flops_per_token, load_model, save_model
 from recipes.supervised_fine_tuning.settings import Settings, run_folder
 from recipes.throughput import Speedometer

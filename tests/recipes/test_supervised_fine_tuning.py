@@ -41,18 +41,11 @@ from recipes import selection_page
 from recipes.inputs import InputError
 from recipes.offline import SMOLLM2, model_source
 from recipes.python_texts import read_functions
-from recipes.supervised_fine_tuning import command, data, with_accelerate, with_lightning, with_trainer
-from recipes.supervised_fine_tuning.data import (
-    IGNORED,
-    Conversation,
-    Encoded,
-    PackedConversations,
-    collate_for,
-    encode,
-    load_conversations,
-    load_data,
-    pack_training_rows,
-)
+from recipes.supervised_fine_tuning import command, conversations, with_accelerate, with_lightning, with_trainer
+from recipes.supervised_fine_tuning import model as recipe_model
+from recipes.supervised_fine_tuning.conversations import Conversation, Message, load_conversations
+from recipes.supervised_fine_tuning.data import PackedConversations, collate_for, load_data, pack_training_rows
+from recipes.supervised_fine_tuning.encoding import IGNORED, Encoded, encode
 from recipes.supervised_fine_tuning.model import autocast_dtype, count_flops_per_token, held_out_loss, load_model
 from recipes.supervised_fine_tuning.settings import Settings, run_folder
 from recipes.supervised_fine_tuning.with_lightning import LightningSettings
@@ -90,7 +83,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """
     folder = str(tmp_path_factory.mktemp("tiny"))
     tokenizer = AutoTokenizer.from_pretrained(**model_source(SMOLLM2))
-    texts = [tokenizer.apply_chat_template(chat(question(n), answer(n)), tokenize=False) for n in range(60)]
+    texts = [tokenizer.apply_chat_template(talk(question(n), answer(n)), tokenize=False) for n in range(60)]
     tokenizer = tokenizer.train_new_from_iterator(texts, 400)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -155,11 +148,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def chat(*contents: str, system: str | None = None) -> Conversation:
+def talk(*contents: str) -> list[Message]:
     """Messages of the user and the assistant in turn."""
     roles = ("user", "assistant")
-    messages = [{"role": roles[turn % 2], "content": content} for turn, content in enumerate(contents)]
-    return messages if system is None else [{"role": "system", "content": system}, *messages]
+    return [{"role": roles[turn % 2], "content": content} for turn, content in enumerate(contents)]
+
+
+def chat(*contents: str) -> Conversation:
+    return Conversation(talk(*contents))
 
 
 def for_framework(name: str, settings: Settings, **changes: Any) -> Any:
@@ -200,7 +196,8 @@ def measure_saved_model(settings: Settings) -> float:
     _, held_out = load_conversations(settings)
     total, tokens = 0.0, 0
     for conversation in held_out:
-        input_ids, labels = (torch.tensor([each]) for each in encode(conversation, tokenizer, settings.length))
+        encoded = encode(conversation, tokenizer, settings.length)
+        input_ids, labels = torch.tensor([encoded.input_ids]), torch.tensor([encoded.labels])
         with torch.no_grad():
             logits = model(input_ids).logits[:, :-1]
         total += torch.nn.functional.cross_entropy(
@@ -369,7 +366,7 @@ class TestRealModel:
     ) -> None:
         """SmolLM2 on functions of the standard library, as the command line starts it."""
         functions = read_functions()[:600]  # real ones, parsed once
-        monkeypatch.setattr(data, "read_functions", lambda: functions)
+        monkeypatch.setattr(conversations, "read_functions", lambda: functions)
         arguments = ["--length=64", "--batch_size=1", "--steps=2", "--held_out_size=16", f"--output={tmp_path}"]
         try:
             command.run(with_accelerate.fine_tune, Settings, arguments)
@@ -665,56 +662,12 @@ class TestModel:
 
             with monkeypatch.context() as patch:
                 patch.setattr(torch.nn.functional, "silu", look)
+                patch.setattr(recipe_model, "check_packing", lambda *_: None)  # in float32, before training
                 settings = for_framework(name, tiny, precision=precision, steps=1)
                 FRAMEWORKS[name].fine_tune(settings)
             forget_accelerators()
             assert set(seen) == {dtype}, name
             assert all(weight.dtype == torch.float32 for weight in saved_weights(settings).values()), name
-
-
-class TestEncoding:
-    def test_only_answers_and_their_end_are_learnt(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        conversation = chat("one", "first answer", "two", " second\n answer", system="be brief")
-        encoded = encode(conversation, tokenizer, 100)
-        assert tokenizer.decode(encoded.input_ids) == tokenizer.apply_chat_template(conversation, tokenize=False)
-        assert self.learnt(encoded, tokenizer) == ["first answer<|im_end|>", " second\n answer<|im_end|>"]
-        pairs = zip(encoded.input_ids, encoded.labels, strict=True)
-        assert all(label in (IGNORED, token) for token, label in pairs)
-
-    def test_long_ones_are_cut(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        whole = encode(chat("one", "a long answer of many words"), tokenizer, 100)
-        cut = encode(chat("one", "a long answer of many words"), tokenizer, len(whole.input_ids) - 4)
-        assert cut.input_ids == whole.input_ids[:-4]
-        assert cut.labels == whole.labels[:-4]
-        [learnt] = self.learnt(cut, tokenizer)
-        assert "a long answer of many words".startswith(learnt)
-
-    def test_a_template_that_changes_earlier_turns_is_refused(self, tiny_model: str) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-        tokenizer.chat_template = (
-            "{% for m in messages %}{{ m['role'] }}: {% if loop.last and loop.index != 1 %}<think></think>{% endif %}"
-            "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-        )
-        assert "first" in "".join(self.learnt(encode(chat("one", "first"), tokenizer, 100), tokenizer))
-        with pytest.raises(InputError, match=r"changes earlier turns .* of 4 messages .* answer 'first'"):
-            encode(chat("one", "first", "two", "second"), tokenizer, 100)
-
-    def test_a_template_that_refuses_a_conversation(self, tiny_model: str) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-        tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
-        with pytest.raises(InputError, match=r"does not take a conversation of \['user', 'assistant'\]: no system"):
-            encode(chat("one", "first"), tokenizer, 100)
-
-    @staticmethod
-    def learnt(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Texts of the stretches of tokens that have labels."""
-        texts: list[list[int]] = []
-        for before, label in zip([IGNORED, *encoded.labels], encoded.labels, strict=False):
-            if label != IGNORED:
-                if before == IGNORED:
-                    texts.append([])
-                texts[-1].append(label)
-        return [tokenizer.decode(text) for text in texts]
 
 
 class TestPacking:
@@ -786,20 +739,20 @@ class TestPacking:
 class TestConversations:
     def test_functions_are_held_out_whatever_the_seed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         functions = read_functions()
-        monkeypatch.setattr(data, "read_functions", lambda: functions)
+        monkeypatch.setattr(conversations, "read_functions", lambda: functions)
         train, held_out = load_conversations(Settings())
         assert len(held_out) == 32
         assert len(train) > 4000
-        contents = [{message["content"] for each in side for message in each} for side in (train, held_out)]
+        contents = [{m["content"] for each in side for m in each.messages} for side in (train, held_out)]
         assert not contents[0] & contents[1]
         assert (train, held_out) == load_conversations(Settings(seed=1))
 
     @pytest.mark.parametrize(
         "row",
         [
-            lambda n: {"messages": chat(question(n), answer(n))},
+            lambda n: {"messages": talk(question(n), answer(n))},
             lambda n: {"prompt": question(n), "completion": answer(n)},
-            lambda n: {"prompt": chat(question(n)), "completion": chat("", answer(n))[1:]},
+            lambda n: {"prompt": talk(question(n)), "completion": talk("", answer(n))[1:]},
         ],
         ids=["messages", "texts", "lists"],
     )
@@ -811,7 +764,8 @@ class TestConversations:
         rows = datasets.Dataset.from_list([row(n) for n in range(6)])
         rows.to_parquet(path) if suffix == ".parquet" else rows.to_json(path)
         train, held_out = load_conversations(Settings(dataset=str(path), held_out_size=2))
-        assert sorted(map(str, train + held_out)) == sorted(str(chat(question(n), answer(n))) for n in range(6))
+        found = [each.messages for each in train + held_out]
+        assert sorted(map(str, found)) == sorted(str(talk(question(n), answer(n))) for n in range(6))
         assert len(held_out) == 2
 
     def test_texts_of_a_held_out_file_are_taken_from_the_training_rows(
@@ -820,11 +774,11 @@ class TestConversations:
         caplog.set_level("INFO", logger="recipes")
         long = "an answer that is too long to be given twice by chance"
         rows = [("How?", "so"), ("Why?", long), ("When?", "now"), ("Who?", "so")]
-        path = write_rows(tmp_path / "a.jsonl", [{"messages": chat(*row)} for row in rows])
-        held_out = write_rows(tmp_path / "b.jsonl", [{"messages": chat("how? ", "so")}, {"messages": chat("x", long)}])
+        path = write_rows(tmp_path / "a.jsonl", [{"messages": talk(*row)} for row in rows])
+        held_out = write_rows(tmp_path / "b.jsonl", [{"messages": talk("how? ", "so")}, {"messages": talk("x", long)}])
         train, measured = load_conversations(Settings(dataset=path, held_out=held_out))
-        assert [each[0]["content"] for each in train] == ["When?", "Who?"]
-        assert [each[0]["content"] for each in measured] == ["how? ", "x"]
+        assert [each.messages[0]["content"] for each in train] == ["When?", "Who?"]
+        assert [each.messages[0]["content"] for each in measured] == ["how? ", "x"]
         assert "2 left out that share a text" in caplog.text
 
 
@@ -898,9 +852,9 @@ class TestBadInput:
         [
             ("text", "it is no list of messages"),
             ([{"role": "user"}], "a message has no role or no content in text"),
-            (chat("a", "b")[1:], "it does not begin with the user"),
-            (chat("a"), "the assistant says nothing"),
-            (chat("a", " "), "the assistant says nothing"),
+            (talk("a", "b")[1:], "it does not begin with the user"),
+            (talk("a"), "the assistant says nothing"),
+            (talk("a", " "), "the assistant says nothing"),
         ],
     )
     def test_conversations(self, conversation: Any, problem: str, tmp_path: Path) -> None:
