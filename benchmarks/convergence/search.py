@@ -25,6 +25,9 @@ FACTOR = 1.5
 MARGIN = 0.005
 """By which a shorter memory has to be better; seeds differ by more."""
 
+PATIENCE = 2
+"""Shorter memories in a row that may be no better."""
+
 TIMING = "step times"
 
 
@@ -83,19 +86,25 @@ class Study:
     def search(self, method: Method) -> list[Candidate]:
         """Returns the candidates of a method that get all seeds: the best, then perhaps those of the usual momenta.
 
-        The memory of the momentum is shortened while the loss falls by a margin; for each length the learning rate of
-        the matrices climbs, from where it was best before. In the end the learning rate of everything else climbs.
+        The memory of the momentum is shortened until two lengths in a row are no better than the best one, by a
+        margin; for each the learning rate of the matrices climbs, from where it was best before. In the end the
+        learning rate of everything else climbs.
         """
         if method.like is not None:
             [model] = [each for each in self.task.methods if each.name == method.like]
             return [self._climb(method, self.search(model)[0], "lr")]
         best_of: list[Candidate] = []
+        in_vain = 0
         for rule in method.momenta:
             origin = best_of[-1] if best_of else self.task.starts[method.algorithm]
             shorter = self._climb(method, replace(origin, momentum=rule), "lr")
-            if best_of and self.loss(method, shorter) > self.loss(method, best_of[-1]) - MARGIN:
+            if not best_of or self.loss(method, shorter) <= self.loss(method, best_of[-1]) - MARGIN:
+                best_of.append(shorter)
+                in_vain = 0
+            else:
+                in_vain += 1
+            if in_vain == PATIENCE:
                 break
-            best_of.append(shorter)
         best = self._climb(method, best_of[-1], "adamw_lr")
         usual = best_of[:2] if method.in_depth else []
         return [best, *(replace(each, adamw_lr=best.adamw_lr) for each in usual if each.momentum != best.momentum)]

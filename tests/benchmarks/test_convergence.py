@@ -155,15 +155,16 @@ class TestSearch:
     def test_it_climbs_to_the_lowest_loss(self, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
         def loss(self: Study, method: Method, candidate: Candidate) -> float:
             tried.add(candidate.momentum)
-            losses = {"0.95": 0.0, "0.95^(n/k)": -0.1, "0.9^(n/k)": -0.2, "0.8^(n/k)": -0.1, "0.7^(n/k)": -9.0}
+            losses = {"0.95": 0.0, "0.95^(n/k)": -0.1, "0.9^(n/k)": 0.0, "0.8^(n/k)": -0.2}
+            losses |= {"0.7^(n/k)": -0.1, "0.6^(n/k)": -0.2 - search.MARGIN / 2, "0.5^(n/k)": -9.0}
             rates = math.log(candidate.lr / 0.05) ** 2 + math.log(candidate.adamw_lr / 0.003) ** 2
             return rates + losses[candidate.momentum]
 
         tried: set[str] = set()
         monkeypatch.setattr(Study, "loss", loss)
         best, *others = study.search(DION2_QUARTER)
-        assert best.momentum == "0.9^(n/k)"
-        assert "0.7^(n/k)" not in tried, "the loss rose before"
+        assert best.momentum == "0.8^(n/k)"
+        assert "0.5^(n/k)" not in tried, "two before it were no better"
         assert abs(math.log(best.lr / 0.05)) <= math.log(search.FACTOR) / 2 + 0.05
         assert abs(math.log(best.adamw_lr / 0.003)) <= math.log(search.FACTOR) / 2 + 0.05
         assert [each.momentum for each in others] == ["0.95", "0.95^(n/k)"]
