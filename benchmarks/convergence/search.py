@@ -101,12 +101,13 @@ class Study:
             if not best_of or self.loss(method, shorter) <= self.loss(method, best_of[-1]) - MARGIN:
                 best_of.append(shorter)
                 in_vain = 0
-            else:
-                in_vain += 1
+                continue
+            in_vain += 1
             if in_vain == PATIENCE:
                 break
         best = self._climb(method, best_of[-1], "adamw_lr")
-        usual = best_of[:2] if method.in_depth else []
+        first_two = list(method.momenta)[:2] if method.in_depth else []
+        usual = [each for each in best_of if each.momentum in first_two]
         return [best, *(replace(each, adamw_lr=best.adamw_lr) for each in usual if each.momentum != best.momentum)]
 
     def loss(self, method: Method, candidate: Candidate) -> float:

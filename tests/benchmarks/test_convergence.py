@@ -172,6 +172,16 @@ class TestSearch:
         [half] = study.search(DION2_HALF)
         assert half == best
 
+    def test_only_the_usual_momenta_are_shown_besides_the_best(
+        self, study: Study, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The second of them may be no better than the first, and a shorter one better than both."""
+        losses = {"0.95": 0.0, "0.95^(n/k)": 1.0, "0.9^(n/k)": -1.0, "0.8^(n/k)": -2.0, "0.7^(n/k)": 1.0}
+        monkeypatch.setattr(Study, "loss", lambda self, method, each: losses.get(each.momentum, 9.0))
+        best, *others = study.search(DION2_QUARTER)
+        assert best.momentum == "0.8^(n/k)"
+        assert [each.momentum for each in others] == ["0.95"]
+
     def test_a_study_has_every_run_and_one_that_was_cut_off_makes_the_rest(
         self, study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
