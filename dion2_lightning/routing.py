@@ -281,7 +281,8 @@ def _modules_from(root: nn.Module, method: str) -> set[nn.Module]:
         try:
             module = getattr(model, method)()
         except (NotImplementedError, AttributeError):
-            continue  # many models have no such embeddings, and say it this way
+            # It has none: most models without text say so, and some look into a part that they may lack.
+            continue
         if isinstance(module, nn.Module):
             found.add(_unwrap(module))
     return found
@@ -326,8 +327,8 @@ def _storage(parameter: nn.Parameter) -> tuple[int, int, int] | None:
     try:
         local: Any = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         return local.untyped_storage()._cdata, local.storage_offset(), local.numel()
-    except (NotImplementedError, RuntimeError):
-        return None  # a tensor subclass without storage of its own
+    except NotImplementedError:
+        return None  # it has none, as a sparse tensor
 
 
 # Rules: each returns the algorithm and the reason, or None to leave the parameter to the next one.

@@ -187,6 +187,33 @@ class TestEmbeddings:
         model["linear"].weight = nn.Parameter(flat[1])
         assert algorithms(model) == {"embedding.weight": "adamw", "linear.weight": "dion2"}
 
+    def test_sparse_parameters_have_no_storage_to_share(self) -> None:
+        model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3, bias=False))
+        model.register_parameter("table", nn.Parameter(torch.eye(3).to_sparse()))
+        assert algorithms(model) == {"0.weight": "adamw", "1.weight": "dion2", "table": "adamw"}
+
+    def test_an_error_while_looking_for_ties_is_not_taken_for_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An embedding whose tie is missed would be trained as a matrix."""
+
+        def fail(self: torch.Tensor) -> None:
+            raise RuntimeError("storage was freed")
+
+        monkeypatch.setattr(torch.Tensor, "untyped_storage", fail)
+        with pytest.raises(RuntimeError, match="storage was freed"):
+            route_parameters(nn.Linear(4, 4))
+
+    def test_models_that_look_for_an_embedding_in_a_part_they_lack(self) -> None:
+        """As transformers' SAM 3 tracker does, whose vision encoder is optional."""
+
+        class Tracker(transformers.LlamaForCausalLM):
+            def get_input_embeddings(self) -> nn.Module:
+                raise AttributeError("'NoneType' object has no attribute 'get_input_embeddings'")
+
+        model = on_meta(lambda: Tracker(routing_models.llama().config))
+        decisions = decide(model)
+        assert decisions["model.embed_tokens.weight"].algorithm == "adamw"
+        assert decisions["model.layers.0.mlp.up_proj.weight"].algorithm == "dion2"
+
     def test_nested_models_have_embeddings_too(self) -> None:
         class Captioner(nn.Module):
             def __init__(self) -> None:
