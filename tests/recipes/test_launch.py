@@ -126,6 +126,15 @@ class TestLayouts:
         on_one_process(replace(settings, resume=True))
         assert_alike(settings, one_process)
 
+    def test_losses_under_fsdp2_are_not_rounded_to_the_precision_of_products(self, one_process: Settings) -> None:
+        """Two of bfloat16 have a mean that is a multiple of 1/64, from 4 to 8."""
+        ranks, changes = FEWER["fsdp2-8"]
+        settings = replace(one_process, output=one_process.output.parent / "bf16", precision="bf16", steps=2)
+        run_on_ranks(ranks, settings, environment_of("fsdp2-8", ranks, *changes))
+        losses = logged(settings, "train_loss")
+        assert all(4 < loss < 8 for loss in losses)
+        assert all(loss * 64 % 1 for loss in losses)
+
     def test_resumes_bit_for_bit_under_fsdp2(self, one_process: Settings) -> None:
         """Also with parts of batches, of which the last alone brings gradients together."""
         ranks, changes = FEWER["fsdp2-8"]
