@@ -43,8 +43,8 @@ def tell(step: int, metrics: Mapping[str, float]) -> None:
         logger.info("step %d: %s", step, ", ".join(f"{name} {value:.5g}" for name, value in shown.items()))
 
 
-def last_checkpoint(settings: Settings, names: str, seal: str = "", ranks: int = 1) -> Path | None:
-    """Returns the checkpoint to go on from, if the run is to go on; else it writes down what the run is.
+def begin_run(settings: Settings, names: str, seal: str = "", ranks: int = 1) -> Path | None:
+    """Writes down what a new run is asked for, or compares it with a run that goes on, and returns its checkpoint.
 
     Args:
         settings: Of the run.

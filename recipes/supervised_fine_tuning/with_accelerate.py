@@ -21,7 +21,7 @@ from recipes.metrics import MetricsFile
 from recipes.precision import sum_in_float32
 from recipes.selection_page import look_every
 from recipes.supervised_fine_tuning.command import (
-    last_checkpoint,
+    begin_run,
     refuse_model_parallelism,
     run,
     selection_file,
@@ -57,7 +57,7 @@ def fine_tune(settings: Settings) -> float:
     refuse_model_parallelism(accelerator)
     sum_in_float32(accelerator)
     ranks = accelerator.num_processes
-    last = last_checkpoint(settings, "step-*", ranks=ranks)
+    last = begin_run(settings, "step-*", ranks=ranks)
     done = 0 if last is None else step_of(last)
     accelerator.log_with.append(MetricsFile(run_folder(settings) / "metrics.jsonl", done))
     accelerator.init_trackers("")

@@ -24,7 +24,7 @@ from recipes.batches import RemainingBatches, TrainingLoader
 from recipes.inputs import InputError, check_positive
 from recipes.selection_page import look_every
 from recipes.supervised_fine_tuning.command import (
-    last_checkpoint,
+    begin_run,
     run,
     selection_file,
     selects,
@@ -66,7 +66,7 @@ def fine_tune(settings: LightningSettings) -> float:
     folder = run_folder(settings)
     ranks = settings.devices * settings.nodes
     refuse_other_launch(ranks)
-    last = last_checkpoint(settings, "step=*.ckpt", seal="meta.pt", ranks=ranks)  # of shards; else it is a file
+    last = begin_run(settings, "step=*.ckpt", seal="meta.pt", ranks=ranks)  # of shards; else it is a file
     model, tokenizer = load_model(settings)
     module = FineTuner(model, tokenizer, load_data(settings, tokenizer, ranks), settings)
     monitors = []

@@ -16,7 +16,7 @@ from recipes.inputs import InputError
 from recipes.precision import sum_in_float32
 from recipes.selection_page import look_every
 from recipes.supervised_fine_tuning.command import (
-    last_checkpoint,
+    begin_run,
     refuse_model_parallelism,
     run,
     selection_file,
@@ -75,7 +75,7 @@ def fine_tune(settings: Settings) -> float:
             f"one process sees {args.n_gpu} GPUs. Start one for each with `torchrun --nproc_per_node {args.n_gpu}`, or "
             "choose one with CUDA_VISIBLE_DEVICES=0."
         )
-    last = last_checkpoint(settings, "checkpoint-*", seal="trainer_state.json", ranks=args.world_size)
+    last = begin_run(settings, "checkpoint-*", seal="trainer_state.json", ranks=args.world_size)
     model, tokenizer = load_model(settings)
     data = load_data(settings, tokenizer, args.world_size)
     speed = Speedometer(count_flops_per_token(model, settings.length), args.device, dtype, args.world_size)

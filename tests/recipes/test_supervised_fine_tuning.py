@@ -479,7 +479,7 @@ class TestTwoProcesses:
         run_like_torchrun(2, fine_tune_sharded, name, settings, 2)
         assert not (run_folder(settings) / "model").exists()
         with pytest.raises(InputError, match=r"was begun by 2 processes.*; now there are 1"):
-            command.last_checkpoint(replace(settings, resume=True), "step*", seal="", ranks=1)
+            command.begin_run(replace(settings, resume=True), "step*", seal="", ranks=1)
         run_like_torchrun(2, fine_tune_sharded, name, replace(settings, resume=True))
         torch.testing.assert_close(saved_weights(settings), expected[2], rtol=0, atol=2e-5)
 
