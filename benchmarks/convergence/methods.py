@@ -16,6 +16,7 @@ class Method:
         algorithm: For `build_optimizer`.
         fraction: Of each matrix.
         lora: Which LoRA factors count as matrices.
+        has_rest: Whether there is anything that is no matrix, so that `adamw_lr` has an effect.
         like: The name of a method whose best settings its search begins with; it then looks for the learning rate of
             the matrices alone.
         in_depth: Whether all seeds are also run with the first two of its momenta, and with fewer steps.
@@ -25,6 +26,7 @@ class Method:
     algorithm: str
     fraction: float = 1.0
     lora: str = "adamw"
+    has_rest: bool = True
     like: str | None = None
     in_depth: bool = False
 
@@ -76,6 +78,7 @@ ADAMW = Method("AdamW", "adamw")
 MUON = Method("Muon", "muon")
 DION2_HALF = Method("Dion2 1/2", "dion2", 1 / 2, like="Dion2 1/4")
 DION2_QUARTER = Method("Dion2 1/4", "dion2", 1 / 4, in_depth=True)
-DION2_QUARTER_LORA = Method("Dion2 1/4, A and B", "dion2", 1 / 4, lora="both")
+ADAMW_LORA = Method("AdamW", "adamw", lora="both", has_rest=False)
+DION2_QUARTER_LORA = Method("Dion2 1/4, A and B", "dion2", 1 / 4, lora="both", has_rest=False)
 DION2_QUARTER_LORA_B = Method("Dion2 1/4, B alone", "dion2", 1 / 4, lora="B", like=DION2_QUARTER_LORA.name)
 DION2_EIGHTH = Method("Dion2 1/8", "dion2", 1 / 8, like="Dion2 1/4")

@@ -151,7 +151,8 @@ def table(task: Task, records: list[Record]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         name = row.method.name if row.steps == task.steps else f"{row.method.name}, {row.steps} steps"
-        cells = [name, f"{row.candidate.lr:g}", f"{row.candidate.adamw_lr:g}", _momentum(row)]
+        adamw_lr = f"{row.candidate.adamw_lr:g}" if row.method.has_rest else "-"
+        cells = [name, f"{row.candidate.lr:g}", adamw_lr, _momentum(row)]
         cells += [_seeds(row.last(name), percent=name == "accuracy") for name in measures]
         cells += _cost(row, target, task)
         lines.append("| " + " | ".join(cells) + " |")

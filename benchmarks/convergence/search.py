@@ -88,11 +88,13 @@ class Study:
 
         The memory of the momentum is shortened until two lengths in a row are no better than the best one, by a
         margin; for each the learning rate of the matrices climbs, from where it was best before. In the end the
-        learning rate of everything else climbs.
+        learning rate of everything else climbs, if there is anything else.
         """
         if method.like is not None:
             [model] = [each for each in self.task.methods if each.name == method.like]
-            return [self._climb(method, self.search(model)[0], "lr")]
+            best = self._climb(method, self.search(model)[0], "lr")
+            # A rate that had no effect on the other is not yet searched.
+            return [best if model.has_rest else self._climb(method, best, "adamw_lr")]
         best_of: list[Candidate] = []
         in_vain = 0
         for rule in method.momenta:
@@ -105,7 +107,7 @@ class Study:
             in_vain += 1
             if in_vain == PATIENCE:
                 break
-        best = self._climb(method, best_of[-1], "adamw_lr")
+        best = self._climb(method, best_of[-1], "adamw_lr") if method.has_rest else best_of[-1]
         first_two = list(method.momenta)[:2] if method.in_depth else []
         usual = [each for each in best_of if each.momentum in first_two]
         return [best, *(replace(each, adamw_lr=best.adamw_lr) for each in usual if each.momentum != best.momentum)]

@@ -25,6 +25,7 @@ from transformers import (
 
 from benchmarks.convergence.methods import (
     ADAMW,
+    ADAMW_LORA,
     DION2_EIGHTH,
     DION2_HALF,
     DION2_QUARTER,
@@ -295,7 +296,7 @@ class Lora(CausalFineTuning):
 
     name = "lora"
     title = "Fine-tuning: SmolLM2-135M, LoRA of rank 8"
-    methods: ClassVar[tuple[Method, ...]] = (ADAMW, DION2_QUARTER_LORA, DION2_QUARTER_LORA_B)
+    methods: ClassVar[tuple[Method, ...]] = (ADAMW_LORA, DION2_QUARTER_LORA, DION2_QUARTER_LORA_B)
     starts: ClassVar = {"adamw": Candidate(1e-3, 1e-3), "dion2": Candidate(2e-3, 1e-3)}
 
     lora_rank: int = 8

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.convergence import search, tasks
-from benchmarks.convergence.methods import ADAMW, DION2_EIGHTH, DION2_HALF, DION2_QUARTER, MUON, Candidate, Method
+from benchmarks.convergence import search, tasks, training
+from benchmarks.convergence.methods import (
+    ADAMW,
+    DION2_EIGHTH,
+    DION2_HALF,
+    DION2_QUARTER,
+    DION2_QUARTER_LORA,
+    DION2_QUARTER_LORA_B,
+    MUON,
+    Candidate,
+    Method,
+)
 from benchmarks.convergence.report import (
     RESULTS,
     ROOT,
@@ -97,8 +108,6 @@ class TestMethods:
         assert list(method.momenta.values()) == pytest.approx(momenta)
 
     def test_settings_reach_the_optimizer(self, task: Regression, monkeypatch: pytest.MonkeyPatch) -> None:
-        from benchmarks.convergence import training
-
         optimizer = training._optimizer(task, DION2_QUARTER, Candidate(0.1, 0.2, "0.9^(n/k)"), task.model())
         matrices, rest, *_ = optimizer.param_groups
         assert (matrices["algorithm"], matrices["fraction"], matrices["lr"]) == ("dion2", 0.25, 0.1)
@@ -171,6 +180,32 @@ class TestSearch:
         assert {each.adamw_lr for each in others} == {best.adamw_lr}
         [half] = study.search(DION2_HALF)
         assert half == best
+
+    def test_only_rates_with_an_effect_are_searched(self, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With adapters alone, A and B leave nothing for `adamw_lr`; where B is alone, A still needs a rate."""
+
+        def loss(self: Study, method: Method, candidate: Candidate) -> float:
+            tried[method.name].add(candidate.adamw_lr)
+            return math.log(candidate.lr / 0.05) ** 2 + math.log(candidate.adamw_lr / 0.003) ** 2
+
+        tried: dict[str, set[float]] = defaultdict(set)
+        monkeypatch.setattr(Study, "loss", loss)
+        monkeypatch.setattr(Regression, "methods", (DION2_QUARTER_LORA, DION2_QUARTER_LORA_B))
+        [both] = study.search(DION2_QUARTER_LORA)
+        [alone] = study.search(DION2_QUARTER_LORA_B)
+        assert tried[DION2_QUARTER_LORA.name] == {both.adamw_lr}
+        assert alone.lr == both.lr
+        assert abs(math.log(alone.adamw_lr / 0.003)) <= math.log(search.FACTOR) / 2 + 0.05
+
+    @pytest.mark.parametrize("method", SMALL["lora"].methods, ids=lambda method: method.name)
+    def test_adapters_are_trained_with_the_rates_that_are_searched(self, method: Method) -> None:
+        """The rest is trained at `adamw_lr`, if there is one."""
+        model: Any = SMALL["lora"].model()
+        optimizer = training._optimizer(SMALL["lora"], method, Candidate(1.0, 2.0, next(iter(method.momenta))), model)
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        by_name = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+        assert {rate for name, rate in by_name.items() if "lora_B" in name} == {1.0}
+        assert {rate for name, rate in by_name.items() if "lora_A" in name} == {2.0 if method.has_rest else 1.0}
 
     def test_only_the_usual_momenta_are_shown_besides_the_best(
         self, study: Study, monkeypatch: pytest.MonkeyPatch
