@@ -33,7 +33,11 @@ class Compared(Protocol):
     @property
     def control(self) -> bool: ...
     @property
+    def beta1(self) -> float: ...
+    @property
     def control_lr(self) -> float: ...
+    @property
+    def control_beta1(self) -> float: ...
     @property
     def steps(self) -> int: ...
     @property
@@ -69,12 +73,12 @@ class Result:
 def planned_runs(settings: Settings) -> list[Settings]:
     """Returns the settings of each single run: every seed with the optimizer, then every seed with its control.
 
-    The control differs in the matrices alone: AdamW trains them, at its own learning rate.
+    The control differs in the matrices alone, which AdamW trains at its own learning rate, and in AdamW's first beta.
     """
     settings = replace(settings, adamw_lr=settings.lr if settings.adamw_lr is None else settings.adamw_lr)
     optimizers = [settings]
     if settings.control and settings.algorithm != "adamw":
-        optimizers.append(replace(settings, algorithm="adamw", lr=settings.control_lr))
+        optimizers.append(replace(settings, algorithm="adamw", lr=settings.control_lr, beta1=settings.control_beta1))
     return [replace(each, seed=settings.seed + n) for each in optimizers for n in range(settings.repeats)]
 
 

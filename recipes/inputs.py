@@ -44,3 +44,18 @@ def check_positive(settings: Any, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < 1:
             raise InputError(f"--{name} has to be 1 or more, got {getattr(settings, name)}.")
+
+
+def check_below_one(settings: Any, *names: str) -> None:
+    """Refuses shares and betas that are not from 0 to below 1.
+
+    Args:
+        settings: A dataclass of arguments.
+        names: Its attributes that have to be.
+
+    Raises:
+        InputError: If one is not.
+    """
+    for name in names:
+        if not 0 <= getattr(settings, name) < 1:
+            raise InputError(f"--{name} has to be from 0 to below 1, got {getattr(settings, name)}.")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from recipes.inputs import InputError, check_positive
+from recipes.inputs import InputError, check_below_one, check_positive
 
 OFFLINE_DATASET = "digits"
 SMALL_VIT = "small-vit"
@@ -44,9 +44,11 @@ class Settings:
         adamw_lr: Peak learning rate of all other parameters, in the control too; null is `lr`.
         fraction: Share of each matrix that a step of Dion2 updates.
         momentum: Momentum of the matrices. 0.8 suits runs of some hundred steps, 0.95 long ones.
+        beta1: First beta of AdamW, for all other parameters.
         weight_decay: Decoupled weight decay; biases and norms get none.
         control: Whether to train with AdamW too, with the same data, order and initial weights.
         control_lr: Peak learning rate of the matrices in the control.
+        control_beta1: First beta of AdamW in the control, for all parameters.
         steps: Optimizer steps of each run.
         batch_size: Images in a step, on all devices together.
         accumulation: Parts that a device takes its share of a step in, one after the other, to save memory.
@@ -80,9 +82,11 @@ class Settings:
     adamw_lr: float | None = 2e-3
     fraction: float = 0.25
     momentum: float = 0.8
+    beta1: float = 0.9
     weight_decay: float = 0.01
     control: bool = True
     control_lr: float = 2e-3
+    control_beta1: float = 0.9
     steps: int = 300
     batch_size: int = 64
     accumulation: int = 1
@@ -102,9 +106,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_positive(self, *COUNTS)
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"--warmup is a share of the steps, from 0 to below 1, got {self.warmup}.")
-        if not 0 <= self.shift < 1:
-            raise InputError(f"--shift is a share of an image's width, from 0 to below 1, got {self.shift}.")
+        check_below_one(self, "warmup", "beta1", "control_beta1", "shift")
         if self.workers < 0:
             raise InputError(f"--workers has to be 0 or more, got {self.workers}.")

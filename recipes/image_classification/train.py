@@ -202,6 +202,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_num_workers=settings.workers,
         learning_rate=settings.lr,
+        adam_beta1=settings.beta1,
         weight_decay=settings.weight_decay,
         lr_scheduler_type="cosine",
         warmup_steps=round(settings.warmup * settings.steps),

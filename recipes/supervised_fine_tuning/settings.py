@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dion2_lightning import OptimizerSettings
-from recipes.inputs import InputError, check_positive
+from recipes.inputs import InputError, check_below_one, check_positive
 from recipes.offline import SMOLLM2
 
 OFFLINE_DATASET = "functions"
@@ -129,8 +129,7 @@ class Settings:
                 self._refuse_unused(name, f"{self.dataset} has no subsets and splits, as datasets on the hub have")
         if self.held_out is not None:
             self._refuse_unused("held_out_size", f"--held_out {self.held_out} is held out as a whole")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"--warmup is a share of the steps, from 0 to below 1, got {self.warmup}.")
+        check_below_one(self, "warmup")
         if self.max_norm <= 0:
             raise InputError(f"--max_norm has to be above 0, got {self.max_norm}.")
 

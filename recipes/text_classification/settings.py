@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from recipes.inputs import InputError, check_positive
+from recipes.inputs import InputError, check_below_one, check_positive
 from recipes.offline import MINILM
 
 OFFLINE_DATASET = "docstrings"
@@ -34,9 +34,11 @@ class Settings:
         adamw_lr: Peak learning rate of all other parameters, in the control too. By default `lr`.
         fraction: Share of each matrix that a step of Dion2 updates.
         momentum: Momentum of the matrices. 0.8 suits runs of some hundred steps, 0.95 long ones.
+        beta1: First beta of AdamW, for all other parameters.
         weight_decay: Decoupled weight decay; biases and norms get none.
         control: Whether to train with AdamW too, with the same data, order and initial head.
         control_lr: Peak learning rate of the matrices in the control.
+        control_beta1: First beta of AdamW in the control, for all parameters.
         steps: Optimizer steps of each run.
         batch_size: Texts in a step.
         warmup: Share of the steps in which the learning rate rises; afterwards it follows a half cosine down to zero.
@@ -65,9 +67,11 @@ class Settings:
     adamw_lr: float | None = None
     fraction: float = 0.25
     momentum: float = 0.8
+    beta1: float = 0.9
     weight_decay: float = 0.01
     control: bool = True
     control_lr: float = 4e-4
+    control_beta1: float = 0.9
     steps: int = 80
     batch_size: int = 16
     warmup: float = 0.1
@@ -83,7 +87,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_positive(self, *COUNTS)
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"--warmup is a share of the steps, from 0 to below 1, got {self.warmup}.")
+        check_below_one(self, "warmup", "beta1", "control_beta1")
         if self.devices != 1 and not (isinstance(self.devices, list) and len(self.devices) == 1):
             raise InputError(f"--devices {self.devices}: a run uses one device. Give 1, or a number in brackets: [0].")

@@ -70,6 +70,7 @@ class TextClassifier(LightningModule):
                 fraction=settings.fraction,
                 momentum=settings.momentum,
                 adamw_lr=settings.adamw_lr,
+                betas=(settings.beta1, 0.999),
                 weight_decay=settings.weight_decay,
             )
         except ValueError as error:

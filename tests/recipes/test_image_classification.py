@@ -507,8 +507,9 @@ class TestBadInput:
         ("arguments", "message"),
         [
             ({"steps": 0}, "--steps has to be 1 or more, got 0"),
-            ({"warmup": 1.0}, "--warmup is a share of the steps"),
-            ({"shift": 1.0}, "--shift is a share of an image's width"),
+            ({"warmup": 1.0}, "--warmup has to be from 0 to below 1, got 1.0"),
+            ({"control_beta1": 1.0}, "--control_beta1 has to be from 0 to below 1"),
+            ({"shift": 1.0}, "--shift has to be from 0 to below 1"),
             ({"workers": -1}, "--workers has to be 0 or more, got -1"),
             ({"batch_size": 9, "accumulation": 2}, "--batch_size 9 cannot be dealt out .* Give a multiple of 2"),
             ({"dataset": "missing/data"}, "--dataset, .*'train' of 'missing/data' could not be read"),

@@ -813,7 +813,7 @@ class TestBadInput:
         ("arguments", "message"),
         [
             ({"steps": 0}, "--steps has to be 1 or more, got 0"),
-            ({"warmup": 1.0}, "--warmup is a share of the steps"),
+            ({"warmup": 1.0}, "--warmup has to be from 0 to below 1, got 1.0"),
             ({"max_norm": 0.0}, "--max_norm has to be above 0"),
             ({"lora_rank": -1}, "--lora_rank is 0 for no adapters"),
             ({"model": "missing/model"}, "--model 'missing/model', --attention sdpa: it could not be loaded"),

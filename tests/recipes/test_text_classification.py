@@ -319,7 +319,8 @@ class TestBadInput:
         ("arguments", "message"),
         [
             ({"steps": 0}, "--steps has to be 1 or more, got 0"),
-            ({"warmup": 1.0}, "--warmup is a share of the steps"),
+            ({"warmup": 1.0}, "--warmup has to be from 0 to below 1, got 1.0"),
+            ({"control_beta1": 1.0}, "--control_beta1 has to be from 0 to below 1"),
             ({"devices": 2}, "--devices 2: a run uses one device"),
             ({"dataset": "missing.csv"}, "--dataset, --held_out: there is no file missing.csv"),
             ({"model": "missing/model"}, "--model 'missing/model' could not be loaded"),
