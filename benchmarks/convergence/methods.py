@@ -19,7 +19,8 @@ class Method:
         has_rest: Whether there is anything that is no matrix, so that `adamw_lr` has an effect.
         like: The name of a method whose best settings its search begins with; it then looks for the learning rate of
             the matrices alone.
-        in_depth: Whether all seeds are also run with the first two of its momenta, and with fewer steps.
+        in_depth: Whether all seeds, and the longer run, are also made with the first two of its momenta; and all seeds
+            with fewer steps.
     """
 
     name: str

@@ -77,7 +77,8 @@ class Study:
                 if method.in_depth:
                     self.record(method, candidates[0], seed, self.task.short_steps)
             if self.task.long_steps is not None and method.like is None:
-                self.record(method, candidates[0], self.seeds[0], self.task.long_steps)
+                for candidate in candidates:
+                    self.record(method, candidate, self.seeds[0], self.task.long_steps)
         baseline = self.task.methods[0].name
         if baseline in chosen and not chosen.keys() <= time_ratios(self.records).keys():
             by_method = {method: chosen[method.name] for method in self.task.methods if method.name in chosen}
