@@ -44,9 +44,10 @@ class Encoded:
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenizes a conversation by the chat template, with labels for the answers and the token that ends each.
 
-    Some templates mark what the assistant writes, by ``{% generation %}``. With others an answer begins where the
-    prompt for it ends, and ends where the conversation up to it does. Both are places in the text; a token that
-    reaches over one, as the white space before an answer may, is learnt, since a part of it is the answer's.
+    An answer begins where the prompt for it ends, and ends where the conversation up to it does. Some templates mark
+    what the assistant writes, by ``{% generation %}``: of an answer that is learnt their marks say what is. All are
+    places in the text; a token that reaches over one, as the white space before an answer may, is learnt, since a part
+    of it is the answer's.
 
     Args:
         conversation: Messages.
@@ -57,11 +58,10 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
         InputError: If the template refuses the conversation, or makes no use of something in it.
     """
     template = _Template(tokenizer, conversation)
-    rewritten: list[str] = []
     if GENERATION_MARK.search(tokenizer.get_chat_template(tools=conversation.tools)):
-        text, spans = template.render_with_marks()
-        given = _end_of_prompt(template, text)
-        spans = [span for span in spans if span[1] > given]
+        text, marks = template.render_with_marks()
+        answers, rewritten = _answers(template, text)
+        spans = [(start, end) for start, end in marks if any(start < last and first < end for first, last in answers)]
     else:
         text = template.render(conversation.messages)
         spans, rewritten = _answers(template, text)
@@ -114,12 +114,6 @@ class _Template:
             f"--model: its chat template does not take a conversation of {roles}: {error}. It is "
             f"{self.conversation.place}: change or remove it, or choose another model."
         )
-
-
-def _end_of_prompt(template: _Template, text: str) -> int:
-    """Returns where answers begin that are to be learnt: the characters of the messages that are given."""
-    given = template.conversation.messages[: template.conversation.prompt]
-    return _common(text, template.render(given, add_generation_prompt=True)) if given else 0
 
 
 def _answers(template: _Template, text: str) -> tuple[list[Span], list[str]]:

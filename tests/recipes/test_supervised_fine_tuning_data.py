@@ -63,11 +63,15 @@ MARKED = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 OPEN = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}{{ '\\n' }}")
-REWRITING = (  # like Qwen 3's, which gives a thought to the last answer only
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+MARKED_REWRITING = (  # like Qwen 3's, which keeps thoughts only after the last question
+    "{% set last = namespace(question=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set last.question = loop.index %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{% if loop.index > last.question %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+REWRITING = MARKED_REWRITING.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 CALLING = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -220,10 +224,22 @@ class TestAnswers:
         found = learnt(encode(chat("one", "", "two", "answer"), tokenizer, 100), tokenizer)
         assert found == [text for text in (end, f"answer{end}") if text]
 
+    @pytest.mark.parametrize("template", [REWRITING, MARKED_REWRITING], ids=["plain", "marked"])
+    def test_in_prompts_that_are_rewritten_later(self, template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The next answer follows on a text that the conversation no longer holds; the one after the question does."""
+        tokenizer.chat_template = template
+        messages = talk("one", "EARLIER", "found", "first", "two", "second")
+        messages[1]["reasoning_content"] = "hm"
+        messages[2]["role"] = "tool"
+        encoded = encode(Conversation(messages, prompt=3), tokenizer, 100)
+        assert learnt(encoded, tokenizer) == ["<think></think>second<|im_end|>"]
+        assert len(encoded.rewritten) == 1
+
+    @pytest.mark.parametrize("template", [REWRITING, MARKED_REWRITING], ids=["plain", "marked"])
     def test_that_are_rewritten_later_are_not_learnt(
-        self, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+        self, template: str, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
     ) -> None:
-        tokenizer.chat_template = REWRITING
+        tokenizer.chat_template = template
         encoded = encode(chat("one", "first", "two", "second"), tokenizer, 100)
         assert learnt(encoded, tokenizer) == ["<think></think>second<|im_end|>"]
         [how] = encoded.rewritten
