@@ -341,6 +341,41 @@ class TestFields:
         messages[1]["reasoning_content"] = "hm"
         assert learnt(encode(Conversation(messages), tokenizer, 100), tokenizer) == ["<think></think>second<|im_end|>"]
 
+    @pytest.mark.parametrize(
+        ("role", "template"),
+        [
+            ("tool", CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")),
+            ("assistant", CALLING.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}")),
+            ("user", CALLING.replace("{{ m.content }}", "{% if m.role != 'user' %}{{ m.content }}{% endif %}")),
+        ],
+    )
+    def test_content_that_the_template_does_not_use(
+        self, role: str, template: str, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """A message left out as a whole, as by templates that know no tools; one's text beside its calls; all text."""
+        tokenizer.chat_template = template
+        messages = talk("Rain?", "I look it up.", "no", "It is dry.")
+        messages[2]["role"] = "tool"
+        if "tool_calls" in template:
+            messages[1]["tool_calls"] = [CALL]
+        turn = next(index for index, message in enumerate(messages) if message["role"] == role)
+        with pytest.raises(
+            InputError, match=rf"message {turn} of row 7 has a field 'content', .* \(its role is '{role}'\). Remove it"
+        ):
+            encode(Conversation(messages, place="row 7"), tokenizer, 100)
+        messages[turn]["content"] = " "
+        assert "It is dry." in learnt(encode(Conversation(messages), tokenizer, 100), tokenizer)[-1]
+
+    def test_content_that_the_template_looks_into(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """It is in use, though none of it is in the text, or the template takes no other."""
+        for use in (
+            "{{ m.content | length }}",
+            "{{ m.content if m.content in ('x', 'y') else raise_exception('no') }}",
+            "{{ m.content if loop.last else '' }}",
+        ):
+            tokenizer.chat_template = CHATML.replace("{{ m.content }}", use)
+            encode(chat("x", "y"), tokenizer, 100)
+
     def test_tools_that_the_template_does_not_use(self, tokenizer: PreTrainedTokenizerBase) -> None:
         conversation = replace(chat("x", "y"), tools=[TOOL], place="row 7 of talks.jsonl")
         with pytest.raises(
