@@ -12,6 +12,8 @@ OFFLINE_DATASET = "functions"
 
 FILES = (".json", ".jsonl", ".parquet")
 
+COLUMNS = ("messages_column", "prompt_column", "completion_column", "tools_column")
+
 FREE = {
     "gradient_checkpointing",
     "precision",
@@ -57,7 +59,8 @@ class Settings:
             training data.
         held_out_size: Conversations to hold out where `held_out` names none.
         messages_column: Column of whole conversations: lists of {"role": ..., "content": ...}.
-        prompt_column: Column of questions, as text or messages; read where there is no column of conversations.
+        prompt_column: Column of questions, as text or messages; read where it is named or there is no column of
+            conversations.
         completion_column: Column of their answers, as text or messages; only these are learnt.
         tools_column: Column of what the assistant may call, where there is one: JSON schemas.
         length: Tokens of a row, into which conversations are packed; longer ones are cut.
@@ -127,6 +130,9 @@ class Settings:
         if self.dataset == OFFLINE_DATASET or Path(self.dataset).suffix in FILES:
             for name in ("subset", "train_split"):
                 self._refuse_unused(name, f"{self.dataset} has no subsets and splits, as datasets on the hub have")
+        if self.dataset == OFFLINE_DATASET and self.held_out is None:
+            for name in COLUMNS:
+                self._refuse_unused(name, f"{self.dataset} has no columns")
         if self.held_out is not None:
             self._refuse_unused("held_out_size", f"--held_out {self.held_out} is held out as a whole")
         check_below_one(self, "warmup")

@@ -389,6 +389,48 @@ class TestFields:
             load_conversations(Settings(dataset=data))
 
 
+class TestColumns:
+    """Those that are named are read, or the run ends."""
+
+    def test_that_are_named_go_before_others(self, tmp_path: Path) -> None:
+        rows = [
+            {"messages": talk("x", str(n)), "question": f"{n}?", "answer": str(n), "functions": [TOOL]}
+            for n in range(2)
+        ]
+        data = write_rows(tmp_path / "data.jsonl", rows)
+        held_out = write_rows(tmp_path / "held_out.jsonl", [{**rows[0], "messages": talk("y", "y"), "question": "y"}])
+        settings = Settings(dataset=data, held_out=held_out)
+        train, _ = load_conversations(settings)
+        assert [(each.messages, each.tools) for each in train] == [(talk("x", str(n)), None) for n in range(2)]
+        settings = replace(settings, prompt_column="question", completion_column="answer", tools_column="functions")
+        train, _ = load_conversations(settings)
+        assert [(each.messages, each.tools) for each in train] == [(talk(f"{n}?", str(n)), [TOOL]) for n in range(2)]
+
+    @pytest.mark.parametrize(
+        ("names", "columns", "name", "read"),
+        [
+            ({"tools_column": "funtcions"}, "messages, functions", "tools_column", "messages"),
+            ({"messages_column": "talk"}, "prompt, completion, tools", "messages_column", "prompt, completion, tools"),
+            ({"prompt_column": "question"}, "messages, question", "prompt_column", "messages"),
+            ({"messages_column": "talk", "prompt_column": "a"}, "talk, a, completion", "prompt_column", "talk"),
+        ],
+    )
+    def test_that_would_have_no_effect(
+        self, names: dict[str, Any], columns: str, name: str, read: str, tmp_path: Path
+    ) -> None:
+        data = write_rows(tmp_path / "data.jsonl", [dict.fromkeys(columns.split(", "), talk("x", "y"))])
+        message = (
+            f"--{name} {names[name]} would have no effect: what is read of {data} is {read}. Choose from {columns}, or"
+        )
+        with pytest.raises(InputError, match=message):
+            load_conversations(Settings(dataset=data, **names))
+
+    def test_of_a_dataset_that_has_none(self) -> None:
+        with pytest.raises(InputError, match="--tools_column x would have no effect: functions has no columns"):
+            Settings(tools_column="x")
+        Settings(held_out="talks.jsonl", messages_column="x")
+
+
 CONFIGS: dict[str, PreTrainedConfig] = {
     kind.model_type: kind(
         **dict(vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4),
