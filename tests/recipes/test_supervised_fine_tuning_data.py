@@ -480,6 +480,14 @@ class TestModelsForPacking:
         model, _ = load_model(replace(settings, packing=False))
         assert model.training
 
+    def test_flex_attention_needs_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On CPUs it computes logits, which pass the test of packing, but no gradients."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(InputError, match="--attention flex_attention has gradients on GPUs only"):
+            Settings(attention="flex_attention")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        Settings(attention="flex_attention")
+
     def test_one_without_positions(self) -> None:
         model = build("llama", "eager")
         forward = model.forward
