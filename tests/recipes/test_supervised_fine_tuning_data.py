@@ -25,6 +25,7 @@ from recipes.inputs import InputError
 from recipes.offline import SMOLLM2, model_source
 from recipes.supervised_fine_tuning.conversations import Conversation, Message, load_conversations
 from recipes.supervised_fine_tuning.data import (
+    OPEN_ROWS,
     PackedConversations,
     collate_for,
     pack_held_out_rows,
@@ -429,6 +430,20 @@ class TestColumns:
         with pytest.raises(InputError, match="--tools_column x would have no effect: functions has no columns"):
             Settings(tools_column="x")
         Settings(held_out="talks.jsonl", messages_column="x")
+
+
+class TestRows:
+    def test_are_as_many_as_are_asked_for(self) -> None:
+        """Also where one conversation ends two: it takes the place of a row that waits, and fills its own."""
+        waiting = [Encoded([n] * 6, [n] * 6) for n in range(OPEN_ROWS)]
+        whole = Encoded([99] * 10, [99] * 10)
+        for conversations in (waiting, [*waiting, whole]):
+            everything = PackedConversations(conversations, 10)
+            assert len(everything) == everything.packed == len(conversations)
+            for rows in range(1, len(conversations) + 1):
+                some = PackedConversations(conversations, 10, rows)
+                assert (len(some), len(some.tokens), some.packed) == (rows, rows, rows)
+                assert some._rows == everything._rows[:rows]
 
 
 CONFIGS: dict[str, PreTrainedConfig] = {
