@@ -158,7 +158,11 @@ def _checked(messages: Any, prompt: int, tools: list[dict[str, Any]] | None, pla
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         problem = "it is no list of messages"
     else:
-        messages = _without_nulls(messages)
+        # Some templates write an empty list of calls, too.
+        messages = [
+            {field: value for field, value in message.items() if (field, value) != ("tool_calls", [])}
+            for message in _without_nulls(messages)
+        ]
         if not all(isinstance(m.get("role"), str) and _has_content(m) for m in messages):
             problem = "a message has no role or no content in text"
         elif next((m["role"] for m in messages if m["role"] != "system"), None) != "user":

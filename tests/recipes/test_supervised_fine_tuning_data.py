@@ -315,6 +315,14 @@ class TestFields:
                 "It is dry.<|im_end|>",
             ]
 
+    def test_no_calls(self, tmp_path: Path) -> None:
+        """An empty list of them counts as none: LFM2's template would teach a call of nothing after every answer."""
+        empty = [{**message, "tool_calls": []} for message in talk("one", "first")]
+        data = write_rows(tmp_path / "data.jsonl", [{"messages": empty}, {"messages": talk("two", "second")}])
+        train, held_out = load_conversations(Settings(dataset=data, held_out_size=1))
+        assert sorted(each.messages[1]["content"] for each in train + held_out) == ["first", "second"]
+        assert all(message.keys() == {"role", "content"} for each in train + held_out for message in each.messages)
+
     @pytest.mark.parametrize(
         ("field", "value", "template"),
         [
