@@ -158,11 +158,7 @@ def _checked(messages: Any, prompt: int, tools: list[dict[str, Any]] | None, pla
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         problem = "it is no list of messages"
     else:
-        # Some templates write an empty list of calls, too.
-        messages = [
-            {field: value for field, value in message.items() if (field, value) != ("tool_calls", [])}
-            for message in _without_nulls(messages)
-        ]
+        messages = [_with_calls_as_objects(message) for message in _without_nulls(messages)]
         if not all(isinstance(m.get("role"), str) and _has_content(m) for m in messages):
             problem = "a message has no role or no content in text"
         elif next((m["role"] for m in messages if m["role"] != "system"), None) != "user":
@@ -183,6 +179,29 @@ def _has_content(message: Message) -> bool:
 
 def _says_something(message: Message) -> bool:
     return bool(message.get("content", "").strip() or message.get("tool_calls"))
+
+
+def _with_calls_as_objects(message: Message) -> Message:
+    """The message with the arguments of its calls as objects, and without an empty list of calls.
+
+    The OpenAI API gives arguments as JSON text, which many templates refuse or write in quotes; some write the list.
+    """
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    others = {field: value for field, value in message.items() if field != "tool_calls"}
+    return {**others, "tool_calls": [_with_arguments_as_object(call) for call in calls]} if calls else others
+
+
+def _with_arguments_as_object(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if "function" in call:
+        return {**call, "function": _with_arguments_as_object(call["function"])}
+    arguments = call.get("arguments")
+    with suppress(json.JSONDecodeError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _without_nulls(value: Any) -> Any:

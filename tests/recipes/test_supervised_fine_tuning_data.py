@@ -315,6 +315,18 @@ class TestFields:
                 "It is dry.<|im_end|>",
             ]
 
+    def test_calls_with_arguments_in_text(self, tmp_path: Path) -> None:
+        """As objects: most templates write them as JSON, which of text would be a text in quotes."""
+        written = {"plain": '{"city": "Rome", "day": null}', "array": "[1]", "broken": "{", "none": ""}
+        calls: list[Any] = [{"function": {"name": name, "arguments": text}} for name, text in written.items()]
+        calls += [{"name": "flat", "arguments": '{"n": 1}'}]
+        rows = [{"messages": [*talk(str(n)), {"role": "assistant", "tool_calls": calls}]} for n in range(2)]
+        train, _ = load_conversations(Settings(dataset=write_rows(tmp_path / "data.jsonl", rows), held_out_size=1))
+        found = train[0].messages[1]["tool_calls"]
+        expected = [{"city": "Rome", "day": None}, "[1]", "{", ""]
+        assert [call["function"]["arguments"] for call in found[:4]] == expected
+        assert found[4] == {"name": "flat", "arguments": {"n": 1}}
+
     def test_no_calls(self, tmp_path: Path) -> None:
         """An empty list of them counts as none: LFM2's template would teach a call of nothing after every answer."""
         empty = [{**message, "tool_calls": []} for message in talk("one", "first")]
