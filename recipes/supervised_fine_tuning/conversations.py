@@ -9,7 +9,7 @@ from typing import Any
 
 from recipes.inputs import InputError
 from recipes.python_texts import SHORTEST_ANSWER, read_functions
-from recipes.supervised_fine_tuning.settings import FILES, OFFLINE_DATASET, Settings
+from recipes.supervised_fine_tuning.settings import COLUMNS, FILES, OFFLINE_DATASET, Settings
 from recipes.tables import place_of_held_out, read_table
 
 INSTRUCTION = "Write the docstring of this Python function."
@@ -94,23 +94,43 @@ def _load(settings: Settings, source: str, split: str) -> list[Conversation]:
         )
         return [Conversation(messages, prompt, place=OFFLINE_DATASET) for messages, prompt in functions]
     table = read_table(source, split, subset=settings.subset, files=FILES, offline=OFFLINE_DATASET)
-    columns = table.column_names
-    if settings.messages_column in columns:
+    read = _arguments_that_are_read(settings, source, table.column_names)
+    if "messages_column" in read:
         rows: Any = ((messages, 0) for messages in table[settings.messages_column])
-    elif {settings.prompt_column, settings.completion_column} <= set(columns):
+    else:
         pairs = zip(table[settings.prompt_column], table[settings.completion_column], strict=True)
         rows = (_prompt_and_completion(*pair) for pair in pairs)
-    else:
+    tools = table[settings.tools_column] if "tools_column" in read else [None] * len(table)
+    return [
+        _checked(messages, prompt, _tools(each, number, settings), f"row {number} of {source}")
+        for number, ((messages, prompt), each) in enumerate(zip(rows, tools, strict=True))
+    ]
+
+
+def _arguments_that_are_read(settings: Settings, source: str, columns: list[str]) -> set[str]:
+    """Returns the arguments whose columns hold the conversations and tools: among them all that were given.
+
+    Raises:
+        InputError: If there are no conversations, or an argument was given that is not among them.
+    """
+    given = {name for name in COLUMNS if getattr(settings, name) != getattr(Settings, name)}
+    present = {name for name in COLUMNS if getattr(settings, name) in columns}
+    tools = present & {"tools_column"}
+    ways = [way | tools for way in ({"messages_column"}, {"prompt_column", "completion_column"}) if way <= present]
+    if not ways:
         raise InputError(
             "--messages_column, --prompt_column, --completion_column: there is neither a column "
             f"{settings.messages_column!r} nor both of {settings.prompt_column!r} and {settings.completion_column!r}. "
             f"Choose from {', '.join(columns)}."
         )
-    tools = table[settings.tools_column] if settings.tools_column in columns else [None] * len(table)
-    return [
-        _checked(messages, prompt, _tools(each, number, settings), f"row {number} of {source}")
-        for number, ((messages, prompt), each) in enumerate(zip(rows, tools, strict=True))
-    ]
+    read = next((way for way in ways if given <= way), ways[0])
+    for name in sorted(given - read):
+        instead = ", ".join(getattr(settings, each) for each in COLUMNS if each in read)
+        raise InputError(
+            f"--{name} {getattr(settings, name)} would have no effect: what is read of {source} is {instead}. Choose "
+            f"from {', '.join(columns)}, or leave it out."
+        )
+    return read
 
 
 def _prompt_and_completion(prompt: Any, completion: Any) -> tuple[list[Any], int]:
@@ -138,7 +158,7 @@ def _checked(messages: Any, prompt: int, tools: list[dict[str, Any]] | None, pla
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         problem = "it is no list of messages"
     else:
-        messages = _without_nulls(messages)
+        messages = [_with_calls_as_objects(message) for message in _without_nulls(messages)]
         if not all(isinstance(m.get("role"), str) and _has_content(m) for m in messages):
             problem = "a message has no role or no content in text"
         elif next((m["role"] for m in messages if m["role"] != "system"), None) != "user":
@@ -159,6 +179,29 @@ def _has_content(message: Message) -> bool:
 
 def _says_something(message: Message) -> bool:
     return bool(message.get("content", "").strip() or message.get("tool_calls"))
+
+
+def _with_calls_as_objects(message: Message) -> Message:
+    """The message with the arguments of its calls as objects, and without an empty list of calls.
+
+    The OpenAI API gives arguments as JSON text, which many templates refuse or write in quotes; some write the list.
+    """
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    others = {field: value for field, value in message.items() if field != "tool_calls"}
+    return {**others, "tool_calls": [_with_arguments_as_object(call) for call in calls]} if calls else others
+
+
+def _with_arguments_as_object(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if "function" in call:
+        return {**call, "function": _with_arguments_as_object(call["function"])}
+    arguments = call.get("arguments")
+    with suppress(json.JSONDecodeError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _without_nulls(value: Any) -> Any:

@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -89,10 +90,9 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.length = length
         self.packing = packing
-        self.packed = 0
         self.dropped = 0
-        self._rows: list[list[Encoded]] = []
-        self._pack(conversations, rows)
+        self._rows = list(islice(self._pack(conversations), rows))
+        self.packed = sum(len(row) for row in self._rows)
         self.tokens = [sum(len(each.input_ids) for each in row) for row in self._rows]
         self.targets = [sum(each.targets for each in row) for row in self._rows]
 
@@ -121,8 +121,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.tokens += [0] * missing
         self.targets += [0] * missing
 
-    def _pack(self, conversations: Iterable[Encoded], rows: int | None) -> None:
-        """Puts each conversation where it leaves the least room, among the rows that are open."""
+    def _pack(self, conversations: Iterable[Encoded]) -> Iterator[list[Encoded]]:
+        """Puts each conversation where it leaves the least room, among the rows that are open; yields the closed."""
         waiting: list[_OpenRow] = []
         for conversation in conversations:
             if not conversation.targets:
@@ -136,21 +136,15 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
                 if len(waiting) == OPEN_ROWS:
                     fullest = min(waiting, key=lambda row: row.room)
                     waiting.remove(fullest)
-                    self._close(fullest)
+                    yield fullest.conversations
                 row = _OpenRow(self.length)
                 waiting.append(row)
             row.add(conversation)
             if row.room == 0 or not self.packing:
                 waiting.remove(row)
-                self._close(row)
-            if rows is not None and len(self._rows) >= rows:
-                return
+                yield row.conversations
         for row in waiting:
-            self._close(row)
-
-    def _close(self, row: "_OpenRow") -> None:
-        self._rows.append(row.conversations)
-        self.packed += len(row.conversations)
+            yield row.conversations
 
 
 class _OpenRow:

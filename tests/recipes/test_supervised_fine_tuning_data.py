@@ -25,6 +25,7 @@ from recipes.inputs import InputError
 from recipes.offline import SMOLLM2, model_source
 from recipes.supervised_fine_tuning.conversations import Conversation, Message, load_conversations
 from recipes.supervised_fine_tuning.data import (
+    OPEN_ROWS,
     PackedConversations,
     collate_for,
     pack_held_out_rows,
@@ -63,11 +64,15 @@ MARKED = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 OPEN = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}{{ '\\n' }}")
-REWRITING = (  # like Qwen 3's, which gives a thought to the last answer only
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+MARKED_REWRITING = (  # like Qwen 3's, which keeps thoughts only after the last question
+    "{% set last = namespace(question=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set last.question = loop.index %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{% if loop.index > last.question %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+REWRITING = MARKED_REWRITING.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 CALLING = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -220,10 +225,22 @@ class TestAnswers:
         found = learnt(encode(chat("one", "", "two", "answer"), tokenizer, 100), tokenizer)
         assert found == [text for text in (end, f"answer{end}") if text]
 
+    @pytest.mark.parametrize("template", [REWRITING, MARKED_REWRITING], ids=["plain", "marked"])
+    def test_in_prompts_that_are_rewritten_later(self, template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The next answer follows on a text that the conversation no longer holds; the one after the question does."""
+        tokenizer.chat_template = template
+        messages = talk("one", "EARLIER", "found", "first", "two", "second")
+        messages[1]["reasoning_content"] = "hm"
+        messages[2]["role"] = "tool"
+        encoded = encode(Conversation(messages, prompt=3), tokenizer, 100)
+        assert learnt(encoded, tokenizer) == ["<think></think>second<|im_end|>"]
+        assert len(encoded.rewritten) == 1
+
+    @pytest.mark.parametrize("template", [REWRITING, MARKED_REWRITING], ids=["plain", "marked"])
     def test_that_are_rewritten_later_are_not_learnt(
-        self, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+        self, template: str, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
     ) -> None:
-        tokenizer.chat_template = REWRITING
+        tokenizer.chat_template = template
         encoded = encode(chat("one", "first", "two", "second"), tokenizer, 100)
         assert learnt(encoded, tokenizer) == ["<think></think>second<|im_end|>"]
         [how] = encoded.rewritten
@@ -298,6 +315,26 @@ class TestFields:
                 "It is dry.<|im_end|>",
             ]
 
+    def test_calls_with_arguments_in_text(self, tmp_path: Path) -> None:
+        """As objects: most templates write them as JSON, which of text would be a text in quotes."""
+        written = {"plain": '{"city": "Rome", "day": null}', "array": "[1]", "broken": "{", "none": ""}
+        calls: list[Any] = [{"function": {"name": name, "arguments": text}} for name, text in written.items()]
+        calls += [{"name": "flat", "arguments": '{"n": 1}'}]
+        rows = [{"messages": [*talk(str(n)), {"role": "assistant", "tool_calls": calls}]} for n in range(2)]
+        train, _ = load_conversations(Settings(dataset=write_rows(tmp_path / "data.jsonl", rows), held_out_size=1))
+        found = train[0].messages[1]["tool_calls"]
+        expected = [{"city": "Rome", "day": None}, "[1]", "{", ""]
+        assert [call["function"]["arguments"] for call in found[:4]] == expected
+        assert found[4] == {"name": "flat", "arguments": {"n": 1}}
+
+    def test_no_calls(self, tmp_path: Path) -> None:
+        """An empty list of them counts as none: LFM2's template would teach a call of nothing after every answer."""
+        empty = [{**message, "tool_calls": []} for message in talk("one", "first")]
+        data = write_rows(tmp_path / "data.jsonl", [{"messages": empty}, {"messages": talk("two", "second")}])
+        train, held_out = load_conversations(Settings(dataset=data, held_out_size=1))
+        assert sorted(each.messages[1]["content"] for each in train + held_out) == ["first", "second"]
+        assert all(message.keys() == {"role", "content"} for each in train + held_out for message in each.messages)
+
     @pytest.mark.parametrize(
         ("field", "value", "template"),
         [
@@ -325,6 +362,41 @@ class TestFields:
         messages[1]["reasoning_content"] = "hm"
         assert learnt(encode(Conversation(messages), tokenizer, 100), tokenizer) == ["<think></think>second<|im_end|>"]
 
+    @pytest.mark.parametrize(
+        ("role", "template"),
+        [
+            ("tool", CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")),
+            ("assistant", CALLING.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}")),
+            ("user", CALLING.replace("{{ m.content }}", "{% if m.role != 'user' %}{{ m.content }}{% endif %}")),
+        ],
+    )
+    def test_content_that_the_template_does_not_use(
+        self, role: str, template: str, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """A message left out as a whole, as by templates that know no tools; one's text beside its calls; all text."""
+        tokenizer.chat_template = template
+        messages = talk("Rain?", "I look it up.", "no", "It is dry.")
+        messages[2]["role"] = "tool"
+        if "tool_calls" in template:
+            messages[1]["tool_calls"] = [CALL]
+        turn = next(index for index, message in enumerate(messages) if message["role"] == role)
+        with pytest.raises(
+            InputError, match=rf"message {turn} of row 7 has a field 'content', .* \(its role is '{role}'\). Remove it"
+        ):
+            encode(Conversation(messages, place="row 7"), tokenizer, 100)
+        messages[turn]["content"] = " "
+        assert "It is dry." in learnt(encode(Conversation(messages), tokenizer, 100), tokenizer)[-1]
+
+    def test_content_that_the_template_looks_into(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """It is in use, though none of it is in the text, or the template takes no other."""
+        for use in (
+            "{{ m.content | length }}",
+            "{{ m.content if m.content in ('x', 'y') else raise_exception('no') }}",
+            "{{ m.content if loop.last else '' }}",
+        ):
+            tokenizer.chat_template = CHATML.replace("{{ m.content }}", use)
+            encode(chat("x", "y"), tokenizer, 100)
+
     def test_tools_that_the_template_does_not_use(self, tokenizer: PreTrainedTokenizerBase) -> None:
         conversation = replace(chat("x", "y"), tools=[TOOL], place="row 7 of talks.jsonl")
         with pytest.raises(
@@ -336,6 +408,62 @@ class TestFields:
         data = write_rows(tmp_path / "data.jsonl", [{"messages": talk("x", "y"), "tools": "hammer, saw"}])
         with pytest.raises(InputError, match=r"--tools_column tools: row 0 holds 'hammer, saw'"):
             load_conversations(Settings(dataset=data))
+
+
+class TestColumns:
+    """Those that are named are read, or the run ends."""
+
+    def test_that_are_named_go_before_others(self, tmp_path: Path) -> None:
+        rows = [
+            {"messages": talk("x", str(n)), "question": f"{n}?", "answer": str(n), "functions": [TOOL]}
+            for n in range(2)
+        ]
+        data = write_rows(tmp_path / "data.jsonl", rows)
+        held_out = write_rows(tmp_path / "held_out.jsonl", [{**rows[0], "messages": talk("y", "y"), "question": "y"}])
+        settings = Settings(dataset=data, held_out=held_out)
+        train, _ = load_conversations(settings)
+        assert [(each.messages, each.tools) for each in train] == [(talk("x", str(n)), None) for n in range(2)]
+        settings = replace(settings, prompt_column="question", completion_column="answer", tools_column="functions")
+        train, _ = load_conversations(settings)
+        assert [(each.messages, each.tools) for each in train] == [(talk(f"{n}?", str(n)), [TOOL]) for n in range(2)]
+
+    @pytest.mark.parametrize(
+        ("names", "columns", "name", "read"),
+        [
+            ({"tools_column": "funtcions"}, "messages, functions", "tools_column", "messages"),
+            ({"messages_column": "talk"}, "prompt, completion, tools", "messages_column", "prompt, completion, tools"),
+            ({"prompt_column": "question"}, "messages, question", "prompt_column", "messages"),
+            ({"messages_column": "talk", "prompt_column": "a"}, "talk, a, completion", "prompt_column", "talk"),
+        ],
+    )
+    def test_that_would_have_no_effect(
+        self, names: dict[str, Any], columns: str, name: str, read: str, tmp_path: Path
+    ) -> None:
+        data = write_rows(tmp_path / "data.jsonl", [dict.fromkeys(columns.split(", "), talk("x", "y"))])
+        message = (
+            f"--{name} {names[name]} would have no effect: what is read of {data} is {read}. Choose from {columns}, or"
+        )
+        with pytest.raises(InputError, match=message):
+            load_conversations(Settings(dataset=data, **names))
+
+    def test_of_a_dataset_that_has_none(self) -> None:
+        with pytest.raises(InputError, match="--tools_column x would have no effect: functions has no columns"):
+            Settings(tools_column="x")
+        Settings(held_out="talks.jsonl", messages_column="x")
+
+
+class TestRows:
+    def test_are_as_many_as_are_asked_for(self) -> None:
+        """Also where one conversation ends two: it takes the place of a row that waits, and fills its own."""
+        waiting = [Encoded([n] * 6, [n] * 6) for n in range(OPEN_ROWS)]
+        whole = Encoded([99] * 10, [99] * 10)
+        for conversations in (waiting, [*waiting, whole]):
+            everything = PackedConversations(conversations, 10)
+            assert len(everything) == everything.packed == len(conversations)
+            for rows in range(1, len(conversations) + 1):
+                some = PackedConversations(conversations, 10, rows)
+                assert (len(some), len(some.tokens), some.packed) == (rows, rows, rows)
+                assert some._rows == everything._rows[:rows]
 
 
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -386,6 +514,14 @@ class TestModelsForPacking:
             load_model(settings)
         model, _ = load_model(replace(settings, packing=False))
         assert model.training
+
+    def test_flex_attention_needs_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On CPUs it computes logits, which pass the test of packing, but no gradients."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(InputError, match="--attention flex_attention has gradients on GPUs only"):
+            Settings(attention="flex_attention")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        Settings(attention="flex_attention")
 
     def test_one_without_positions(self) -> None:
         model = build("llama", "eager")
