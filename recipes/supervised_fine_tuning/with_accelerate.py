@@ -92,6 +92,7 @@ def fine_tune(settings: Settings) -> float:
     def measure(step: int) -> float:
         speed.pause()
         loss = held_out_loss(model, held_out)
+        speed.go_on()
         report({"held_out_loss": loss}, step)
         return loss
 
@@ -125,8 +126,9 @@ def fine_tune(settings: Settings) -> float:
             if done % settings.validate_every == 0 or done == settings.steps:
                 reached = measure(done)
             if done % settings.checkpoint_every == 0 or done == settings.steps:
-                save_checkpoint(accelerator, settings, done)
                 speed.pause()
+                save_checkpoint(accelerator, settings, done)
+                speed.go_on()
     save_model(accelerator.unwrap_model(model), tokenizer, run_folder(settings) / "model")
     show_outcome(settings, reached, None if selection is None else selection.statistics.history)
     accelerator.end_training()

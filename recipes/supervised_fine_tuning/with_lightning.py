@@ -202,8 +202,7 @@ class FineTuner(LightningModule):
 
     def on_validation_start(self) -> None:
         self.held_out = torch.zeros(2, dtype=torch.float64, device=self.device)  # summed loss, tokens
-        if self.trainer.training or self.trainer.sanity_checking:
-            self.speed.pause()
+        self.speed.pause()
 
     def validation_step(self, batch: Batch, _: int) -> None:
         tokens = (batch["labels"] != IGNORED).sum()
@@ -216,8 +215,8 @@ class FineTuner(LightningModule):
         self.measured_at = self.trainer.global_step
         self._tell({"held_out_loss": self.reached})
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.speed.pause()
+    def on_validation_end(self) -> None:
+        self.speed.go_on()
 
     def on_train_end(self) -> None:
         save_model(self.model, self.tokenizer, run_folder(self.settings) / "model")

@@ -121,10 +121,17 @@ class FineTuner(Trainer):
         return optimizer
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        self.speed.pause()
         metrics = {"eval_loss": held_out_loss(self.model_wrapped, self.get_eval_dataloader())}
+        self.speed.go_on()
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save_checkpoint(self, *arguments: Any) -> None:
+        self.speed.pause()
+        super()._save_checkpoint(*arguments)
+        self.speed.go_on()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -135,7 +142,7 @@ class FineTuner(Trainer):
 
 
 class Progress(TrainerCallback):
-    """Tells the speedometer what happens."""
+    """Tells the speedometer of each step."""
 
     def __init__(self, speed: Speedometer, data: Data) -> None:
         self.speed = speed
@@ -143,12 +150,6 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: Any, *_: Any, **__: Any) -> None:
         self.speed.step(round(self.data.tokens[state.global_step - 1] / args.world_size))
-
-    def on_evaluate(self, *_: Any, **__: Any) -> None:
-        self.speed.pause()
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        self.speed.pause()
 
 
 if __name__ == "__main__":
