@@ -46,9 +46,16 @@ from recipes.supervised_fine_tuning import model as recipe_model
 from recipes.supervised_fine_tuning.conversations import Conversation, Message, load_conversations
 from recipes.supervised_fine_tuning.data import PackedConversations, collate_for, load_data, pack_training_rows
 from recipes.supervised_fine_tuning.encoding import IGNORED, Encoded, encode
-from recipes.supervised_fine_tuning.model import autocast_dtype, count_flops_per_token, held_out_loss, load_model
+from recipes.supervised_fine_tuning.model import (
+    autocast_dtype,
+    count_flops_per_token,
+    held_out_loss,
+    load_model,
+    save_model,
+)
 from recipes.supervised_fine_tuning.settings import Settings, run_folder
 from recipes.supervised_fine_tuning.with_lightning import LightningSettings
+from recipes.throughput import Speedometer
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import fsdp2_on_cpu
 
@@ -533,6 +540,10 @@ def fine_tune_sharded(name: str, settings: Settings, interrupted_at: int = 0) ->
     assert set(kinds) == {"DTensor"}, "the model was not sharded"
 
 
+def raise_no_space(*_: Any, **__: Any) -> None:
+    raise OSError("no space left")
+
+
 class TestModel:
     def test_packed_conversations_do_not_see_each_other(
         self, tiny: Settings, tokenizer: PreTrainedTokenizerBase
@@ -609,6 +620,25 @@ class TestModel:
         history = SelectionHistory.load(run_folder(settings) / "selection.json")
         assert len(history.kinds) == 2 * 7
         assert all("lora_B" in kind.name for kind in history.kinds)
+
+    def test_a_saved_model_is_whole_and_alone(
+        self, tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Adapters that an earlier run left beside it would be added to its weights when it is loaded."""
+        folder = tmp_path / "model"
+        save_model(*load_model(replace(tiny, lora_rank=2)), folder)
+        before = {path.name for path in folder.iterdir()}
+        assert "adapter_config.json" in before
+        model, tokenizer = load_model(tiny)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+            patch.setattr(type(tokenizer), "save_pretrained", raise_no_space)
+            save_model(model, tokenizer, folder)
+        assert {path.name for path in folder.iterdir()} == before
+        save_model(model, tokenizer, folder)
+        assert not [path for path in folder.iterdir() if path.name.startswith("adapter")]
+        assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
     def test_adapters_follow_the_seed(self, tiny: Settings) -> None:
         weights = []
