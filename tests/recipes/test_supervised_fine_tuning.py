@@ -293,13 +293,9 @@ class TestRuns:
     def test_the_control_selects_nothing(self, name: str, tiny: Settings) -> None:
         settings = for_framework(name, tiny, optimizer=replace(tiny.optimizer, algorithm="adamw"), steps=2)
         FRAMEWORKS[name].fine_tune(settings)
-        assert {path.name for path in run_folder(settings).iterdir()} <= {
-            "model",
-            "checkpoints",
-            "settings.json",
-            "metrics.csv",
-            "metrics.jsonl",
-        }
+        metrics = {"lightning": {"metrics.csv"}, "accelerate": {"metrics.jsonl"}, "trainer": set()}[name]
+        left = {path.name for path in run_folder(settings).iterdir()}
+        assert left == {"model", "checkpoints", "settings.json", *metrics}
 
     @pytest.mark.parametrize("name", FRAMEWORKS)
     def test_a_run_that_diverges_says_so(self, name: str, tiny: Settings) -> None:
@@ -475,7 +471,9 @@ class TestTwoProcesses:
         run_like_torchrun(2, fine_tune_sharded, name, settings)
         train, held_out = losses(name, settings)
         assert held_out[0] == pytest.approx(expected[1][1][0], abs=2e-3)
-        assert all(torch.tensor(loss).bfloat16().item() != loss for loss in train)
+        # Of two ranks, sums and means of bfloat16 are multiples of 1/128, if each gives 1 or more.
+        assert all(4 < loss < 8 for loss in train)
+        assert all(loss * 128 % 1 for loss in train)
 
     @pytest.mark.parametrize("name", ["lightning", "accelerate"])
     def test_a_resumed_run_on_shards(self, name: str, expected: Any, tmp_path: Path) -> None:
