@@ -17,6 +17,7 @@ from recipes.precision import sum_in_float32
 from recipes.selection_page import look_every
 from recipes.supervised_fine_tuning.command import (
     begin_run,
+    check_rows,
     refuse_model_parallelism,
     run,
     selection_file,
@@ -75,9 +76,10 @@ def fine_tune(settings: Settings) -> float:
             f"one process sees {args.n_gpu} GPUs. Start one for each with `torchrun --nproc_per_node {args.n_gpu}`, or "
             "choose one with CUDA_VISIBLE_DEVICES=0."
         )
-    last = begin_run(settings, "checkpoint-*", seal="trainer_state.json", ranks=args.world_size)
+    _, last = begin_run(settings, "trainer", args.world_size, "checkpoint-", seal="trainer_state.json")
     model, tokenizer = load_model(settings)
     data = load_data(settings, tokenizer, args.world_size)
+    check_rows(settings, data.train)
     speed = Speedometer(count_flops_per_token(model, settings.length), args.device, dtype, args.world_size)
     callbacks: list[TrainerCallback] = [Progress(speed, data)]
     selection = None
