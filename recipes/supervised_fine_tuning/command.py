@@ -25,9 +25,6 @@ from recipes.terminal import IS_FIRST_RANK, quiet_libraries, show_own_lines
 
 logger = logging.getLogger("recipes")
 
-BEGUN = "settings.json"
-"""What the run in a folder was begun with."""
-
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
@@ -71,7 +68,7 @@ def begin_run(
             another.
     """
     home = run_folder(settings)
-    folder, begun = home / "checkpoints", home / BEGUN
+    folder, begun = home / "checkpoints", home / "settings.json"
     whole = {step: path for step, path in find_checkpoints(folder, names).items() if (path / seal).exists()}
     precision = "bf16" if autocast_dtype(settings) == torch.bfloat16 else "float32"
     asked = {**describe(settings, FREE), "precision": precision}
@@ -96,7 +93,7 @@ def begin_run(
         )
     if not whole or not saved:
         raise InputError(
-            f"--resume: there is no finished checkpoint in {folder}, or no {BEGUN} beside it. Begin anew without "
+            f"--resume: there is no finished checkpoint in {folder}, or no {begun.name} beside it. Begin anew without "
             "--resume, in another --output or after removing that folder."
         )
     refuse_changes(saved, asked, f"the run in {home}")
@@ -118,21 +115,20 @@ def check_rows(settings: Settings, rows: PackedConversations) -> None:
     Raises:
         InputError: If the run was begun with others: the file, the hub or the tokenizer may have changed.
     """
-    begun = run_folder(settings) / BEGUN
+    file = run_folder(settings) / "rows.txt"
     checksum = 0
     for row in map(rows.__getitem__, range(len(rows))):
         for name in ("input_ids", "labels"):
             checksum = zlib.crc32(row[name].numpy().tobytes(), checksum)
     if settings.resume:
-        if json.loads(begun.read_text(encoding="utf-8"))["rows"] != checksum:
+        if file.read_text(encoding="utf-8") != str(checksum):
             raise InputError(
                 f"--resume: --dataset {settings.dataset} now gives other rows than when the run in "
                 f"{run_folder(settings)} was begun. Go on with the same data, tokenizer and chat template, or leave "
                 "--resume out and choose another --output."
             )
     elif IS_FIRST_RANK:
-        saved = json.loads(begun.read_text(encoding="utf-8"))
-        begun.write_text(json.dumps({**saved, "rows": checksum}, indent=2), encoding="utf-8")
+        file.write_text(str(checksum), encoding="utf-8")
 
 
 def find_checkpoints(folder: Path, names: str = "step-") -> dict[int, Path]:

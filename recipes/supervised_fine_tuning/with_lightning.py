@@ -222,6 +222,13 @@ class FineTuner(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._save_checkpoint()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # As in the middle of on_train_batch_end, after a measurement too: else Lightning goes on with its own step
+        # one behind, unless it would measure there again.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts["completed"] = counts["processed"] - 1
+
     def _save_checkpoint(self) -> None:
         """Writes everything that the run needs to go on, where that is due, and removes older checkpoints then."""
         if self.steps_done % self.settings.checkpoint_every and self.steps_done != self.settings.steps:
