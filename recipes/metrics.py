@@ -12,7 +12,8 @@ class MetricsFile(GeneralTracker):
 
     Args:
         path: The file.
-        step: Steps that the run has behind it; what the file says of later ones is dropped, as they come again.
+        step: Steps that the run has behind it. What the file says of later ones is dropped, as they come again; a new
+            run, which has none, begins an empty file.
     """
 
     name = "metrics_file"
@@ -28,12 +29,15 @@ class MetricsFile(GeneralTracker):
 
     def start(self) -> None:
         """Begins the file; Accelerate calls it on the main process alone."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= self.step] if self.path.exists() else []
+        goes_on = self.step > 0 and self.path.exists()
+        kept = [line for line in read_metrics(self.path) if line["step"] <= self.step] if goes_on else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        written = self.path.with_suffix(".unfinished")
+        written.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        written.replace(self.path)
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Nothing: the settings stand in every checkpoint."""
+        """Nothing: a recipe keeps its settings in a file of their own."""
 
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -41,5 +45,6 @@ class MetricsFile(GeneralTracker):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of such a file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Returns the lines of such a file, without one that was not finished."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # nothing comes after a finished line
+    return [json.loads(line) for line in lines]

@@ -1,8 +1,10 @@
-"""Whether a run that goes on is the run that was begun: what both were asked for, next to each other."""
+"""Whether a run that goes on is the run that was begun, and how what it writes is whole or not there."""
 
 import json
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from recipes.inputs import InputError
@@ -30,9 +32,26 @@ def refuse_changes(saved: Mapping[str, Any], asked: Mapping[str, Any], begun: st
         begun: Where that run is, for the error.
 
     Raises:
-        InputError: If something differs; it says what.
+        InputError: If something differs; it says what, and what to do.
     """
     different = [name for name in asked if saved.get(name) != asked[name]]
     if different:
         changes = "; ".join(f"--{name} was {saved.get(name)!r}, is {asked[name]!r}" for name in different)
-        raise InputError(f"--resume: {begun} is of another training: {changes}.")
+        raise InputError(
+            f"--resume: {begun} is of another training: {changes}. Give what it was begun with, or leave --resume out "
+            "and choose another --output."
+        )
+
+
+def put_in_place(written: Path, place: Path) -> None:
+    """Moves a file or folder, once it is written, to where it belongs; what is there is removed. One rank does it."""
+    remove(place)
+    written.rename(place)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

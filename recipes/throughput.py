@@ -23,8 +23,8 @@ def synchronized_time() -> float:
 class Speedometer:
     """Tokens a second, model FLOPs utilisation and peak memory of one rank's steps.
 
-    Call :meth:`step` after every optimizer step and log :meth:`figures` when it is time to. After validation or a
-    checkpoint call :meth:`pause`, so that it does not count.
+    Call :meth:`step` after every optimizer step and log :meth:`figures` when it is time to. Call :meth:`pause` before
+    validation or a checkpoint and :meth:`go_on` after it, so that it does not count.
 
     Args:
         flops_per_token: What the model needs for a token, forward and backward, see :func:`model_flops_per_token`; 0
@@ -51,6 +51,7 @@ class Speedometer:
         self._throughput = Throughput(available_flops=peak, world_size=world_size, window_size=WINDOW)
         self._seconds, self._steps, self._tokens = 0.0, 0, 0
         self._last: float | None = None
+        self._paused = 0.0
 
     def step(self, tokens: int) -> None:
         """Count an optimizer step.
@@ -71,8 +72,13 @@ class Speedometer:
         self._last = now
 
     def pause(self) -> None:
-        """Leave out what happens until the next step, and that step with it."""
-        self._last = None
+        """Stop the clock, once the accelerator has done its steps."""
+        self._paused = synchronized_time()
+
+    def go_on(self) -> None:
+        """Let the clock go on after :meth:`pause`; before the first step it stands still anyway."""
+        if self._last is not None:
+            self._last += synchronized_time() - self._paused
 
     def figures(self) -> dict[str, float]:
         """Return what is known, by the name to log it under.

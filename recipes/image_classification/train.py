@@ -58,6 +58,19 @@ class ImageTrainer(Trainer):
             raise InputError(f"--{error}") from error
 
     @override
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        self.speedometer.pause()
+        metrics: dict[str, float] = super().evaluate(*arguments, **options)
+        self.speedometer.go_on()
+        return metrics
+
+    @override
+    def _save_checkpoint(self, *arguments: Any) -> None:
+        self.speedometer.pause()
+        super()._save_checkpoint(*arguments)
+        self.speedometer.go_on()
+
+    @override
     def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
         """Evaluate; the Trainer's own mean counts images twice that fill up the last batches of several ranks."""
         output = super().evaluation_loop(*arguments, **options)
@@ -88,12 +101,6 @@ class StepTimer(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.seconds.append(synchronized_time() - self._start)
         self.speedometer.step(self.images)
-
-    def on_evaluate(self, *_: Any, **__: Any) -> None:
-        self.speedometer.pause()
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        self.speedometer.pause()
 
 
 class ProgressBar(ProgressCallback):

@@ -111,11 +111,13 @@ def pretrain(settings: Settings) -> float:
             report(accelerator, figures, step, selected)
             losses.clear()
         if step % settings.validate_every == 0 and step < settings.steps:
+            speed.pause()
             report(accelerator, {"held_out_loss": measure(accelerator, model, held_out_loader)}, step)
-            speed.pause()
+            speed.go_on()
         if step % settings.checkpoint_every == 0 or step == settings.steps:
-            checkpoints.save(step)
             speed.pause()
+            checkpoints.save(step)
+            speed.go_on()
 
     held_out_loss = measure(accelerator, model, held_out_loader)
     report(accelerator, {"held_out_loss": held_out_loss}, step)

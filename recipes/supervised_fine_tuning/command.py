@@ -2,19 +2,24 @@
 
 import json
 import logging
+import re
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
 from dion2_lightning.history import SelectionHistory
 from recipes.inputs import InputError, read_settings
 from recipes.offline import SMOLLM2
-from recipes.resuming import describe, refuse_changes
+from recipes.resuming import describe, put_in_place, refuse_changes, remove
 from recipes.selection_page import write_selection_page
+from recipes.supervised_fine_tuning.data import PackedConversations
+from recipes.supervised_fine_tuning.model import autocast_dtype
 from recipes.supervised_fine_tuning.settings import FREE, Settings, run_folder
 from recipes.terminal import IS_FIRST_RANK, quiet_libraries, show_own_lines
 
@@ -43,49 +48,102 @@ def tell(step: int, metrics: Mapping[str, float]) -> None:
         logger.info("step %d: %s", step, ", ".join(f"{name} {value:.5g}" for name, value in shown.items()))
 
 
-def begin_run(settings: Settings, names: str, seal: str = "", ranks: int = 1) -> Path | None:
-    """Writes down what a new run is asked for, or compares it with a run that goes on, and returns its checkpoint.
+def begin_run(
+    settings: Settings, framework: str, ranks: int, names: str = "step-", seal: str = ""
+) -> tuple[int, Path | None]:
+    """Writes down what a new run is asked for, or compares it with a run that goes on.
 
     Args:
         settings: Of the run.
-        names: What the framework calls checkpoints, by a pattern; the step is the one number in a name.
-        seal: The file in such a folder that is written last: a folder without it was not finished.
+        framework: What trains: a run goes on with the one it was begun with.
         ranks: Processes that read different rows.
+        names: What stands before the step in the name of a checkpoint.
+        seal: The file in such a folder that is written last: a folder without it was not finished.
+
+    Returns:
+        The steps that the run has behind it, and its last checkpoint; 0 and None for a new one.
 
     Raises:
         InputError: If there is none, if it is of another run, or if a new run would mix its checkpoints with those of
             another.
     """
-    folder = run_folder(settings) / "checkpoints"
-    found = sorted(folder.glob(names), key=step_of)
-    whole = [each for each in found if each.is_file() or (each / seal).exists()]
-    begun = run_folder(settings) / "settings.json"
-    asked = describe(settings, FREE)
+    home = run_folder(settings)
+    folder, begun = home / "checkpoints", home / "settings.json"
+    whole = {step: path for step, path in find_checkpoints(folder, names).items() if (path / seal).exists()}
+    precision = "bf16" if autocast_dtype(settings) == torch.bfloat16 else "float32"
+    asked = {**describe(settings, FREE), "precision": precision}
     if not settings.resume:
-        if found:
+        if folder.exists() and any(folder.iterdir()):
+            go_on = (
+                "Go on from them with --resume true, choose" if whole else "None is finished and of this kind. Choose"
+            )
             raise InputError(
-                f"--output {settings.output}: there are checkpoints of an earlier run in {folder}. Go on from them "
-                "with --resume true, choose another --output, or remove them."
+                f"--output {settings.output}: there are checkpoints of an earlier run in {folder}. {go_on} another "
+                "--output, or remove that folder."
             )
         if IS_FIRST_RANK:
             begun.parent.mkdir(parents=True, exist_ok=True)
-            begun.write_text(json.dumps({**asked, "ranks": ranks}, indent=2), encoding="utf-8")
-        return None
-    if not whole or not begun.exists():
-        raise InputError(f"--resume: there is no finished checkpoint in {folder}, or no {begun.name} beside it.")
-    saved = json.loads(begun.read_text(encoding="utf-8"))
-    refuse_changes(saved, asked, f"the run in {run_folder(settings)}")
+            begun.write_text(json.dumps({**asked, "framework": framework, "ranks": ranks}, indent=2), encoding="utf-8")
+        return 0, None
+    saved = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else {}
+    if saved and saved["framework"] != framework:
+        raise InputError(
+            f"--resume: the run in {home} was begun by with_{saved['framework']}.py, whose checkpoints "
+            f"with_{framework}.py cannot read. Go on with that, or leave --resume out and choose another --output."
+        )
+    if not whole or not saved:
+        raise InputError(
+            f"--resume: there is no finished checkpoint in {folder}, or no {begun.name} beside it. Begin anew without "
+            "--resume, in another --output or after removing that folder."
+        )
+    refuse_changes(saved, asked, f"the run in {home}")
     if saved["ranks"] != ranks:
         raise InputError(
-            f"--resume: the run in {run_folder(settings)} was begun by {saved['ranks']} processes, which divide its "
-            f"rows among them; now there are {ranks}. Start as many again."
+            f"--resume: the run in {home} was begun by {saved['ranks']} processes, which divide its rows among them; "
+            f"now there are {ranks}. Start as many again."
         )
-    return whole[-1]
+    return max(whole.items())
 
 
-def step_of(checkpoint: Path) -> int:
-    """Returns the step that the name of a checkpoint says."""
-    return int("".join(filter(str.isdigit, checkpoint.stem)))
+def check_rows(settings: Settings, rows: PackedConversations) -> None:
+    """Writes down what the rows of a new run are, or compares them with those of a run that goes on.
+
+    Args:
+        settings: Of the run, after :func:`begin_run`.
+        rows: All that it trains on, in its order.
+
+    Raises:
+        InputError: If the run was begun with others: the file, the hub or the tokenizer may have changed.
+    """
+    file = run_folder(settings) / "rows.txt"
+    checksum = 0
+    for row in map(rows.__getitem__, range(len(rows))):
+        for name in ("input_ids", "labels"):
+            checksum = zlib.crc32(row[name].numpy().tobytes(), checksum)
+    if settings.resume:
+        if file.read_text(encoding="utf-8") != str(checksum):
+            raise InputError(
+                f"--resume: --dataset {settings.dataset} now gives other rows than when the run in "
+                f"{run_folder(settings)} was begun. Go on with the same data, tokenizer and chat template, or leave "
+                "--resume out and choose another --output."
+            )
+    elif IS_FIRST_RANK:
+        file.write_text(str(checksum), encoding="utf-8")
+
+
+def find_checkpoints(folder: Path, names: str = "step-") -> dict[int, Path]:
+    """Returns what is called like a checkpoint, by its step; files with other names are the user's."""
+    matches = {path: re.fullmatch(f"{names}([0-9]+)", path.name) for path in folder.glob(f"{names}*")}
+    return {int(match[1]): path for path, match in matches.items() if match}
+
+
+def keep_checkpoint(unfinished: Path, step: int) -> None:
+    """Gives a checkpoint that is whole its name, and removes older ones. One rank does it, once all have written."""
+    older = find_checkpoints(unfinished.parent)
+    put_in_place(unfinished, unfinished.with_name(f"step-{step}"))
+    for other, path in older.items():
+        if other != step:
+            remove(path)
 
 
 def selection_file(settings: Settings) -> Path:

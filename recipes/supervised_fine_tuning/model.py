@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from recipes.inputs import InputError
 from recipes.offline import SMOLLM2, forget_gguf, model_source
+from recipes.resuming import put_in_place, remove
 from recipes.supervised_fine_tuning.encoding import IGNORED
 from recipes.supervised_fine_tuning.packing import check_packing
 from recipes.supervised_fine_tuning.settings import Settings
@@ -137,20 +138,23 @@ def held_out_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> 
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves the model, or its adapters, in the format of `save_pretrained`. All ranks call it.
+    """Saves the model, or its adapters, in the format of `save_pretrained`, as a whole. All ranks call it.
 
     Args:
         model: As `load_model` returned it, out of a framework's wrapper; its parameters may be sharded.
         tokenizer: Saved beside it.
-        folder: Where.
+        folder: Where, in the place of a model that an earlier run left there.
     """
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     weights = {name: weight for name, weight in weights.items() if name not in tied}
     if not dist.is_initialized() or dist.get_rank() == 0:
+        unfinished = folder.with_name(f"{folder.name}-unfinished")
+        remove(unfinished)
         model.config.use_cache = True  # for those who will generate with it
-        model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+        model.save_pretrained(unfinished, state_dict=weights)
+        tokenizer.save_pretrained(unfinished)
         model.config.use_cache = False
+        put_in_place(unfinished, folder)
     if dist.is_initialized():
         dist.barrier()  # no rank reads what is not written

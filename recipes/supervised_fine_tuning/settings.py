@@ -18,7 +18,6 @@ COLUMNS = ("messages_column", "prompt_column", "completion_column", "tools_colum
 
 FREE = {
     "gradient_checkpointing",
-    "precision",
     "output",
     "log_every",
     "validate_every",
@@ -27,7 +26,8 @@ FREE = {
     "devices",
     "nodes",
 }
-"""Arguments that may change when a run goes on; all others decide what it computes, and so does the number of ranks."""
+"""Arguments that may change when a run goes on; all others decide what it computes, and so do the number of ranks and
+what the data then is."""
 
 COUNTS = (
     "length",
@@ -80,7 +80,7 @@ class Settings:
         seed: Decides the order of the data, the adapters' initial weights and dropout. What is held out does not
             depend on it.
         output: Folder for checkpoints, metrics and models, in a folder for each algorithm.
-        log_every: Steps between two lines of training metrics.
+        log_every: Steps between two lines of training metrics; the loss is the mean since the last one.
         validate_every: Steps between two measurements on what is held out; the first comes before training, one always
             at the end.
         checkpoint_every: Steps between two checkpoints; one is always written at the end.

@@ -5,7 +5,6 @@ accelerate launch --config_file recipes/launch/fsdp2-8.yaml recipes/supervised_f
 """
 
 import math
-import shutil
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -22,12 +21,13 @@ from recipes.precision import sum_in_float32
 from recipes.selection_page import look_every
 from recipes.supervised_fine_tuning.command import (
     begin_run,
+    check_rows,
+    keep_checkpoint,
     refuse_model_parallelism,
     run,
     selection_file,
     selects,
     show_outcome,
-    step_of,
     tell,
 )
 from recipes.supervised_fine_tuning.data import collate_for, load_data
@@ -57,13 +57,13 @@ def fine_tune(settings: Settings) -> float:
     refuse_model_parallelism(accelerator)
     sum_in_float32(accelerator)
     ranks = accelerator.num_processes
-    last = begin_run(settings, "step-*", ranks=ranks)
-    done = 0 if last is None else step_of(last)
+    done, last = begin_run(settings, "accelerate", ranks)
     accelerator.log_with.append(MetricsFile(run_folder(settings) / "metrics.jsonl", done))
     accelerator.init_trackers("")
 
     model, tokenizer = load_model(settings)
     data = load_data(settings, tokenizer, ranks)
+    check_rows(settings, data.train)
     speed = Speedometer(count_flops_per_token(model, settings.length), accelerator.device, dtype, ranks)
     try:
         optimizer = settings.optimizer.build(model, strategy=accelerator)
@@ -92,16 +92,20 @@ def fine_tune(settings: Settings) -> float:
     def measure(step: int) -> float:
         speed.pause()
         loss = held_out_loss(model, held_out)
+        speed.go_on()
         report({"held_out_loss": loss}, step)
         return loss
 
     reached = math.nan
-    if last is None or done == settings.steps:  # else it stands in the metrics already
-        reached = measure(done)
+    if last is None:
+        reached = measure(0)
+    elif done == settings.steps:
+        reached = held_out_loss(model, held_out)  # stands in the metrics already
     batches = iter(skip_first_batches(train, done * settings.accumulation))
+    total = torch.zeros((), device=accelerator.device)  # of the steps since the last line
+    told = done
     with watch as selection:
         for step in range(done, settings.steps):
-            total = torch.zeros((), device=accelerator.device)
             for batch in islice(batches, settings.accumulation):
                 with accelerator.accumulate(model):
                     # The step's mean over tokens, wherever they are: ranks' gradients are averaged, so their share of
@@ -120,13 +124,16 @@ def fine_tune(settings: Settings) -> float:
             if selection is not None:
                 selection.log()
             if done % settings.log_every == 0:
-                loss = accelerator.reduce(total).item()
+                loss = accelerator.reduce(total).item() / (done - told)
                 report({"train_loss": loss, "lr": rate, **speed.figures()}, done)
+                total.zero_()
+                told = done
             if done % settings.validate_every == 0 or done == settings.steps:
                 reached = measure(done)
             if done % settings.checkpoint_every == 0 or done == settings.steps:
-                save_checkpoint(accelerator, settings, done)
                 speed.pause()
+                save_checkpoint(accelerator, settings, done)
+                speed.go_on()
     save_model(accelerator.unwrap_model(model), tokenizer, run_folder(settings) / "model")
     show_outcome(settings, reached, None if selection is None else selection.statistics.history)
     accelerator.end_training()
@@ -135,16 +142,11 @@ def fine_tune(settings: Settings) -> float:
 
 def save_checkpoint(accelerator: Accelerator, settings: Settings, step: int) -> None:
     """Writes everything that the run needs to go on, and removes older checkpoints once it is there."""
-    folder = run_folder(settings) / "checkpoints"
-    unfinished = folder / "unfinished"
+    unfinished = run_folder(settings) / "checkpoints" / "unfinished"
     accelerator.save_state(unfinished)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        older = [path for path in folder.glob("step-*") if path.name != f"step-{step}"]
-        shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
-        unfinished.rename(folder / f"step-{step}")
-        for path in older:
-            shutil.rmtree(path)
+        keep_checkpoint(unfinished, step)
     accelerator.wait_for_everyone()
 
 

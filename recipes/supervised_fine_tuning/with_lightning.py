@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from dion2_lightning import SelectionMonitor
 from recipes.batches import RemainingBatches, TrainingLoader
@@ -25,6 +25,8 @@ from recipes.inputs import InputError, check_positive
 from recipes.selection_page import look_every
 from recipes.supervised_fine_tuning.command import (
     begin_run,
+    check_rows,
+    keep_checkpoint,
     run,
     selection_file,
     selects,
@@ -66,14 +68,16 @@ def fine_tune(settings: LightningSettings) -> float:
     folder = run_folder(settings)
     ranks = settings.devices * settings.nodes
     refuse_other_launch(ranks)
-    last = begin_run(settings, "step=*.ckpt", seal="meta.pt", ranks=ranks)  # of shards; else it is a file
+    done, last = begin_run(settings, "lightning", ranks)
     model, tokenizer = load_model(settings)
-    module = FineTuner(model, tokenizer, load_data(settings, tokenizer, ranks), settings)
-    monitors = []
+    data = load_data(settings, tokenizer, ranks)
+    check_rows(settings, data.train)
+    module = FineTuner(model, data, settings)
+    selection = None
     if selects(settings):
-        monitors.append(SelectionMonitor(every=look_every(settings.steps), save_to=selection_file(settings)))
+        selection = SelectionMonitor(every=look_every(settings.steps), save_to=selection_file(settings))
     # The logger would replace the metrics of what is resumed.
-    metrics = "" if last is None else f"resumed-{last.stem}"
+    metrics = "" if last is None else f"resumed-{done}"
     trainer = Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=settings.devices,
@@ -87,19 +91,17 @@ def fine_tune(settings: LightningSettings) -> float:
         val_check_interval=settings.validate_every * settings.accumulation,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # all that is held out, before training
-        logger=CSVLogger(folder, name="", version=metrics, flush_logs_every_n_steps=settings.log_every),
-        callbacks=[
-            *monitors,
-            ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=settings.checkpoint_every),
-        ],
+        logger=CSVLogger(folder, name="", version=metrics, flush_logs_every_n_steps=1),
+        callbacks=selection,
+        enable_checkpointing=False,  # the module saves: after whole steps, and what was measured
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(module, ckpt_path=last)
-    trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
-    if module.measured_at != trainer.global_step:
+    if done == settings.steps:  # nothing was left to do
         trainer.validate(module, verbose=False)
-    show_outcome(settings, module.reached, monitors[0].statistics.history if monitors else None)
+    save_model(model, tokenizer, folder / "model")
+    show_outcome(settings, module.reached, None if selection is None else selection.statistics.history)
     return module.reached
 
 
@@ -129,22 +131,17 @@ class FineTuner(LightningModule):
 
     Args:
         model: As `load_model` returns it.
-        tokenizer: Its own.
         data: Of the run.
         settings: Of the run.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, settings: LightningSettings
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, data: Data, settings: LightningSettings) -> None:
         super().__init__()
         self.model = model
-        self.tokenizer = tokenizer
         self.data = data
         self.settings = settings
         self.collate = collate_for(settings.attention)
         self.flops_per_token = count_flops_per_token(model, settings.length)
-        self.measured_at = -1
         self.reached = math.nan
 
     def configure_model(self) -> None:
@@ -177,14 +174,14 @@ class FineTuner(LightningModule):
         self.speed = Speedometer(self.flops_per_token, self.device, dtype, self.trainer.world_size)
 
     def on_train_start(self) -> None:
-        self.steps_done = self.trainer.global_step
-        self.step_loss = torch.zeros((), device=self.device)
+        self.steps_done = self.told = self.trainer.global_step
+        self.total = torch.zeros((), device=self.device)  # of the steps since the last line
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         # The step's mean over tokens, wherever they are: ranks' gradients are averaged, so their share of it is
         # multiplied by their number; Lightning divides by the accumulation.
         share: Tensor = self.model(**batch, num_items_in_batch=self.data.targets[self.trainer.global_step]).loss
-        self.step_loss += share.detach()
+        self.total += share.detach()
         return share * self.trainer.world_size * self.settings.accumulation
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -196,14 +193,19 @@ class FineTuner(LightningModule):
         self.steps_done = self.trainer.global_step
         self.speed.step(round(self.data.tokens[self.steps_done - 1] / self.trainer.world_size))
         if self.steps_done % self.settings.log_every == 0:
-            loss = self.trainer.strategy.reduce(self.step_loss, reduce_op="sum").item()
+            total = self.trainer.strategy.reduce(self.total, reduce_op="sum").item()
+            loss = total / (self.steps_done - self.told)
             self._tell({"train_loss": loss, "lr": self.rate, **self.speed.figures()})
-        self.step_loss.zero_()
+            self.total.zero_()
+            self.told = self.steps_done
+        if self.steps_done == self.settings.steps:
+            self.trainer.should_stop = True  # so that Lightning measures once more
+        elif self.steps_done % self.settings.validate_every:
+            self._save_checkpoint()  # else after the measurement
 
     def on_validation_start(self) -> None:
         self.held_out = torch.zeros(2, dtype=torch.float64, device=self.device)  # summed loss, tokens
-        if self.trainer.training or self.trainer.sanity_checking:
-            self.speed.pause()
+        self.speed.pause()
 
     def validation_step(self, batch: Batch, _: int) -> None:
         tokens = (batch["labels"] != IGNORED).sum()
@@ -213,14 +215,31 @@ class FineTuner(LightningModule):
     def on_validation_epoch_end(self) -> None:
         loss, tokens = self.trainer.strategy.reduce(self.held_out, reduce_op="sum").tolist()
         self.reached = loss / tokens
-        self.measured_at = self.trainer.global_step
         self._tell({"held_out_loss": self.reached})
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.speed.pause()
+    def on_validation_end(self) -> None:
+        self.speed.go_on()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._save_checkpoint()
 
-    def on_train_end(self) -> None:
-        save_model(self.model, self.tokenizer, run_folder(self.settings) / "model")
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # As in the middle of on_train_batch_end, after a measurement too: else Lightning goes on with its own step
+        # one behind, unless it would measure there again.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts["completed"] = counts["processed"] - 1
+
+    def _save_checkpoint(self) -> None:
+        """Writes everything that the run needs to go on, where that is due, and removes older checkpoints then."""
+        if self.steps_done % self.settings.checkpoint_every and self.steps_done != self.settings.steps:
+            return
+        self.speed.pause()
+        unfinished = run_folder(self.settings) / "checkpoints" / "unfinished"
+        self.trainer.save_checkpoint(unfinished)
+        if self.trainer.is_global_zero:
+            keep_checkpoint(unfinished, self.steps_done)
+        self.trainer.strategy.barrier()
+        self.speed.go_on()
 
     def _batches(self, rows: PackedConversations) -> list[list[int]]:
         """The numbers of this rank's rows: each batch takes the next ones, and the ranks take batches in turn."""

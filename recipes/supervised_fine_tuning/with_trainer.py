@@ -17,6 +17,7 @@ from recipes.precision import sum_in_float32
 from recipes.selection_page import look_every
 from recipes.supervised_fine_tuning.command import (
     begin_run,
+    check_rows,
     refuse_model_parallelism,
     run,
     selection_file,
@@ -75,9 +76,10 @@ def fine_tune(settings: Settings) -> float:
             f"one process sees {args.n_gpu} GPUs. Start one for each with `torchrun --nproc_per_node {args.n_gpu}`, or "
             "choose one with CUDA_VISIBLE_DEVICES=0."
         )
-    last = begin_run(settings, "checkpoint-*", seal="trainer_state.json", ranks=args.world_size)
+    _, last = begin_run(settings, "trainer", args.world_size, "checkpoint-", seal="trainer_state.json")
     model, tokenizer = load_model(settings)
     data = load_data(settings, tokenizer, args.world_size)
+    check_rows(settings, data.train)
     speed = Speedometer(count_flops_per_token(model, settings.length), args.device, dtype, args.world_size)
     callbacks: list[TrainerCallback] = [Progress(speed, data)]
     selection = None
@@ -121,10 +123,17 @@ class FineTuner(Trainer):
         return optimizer
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        self.speed.pause()
         metrics = {"eval_loss": held_out_loss(self.model_wrapped, self.get_eval_dataloader())}
+        self.speed.go_on()
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save_checkpoint(self, *arguments: Any) -> None:
+        self.speed.pause()
+        super()._save_checkpoint(*arguments)
+        self.speed.go_on()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -135,7 +144,7 @@ class FineTuner(Trainer):
 
 
 class Progress(TrainerCallback):
-    """Tells the speedometer what happens."""
+    """Tells the speedometer of each step."""
 
     def __init__(self, speed: Speedometer, data: Data) -> None:
         self.speed = speed
@@ -143,12 +152,6 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: Any, *_: Any, **__: Any) -> None:
         self.speed.step(round(self.data.tokens[state.global_step - 1] / args.world_size))
-
-    def on_evaluate(self, *_: Any, **__: Any) -> None:
-        self.speed.pause()
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        self.speed.pause()
 
 
 if __name__ == "__main__":

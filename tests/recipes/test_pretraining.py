@@ -277,7 +277,7 @@ class TestResume:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"batch_size": 16}, r"another training: --batch_size was 8, is 16\.$"),
+            ({"batch_size": 16}, r"another training: --batch_size was 8, is 16\. Give what"),
             ({"seed": 1, "length": 16}, "--length was 32, is 16; --seed was 0, is 1"),
             ({"optimizer": replace(OPTIMIZER, fraction=0.5)}, r"--optimizer\.fraction was 0\.25, is 0\.5"),
             ({"steps": 1}, "--resume: 4 steps have been made already, --steps is 1"),
@@ -435,6 +435,34 @@ class TestMetricsFile:
             first.log({"loss": step / 2}, step=step)
         MetricsFile(path, 2).start()
         assert read_metrics(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_a_new_run_begins_an_empty_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"step": 0, "loss": 3.0}\n{"step": 1, "loss": 2.0}\n')
+        MetricsFile(path, 0).start()
+        assert read_metrics(path) == []
+
+    def test_a_line_that_was_not_finished_is_left_out(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"step": 0, "loss": 3.0}\n{"step": 1, "lo')
+        MetricsFile(path, 1).start()
+        assert read_metrics(path) == [{"step": 0, "loss": 3.0}], "of a resumed run, the measurement before it too"
+
+    def test_is_whole_or_as_it_was(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"step": 1, "loss": 2.0}\n')
+        write = Path.write_text
+
+        def write_half(self: Path, text: str, **options: Any) -> None:
+            write(self, text[: len(text) // 2], **options)
+            raise OSError("no space left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", write_half)
+            with pytest.raises(OSError, match="no space left"):
+                MetricsFile(path, 1).start()
+        assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
 
 
 class TestCommand:

@@ -46,9 +46,16 @@ from recipes.supervised_fine_tuning import model as recipe_model
 from recipes.supervised_fine_tuning.conversations import Conversation, Message, load_conversations
 from recipes.supervised_fine_tuning.data import PackedConversations, collate_for, load_data, pack_training_rows
 from recipes.supervised_fine_tuning.encoding import IGNORED, Encoded, encode
-from recipes.supervised_fine_tuning.model import autocast_dtype, count_flops_per_token, held_out_loss, load_model
+from recipes.supervised_fine_tuning.model import (
+    autocast_dtype,
+    count_flops_per_token,
+    held_out_loss,
+    load_model,
+    save_model,
+)
 from recipes.supervised_fine_tuning.settings import Settings, run_folder
 from recipes.supervised_fine_tuning.with_lightning import LightningSettings
+from recipes.throughput import Speedometer
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import fsdp2_on_cpu
 
@@ -286,13 +293,9 @@ class TestRuns:
     def test_the_control_selects_nothing(self, name: str, tiny: Settings) -> None:
         settings = for_framework(name, tiny, optimizer=replace(tiny.optimizer, algorithm="adamw"), steps=2)
         FRAMEWORKS[name].fine_tune(settings)
-        assert {path.name for path in run_folder(settings).iterdir()} <= {
-            "model",
-            "checkpoints",
-            "settings.json",
-            "metrics.csv",
-            "metrics.jsonl",
-        }
+        metrics = {"lightning": {"metrics.csv"}, "accelerate": {"metrics.jsonl"}, "trainer": set()}[name]
+        left = {path.name for path in run_folder(settings).iterdir()}
+        assert left == {"model", "checkpoints", "settings.json", "rows.txt", *metrics}
 
     @pytest.mark.parametrize("name", FRAMEWORKS)
     def test_a_run_that_diverges_says_so(self, name: str, tiny: Settings) -> None:
@@ -318,21 +321,9 @@ class TestRuns:
         framework.fine_tune(whole)
         forget_accelerators()
 
-        step = Dion2.step
-        taken: list[None] = []
-
-        def fail_at_the_fourth(self: Dion2, *arguments: Any, **options: Any) -> Any:
-            taken.append(None)
-            if len(taken) == 4:
-                raise RuntimeError("power cut")
-            return step(self, *arguments, **options)
-
         part = for_framework(name, tiny)
-        with monkeypatch.context() as patch:
-            patch.setattr(Dion2, "step", fail_at_the_fourth)
-            with pytest.raises(RuntimeError, match="power cut"):
-                framework.fine_tune(part)
-        forget_accelerators()
+        interrupt(framework, part, 4)
+        interrupt(framework, replace(part, resume=True), 1)
         assert not (run_folder(part) / "model").exists()
         loss = framework.fine_tune(replace(part, resume=True))
 
@@ -340,24 +331,177 @@ class TestRuns:
         assert loss == losses(name, whole)[1][-1]
         history, expected = (SelectionHistory.load(run_folder(each) / "selection.json") for each in (part, whole))
         assert history.overall == expected.overall
+        kept = {path.name for path in (run_folder(part) / "checkpoints").iterdir()} - {"trainer_state.json"}
+        assert kept == {f"checkpoint-{STEPS}" if name == "trainer" else f"step-{STEPS}"}
         forget_accelerators()
         with pytest.raises(InputError, match=r"there are checkpoints of an earlier run in .* Go on from them"):
             framework.fine_tune(part)
-        if name != "lightning":  # which begins another file
-            assert losses(name, part) == losses(name, whole)
         with pytest.raises(InputError, match=r"--resume: the run in .* is of another training: --seed was 0, is 1"):
             framework.fine_tune(replace(part, resume=True, seed=1))
-        add_unfinished_checkpoint(name, part)
+        shutil.rmtree(run_folder(part) / "model")  # as if it was cut just before that
+        add_other_checkpoints(name, part)
         assert framework.fine_tune(replace(part, resume=True)) == loss, "a finished run is only measured again"
         torch.testing.assert_close(saved_weights(part), saved_weights(whole), rtol=0, atol=0)
+        if name != "lightning":  # which begins another file
+            assert losses(name, part) == losses(name, whole)
+
+    @pytest.mark.parametrize(("validate_every", "checkpoint_every"), [(1, 3), (2, 2), (3, 1), (3, 2), (100, 3)])
+    def test_lightning_goes_on_after_a_step_whether_or_not_it_measured(
+        self, validate_every: int, checkpoint_every: int, tiny: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The last step is measured and saved once, whatever divides the number of steps."""
+        monkeypatch.setattr(with_lightning, "look_every", lambda steps: 2)
+        every = {"validate_every": validate_every, "checkpoint_every": checkpoint_every}
+        whole = for_framework("lightning", replace(tiny, output=tiny.output / "whole"), **every)
+        with_lightning.fine_tune(whole)
+        part = for_framework("lightning", tiny, **every)
+        interrupt(with_lightning, part, 4)
+        with_lightning.fine_tune(replace(part, resume=True, validate_every=validate_every + 1))
+        assert SelectionHistory.load(run_folder(part) / "selection.json").steps == [2, 4]
+        torch.testing.assert_close(saved_weights(part), saved_weights(whole), rtol=0, atol=0)
+        _, measured = losses("lightning", whole)
+        assert len(measured) == 1 + math.ceil(STEPS / validate_every)
+
+    @pytest.mark.parametrize("name", ["lightning", "accelerate"])
+    def test_figures_are_on_the_disk_before_the_checkpoint(
+        self, name: str, tiny: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A run that is killed then has lost none of those that do not come again."""
+        settings = for_framework(name, tiny, checkpoint_every=2, log_every=2)
+        keep, found = command.keep_checkpoint, []
+
+        def look(*arguments: Any) -> None:
+            found.append(tuple(map(len, losses(name, settings))))
+            keep(*arguments)
+
+        monkeypatch.setattr(FRAMEWORKS[name], "keep_checkpoint", look)
+        FRAMEWORKS[name].fine_tune(settings)
+        assert found == [(1, 2), (2, 3)], "training losses and measurements"
+
+    @pytest.mark.parametrize("name", FRAMEWORKS)
+    def test_the_clock_stands_still_while_a_run_measures_and_saves(
+        self, name: str, tiny: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps: list[int] = []
+        stands = False
+        found: dict[str, list[bool]] = {"measures": [], "saves": []}
+
+        def stop(value: bool) -> None:
+            nonlocal stands
+            stands = value
+
+        def look(kind: type, method: str, what: str) -> None:
+            original = getattr(kind, method)
+
+            def watched(self: Any, *arguments: Any, **options: Any) -> Any:
+                if steps and not getattr(self, "training", False):
+                    found[what].append(stands)
+                return original(self, *arguments, **options)
+
+            monkeypatch.setattr(kind, method, watched)
+
+        monkeypatch.setattr(Speedometer, "step", lambda self, tokens: steps.append(tokens))
+        monkeypatch.setattr(Speedometer, "pause", lambda self: stop(True))
+        monkeypatch.setattr(Speedometer, "go_on", lambda self: stop(False))
+        look(LlamaForCausalLM, "forward", "measures")
+        look(Dion2, "state_dict", "saves")
+        FRAMEWORKS[name].fine_tune(for_framework(name, tiny, validate_every=1, checkpoint_every=1))
+        assert len(steps) == STEPS
+        for times in found.values():
+            assert len(times) >= STEPS
+            assert all(times)
+        assert not stands
+
+    @pytest.mark.parametrize("name", FRAMEWORKS)
+    def test_a_line_holds_the_mean_loss_since_the_last(self, name: str, tiny: Settings) -> None:
+        tiny = replace(tiny, optimizer=replace(tiny.optimizer, algorithm="muon"))  # the Trainer logs each selection
+        found = []
+        for log_every in (1, 2):
+            settings = for_framework(name, replace(tiny, output=tiny.output / str(log_every)), log_every=log_every)
+            FRAMEWORKS[name].fine_tune(settings)
+            forget_accelerators()
+            found.append(losses(name, settings)[0])
+        each, pairs = found
+        assert pairs == pytest.approx([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2], abs=1e-6)
+
+    @pytest.mark.parametrize("name", FRAMEWORKS)
+    def test_a_run_goes_on_with_the_same_rows_alone(self, name: str, tiny: Settings, tmp_path: Path) -> None:
+        file = tmp_path / "data.jsonl"
+        shutil.copy(tiny.dataset, file)
+        settings = for_framework(name, tiny, dataset=str(file), checkpoint_every=2)
+        interrupt(FRAMEWORKS[name], settings, 3)
+        file.write_text(file.read_text().replace("red", "blue"))
+        with pytest.raises(InputError, match=r"--resume: --dataset .*data.jsonl now gives other rows than when"):
+            FRAMEWORKS[name].fine_tune(replace(settings, resume=True))
 
 
-def add_unfinished_checkpoint(name: str, settings: Settings) -> None:
-    """What is left of a checkpoint whose writing was interrupted."""
-    unfinished = {"lightning": "step=99.ckpt", "accelerate": "unfinished", "trainer": "checkpoint-99"}[name]
-    folder = run_folder(settings) / "checkpoints" / unfinished
-    folder.mkdir()
-    (folder / "optimizer.pt").write_bytes(b"half")
+def interrupt(framework: ModuleType, settings: Settings, step: int) -> None:
+    """Trains until the power is cut, in the optimizer step of this number."""
+    taken: list[None] = []
+    take = Dion2.step
+
+    def fail(self: Dion2, *arguments: Any, **options: Any) -> Any:
+        taken.append(None)
+        if len(taken) == step:
+            raise RuntimeError("power cut")
+        return take(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dion2, "step", fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            framework.fine_tune(settings)
+    forget_accelerators()
+
+
+def add_other_checkpoints(name: str, settings: Settings) -> None:
+    """What is left of one whose writing was interrupted, and what the user calls so."""
+    for each in ("checkpoint-99", "checkpoint-best") if name == "trainer" else ("unfinished", "step-best"):
+        folder = run_folder(settings) / "checkpoints" / each
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"half")
+
+
+class TestBeginRun:
+    """Which checkpoints a run goes on from; each refusal says what helps."""
+
+    def test_the_last_whole_one(self, tiny: Settings) -> None:
+        assert command.begin_run(tiny, "trainer", 1) == (0, None)
+        folder = run_folder(tiny) / "checkpoints"
+        for name in ("checkpoint-8", "checkpoint-10", "checkpoint-12", "checkpoint-10-copy", "checkpoint-best"):
+            (folder / name).mkdir(parents=True)
+            if name != "checkpoint-12":
+                (folder / name / "seal").touch()
+        found = command.begin_run(replace(tiny, resume=True), "trainer", 1, "checkpoint-", seal="seal")
+        assert found == (10, folder / "checkpoint-10")
+
+    def test_one_that_was_not_finished(self, tiny: Settings) -> None:
+        command.begin_run(tiny, "accelerate", 1)
+        (run_folder(tiny) / "checkpoints" / "unfinished").mkdir(parents=True)
+        with pytest.raises(InputError, match=r"None is finished and of this kind\. Choose another --output, or remove"):
+            command.begin_run(tiny, "accelerate", 1)
+        with pytest.raises(InputError, match=r"no finished checkpoint in .* Begin anew without --resume, in another"):
+            command.begin_run(replace(tiny, resume=True), "accelerate", 1)
+
+    def test_those_of_another_framework(self, tiny: Settings) -> None:
+        command.begin_run(tiny, "lightning", 1)
+        (run_folder(tiny) / "checkpoints" / "step-2").mkdir(parents=True)
+        with pytest.raises(InputError, match="there are checkpoints of an earlier run"):
+            command.begin_run(tiny, "trainer", 1, "checkpoint-")
+        for framework in ("accelerate", "trainer"):
+            with pytest.raises(
+                InputError, match=r"was begun by with_lightning\.py.* Go on with that, or leave --resume"
+            ):
+                command.begin_run(replace(tiny, resume=True), framework, 1)
+
+    def test_those_of_another_precision(self, tiny: Settings) -> None:
+        """However it is asked for."""
+        command.begin_run(tiny, "lightning", 1)
+        (run_folder(tiny) / "checkpoints" / "step-2").mkdir(parents=True)
+        precision = "float32" if autocast_dtype(tiny) == torch.float32 else "bf16"
+        other = "bf16" if precision == "float32" else "float32"
+        command.begin_run(replace(tiny, resume=True, precision=precision), "lightning", 1)
+        with pytest.raises(InputError, match=f"--precision was '{precision}', is '{other}'. Give what it was begun"):
+            command.begin_run(replace(tiny, resume=True, precision=other), "lightning", 1)
 
 
 class TestRealModel:
@@ -467,8 +611,10 @@ class TestTwoProcesses:
         )
         run_like_torchrun(2, fine_tune_sharded, name, settings)
         train, held_out = losses(name, settings)
+        # Of two ranks, sums and means of bfloat16 are multiples of 1/128, if each gives 1 or more.
+        assert all(4 < loss < 8 for loss in train)
+        assert all(loss * 128 % 1 for loss in train)
         assert held_out[0] == pytest.approx(expected[1][1][0], abs=2e-3)
-        assert all(torch.tensor(loss).bfloat16().item() != loss for loss in train)
 
     @pytest.mark.parametrize("name", ["lightning", "accelerate"])
     def test_a_resumed_run_on_shards(self, name: str, expected: Any, tmp_path: Path) -> None:
@@ -479,7 +625,11 @@ class TestTwoProcesses:
         run_like_torchrun(2, fine_tune_sharded, name, settings, 2)
         assert not (run_folder(settings) / "model").exists()
         with pytest.raises(InputError, match=r"was begun by 2 processes.*; now there are 1"):
-            command.begin_run(replace(settings, resume=True), "step*", seal="", ranks=1)
+            command.begin_run(replace(settings, resume=True), name, 1)
+        add_other_checkpoints(name, settings)
+        run_like_torchrun(2, fine_tune_sharded, name, replace(settings, resume=True))
+        torch.testing.assert_close(saved_weights(settings), expected[2], rtol=0, atol=2e-5)
+        shutil.rmtree(run_folder(settings) / "model")
         run_like_torchrun(2, fine_tune_sharded, name, replace(settings, resume=True))
         torch.testing.assert_close(saved_weights(settings), expected[2], rtol=0, atol=2e-5)
 
@@ -531,6 +681,10 @@ def fine_tune_sharded(name: str, settings: Settings, interrupted_at: int = 0) ->
     else:
         FRAMEWORKS[name].fine_tune(settings)
     assert set(kinds) == {"DTensor"}, "the model was not sharded"
+
+
+def raise_no_space(*_: Any, **__: Any) -> None:
+    raise OSError("no space left")
 
 
 class TestModel:
@@ -609,6 +763,25 @@ class TestModel:
         history = SelectionHistory.load(run_folder(settings) / "selection.json")
         assert len(history.kinds) == 2 * 7
         assert all("lora_B" in kind.name for kind in history.kinds)
+
+    def test_a_saved_model_is_whole_and_alone(
+        self, tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Adapters that an earlier run left beside it would be added to its weights when it is loaded."""
+        folder = tmp_path / "model"
+        save_model(*load_model(replace(tiny, lora_rank=2)), folder)
+        before = {path.name for path in folder.iterdir()}
+        assert "adapter_config.json" in before
+        model, tokenizer = load_model(tiny)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+            patch.setattr(type(tokenizer), "save_pretrained", raise_no_space)
+            save_model(model, tokenizer, folder)
+        assert {path.name for path in folder.iterdir()} == before
+        save_model(model, tokenizer, folder)
+        assert not [path for path in folder.iterdir() if path.name.startswith("adapter")]
+        assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
     def test_adapters_follow_the_seed(self, tiny: Settings) -> None:
         weights = []
