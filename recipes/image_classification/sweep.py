@@ -26,29 +26,25 @@ Run = Callable[[Candidate, int, Path], Result]
 """Makes the run of a candidate with a seed, in a folder of its own."""
 
 ADAMW: list[Candidate] = [
-    {"algorithm": "adamw", "beta1": beta1, "lr": lr, "adamw_lr": lr}
-    for beta1, lr in [
-        (0.9, 1e-3),
-        (0.9, 2e-3),
-        (0.9, 4e-3),
-        (0.7, 1.4e-3),
-        (0.7, 2e-3),
-        (0.7, 2.8e-3),
-        (0.5, 1.4e-3),
-        (0.5, 2e-3),
+    {"algorithm": "adamw", "beta1": 0.9, "lr": lr, "adamw_lr": adamw_lr}
+    for lr, adamw_lr in [
+        (5e-4, 5e-4),
+        (1e-3, 1e-3),
+        (2e-3, 2e-3),
+        (4e-3, 4e-3),
+        (8e-3, 8e-3),
+        (2.8e-3, 2e-3),
     ]
 ]
 DION2: list[Candidate] = [
     {"algorithm": "dion2", "momentum": momentum, "lr": lr, "adamw_lr": 2e-3}
     for momentum, lr in [
-        (0.95, 4e-3),
+        (0.8, 2e-3),
         (0.8, 4e-3),
         (0.8, 8e-3),
-        (0.41, 4e-3),
-        (0.41, 8e-3),
-        (0.24, 4e-3),
-        (0.24, 8e-3),
-        (0.24, 1.2e-2),
+        (0.8, 1.6e-2),
+        (0.95, 4e-3),
+        (0.95, 8e-3),
     ]
 ]
 

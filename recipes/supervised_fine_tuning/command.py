@@ -117,7 +117,8 @@ def check_rows(settings: Settings, rows: PackedConversations) -> None:
     """
     file = run_folder(settings) / "rows.txt"
     checksum = 0
-    for row in map(rows.__getitem__, range(len(rows))):
+    for number in range(len(rows)):
+        row = rows[number]
         for name in ("input_ids", "labels"):
             checksum = zlib.crc32(row[name].numpy().tobytes(), checksum)
     if settings.resume:

@@ -193,6 +193,9 @@ class TestCommand:
         assert "'loss'" not in printed.out, "the Trainer's own lines"
         assert len([record for record in caplog.records if record.name == "dion2_lightning"]) == 1
 
+    def test_the_first_beta_is_the_one_that_adamw_trains_with(self, tiny: Settings) -> None:
+        assert recipe.training_arguments(replace(tiny, beta1=0.5)).adam_beta1 == 0.5
+
     def test_trains_with_muon(self, tiny: Settings) -> None:
         [result] = fine_tune(replace(tiny, algorithm="muon"))
         assert result.selection == ()

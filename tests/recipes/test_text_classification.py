@@ -177,10 +177,19 @@ class TestCommand:
         assert result.selection == ()
         assert (run_folder(result.settings) / "model").is_dir()
 
-    def test_the_control_differs_in_the_matrices_alone(self, tiny: Settings) -> None:
-        run, control = planned_runs(replace(tiny, lr=3e-3, control_lr=1e-3))
-        assert control == replace(run, algorithm="adamw", lr=1e-3)
+    def test_the_control_differs_in_the_matrices_and_the_first_beta_of_adamw(self, tiny: Settings) -> None:
+        run, control = planned_runs(replace(tiny, lr=3e-3, adamw_lr=None, control_lr=1e-3, control_beta1=0.5))
+        assert control == replace(run, algorithm="adamw", lr=1e-3, beta1=0.5)
         assert run.adamw_lr == 3e-3
+
+    @pytest.mark.parametrize("algorithm", ["dion2", "adamw"])
+    def test_the_first_beta_is_the_one_that_adamw_trains_with(self, tiny: Settings, algorithm: Any) -> None:
+        settings = replace(tiny, algorithm=algorithm, beta1=0.5)
+        model, _ = load_model(settings, ["a", "b"])
+        optimizer = TextClassifier(model, settings).configure_optimizers()["optimizer"]
+        groups = [group for group in optimizer.param_groups if group["algorithm"] == "adamw"]
+        assert groups
+        assert all(group["betas"] == (0.5, 0.999) for group in groups)
 
     def test_repeats_count_seeds_up(self, tiny: Settings) -> None:
         runs = planned_runs(replace(tiny, repeats=2, seed=5))
