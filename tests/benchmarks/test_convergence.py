@@ -374,8 +374,11 @@ class TestCommittedResults:
 
     @pytest.mark.parametrize("name", STUDIES)
     def test_no_search_was_cut_off_by_the_momenta_that_were_offered(self, name: str) -> None:
+        """Shorter than none there is not."""
         for outcome in outcomes(*STUDIES[name]):
-            assert outcome.candidate.momentum != list(outcome.method.momenta)[-1]
+            assert outcome.method.momenta[outcome.candidate.momentum] == 0 or (
+                outcome.candidate.momentum != list(outcome.method.momenta)[-1]
+            )
 
     @pytest.mark.parametrize("name", STUDIES)
     def test_what_the_search_found_best_has_been_run_with_all_seeds(self, name: str) -> None:
