@@ -104,7 +104,7 @@ class Settings:
     length: int = 256
     packing: bool = True
     optimizer: OptimizerSettings = field(
-        default_factory=lambda: OptimizerSettings(lr=4e-4, adamw_lr=2e-4, momentum=0.8, fraction=0.25)
+        default_factory=lambda: OptimizerSettings(lr=4e-4, adamw_lr=9e-5, momentum=0.81, fraction=0.25)
     )
     steps: int = 24
     batch_size: int = 2
