@@ -151,8 +151,7 @@ def table(task: Task, records: list[Record]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         name = row.method.name if row.steps == task.steps else f"{row.method.name}, {row.steps} steps"
-        adamw_lr = f"{row.candidate.adamw_lr:g}" if row.method.has_rest else "-"
-        cells = [name, f"{row.candidate.lr:g}", adamw_lr, _momentum(row)]
+        cells = [name, f"{row.candidate.lr:g}", _adamw_lr(row.method, row.candidate.adamw_lr), _momentum(row)]
         cells += [_seeds(row.last(name), percent=name == "accuracy") for name in measures]
         cells += _cost(row, target, task)
         lines.append("| " + " | ".join(cells) + " |")
@@ -162,10 +161,12 @@ def table(task: Task, records: list[Record]) -> str:
 def search_table(task: Task, records: list[Record]) -> str:
     """Returns the Markdown table of every candidate that the search ran."""
     lines = ["| | momentum | lr | adamw_lr | held-out loss |", "|---|---|---|---|---|"]
+    methods = {method.name: method for method in task.methods}
     for record in records:
         if record.get("seed") == SEARCH_SEED:
-            cells = [record["method"], record["momentum"], f"{record['lr']:g}", f"{record['adamw_lr']:g}"]
-            lines.append("| " + " | ".join([*cells, f"{last_loss(record):.3f}"]) + " |")
+            adamw_lr = _adamw_lr(methods[record["method"]], record["adamw_lr"])
+            cells = [record["method"], record["momentum"], f"{record['lr']:g}", adamw_lr, f"{last_loss(record):.3f}"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -241,6 +242,10 @@ def _momentum(row: Outcome) -> str:
     if row.method.algorithm == "adamw":
         return f"beta1 {rule}"
     return rule if "^" not in rule else f"{rule} = {value:.2f}"
+
+
+def _adamw_lr(method: Method, rate: float) -> str:
+    return f"{rate:g}" if method.has_rest else "-"
 
 
 def _seeds(values: list[float], percent: bool = False) -> str:

@@ -353,7 +353,13 @@ class TestCommittedResults:
     """What README and the page of results say is what the committed runs give."""
 
     def test_they_are_there(self) -> None:
-        assert {"pretraining"} <= STUDIES.keys()
+        assert STUDIES.keys() == SMALL.keys()
+
+    def test_rates_without_effect_are_not_shown(self) -> None:
+        task, records = STUDIES["lora"]
+        assert "| AdamW | 0.9 | 0.001 | - | 3.005 |" in search_table(task, records)
+        assert "| AdamW | 0.0023 | - | beta1 0 |" in table(task, records)
+        assert "| Dion2 1/4, B alone | 0.0045 | 0.001 |" in table(task, records)
 
     @pytest.mark.parametrize("name", STUDIES)
     def test_section(self, name: str) -> None:
