@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dion2_lightning.layout import Span, alike, is_dtensor, local
+from dion2_lightning.torch_versions import all_gather_single
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -362,7 +363,7 @@ class Gathering:
             own = torch.cat([result.reshape(-1) for result in results])
             padded.narrow(0, 0, len(own)).copy_(own)
         self._sent, self._output = padded, padded.new_empty(len(padded) * len(sizes))
-        self._work = dist.all_gather_single(self._output, padded, group=self._group, async_op=True)
+        self._work = all_gather_single(self._output, padded, group=self._group, async_op=True)
 
     def receive(self) -> list[Tensor]:
         """Return all results, in order."""
