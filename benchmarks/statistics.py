@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.step import LAYERS, TRANSPOSED, timed, weights
+from benchmarks.step import CPU_SHAPES, LAYERS, TRANSPOSED, timed, weights
 from dion2_lightning import Dion2, SelectionStatistics, SelectionWarning
 
 GRADIENTS = 4
@@ -40,7 +40,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 def main() -> None:
     """Run the comparison that the command line asks for and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=LAYERS, nargs="+", default=list(LAYERS), help="default: all")
+    parser.add_argument("--shapes", choices=LAYERS, nargs="+", default=CPU_SHAPES, help="default: those of step.py")
     parser.add_argument("--layers", type=int, default=6, help="decoder layers (default: 6)")
     parser.add_argument(
         "--every", type=int, default=10, help="steps of a block, the last one with figures (default: 10)"
@@ -70,7 +70,7 @@ def keep_memory() -> None:
 
 def compare(shapes: str, arguments: argparse.Namespace) -> None:
     """Time both on one model's shapes and print a row."""
-    parameters = weights(shapes, arguments.layers, arguments.device)
+    parameters = weights(LAYERS[shapes] * arguments.layers, arguments.device)
     optimizer = Dion2([{"params": parameters, "transposed": TRANSPOSED[shapes]}])
     sets = [[gradient_like(each, seed) for each in parameters] for seed in range(GRADIENTS)]
     observed = TimedStatistics(every=arguments.every)

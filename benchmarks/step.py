@@ -10,7 +10,7 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,8 +22,14 @@ LAYERS = {
     "smollm2-135m": [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)],
     # GPT-2 stores (in, out): fused query|key|value, output; up, down.
     "gpt2": [(768, 2304), (768, 768), (768, 3072), (3072, 768)],
+    "llama-1b": [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192)],
+    "llama-8b": [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)],
 }
-TRANSPOSED = {"smollm2-135m": False, "gpt2": True}
+TRANSPOSED = {shapes: shapes == "gpt2" for shapes in LAYERS}
+CPU_SHAPES = ("smollm2-135m", "gpt2")
+"""Those that a CPU steps in seconds."""
+
+Sizes = Sequence[tuple[int, int]]
 
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -42,11 +48,11 @@ def optimizers(shapes: str, dtype: str | None) -> Iterator[tuple[str, Build]]:
         yield f"Dion2 at {name}", dion2(fraction)
 
 
-def weights(shapes: str, layers: int, device: torch.device) -> list[Tensor]:
-    """Return random parameters with random gradients, the same on every call."""
+def weights(sizes: Sizes, device: torch.device) -> list[Tensor]:
+    """Return random parameters (rows, columns) with random gradients, the same on every call."""
     generator = torch.Generator(device).manual_seed(0)
     parameters: list[Tensor] = []
-    for rows, columns in LAYERS[shapes] * layers:
+    for rows, columns in sizes:
         parameter = torch.nn.Parameter(torch.randn(rows, columns, generator=generator, device=device))
         parameter.grad = torch.randn(rows, columns, generator=generator, device=device)
         parameters.append(parameter)
@@ -67,7 +73,9 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
 def main() -> None:
     """Run the comparison that the command line asks for and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=LAYERS, nargs="+", default=list(LAYERS), help="default: all")
+    parser.add_argument(
+        "--shapes", choices=LAYERS, nargs="+", default=CPU_SHAPES, help=f"default: {' '.join(CPU_SHAPES)}"
+    )
     parser.add_argument("--layers", type=int, default=6, help="decoder layers (default: 6)")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each optimizer that count (default: 9)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
@@ -83,7 +91,7 @@ def main() -> None:
 def compare(shapes: str, arguments: argparse.Namespace) -> None:
     """Time every optimizer on one model's shapes and print a table."""
     candidates = [
-        (name, build(weights(shapes, arguments.layers, arguments.device)))
+        (name, build(weights(LAYERS[shapes] * arguments.layers, arguments.device)))
         for name, build in optimizers(shapes, arguments.dtype)
         if arguments.only is None or arguments.only in name or "Muon" in name
     ]

@@ -50,10 +50,7 @@ def main(arguments: Sequence[str] | None = None, sections: Sequence[Section] = S
     if given.minutes <= 0:
         parser.error(f"--minutes must be over 0, got {given.minutes:g}")
     if given.device == "cuda" and not torch.cuda.is_available():
-        parser.exit(
-            2,
-            "error: torch finds no GPU here; to try the check without one: python -m benchmarks.gpu --device cpu --tiny\n",
-        )
+        parser.exit(2, f"error: torch finds no GPU here; without one, try {parser.prog} --device cpu --tiny\n")
     for pattern in given.only or ():
         if not any(fnmatchcase(name, pattern) for name in names):
             parser.error(f"--only {pattern}: no section is called so; there are {', '.join(names)}")

@@ -7,4 +7,49 @@ from benchmarks.gpu.section import Section
 SECTIONS: Final = (
     Section("machine", "What the machine can do", "benchmarks.gpu.machine:measure", minutes=0.5),
     Section("correct", "Correct on the device", "benchmarks.gpu.correct:run_tests", minutes=2.5, needs=("pytest",)),
+    *(
+        Section(
+            f"step-{shapes}",
+            f"A step of the matrices: {title}",
+            "benchmarks.gpu.step:time_steps",
+            minutes=0.75,
+            arguments={"shapes": shapes, "layers": layers},
+        )
+        for shapes, layers, title in (
+            ("smollm2-135m", 30, "SmolLM2-135M"),
+            ("gpt2", 12, "GPT-2"),
+            ("llama-1b", 16, "Llama of 1B parameters"),
+            ("llama-8b", 2, "two layers of a Llama of 8B parameters"),
+        )
+    ),
+    *(
+        Section(
+            f"train-{name}",
+            f"Whole training steps: {title}, {rows} rows of {length} tokens",
+            "benchmarks.gpu.training:train",
+            minutes=1,
+            arguments={"name": name, "rows": rows, "length": length},
+            needs=("transformers", "lightning"),
+        )
+        for name, title, rows, length in (
+            ("smollm2-135m", "SmolLM2-135M's shapes", 16, 1024),
+            ("llama-1b", "a Llama of 1.2B parameters", 8, 1024),
+        )
+    ),
+    Section(
+        "statistics",
+        "What statistics of the selection add",
+        "benchmarks.gpu.training:measure_statistics",
+        minutes=0.5,
+        arguments={"name": "smollm2-135m", "rows": 16, "length": 1024},
+        needs=("transformers", "lightning"),
+    ),
+    Section(
+        "pretraining",
+        "Pretraining at GPT-2-small's size: held-out loss, the same time for every method",
+        "benchmarks.gpu.pretraining:pretrain",
+        minutes=10,  # all that is left
+        arguments={"rows": 64, "length": 1024},
+        needs=("transformers", "lightning"),
+    ),
 )

@@ -1,0 +1,162 @@
+"""The time of an optimizer step of matrices alone, where it goes, and how far it is from what the machine allows."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.machine import Timer, copy_bandwidth, product_rate
+from benchmarks.gpu.section import Options, Row
+from benchmarks.step import LAYERS, Sizes, optimizers, weights
+from dion2_lightning import Dion2, update
+from dion2_lightning.orthonormalize import default_dtype
+from dion2_lightning.owners import orthonormalization_cost
+from dion2_lightning.selection import selected_count
+
+ROUNDS = 12
+TINY = 128
+"""Rows or columns of the largest matrix in two layers for a CPU."""
+
+PHASES = {
+    "accumulate": "accumulate",
+    "slice_sums": "norms",
+    "select": "select",
+    "take": "gather and decay",
+    "orthonormal_of": "orthonormalize",
+    "shrink": "weight decay",
+    "apply": "apply",
+}
+"""Functions of update.py, and what the report calls them."""
+
+BYTES = {"AdamW": 28, "Dion2": 20}
+"""What has to be moved for a float32 parameter: weight, gradient and state read, weight and state written. Muon is like
+Dion2."""
+
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "hipLaunchKernel")
+
+
+def time_steps(options: Options, *, shapes: str, layers: int) -> Iterator[Row]:
+    """Yield a row for each optimizer: the median time of a step, against AdamW's and the floor, and where it goes.
+
+    All step the same float32 parameters, in turn, on the same gradients.
+
+    Args:
+        options: Of the section.
+        shapes: A model of ``benchmarks.step.LAYERS``.
+        layers: How many of its layers.
+    """
+    device = torch.device(options.device)
+    sizes: Sizes = LAYERS[shapes] * layers
+    if options.tiny:
+        largest = max(max(size) for size in sizes)
+        sizes = [(rows * TINY // largest, columns * TINY // largest) for rows, columns in LAYERS[shapes] * 2]
+    parameters = weights(sizes, device)
+    count = sum(each.numel() for each in parameters)
+    yield {"matrices": len(sizes), "parameters": count, "shapes": shapes, "layers": len(sizes) // len(LAYERS[shapes])}
+    chosen = {name: build(parameters) for name, build in optimizers(shapes, None) if "foreach" not in name}
+    times = _times(chosen, device, rounds=3 if options.tiny else ROUNDS)
+    bandwidth, rate = copy_bandwidth(device, options.tiny), product_rate(device, default_dtype(device), options.tiny)
+    adamw = times["torch.optim.AdamW, fused"]
+    for name, optimizer in chosen.items():
+        floor = _floor_bytes(name) * count / bandwidth + _product_flops(optimizer, sizes) / rate
+        row = {"optimizer": name, "ms": 1e3 * times[name], "of AdamW": times[name] / adamw, "floor, ms": 1e3 * floor}
+        yield {**row, **_launches(optimizer, device), "extra memory, MB": _extra_memory(optimizer, device)}
+    for name, optimizer in chosen.items():
+        if isinstance(optimizer, Dion2):
+            yield {"share of the phases": name, **_phase_shares(optimizer, device)}
+
+
+def _times(chosen: Mapping[str, torch.optim.Optimizer], device: torch.device, rounds: int) -> dict[str, float]:
+    """The median seconds of a step of each, in turn, after two that make the state and fill caches."""
+    timers: dict[str, list[Timer]] = defaultdict(list)
+    turns = list(chosen.items())
+    for number in range(rounds + 2):
+        turn = number % len(turns)
+        for name, optimizer in turns[turn:] + turns[:turn]:
+            timers[name].append(Timer(device))
+            with timers[name][-1]:
+                optimizer.step()
+    return {name: statistics.median(timer.seconds() for timer in each[2:]) for name, each in timers.items()}
+
+
+def _floor_bytes(name: str) -> int:
+    return BYTES["AdamW"] if "AdamW" in name else BYTES["Dion2"]
+
+
+def _product_flops(optimizer: torch.optim.Optimizer, sizes: Sizes) -> int:
+    """What the orthonormalization multiplies in a step."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return 0
+    fraction = optimizer.param_groups[0].get("fraction", 1.0)
+    shapes = [sorted(size) for size in sizes]
+    return sum(orthonormalization_cost(selected_count(short, fraction), long) for short, long in shapes)
+
+
+def _launches(optimizer: torch.optim.Optimizer, device: torch.device) -> Row:
+    """How many kernels a step launches, and how long the GPU is busy with them."""
+    if device.type == "cpu":
+        return {"launches": None, "GPU busy, ms": None}
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        optimizer.step()
+        torch.cuda.synchronize(device)
+    events = profiler.events()
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
+    return {
+        "launches": sum(event.name.startswith(LAUNCHES) for event in events),
+        "GPU busy, ms": sum(event.time_range.elapsed_us() for event in kernels) / 1e3,
+    }
+
+
+def _extra_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> float | None:
+    """The most that a step needs besides weights, gradients and state, in MB."""
+    if device.type == "cpu":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    optimizer.step()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def _phase_shares(optimizer: Dion2, device: torch.device) -> dict[str, float]:
+    """The share of a step that each line of the update takes, in percent; "rest" is what is left."""
+    timers: dict[str, list[Timer]] = defaultdict(list)
+    whole = Timer(device)
+    with _timed_phases(timers, device):
+        optimizer.step()
+        timers.clear()
+        with whole:
+            optimizer.step()
+    total = whole.seconds()
+    shares = {name: 100 * sum(timer.seconds() for timer in timers[name]) / total for name in PHASES.values()}
+    return {**shares, "rest": 100 - sum(shares.values())}
+
+
+@contextmanager
+def _timed_phases(timers: dict[str, list[Timer]], device: torch.device) -> Iterator[None]:
+    """Time every call of the update's functions."""
+
+    def timed(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            timers[phase].append(Timer(device))
+            with timers[phase][-1]:
+                return function(*arguments)
+
+        return call
+
+    before = {name: getattr(update, name) for name in PHASES}
+    for name, function in before.items():
+        setattr(update, name, timed(function, PHASES[name]))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(update, name, function)

@@ -1,0 +1,37 @@
+"""Sections for the tests of the check: one that is fine, and several that are not."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.gpu.section import Options, Row
+
+
+def fine(options: Options, *, figure: int = 1) -> Iterator[Row]:
+    (options.folder / "left behind").touch()
+    yield {"what": "a figure", "found": figure, "ok": True}
+
+
+def wrong(options: Options) -> Iterator[Row]:
+    yield {"what": "the first", "ok": False}
+    yield {"what": "the second", "ok": True}
+
+
+def raises(options: Options) -> Iterator[Row]:
+    yield {"what": "before", "ok": True}
+    raise ValueError("planted")
+
+
+def dies(options: Options) -> Iterator[Row]:
+    yield {"what": "before", "ok": True}
+    os._exit(9)
+
+
+def takes_too_long(options: Options) -> Iterator[Row]:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    Path(options.results).with_name("child").write_text(str(child.pid))
+    yield {"what": "before", "ok": True}
+    time.sleep(60)

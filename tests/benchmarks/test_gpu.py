@@ -1,0 +1,158 @@
+"""The check for GPUs: sections that fail, raise, die or take too long leave the others' results alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.section import Section
+from benchmarks.gpu.sections import SECTIONS
+from tests.integrations.test_docs import ROOT
+
+
+def planted(name: str, minutes: float = 1, **options: Any) -> Section:
+    return Section(name, f"Title of {name}", f"tests.benchmarks.gpu_sections:{name}", minutes, **options)
+
+
+ALL = (
+    planted("wrong"),
+    planted("raises"),
+    planted("dies"),
+    planted("takes_too_long", minutes=5 / 60),
+    planted("fine", arguments={"figure": 7}),
+    Section("unpaid", "", "tests.benchmarks.gpu_sections:fine", 1, needs=("a_package_that_is_not_there",)),
+    Section("elsewhere", "", "tests.benchmarks.gpu_sections:fine", 1, cuda_only=True),
+)
+
+
+def run(folder: Path, *arguments: str, sections: tuple[Section, ...] = ALL) -> int:
+    return main(["--device", "cpu", "--tiny", "--output", str(folder), *arguments], sections)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    folder = tmp_path_factory.mktemp("check")
+    (folder / "results.jsonl").write_text("of an earlier check")
+    return run(folder), folder
+
+
+def test_every_section_ends_in_its_own_way(checked: tuple[int, Path]) -> None:
+    code, folder = checked
+    ends = {line["section"]: (line["status"], line["why"]) for line in lines(folder) if "status" in line}
+    assert code == 1
+    assert ends == {
+        "wrong": ("failed", ""),
+        "raises": ("failed", ""),
+        "dies": ("failed", "its process ended with code 9; see log.txt"),
+        "takes_too_long": ("stopped", "not through after 5 s"),
+        "fine": ("passed", ""),
+        "unpaid": (
+            "skipped",
+            "a_package_that_is_not_there not installed; make gpu-wheels collects what can be carried along",
+        ),
+        "elsewhere": ("skipped", "needs a GPU"),
+    }
+
+
+def test_what_was_found_before_is_kept(checked: tuple[int, Path]) -> None:
+    _, folder = checked
+    rows: dict[str, list[Any]] = {}
+    for line in lines(folder):
+        if "row" in line:
+            rows.setdefault(line["section"], []).append(line["row"])
+    assert [row["what"] for row in rows["wrong"]] == ["the first", "the second"]
+    assert rows["raises"][1] == {"what": "error", "ok": False, "found": "ValueError: planted"}
+    assert rows["dies"] == rows["takes_too_long"] == [{"what": "before", "ok": True}]
+    assert rows["fine"] == [{"what": "a figure", "found": 7, "ok": True}]
+    report = (folder / "report.md").read_text()
+    assert "| takes_too_long | stopped |" in report
+    assert "## Title of fine" in report
+    assert "| a figure | 7 | yes |" in report
+    assert "ValueError: planted" in (folder / "log.txt").read_text()
+
+
+def test_nothing_is_left_running_or_lying_about(checked: tuple[int, Path]) -> None:
+    _, folder = checked
+    child = int((folder / "child").read_text())
+    deadline = time.monotonic() + 10
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(child)
+    assert sorted(path.name for path in folder.iterdir()) == ["child", "log.txt", "report.md", "results.jsonl"]
+
+
+def test_the_report_says_on_what(checked: tuple[int, Path]) -> None:
+    _, folder = checked
+    head = lines(folder)[0]
+    assert head["machine"]["torch"] == torch.__version__
+    assert head["commit"] in (folder / "report.md").read_text()
+
+
+def test_all_passed(tmp_path: Path) -> None:
+    assert run(tmp_path, "--only", "fi*", "--commit", "abc") == 0
+    assert [line.get("status") for line in lines(tmp_path)] == [None, None, "passed"]
+    assert lines(tmp_path)[0]["commit"] == "abc"
+
+
+def test_no_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "--minutes", "0.0001", "--only", "fine") == 1
+    assert lines(tmp_path)[-1]["why"] == "no time was left"
+    assert "not passed: fine" in capsys.readouterr().out
+
+
+def test_without_a_gpu_one_line_says_how_to_try_it(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no GPU here" in error
+    assert "python -m benchmarks.gpu --device cpu --tiny" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "stpe-*"], "--only stpe-*: no section is called so; there are machine, correct, step-smollm2-135m"),
+        (["--minutes", "0"], "--minutes must be over 0, got 0"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cpu", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_real_section(tmp_path: Path) -> None:
+    """The rates of the machine, by the command itself."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--only", "machine"]
+    subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, check=True, timeout=60)
+    rows = [line["row"] for line in lines(tmp_path) if "row" in line]
+    assert len(rows) == 3
+    assert all(row["rate"] > 0 for row in rows)
+
+
+def test_names_differ() -> None:
+    assert len({section.name for section in SECTIONS}) == len(SECTIONS)
