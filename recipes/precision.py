@@ -9,10 +9,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 def sum_in_float32(accelerator: Accelerator) -> None:
-    """Lets FSDP2 add up gradients and return losses in float32, before the model is prepared.
+    """Lets FSDP2 add up gradients in float32 and return losses as they are, before the model is prepared.
 
     With mixed precision, Accelerate has both rounded to the precision of the products. A loss that is a sum over tokens
-    then has three digits.
+    then has three digits. The outputs of the layers inside stay in that precision: what follows them multiplies in it.
 
     Args:
         accelerator: Whatever it does; without FSDP2 nothing changes.
@@ -20,4 +20,4 @@ def sum_in_float32(accelerator: Accelerator) -> None:
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     policy = getattr(plugin, "mixed_precision_policy", None)
     if isinstance(policy, MixedPrecisionPolicy):
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)

@@ -11,13 +11,25 @@ from types import NoneType, UnionType
 from typing import Any, Final
 
 import torch
+import transformers
 from accelerate.state import AcceleratorState, is_initialized
+from packaging.version import Version
 from torch import nn
 from transformers import TrainingArguments
 
 from dion2_lightning.factory import build_optimizer
 from dion2_lightning.optimizer import Dion2
 from dion2_lightning.strategies import process_group_of
+
+OLDEST_TRANSFORMERS: Final = "5.2"
+"""Its Trainer is the first that calls a factory with the model."""
+
+if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+    raise ImportError(
+        f"Dion2Factory needs transformers {OLDEST_TRANSFORMERS} or later, found {transformers.__version__}, whose "
+        "Trainer does not give a factory the model: upgrade it, or pass Trainer(..., optimizers=(build_optimizer(model, "
+        "lr=...), None))"
+    )
 
 KINDS: Final[dict[str, Any]] = {
     name: kind for name, kind in typing.get_type_hints(build_optimizer).items() if name not in ("model", "return")

@@ -39,6 +39,7 @@ from recipes.inputs import InputError
 from recipes.selection_page import look_every
 from recipes.terminal import console, quiet_libraries
 from recipes.throughput import Speedometer, synchronized_time, training_flops
+from recipes.versions import CHECKPOINTING
 
 COMMAND = "python -m recipes.image_classification.train"
 SHOWN = ("loss", "eval_accuracy", "images_per_second", "dion2/coverage")
@@ -204,7 +205,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         per_device_train_batch_size=settings.batch_size // share,
         per_device_eval_batch_size=EVALUATION_BATCH,
         gradient_accumulation_steps=settings.accumulation,
-        activation_checkpointing=settings.gradient_checkpointing,
+        **{CHECKPOINTING: settings.gradient_checkpointing},
         train_sampling_strategy="sequential",  # the sequence is shuffled already
         remove_unused_columns=False,
         dataloader_num_workers=settings.workers,

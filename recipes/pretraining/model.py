@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import transformers
 from accelerate import Accelerator
 from transformers import (
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 from recipes.inputs import InputError
 from recipes.pretraining.settings import BYTES, SMALL_MODEL, Settings
+from recipes.versions import DIVIDES_MODELS
 
 VOCABULARY_MULTIPLE = 64
 """Output heads whose size is a multiple of this are much faster on GPUs, and divide over ranks."""
@@ -75,7 +77,15 @@ def divide_model(model: PreTrainedModel, accelerator: Accelerator, folder: Path)
         model: The same on every rank.
         accelerator: Whose launch configuration says among how many.
         folder: Where it is written; removed afterwards.
+
+    Raises:
+        InputError: If this transformers cannot.
     """
+    if not DIVIDES_MODELS:
+        raise InputError(
+            "The launch configuration asks for tensor parallelism, for which transformers 5.23 or later is needed; "
+            f"found {transformers.__version__}. Upgrade it, or leave it to FSDP2 (recipes/launch/fsdp2-8.yaml)."
+        )
     sizes = accelerator.parallelism_config
     if accelerator.is_main_process:
         model.save_pretrained(folder)

@@ -29,6 +29,7 @@ from recipes.pretraining.ranks import make_accelerator, share_of_batch, tensor_p
 from recipes.pretraining.settings import Settings
 from recipes.terminal import quiet_libraries, show_own_lines
 from recipes.throughput import Speedometer, model_flops_per_token
+from recipes.versions import checkpoint_activations
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,7 +63,7 @@ def pretrain(settings: Settings) -> float:
     if tensor_parallel > 1:
         model = divide_model(model, accelerator, settings.output / "initial_model")
     if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     if settings.compile:
         compile_layers(model)
     optimizer = make_optimizer(settings, model, accelerator)

@@ -21,6 +21,7 @@ from recipes.supervised_fine_tuning.encoding import IGNORED
 from recipes.supervised_fine_tuning.packing import check_packing
 from recipes.supervised_fine_tuning.settings import Settings
 from recipes.throughput import model_flops_per_token
+from recipes.versions import checkpoint_activations
 
 logger = logging.getLogger("recipes")
 
@@ -65,7 +66,7 @@ def load_model(settings: Settings, **options: Any) -> tuple[PreTrainedModel, Pre
         check_packing(model, settings)
     if settings.gradient_checkpointing:
         try:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         except ValueError as error:
             raise InputError(f"--gradient_checkpointing: {error}") from error
     set_seed(settings.seed)

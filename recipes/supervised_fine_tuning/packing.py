@@ -27,13 +27,13 @@ def check_packing(model: PreTrainedModel, settings: Settings) -> None:
     attention, and few to a state, as Mamba's. Nothing says so, and the loss does not show it.
 
     Args:
-        model: As it was loaded; on the meta device there is nothing to compare, and another rank does.
+        model: As it was loaded; where its weights are still to come from another rank, that one does it.
         settings: Of the run.
 
     Raises:
         InputError: If they change, or the model takes no positions.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()) or _waits_for_weights():
         return
     home, training = model.device, model.training
     device, dtype = home, torch.float32
@@ -57,6 +57,12 @@ def check_packing(model: PreTrainedModel, settings: Settings) -> None:
             f"--model {settings.model}, --attention {settings.attention}: the model does not tell apart conversations "
             f"in one row: {problem}. Give each a row of its own with --packing false, or choose another model."
         )
+
+
+def _waits_for_weights() -> bool:
+    """Whether FSDP brings the weights to this rank later: until then they are whatever the memory held."""
+    asked = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return all(os.environ.get(name) == "true" for name in asked) and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _change_of_the_second(model: PreTrainedModel) -> float:

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+from torch.serialization import register_package
 
 SECONDS = 90
+
+# Before 2.13 torch cannot load to "cpu:0", which is where the Trainer loads to under DDP on CPUs.
+register_package(0, lambda _: None, lambda storage, device: storage if device.startswith("cpu:") else None)
 
 # Processes are forked from a server that has imported what takes seconds, and has no threads that a fork would lose.
 multiprocessing.set_forkserver_preload(

@@ -230,9 +230,9 @@ def check_sequence_parallel() -> None:
     parallel = copy.deepcopy(alone)
     mesh = init_device_mesh("cpu", (2,))
     plan = {
-        "norm": SequenceParallel(),
-        "up": ColwiseParallel(input_layouts=Shard(1)),
-        "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+        "norm": SequenceParallel(sequence_dim=0),
+        "up": ColwiseParallel(input_layouts=Shard(0)),
+        "down": RowwiseParallel(output_layouts=Shard(0), use_local_output=False),
     }
     parallelize_module(parallel, mesh, plan)
     distribute_module(parallel.last, mesh)
@@ -241,9 +241,9 @@ def check_sequence_parallel() -> None:
         for model in (alone, parallel)
     ]
     for step in range(6):
-        inputs = torch.randn(3, 10, 8, generator=torch.Generator().manual_seed(step))
+        inputs = torch.randn(30, 8, generator=torch.Generator().manual_seed(step))
         alone(inputs).square().mean().backward()
-        outputs = parallel(inputs.chunk(2, dim=1)[mesh.get_local_rank()])
+        outputs = parallel(inputs.chunk(2)[mesh.get_local_rank()])
         outputs.square().mean().backward()
         if step == 0:
             placements = {parallel.norm.weight.grad.placements, parallel.last.weight.grad.placements}

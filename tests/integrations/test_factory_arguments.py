@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 from typing import Any
 
 import accelerate
@@ -28,6 +29,13 @@ def test_the_package_hands_it_out_and_nothing_that_is_not_there() -> None:
     assert Dion2Factory is its_own
     with pytest.raises(AttributeError, match="module 'dion2_lightning' has no attribute 'Dion3Factory'"):
         dion2_lightning.Dion3Factory  # noqa: B018
+
+
+def test_an_older_transformers_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.1.9")
+    monkeypatch.delitem(sys.modules, "dion2_lightning.integrations.transformers")
+    with pytest.raises(ImportError, match=re.escape("needs transformers 5.2 or later, found 5.1.9")):
+        dion2_lightning.Dion2Factory  # noqa: B018
 
 
 def test_it_builds_what_build_optimizer_builds() -> None:

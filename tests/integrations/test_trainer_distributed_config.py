@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, 
 from transformers.distributed import DistributedConfig
 
 from dion2_lightning import Dion2
+from recipes.versions import DIVIDES_MODELS
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations import test_plain
 from tests.integrations.huggingface import fsdp2_on_cpu
@@ -21,6 +22,8 @@ from tests.integrations.test_trainer import arguments, make_trainer
 from tests.integrations.training import LENGTH, make_model
 
 STEPS = 5
+
+pytestmark = pytest.mark.skipif(not DIVIDES_MODELS, reason="this transformers cannot divide models in every such way")
 
 
 class Layout(NamedTuple):

@@ -26,6 +26,7 @@ from recipes.image_classification.settings import Settings
 from recipes.image_classification.train import ImageTrainer, fine_tune, main, training_arguments
 from recipes.inputs import InputError
 from recipes.throughput import training_flops
+from recipes.versions import checkpoints_activations
 from tests.distributed.ranks import run_like_torchrun
 
 EXAMPLES = sorted(Path(recipe.__file__).parent.glob("*.yaml"))
@@ -252,7 +253,7 @@ class TestHowItIsComputed:
 
         def record(self: ImageTrainer, model: Any, inputs: Any, *rest: Any) -> torch.Tensor:
             workers = self.callback_handler.train_dataloader.num_workers
-            seen.append((len(inputs["labels"]), workers, model.is_activation_checkpointing))
+            seen.append((len(inputs["labels"]), workers, checkpoints_activations(model)))
             return training_step(self, model, inputs, *rest)
 
         monkeypatch.setattr(ImageTrainer, "training_step", record)

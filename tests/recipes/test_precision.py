@@ -14,13 +14,13 @@ def accelerator_with(plugin: Any) -> Any:
     return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
 
 
-def test_gradients_and_losses_are_float32() -> None:
+def test_gradients_and_losses_are_not_rounded() -> None:
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")  # as an Accelerator does
     assert plugin.mixed_precision_policy.reduce_dtype == torch.bfloat16, "there is something to mend"
     sum_in_float32(accelerator_with(plugin))
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None
     )
 
 

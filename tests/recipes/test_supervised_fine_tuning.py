@@ -56,6 +56,7 @@ from recipes.supervised_fine_tuning.model import (
 from recipes.supervised_fine_tuning.settings import Settings, run_folder
 from recipes.supervised_fine_tuning.with_lightning import LightningSettings
 from recipes.throughput import Speedometer
+from recipes.versions import checkpoints_activations
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import fsdp2_on_cpu
 
@@ -738,7 +739,7 @@ class TestModel:
         gradients = []
         for checkpointing in (False, True):
             model, _ = load_model(replace(tiny, gradient_checkpointing=checkpointing))
-            assert model.is_activation_checkpointing is checkpointing
+            assert checkpoints_activations(model) is checkpointing
             model(**default_collate([rows[0]])).loss.backward()
             gradients.append([parameter.grad for parameter in model.parameters()])
         assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
@@ -807,7 +808,8 @@ class TestModel:
         model, _ = load_model(tiny)
         linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         attention = 2 * 2 * 2 * tiny.length * 16
-        assert count_flops_per_token(model, tiny.length) == 6 * linear + 3 * attention
+        # Older versions of transformers also multiply the frequencies of the positions.
+        assert count_flops_per_token(model, tiny.length) == pytest.approx(6 * linear + 3 * attention, rel=1e-3)
         frozen, _ = load_model(replace(tiny, lora_rank=2))
         assert count_flops_per_token(frozen, tiny.length) < count_flops_per_token(model, tiny.length)
         assert not any(parameter.is_meta for parameter in model.parameters())
