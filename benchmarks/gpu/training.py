@@ -88,7 +88,8 @@ def train(options: Options, *, name: str, rows: int, length: int) -> Iterator[Ro
         optimizer = OPTIMIZERS[optimizer_name](model)
         timed = [timed_step(model, optimizer, tokens) for _ in range(steps + 3)]
         loss = timed[-1][2].item()
-        whole, own = (statistics.median(each[part].seconds() for each in timed[3:]) for part in (0, 1))
+        whole = statistics.median(each.seconds() for each, _, _ in timed[3:])
+        own = statistics.median(each.seconds() for _, each, _ in timed[3:])
         yield {
             "optimizer": optimizer_name,
             "weights": str(dtype).removeprefix("torch."),

@@ -27,8 +27,8 @@ OLDEST_TRANSFORMERS: Final = "5.2"
 if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
     raise ImportError(
         f"Dion2Factory needs transformers {OLDEST_TRANSFORMERS} or later, found {transformers.__version__}, whose "
-        "Trainer does not give a factory the model: upgrade it, or pass Trainer(..., optimizers=(build_optimizer(model, "
-        "lr=...), None))"
+        "Trainer does not give a factory the model; upgrade it, or pass "
+        "Trainer(..., optimizers=(build_optimizer(model, lr=...), None))"
     )
 
 KINDS: Final[dict[str, Any]] = {
