@@ -12,6 +12,6 @@ if dist.is_available():
 
 def cpu_capabilities() -> dict[str, Any]:
     """Return what the CPU can do, by name."""
-    if hasattr(torch.cpu, "get_capabilities"):  # not in 2.9, which knows of AMX
+    if hasattr(torch.cpu, "get_capabilities"):  # not in 2.10, which knows of AMX
         return torch.cpu.get_capabilities()
     return {"amx_bf16": torch.cpu._is_amx_tile_supported()}

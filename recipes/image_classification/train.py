@@ -52,9 +52,9 @@ class ImageTrainer(Trainer):
     speedometer: Speedometer
 
     @override
-    def create_optimizer(self, model: Any = None) -> Any:
+    def create_optimizer(self, *arguments: Any) -> Any:
         try:
-            return super().create_optimizer(model)
+            return super().create_optimizer(*arguments)
         except ValueError as error:
             raise InputError(f"--{error}") from error
 
