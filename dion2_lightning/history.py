@@ -89,7 +89,8 @@ class SelectionHistory:
         self.groups.append({name: dict(each) for name, each in figures.groups.items()})
         self.parameters.append([_in_six_digits(figures.parameters[kind.group, kind.name]) for kind in kinds])
         self._shares.append(shares)
-        self.counts, self._hits = counts.clone(), hits.clone()
+        # They come in float32 from a device without float64.
+        self.counts, self._hits = (each.to(torch.float64, copy=True) for each in (counts, hits))
         self.thin_out(MAX_POINTS)
 
     def thin_out(self, points: int) -> None:
