@@ -5,6 +5,7 @@ from one such step to the next.
 """
 
 import base64
+import ctypes
 import itertools
 import json
 import math
@@ -220,7 +221,9 @@ def to_plain(state: Mapping[str, Any]) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
-            raw = base64.b64encode(value.numpy().tobytes()).decode()
+            stored = value.cpu().contiguous()
+            # Tensor.numpy() would need NumPy, which torch comes without.
+            raw = base64.b64encode(ctypes.string_at(stored.data_ptr(), stored.nbytes)).decode()
             return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "base64": raw}
         if isinstance(value, float) and not math.isfinite(value):
             return None
