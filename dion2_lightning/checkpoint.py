@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 from dion2_lightning.adamw import step_device
 from dion2_lightning.groups import check_settings, parameter_names
 from dion2_lightning.layout import is_dtensor, local
+from dion2_lightning.precision import has_float64
 
 Group = Mapping[str, Any]
 
@@ -164,6 +165,11 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, algorithm: str, wh
         if entry != "step" and state[entry].shape != parameter.shape:
             raise ValueError(
                 f"{what} has shape {tuple(parameter.shape)}, but the checkpoint's {entry!r} {tuple(state[entry].shape)}"
+            )
+        if entry != "step" and state[entry].dtype == torch.float64 and not has_float64(parameter.device):
+            raise ValueError(
+                f"{what} is on {parameter.device.type!r}, which has no float64, and the checkpoint's {entry!r} is in "
+                "float64; convert it with .float() before loading"
             )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dion2_lightning.exchange import place_gradients
 from dion2_lightning.layout import alike, local_gradient
+from dion2_lightning.precision import move_sums, sum_dtype
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def clip_grad_norm_(
     # Also what has no gradient here: its mesh's other ranks may have one, and wait.
     meshes = alike(everything, _sharding)
     device = everything[0].device
-    by_mesh = [_power_sum(members, sharding, norm_type).to(device) for sharding, members in meshes.items()]
+    by_mesh = [move_sums(_power_sum(members, sharding, norm_type), device) for sharding, members in meshes.items()]
     together = torch.stack(by_mesh)
     norm = together.max() if norm_type == torch.inf else together.sum() ** (1.0 / norm_type)
     norm = norm.float()
@@ -74,7 +75,7 @@ def _sharding(parameter: Any) -> tuple[Any, tuple[int, ...]]:
 
 
 def _power_sum(parameters: list[Tensor], sharding: tuple[Any, tuple[int, ...]], norm_type: float) -> Tensor:
-    """The sum of |g|^p over all entries on all ranks of the mesh, or the largest |g|; 0-d, float64."""
+    """The sum of |g|^p over all entries on all ranks of the mesh, or the largest |g|; 0-d, in ``sum_dtype``."""
     mesh, dims = sharding
     gradients = [local_gradient(parameter) for parameter in parameters]
     held = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
@@ -84,9 +85,10 @@ def _power_sum(parameters: list[Tensor], sharding: tuple[Any, tuple[int, ...]], 
         for members in alike(held, lambda gradient: torch.promote_types(gradient.dtype, torch.float32)).items()
         for norm in torch._foreach_norm(members[1], norm_type, dtype=members[0])
     ]
-    powers = [norm.double() if norm_type == torch.inf else norm.double() ** norm_type for norm in norms]
-    zero = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    stacked = torch.stack([zero, *(power.to(zero.device) for power in powers)])
+    device = parameters[0].device
+    norms = [move_sums(norm, device) for norm in norms]
+    powers = norms if norm_type == torch.inf else [norm**norm_type for norm in norms]
+    stacked = torch.stack([torch.zeros((), dtype=sum_dtype(device), device=device), *powers])
     total = stacked.max() if norm_type == torch.inf else stacked.sum()
     for dim in dims:
         operation = dist.ReduceOp.MAX if norm_type == torch.inf else dist.ReduceOp.SUM

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dion2_lightning.layout import Span, alike, is_dtensor, local
+from dion2_lightning.precision import has_float64
 from dion2_lightning.torch_versions import all_gather_single
 
 if TYPE_CHECKING:
@@ -127,9 +128,15 @@ def check_agreement(
 def refuse_unreachable(parameter: Tensor, what: str, process_group: "ProcessGroup | None") -> None:
     """Raise an error where ranks share a parameter on a device that their group does not communicate from.
 
-    CPU offload under FSDP2 leaves parameters and gradients on the CPU, and NCCL alone does not reach them.
+    CPU offload under FSDP2 leaves parameters and gradients on the CPU, and NCCL alone does not reach them. Apple's GPUs
+    have no float64, in which :class:`Totals` adds up the norms.
     """
     for group in _groups_around(getattr(parameter, "device_mesh", None), process_group):
+        if not has_float64(parameter.device):
+            raise ValueError(
+                f"{what} is on {parameter.device.type!r} and shared by {group.size()} ranks, which add up norms in "
+                "float64, and there is none on this device; train in one process, or on CUDA or the CPU"
+            )
         reached = [device.type for device in group._device_types]
         if parameter.device.type not in reached:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from dion2_lightning.precision import has_float64
 from dion2_lightning.scaling import ADJUST_LR_FN
 
 ALGORITHMS: Final = ("dion2", "adamw")
@@ -51,7 +52,7 @@ def check_parameters(group: Mapping[str, Any], taken: Collection[Tensor], where:
     """Refuse a group's parameters that its algorithm has no update for, or that would be updated twice.
 
     Args:
-        group: With its parameters in a list.
+        group: With its parameters in a list, and all settings.
         taken: The parameters of the other groups.
         where: Said in front of an error.
     """
@@ -93,6 +94,18 @@ def refuse_flattened(parameter: Tensor, what: str) -> None:
         raise ValueError(f"{what} is partitioned by DeepSpeed ZeRO, which flattens matrices; use FSDP2 (fully_shard)")
 
 
+def refuse_float64(parameter: Tensor, what: str, group: Mapping[str, Any]) -> None:
+    """Raise an error where a matrix group asks for float64 on a device that has none."""
+    if has_float64(parameter.device):
+        return
+    for name in ("orthonormalize_dtype", "state_dtype"):
+        if group[name] == "float64":
+            raise ValueError(
+                f"{what} is on {parameter.device.type!r}, which has no float64, and {name} is 'float64'; choose "
+                "'float32', or None, the default"
+            )
+
+
 def _check_parameter(parameter: Tensor, what: str, group: Mapping[str, Any]) -> None:
     refuse_flattened(parameter, what)
     if parameter.layout != torch.strided:
@@ -101,8 +114,7 @@ def _check_parameter(parameter: Tensor, what: str, group: Mapping[str, Any]) -> 
         raise ValueError(f"{what} is {parameter.dtype}; only real floating-point parameters can be updated")
     if group["algorithm"] == "adamw":
         return
-    if parameter.device.type == "mps":
-        raise ValueError(f"{what} is on MPS, which has no float64 for exact norms; train on CUDA or the CPU")
+    refuse_float64(parameter, what, group)
     if parameter.numel() == 0:
         raise ValueError(f"{what} has no entries, so there is no matrix to update; leave it out")
     dimensions = 3 if group["batched"] else 2

@@ -5,6 +5,7 @@ from one such step to the next.
 """
 
 import base64
+import ctypes
 import itertools
 import json
 import math
@@ -89,7 +90,8 @@ class SelectionHistory:
         self.groups.append({name: dict(each) for name, each in figures.groups.items()})
         self.parameters.append([_in_six_digits(figures.parameters[kind.group, kind.name]) for kind in kinds])
         self._shares.append(shares)
-        self.counts, self._hits = counts.clone(), hits.clone()
+        # They come in float32 from a device without float64.
+        self.counts, self._hits = (each.to(torch.float64, copy=True) for each in (counts, hits))
         self.thin_out(MAX_POINTS)
 
     def thin_out(self, points: int) -> None:
@@ -219,7 +221,9 @@ def to_plain(state: Mapping[str, Any]) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
-            raw = base64.b64encode(value.numpy().tobytes()).decode()
+            stored = value.cpu().contiguous()
+            # Tensor.numpy() would need NumPy, which torch comes without.
+            raw = base64.b64encode(ctypes.string_at(stored.data_ptr(), stored.nbytes)).decode()
             return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "base64": raw}
         if isinstance(value, float) and not math.isfinite(value):
             return None

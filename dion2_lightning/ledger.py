@@ -16,6 +16,7 @@ from torch import Tensor
 from dion2_lightning.figures import Kind
 from dion2_lightning.history import BINS, bin_of
 from dion2_lightning.layout import Matrices, local, placed_like_stack, spread_dims
+from dion2_lightning.precision import move_sums, sum_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -158,17 +159,19 @@ class Ledger:
     def _rows(self, step: int, window: int, before: Tensor, norms: Mapping[Entry, Tensor]) -> Tensor:
         """The table's columns of every matrix, the hits of its slices in bins, and its sorted counts."""
         now = (self.last == step) & (self.hits > 0)
+        device = self.last.device
+        dtype = sum_dtype(device)
         zeros = self.last.new_zeros((1, self._slices), dtype=torch.float32)
-        mass = torch.cat([norms.get(entry, zeros.expand(entry.count, -1)) for entry in self._entries]).double()
+        mass = torch.cat([norms.get(entry, zeros.expand(entry.count, -1)) for entry in self._entries]).to(dtype)
         total, captured = mass.sum(1), (mass * now).sum(1)
         staleness = step - self.last
         never = self.hits == 0
         updated = now.any(1)
         dead = updated & (total == 0)
         counts = self.hits.sort(dim=1).values
-        places = torch.arange(1 - self._slices, self._slices, 2, device=counts.device)
-        gini = (places * counts).sum(1).double() / (self._slices * counts.sum(1).clamp(min=1)).double()
-        rows = torch.zeros((len(mass), COUNTS + BINS), dtype=torch.float64, device=mass.device)
+        places = torch.arange(1 - self._slices, self._slices, 2, device=device)
+        gini = (places * counts).sum(1).to(dtype) / (self._slices * counts.sum(1).clamp(min=1)).to(dtype)
+        rows = torch.zeros((len(mass), COUNTS + BINS), dtype=dtype, device=device)
         for column, values in {
             _MATRICES: torch.ones_like(total),
             _UPDATED: updated,
@@ -184,8 +187,8 @@ class Ledger:
             LONGEST: staleness.amax(1),
         }.items():
             rows.select(1, column).copy_(values)
-        rows.narrow(1, HITS, BINS).copy_(self.hits.double() @ _bins(self._slices, counts.device))
-        quantiles = torch.linspace(0, self._slices - 1, BINS, device=counts.device).round().long()
+        rows.narrow(1, HITS, BINS).copy_(self.hits.to(dtype) @ _bins(self._slices, device))
+        quantiles = torch.linspace(0, self._slices - 1, BINS, device=device).round().long()
         rows.narrow(1, COUNTS, BINS).copy_(counts.index_select(1, quantiles))
         return rows
 
@@ -209,25 +212,25 @@ class Due:
     errors: list[tuple[Entry, Tensor]] = field(default_factory=list)
 
     def table(self, entries: Sequence[Entry]) -> Tensor:
-        """Return the table, float64, a row for each parameter, of what this rank holds."""
+        """Return the table, in ``sum_dtype``, a row for each parameter, of what this rank holds."""
         device = self.parts[0][1].device
-        table = torch.zeros((len(entries), COUNTS + BINS), dtype=torch.float64, device=device)
+        table = torch.zeros((len(entries), COUNTS + BINS), dtype=sum_dtype(device), device=device)
         for its_entries, rows in self.parts:
             position_of_row = [entry.position for entry in its_entries for _ in range(entry.count)]
             # A rank may hold no expert of any stack: even then these are whole numbers.
             positions = torch.tensor(position_of_row, dtype=torch.int64).to(device, non_blocking=True)
-            rows = rows.to(device)
+            rows = move_sums(rows, device)
             longest = rows.select(1, LONGEST).clone()
             rows.select(1, LONGEST).zero_()
             table.index_add_(0, positions, rows)
             table.select(1, LONGEST).scatter_reduce_(0, positions, longest, "amax")
         if self.squares:
             positions = to_device([entry.position for entry, _ in self.squares], device)
-            values = torch.stack([each.sum().to(device) for _, each in self.squares])
+            values = torch.stack([move_sums(each.sum(), device) for _, each in self.squares])
             table.select(1, _SQUARES).index_add_(0, positions, values)
         if self.errors:
             positions = to_device([entry.position for entry, _ in self.errors], device)
-            sums = torch.stack([each.sum(1).to(device) for _, each in self.errors])
+            sums = torch.stack([move_sums(each.sum(1), device) for _, each in self.errors])
             for column, values in zip((_ERROR, _MEASURED), sums.unbind(1), strict=True):
                 table.select(1, column).index_add_(0, positions, values)
         return table
@@ -245,8 +248,9 @@ def orthogonality_errors(orthonormal: Tensor) -> Tensor:
     short = gram.shape[1]
     distance = torch.linalg.matrix_norm(gram - torch.eye(short, dtype=gram.dtype, device=gram.device))
     has_one = (precise != 0).flatten(1).any(1)
-    errors = torch.where(has_one, torch.div(distance.double(), short**0.5), 0.0)
-    return torch.stack([errors, has_one.double()])
+    dtype = sum_dtype(orthonormal.device)
+    errors = torch.where(has_one, torch.div(distance.to(dtype), short**0.5), 0.0)
+    return torch.stack([errors, has_one.to(dtype)])
 
 
 def group_around(entries: Sequence[Entry], process_group: "ProcessGroup | None") -> "ProcessGroup | None":
@@ -274,7 +278,7 @@ def _from_first_row(indices: Tensor, slices: int) -> Tensor:
 def _bins(slices: int, device: torch.device) -> Tensor:
     """Which bin each slice falls into, (slices, BINS), one-hot."""
     bins = bin_of(slices, device)
-    return torch.zeros((slices, BINS), dtype=torch.float64, device=device).scatter_(1, bins.unsqueeze(1), 1.0)
+    return torch.zeros((slices, BINS), dtype=sum_dtype(device), device=device).scatter_(1, bins.unsqueeze(1), 1.0)
 
 
 def to_device(numbers: Sequence[Any], device: torch.device) -> Tensor:

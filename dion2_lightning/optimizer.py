@@ -22,6 +22,7 @@ from dion2_lightning.groups import (
     parameter_names,
     plain_dtype,
     refuse_flattened,
+    refuse_float64,
 )
 from dion2_lightning.layout import Layouts, is_dtensor, local_gradient, refuse_misplaced
 from dion2_lightning.orthonormalize import default_dtype
@@ -208,7 +209,7 @@ class Dion2(Optimizer):
         check_names(group, self.defaults, where)
         check_settings(group, where)
         group = {"batched": False, "transposed": False, **_plain(group)}
-        check_parameters(group, {p for other in self.param_groups for p in other["params"]}, where)
+        check_parameters({**self.defaults, **group}, {p for other in self.param_groups for p in other["params"]}, where)
         group["name"] = self._unique_name(group)
         self._is_agreed = False
         super().add_param_group(group)
@@ -231,8 +232,9 @@ class Dion2(Optimizer):
 
         Raises:
             FloatingPointError: A gradient holds NaN or Inf, where ``check_finite`` asks for the check.
-            ValueError: A gradient is sparse, a parameter is sharded in a way that has no update, or it is offloaded to
-                where its ranks do not communicate.
+            ValueError: A gradient is sparse, a parameter is sharded in a way that has no update, it is offloaded to
+                where its ranks do not communicate, or it is on a device that has no float64, which its ranks or
+                settings need.
             RuntimeError: Ranks that share a matrix disagree about its settings, or an earlier step failed in between.
         """
         loss = None
@@ -240,7 +242,7 @@ class Dion2(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_after_failure()
-        self._refuse_misplaced()
+        self._refuse_without_update()
         self._agree()
         self._check_gradients()
         is_first = not self.state
@@ -392,11 +394,13 @@ class Dion2(Optimizer):
                 for parameter, name in zip(group["params"], parameter_names(group), strict=True):
                     yield group, parameter, f"group {group['name']!r}: {name}"
 
-    def _refuse_misplaced(self) -> None:
-        """Refuse parameters of which no rank holds a part that could be updated, before ranks talk to each other."""
+    def _refuse_without_update(self) -> None:
+        """Refuse parameters that cannot be updated as they are placed now, before ranks talk to each other."""
         for _, parameter, what in self._parameters("dion2", "adamw"):
             refuse_flattened(parameter, what)
             refuse_misplaced(parameter, what)
+        for group, parameter, what in self._parameters("dion2"):
+            refuse_float64(parameter, what, group)
 
     def _check_gradients(self) -> None:
         """Refuse gradients that have no update, before weights or state are touched."""

@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from dion2_lightning.precision import has_float64
 from dion2_lightning.torch_versions import cpu_capabilities
 
 POLAR_EXPRESS: Final = (
@@ -59,16 +60,28 @@ def orthonormalize(submatrices: Tensor, dtype: torch.dtype | None = None) -> Ten
         return orthonormalize(submatrices.mT, dtype).mT
     # Rounded before anything else, as it is on its way to another rank: every layout sees the same numbers.
     rounded = submatrices.to(dtype)
-    # The norm in float64: squares of float32 entries under 1e-19 would vanish, over 1e19 overflow.
-    norm = torch.linalg.vector_norm(rounded, dim=(-2, -1), keepdim=True, dtype=torch.float64) * SAFETY
-    precise = torch.promote_types(dtype, torch.float32)
-    normalized = rounded / norm.to(precise).clamp_min(torch.finfo(precise).tiny)
+    normalized = _normalize(rounded)
     if k >= FEW:
         normalized = normalized.to(dtype)
     iterate = _gram_newton_schulz if _gram_pays(normalized) else _newton_schulz
     # A step inside an autocast block must not have its products rounded either.
     with torch.autocast(normalized.device.type, enabled=False):
         return iterate(normalized).to(dtype)
+
+
+def _normalize(matrices: Tensor) -> Tensor:
+    """Divide matrices by a little more than their Frobenius norms; in float32 at least."""
+    precise = torch.promote_types(matrices.dtype, torch.float32)
+    smallest = torch.finfo(precise).tiny
+    if has_float64(matrices.device):
+        # Squares of float32 entries under 1e-19 would vanish, over 1e19 overflow.
+        norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float64) * SAFETY
+        return torch.div(matrices, norm.to(precise).clamp_min(smallest))
+    # Without float64, for the same reason, the largest entry is made 1 first.
+    largest = matrices.abs().amax((-2, -1), keepdim=True).to(precise)
+    scaled = matrices / largest.clamp_min(smallest)
+    norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True) * SAFETY
+    return torch.div(scaled, norm.clamp_min(smallest))
 
 
 def _newton_schulz(x: Tensor) -> Tensor:

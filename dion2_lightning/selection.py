@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dion2_lightning.precision import sum_dtype
+
 
 class Selection(NamedTuple):
     """The slices of a parameter's matrices that a step selected.
@@ -30,12 +32,13 @@ def selected_count(slices: int, fraction: float) -> int:
 
 
 def slice_sums(slices: Tensor) -> Tensor:
-    """Return the sum of |M| over every slice, shape (count, n), in float64.
+    """Return the sum of |M| over every slice, shape (count, n), in float64; in float32 on a device that has no float64.
 
     Rounded to float32 it is the slice's norm. float32 sums depend on their order, and near the threshold an order
-    changes the selection; rounded float64 sums do not.
+    changes the selection; rounded float64 sums do not. Ranks that share a matrix need float64 to select alike; a device
+    without it works alone.
     """
-    return slices.abs().sum(-1, dtype=torch.float64)
+    return slices.abs().sum(-1, dtype=sum_dtype(slices.device))
 
 
 def largest(norms: Tensor, k: int) -> Tensor:

@@ -31,6 +31,7 @@ from dion2_lightning.ledger import (
     to_device,
     whole_rows,
 )
+from dion2_lightning.precision import sum_dtype
 from dion2_lightning.update import MatrixUpdate
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class SelectionStatistics:
     def moved(self, update: MatrixUpdate, change: Tensor) -> None:
         """Take what a part of a parameter was changed by; called by the optimizer."""
         if self._due is not None:
-            squares = torch.linalg.vector_norm(change).double().square()
+            squares = torch.linalg.vector_norm(change).to(sum_dtype(change.device)).square()
             self._due.squares.append((self._entries[update.parameter], squares))
 
     def end_step(self) -> None:

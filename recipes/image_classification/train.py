@@ -199,7 +199,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(run_folder(settings)),
         seed=settings.seed,
-        use_cpu=not gpu,  # never MPS, which has no float64
+        use_cpu=not gpu,  # not MPS, which was never tried
         bf16=auto if settings.precision == "auto" else settings.precision == "bf16",
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size // share,

@@ -61,7 +61,7 @@ def tensor_parallel_size(accelerator: Accelerator) -> int:
 
 
 def has_accelerator() -> bool:
-    """Says whether there is a device to train on besides the CPU. Apple's has no float64, which the selection needs."""
+    """Says whether there is a device to train on besides the CPU. Apple's has no float64 to sum losses in."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return found is not None and found.type != "mps"
 

@@ -212,7 +212,7 @@ def _trainer(settings: Settings, callbacks: list[Callback], progress: bool) -> T
 def _accelerator(settings: Settings) -> str:
     if settings.accelerator != "auto":
         return settings.accelerator
-    return "cuda" if torch.cuda.is_available() else "cpu"  # never MPS, which has no float64
+    return "cuda" if torch.cuda.is_available() else "cpu"  # not MPS, which was never tried
 
 
 def _precision(settings: Settings) -> Any:
