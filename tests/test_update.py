@@ -119,8 +119,9 @@ def test_output_slices(kind):
     check(**SHAPES[kind], select="output")
 
 
-def test_a_momentum_in_half_precision_does_not_round_the_update():
-    check(**SHAPES["wide"], state_dtype="bfloat16")
+@pytest.mark.parametrize("kind", ["wide", "tall", "batched tall"])
+def test_a_momentum_in_half_precision_does_not_round_the_update(kind):
+    check(**SHAPES[kind], state_dtype="bfloat16")
 
 
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.5, 1.0), (0.99, 0.1)])
