@@ -38,6 +38,7 @@ class InOrder(Trainer):
 
 def arguments(folder: Path, ranks: int = 1, steps: int = STEPS, **settings: Any) -> TrainingArguments:
     chosen: dict[str, Any] = {
+        "use_cpu": True,
         "per_device_train_batch_size": BATCH // ranks,
         "max_steps": steps,
         "max_grad_norm": MAX_NORM,
@@ -47,7 +48,7 @@ def arguments(folder: Path, ranks: int = 1, steps: int = STEPS, **settings: Any)
         "report_to": [],
         "disable_tqdm": True,
     }
-    return TrainingArguments(str(folder), use_cpu=True, seed=0, **{**chosen, **settings})
+    return TrainingArguments(str(folder), seed=0, **{**chosen, **settings})
 
 
 def make_trainer(args: TrainingArguments, model: nn.Module, pair: Any = None, **settings: Any) -> InOrder:
