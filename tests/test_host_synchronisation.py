@@ -155,6 +155,19 @@ def test_a_step_count_goes_where_its_parameter_is(left_on: str) -> None:
         assert state["step"].device == parameter.device
 
 
+def test_statistics_go_where_their_parameters_are() -> None:
+    optimizer = Dion2([nn.Parameter(torch.zeros(40, 96, device="cuda"))], lr=0.1)
+    statistics = SelectionStatistics()
+    statistics.attach(optimizer)
+    [parameter] = optimizer.param_groups[0]["params"]
+    for device in ("cuda", "cpu", "cuda"):
+        parameter.fake_device, optimizer.state[parameter] = torch.zeros((), device=device).device, {}
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        kept = tensors_of(statistics, apart_from=[optimizer, parameter])
+        assert {each.device.type for each in kept if each.dtype == torch.int32} == {device}
+
+
 @pytest.mark.parametrize("share_replicas", [True, False, None])
 def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | None) -> None:
     """It sends one constant, the header of the all-reduce: a fingerprint, and a flag for each matrix."""
