@@ -65,6 +65,9 @@ class KillAfterSaving(TrainerCallback):
 
 FSDP = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
 
+ADAMW = (torch.optim.AdamW, {"lr": SETTINGS["adamw_lr"], "weight_decay": SETTINGS["weight_decay"]})
+"""The control."""
+
 
 def train(layout: str, kind: str, phase: Phase, folder: Path) -> None:
     settings: dict[str, Any] = {"lr_scheduler_type": "linear"}
@@ -74,9 +77,8 @@ def train(layout: str, kind: str, phase: Phase, folder: Path) -> None:
     if phase is Phase.KILLED:
         settings |= {"save_strategy": "steps", "save_steps": STOP}
     args = arguments(folder, 1 if layout == "one device" else 2, **settings)
-    adamw = (torch.optim.AdamW, {"lr": SETTINGS["adamw_lr"], "weight_decay": SETTINGS["weight_decay"]})
     model = make_model(seed=1 if phase is Phase.RESUMED else 0)
-    trainer = make_trainer(args, model, adamw if kind == "AdamW" else None)
+    trainer = make_trainer(args, model, ADAMW if kind == "AdamW" else None)
     if phase is Phase.KILLED:
         trainer.add_callback(KillAfterSaving())
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STOP}") if phase is Phase.RESUMED else None)
