@@ -28,7 +28,7 @@ def run_tests(options: Options, *, tests: str = "tests/device") -> Iterator[Row]
         tests,
         f"--device={options.device}",
         f"--numprocesses={workers}",
-        "--dist=loadfile",  # so that few workers import the frameworks
+        "--dist=worksteal",  # loadfile runs a test that ends its process again and again
         # A process that waits for a GPU cannot be interrupted. It is ended, and only the test that it ran fails.
         f"--timeout={SECONDS}",
         "--timeout-method=thread",
@@ -65,8 +65,8 @@ class RowOfEachFunction:
         self._reasons: dict[str, str] = {}
 
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
-        """Learn what will be run; every worker collects the same."""
-        self._left = Counter(map(function_of, ids))
+        """Learn what will be run: every worker collects the same, and so does one that replaces another."""
+        self._left = self._left or Counter(map(function_of, ids))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Take note of what became of a test's setup, call or teardown."""
