@@ -1,6 +1,6 @@
 """The AdamW side: torch's own functional AdamW over the groups that are not matrices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def is_fused(parameters: Sequence[Tensor]) -> bool:
 
 
 def adamw_update(
-    parameters: Sequence[Tensor], states: Mapping[Tensor, Mapping[str, Tensor]], group: Mapping[str, Any]
+    parameters: Sequence[Tensor], states: Mapping[Tensor, MutableMapping[str, Tensor]], group: Mapping[str, Any]
 ) -> None:
     """Take one AdamW step on the parameters of a group that have a gradient.
 
@@ -41,6 +41,7 @@ def adamw_update(
     beta1, beta2 = group["betas"]
     for bucket in alike(parameters, lambda parameter: (parameter.device, parameter.dtype)).values():
         weights = [local(parameter) for parameter in bucket]
+        _place_steps([states[parameter] for parameter in bucket], step_device(bucket[0]))
         adamw(
             weights,
             [gradient for gradient in map(local_gradient, bucket) if gradient is not None],
@@ -57,3 +58,10 @@ def adamw_update(
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _place_steps(states: Sequence[MutableMapping[str, Tensor]], device: torch.device) -> None:
+    """Move step counts that are elsewhere: Lightning moves parameters and moments between devices, but no counts."""
+    for state in states:
+        if state["step"].device != device:
+            state["step"] = state["step"].to(device)

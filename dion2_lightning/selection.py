@@ -60,8 +60,10 @@ def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float) -> 
     if _runs_along_slices(slices):
         slices.flatten(0, 1).index_copy_(0, _flat(indices, slices), gathered.flatten(0, 1) * factor)
     else:
-        # Writing single columns costs more than a pass over the whole, which is in cache.
-        factors = torch.ones(slices.shape[:2], dtype=slices.dtype, device=slices.device)
+        # Writing single columns costs more than a pass over the whole, which is in cache. Above, a momentum in half
+        # precision is multiplied by the factor itself; so must it be here.
+        precise = torch.promote_types(slices.dtype, torch.float32)
+        factors = torch.ones(slices.shape[:2], dtype=precise, device=slices.device)
         slices.mul_(factors.scatter_(-1, indices, factor).unsqueeze(-1))
 
 

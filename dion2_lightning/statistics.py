@@ -306,7 +306,9 @@ class SelectionStatistics:
             for parameter, name in zip(group["params"], _plain_names(group), strict=True)
         ]
         # The entries hold the parameters, so an id stands for one of them.
-        signature = [(id(each), group["select"], group["batched"], group["transposed"]) for each, group, _ in found]
+        signature = [
+            (id(each), each.device, group["select"], group["batched"], group["transposed"]) for each, group, _ in found
+        ]
         if signature == self._signature:
             return
         self._signature = signature

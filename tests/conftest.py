@@ -1,8 +1,30 @@
-"""The table that tests of the frameworks add to pytest's summary: how exactly each resumes under each layout."""
+"""What concerns all tests: the device that those in ``device/`` run on, and a table in pytest's summary.
 
+The tests of the frameworks add to the table: how exactly each resumes under each layout.
+"""
+
+import os
 from typing import Any
 
+import pytest
+
 HEADER = ("framework", "layout", "ranks", "torch.optim.AdamW resumes", "Dion2 resumes")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what only the first conftest.py can add."""
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="for tests/device (default: cpu)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a device that is not there; make products on it repeatable."""
+    if config.getoption("device") == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch finds no GPU here")
+        # cuBLAS reads it once, when it is first used; without it torch refuses products where all has to be repeatable.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

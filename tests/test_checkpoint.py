@@ -17,12 +17,12 @@ from dion2_lightning import Dion2, build_optimizer
 from tests.test_optimizer import assert_identical, groups_of, model_of, snapshot, train
 
 
-def through_a_file(state_dict: dict) -> dict:
+def through_a_file(state_dict: dict, map_location: str | None = None) -> dict:
     """Save and load as the Trainer does: with weights_only."""
     file = io.BytesIO()
     torch.save(state_dict, file)
     file.seek(0)
-    return torch.load(file, weights_only=True)
+    return torch.load(file, map_location, weights_only=True)
 
 
 @pytest.mark.parametrize("stop", [1, 4])

@@ -24,6 +24,7 @@ from benchmarks.statistics import size_of, tensors_of
 from dion2_lightning import Dion2, SelectionStatistics, layout, sharing
 from dion2_lightning.exchange import PIECES, Totals
 from dion2_lightning.history import SelectionHistory
+from tests.every_kind import SLICES, groups_of_every_kind, parameters_of
 
 aten = torch.ops.aten
 Placements = tuple[Any, ...]
@@ -120,30 +121,8 @@ def ranks() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def on_device(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    """A parameter with a gradient."""
-    parameter = nn.Parameter(torch.zeros(shape, dtype=dtype, device="cuda"))
-    parameter.grad = torch.zeros_like(parameter)
-    return parameter
-
-
 def optimizer_of(**settings: Any) -> Dion2:
-    """Both selection axes and storage orders, several matrices in a batch, stacks, half precision, and AdamW."""
-    groups: list[dict[str, Any]] = [
-        {"params": [on_device(40, 96), on_device(40, 96), on_device(96, 40), on_device(64, 64)]},
-        {"params": [on_device(40, 96), on_device(96, 40)], "transposed": True, "orthonormalize_dtype": "float32"},
-        {"params": [on_device(4, 96, 40)], "batched": True, "select": "output", "state_dtype": "float64"},
-        {"params": [on_device(40, 48, dtype=torch.bfloat16)]},
-        {
-            "params": [on_device(40), on_device(30, 8), on_device(40, dtype=torch.bfloat16)],
-            "algorithm": "adamw",
-        },
-    ]
-    return Dion2(groups, lr=0.1, **settings)
-
-
-SLICES = 3 * 40 + 64 + 2 * 40 + 4 * 96 + 40
-"""Of the matrices above, each by the axis that is selected from."""
+    return Dion2(groups_of_every_kind("cuda"), lr=0.1, **settings)
 
 
 def step_watched(optimizer: Dion2, process_group: dist.ProcessGroup | None = None) -> NoHostWait:
@@ -162,6 +141,31 @@ def test_a_step_on_one_device_neither_waits_nor_sends_anything() -> None:
     assert optimizer.state[matrix]["momentum"].device.type == "cuda"
     assert optimizer.state[rest]["step"].device.type == "cuda"
     assert optimizer.selection_of(matrix).indices.device.type == "cuda"
+
+
+@pytest.mark.parametrize("left_on", ["cpu", "cuda"])
+def test_a_step_count_goes_where_its_parameter_is(left_on: str) -> None:
+    """Lightning moves parameters and moments to the device and, after training, back to the CPU, but no step counts."""
+    optimizer = Dion2(groups_of_every_kind("cuda" if left_on == "cpu" else "cpu")[-1:], lr=0.1)
+    optimizer.step()
+    for state in optimizer.state.values():
+        state["step"] = torch.zeros((), device=left_on)
+    optimizer.step()
+    for parameter, state in optimizer.state.items():
+        assert state["step"].device == parameter.device
+
+
+def test_statistics_go_where_their_parameters_are() -> None:
+    optimizer = Dion2([nn.Parameter(torch.zeros(40, 96, device="cuda"))], lr=0.1)
+    statistics = SelectionStatistics()
+    statistics.attach(optimizer)
+    [parameter] = optimizer.param_groups[0]["params"]
+    for device in ("cuda", "cpu", "cuda"):
+        parameter.fake_device, optimizer.state[parameter] = torch.zeros((), device=device).device, {}
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        kept = tensors_of(statistics, apart_from=[optimizer, parameter])
+        assert {each.device.type for each in kept if each.dtype == torch.int32} == {device}
 
 
 @pytest.mark.parametrize("share_replicas", [True, False, None])
@@ -334,7 +338,6 @@ def check_cost(
     alone = step_watched(optimizer, process_group)
     statistics = SelectionStatistics(every=2, orthogonality=True)
     statistics.attach(optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for step in range(1, 5):
         is_due = step % 2 == 0
         with NoHostWait() as watched:
@@ -343,7 +346,7 @@ def check_cost(
         with TakesOnce() as taken, NoHostWait() as watched:
             assert (statistics.take() is not None) == is_due
         assert (taken.calls, watched.collectives) == ((1, collectives) if is_due else (0, 0))
-        kept = tensors_of(statistics, apart_from=[optimizer, *parameters])
+        kept = tensors_of(statistics, apart_from=[optimizer, *parameters_of(optimizer)])
         assert size_of(each for each in kept if is_on_device(each)) == 2 * slices * torch.int32.itemsize
 
 

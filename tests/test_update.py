@@ -52,12 +52,19 @@ def gradients(shape: tuple[int, ...], seed: int) -> list[Tensor]:
 
 
 def check(
-    shape: tuple[int, ...], *, batched: bool = False, transposed: bool = False, dtype: str = "float32", **settings
+    shape: tuple[int, ...],
+    *,
+    batched: bool = False,
+    transposed: bool = False,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    **settings,
 ):
     """Run both for all steps; compare what must be identical at every step, and the displacement at the end."""
     torch.manual_seed(0)
-    parameter = torch.nn.Parameter(0.02 * torch.randn(shape))
-    start = matrices(parameter.detach().double().clone(), transposed)
+    weight = 0.02 * torch.randn(shape)
+    parameter = torch.nn.Parameter(weight.to(device))
+    start = matrices(weight.double(), transposed)
     group = {"params": [parameter], "batched": batched, "transposed": transposed}
     optimizer = Dion2([group], lr=0.02, orthonormalize_dtype=dtype, **settings)
     names = {"adjust_lr_fn": "rule", "scale_lr_by_fraction": "scale_by_fraction", "momentum": "mu"}
@@ -66,7 +73,7 @@ def check(
     references = [Reference(weight, torch.zeros(weight.shape, dtype=state_dtype), lr=0.02, **own) for weight in start]
 
     for gradient in gradients(shape, seed=1):
-        parameter.grad = gradient.clone()
+        parameter.grad = gradient.clone().to(device)
         optimizer.step()
         for reference, its_gradient in zip(references, matrices(gradient, transposed), strict=True):
             reference.step(its_gradient)
@@ -75,11 +82,12 @@ def check(
         assert selection.indices.tolist() == (
             [reference.selected for reference in references] if batched else references[0].selected
         )
-        momentum = matrices(optimizer.state[parameter]["momentum"], transposed)
+        momentum = matrices(optimizer.state[parameter]["momentum"].cpu(), transposed)
         for reference, its_momentum in zip(references, momentum, strict=True):
             assert torch.equal(its_momentum, reference.momentum)
 
-    for before, after, reference in zip(start, matrices(parameter.detach(), transposed), references, strict=True):
+    end = matrices(parameter.detach().cpu(), transposed)
+    for before, after, reference in zip(start, end, references, strict=True):
         expected = reference.weight - before
         error = torch.linalg.norm(after.double() - before - expected) / torch.linalg.norm(expected)
         assert error < TOLERANCE[dtype]
@@ -111,8 +119,9 @@ def test_output_slices(kind):
     check(**SHAPES[kind], select="output")
 
 
-def test_a_momentum_in_half_precision_does_not_round_the_update():
-    check(**SHAPES["wide"], state_dtype="bfloat16")
+@pytest.mark.parametrize("kind", ["wide", "tall", "batched tall"])
+def test_a_momentum_in_half_precision_does_not_round_the_update(kind):
+    check(**SHAPES[kind], state_dtype="bfloat16")
 
 
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.5, 1.0), (0.99, 0.1)])

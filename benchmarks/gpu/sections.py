@@ -6,7 +6,13 @@ from benchmarks.gpu.section import Section
 
 SECTIONS: Final = (
     Section("machine", "What the machine can do", "benchmarks.gpu.machine:measure", minutes=0.5),
-    Section("correct", "Correct on the device", "benchmarks.gpu.correct:run_tests", minutes=2.5, needs=("pytest",)),
+    Section(
+        "correct",
+        "Correct on the device",
+        "benchmarks.gpu.correct:run_tests",
+        minutes=2.5,
+        needs=("pytest", "pytest_timeout", "xdist", "transformers", "accelerate", "lightning", "peft"),
+    ),
     *(
         Section(
             f"step-{shapes}",

@@ -15,6 +15,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.serialization import register_package
 
 SECONDS = 90
+FORKED = "forkserver"
 
 # Before 2.13 torch cannot load to "cpu:0", which is where the Trainer loads to under DDP on CPUs.
 register_package(0, lambda _: None, lambda storage, device: storage if device.startswith("cpu:") else None)
@@ -25,14 +26,31 @@ multiprocessing.set_forkserver_preload(
 )
 
 
-def run_on_ranks(ranks: int, function: Callable[..., None], *arguments: Any, seconds: float = SECONDS) -> None:
-    """Call ``function(*arguments)`` on every rank of a gloo group; raise what a rank raised, or after the time limit.
+def run_on_ranks(
+    ranks: int,
+    function: Callable[..., None],
+    *arguments: Any,
+    seconds: float = SECONDS,
+    backend: str = "gloo",
+    device: str = "cpu",
+) -> None:
+    """Call ``function(*arguments)`` on every rank of a group; raise what a rank raised, or after the time limit.
 
     Ends no process but those it started.
+
+    Args:
+        ranks: How many.
+        function: What each calls.
+        arguments: With what.
+        seconds: The time limit.
+        backend: What the group communicates by.
+        device: What the ranks compute on, "cpu" or "cuda"; all on one GPU.
     """
+    # A process that was forked cannot use CUDA where the one it was forked from has so much as looked for a GPU.
+    method = "spawn" if device == "cuda" else FORKED
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        _run(ranks, _rank_of_a_group, (ranks, store, function, arguments), function.__name__, seconds)
+        given = (ranks, str(Path(folder) / "store"), backend, device, function, arguments)
+        _run(ranks, _rank_of_a_group, given, function.__name__, seconds, method)
 
 
 def run_like_torchrun(
@@ -67,8 +85,15 @@ def kill_this_process() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _run(ranks: int, target: Callable[..., None], arguments: tuple[Any, ...], name: str, seconds: float) -> None:
-    context = start_processes(target, arguments, nprocs=ranks, join=False, start_method="forkserver")
+def _run(
+    ranks: int,
+    target: Callable[..., None],
+    arguments: tuple[Any, ...],
+    name: str,
+    seconds: float,
+    method: str = FORKED,
+) -> None:
+    context = start_processes(target, arguments, nprocs=ranks, join=False, start_method=method)
     deadline = time.monotonic() + seconds
     try:
         while not context.join(timeout=1):
@@ -81,10 +106,18 @@ def _run(ranks: int, target: Callable[..., None], arguments: tuple[Any, ...], na
 
 
 def _rank_of_a_group(
-    rank: int, ranks: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]
+    rank: int,
+    ranks: int,
+    store: str,
+    backend: str,
+    device: str,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
     try:
         function(*arguments)
     finally:

@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dion2_lightning import Dion2
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_layouts import compare_step, groups_of, part_of, place, whole_tensors
+from tests.distributed.test_layouts import compare_step, groups_of, part_of, place, whole_parameters, whole_tensors
 
 SHAPES = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16), "bias": (14,)}
 SETTINGS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "orthonormalize_dtype": "float32"}
@@ -399,7 +399,7 @@ def check_other_meshes() -> None:
         (square, (_StridedShard(0, split_factor=2), Shard(0))),
         (everyone, (Replicate(),)),
     ]
-    alone = {name: nn.Parameter(0.1 * tensor) for name, tensor in whole_tensors(seed=0).items()}
+    alone = whole_parameters()
     reference = Dion2(groups_of(alone), **SETTINGS)
     parameters: Parameters = {}
     optimizer: Dion2 | None = None

@@ -116,34 +116,38 @@ def groups_of(parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     return [*groups, {"params": rest, "name": "rest", "algorithm": "adamw"}]
 
 
-def whole_tensors(seed: int) -> dict[str, Tensor]:
+def whole_tensors(seed: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {**{name: shape for name, (shape, _) in {**MATRICES, **STACKS}.items()}, **ADAMW}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()}
 
 
-def sharded(case: Case) -> dict[str, nn.Parameter]:
+def sharded(case: Case, device: str = "cpu") -> dict[str, nn.Parameter]:
     names = ("first", "second", "third")[: len(case.mesh)]
     of_ranks = torch.tensor(case.order or range(math.prod(case.mesh))).view(case.mesh)
-    mesh = DeviceMesh("cpu", of_ranks, mesh_dim_names=names)
+    mesh = DeviceMesh(device, of_ranks, mesh_dim_names=names)
     placements = {
         **dict.fromkeys(MATRICES, case.placements),
         **dict.fromkeys(STACKS, case.stacks or case.placements),
         **dict.fromkeys(ADAMW, case.rest or case.placements),
     }
-    return {
-        name: nn.Parameter(place(0.1 * whole, mesh, placements[name])) for name, whole in whole_tensors(seed=0).items()
-    }
+    start = whole_tensors(seed=0, device=device)
+    return {name: nn.Parameter(place(0.1 * whole, mesh, placements[name])) for name, whole in start.items()}
+
+
+def whole_parameters(device: str = "cpu") -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(0.1 * whole) for name, whole in whole_tensors(seed=0, device=device).items()}
 
 
 def train_and_compare(parameters: dict[str, nn.Parameter], steps: int = STEPS, **settings: Any) -> None:
     """Step both, comparing at every step, and the weights at the end."""
-    alone = {name: nn.Parameter(0.1 * whole) for name, whole in whole_tensors(seed=0).items()}
+    device = parameters["odd"].device.type
+    alone = whole_parameters(device)
     common = {"lr": 0.02, "weight_decay": 0.1, "orthonormalize_dtype": "float32"}
     optimizer = Dion2(groups_of(parameters), **common, **settings)
     reference = Dion2(groups_of(alone), **common)
     for step in range(steps):
-        for name, gradient in whole_tensors(seed=100 + step).items():
+        for name, gradient in whole_tensors(seed=100 + step, device=device).items():
             alone[name].grad = gradient
             parameter = parameters[name]
             if isinstance(parameter, DTensor):
@@ -180,8 +184,7 @@ def check_sharded(name: str, case: Case) -> None:
 
 
 def check_replicated(share_replicas: bool | None) -> None:
-    parameters = {name: nn.Parameter(0.1 * whole) for name, whole in whole_tensors(seed=0).items()}
-    train_and_compare(parameters, process_group=dist.group.WORLD, share_replicas=share_replicas)
+    train_and_compare(whole_parameters(), process_group=dist.group.WORLD, share_replicas=share_replicas)
 
 
 def check_without_reading() -> None:

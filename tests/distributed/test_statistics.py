@@ -14,7 +14,16 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from dion2_lightning import Dion2, Figures, SelectionStatistics, SelectionWarning
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_layouts import CASES, Case, groups_of, naming, place, sharded, whole_tensors
+from tests.distributed.test_layouts import (
+    CASES,
+    Case,
+    groups_of,
+    naming,
+    place,
+    sharded,
+    whole_parameters,
+    whole_tensors,
+)
 
 STEPS = 6
 SETTINGS: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "orthonormalize_dtype": "float32"}
@@ -64,7 +73,7 @@ def assert_same(found: Figures, expected: Figures) -> None:
 
 
 def check(name: str, parameters: dict[str, nn.Parameter], **settings: Any) -> None:
-    alone = {name: nn.Parameter(0.1 * whole) for name, whole in whole_tensors(seed=0).items()}
+    alone = whole_parameters()
     with warnings.catch_warnings(), naming(name):
         warnings.simplefilter("ignore", SelectionWarning)
         expected, expected_state = figures_of(alone)
@@ -82,7 +91,7 @@ def check_all(ranks: int) -> None:
         if math.prod(case.mesh) == ranks and case.order is None:
             check(name, sharded(case), share_replicas=True if case.has_replicas else None)
     for share_replicas in (True, False):
-        parameters = {name: nn.Parameter(0.1 * whole) for name, whole in whole_tensors(seed=0).items()}
+        parameters = whole_parameters()
         check(
             f"DDP on {ranks}, share_replicas={share_replicas}",
             parameters,

@@ -36,14 +36,18 @@ def fsdp2_on_cpu() -> None:
 
 
 def make_accelerator(layout: str, **settings: Any) -> Accelerator:
-    """Make an Accelerator for ``"one device"``, ``"DDP"``, one of ``STATE_DICTS``, or ``"HSDP"`` of two times two."""
+    """Make an Accelerator for ``"one device"``, ``"DDP"``, one of ``STATE_DICTS``, or ``"HSDP"`` of two times two.
+
+    On the CPU, unless ``settings`` say otherwise.
+    """
+    settings = {"cpu": True, **settings}
     if layout in ("one device", "DDP"):
-        return Accelerator(cpu=True, **settings)
+        return Accelerator(**settings)
     fsdp2_on_cpu()
     if layout == "HSDP":
         settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
     plugin = fsdp_plugin(state_dict_type=STATE_DICTS.get(layout, "SHARDED_STATE_DICT"))
-    return Accelerator(cpu=True, fsdp_plugin=plugin, **settings)
+    return Accelerator(fsdp_plugin=plugin, **settings)
 
 
 def fsdp_plugin(**settings: Any) -> FullyShardedDataParallelPlugin:

@@ -116,9 +116,10 @@ class Scheduled(Llama):
 
 
 def make_trainer(layout: str, steps: int, *, options: dict[str, Any] | None = None, **arguments: Any) -> L.Trainer:
-    """Make a quiet Trainer on the CPU; ``options`` are DDPStrategy's."""
+    """Make a quiet Trainer, on the CPU unless ``arguments`` say otherwise; ``options`` are DDPStrategy's."""
     data_parallel, tensor_parallel = RANKS[layout]
     quiet: dict[str, Any] = {
+        "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -128,7 +129,6 @@ def make_trainer(layout: str, steps: int, *, options: dict[str, Any] | None = No
         "use_distributed_sampler": False,
     }
     return L.Trainer(
-        accelerator="cpu",
         devices=data_parallel * tensor_parallel,
         strategy=make_strategy(layout, **(options or {})),
         max_steps=steps,

@@ -38,6 +38,7 @@ class InOrder(Trainer):
 
 def arguments(folder: Path, ranks: int = 1, steps: int = STEPS, **settings: Any) -> TrainingArguments:
     chosen: dict[str, Any] = {
+        "use_cpu": True,
         "per_device_train_batch_size": BATCH // ranks,
         "max_steps": steps,
         "max_grad_norm": MAX_NORM,
@@ -47,7 +48,7 @@ def arguments(folder: Path, ranks: int = 1, steps: int = STEPS, **settings: Any)
         "report_to": [],
         "disable_tqdm": True,
     }
-    return TrainingArguments(str(folder), use_cpu=True, seed=0, **{**chosen, **settings})
+    return TrainingArguments(str(folder), seed=0, **{**chosen, **settings})
 
 
 def make_trainer(args: TrainingArguments, model: nn.Module, pair: Any = None, **settings: Any) -> InOrder:
@@ -64,6 +65,9 @@ class KillAfterSaving(TrainerCallback):
 
 FSDP = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
 
+ADAMW = (torch.optim.AdamW, {"lr": SETTINGS["adamw_lr"], "weight_decay": SETTINGS["weight_decay"]})
+"""The control."""
+
 
 def train(layout: str, kind: str, phase: Phase, folder: Path) -> None:
     settings: dict[str, Any] = {"lr_scheduler_type": "linear"}
@@ -73,9 +77,8 @@ def train(layout: str, kind: str, phase: Phase, folder: Path) -> None:
     if phase is Phase.KILLED:
         settings |= {"save_strategy": "steps", "save_steps": STOP}
     args = arguments(folder, 1 if layout == "one device" else 2, **settings)
-    adamw = (torch.optim.AdamW, {"lr": SETTINGS["adamw_lr"], "weight_decay": SETTINGS["weight_decay"]})
     model = make_model(seed=1 if phase is Phase.RESUMED else 0)
-    trainer = make_trainer(args, model, adamw if kind == "AdamW" else None)
+    trainer = make_trainer(args, model, ADAMW if kind == "AdamW" else None)
     if phase is Phase.KILLED:
         trainer.add_callback(KillAfterSaving())
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STOP}") if phase is Phase.RESUMED else None)

@@ -1,0 +1,98 @@
+"""State that was saved on one device goes on on another, bit for bit."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dion2_lightning import Dion2, SelectionStatistics
+from tests.every_kind import fill, groups_of_every_kind, matrices_of, parameters_of
+from tests.test_checkpoint import through_a_file
+
+STEPS = 3
+
+
+def make(device: str) -> tuple[Dion2, SelectionStatistics]:
+    optimizer = Dion2(groups_of_every_kind(device), lr=0.1)
+    statistics = SelectionStatistics(every=1)
+    statistics.attach(optimizer)
+    return optimizer, statistics
+
+
+def train(optimizer: Dion2, first: int) -> list[list[Tensor]]:
+    """Take steps on gradients that do not depend on the weights; return what each selects."""
+    selected = []
+    for step in range(first, first + STEPS):
+        fill(optimizer, gradients=step)
+        optimizer.step()
+        selected.append([optimizer.selection_of(matrix).indices.cpu() for matrix in matrices_of(optimizer)])
+    return selected
+
+
+def everything(optimizer: Dion2) -> list[Tensor]:
+    """Weights and state, on the CPU."""
+    states = (value for parameter in parameters_of(optimizer) for value in optimizer.state[parameter].values())
+    return [tensor.detach().cpu() for tensor in (*parameters_of(optimizer), *states)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def moved(
+    optimizer: Dion2, statistics: SelectionStatistics, device: str, read_on: str | None
+) -> tuple[Dion2, SelectionStatistics]:
+    """Save, and load into new ones on a device, from a file that is read to where it was saved, or to ``read_on``."""
+    loaded, its_statistics = make(device)
+    with torch.no_grad():
+        for new, old in zip(parameters_of(loaded), parameters_of(optimizer), strict=True):
+            new.copy_(old)
+    loaded.load_state_dict(through_a_file(optimizer.state_dict(), read_on))
+    its_statistics.load_state_dict(through_a_file(statistics.state_dict(), read_on))
+    return loaded, its_statistics
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+@pytest.mark.parametrize("read_on", ["cpu", None])
+def test_to_the_cpu_and_back(device: str, read_on: str | None) -> None:
+    optimizer, statistics = make(device)
+    fill(optimizer, weights=100)
+    train(optimizer, first=0)
+    on_cpu, statistics_on_cpu = moved(optimizer, statistics, "cpu", read_on)
+    assert_same(everything(on_cpu), everything(optimizer))
+    back, statistics_back = moved(on_cpu, statistics_on_cpu, device, read_on)
+    assert_same(everything(back), everything(optimizer))
+    for each in (optimizer, on_cpu, back):
+        for parameter, state in each.state.items():
+            assert {value.device for value in state.values()} == {parameter.device}
+
+    expected = train(optimizer, first=STEPS)
+    for each in (on_cpu, back):
+        for found, its_expected in zip(train(each, first=STEPS), expected, strict=True):
+            assert_same(found, its_expected)
+    for each in (on_cpu, back):
+        for matrix, other in zip(matrices_of(each), matrices_of(optimizer), strict=True):
+            assert torch.equal(each.state[matrix]["momentum"].cpu(), optimizer.state[other]["momentum"].cpu())
+    assert_same(everything(back), everything(optimizer))
+    figures, of_back = statistics.take(), statistics_back.take()
+    assert figures is not None
+    assert of_back is not None
+    # A GPU adds up the matrices of a stack in no fixed order.
+    assert of_back.overall == pytest.approx(figures.overall, rel=1e-9)
+    assert figures.step == of_back.step == 2 * STEPS
+
+
+def test_weights_and_moments_that_were_moved_without_their_step_counts(gpu: str) -> None:
+    """As Lightning moves them: to the CPU when training ends, back to the GPU when it goes on."""
+    optimizer, _ = make(gpu)
+    train(optimizer, first=0)
+    for device in ("cpu", gpu):
+        for parameter, state in optimizer.state.items():
+            parameter.data, parameter.grad = parameter.data.to(device), None
+            parameter.grad = torch.zeros_like(parameter)
+            state.update({name: value.to(device) for name, value in state.items() if name != "step"})
+        train(optimizer, first=STEPS)
+        counts = [state["step"] for state in optimizer.state.values() if "step" in state]
+        assert {count.device.type for count in counts} == {device}
+    assert {count.item() for count in counts} == {3 * STEPS}

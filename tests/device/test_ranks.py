@@ -1,0 +1,173 @@
+"""Process groups on the device: one rank by NCCL, and two by gloo that share a GPU, which NCCL refuses."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from dion2_lightning import Dion2, SelectionStatistics, build_optimizer, clip_grad_norm_
+from dion2_lightning.exchange import Gathering
+from dion2_lightning.layout import Block, Layout
+from dion2_lightning.torch_versions import all_gather_single
+from tests.device.waiting import no_waiting
+from tests.distributed.ranks import run_on_ranks
+from tests.distributed.test_layouts import CASES, naming, sharded, train_and_compare, whole_parameters
+from tests.distributed.test_real_training import shard_layers
+from tests.every_kind import fill, groups_of_every_kind
+from tests.integrations.huggingface import assert_same, whole
+from tests.integrations.training import BATCH, SETTINGS, Sequences, make_model
+
+STEPS = 4
+MAX_NORM = 0.1
+SECONDS = {"cpu": 90, "cuda": 60}
+
+
+def run(ranks: int, function: Any, device: str, *arguments: Any, backend: str | None = None) -> None:
+    chosen = backend or {"cpu": "gloo", "cuda": "nccl"}[device]
+    run_on_ranks(ranks, function, device, *arguments, seconds=SECONDS[device], backend=chosen, device=device)
+
+
+# One rank
+
+
+def check_fully_sharded(device: str) -> None:
+    """FSDP2 beside a plain model: gradients are nearly the same; from the same ones, steps are the same bit for bit."""
+    mesh = init_device_mesh(device, (1,))
+    models = [make_model(hidden_size=128, intermediate_size=256).to(device) for _ in range(2)]
+    plain, sharded_model = models
+    shard_layers(sharded_model, mesh)
+    chosen = {**SETTINGS, "orthonormalize_dtype": None}
+    optimizers = [build_optimizer(model, **chosen) for model in models]
+    statistics = SelectionStatistics(every=1, orthogonality=True)
+    statistics.attach(optimizers[1])
+    for step, batch in enumerate(Sequences(STEPS).pieces.to(device).split(BATCH)):
+        for model in models:
+            model(input_ids=batch, labels=batch).loss.backward()
+        expected = nn.utils.get_total_norm([parameter.grad for parameter in plain.parameters()])
+        assert expected > MAX_NORM
+        norms = [clip_grad_norm_(model.parameters(), MAX_NORM) for model in models]
+        torch.testing.assert_close(norms, [expected, expected], rtol=1e-4, atol=0)
+        for (name, one), other in zip(plain.named_parameters(), sharded_model.parameters(), strict=True):
+            assert isinstance(other, DTensor)
+            found = other.grad.full_tensor()
+            torch.testing.assert_close(found, one.grad, rtol=1e-3, atol=1e-5, msg=f"{name}, step {step}")
+            one.grad.copy_(found)
+        for optimizer in optimizers:
+            with no_waiting(device if step else "cpu"):
+                optimizer.step()
+            optimizer.zero_grad()
+        assert statistics.take() is not None
+        assert_same(whole(sharded_model, optimizers[1]), whole(plain, optimizers[0]))
+    selections = [matrices_selected(*each) for each in zip(models, optimizers, strict=True)]
+    assert len(selections[0]) == 14
+    assert_same(*selections)
+
+
+def matrices_selected(model: nn.Module, optimizer: Dion2) -> dict[str, Tensor]:
+    groups = [group for group in optimizer.param_groups if group["algorithm"] == "dion2"]
+    matrices = {id(parameter) for group in groups for parameter in group["params"]}
+    named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in matrices}
+    return {name: optimizer.selection_of(parameter).indices for name, parameter in named.items()}
+
+
+def check_process_group_of_one(device: str) -> None:
+    """Such a group changes nothing."""
+    outcomes = []
+    for process_group in (None, dist.group.WORLD):
+        optimizer = Dion2(groups_of_every_kind(device), lr=0.1, process_group=process_group, share_replicas=True)
+        fill(optimizer, weights=100)
+        for step in range(STEPS):
+            fill(optimizer, gradients=step)
+            with no_waiting(device if step else "cpu"):
+                optimizer.step()
+        outcomes.append([parameter.detach() for group in optimizer.param_groups for parameter in group["params"]])
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.equal(one, other)
+
+
+@contextmanager
+def one_rank_shares() -> Iterator[None]:
+    """Let the only rank of a process group send matrices to itself, as if it held one part of them among others."""
+    from dion2_lightning import update
+
+    read = update.layout_of
+
+    def layout_of(parameter: Tensor, what: str, *, process_group: Any, **settings: Any) -> Layout:
+        if process_group is None:
+            return read(parameter, what, process_group=None, **settings)
+        rows, columns = parameter.shape[-2:]
+        return Layout(process_group, (Block((0, rows), (0, columns)),))
+
+    with mock.patch.object(update, "layout_of", layout_of):
+        yield
+
+
+def check_collectives_of_one(device: str) -> None:
+    """The all-reduce and both all-to-alls of a step, and the all-gather: what several ranks do, by the real backend."""
+    with one_rank_shares():
+        train_and_compare(whole_parameters(device), steps=STEPS, process_group=dist.group.WORLD)
+        optimizer = Dion2(groups_of_every_kind(device), lr=0.1, process_group=dist.group.WORLD)
+        for step in range(STEPS):
+            fill(optimizer, gradients=step)
+            with no_waiting(device if step else "cpu"):
+                optimizer.step()
+
+    results = [torch.randn(shape, device=device).bfloat16() for shape in ((3, 5), (1, 7))]
+    gathering = Gathering(dist.group.WORLD, [0, 0], [(3, 5), (1, 7)], torch.bfloat16, torch.device(device))
+    with no_waiting(device):
+        gathering.send(results)
+        gathered = gathering.receive()
+    for found, expected in zip(gathered, results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def check_one_rank(device: str) -> None:
+    """All in one process: on a GPU its start costs more than what it checks."""
+    for check in (check_fully_sharded, check_process_group_of_one, check_collectives_of_one):
+        with naming(check.__name__):
+            check(device)
+
+
+def test_one_rank(device: str) -> None:
+    run(1, check_one_rank, device)
+
+
+# Two ranks on one device
+
+
+def probe(device: str) -> None:
+    """What a step needs of the backend; raises what it refuses."""
+    numbers = torch.ones(4, dtype=torch.float64, device=device)
+    dist.all_reduce(numbers)
+    received, gathered = torch.empty_like(numbers), numbers.new_empty(8)
+    dist.all_to_all_single(received, numbers, [2, 2], [2, 2])
+    all_gather_single(gathered, numbers)
+    assert gathered.tolist() == [2.0] * 8
+
+
+def check_two_ranks(device: str, refusal: Path) -> None:
+    try:
+        probe(device)
+    except RuntimeError as error:
+        refusal.write_text(f"gloo takes no tensors of this device: {error}".splitlines()[0])
+        return
+    for name in ("FSDP2 on 2, stacks by rows", "TP on 2, row-wise"):
+        with naming(name):
+            train_and_compare(sharded(CASES[name], device), steps=STEPS)
+    with naming("replicas"):
+        train_and_compare(whole_parameters(device), steps=STEPS, process_group=dist.group.WORLD, share_replicas=True)
+
+
+def test_two_ranks_on_one_device(device: str, tmp_path: Path) -> None:
+    refusal = tmp_path / "refusal"
+    run(2, check_two_ranks, device, refusal, backend="gloo")
+    if refusal.exists():
+        pytest.skip(refusal.read_text())

@@ -1,0 +1,51 @@
+"""The update on the device against the reference on the CPU, in float64."""
+
+import itertools
+from typing import Any
+
+import pytest
+
+from tests.test_update import LARGE_SHAPES, SHAPES, check
+
+FRACTIONS = (0.25, 0.5, 1.0)
+FEW: dict[str, tuple[Any, ...]] = {
+    "kind": ("wide", "batched transposed tall"),
+    "large_kind": ("tall",),
+    "fraction": (0.25,),
+}
+"""What is left on the CPU, where tests/test_update.py does all."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = {"kind": tuple(SHAPES), "large_kind": tuple(LARGE_SHAPES), "fraction": FRACTIONS}
+    chosen = every if metafunc.config.getoption("device") == "cuda" else FEW
+    for name in metafunc.fixturenames:
+        if name in chosen:
+            metafunc.parametrize(name, chosen[name])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_small_matrices(kind: str, fraction: float, dtype: str, device: str) -> None:
+    check(**SHAPES[kind], fraction=fraction, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_matrices_with_products_in_half_precision(large_kind: str, fraction: float, dtype: str, device: str) -> None:
+    check(**LARGE_SHAPES[large_kind], fraction=fraction, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"state_dtype": "bfloat16"},
+        {"select": "output"},
+        {"momentum": 0.5, "weight_decay": 1.0},
+        *(
+            {"adjust_lr_fn": rule, "scale_lr_by_fraction": scaled}
+            for rule, scaled in itertools.product(("original", "spectral", "none"), (True, False))
+        ),
+    ],
+    ids=str,
+)
+def test_settings(settings: dict[str, Any], device: str) -> None:
+    check(**SHAPES["odd tall"], **settings, device=device)

@@ -1,0 +1,53 @@
+"""Parameters of every kind that a step treats in another way, on any device."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dion2_lightning import Dion2
+
+
+def groups_of_every_kind(device: torch.device | str) -> list[dict[str, Any]]:
+    """Both selection axes and storage orders, several matrices in a batch, stacks, half precision, and AdamW.
+
+    All weights are zero, and so are their gradients.
+    """
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+        parameter = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+        parameter.grad = torch.zeros_like(parameter)
+        return parameter
+
+    return [
+        {"params": [zeros(40, 96), zeros(40, 96), zeros(96, 40), zeros(64, 64)]},
+        {"params": [zeros(40, 96), zeros(96, 40)], "transposed": True, "orthonormalize_dtype": "float32"},
+        {"params": [zeros(4, 96, 40)], "batched": True, "select": "output", "state_dtype": "float64"},
+        {"params": [zeros(40, 48, dtype=torch.bfloat16)]},
+        {"params": [zeros(40), zeros(30, 8), zeros(40, dtype=torch.bfloat16)], "algorithm": "adamw"},
+    ]
+
+
+SLICES = 3 * 40 + 64 + 2 * 40 + 4 * 96 + 40
+"""Of the matrices above, each by the axis that is selected from."""
+
+
+def parameters_of(optimizer: Dion2) -> Iterator[Tensor]:
+    """All of them, in the order of the groups."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def matrices_of(optimizer: Dion2) -> Iterator[Tensor]:
+    """Those that something is selected of."""
+    groups = (group for group in optimizer.param_groups if group["algorithm"] == "dion2")
+    return (parameter for group in groups for parameter in group["params"])
+
+
+@torch.no_grad()
+def fill(optimizer: Dion2, *, weights: int | None = None, gradients: int | None = None) -> None:
+    """Fill weights and gradients with random numbers of these seeds, the same on every device."""
+    for seed, name in ((weights, "data"), (gradients, "grad")):
+        generator = torch.Generator().manual_seed(seed or 0)
+        for parameter in parameters_of(optimizer) if seed is not None else ():
+            getattr(parameter, name).copy_(torch.randn(parameter.shape, generator=generator))
