@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.precision import has_float64
-from dion2_lightning.torch_versions import cpu_capabilities
 
 POLAR_EXPRESS: Final = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -149,7 +148,7 @@ def _cpu_multiplies_bfloat16() -> bool:
 
     AVX512-BF16 alone is no sign of speed: on an Intel Xeon without AMX, bfloat16 products ran at 0.6 of float32's rate.
     """
-    capabilities = cpu_capabilities()
+    capabilities = torch.cpu.get_capabilities()
     if capabilities.get("amx_bf16", False):
         return True
     return bool(capabilities.get("avx512_bf16", False)) and "AMD" in str(capabilities.get("cpu_name", ""))

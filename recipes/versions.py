@@ -6,19 +6,6 @@ from typing import Any, Final
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-try:  # 5.4 has image processors for each backend; without torchvision, ViTImageProcessor is a placeholder there
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-except ImportError:
-    from transformers import ViTImageProcessor as ViTImageProcessorPil
-
-__all__ = [
-    "CHECKPOINTING",
-    "DIVIDES_MODELS",
-    "ViTImageProcessorPil",
-    "checkpoint_activations",
-    "checkpoints_activations",
-]
-
 # 5.23 renamed it; the old name is to go in 6.
 CHECKPOINTING: Final = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"

@@ -152,7 +152,7 @@ def test_precision_follows_the_hardware(monkeypatch):
     ]
     for capabilities, expected in cases:
         orthonormalize_module._cpu_multiplies_bfloat16.cache_clear()
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert default_dtype(cpu) == expected
     orthonormalize_module._cpu_multiplies_bfloat16.cache_clear()
     assert default_dtype(torch.device("cuda")) == torch.bfloat16

@@ -11,10 +11,10 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from recipes.image_classification.settings import SMALL_VIT
 from recipes.inputs import InputError
-from recipes.versions import ViTImageProcessorPil
 
 SIZE, PATCH, WIDTH = 32, 8, 64
 
@@ -61,6 +61,6 @@ def _small_vit(labels: dict[str, Any]) -> tuple[PreTrainedModel, BaseImageProces
         initializer_range=0.02 * (768 / WIDTH) ** 0.5,  # 0.02 is meant for the width of ViT-B
         **labels,
     )
-    # This one needs Pillow alone, and is saved as ViTImageProcessor.
+    # Without torchvision, ViTImageProcessor is a placeholder; this one needs Pillow alone and is saved as the same.
     processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
     return ViTForImageClassification(config).train(), processor

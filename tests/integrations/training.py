@@ -61,6 +61,4 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return len(self.pieces)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        labels = self.pieces[index].clone()
-        labels[0] = -100  # it is nothing's next token, but older Trainers count it where they take the mean
-        return {"input_ids": self.pieces[index], "labels": labels}
+        return {"input_ids": self.pieces[index], "labels": self.pieces[index]}

@@ -14,6 +14,7 @@ from jsonargparse import auto_cli
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, ViTConfig, ViTModel
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from dion2_lightning.history import SelectionHistory
 from recipes import selection_page
@@ -25,7 +26,7 @@ from recipes.image_classification.settings import Settings
 from recipes.image_classification.train import ImageTrainer, fine_tune, main, training_arguments
 from recipes.inputs import InputError
 from recipes.throughput import training_flops
-from recipes.versions import ViTImageProcessorPil, checkpoints_activations
+from recipes.versions import checkpoints_activations
 from tests.distributed.ranks import run_like_torchrun
 
 EXAMPLES = sorted(Path(recipe.__file__).parent.glob("*.yaml"))
