@@ -48,6 +48,7 @@ def matrices_of(optimizer: Dion2) -> Iterator[Tensor]:
 def fill(optimizer: Dion2, *, weights: int | None = None, gradients: int | None = None) -> None:
     """Fill weights and gradients with random numbers of these seeds, the same on every device."""
     for seed, name in ((weights, "data"), (gradients, "grad")):
-        generator = torch.Generator().manual_seed(seed or 0)
-        for parameter in parameters_of(optimizer) if seed is not None else ():
-            getattr(parameter, name).copy_(torch.randn(parameter.shape, generator=generator))
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in parameters_of(optimizer):
+                getattr(parameter, name).copy_(torch.randn(parameter.shape, generator=generator))
