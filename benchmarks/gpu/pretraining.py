@@ -36,8 +36,8 @@ WARMUP, DECAY = 0.05, 0.4
 LOOKS = 6
 """Times that a method's held-out loss is measured."""
 
-RESERVE = 20.0
-"""Seconds that loading, reading and measuring take besides."""
+RESERVE = 35.0
+"""Seconds that starting the process, reading the text and measuring take besides."""
 
 
 def pretrain(options: Options, *, rows: int, length: int) -> Iterator[Row]:
@@ -54,7 +54,7 @@ def pretrain(options: Options, *, rows: int, length: int) -> Iterator[Row]:
         rows, length = 2, 64
     train, held_out = read_windows(200_000 if options.tiny else TEXT_BYTES, length)
     yield {"text, MB": (train.numel() + held_out.numel()) / 1e6, "windows": len(train), "held out": len(held_out)}
-    held_out = held_out[: 4 if options.tiny else 512].to(device)
+    held_out = held_out[: 4 if options.tiny else 256].to(device)
     left = options.seconds - (time.monotonic() - began) - RESERVE
     seconds = 2.0 if options.tiny else left / len(METHODS)
     if seconds <= 0:
