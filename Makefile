@@ -11,7 +11,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-oldest test-here lint format benchmark dist wheel-check clean
+.PHONY: help demo test test-oldest test-here lint format benchmark gpu-check gpu-wheels dist wheel-check clean
 
 help:
 	@echo "make demo       fine-tune a small encoder offline, Dion2 next to AdamW (about 4 minutes on 2 cores)"
@@ -21,6 +21,8 @@ help:
 	@echo "make lint       check style (ruff) and types (mypy)"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make benchmark  time the optimizers against each other"
+	@echo "make gpu-check  check and measure everything on a GPU; ARGS=\"--device cpu --tiny\" tries it without one"
+	@echo "make gpu-wheels  collect what the recipes need on a machine with a GPU and no network"
 	@echo "make dist       build the sdist and, from it, the wheel into dist/"
 	@echo "make wheel-check  install the wheel and torch alone into a fresh environment, and take a step there"
 	@echo "make clean      remove .venv, caches and the output of runs"
@@ -53,6 +55,16 @@ format: $(VENV)/.dev
 benchmark: $(VENV)/.package
 	@$(BIN)/python -m benchmarks.step $(ARGS)
 
+gpu-check: $(VENV)/.test
+	@$(OFFLINE) $(BIN)/python -m benchmarks.gpu $(ARGS)
+
+# For Python 3.12 on Linux: what a machine with torch, transformers, accelerate and Lightning may lack. 3 MB.
+gpu-wheels: $(VENV)/.created constraints.txt
+	@rm -rf .gpu-wheels
+	@$(PIP:install=download) --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d .gpu-wheels \
+		datasets dill docstring-parser gguf jsonargparse multiprocess trl typeshed-client
+	@echo "The wheels are in .gpu-wheels: take the folder along with the project"
+
 dist: $(VENV)/.build
 	@rm -rf dist
 	@$(BIN)/python -m build
@@ -67,7 +79,7 @@ wheel-check: dist
 	@rm -rf $(FRESH)
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist runs lightning_logs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .gpu-wheels build dist runs lightning_logs .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:

@@ -18,10 +18,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -80,19 +82,28 @@ def check(
     add_line(results, describe(device, commit))
     packages = install_wheels(output, log)
     bad = []
-    for section in sections:
+    ended = Lock()
+
+    def run(section: Section) -> None:
         start = time.monotonic()
         own = min(60 * section.minutes, deadline - start)
-        print(f"{section.name:<24}", end="", flush=True)
         options = Options(device, tiny, own, str(results), section.name)
         status, why = run_section(section, options, log, packages) if own > 0 else ("stopped", "no time was left")
         took = round(time.monotonic() - start, 1)
         end = {"section": section.name, "title": section.title, "status": status, "seconds": took, "why": why}
-        add_line(results, end)
-        write_report(results, report)
-        print(f"{status:<8} {took:6.1f} s  {why}", flush=True)
+        with ended:
+            add_line(results, end)
+            write_report(results, report)
+        print(f"{section.name:<24}{status:<8} {took:6.1f} s  {why}", flush=True)
         if status in ("failed", "stopped"):
             bad.append(section.name)
+
+    if tiny and device == "cpu":  # nothing is measured, so two may run side by side
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(run, sections))
+    else:
+        for section in sections:
+            run(section)
     if packages:
         shutil.rmtree(packages)
     shutil.rmtree(output / "work", ignore_errors=True)
@@ -108,11 +119,7 @@ def describe(device: str, commit: str | None) -> Row:
         "python": platform.python_version(),
         "CUDA": torch.version.cuda,
     }
-    for name in PACKAGES:
-        try:
-            machine[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            machine[name] = None
+    machine |= {name: metadata.version(name) if is_installed(name) else None for name in PACKAGES}
     machine["torch"] = torch.__version__
     return {
         "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
@@ -133,9 +140,17 @@ def checked_out() -> str:
     return described.stdout.strip()
 
 
+def is_installed(package: str) -> bool:
+    """Say whether this Python has a package."""
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
 def install_wheels(output: Path, log: Path) -> Path | None:
-    """Unpack the wheels that were carried along into a folder of their own, if there are any, and return it."""
-    wheels = sorted(WHEELS.glob("*.whl"))
+    """Install what was carried along and is not here into a folder of its own, if there is any, and return it."""
+    wheels = [wheel for wheel in sorted(WHEELS.glob("*.whl")) if not is_installed(wheel.name.split("-")[0])]
     if not wheels:
         return None
     target = output / "packages"

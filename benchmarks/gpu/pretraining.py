@@ -56,7 +56,7 @@ def pretrain(options: Options, *, rows: int, length: int) -> Iterator[Row]:
     yield {"text, MB": (train.numel() + held_out.numel()) / 1e6, "windows": len(train), "held out": len(held_out)}
     held_out = held_out[: 4 if options.tiny else 256].to(device)
     left = options.seconds - (time.monotonic() - began) - RESERVE
-    seconds = 2.0 if options.tiny else left / len(METHODS)
+    seconds = 1.0 if options.tiny else left / len(METHODS)
     if seconds <= 0:
         raise TimeoutError(f"{options.seconds:.0f} s are too few for {len(METHODS)} methods")
     for method, settings in METHODS.items():

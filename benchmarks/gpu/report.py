@@ -9,8 +9,8 @@ from benchmarks.gpu.section import Row
 
 
 def write_report(results: Path, report: Path) -> None:
-    """Write the report of all lines so far."""
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    """Write the report of all lines so far; one that a section is about to write is not among them."""
+    lines = [json.loads(line) for line in results.read_text().splitlines(keepends=True) if line.endswith("\n")]
     report.write_text("\n".join(_report(lines)) + "\n")
 
 

@@ -4,6 +4,18 @@ from typing import Final
 
 from benchmarks.gpu.section import Section
 
+FRAMEWORKS: Final = (
+    "transformers",
+    "accelerate",
+    "lightning",
+    "peft",
+    "datasets",
+    "jsonargparse",
+    "matplotlib",
+    "rich",
+)
+"""What the recipes need."""
+
 SECTIONS: Final = (
     Section("machine", "What the machine can do", "benchmarks.gpu.machine:measure", minutes=0.5),
     Section(
@@ -49,6 +61,27 @@ SECTIONS: Final = (
         minutes=0.5,
         arguments={"name": "smollm2-135m", "rows": 16, "length": 1024},
         needs=("transformers", "lightning"),
+    ),
+    Section("attention", "Attentions on packed rows", "benchmarks.gpu.attention:compare", minutes=1, needs=FRAMEWORKS),
+    *(
+        Section(
+            f"recipe-{name}",
+            f"Recipe: {title}",
+            "benchmarks.gpu.recipes:run_recipe",
+            minutes=1.5,
+            arguments={"recipe": name},
+            needs=FRAMEWORKS,
+            cuda_only=cuda_only,
+        )
+        for name, title, cuda_only in (
+            ("pretraining", "pretraining", False),
+            # On a CPU the tests run all three; here one is tried, for each takes long to start.
+            ("sft-trainer", "supervised fine-tuning with the Trainer", True),
+            ("sft-lightning", "supervised fine-tuning with Lightning", True),
+            ("sft-accelerate", "supervised fine-tuning with Accelerate", False),
+            ("text", "text classification", False),
+            ("images", "image classification", False),
+        )
     ),
     Section(
         "pretraining",

@@ -1,0 +1,88 @@
+"""Models with random weights and files of texts, made without a network: what the recipes are tried with."""
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.gpu.section import Options
+from recipes.python_texts import read_docstrings
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LONGEST = 2048
+
+DECODER, ENCODER, VISION_TRANSFORMER = "decoder", "encoder", "vision-transformer"
+TEXTS, CONVERSATIONS = "texts.txt", "conversations.jsonl"
+
+
+def shared_files(options: Options) -> Path:
+    """Return a folder of models and texts that all sections read; the first that asks for it makes it.
+
+    Returns:
+        Where there are DECODER, ENCODER and, unless tiny, VISION_TRANSFORMER, as ``save_pretrained`` writes them, with
+        what prepares their inputs; TEXTS, a blank line between documents; and CONVERSATIONS, prompts and completions.
+    """
+    folder = options.folder.parent / "shared"
+    if not folder.exists():
+        unfinished = folder.with_name(f"unfinished-{os.getpid()}")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        texts = read_docstrings()[: 200 if options.tiny else None]
+        _save_texts(texts, unfinished)
+        _save_models(options, unfinished)
+        _save_tokenizer([text for text, _ in texts], options, unfinished)
+        with suppress(OSError):  # another section was quicker
+            unfinished.rename(folder)
+    return folder
+
+
+def _save_texts(texts: list[tuple[str, str]], folder: Path) -> None:
+    documents = (text.replace("\n\n", "\n") for text, _ in texts)
+    (folder / TEXTS).write_text("\n\n".join(documents), encoding="utf-8")
+    answers = {f"{module}: {text.splitlines()[0]}": text for text, module in texts}
+    rows = (json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in answers.items())
+    (folder / CONVERSATIONS).write_text("\n".join(rows), encoding="utf-8")
+
+
+def _save_models(options: Options, folder: Path) -> None:
+    """Save a Llama of SmolLM2-135M's size, a BERT of MiniLM-L6's and a vision transformer of DeiT-small's."""
+    import torch
+    from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
+
+    from benchmarks.gpu.training import TINY, make_model
+
+    sizes = {"hidden_size": 384, "intermediate_size": 1536}
+    bert = {**sizes, "num_hidden_layers": 6, **(TINY if options.tiny else {})}
+    decoder = make_model("smollm2-135m", replace(options, device="cpu"), LONGEST, torch.float32)
+    decoder.save_pretrained(folder / DECODER)
+    BertModel(BertConfig(**bert, max_position_embeddings=LONGEST)).save_pretrained(folder / ENCODER)
+    if not options.tiny:  # the recipe has a small one of its own
+        vit = ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=6))
+        vit.save_pretrained(folder / VISION_TRANSFORMER)
+        processor = {"image_processor_type": "ViTImageProcessor"}
+        (folder / VISION_TRANSFORMER / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
+def _save_tokenizer(texts: list[str], options: Options, folder: Path) -> None:
+    """Save a tokenizer of the bytes in texts and what is frequent among them, which can write conversations."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|im_end|>"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=256 if options.tiny else 8192, special_tokens=["<|im_start|>", end], show_progress=False
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, pad_token=end, model_max_length=LONGEST, chat_template=CHAT
+    )
+    for model in (DECODER, ENCODER):
+        fast.save_pretrained(folder / model)
