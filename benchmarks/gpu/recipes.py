@@ -86,7 +86,7 @@ def run_recipe(options: Options, recipe: str) -> Iterator[Row]:
             if before:
                 log = [line for line in log if line["step"] > CHECKPOINT]
             earlier[folder] = log
-            run = f"{call.run}, control" if folder.name == "adamw" else call.run
+            run = ", ".join(filter(None, (call.run, "control" if folder.name == "adamw" else "")))
             row = {"recipe": recipe, "run": run, **figures(log)}
             if recipe == "text":
                 row |= {"a second": texts_per_second(printed, folder.name), "unit": "texts"}
