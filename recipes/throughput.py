@@ -12,12 +12,32 @@ from torch.utils.flop_counter import FlopCounterMode
 WINDOW = 20
 """Steps that a figure averages over."""
 
+HALF_PRECISION_PEAKS = {"H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12}
+"""Operations a second, by a part of a GPU's name, where Lightning knows none or counts zeros that are skipped."""
+
 
 def synchronized_time() -> float:
     """Return the seconds of a clock, once the accelerator, if any, has done what it was given."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the floating-point operations that a device can do in a second, if that is known.
+
+    Args:
+        device: Where a model trains.
+        dtype: What its products are computed in.
+    """
+    if device.type != "cuda":
+        return None
+    if dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        for part, peak in HALF_PRECISION_PEAKS.items():
+            if part in name:
+                return peak
+    return get_available_flops(device, dtype)
 
 
 class Speedometer:
@@ -43,12 +63,13 @@ class Speedometer:
         world_size: int = 1,
         unit: str = "tokens",
     ) -> None:
-        peak = get_available_flops(device, dtype) if device.type == "cuda" else None
         self._flops_per_token = flops_per_token
         self._device = device
         self._world_size = world_size
         self._unit = unit
-        self._throughput = Throughput(available_flops=peak, world_size=world_size, window_size=WINDOW)
+        self._throughput = Throughput(
+            available_flops=peak_flops(device, dtype), world_size=world_size, window_size=WINDOW
+        )
         self._seconds, self._steps, self._tokens = 0.0, 0, 0
         self._last: float | None = None
         self._paused = 0.0

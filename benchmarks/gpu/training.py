@@ -8,14 +8,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu.machine import Timer
 from benchmarks.gpu.section import Options, Row
 from dion2_lightning import SelectionStatistics, SelectionWarning, build_optimizer
-from recipes.throughput import model_flops_per_token
+from recipes.throughput import model_flops_per_token, peak_flops
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -81,7 +80,7 @@ def train(options: Options, *, name: str, rows: int, length: int) -> Iterator[Ro
     for optimizer_name, dtype in cases:
         model = make_model(name, options, length, dtype)
         tokens = torch.randint(model.config.vocab_size, (rows, length), device=device)
-        peak = get_available_flops(device, torch.bfloat16) if device.type == "cuda" else None
+        peak = peak_flops(device, torch.bfloat16)
         flops = tokens.numel() * model_flops_per_token(model, {"input_ids": tokens[:1]})
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recipes import throughput
-from recipes.throughput import WINDOW, Speedometer
+from recipes.throughput import WINDOW, Speedometer, peak_flops
 
 
 class Clock:
@@ -44,3 +44,13 @@ def test_what_comes_before_the_first_step_does_not_count(clock: Clock) -> None:
         clock.seconds += 2
         speed.step(tokens=60)
     assert speed.figures() == {"tokens_per_second": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA X1", None)],
+)
+@pytest.mark.filterwarnings("ignore:FLOPs not found")
+def test_peaks_leave_sparsity_out(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
