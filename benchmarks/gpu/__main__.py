@@ -79,8 +79,8 @@ def check(
     output.mkdir(parents=True, exist_ok=True)
     for file in (results, report, log):
         file.unlink(missing_ok=True)
-    add_line(results, describe(device, commit))
     packages = install_wheels(output, log)
+    add_line(results, describe(device, commit, packages))
     bad = []
     ended = Lock()
 
@@ -111,15 +111,18 @@ def check(
     return 1 if bad else 0
 
 
-def describe(device: str, commit: str | None) -> Row:
-    """Return the first line of the results: what was run, where, and with what."""
+def describe(device: str, commit: str | None, packages: Path | None) -> Row:
+    """Return the first line of the results: what was run, where, and with what, carried packages among it."""
     machine = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
         "CPU cores": os.cpu_count(),
         "python": platform.python_version(),
         "CUDA": torch.version.cuda,
     }
-    machine |= {name: metadata.version(name) if is_installed(name) else None for name in PACKAGES}
+    places = [*sys.path, *([str(packages)] if packages else [])]
+    for name in PACKAGES:
+        found = next(iter(metadata.distributions(name=name, path=places)), None)
+        machine[name] = found.version if found else None
     machine["torch"] = torch.__version__
     return {
         "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
@@ -142,10 +145,7 @@ def checked_out() -> str:
 
 def is_installed(package: str) -> bool:
     """Say whether this Python has a package."""
-    try:
-        return bool(metadata.version(package))
-    except metadata.PackageNotFoundError:
-        return False
+    return any(metadata.distributions(name=package))
 
 
 def install_wheels(output: Path, log: Path) -> Path | None:
@@ -153,7 +153,7 @@ def install_wheels(output: Path, log: Path) -> Path | None:
     wheels = [wheel for wheel in sorted(WHEELS.glob("*.whl")) if not is_installed(wheel.name.split("-")[0])]
     if not wheels:
         return None
-    target = output / "packages"
+    target = (output / "packages").resolve()  # for processes wherever they run
     shutil.rmtree(target, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     with log.open("a") as file:
