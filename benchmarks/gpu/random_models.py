@@ -1,8 +1,7 @@
 """Models with random weights and files of texts, made without a network: what the recipes are tried with."""
 
+import fcntl
 import json
-import os
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,14 +26,16 @@ def shared_files(options: Options) -> Path:
         what prepares their inputs; TEXTS, a blank line between documents; and CONVERSATIONS, prompts and completions.
     """
     folder = options.folder.parent / "shared"
-    if not folder.exists():
-        unfinished = folder.with_name(f"unfinished-{os.getpid()}")
-        unfinished.mkdir(parents=True, exist_ok=True)
-        texts = read_docstrings()[: 200 if options.tiny else None]
-        _save_texts(texts, unfinished)
-        _save_models(options, unfinished)
-        _save_tokenizer([text for text, _ in texts], options, unfinished)
-        with suppress(OSError):  # another section was quicker
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two sections may run side by side
+        if not folder.exists():
+            unfinished = folder.with_name("unfinished")
+            unfinished.mkdir(exist_ok=True)
+            texts = read_docstrings()[: 200 if options.tiny else None]
+            _save_texts(texts, unfinished)
+            _save_models(options, unfinished)
+            _save_tokenizer([text for text, _ in texts], options, unfinished)
             unfinished.rename(folder)
     return folder
 

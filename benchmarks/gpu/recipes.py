@@ -12,45 +12,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from benchmarks.gpu.random_models import (
-    CONVERSATIONS,
-    DECODER,
-    ENCODER,
-    TEXTS,
-    VISION_TRANSFORMER,
-    shared_files,
-)
+from benchmarks.gpu.random_models import CONVERSATIONS, DECODER, ENCODER, TEXTS, VISION_TRANSFORMER, shared_files
 from benchmarks.gpu.section import Options, Row
 
-STEPS = 40
-CHECKPOINT = 24
+CHECKPOINT: Final = 24
 """Step of the first checkpoint. A speed is logged from the 22nd step of a process on."""
 
-SCHEDULE = {"steps": STEPS, "checkpoint_every": CHECKPOINT, "validate_every": 30}
-
-TEXTS_IN_STEP = 64
-"""In a step of text classification, which logs no speed but prints the time of a step."""
+SCHEDULE: Final = {"steps": 40, "checkpoint_every": CHECKPOINT, "validate_every": 30}
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a recipe.
+    """One call of a recipe's command.
 
     Attributes:
         run: What the report calls it.
         arguments: By their names on the command line.
         interrupted: Whether it is ended when the first checkpoint is there.
-        output: Name of its folder; a call that goes on with another has that one's.
     """
 
     run: str
     arguments: dict[str, Any]
     interrupted: bool = False
-    output: str = "run"
 
 
 @dataclass(frozen=True)
@@ -59,45 +47,41 @@ class Recipe:
 
     Attributes:
         command: Of Python.
-        checkpoint: What its output holds when a checkpoint is whole.
-        calls: Returns its calls; those that are tiny make the first alone, to its end, unless ``resumes_tiny``.
-        resumes_tiny: Whether all of them are made then too.
+        checkpoint: What is there when a checkpoint is whole, as a pattern in the folder of its output.
+        calls: Returns the calls.
     """
 
     command: Sequence[str]
     checkpoint: str
     calls: Callable[[Options], list[Call]]
-    resumes_tiny: bool = False
 
 
-def run_recipe(options: Options, recipe: str) -> Iterator[Row]:
+def run_recipe(options: Options, *, recipe: str) -> Iterator[Row]:
     """Yield a row for each optimizer of each call of a recipe."""
-    chosen = RECIPES[recipe]
+    output = options.folder / "run"
     earlier: dict[Path, list[Row]] = {}
-    for call in calls_of(chosen, options):
-        output = options.folder / call.output
+    for call in calls_of(RECIPES[recipe], options):
         start = time.monotonic()
-        printed, problem = make_call(chosen, call, output, options)
+        printed, problem = make_call(RECIPES[recipe], call, output, options)
         seconds = time.monotonic() - start
         print(printed, flush=True)
         for folder in [output / name for name in ("dion2", "adamw") if (output / name).exists()] or [output]:
-            log = read_log(folder)
             before = earlier.get(folder, [])
-            if before:
-                log = [line for line in log if line["step"] > CHECKPOINT]
+            log = [line for line in read_log(folder) if not before or line["step"] > CHECKPOINT]
             earlier[folder] = log
-            run = ", ".join(filter(None, (call.run, "control" if folder.name == "adamw" else "")))
+            run = f"{call.run}, control" if folder.name == "adamw" else call.run
             row = {"recipe": recipe, "run": run, **figures(log)}
             if recipe == "text":
-                row |= {"a second": texts_per_second(printed, folder.name), "unit": "texts"}
+                speed = texts_per_second(printed, folder.name, call.arguments["batch_size"])
+                row |= {"a second": speed, "unit": "texts"}
             found = problem or wrong(log, before, on_gpu=options.device == "cuda" and recipe != "text")
             yield {**row, "seconds": seconds, "ok": not found, "found": found}
 
 
 def calls_of(recipe: Recipe, options: Options) -> list[Call]:
-    """Return the calls that are made of a recipe."""
+    """Return the calls that are made: all, but the first alone if tiny, for a process takes long to start."""
     calls = recipe.calls(options)
-    return [replace(calls[0], interrupted=False)] if options.tiny and not recipe.resumes_tiny else calls
+    return calls[:1] if options.tiny else calls
 
 
 def make_call(recipe: Recipe, call: Call, output: Path, options: Options) -> tuple[str, str]:
@@ -106,20 +90,20 @@ def make_call(recipe: Recipe, call: Call, output: Path, options: Options) -> tup
     if options.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, *recipe.command, *command_line({**call.arguments, "output": output})]
-    printed = options.folder / "printed.txt"
     ended = False
-    with printed.open("w") as file:
-        print(*command, file=file, flush=True)
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    with (options.folder / "printed").open("w+", errors="replace") as printed:
+        print(*command, file=printed, flush=True)
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, env=environment)
         while process.poll() is None:
             if call.interrupted and not ended and any(output.glob(recipe.checkpoint)):
                 process.terminate()
                 ended = True
             time.sleep(0.01)
-    text = printed.read_text(errors="replace")
-    if call.interrupted != ended or (process.returncode and not ended):
-        return text, f"ended with code {process.returncode}: {text.strip().splitlines()[-1]}"[:500]
-    return text, ""
+        printed.seek(0)
+        text = printed.read()
+    if call.interrupted == ended and (ended or process.returncode == 0):
+        return text, ""
+    return text, f"ended by itself with code {process.returncode}: {text.strip().splitlines()[-1]}"[:500]
 
 
 def command_line(arguments: dict[str, Any]) -> list[str]:
@@ -128,7 +112,7 @@ def command_line(arguments: dict[str, Any]) -> list[str]:
 
 
 def read_log(folder: Path) -> list[Row]:
-    """Return the lines of the log in a folder that was written last, whichever framework did."""
+    """Return the lines of the log that was written last in a folder, whichever framework wrote it."""
     names = ("metrics.jsonl", "metrics.csv", "trainer_state.json")
     files = [file for name in names for file in folder.rglob(name)]
     if not files:
@@ -144,8 +128,9 @@ def read_log(folder: Path) -> list[Row]:
 
 
 def losses_of(log: Sequence[Row]) -> list[float]:
-    """Return the training losses of a log: of the Trainer, or of any other."""
-    return [line[name] for line in log for name in ("loss", "train_loss") if name in line]
+    """Return the training losses of a log."""
+    of_trainer = [line["loss"] for line in log if "loss" in line]  # whose train_loss is a mean at the end
+    return of_trainer or [line["train_loss"] for line in log if "train_loss" in line]
 
 
 def figures(log: Sequence[Row]) -> Row:
@@ -164,10 +149,10 @@ def figures(log: Sequence[Row]) -> Row:
     }
 
 
-def texts_per_second(printed: str, algorithm: str) -> float | None:
-    """Return the speed that the time of a step in text classification's table makes, if there is one."""
-    found = re.search(rf"{algorithm}\b.*?(\d+) ms", printed, re.IGNORECASE)
-    return 1000 * TEXTS_IN_STEP / max(1, int(found[1])) if found else None
+def texts_per_second(printed: str, algorithm: str, batch_size: int) -> float | None:
+    """Return the speed that the table of text classification, whose log has none, says by the time of a step."""
+    found = re.search(rf"^.*\b{algorithm}\b.*?(\d+) ms", printed, re.IGNORECASE | re.MULTILINE)
+    return 1000 * batch_size / max(1, int(found[1])) if found else None
 
 
 def wrong(log: Sequence[Row], before: Sequence[Row], on_gpu: bool) -> str:
@@ -178,11 +163,12 @@ def wrong(log: Sequence[Row], before: Sequence[Row], on_gpu: bool) -> str:
         before: Log of the run that it goes on with, if it does.
         on_gpu: Whether its log has to show that it was on a GPU.
     """
-    losses, others = losses_of(log), losses_of(before)
+    losses, earlier = losses_of(log), losses_of(before)
     if len(set(losses)) < 2 or not all(map(math.isfinite, losses)):
         return f"training losses: {losses}"
-    if others and abs(losses[0] - others[-1]) > abs(losses[0] - others[0]):
-        return f"it went on with a loss of {losses[0]:.4g}; the run before had begun at {others[0]:.4g}"
+    # Where little has been learnt yet, the loss does not tell a run that goes on from one that begins anew.
+    if earlier and earlier[-1] < 0.9 * earlier[0] and losses[0] > (earlier[0] + earlier[-1]) / 2:
+        return f"it went on with a loss of {losses[0]:.4g}, where {earlier[-1]:.4g} had been reached"
     if on_gpu and "peak_memory_gb" not in {name for line in log for name in line}:
         return "it has not been on a GPU"
     return ""
@@ -190,100 +176,76 @@ def wrong(log: Sequence[Row], before: Sequence[Row], on_gpu: bool) -> str:
 
 def pretraining(options: Options) -> list[Call]:
     """A Llama of GPT-2's width and depth on bytes."""
-    sizes = {"hidden_size": 64, "layers": 2, "heads": 4, "length": 64, "batch_size": 8, "micro_batch_size": 4}
-    if not options.tiny:
-        sizes = {
-            "hidden_size": 768,
-            "layers": 12,
-            "heads": 12,
-            "length": 1024,
-            "batch_size": 32,
-            "micro_batch_size": 16,
-        }
+    sizes = (
+        {"hidden_size": 64, "layers": 2, "heads": 4, "length": 64, "batch_size": 8, "micro_batch_size": 4}
+        if options.tiny
+        else {"hidden_size": 768, "layers": 12, "heads": 12, "length": 1024, "batch_size": 32, "micro_batch_size": 16}
+    )
     given = {**SCHEDULE, **sizes, "log_every": 4, "dataset": shared_files(options) / TEXTS}
     return [
-        Call("compiled" if not options.tiny else "", given | {"compile": not options.tiny}, interrupted=True),
+        # A compiler takes a CPU longer than all the rest.
+        Call("as it is" if options.tiny else "compiled", given | {"compile": not options.tiny}, interrupted=True),
         Call("resumed, gradient checkpointing", given | {"gradient_checkpointing": True, "resume": True}),
     ]
 
 
-def fine_tuning(options: Options) -> dict[str, Any]:
-    """Arguments for a language model of SmolLM2-135M's size on packed docstrings."""
-    sizes = {"length": 128, "batch_size": 2} if options.tiny else {"length": 1024, "batch_size": 8}
-    return {
+def fine_tuning(options: Options, *, run: str, changes: dict[str, Any]) -> list[Call]:
+    """A language model of SmolLM2-135M's size on packed docstrings."""
+    given = {
         **SCHEDULE,
-        **sizes,
+        **({"length": 128, "batch_size": 2} if options.tiny else {"length": 1024, "batch_size": 8}),
         "log_every": 4,
-        "optimizer.lr": 5e-3,
-        "optimizer.adamw_lr": 2e-3,
         "model": shared_files(options) / DECODER,
         "dataset": shared_files(options) / CONVERSATIONS,
+        "optimizer.lr": 2e-3,  # the defaults are for weights that know something
+        "optimizer.adamw_lr": 1e-3,
+        **changes,
     }
-
-
-def with_trainer(options: Options) -> list[Call]:
-    given = fine_tuning(options)
-    return [Call("all weights", given, interrupted=True), Call("resumed", given | {"resume": True})]
-
-
-def with_lightning(options: Options) -> list[Call]:
-    given = fine_tuning(options)
-    return [
-        Call("gradient checkpointing", given | {"gradient_checkpointing": True}, interrupted=True),
-        Call("resumed", given | {"resume": True}),
-    ]
-
-
-def with_accelerate(options: Options) -> list[Call]:
-    given = fine_tuning(options)
-    adapters = given | {"lora_rank": 16, "optimizer.lora": "B"}
-    return [
-        Call("LoRA", adapters, interrupted=True),
-        Call("resumed, LoRA", adapters | {"resume": True}),
-        Call("all weights, accumulation", given | {"batch_size": 4, "accumulation": 2}, output="all"),
-    ]
+    return [Call(run, given, interrupted=True), Call(f"{run}, resumed", given | {"resume": True})]
 
 
 def text_classification(options: Options) -> list[Call]:
     """An encoder of MiniLM-L6's size on docstrings."""
-    sizes = {"max_length": 32, "batch_size": 8} if options.tiny else {"max_length": 128, "batch_size": TEXTS_IN_STEP}
-    device = {"accelerator": "cpu"} if options.device == "cpu" else {"accelerator": "gpu", "devices": "[0]"}
-    given = {**SCHEDULE, **sizes, **device, "model": shared_files(options) / ENCODER}
-    return [Call("", given, interrupted=True), Call("resumed", given | {"resume": True})]
+    given = {
+        **SCHEDULE,
+        **({"max_length": 32, "batch_size": 8} if options.tiny else {"max_length": 128, "batch_size": 64}),
+        "accelerator": "cpu" if options.device == "cpu" else "gpu",
+        "devices": 1 if options.device == "cpu" else [0],
+        "model": shared_files(options) / ENCODER,
+    }
+    return [Call("all weights", given, interrupted=True), Call("all weights, resumed", given | {"resume": True})]
 
 
 def image_classification(options: Options) -> list[Call]:
     """A vision transformer of DeiT-small's size on scikit-learn's digits."""
-    given: dict[str, Any] = {**SCHEDULE, "log_every": 4, "held_out_rows": 128}
-    if options.tiny:
-        given |= {"batch_size": 16}
-    else:
-        model = shared_files(options) / VISION_TRANSFORMER
-        given |= {"model": model, "workers": 4}
+    sizes = {"batch_size": 16} if options.tiny else {"model": shared_files(options) / VISION_TRANSFORMER, "workers": 4}
+    given = {**SCHEDULE, **sizes, "log_every": 4, "held_out_rows": 128}
     return [
-        Call("", given, interrupted=True),
+        Call("all weights", given, interrupted=True),
         Call("resumed, gradient checkpointing", given | {"gradient_checkpointing": True, "resume": True}),
     ]
 
 
-RECIPES = {
-    "pretraining": Recipe(
-        ("recipes/pretraining/train.py",), "checkpoints/step-*/settings.json", pretraining, resumes_tiny=True
-    ),
+RECIPES: Final = {
+    "pretraining": Recipe(["recipes/pretraining/train.py"], "checkpoints/step-*/settings.json", pretraining),
     "sft-trainer": Recipe(
-        ("recipes/supervised_fine_tuning/with_trainer.py",),
+        ["recipes/supervised_fine_tuning/with_trainer.py"],
         "dion2/checkpoints/checkpoint-*/trainer_state.json",
-        with_trainer,
+        partial(fine_tuning, run="all weights", changes={}),
     ),
     "sft-lightning": Recipe(
-        ("recipes/supervised_fine_tuning/with_lightning.py",), "dion2/checkpoints/step-*", with_lightning
+        ["recipes/supervised_fine_tuning/with_lightning.py"],
+        "dion2/checkpoints/step-*",
+        partial(fine_tuning, run="gradient checkpointing", changes={"gradient_checkpointing": True}),
     ),
     "sft-accelerate": Recipe(
-        ("recipes/supervised_fine_tuning/with_accelerate.py",), "dion2/checkpoints/step-*", with_accelerate
+        ["recipes/supervised_fine_tuning/with_accelerate.py"],
+        "dion2/checkpoints/step-*",
+        partial(fine_tuning, run="LoRA", changes={"lora_rank": 16, "optimizer.lora": "B"}),
     ),
-    "text": Recipe(("-m", "recipes.text_classification"), "dion2/seed-0/last.ckpt", text_classification),
+    "text": Recipe(["-m", "recipes.text_classification"], "dion2/seed-0/last.ckpt", text_classification),
     "images": Recipe(
-        ("-m", "recipes.image_classification.train"),
+        ["-m", "recipes.image_classification.train"],
         "dion2/seed-0/checkpoint-*/trainer_state.json",
         image_classification,
     ),

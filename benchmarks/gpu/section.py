@@ -152,7 +152,10 @@ def rows_of(function: str, options: Options, arguments: dict[str, Any]) -> Itera
     """Yield a section's rows; an error it raises is its last row."""
     module, name = function.split(":")
     try:
-        yield from getattr(importlib.import_module(module), name)(options, **arguments)
+        imported = importlib.import_module(module)
+        if "torch" in sys.modules:  # some sections leave it to other processes
+            sys.modules["torch"].manual_seed(0)
+        yield from getattr(imported, name)(options, **arguments)
     except Exception as error:
         traceback.print_exc()
         yield {"what": "error", "ok": False, "found": f"{type(error).__name__}: {error}"[:500]}

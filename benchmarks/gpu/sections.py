@@ -62,7 +62,7 @@ SECTIONS: Final = (
         arguments={"name": "smollm2-135m", "rows": 16, "length": 1024},
         needs=("transformers", "lightning"),
     ),
-    Section("attention", "Attentions on packed rows", "benchmarks.gpu.attention:compare", minutes=1, needs=FRAMEWORKS),
+    Section("attention", "Attentions on packed rows", "benchmarks.gpu.attention:compare", 1.5, needs=FRAMEWORKS),
     *(
         Section(
             f"recipe-{name}",
@@ -71,16 +71,14 @@ SECTIONS: Final = (
             minutes=1.5,
             arguments={"recipe": name},
             needs=FRAMEWORKS,
-            cuda_only=cuda_only,
         )
-        for name, title, cuda_only in (
-            ("pretraining", "pretraining", False),
-            # On a CPU the tests run all three; here one is tried, for each takes long to start.
-            ("sft-trainer", "supervised fine-tuning with the Trainer", True),
-            ("sft-lightning", "supervised fine-tuning with Lightning", True),
-            ("sft-accelerate", "supervised fine-tuning with Accelerate", False),
-            ("text", "text classification", False),
-            ("images", "image classification", False),
+        for name, title in (
+            ("pretraining", "pretraining"),
+            ("sft-trainer", "supervised fine-tuning with the Trainer"),
+            ("sft-lightning", "supervised fine-tuning with Lightning"),
+            ("sft-accelerate", "supervised fine-tuning with Accelerate"),
+            ("text", "text classification"),
+            ("images", "image classification"),
         )
     ),
     Section(

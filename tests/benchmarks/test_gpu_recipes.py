@@ -1,13 +1,53 @@
-"""What the check for GPUs reads out of a recipe's log, and when it says that something is wrong."""
+"""How the check for GPUs calls the recipes, what it reads out of their logs, and when something is wrong with that."""
 
 import json
 import math
+import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu.recipes import figures, read_log, texts_per_second, wrong
+from benchmarks.gpu import __main__ as check
+from benchmarks.gpu import recipes
+from benchmarks.gpu.recipes import (
+    CHECKPOINT,
+    RECIPES,
+    Call,
+    Recipe,
+    calls_of,
+    command_line,
+    figures,
+    make_call,
+    read_log,
+    texts_per_second,
+    wrong,
+)
+from benchmarks.gpu.section import Options
+from recipes.image_classification.settings import Settings as ImageSettings
+from recipes.inputs import read_settings
+from recipes.pretraining.settings import Settings as PretrainingSettings
+from recipes.supervised_fine_tuning.settings import Settings as FineTuningSettings
+from recipes.supervised_fine_tuning.with_lightning import LightningSettings
+from recipes.text_classification.settings import Settings as TextSettings
+
+SETTINGS: dict[str, Any] = {
+    "pretraining": PretrainingSettings,
+    "sft-trainer": FineTuningSettings,
+    "sft-lightning": LightningSettings,
+    "sft-accelerate": FineTuningSettings,
+    "text": TextSettings,
+    "images": ImageSettings,
+}
+
+WRITES_A_CHECKPOINT = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+folder.mkdir()
+(folder / "step-24").touch()
+time.sleep(float(sys.argv[sys.argv.index("--seconds") + 1]))
+"""
 
 LOG = [
     {"step": 4, "train_loss": 3.0},
@@ -38,6 +78,11 @@ def test_logs_of_every_framework(name: str, text: str, tmp_path: Path) -> None:
     assert read_log(tmp_path) == LOG
 
 
+def test_the_mean_at_the_end_of_the_trainer_is_no_step() -> None:
+    log = [{"step": 4, "loss": 3.0}, {"step": 8, "loss": 2.0}, {"step": 8, "train_loss": 2.6}]
+    assert figures(log)["last loss"] == 2.0
+
+
 def test_a_run_without_a_log(tmp_path: Path) -> None:
     assert read_log(tmp_path) == []
 
@@ -51,6 +96,7 @@ def test_a_run_without_a_log(tmp_path: Path) -> None:
         ([LOG[0], {"train_loss": 3.0}], [], False, "training losses: [3.0, 3.0]"),
         ([LOG[0], {"train_loss": math.nan}], [], False, "training losses: [3.0, nan]"),
         ([{"train_loss": 2.9}, {"train_loss": 2.8}], LOG, False, "it went on with a loss of 2.9"),
+        ([{"train_loss": 3.0}, {"train_loss": 2.95}], [{"train_loss": 3.0}, {"train_loss": 2.98}], False, ""),
         ([LOG[0], {"train_loss": 2.0}], [], True, "it has not been on a GPU"),
     ],
 )
@@ -62,6 +108,69 @@ def test_what_is_wrong(log: list[dict[str, Any]], before: list[dict[str, Any]], 
 
 def test_the_speed_of_text_classification_is_made_of_its_table() -> None:
     table = "            held-out loss   a step\nDion2    0.5   32 ms\nAdamW    0.6   16 ms\n"
-    assert texts_per_second(table, "dion2") == 2000
-    assert texts_per_second(table, "adamw") == 4000
-    assert texts_per_second("", "dion2") is None
+    assert texts_per_second(table, "dion2", 64) == 2000
+    assert texts_per_second(table, "adamw", 64) == 4000
+    assert texts_per_second("", "dion2", 64) is None
+
+
+def options(folder: Path, device: str = "cpu", tiny: bool = False) -> Options:
+    made = Options(device, tiny, 60, str(folder / "results.jsonl"), "section")
+    made.folder.mkdir(parents=True)
+    return made
+
+
+@pytest.mark.parametrize("tiny", [True, False], ids=["tiny", "large"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_take_their_arguments(
+    name: str, tiny: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "shared_files", lambda _: tmp_path)
+    calls = calls_of(RECIPES[name], options(tmp_path, "cuda", tiny))
+    settings = [read_settings(SETTINGS[name], command_line(call.arguments)) for call in calls]
+    assert [each.resume for each in settings] == ([False] if tiny else [False, True])
+    assert [call.interrupted for call in calls] == [not each.resume for each in settings]
+    assert all(each.checkpoint_every == CHECKPOINT < each.steps for each in settings)
+
+
+class TestMakeCall:
+    def make(self, folder: Path, script: str, seconds: int, interrupted: bool) -> tuple[str, str]:
+        recipe = Recipe(["-c", script], "step-*", lambda _: [])
+        return make_call(recipe, Call("", {"seconds": seconds}, interrupted), folder / "run", options(folder))
+
+    def test_is_ended_when_a_checkpoint_is_there(self, tmp_path: Path) -> None:
+        start = time.monotonic()
+        assert self.make(tmp_path, WRITES_A_CHECKPOINT, 60, interrupted=True)[1] == ""
+        assert time.monotonic() - start < 30
+
+    def test_is_left_alone_otherwise(self, tmp_path: Path) -> None:
+        printed, problem = self.make(tmp_path, WRITES_A_CHECKPOINT + "print('through')", 0, interrupted=False)
+        assert printed.endswith("through\n")
+        assert problem == ""
+
+    def test_says_how_it_failed(self, tmp_path: Path) -> None:
+        _, problem = self.make(tmp_path, "import sys; sys.exit('error: no such thing')", 0, interrupted=True)
+        assert problem == "ended by itself with code 1: error: no such thing"
+
+
+def test_carried_packages_do_not_stand_in_for_those_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("numpy", "not_there"):
+        with zipfile.ZipFile(wheels / f"{name}-99-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}.py", "")
+            wheel.writestr(f"{name}-99.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 99\n")
+            wheel.writestr(
+                f"{name}-99.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            wheel.writestr(f"{name}-99.dist-info/RECORD", "")
+    monkeypatch.setattr(check, "WHEELS", wheels)
+    monkeypatch.chdir(tmp_path)
+    packages = check.install_wheels(Path(), tmp_path / "log.txt")
+    assert packages is not None
+    assert packages.is_absolute()
+    assert sorted(path.name for path in packages.glob("*.py")) == ["not_there.py"]
+    monkeypatch.setattr(check, "PACKAGES", ("not_there", "neither_there"))
+    machine = check.describe("cpu", "abc", packages)["machine"]
+    assert (machine["not_there"], machine["neither_there"]) == ("99", None)
