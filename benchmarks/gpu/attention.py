@@ -46,11 +46,17 @@ def compare(options: Options) -> Iterator[Row]:
         model=str(files / DECODER),
         attention=REFERENCE,
         dataset=str(files / CONVERSATIONS),
-        length=128 if options.tiny else 1024,
+        length=1024,
         batch_size=2 if options.tiny else 8,
     )
     train, _ = load_conversations(settings)
     rows = pack_training_rows(train, AutoTokenizer.from_pretrained(settings.model), settings, settings.batch_size)
+    yield {
+        "rows": len(rows),
+        "of tokens": settings.length,
+        "conversations": rows.packed,
+        "ok": rows.packed > len(rows),  # else there is nothing to keep apart
+    }
     device = torch.device(options.device)
     tolerance = TOLERANCE[device.type]
     reference = run(settings, rows, device, 2 if options.tiny else REPEATS)

@@ -193,7 +193,7 @@ def fine_tuning(options: Options, *, run: str, changes: dict[str, Any]) -> list[
     """A language model of SmolLM2-135M's size on packed docstrings."""
     given = {
         **SCHEDULE,
-        **({"length": 128, "batch_size": 2} if options.tiny else {"length": 1024, "batch_size": 8}),
+        **({"length": 256, "batch_size": 2} if options.tiny else {"length": 1024, "batch_size": 8}),
         "log_every": 4,
         "model": shared_files(options) / DECODER,
         "dataset": shared_files(options) / CONVERSATIONS,
