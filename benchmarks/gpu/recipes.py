@@ -96,6 +96,7 @@ def make_call(recipe: Recipe, call: Call, output: Path, options: Options) -> tup
         process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, env=environment)
         while process.poll() is None:
             if call.interrupted and not ended and any(output.glob(recipe.checkpoint)):
+                time.sleep(0.1)  # the Trainer still has to fill the last file
                 process.terminate()
                 ended = True
             time.sleep(0.01)
