@@ -182,7 +182,8 @@ def pretraining(options: Options) -> list[Call]:
         if options.tiny
         else {"hidden_size": 768, "layers": 12, "heads": 12, "length": 1024, "batch_size": 32, "micro_batch_size": 16}
     )
-    given = {**SCHEDULE, **sizes, "log_every": 4, "dataset": shared_files(options) / TEXTS}
+    rates = {} if options.tiny else {"optimizer.lr": 3e-3, "optimizer.adamw_lr": 3e-3}  # as in gpt2-size.yaml
+    given = {**SCHEDULE, **sizes, **rates, "log_every": 4, "dataset": shared_files(options) / TEXTS}
     return [
         # A compiler takes a CPU longer than all the rest.
         Call("as it is" if options.tiny else "compiled", given | {"compile": not options.tiny}, interrupted=True),
@@ -219,8 +220,12 @@ def text_classification(options: Options) -> list[Call]:
 
 def image_classification(options: Options) -> list[Call]:
     """A vision transformer of DeiT-small's size on scikit-learn's digits."""
-    sizes = {"batch_size": 16} if options.tiny else {"model": shared_files(options) / VISION_TRANSFORMER, "workers": 4}
-    given = {**SCHEDULE, **sizes, "log_every": 4, "held_out_rows": 128}
+    given: dict[str, Any] = {**SCHEDULE, "log_every": 4, "held_out_rows": 128}
+    if options.tiny:
+        given |= {"batch_size": 16}
+    else:  # the default rates are for the small model that is the default
+        given |= {"model": shared_files(options) / VISION_TRANSFORMER, "workers": 4}
+        given |= {"lr": 1e-3, "adamw_lr": 1e-3, "control_lr": 1e-3}
     return [
         Call("all weights", given, interrupted=True),
         Call("resumed, gradient checkpointing", given | {"gradient_checkpointing": True, "resume": True}),
