@@ -15,7 +15,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 help:
 	@echo "make demo       fine-tune a small encoder offline, Dion2 next to AdamW (about 4 minutes on 2 cores)"
-	@echo "make test       run the tests; ARGS=\"tests/test_routing.py -k tied\" picks some"
+	@echo "make test       run the tests; ARGS=\"tests/routing/test_router.py -k tied\" picks some"
 	@echo "make test-oldest  the same with the oldest versions that are supported, in .venv-oldest (6 GB)"
 	@echo "make test-here  the same with the packages of PYTHON, installing nothing: make test-here PYTHON=python"
 	@echo "make lint       check style (ruff) and types (mypy)"

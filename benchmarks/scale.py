@@ -27,11 +27,11 @@ from functools import lru_cache
 
 import torch
 
-from dion2_lightning.exchange import Transfer
-from dion2_lightning.layout import Matrices, Span
-from dion2_lightning.owners import orthonormalization_cost
-from dion2_lightning.selection import selected_count
-from dion2_lightning.sharing import plan_owners
+from dion2_lightning.algorithms.dion2_shared import plan_owners
+from dion2_lightning.distributed.exchange import Transfer
+from dion2_lightning.distributed.owners import orthonormalization_cost
+from dion2_lightning.kernels.selection import selected_count
+from dion2_lightning.matrices.layout import Matrices, Span
 
 Shape = tuple[int, ...]
 

@@ -2,15 +2,15 @@
 
 from typing import TYPE_CHECKING, Any, Final
 
-from dion2_lightning.clipping import clip_grad_norm_
+from dion2_lightning.distributed.clipping import clip_grad_norm_
 from dion2_lightning.factory import build_optimizer
-from dion2_lightning.figures import Figures
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.kernels.selection import Selection
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.metrics import Figures
+from dion2_lightning.monitoring.tracker import SelectionStatistics, SelectionWarning
 from dion2_lightning.optimizer import Dion2
-from dion2_lightning.routing import Decision, Routing, route_parameters
-from dion2_lightning.selection import Selection
+from dion2_lightning.routing.router import Decision, Routing, route_parameters
 from dion2_lightning.settings import OptimizerSettings
-from dion2_lightning.statistics import SelectionStatistics, SelectionWarning
 
 if TYPE_CHECKING:
     from dion2_lightning.integrations.accelerate import SelectionLogger as SelectionLogger

@@ -10,11 +10,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from dion2_lightning.attachment import attach
-from dion2_lightning.groups import check_settings
+from dion2_lightning.distributed.strategies import (
+    process_group_of,
+    refuse_wrappers_that_flatten,
+    strategy_of,
+    trainer_of,
+)
 from dion2_lightning.optimizer import Dion2
-from dion2_lightning.routing import check_lora, route_parameters
-from dion2_lightning.strategies import process_group_of, refuse_wrappers_that_flatten, strategy_of, trainer_of
+from dion2_lightning.parameter_groups import check_settings
+from dion2_lightning.routing.replaced_parameters import attach
+from dion2_lightning.routing.router import check_lora, route_parameters
 
 logger = logging.getLogger("dion2_lightning")
 

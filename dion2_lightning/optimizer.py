@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from dion2_lightning.adamw import adamw_state, adamw_update
-from dion2_lightning.checkpoint import match_state_dict, restore_exactly, shares_memory
-from dion2_lightning.exchange import check_agreement, on_any_rank, place_gradients, refuse_unreachable
-from dion2_lightning.groups import (
+from dion2_lightning.algorithms.adamw import adamw_state, adamw_update
+from dion2_lightning.algorithms.dion2 import MatrixUpdate, Observer
+from dion2_lightning.algorithms.dion2_shared import update_matrices
+from dion2_lightning.distributed.exchange import check_agreement, on_any_rank, place_gradients, refuse_unreachable
+from dion2_lightning.kernels.orthonormalize import default_dtype
+from dion2_lightning.kernels.selection import Selection
+from dion2_lightning.matrices.layout import Layouts, is_dtensor, local_gradient, refuse_misplaced
+from dion2_lightning.parameter_groups import (
     check_names,
     check_parameters,
     check_settings,
@@ -24,11 +28,7 @@ from dion2_lightning.groups import (
     refuse_flattened,
     refuse_float64,
 )
-from dion2_lightning.layout import Layouts, is_dtensor, local_gradient, refuse_misplaced
-from dion2_lightning.orthonormalize import default_dtype
-from dion2_lightning.selection import Selection
-from dion2_lightning.sharing import update_matrices
-from dion2_lightning.update import MatrixUpdate, Observer
+from dion2_lightning.state_dict import match_state_dict, restore_exactly, shares_memory
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup

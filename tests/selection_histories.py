@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dion2_lightning.figures import Figures, Kind
-from dion2_lightning.history import BINS, SelectionHistory, bin_of
+from dion2_lightning.monitoring.history import BINS, SelectionHistory, bin_of
+from dion2_lightning.monitoring.metrics import Figures, Kind
 
 LLAMA = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

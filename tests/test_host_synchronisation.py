@@ -21,9 +21,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.statistics import size_of, tensors_of
-from dion2_lightning import Dion2, SelectionStatistics, layout, sharing
-from dion2_lightning.exchange import PIECES, Totals
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning import Dion2, SelectionStatistics
+from dion2_lightning.algorithms import dion2_shared as sharing
+from dion2_lightning.distributed.exchange import PIECES, Totals
+from dion2_lightning.matrices import layout
+from dion2_lightning.monitoring.history import SelectionHistory
 from tests.every_kind import SLICES, groups_of_every_kind, parameters_of
 
 aten = torch.ops.aten
@@ -235,11 +237,11 @@ class OnHost:
 def reads(ranks: None, monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Let optimizers step on shards."""
     reads = Reads()
-    monkeypatch.setattr("dion2_lightning.sharing.read_together", reads)
+    monkeypatch.setattr("dion2_lightning.algorithms.dion2_shared.read_together", reads)
     edges = on_host(sharing._edges)
-    monkeypatch.setattr("dion2_lightning.sharing._edges", lambda *read: OnHost(edges(*read)))
+    monkeypatch.setattr("dion2_lightning.algorithms.dion2_shared._edges", lambda *read: OnHost(edges(*read)))
     monkeypatch.setattr(Totals, "gradient_counts", on_host(Totals.gradient_counts))
-    monkeypatch.setattr("dion2_lightning.update.layout_of", on_host(layout.layout_of))
+    monkeypatch.setattr("dion2_lightning.algorithms.dion2.layout_of", on_host(layout.layout_of))
     monkeypatch.setattr("dion2_lightning.optimizer.check_agreement", lambda *_: None)  # waits, at the first step
     return reads
 

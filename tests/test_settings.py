@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dion2_lightning import OptimizerSettings, build_optimizer
+from dion2_lightning.algorithms.learning_rates import ADJUST_LR_FN
 from dion2_lightning.factory import HEADLINES
-from dion2_lightning.groups import DTYPES, SELECT
-from dion2_lightning.scaling import ADJUST_LR_FN
+from dion2_lightning.parameter_groups import DTYPES, SELECT
 
 
 def test_arguments_and_defaults_are_those_of_build_optimizer() -> None:

@@ -15,9 +15,9 @@ from benchmarks.gpu.machine import Timer, copy_bandwidth, product_rate
 from benchmarks.gpu.section import Options, Row
 from benchmarks.step import LAYERS, Sizes, optimizers, weights
 from dion2_lightning import Dion2, update
-from dion2_lightning.orthonormalize import default_dtype
-from dion2_lightning.owners import orthonormalization_cost
-from dion2_lightning.selection import selected_count
+from dion2_lightning.distributed.owners import orthonormalization_cost
+from dion2_lightning.kernels.orthonormalize import default_dtype
+from dion2_lightning.kernels.selection import selected_count
 
 ROUNDS = 12
 TINY = 128

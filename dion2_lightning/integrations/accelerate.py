@@ -6,9 +6,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from dion2_lightning.figures import Figures
 from dion2_lightning.integrations.selection import SelectionRecorder
-from dion2_lightning.statistics import SelectionStatistics, without_wrapper
+from dion2_lightning.monitoring.metrics import Figures
+from dion2_lightning.monitoring.tracker import SelectionStatistics, without_wrapper
 
 
 class SelectionLogger:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
-from dion2_lightning.figures import Figures
 from dion2_lightning.integrations.selection import SelectionRecorder
-from dion2_lightning.statistics import SelectionStatistics, check_steps, check_truth
+from dion2_lightning.monitoring.metrics import Figures
+from dion2_lightning.monitoring.tracker import SelectionStatistics, check_steps, check_truth
 
 if TYPE_CHECKING or find_spec("lightning") is not None:
     from lightning.pytorch import Callback, LightningModule, Trainer

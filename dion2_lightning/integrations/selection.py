@@ -7,15 +7,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from dion2_lightning.figures import Figures
-from dion2_lightning.optimizer import Dion2
-from dion2_lightning.statistics import (
+from dion2_lightning.monitoring.metrics import Figures
+from dion2_lightning.monitoring.tracker import (
     SelectionStatistics,
     SelectionWarning,
     check_truth,
     is_first_rank,
     without_wrapper,
 )
+from dion2_lightning.optimizer import Dion2
 
 FILE_NAME: Final = "dion2_selection.json"
 """What the file of a run's history is called, unless ``save_to`` gives it a name."""
@@ -57,7 +57,7 @@ class SelectionRecorder:
         if not isinstance(save_to, str | Path | bool):
             raise TypeError(f"save_to must be a folder, a file, True or False, got {save_to!r}")
         if pictures:
-            import_module("dion2_lightning.plots")  # says at once if matplotlib is missing
+            import_module("dion2_lightning.monitoring.plots")  # says at once if matplotlib is missing
         self.name, self.statistics, self.is_running, self.log = name, statistics, is_running, log
         self.per_matrix, self.save_to, self.pictures = per_matrix, save_to, pictures
         self._said: Path | None = None
@@ -144,14 +144,14 @@ class SelectionRecorder:
 
         Args:
             path: Of the history.
-            loggers: See :func:`~dion2_lightning.plots.log_pictures`.
+            loggers: See :func:`~dion2_lightning.monitoring.plots.log_pictures`.
             step: Step that pictures are logged under.
         """
         self.save(path)
         history = self.statistics.history
         if not self.pictures or not len(history):
             return
-        from dion2_lightning.plots import log_pictures, save_pictures
+        from dion2_lightning.monitoring.plots import log_pictures, save_pictures
 
         if path is not None:
             save_pictures(history, path.parent / "pictures")

@@ -17,9 +17,9 @@ from packaging.version import Version
 from torch import nn
 from transformers import TrainingArguments
 
+from dion2_lightning.distributed.strategies import process_group_of
 from dion2_lightning.factory import build_optimizer
 from dion2_lightning.optimizer import Dion2
-from dion2_lightning.strategies import process_group_of
 
 OLDEST_TRANSFORMERS: Final = "5.2"
 """Its Trainer is the first that calls a factory with the model."""

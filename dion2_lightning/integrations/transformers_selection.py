@@ -17,10 +17,10 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from transformers.trainer_utils import IntervalStrategy
 from typing_extensions import override
 
-from dion2_lightning.figures import Figures
-from dion2_lightning.history import SelectionHistory, from_plain, to_plain
 from dion2_lightning.integrations.selection import SelectionRecorder
-from dion2_lightning.statistics import SelectionStatistics, SelectionWarning, check_steps, check_truth
+from dion2_lightning.monitoring.history import SelectionHistory, from_plain, to_plain
+from dion2_lightning.monitoring.metrics import Figures
+from dion2_lightning.monitoring.tracker import SelectionStatistics, SelectionWarning, check_steps, check_truth
 
 _MAX_ENTRIES: Final = 25_000
 """Points of a checkpoint's history, times parameters: 150 bytes each at the most, so under 4 MB in all."""

@@ -7,8 +7,8 @@ python docs/pictures/selection.py runs/text_classification/dion2/seed-0/selectio
 import sys
 from pathlib import Path
 
-from dion2_lightning.history import SelectionHistory
-from dion2_lightning.plots import overview
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.plots import overview
 
 if __name__ == "__main__":
     figure = overview(SelectionHistory.load(sys.argv[1]))

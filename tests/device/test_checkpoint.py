@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dion2_lightning import Dion2, SelectionStatistics
 from tests.every_kind import fill, groups_of_every_kind, matrices_of, parameters_of
-from tests.test_checkpoint import through_a_file
+from tests.test_state_dict import through_a_file
 
 STEPS = 3
 

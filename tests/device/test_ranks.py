@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from dion2_lightning import Dion2, SelectionStatistics, build_optimizer, clip_grad_norm_
-from dion2_lightning.exchange import Gathering
-from dion2_lightning.layout import Block, Layout
-from dion2_lightning.torch_versions import all_gather_single
+from dion2_lightning.distributed.exchange import Gathering
+from dion2_lightning.distributed.torch_versions import all_gather_single
+from dion2_lightning.matrices.layout import Block, Layout
 from tests.device.waiting import no_waiting
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_layouts import CASES, naming, sharded, train_and_compare, whole_parameters
@@ -91,7 +91,7 @@ def check_process_group_of_one(device: str) -> None:
 @contextmanager
 def one_rank_shares() -> Iterator[None]:
     """Let the only rank of a process group send matrices to itself, as if it held one part of them among others."""
-    from dion2_lightning import update
+    from dion2_lightning.algorithms import dion2 as update
 
     read = update.layout_of
 

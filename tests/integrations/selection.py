@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from dion2_lightning import Dion2, SelectionWarning
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory
 
 ROWS: Final = (0, 0, 2)
 """Which row of the 4 x 8 matrix each step selects."""

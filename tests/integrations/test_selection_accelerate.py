@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dion2_lightning import SelectionLogger, SelectionStatistics, SelectionWarning, build_optimizer
-from dion2_lightning.history import SelectionHistory
-from dion2_lightning.plots import PICTURES
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import make_accelerator
 from tests.integrations.resume import STEPS, STOP

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dion2_lightning import Dion2, SelectionMonitor, SelectionStatistics, SelectionWarning, build_optimizer
-from dion2_lightning.history import SelectionHistory
-from dion2_lightning.plots import PICTURES
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.lightning_training import fit, make_trainer, ranks_of
 from tests.integrations.selection import (

@@ -15,9 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from dion2_lightning import Dion2Factory, SelectionCallback, SelectionStatistics, SelectionWarning
-from dion2_lightning.figures import MEANINGS
-from dion2_lightning.history import BINS, SelectionHistory
-from dion2_lightning.plots import PICTURES
+from dion2_lightning.monitoring.history import BINS, SelectionHistory
+from dion2_lightning.monitoring.metrics import MEANINGS
+from dion2_lightning.monitoring.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import fsdp2_on_cpu
 from tests.integrations.resume import STOP, unwrapped

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import dion2_lightning
-from dion2_lightning.figures import MEANINGS
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.metrics import MEANINGS
 from tests.integrations.lightning_training import Llama
 from tests.integrations.training import BATCH, Sequences, make_model
 

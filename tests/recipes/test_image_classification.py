@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory
 from recipes import selection_page
 from recipes.comparison import Result, run_folder, saved_model
 from recipes.image_classification import train as recipe

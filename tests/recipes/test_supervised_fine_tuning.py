@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from dion2_lightning import Dion2, OptimizerSettings
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory
 from recipes import selection_page
 from recipes.inputs import InputError
 from recipes.offline import SMOLLM2, model_source

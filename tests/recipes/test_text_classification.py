@@ -13,7 +13,7 @@ from jsonargparse import auto_cli
 from lightning import seed_everything
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory
 from recipes.comparison import Result, planned_runs, run_folder
 from recipes.inputs import InputError
 from recipes.offline import MINILM, model_source
