@@ -18,7 +18,14 @@ from dion2_lightning.algorithms.dion2_shared import update_matrices
 from dion2_lightning.distributed.exchange import check_agreement, on_any_rank, place_gradients, refuse_unreachable
 from dion2_lightning.kernels.orthonormalize import default_dtype
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import Layouts, is_dtensor, local_gradient, refuse_misplaced
+from dion2_lightning.matrices.layout import (
+    Layouts,
+    Matrices,
+    SlicedParameter,
+    is_dtensor,
+    local_gradient,
+    refuse_misplaced,
+)
 from dion2_lightning.parameter_groups import (
     check_names,
     check_parameters,
@@ -307,6 +314,19 @@ class Dion2(Optimizer):
                 "selected of it"
             )
         return None
+
+    def sliced_parameters(self) -> list[SlicedParameter]:
+        """Return the parameters of whose matrices steps select slices, in the order of the groups."""
+        found = []
+        for group in self.param_groups:
+            if group["algorithm"] == "dion2":
+                given = group.get("param_names")
+                names = parameter_names(group) if given is None else given
+                for parameter, name in zip(group["params"], names, strict=True):
+                    matrices = Matrices.of(parameter.shape, batched=group["batched"], transposed=group["transposed"])
+                    axis = matrices.selection_axis(group["select"])
+                    found.append(SlicedParameter(parameter, group["name"], name, given is not None, matrices, axis))
+        return found
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore state and groups, exactly: a momentum wider than its parameter is not rounded.

@@ -59,13 +59,13 @@ class Observer(Protocol):
     def end_step(self) -> None:
         """Come after a step that did not fail."""
 
-    def selected(self, update: "MatrixUpdate", indices: Tensor, norms: Tensor) -> None:
+    def selected(self, parameter: Tensor, indices: Tensor, norms: Tensor) -> None:
         """Take the selected slices (count, k) and the norms of all slices (count, n), the same on every rank."""
 
-    def orthonormalized(self, update: "MatrixUpdate", result: Tensor) -> None:
+    def orthonormalized(self, parameter: Tensor, result: Tensor) -> None:
         """Take the orthonormal submatrices (count, k, m) of some matrices, whole, on the rank that made them."""
 
-    def moved(self, update: "MatrixUpdate", change: Tensor) -> None:
+    def moved(self, parameter: Tensor, change: Tensor) -> None:
         """Take what is added to this rank's part of some selected slices."""
 
 
@@ -184,7 +184,7 @@ class MatrixUpdate:
     def selection(self, indices: Tensor, norms: Tensor) -> Selection:
         """Return what users see of the indices (count, k); the observer sees the norms (count, n) too."""
         if self.observer is not None:
-            self.observer.selected(self, indices, norms)
+            self.observer.selected(self.parameter, indices, norms)
         if self.parameter.ndim == 2:
             return Selection(self.axis, indices.squeeze(0))
         return Selection(self.axis, placed_like_stack(indices, self.parameter, self.matrices.count))
@@ -267,13 +267,13 @@ def apply(weight: Tensor, indices: Tensor, orthonormal: Tensor, update: MatrixUp
     change = orthonormal.to(precise) * -update.step_size
     add_(weight, indices, change)
     if update.observer is not None and update.observer.wants_results:
-        update.observer.moved(update, change)
+        update.observer.moved(update.parameter, change)
 
 
 def look_at(orthonormal: Tensor, update: MatrixUpdate) -> None:
     """Show the observer whole orthonormal submatrices (count, k, m), if it wants them."""
     if update.observer is not None and update.observer.wants_results:
-        update.observer.orthonormalized(update, orthonormal)
+        update.observer.orthonormalized(update.parameter, orthonormal)
 
 
 def batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:

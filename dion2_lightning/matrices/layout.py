@@ -92,6 +92,26 @@ class Matrices:
         return axis == (INPUT_AXIS if self.transposed else OUTPUT_AXIS)
 
 
+class SlicedParameter(NamedTuple):
+    """A parameter of whose matrices every step selects slices.
+
+    Attributes:
+        parameter: The parameter itself.
+        group: Name of its parameter group.
+        name: Its name in the model, or ``parameter 0``, ``parameter 1``, ... by its place in a group without names.
+        is_named: Whether it has a name.
+        matrices: Its matrices.
+        axis: What a slice is: 0 output, 1 input.
+    """
+
+    parameter: Tensor
+    group: str
+    name: str
+    is_named: bool
+    matrices: Matrices
+    axis: int
+
+
 class Spans(tuple[Span, ...]):
     """What each rank of a group holds along an axis; what follows from it is found once for all matrices."""
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dion2_lightning.kernels.precision import move_sums, sum_dtype
-from dion2_lightning.matrices.layout import Matrices, local, placed_like_stack, spread_dims
+from dion2_lightning.matrices.layout import SlicedParameter, local, placed_like_stack, spread_dims
 from dion2_lightning.monitoring.history import BINS, bin_of
 from dion2_lightning.monitoring.metrics import Kind
 
@@ -59,23 +59,24 @@ class Entry:
     first_row: int = field(init=False)
 
     @classmethod
-    def of(cls, position: int, parameter: Any, group: Mapping[str, Any], name: str) -> "Entry":
-        """Read a parameter and its group, as they are now."""
-        matrices = Matrices.of(parameter.shape, batched=group["batched"], transposed=group["transposed"])
-        axis = matrices.selection_axis(group["select"])
+    def of(cls, position: int, sliced: SlicedParameter) -> "Entry":
+        """Read a parameter, as it is now."""
+        parameter: Any = sliced.parameter
+        matrices, axis = sliced.matrices, sliced.axis
+        is_stack = parameter.ndim == 3
         mesh = getattr(parameter, "device_mesh", None)
         held_by = spread_over = 1
         spread_index = 0
         if mesh is not None:
             sizes = [1 if each.is_replicate() else mesh.size(dim) for dim, each in enumerate(parameter.placements)]
             held_by = math.prod(sizes)
-            for dim in spread_dims(parameter) if group["batched"] else ():
+            for dim in spread_dims(parameter) if is_stack else ():
                 spread_over *= sizes[dim]
                 spread_index = spread_index * sizes[dim] + mesh.get_local_rank(dim)
         return cls(
             position=position,
-            kind=Kind(group["name"], name, matrices.count, matrices.shape[axis], axis),
-            count=local(parameter).shape[0] if group["batched"] else 1,
+            kind=Kind(sliced.group, sliced.name, matrices.count, matrices.shape[axis], axis),
+            count=local(parameter).shape[0] if is_stack else 1,
             entries=parameter.numel(),
             device=parameter.device,
             mesh=mesh,

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dion2_lightning.algorithms.dion2 import MatrixUpdate
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.matrices.layout import alike
 from dion2_lightning.monitoring.counters import (
@@ -32,7 +31,6 @@ from dion2_lightning.monitoring.counters import (
 )
 from dion2_lightning.monitoring.history import BINS, SelectionHistory
 from dion2_lightning.monitoring.metrics import TROUBLES, Figures, Row, figures_of
-from dion2_lightning.parameter_groups import parameter_names
 
 if TYPE_CHECKING:
     from dion2_lightning.optimizer import Dion2
@@ -162,21 +160,21 @@ class SelectionStatistics:
         self._due = Due(self.step, self.window) if is_due else None
         self.wants_results = is_due
 
-    def selected(self, update: MatrixUpdate, indices: Tensor, norms: Tensor) -> None:
+    def selected(self, parameter: Tensor, indices: Tensor, norms: Tensor) -> None:
         """Take what was selected of a parameter; called by the optimizer."""
-        entry = self._entries[update.parameter]
+        entry = self._entries[parameter]
         entry.ledger.seen.append((entry, indices, norms))
 
-    def orthonormalized(self, update: MatrixUpdate, result: Tensor) -> None:
+    def orthonormalized(self, parameter: Tensor, result: Tensor) -> None:
         """Take orthonormal submatrices; called by the optimizer."""
         if self._due is not None and self.orthogonality:
-            self._due.errors.append((self._entries[update.parameter], orthogonality_errors(result)))
+            self._due.errors.append((self._entries[parameter], orthogonality_errors(result)))
 
-    def moved(self, update: MatrixUpdate, change: Tensor) -> None:
+    def moved(self, parameter: Tensor, change: Tensor) -> None:
         """Take what a part of a parameter was changed by; called by the optimizer."""
         if self._due is not None:
             squares = torch.linalg.vector_norm(change).to(sum_dtype(change.device)).square()
-            self._due.squares.append((self._entries[update.parameter], squares))
+            self._due.squares.append((self._entries[parameter], squares))
 
     def end_step(self) -> None:
         """Come after a step: count what was selected; called by the optimizer."""
@@ -299,16 +297,9 @@ class SelectionStatistics:
     def _find_parameters(self) -> None:
         """Make room for the matrices of the optimizer, where they are others than in the last step."""
         assert self._optimizer is not None
-        found = [
-            (parameter, group, name)
-            for group in self._optimizer.param_groups
-            if group["algorithm"] == "dion2"
-            for parameter, name in zip(group["params"], _plain_names(group), strict=True)
-        ]
+        found = self._optimizer.sliced_parameters()
         # The entries hold the parameters, so an id stands for one of them.
-        signature = [
-            (id(each), each.device, group["select"], group["batched"], group["transposed"]) for each, group, _ in found
-        ]
+        signature = [(id(each.parameter), each.parameter.device, each.matrices, each.axis) for each in found]
         if signature == self._signature:
             return
         self._signature = signature
@@ -317,24 +308,22 @@ class SelectionStatistics:
             for parameter, entry in self._entries.items()
         }
         kept_by_name = {self._entries[parameter].key: rows for parameter, rows in kept.items()}
-        entries = [
-            Entry.of(position, parameter, group, name) for position, (parameter, group, name) in enumerate(found)
-        ]
+        entries = [Entry.of(position, each) for position, each in enumerate(found)]
         self._ledgers = [
             Ledger(members, slices, device, self.step)
             for (slices, device), members in alike(entries, lambda entry: (entry.kind.slices, entry.device)).items()
         ]
-        self._entries = {parameter: entry for (parameter, _, _), entry in zip(found, entries, strict=True)}
-        for (parameter, group, _), entry in zip(found, entries, strict=True):
-            name = "/".join(entry.key)
+        self._entries = {each.parameter: entry for each, entry in zip(found, entries, strict=True)}
+        for each, entry in zip(found, entries, strict=True):
+            name, parameter = "/".join(entry.key), each.parameter
             rows = kept.get(parameter)
             # Frameworks replace parameters; what has no name cannot be found again.
-            if rows is None and group.get("param_names"):
+            if rows is None and each.is_named:
                 rows = kept_by_name.get(entry.key)
             if rows is None and name in self._loaded:
                 saved = self._loaded.pop(name)
                 if saved["last"].shape == (entry.kind.matrices, entry.kind.slices):
-                    rows = tuple(own_part(saved[each], parameter, entry) for each in ("last", "hits"))
+                    rows = tuple(own_part(saved[part], parameter, entry) for part in ("last", "hits"))
             if rows is not None and rows[0].shape == (entry.count, entry.kind.slices):
                 entry.ledger.write(entry, *rows)
 
@@ -366,8 +355,3 @@ def without_wrapper(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def _plain_names(group: Mapping[str, Any]) -> Sequence[str]:
-    names: Sequence[str] | None = group.get("param_names")
-    return parameter_names(group) if names is None else names
