@@ -26,12 +26,13 @@ from fractions import Fraction
 from functools import lru_cache
 
 import torch
+from dion2_lightning.distributed.exchange import Transfer
 
 from dion2_lightning.algorithms.dion2_shared import plan_owners
-from dion2_lightning.distributed.exchange import Transfer
 from dion2_lightning.distributed.owners import orthonormalization_cost
 from dion2_lightning.kernels.selection import selected_count
-from dion2_lightning.matrices.layout import Matrices, Span
+from dion2_lightning.matrices.layout import Span
+from dion2_lightning.matrices.views import Matrices
 
 Shape = tuple[int, ...]
 

@@ -2,21 +2,19 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
-from dion2_lightning.algorithms.adamw import step_device
+from dion2_lightning.algorithms import ALGORITHMS
+from dion2_lightning.algorithms.algorithm import StateTensor
 from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.matrices.layout import is_dtensor, local
-from dion2_lightning.parameter_groups import check_settings, parameter_names
+from dion2_lightning.parameter_groups import algorithm_of, parameter_names
 
 Group = Mapping[str, Any]
-
-STATE_OF: Final = {"dion2": ("momentum",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
-"""The entries of a parameter's state, by algorithm."""
 
 
 def match_state_dict(saved: StateDict, groups: Sequence[Group]) -> StateDict:
@@ -37,7 +35,7 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group]) -> StateDict:
     for old, new in zip(matched, groups, strict=True):
         for key, parameter, name in zip(old["params"], new["params"], parameter_names(new), strict=True):
             if key in saved["state"]:
-                _check_state(saved["state"][key], parameter, new["algorithm"], f"group {new['name']!r}: {name}")
+                _check_state(saved["state"][key], parameter, new, f"group {new['name']!r}: {name}")
             elif saved["state"] and parameter.requires_grad:
                 without_state.append(name)
     if without_state:
@@ -71,11 +69,12 @@ def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
     """
     for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         for key, parameter in zip(old["params"], new["params"], strict=True):
+            expected = algorithm_of(new).state(parameter, new)
             for entry, value in saved["state"].get(key, {}).items():
                 state = optimizer.state[parameter]
-                if entry == "step":
-                    count = torch.as_tensor(value, dtype=torch.float32)
-                    state[entry] = count.to(step_device(parameter), copy=True)
+                if expected[entry].shape == ():
+                    number = torch.as_tensor(value, dtype=expected[entry].dtype)
+                    state[entry] = number.to(expected[entry].device, copy=True)
                 elif value.dtype != state[entry].dtype:
                     state[entry] = value.to(parameter.device)
 
@@ -96,35 +95,39 @@ def _match_order(saved: StateDict, groups: Sequence[Group]) -> Sequence[Group]:
 
 def _match_group(old: Group, new: Group) -> dict[str, Any]:
     """A saved group with its parameters in the order of the present one, and the present settings where it has none."""
-    where = f"group {new['name']!r}"
+    prefix = f"group {new['name']!r}"
     algorithm = old.get("algorithm", new["algorithm"])
     if algorithm != new["algorithm"]:
-        raise ValueError(f"{where}: the checkpoint's algorithm is {algorithm!r}, this optimizer's {new['algorithm']!r}")
+        raise ValueError(
+            f"{prefix}: the checkpoint's algorithm is {algorithm!r}, this optimizer's {new['algorithm']!r}"
+        )
     if len(old["params"]) != len(new["params"]):
         raise ValueError(
-            f"{where}: the checkpoint has {len(old['params'])} parameters, this optimizer {len(new['params'])}; "
+            f"{prefix}: the checkpoint has {len(old['params'])} parameters, this optimizer {len(new['params'])}; "
             "it is of another model, or the model was split otherwise"
         )
-    _check_settings(old, new, where)
-    group = {**new, **old}
+    _check_settings(old, new, prefix)
+    # Version 0.1.0 wrote the settings of all algorithms into every group; what schedulers have added stays.
+    foreign = {name for each in ALGORITHMS.values() for name in each.defaults()} - new.keys()
+    group = {**new, **{name: value for name, value in old.items() if name not in foreign}}
     if "param_names" in new:
-        group["params"] = _in_order(old, new, where)
+        group["params"] = _in_order(old, new, prefix)
         group["param_names"] = list(new["param_names"])
     return group
 
 
-def _check_settings(old: Group, new: Group, where: str) -> None:
+def _check_settings(old: Group, new: Group, prefix: str) -> None:
     """Refuse settings that are not this optimizer's; what schedulers have added may stay."""
     unknown = sorted(old.keys() - new.keys())
     if "algorithm" not in old and unknown:
         raise ValueError(
-            f"{where}: the checkpoint's group says no algorithm and has {_some(unknown)}, which Dion2 does not know; "
-            "it is of another optimizer"
+            f"{prefix}: the checkpoint's group says no algorithm and has {_some(unknown)}, which this optimizer does "
+            "not know; it is of another optimizer"
         )
-    check_settings({key: value for key, value in old.items() if key in new}, f"{where}: the checkpoint's ")
+    algorithm_of(new).check_settings(old, f"{prefix}: the checkpoint's ")
 
 
-def _in_order(old: Group, new: Group, where: str) -> list[Any]:
+def _in_order(old: Group, new: Group, prefix: str) -> list[Any]:
     """The ids of a saved group's parameters, in the order of the present group's names."""
     ids, wanted = list(old["params"]), list(new["param_names"])
     if all(isinstance(each, str) for each in ids):
@@ -139,38 +142,44 @@ def _in_order(old: Group, new: Group, where: str) -> list[Any]:
         return ids
     if set(names) != set(wanted):
         raise ValueError(
-            f"{where}: the names of the parameters differ; only in the checkpoint: "
+            f"{prefix}: the names of the parameters differ; only in the checkpoint: "
             f"{_some(sorted(set(names) - set(wanted)))}; only in this optimizer: "
             f"{_some(sorted(set(wanted) - set(names)))}. To load by position, remove 'param_names' from the "
             "checkpoint's groups"
         )
     if len(names) != len(ids):
-        raise ValueError(f"{where}: the checkpoint has {len(names)} names for {len(ids)} parameters; it is damaged")
+        raise ValueError(f"{prefix}: the checkpoint has {len(names)} names for {len(ids)} parameters; it is damaged")
     of_names = dict(zip(names, ids, strict=True))
     return [of_names[name] for name in wanted]
 
 
-def _check_state(state: Mapping[str, Any], parameter: Tensor, algorithm: str, what: str) -> None:
-    expected = STATE_OF[algorithm]
+def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, label: str) -> None:
+    expected = algorithm_of(group).state(parameter, group)
     if set(state) != set(expected):
         raise ValueError(
-            f"{what}: the checkpoint holds {sorted(state)} for it, algorithm {algorithm!r} needs {sorted(expected)}"
+            f"{label}: the checkpoint holds {sorted(state)} for it, algorithm {group['algorithm']!r} needs "
+            f"{sorted(expected)}"
         )
-    for entry in expected:
-        if entry != "step" and is_dtensor(state[entry]) != is_dtensor(parameter):
-            raise ValueError(
-                f"{what} and the checkpoint's {entry!r} are not placed alike, one is a DTensor; load through "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which places what it loads"
-            )
-        if entry != "step" and state[entry].shape != parameter.shape:
-            raise ValueError(
-                f"{what} has shape {tuple(parameter.shape)}, but the checkpoint's {entry!r} {tuple(state[entry].shape)}"
-            )
-        if entry != "step" and state[entry].dtype == torch.float64 and not has_float64(parameter.device):
-            raise ValueError(
-                f"{what} is on {parameter.device.type!r}, which has no float64, and the checkpoint's {entry!r} is in "
-                "float64; convert it with .float() before loading"
-            )
+    for entry, tensor in expected.items():
+        if tensor.shape != ():  # a number is taken from wherever it is, in any form
+            _check_tensor(state[entry], tensor, entry, f"{label} of shape {tuple(parameter.shape)}")
+
+
+def _check_tensor(found: Any, expected: StateTensor, entry: str, label: str) -> None:
+    if is_dtensor(found) != (expected.placements is not None):
+        raise ValueError(
+            f"{label} and the checkpoint's {entry!r} are not placed alike, one is a DTensor; load through "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which places what it loads"
+        )
+    if tuple(found.shape) != expected.shape:
+        raise ValueError(
+            f"{label}: the checkpoint's {entry!r} has shape {tuple(found.shape)}, this optimizer's {expected.shape}"
+        )
+    if found.dtype == torch.float64 and not has_float64(expected.device):
+        raise ValueError(
+            f"{label} is on {expected.device.type!r}, which has no float64, and the checkpoint's {entry!r} is in "
+            "float64; convert it with .float() before loading"
+        )
 
 
 def _some(names: Sequence[str]) -> str:

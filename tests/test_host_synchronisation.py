@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from dion2_lightning.distributed.exchange import PIECES, Totals
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.statistics import size_of, tensors_of
 from dion2_lightning import Dion2, SelectionStatistics
 from dion2_lightning.algorithms import dion2_shared as sharing
-from dion2_lightning.distributed.exchange import PIECES, Totals
 from dion2_lightning.matrices import layout
 from dion2_lightning.monitoring.history import SelectionHistory
 from tests.every_kind import SLICES, groups_of_every_kind, parameters_of

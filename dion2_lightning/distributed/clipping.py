@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dion2_lightning.distributed.exchange import place_gradients
+from dion2_lightning.distributed.collectives import place_gradients
 from dion2_lightning.kernels.precision import move_sums, sum_dtype
 from dion2_lightning.matrices.layout import alike, local_gradient
 

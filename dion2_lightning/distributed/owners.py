@@ -1,88 +1,66 @@
-"""Who orthonormalizes which of the matrices that ranks share: every rank about the same work.
+"""Which rank works on which of the matrices that ranks share: every rank about as much as the others.
 
 Whole matrices are dealt out, so how even it can be depends on the matrices: with few large ones for each rank, on
 whether the number of ranks divides theirs.
 """
 
 import heapq
-import itertools
-import math
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
-from dion2_lightning.matrices.layout import alike
-
-GOOD_ENOUGH: Final = 1.01
-"""The busiest rank's work over the mean; dealing anew stops here."""
-
-MAX_DEALS: Final = 20_000
-"""Ways of dealing out two ranks' matrices that are looked at; models have a handful of kinds, and far fewer."""
+FLOPS_PER_BYTE: Final = 4000
+"""Work on replicas is worth sharing from here on: what a GPU multiplies in the time a byte takes between nodes."""
 
 
-def orthonormalization_cost(k: int, m: int) -> int:
-    """Return the FLOPs of orthonormalizing a (k, m) matrix, by which owners are balanced."""
-    short, long = sorted((k, m))
-    return 20 * short * short * long + 10 * short**3
+class Owner(NamedTuple):
+    """Which rank works on a matrix.
+
+    Attributes:
+        replica: In which replica; None for the same rank of every one.
+        rank: By which rank there.
+    """
+
+    replica: int | None
+    rank: int
 
 
 @lru_cache(maxsize=256)
 def assign_owners(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Return which rank owns each matrix.
-
-    The costliest matrix first, each to the rank with the least to do (longest processing time); then the busiest
-    rank's matrices and another's are dealt anew between the two, as long as that relieves it.
+    """Return which rank owns each matrix: the costliest first, each to the rank that has the least to do.
 
     Args:
         costs: Of each matrix, the same on every rank.
         ranks: How many share them.
     """
-    held = _longest_first(costs, ranks)
-    while max(_loads(held, costs)) * ranks > GOOD_ENOUGH * sum(costs) and _relieve_busiest(held, costs):
-        pass
-    owner_of = {matrix: rank for rank, matrices in enumerate(held) for matrix in matrices}
-    return tuple(owner_of[matrix] for matrix in range(len(costs)))
-
-
-def _longest_first(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    held: list[list[int]] = [[] for _ in range(ranks)]
+    owners = [0] * len(costs)
     loads = [(0, rank) for rank in range(ranks)]
     for matrix in sorted(range(len(costs)), key=lambda matrix: -costs[matrix]):
         load, rank = heapq.heappop(loads)
-        held[rank].append(matrix)
+        owners[matrix] = rank
         heapq.heappush(loads, (load + costs[matrix], rank))
-    return held
+    return tuple(owners)
 
 
-def _loads(held: Sequence[Sequence[int]], costs: Sequence[int]) -> list[int]:
-    return [sum(costs[matrix] for matrix in matrices) for matrices in held]
+@lru_cache(maxsize=256)
+def plan_owners(
+    costs: tuple[int, ...], nbytes: tuple[int, ...], ranks: int, replicas: int, share_replicas: bool | None
+) -> tuple[Owner, ...]:
+    """Return the owner of each matrix, the same on every rank.
 
-
-def _relieve_busiest(held: list[list[int]], costs: Sequence[int]) -> bool:
-    """Deal the busiest rank's matrices and another's anew, if some deal is better; one rank of each kind is tried."""
-    loads = _loads(held, costs)
-    busiest = max(range(len(held)), key=loads.__getitem__)
-    kinds = alike(
-        sorted(range(len(held)), key=loads.__getitem__), lambda rank: tuple(sorted(costs[i] for i in held[rank]))
-    )
-    for other, *_ in kinds.values():
-        halves = _halves(held[busiest] + held[other], costs)
-        if max(_loads(halves, costs)) < loads[busiest]:
-            held[busiest], held[other] = halves
-            return True
-    return False
-
-
-def _halves(matrices: Sequence[int], costs: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Part matrices in two, as evenly in cost as can be."""
-    kinds = alike(matrices, costs.__getitem__)
-    if math.prod(len(each) + 1 for each in kinds.values()) > MAX_DEALS:
-        return list(matrices), []
-    total = sum(costs[matrix] for matrix in matrices)
-
-    def unevenness(counts: tuple[int, ...]) -> int:
-        return abs(2 * sum(count * cost for count, cost in zip(counts, kinds, strict=True)) - total)
-
-    best = min(itertools.product(*(range(len(each) + 1) for each in kinds.values())), key=unevenness)
-    parted = list(zip(best, kinds.values(), strict=True))
-    return [i for count, each in parted for i in each[:count]], [i for count, each in parted for i in each[count:]]
+    Args:
+        costs: FLOPs of the work on each matrix.
+        nbytes: Size of the result of each.
+        ranks: How many share each matrix by parts.
+        replicas: How many hold each part.
+        share_replicas: Whether replicas share the work; None where that saves more than gathering the results costs.
+    """
+    if replicas > 1 and share_replicas is not False:
+        # Owners go round the replicas: each gathers as much as the one with the most results has.
+        owners = [Owner(owner % replicas, owner // replicas) for owner in assign_owners(costs, ranks * replicas)]
+        results = [0] * replicas
+        for owner, size in zip(owners, nbytes, strict=True):
+            results[owner.replica or 0] += size
+        saved = sum(costs) * (replicas - 1) // replicas
+        if share_replicas or saved >= FLOPS_PER_BYTE * max(results) * (replicas - 1):
+            return tuple(owners)
+    return tuple(Owner(None, rank) for rank in assign_owners(costs, ranks))

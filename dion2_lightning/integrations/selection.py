@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
+from dion2_lightning.factory import Dion2
 from dion2_lightning.monitoring.metrics import Figures
 from dion2_lightning.monitoring.tracker import (
     SelectionStatistics,
@@ -15,7 +16,6 @@ from dion2_lightning.monitoring.tracker import (
     is_first_rank,
     without_wrapper,
 )
-from dion2_lightning.optimizer import Dion2
 
 FILE_NAME: Final = "dion2_selection.json"
 """What the file of a run's history is called, unless ``save_to`` gives it a name."""

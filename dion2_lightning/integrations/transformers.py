@@ -18,8 +18,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from dion2_lightning.distributed.strategies import process_group_of
-from dion2_lightning.factory import build_optimizer
-from dion2_lightning.optimizer import Dion2
+from dion2_lightning.factory import Dion2, FactoryArguments, build_optimizer
 
 OLDEST_TRANSFORMERS: Final = "5.2"
 """Its Trainer is the first that calls a factory with the model."""
@@ -32,7 +31,7 @@ if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
     )
 
 KINDS: Final[dict[str, Any]] = {
-    name: kind for name, kind in typing.get_type_hints(build_optimizer).items() if name not in ("model", "return")
+    name: kind for name, kind in typing.get_type_hints(FactoryArguments).items() if name != "_"
 }
 """The arguments of build_optimizer beside the model, and their types."""
 

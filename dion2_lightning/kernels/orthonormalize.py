@@ -28,7 +28,7 @@ SAFETY: Final = 1.02
 GRAM_ASPECT: Final = 1.5
 """Five steps on (k, m) cost 20 k^2 m + 10 k^3 FLOPs as written, 4 k^2 m + 34 k^3 on the Gram matrix."""
 
-FEW: Final = 32
+MIN_BF16_DIM: Final = 32
 """Matrices with a shorter axis below this are never multiplied in bfloat16, only rounded to it.
 
 Its error grows as they shrink, from 1.5% of the polar factor at 48 x 192 to 5% of a single vector, and products this
@@ -47,8 +47,8 @@ def orthonormalize(submatrices: Tensor, dtype: torch.dtype | None = None) -> Ten
         submatrices: Shape (batch, k, m). Wide is fastest, tall works. A batch that is contiguous in its transpose
             (``submatrices.mT``) is not copied, and the result comes back in the same memory order.
         dtype: Precision of the products, to which the input is rounded: ``torch.bfloat16`` (products in float32 still
-            where an axis is shorter than :data:`FEW`), ``torch.float32`` or ``torch.float64`` (default: None, by
-            hardware: :func:`default_dtype`).
+            where an axis is shorter than :data:`MIN_BF16_DIM`), ``torch.float32`` or ``torch.float64`` (default: None,
+            by hardware: :func:`default_dtype`).
 
     Returns:
         Shape (batch, k, m), of ``dtype``.
@@ -60,12 +60,18 @@ def orthonormalize(submatrices: Tensor, dtype: torch.dtype | None = None) -> Ten
     # Rounded before anything else, as it is on its way to another rank: every layout sees the same numbers.
     rounded = submatrices.to(dtype)
     normalized = _normalize(rounded)
-    if k >= FEW:
+    if k >= MIN_BF16_DIM:
         normalized = normalized.to(dtype)
     iterate = _gram_newton_schulz if _gram_pays(normalized) else _newton_schulz
     # A step inside an autocast block must not have its products rounded either.
     with torch.autocast(normalized.device.type, enabled=False):
         return iterate(normalized).to(dtype)
+
+
+def flops(k: int, m: int) -> int:
+    """Return the FLOPs of orthonormalizing a (k, m) matrix."""
+    short, long = sorted((k, m))
+    return 20 * short * short * long + 10 * short**3
 
 
 def _normalize(matrices: Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""Which matrices a parameter yields, how they lie in its storage, and which ranks hold which part of them.
-
-A parameter is not always one matrix: a stack of experts holds one for each expert, a ``Conv1D`` weight is stored (in,
-out). Routing says so by plain data in the parameter's group (``batched``, ``transposed``); from here on everything
-knows matrices only, and an (out, in) shape means what it says.
+"""Which ranks hold which part of a parameter's matrices.
 
 Whatever the mesh, the part of a matrix that a rank holds is one rectangle. So a layout is a list of rectangles, one for
 each rank that shares the matrix, and everything above this file is the same for FSDP2, HSDP, TP and their products.
@@ -26,18 +22,15 @@ if TYPE_CHECKING:  # some builds of torch have no process groups
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
-OUTPUT_AXIS = 0
-INPUT_AXIS = 1
-
 Span = tuple[int, int]
-"""Where something starts and where it stops."""
+"""Start and stop."""
 
 
-def alike(things: Iterable[T], likeness: Callable[[T], K]) -> dict[K, list[T]]:
-    """Group by what makes things alike, in order."""
+def alike(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Group items by a key, groups and their items in the order in which they come."""
     groups: dict[K, list[T]] = defaultdict(list)
-    for thing in things:
-        groups[likeness(thing)].append(thing)
+    for item in items:
+        groups[key(item)].append(item)
     return groups
 
 
@@ -46,70 +39,6 @@ class Block(NamedTuple):
 
     rows: Span
     columns: Span
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """The matrices of one parameter: ``count`` of them, alike in shape and storage.
-
-    Attributes:
-        count: How many: 1 for a plain weight, the number of experts for a stack.
-        out_size: Output size of each.
-        in_size: Input size of each.
-        transposed: Whether each is stored (in, out).
-    """
-
-    count: int
-    out_size: int
-    in_size: int
-    transposed: bool
-
-    @classmethod
-    def of(cls, shape: Sequence[int], *, batched: bool = False, transposed: bool = False) -> "Matrices":
-        """Read a parameter's shape: (rows, columns), or (count, rows, columns) where it is ``batched``."""
-        count, rows, columns = shape if batched else (1, *shape)
-        out_size, in_size = (columns, rows) if transposed else (rows, columns)
-        return cls(count, out_size, in_size, transposed)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of each matrix."""
-        return self.out_size, self.in_size
-
-    def selection_axis(self, select: str) -> int:
-        """Return the axis to select from, 0 output or 1 input; ``"shorter"`` takes the output axis at a tie."""
-        if select == "output" or self.out_size <= self.in_size:
-            return OUTPUT_AXIS
-        return INPUT_AXIS
-
-    def slices(self, tensor: Tensor, axis: int) -> Tensor:
-        """View a tensor of the parameter's shape, or of a part of it, as (count, n, m): n slices along ``axis``."""
-        stack = tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
-        return stack if self.slices_are_rows(axis) else stack.mT
-
-    def slices_are_rows(self, axis: int) -> bool:
-        """Return whether slices along ``axis`` are rows as stored."""
-        return axis == (INPUT_AXIS if self.transposed else OUTPUT_AXIS)
-
-
-class SlicedParameter(NamedTuple):
-    """A parameter of whose matrices every step selects slices.
-
-    Attributes:
-        parameter: The parameter itself.
-        group: Name of its parameter group.
-        name: Its name in the model, or ``parameter 0``, ``parameter 1``, ... by its place in a group without names.
-        is_named: Whether it has a name.
-        matrices: Its matrices.
-        axis: What a slice is: 0 output, 1 input.
-    """
-
-    parameter: Tensor
-    group: str
-    name: str
-    is_named: bool
-    matrices: Matrices
-    axis: int
 
 
 class Spans(tuple[Span, ...]):
@@ -188,12 +117,12 @@ class Layout:
 
 
 Layouts = dict[Hashable, Layout]
-"""Layouts of a step that were read already: parameters of one shape, mesh and placement have the same."""
+"""Layouts that were read in this step: parameters of one shape, mesh and placement have the same."""
 
 
 def layout_of(
     parameter: Tensor,
-    what: str,
+    label: str,
     *,
     batched: bool,
     process_group: "ProcessGroup | None",
@@ -203,7 +132,7 @@ def layout_of(
 
     Args:
         parameter: Plain, or a DTensor.
-        what: How to call it in an error.
+        label: Its name for error messages.
         batched: Whether its first axis counts matrices.
         process_group: The ranks that hold replicas of it, where it is plain.
         known: What was read in this step, taken from and added to (default: None).
@@ -212,18 +141,18 @@ def layout_of(
         ValueError: It is sharded in a way that leaves no rectangle of a matrix on each rank, or not summed up yet, or
             this rank is not in its mesh.
     """
-    place = None
+    key = None
     if is_dtensor(parameter):
-        place = parameter.device_mesh, parameter.placements, parameter.shape, batched  # type: ignore[attr-defined]
+        key = parameter.device_mesh, parameter.placements, parameter.shape, batched  # type: ignore[attr-defined]
     known = {} if known is None else known
-    if place not in known:
-        known[place] = _read_layout(parameter, what, batched, process_group)
-    return known[place]
+    if key not in known:
+        known[key] = _read_layout(parameter, label, batched, process_group)
+    return known[key]
 
 
-def _read_layout(parameter: Tensor, what: str, batched: bool, process_group: "ProcessGroup | None") -> Layout:
+def _read_layout(parameter: Tensor, label: str, batched: bool, process_group: "ProcessGroup | None") -> Layout:
     if is_dtensor(parameter):
-        return _layout_of_dtensor(parameter, what, batched)
+        return _layout_of_dtensor(parameter, label, batched)
     if process_group is None or process_group.size() == 1:
         return Layout()
     return Layout(replicas=Replicas(process_group, tuple(range(process_group.size())), process_group))
@@ -234,15 +163,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def refuse_misplaced(parameter: Any, what: str) -> None:
+def refuse_misplaced(parameter: Any, label: str) -> None:
     """Raise an error where ranks hold summands of a parameter, or this rank is none of those that hold it."""
     if not is_dtensor(parameter):
         return
     if any(placement.is_partial() for placement in parameter.placements):
-        raise ValueError(f"{what} is placed as {parameter.placements}: sum it up with redistribute() before step()")
+        raise ValueError(f"{label} is placed as {parameter.placements}: sum it up with redistribute() before step()")
     if parameter.device_mesh.get_coordinate() is None:
         raise ValueError(
-            f"{what} is on {parameter.device_mesh}, to which rank {torch.distributed.get_rank()} does not belong; "
+            f"{label} is on {parameter.device_mesh}, to which rank {torch.distributed.get_rank()} does not belong; "
             "leave it out of the groups there"
         )
 
@@ -281,23 +210,23 @@ def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def _layout_of_dtensor(parameter: Any, what: str, batched: bool) -> Layout:
-    refuse_misplaced(parameter, what)
+def _layout_of_dtensor(parameter: Any, label: str, batched: bool) -> Layout:
+    refuse_misplaced(parameter, label)
     mesh, placements = parameter.device_mesh, parameter.placements
     sharded = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
     for dim in sharded:
-        _check_placement(placements, dim, mesh, what)
+        _check_placement(placements, dim, mesh, label)
     # A stack that is sharded along its first axis leaves whole matrices on every rank: nothing is shared.
     shared = [dim for dim in sharded if not (batched and _counts_matrices(placements[dim])) and mesh.size(dim) > 1]
     if len(shared) > 2:
-        raise ValueError(f"{what} is sharded over {len(shared)} dimensions of {mesh}; at most 2 are supported")
+        raise ValueError(f"{label} is sharded over {len(shared)} dimensions of {mesh}; at most 2 are supported")
     replicated = [dim for dim, each in enumerate(placements) if each.is_replicate() and mesh.size(dim) > 1]
     replicas = _replicas(mesh, shared, replicated)
     if not shared:
         return Layout(replicas=replicas)
     group = _group_of(mesh, shared)
     if group is None:
-        raise ValueError(f"{what} is sharded over two dimensions of a mesh without mesh_dim_names; name them")
+        raise ValueError(f"{label} is sharded over two dimensions of a mesh without mesh_dim_names; name them")
     blocks = _blocks(tuple(parameter.shape), tuple(mesh.shape), tuple(placements), tuple(shared), _coordinate(mesh))
     return Layout(group, _in_order_of(group, mesh, shared, blocks), replicas)
 
@@ -313,10 +242,10 @@ def _replicas(mesh: "DeviceMesh", shared: Sequence[int], replicated: Sequence[in
     return Replicas(group, _in_order_of(group, mesh, replicated, numbers), everyone)
 
 
-def _check_placement(placements: Sequence[Any], dim: int, mesh: "DeviceMesh", what: str) -> None:
+def _check_placement(placements: Sequence[Any], dim: int, mesh: "DeviceMesh", label: str) -> None:
     placement = placements[dim]
     if not hasattr(placement, "dim"):
-        raise ValueError(f"{what} is placed as {tuple(placements)}; only Replicate and Shard are supported")
+        raise ValueError(f"{label} is placed as {tuple(placements)}; only Replicate and Shard are supported")
     split_factor = getattr(placement, "split_factor", None)
     if split_factor is None:
         return
@@ -327,7 +256,7 @@ def _check_placement(placements: Sequence[Any], dim: int, mesh: "DeviceMesh", wh
         if placements[later].is_shard(placement.dim) and mesh.size(later) == split_factor
     ]
     if not inner:
-        raise ValueError(f"{what} is placed as {tuple(placements)} on {mesh}, which leaves scattered rows on a rank")
+        raise ValueError(f"{label} is placed as {tuple(placements)} on {mesh}, which leaves scattered rows on a rank")
 
 
 def _group_of(mesh: "DeviceMesh", dims: Sequence[int]) -> "ProcessGroup | None":

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dion2_lightning.kernels.precision import move_sums, sum_dtype
-from dion2_lightning.matrices.layout import SlicedParameter, local, placed_like_stack, spread_dims
+from dion2_lightning.matrices.layout import local, placed_like_stack, spread_dims
+from dion2_lightning.matrices.views import SlicedParameter
 from dion2_lightning.monitoring.history import BINS, bin_of
 from dion2_lightning.monitoring.metrics import Kind
 

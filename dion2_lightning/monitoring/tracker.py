@@ -33,7 +33,7 @@ from dion2_lightning.monitoring.history import BINS, SelectionHistory
 from dion2_lightning.monitoring.metrics import TROUBLES, Figures, Row, figures_of
 
 if TYPE_CHECKING:
-    from dion2_lightning.optimizer import Dion2
+    from dion2_lightning.optimizer import MatrixOptimizer
 
 
 class SelectionWarning(UserWarning):
@@ -94,7 +94,7 @@ class SelectionStatistics:
         self.history = SelectionHistory(window)
         self.owner: Owner | None = None
         self.wants_results = False
-        self._optimizer: Dion2 | None = None
+        self._optimizer: MatrixOptimizer | None = None
         self._entries: dict[Tensor, Entry] = {}
         self._ledgers: list[Ledger] = []
         self._signature: Sequence[tuple[object, ...]] = []
@@ -105,7 +105,7 @@ class SelectionStatistics:
 
     # Looking on
 
-    def attach(self, optimizer: "Dion2") -> None:
+    def attach(self, optimizer: "MatrixOptimizer") -> None:
         """Look on at every step of an optimizer from now on.
 
         Statistics of a callback whose training is over look on no longer: after an exception, no framework may have

@@ -9,12 +9,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from dion2_lightning.distributed.exchange import Gathering
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from dion2_lightning import Dion2, SelectionStatistics, build_optimizer, clip_grad_norm_
-from dion2_lightning.distributed.exchange import Gathering
 from dion2_lightning.distributed.torch_versions import all_gather_single
 from dion2_lightning.matrices.layout import Block, Layout
 from tests.device.waiting import no_waiting

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dion2_lightning.matrices.layout import Matrices
+from dion2_lightning.matrices.views import Matrices
 
 
 @pytest.mark.parametrize(
