@@ -18,7 +18,7 @@ from dion2_lightning.distributed.strategies import (
 )
 from dion2_lightning.optimizer import Dion2
 from dion2_lightning.parameter_groups import check_settings
-from dion2_lightning.routing.replaced_parameters import attach
+from dion2_lightning.routing.replaced_parameters import check_before_steps
 from dion2_lightning.routing.router import check_lora, route_parameters
 
 logger = logging.getLogger("dion2_lightning")
@@ -103,8 +103,7 @@ def build_optimizer(
             strategy or wrapper that leaves no matrices, such as FSDP1 and DeepSpeed ZeRO; or a LightningModule that
             has yet to make its parameters in ``configure_model``.
 
-    A step of the optimizer raises RuntimeError where the model's parameters are no longer its own, or where another
-    optimizer that was built so takes turns with it on the same parameters.
+    A step of the optimizer raises RuntimeError where the model has replaced parameters since.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -125,13 +124,11 @@ def build_optimizer(
     refuse_wrappers_that_flatten(model)
     process_group = process_group_of(strategy_of(model) if strategy is None else strategy)
 
-    routing = route_parameters(model, overrides=overrides, lora=lora)
-
-    def finish(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [_finish(group, algorithm, adamw_lr, adamw_weight_decay) for group in groups]
-
+    matrices = "adamw" if algorithm == "adamw" else "dion2"
+    rest = {"lr": adamw_lr, "weight_decay": adamw_weight_decay}
+    routing = route_parameters(model, overrides=overrides, lora=lora, matrices=matrices)
     optimizer = Dion2(
-        finish(routing.param_groups()),
+        routing.param_groups(rest=rest),
         lr,
         fraction=1.0 if algorithm == "muon" else fraction,
         momentum=momentum,
@@ -157,13 +154,14 @@ def build_optimizer(
             raise ValueError(
                 "the added group does not say its algorithm, and the model it would be looked up in is gone"
             )
-        added = route_parameters(known, overrides=overrides, lora=lora).param_groups(only=parameters)
+        routing = route_parameters(known, overrides=overrides, lora=lora, matrices=matrices)
+        added = routing.param_groups(only=parameters, rest=rest)
         if sum(len(group["params"]) for group in added) < len(parameters):
             raise ValueError("the added group holds parameters that are not in the model, or frozen; say its algorithm")
-        return finish(added)
+        return added
 
     optimizer.route_parameters = route_added
-    attach(optimizer, model)
+    check_before_steps(optimizer, model)
     _add_callbacks(trainer_of(model) or trainer_of(strategy))
     if _is_rank_zero():
         logger.info("%s for %s\n%s", HEADLINES[algorithm], type(model).__name__, routing.report())
@@ -191,15 +189,6 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     overrides = arguments.get("overrides")
     if overrides is not None and not isinstance(overrides, Mapping):
         raise TypeError(f"overrides must be a mapping from patterns of names, got {type(overrides).__name__}")
-
-
-def _finish(group: dict[str, Any], algorithm: str, adamw_lr: float, adamw_weight_decay: float) -> dict[str, Any]:
-    """Give a routed group what the factory's arguments say of it; an override's own options come first."""
-    if group["algorithm"] == "adamw":
-        return {"lr": adamw_lr, "weight_decay": adamw_weight_decay, **group}
-    if algorithm == "adamw":
-        return {**group, "algorithm": "adamw", "name": group["name"].replace("dion2", "adamw-matrices", 1)}
-    return group
 
 
 def _add_callbacks(trainer: Any | None) -> None:

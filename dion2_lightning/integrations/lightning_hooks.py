@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dion2_lightning.optimizer import Dion2
-from dion2_lightning.routing.router import parameters_by_name
+from dion2_lightning.routing.model_tree import parameters_by_name
 
 
 class NamesInCheckpoints:

@@ -1,0 +1,136 @@
+"""The user's patterns: reading them, matching them to parameters, and saying which have no effect, and why."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Final, NamedTuple
+
+from torch import nn
+
+from dion2_lightning.routing.model_tree import ModelTree, collapse_numbers
+
+
+class _Algorithm(NamedTuple):
+    needs_matrices: bool
+
+
+# Until the algorithms have their table. Then: from dion2_lightning.algorithms import ALGORITHMS
+ALGORITHMS: Final[Mapping[str, _Algorithm]] = {"dion2": _Algorithm(True), "adamw": _Algorithm(False)}
+
+
+@dataclass(frozen=True)
+class Override:
+    """One entry of ``overrides``. None leaves a property as the rules and the arguments have it.
+
+    Attributes:
+        pattern: What names have to match.
+        algorithm: Name of an algorithm.
+        transposed: Whether a matrix is stored as (in, out).
+        batched: Whether the leading axis counts matrices.
+        options: Entries for a parameter group.
+    """
+
+    pattern: str
+    algorithm: str | None = None
+    transposed: bool | None = None
+    batched: bool | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_overrides(overrides: Mapping[str, str | Mapping[str, Any]]) -> list[Override]:
+    """Read the argument ``overrides``.
+
+    Raises:
+        ValueError: If a value names an unknown algorithm, or sets what cannot be set.
+        TypeError: If a value is neither a string nor a mapping.
+    """
+    return [_parse(pattern, value) for pattern, value in overrides.items()]
+
+
+def assign_overrides(overrides: Sequence[Override], tree: ModelTree) -> dict[nn.Parameter, Override]:
+    """Find the override of each parameter that has one: the first whose pattern matches one of its names.
+
+    Raises:
+        ValueError: If a pattern has no effect.
+    """
+    assigned: dict[nn.Parameter, Override] = {}
+    for override in overrides:
+        matched = [
+            parameter
+            for parameter, paths in tree.paths.items()
+            if any(fnmatchcase(path.name, override.pattern) for path in paths)
+        ]
+        new = [parameter for parameter in matched if parameter.requires_grad and parameter not in assigned]
+        if not new:
+            raise ValueError(f"override {override.pattern!r} {_why_no_effect(override, matched, assigned, tree)}")
+        assigned.update(dict.fromkeys(new, override))
+    return assigned
+
+
+def check_matrices(
+    parameter: nn.Parameter, name: str, batched: bool, override: Override, algorithm: str, rest: str
+) -> None:
+    """Check that a parameter that an override sends to an algorithm for matrices holds some; ``rest`` would take it.
+
+    Raises:
+        ValueError: If it holds none, or their number of axes does not fit ``batched``.
+    """
+    subject = f"override {override.pattern!r} sends {name!r} of shape {tuple(parameter.shape)} to {algorithm}, but"
+    if not parameter.is_floating_point():
+        raise ValueError(f"{subject} its dtype {parameter.dtype} is not real; send it to {rest}")
+    if batched and parameter.ndim != 3:
+        raise ValueError(f"{subject} batched=True needs 3 axes, the first one to count matrices; remove it")
+    if parameter.ndim == 3 and not batched:
+        raise ValueError(f"{subject} it has 3 axes; add batched=True if the first one counts matrices, or use {rest}")
+    if parameter.ndim not in (2, 3):
+        raise ValueError(f"{subject} it is not a matrix; narrow the pattern or send it to {rest}")
+
+
+def _parse(pattern: str, value: object) -> Override:
+    if not isinstance(value, str | Mapping):
+        known = ", ".join(map(repr, ALGORITHMS))
+        raise TypeError(f"override {pattern!r}: expected {known} or a mapping of group options, got {value!r}")
+    options: dict[str, Any] = {"algorithm": value} if isinstance(value, str) else dict(value)
+    algorithm = options.pop("algorithm", None)
+    if algorithm is not None and algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"override {pattern!r}: the algorithm must be {' or '.join(map(repr, ALGORITHMS))}, got {algorithm!r}; "
+            "to leave parameters out, call requires_grad_(False) on them"
+        )
+    if reserved := options.keys() & {"params", "param_names", "name"}:
+        raise ValueError(f"override {pattern!r}: {', '.join(sorted(reserved))} cannot be set, routing does that")
+    flags = {key: options.pop(key, None) for key in ("transposed", "batched")}
+    for key, flag in flags.items():
+        if flag is not None and not isinstance(flag, bool):
+            raise ValueError(f"override {pattern!r}: {key} must be True or False, got {flag!r}")
+    return Override(pattern, algorithm, **flags, options=options)
+
+
+def _why_no_effect(
+    override: Override, matched: list[nn.Parameter], assigned: dict[nn.Parameter, Override], tree: ModelTree
+) -> str:
+    """The end of an error that begins with the pattern: what it matches, and what to do about it."""
+    taken = sorted({assigned[parameter].pattern for parameter in matched if parameter in assigned})
+    if taken:
+        return (
+            f"has no effect: earlier patterns ({', '.join(map(repr, taken))}) take every trainable parameter that it "
+            "matches, and the first match wins; move it up or remove it"
+        )
+    if matched:
+        return (
+            f"matches frozen parameters only, such as {tree.paths[matched[0]][0].name!r}; unfreeze them before "
+            "building the optimizer, or remove the pattern"
+        )
+    names = {
+        collapse_numbers(path.name): None
+        for parameter, paths in tree.paths.items()
+        for path in paths
+        if parameter.requires_grad
+    }
+    close = difflib.get_close_matches(override.pattern, list(names), n=3, cutoff=0.4)
+    hint = f" (close names: {', '.join(map(repr, close))})" if close else ""
+    return (
+        f"matches no parameter{hint}; a pattern has to cover the whole name, as '*.q_proj.weight' does, and tells "
+        "upper from lower case; correct or remove it"
+    )
