@@ -11,10 +11,10 @@ from typing import Any, Final, NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-WRAPPED_NAMES: Final = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
-"""Under which a wrapper registers the module that it wraps: torch.compile, activation checkpointing, FSDP1, Fabric."""
+_WRAPPED_NAMES: Final = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
+"""Names of the wrapped module: in torch.compile, activation checkpointing, FSDP1 and Fabric."""
 
-DATA_PARALLEL_CLASSES: Final = ("DistributedDataParallel", "DataParallel")
+_DATA_PARALLEL_CLASSES: Final = ("DistributedDataParallel", "DataParallel")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Embedding(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelTree:
-    """What the rules know about the whole model.
+    """A model, as the rules see it.
 
     Attributes:
         paths: The module paths of every parameter, parameters in model order.
@@ -72,7 +72,7 @@ class ModelTree:
 
 
 def read_model(model: nn.Module) -> ModelTree:
-    """Walk a model.
+    """Walk a model and find its embeddings.
 
     Raises:
         ValueError: If its parameters are uninitialized or flattened by FSDP1 or DeepSpeed ZeRO.
@@ -93,7 +93,7 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the module that wrappers such as torch.compile hold, or the module itself."""
     children = dict(module.named_children())
-    wrapped = next((children[name] for name in WRAPPED_NAMES if name in children), None)
+    wrapped = next((children[name] for name in _WRAPPED_NAMES if name in children), None)
     return module if wrapped is None else unwrap(wrapped)
 
 
@@ -123,7 +123,7 @@ def _walk(
 
 def _unwrap_root(model: nn.Module) -> nn.Module:
     model = unwrap(model)
-    if any(each.__name__ in DATA_PARALLEL_CLASSES for each in type(model).__mro__):
+    if any(each.__name__ in _DATA_PARALLEL_CLASSES for each in type(model).__mro__):
         return _unwrap_root(model.get_submodule("module"))
     return model
 
@@ -182,7 +182,7 @@ def _modules_from(root: nn.Module, method: str) -> set[nn.Module]:
         try:
             module = getattr(model, method)()
         except (NotImplementedError, AttributeError):
-            # It has none: most models without text say so, and some look into a part that they may lack.
+            # It has none. Most models without text raise the first error; some look in a part that is optional.
             continue
         if isinstance(module, nn.Module):
             found.add(unwrap(module))
@@ -200,7 +200,7 @@ def _embedding_kind(paths: list[ModulePath], inputs: set[nn.Module], outputs: se
 
 
 def _tied_head(paths: list[ModulePath]) -> str:
-    """The first other name of an embedding whose owner is not an embedding module, as a tied head's is not."""
+    """The first other name of an embedding under which its owner is not an embedding module: that of a tied head."""
     return next((path.name for path in paths[1:] if not _is_embedding_module(path.owner)), "")
 
 
@@ -209,9 +209,9 @@ def _is_embedding_module(module: nn.Module) -> bool:
 
 
 def _memory(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Identifies the memory of a parameter. On the meta device and for DTensors ``data_ptr()`` would be 0."""
+    """Identify the memory of a parameter; ``data_ptr()`` would be 0 on the meta device and for DTensors."""
     try:
         local: Any = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         return local.untyped_storage()._cdata, local.storage_offset(), local.numel()
     except NotImplementedError:
-        return (id(parameter),)  # it has none to share, as a sparse tensor
+        return (id(parameter),)  # a sparse tensor has no storage that another could share

@@ -1,4 +1,4 @@
-"""The user's patterns: reading them, matching them to parameters, and saying which have no effect, and why."""
+"""The argument ``overrides``: reading it, matching its patterns to parameters, and errors that say what to change."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,10 @@ ALGORITHMS: Final[Mapping[str, _Algorithm]] = {"dion2": _Algorithm(True), "adamw
 
 @dataclass(frozen=True)
 class Override:
-    """One entry of ``overrides``. None leaves a property as the rules and the arguments have it.
+    """One entry of ``overrides``. None leaves a property as it was.
 
     Attributes:
-        pattern: What names have to match.
+        pattern: Shell pattern of parameter names.
         algorithm: Name of an algorithm.
         transposed: Whether a matrix is stored as (in, out).
         batched: Whether the leading axis counts matrices.
@@ -71,7 +71,7 @@ def assign_overrides(overrides: Sequence[Override], tree: ModelTree) -> dict[nn.
 def check_matrices(
     parameter: nn.Parameter, name: str, batched: bool, override: Override, algorithm: str, rest: str
 ) -> None:
-    """Check that a parameter that an override sends to an algorithm for matrices holds some; ``rest`` would take it.
+    """Check that a parameter holds matrices, where an override sends it to an algorithm that needs them.
 
     Raises:
         ValueError: If it holds none, or their number of axes does not fit ``batched``.
@@ -93,7 +93,7 @@ def _parse(pattern: str, value: object) -> Override:
         raise TypeError(f"override {pattern!r}: expected {known} or a mapping of group options, got {value!r}")
     options: dict[str, Any] = {"algorithm": value} if isinstance(value, str) else dict(value)
     algorithm = options.pop("algorithm", None)
-    if algorithm is not None and algorithm not in ALGORITHMS:
+    if algorithm is not None and algorithm not in list(ALGORITHMS):
         raise ValueError(
             f"override {pattern!r}: the algorithm must be {' or '.join(map(repr, ALGORITHMS))}, got {algorithm!r}; "
             "to leave parameters out, call requires_grad_(False) on them"
@@ -131,6 +131,6 @@ def _why_no_effect(
     close = difflib.get_close_matches(override.pattern, list(names), n=3, cutoff=0.4)
     hint = f" (close names: {', '.join(map(repr, close))})" if close else ""
     return (
-        f"matches no parameter{hint}; a pattern has to cover the whole name, as '*.q_proj.weight' does, and tells "
-        "upper from lower case; correct or remove it"
+        f"matches no parameter{hint}; a pattern has to cover the whole name, as '*.q_proj.weight' does, and is "
+        "case-sensitive; correct or remove it"
     )

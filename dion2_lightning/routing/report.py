@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def decision_table(decisions: Sequence["Decision"]) -> str:
-    """One row for all decisions that differ by layer numbers only, in the order of their first layer."""
+    """Make one row of all decisions that differ in layer numbers only, in the order of their first layer."""
     rows: dict[tuple[Any, ...], list[Decision]] = {}
     for each in decisions:
         rows.setdefault((each.group, collapse_numbers(each.name), each.shape, each.reason), []).append(each)
@@ -26,7 +26,7 @@ def decision_table(decisions: Sequence["Decision"]) -> str:
 
 
 def total_table(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> str:
-    """One row for each algorithm, those of ``algorithms`` first and in any case, and one for frozen parameters."""
+    """Make one row an algorithm, always one for each of ``algorithms``, and one for frozen parameters."""
     sizes: dict[str, list[int]] = {algorithm: [] for algorithm in algorithms}
     for each in decisions:
         sizes.setdefault(each.algorithm, []).append(each.parameter.numel())
@@ -41,16 +41,16 @@ def total_table(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> s
 
 
 def notes(
-    decisions: Sequence["Decision"], backbone: str | None, matrices: str, rest: str, *, lora: bool
+    decisions: Sequence["Decision"], backbone: str | None, matrices: str, rest: str, *, lora_as_matrices: bool
 ) -> tuple[str, ...]:
-    """What a user should know about how the model was read.
+    """Say what a user should know about how the model was read.
 
     Args:
         decisions: All of them.
         backbone: Name of the transformers model, None if there is none.
         matrices: Algorithm of what is trained as matrices.
         rest: Algorithm of the rest.
-        lora: Whether any LoRA factors were asked to be trained as matrices.
+        lora_as_matrices: Whether the user asked for LoRA factors to be trained as matrices.
     """
     lines = []
     as_matrices = [each for each in decisions if each.as_matrices]
@@ -61,12 +61,14 @@ def notes(
             f'`{last}` is one, pass overrides={{"{last}": "{rest}"}}.'
         )
     if backbone and any(each.reason.startswith(OUTSIDE_BACKBONE) for each in decisions):
-        needing = next(name for name in (matrices, *ALGORITHMS) if ALGORITHMS[name].needs_matrices)
+        example = next(name for name in (matrices, *ALGORITHMS) if ALGORITHMS[name].needs_matrices)
         lines.append(
             f"weights outside `{backbone}` were taken for heads. If one is an inner layer, pass "
-            f'overrides={{"<its name>": "{needing}"}}.'
+            f'overrides={{"<its name>": "{example}"}}.'
         )
-    if not lora and any(each.role in (Role.LORA_A, Role.LORA_B) and not each.as_matrices for each in decisions):
+    if not lora_as_matrices and any(
+        each.role in (Role.LORA_A, Role.LORA_B) and not each.as_matrices for each in decisions
+    ):
         lines.append(f'LoRA factors go to {rest} unless lora="B" or lora="both" is given.')
     if not as_matrices:
         lines.append(f"no parameter is trained as a matrix: {rest} trains them all.")
@@ -75,9 +77,9 @@ def notes(
 
 def _table(header: list[str], rows: list[list[str]], alignment: str) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * width for width in widths]
+    underline = ["-" * width for width in widths]
     lines = [
         "  ".join(f"{cell:{align}{width}}" for cell, align, width in zip(row, alignment, widths, strict=True))
-        for row in (header, rule, *rows)
+        for row in (header, underline, *rows)
     ]
     return "\n".join(line.rstrip() for line in lines)

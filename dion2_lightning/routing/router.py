@@ -1,11 +1,11 @@
 """Which parameter goes to which algorithm, as which matrices, and why.
 
-The rules say what a parameter is; a table says which of these are trained as matrices; overrides have the last word.
-Parameters that have all of this in common share a group.
+The rules say what a parameter is (its role), a table which roles are trained as matrices, and overrides come last.
+Parameters with the same outcome share a group.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,14 +17,14 @@ from dion2_lightning.routing.report import decision_table, notes, total_table
 from dion2_lightning.routing.rules import Role, classify, is_bias, storage_of
 
 MATRIX_ROLES: Final = frozenset({Role.MATRIX, Role.EXPERTS})
-"""What is trained as matrices. All other roles are trained with the rest."""
+"""The roles that are trained as matrices. All others are trained with the rest."""
 
 LORA_ROLES: Final[dict[str, frozenset[Role]]] = {
     "adamw": frozenset(),
     "B": frozenset({Role.LORA_B}),
     "both": frozenset({Role.LORA_A, Role.LORA_B}),
 }
-"""What is trained as matrices as well, by the argument ``lora``."""
+"""The LoRA factors that are trained as matrices too, by the argument ``lora``."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Decision:
     Attributes:
         name: Name in the model, without the prefixes of wrappers. A tied parameter goes by the first of its names.
         shape: Shape of the whole parameter, also where it is sharded.
-        role: What it is, whatever an override makes of it.
-        as_matrices: Whether it is trained as a matrix or several, as its role or an override wants.
+        role: What it is; an override does not change that.
+        as_matrices: Whether it is trained as a matrix or a stack of them, by its role or an override.
         algorithm: Name of the algorithm, such as ``"dion2"`` or ``"adamw"``; ``"frozen"`` for one that is left out.
         reason: A few words for the report.
         group: Name of its parameter group, None where frozen.
@@ -139,9 +139,9 @@ def route_parameters(
             a trainable parameter that no earlier one has taken (default: None).
         lora: Which LoRA factors are trained as matrices: ``"adamw"`` for none, ``"B"``, or ``"both"``. Factors of
             embeddings and magnitude vectors never are (default: ``"adamw"``).
-        matrices: Algorithm of what is trained as matrices. One that updates any parameter, ``"adamw"``, makes a
-            control: the same groups, named ``adamw-matrices``, ..., and it also takes what overrides send to an
-            algorithm that needs matrices (default: ``"dion2"``).
+        matrices: Algorithm of what is trained as matrices. With one that needs no matrices, ``"adamw"``, the routing is
+            that of a control: the same groups, here named ``adamw-matrices``, ..., and whatever overrides send to an
+            algorithm that needs matrices is trained by this one instead (default: ``"dion2"``).
         rest: Algorithm of the rest (default: ``"adamw"``).
 
     Returns:
@@ -175,7 +175,7 @@ def route_parameters(
     return Routing(
         tuple(decisions),
         {group.name: group.entries() for group in ordered},
-        notes(decisions, tree.backbone, matrices, rest, lora=bool(LORA_ROLES[lora])),
+        notes(decisions, tree.backbone, matrices, rest, lora_as_matrices=bool(LORA_ROLES[lora])),
         matrices,
         rest,
     )
@@ -204,7 +204,7 @@ class _Group:
     @property
     def name(self) -> str:
         flags = {
-            # Where one algorithm trains matrices and the rest, its name does not tell them apart.
+            # In a control one algorithm trains the matrices and the rest, so its name does not tell them apart.
             "matrices": self.as_matrices and not ALGORITHMS[self.algorithm].needs_matrices,
             "experts": self.batched,
             "transposed": self.transposed,
@@ -272,8 +272,8 @@ def _decays(parameter: nn.Parameter, path: ModulePath) -> bool:
     return parameter.ndim >= 2 and not is_bias(path) and not marked
 
 
-def _check_choice(argument: str, value: object, choices: Collection[str]) -> None:
-    if value not in choices:
+def _check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
+    if value not in list(choices):
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 

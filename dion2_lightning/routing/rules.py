@@ -1,6 +1,6 @@
-"""What a parameter is, one function a rule, and how its matrices are stored.
+"""What a parameter is (one function a rule), and how its matrices are stored.
 
-Parameters are told apart by the modules that own them, then by shape; never by a fixed list of layer names alone.
+Rules look at the module that owns a parameter, then at its shape; never at a fixed list of layer names alone.
 """
 
 import re
@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
 
 
 OUTSIDE_BACKBONE: Final = "head: outside transformers model"
-"""How the reason begins where only the place in the model made a head of a parameter."""
+"""Beginning of the reason for a head that was recognised by its place outside the transformers model."""
 
 _ROUTER_CLASS = re.compile(r"Router|Top(K|k|\d)\w*Gat|Mo[Ee](V\d+)?Gate$")
 _HIDDEN_SIZE_NAMES = ("hidden_size", "hidden_dim", "d_model", "embed_dim", "embedding_dim", "model_dim", "dim")
@@ -76,7 +76,7 @@ def _frozen(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdi
     return None if parameter.requires_grad else Verdict(Role.FROZEN, "requires no gradient")
 
 
-def _no_matrix(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdict | None:
+def _not_a_matrix(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdict | None:
     if is_bias(path):
         return Verdict(Role.VECTOR, "bias")
     if parameter.ndim < 2:
@@ -154,8 +154,8 @@ def _convolution(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> 
 
 RULES: Final[tuple[Callable[[nn.Parameter, ModulePath, ModelTree], Verdict | None], ...]] = (
     _frozen,
-    _no_matrix,
-    _lora_factor,  # before embeddings and heads: the factors of an adapted head are factors still
+    _not_a_matrix,
+    _lora_factor,  # before embeddings and heads: factors of an adapted head are LoRA factors
     _embedding,
     _head,
     _router,
@@ -166,7 +166,7 @@ RULES: Final[tuple[Callable[[nn.Parameter, ModulePath, ModelTree], Verdict | Non
 )
 
 
-# What the rules ask
+# What the rules look for
 
 
 def _attribute_of_lora_layer(path: ModulePath) -> str | None:
@@ -246,7 +246,7 @@ def _experts_stored_in_out(experts: nn.Module) -> bool | None:
     hidden = next((size for size in sizes if isinstance(size, int)), None)
     for name, stack in experts.named_parameters(recurse=False):
         if stack.ndim != 3 or (stack.shape[1] == hidden) == (stack.shape[2] == hidden):
-            continue  # a square matrix tells nothing, another one of the module will
+            continue  # a square matrix does not tell; the module has another that does
         if _TO_HIDDEN.search(name):
             return stack.shape[2] == hidden
         if _FROM_HIDDEN.search(name):
