@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from dion2_lightning.distributed.strategies import (
     trainer_of,
 )
 from dion2_lightning.optimizer import MatrixOptimizer
-from dion2_lightning.routing.replaced_parameters import attach
+from dion2_lightning.routing.replaced_parameters import check_before_steps
 from dion2_lightning.routing.router import check_lora, route_parameters
 
 logger = logging.getLogger("dion2_lightning")
@@ -237,7 +238,7 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
             strategy or wrapper that leaves no matrices, such as FSDP1 and DeepSpeed ZeRO; or a LightningModule that
             has yet to make its parameters in ``configure_model``.
 
-    A step of the optimizer raises RuntimeError where the model's parameters are no longer its own.
+    A step of the optimizer raises RuntimeError where the model has replaced parameters since.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -246,14 +247,17 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
     refuse_wrappers_that_flatten(model)
     process_group = process_group_of(strategy_of(model) if arguments.strategy is None else arguments.strategy)
 
-    routing = route_parameters(model, overrides=arguments.overrides, lora=arguments.lora)
-
-    def finish(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [_finish(group, choice.matrices, arguments) for group in groups]
-
+    rest = {
+        "lr": arguments.lr if arguments.adamw_lr is None else arguments.adamw_lr,
+        "weight_decay": (
+            arguments.weight_decay if arguments.adamw_weight_decay is None else arguments.adamw_weight_decay
+        ),
+    }
+    route = partial(route_parameters, overrides=arguments.overrides, lora=arguments.lora, matrices=choice.matrices)
+    routing = route(model)
     given = {each.name: getattr(arguments, each.name) for each in fields(CommonArguments)} | dict(choice.settings)
     optimizer = Dion2(
-        finish(routing.param_groups()),
+        routing.param_groups(rest=rest),
         **given,
         orthonormalize=arguments.orthonormalize,
         process_group=process_group,
@@ -267,14 +271,13 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
             raise ValueError(
                 "the added group does not say its algorithm, and the model it would be looked up in is gone"
             )
-        added = route_parameters(known, overrides=arguments.overrides, lora=arguments.lora)
-        groups = added.param_groups(only=parameters)
+        groups = route(known).param_groups(only=parameters, rest=rest)
         if sum(len(group["params"]) for group in groups) < len(parameters):
             raise ValueError("the added group holds parameters that are not in the model, or frozen; say its algorithm")
-        return finish(groups)
+        return groups
 
     optimizer.route_parameters = route_added
-    attach(optimizer, model)
+    check_before_steps(optimizer, model)
     trainer = trainer_of(model) or trainer_of(arguments.strategy)
     if trainer is not None:
         for prepare in TRAINER_HOOKS:
@@ -282,21 +285,6 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
     if _is_rank_zero():
         logger.info("%s for %s\n%s", choice.headline, type(model).__name__, routing.report())
     return optimizer
-
-
-def _finish(group: dict[str, Any], matrices: str, arguments: FactoryArguments) -> dict[str, Any]:
-    """Give a routed group what the factory's arguments say of it; an override's own options come first."""
-    if group["algorithm"] == "adamw":
-        weight_decay = arguments.adamw_weight_decay
-        return {
-            "lr": arguments.lr if arguments.adamw_lr is None else arguments.adamw_lr,
-            "weight_decay": arguments.weight_decay if weight_decay is None else weight_decay,
-            **group,
-        }
-    if matrices == "adamw":
-        kept = {name: value for name, value in group.items() if name not in ("batched", "transposed")}
-        return {**kept, "algorithm": "adamw", "name": group["name"].replace("dion2", "adamw-matrices", 1)}
-    return group
 
 
 def _is_rank_zero() -> bool:

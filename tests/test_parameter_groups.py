@@ -110,7 +110,7 @@ def test_lists_of_parameters():
         Dion2([])
     with pytest.raises(ValueError, match="group 0: the parameter list is empty; leave the group out"):
         Dion2([{"params": []}])
-    with pytest.raises(ValueError, match="'b' stands in the group twice"):
+    with pytest.raises(ValueError, match="'b' is in the group twice"):
         Dion2([("a", shared), ("b", shared)])
     with pytest.raises(ValueError, match="group 'second': parameter 0 is in another group already"):
         Dion2([{"params": [shared]}, {"params": [shared], "name": "second"}])

@@ -213,7 +213,7 @@ def dtype(name: str, value: object) -> None:
 class SharedSettings:
     """The hyperparameters that every algorithm has. Like all settings classes it checks its values when it is made."""
 
-    lr: float = setting(3e-4, not_negative, "Learning rate.")
+    lr: float = setting(3e-4, not_negative, "Learning rate of all groups that do not have their own.")
     _: KW_ONLY
     weight_decay: float = setting(
         0.01, not_negative, "Decoupled weight decay: every step multiplies all weights by 1 - lr * weight_decay."

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dion2_lightning.optimizer import MatrixOptimizer
-from dion2_lightning.routing.router import parameters_by_name
+from dion2_lightning.routing.model_tree import parameters_by_name
 
 
 class NamesInCheckpoints:

@@ -1,4 +1,4 @@
-"""Small models of many families, built without weights, for the golden reports of test_routing.py."""
+"""Small models of many families, built without weights, and short forms of their routing."""
 
 import importlib.util
 from collections.abc import Callable
@@ -10,6 +10,8 @@ import peft
 import torch
 import transformers
 from torch import nn
+
+from dion2_lightning.routing.router import Decision, Routing, route_parameters
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 96,
@@ -225,7 +227,7 @@ def conv_net() -> nn.Module:
 
 
 class Classifier(lightning.LightningModule):
-    """A backbone from transformers with a head of the user's own."""
+    """A transformers backbone with the user's own head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,3 +272,20 @@ def build(name: str) -> nn.Module:
     """Build one of the models on the meta device: routing looks at modules and shapes, never at values."""
     with torch.device("meta"):
         return GOLDEN[name]()
+
+
+def on_meta(builder: Callable[..., nn.Module], **changes: Any) -> nn.Module:
+    with torch.device("meta"):
+        return builder(**changes)
+
+
+def decide(model: nn.Module, **arguments: Any) -> dict[str, Decision]:
+    return {decision.name: decision for decision in route_parameters(model, **arguments).decisions}
+
+
+def algorithms(model: nn.Module, **arguments: Any) -> dict[str, str]:
+    return {name: decision.algorithm for name, decision in decide(model, **arguments).items()}
+
+
+def groups(routing: Routing) -> dict[str, dict[str, Any]]:
+    return {group["name"]: group for group in routing.param_groups()}
