@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dion2_lightning.distributed.exchange import PIECES, Totals
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.statistics import size_of, tensors_of
 from dion2_lightning import Dion2, SelectionStatistics
 from dion2_lightning.algorithms import dion2_shared as sharing
+from dion2_lightning.distributed.collectives import NormAllReduce
 from dion2_lightning.matrices import layout
 from dion2_lightning.monitoring.history import SelectionHistory
 from tests.every_kind import SLICES, groups_of_every_kind, parameters_of
@@ -172,11 +172,11 @@ def test_statistics_go_where_their_parameters_are() -> None:
 
 @pytest.mark.parametrize("share_replicas", [True, False, None])
 def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | None) -> None:
-    """It sends one constant, the header of the all-reduce: a fingerprint, and a flag for each matrix."""
+    """It sends one constant, the header of the all-reduce: a checksum, and a flag for each matrix."""
     optimizer = optimizer_of(share_replicas=share_replicas)
     sent = step_watched(optimizer, dist.group.WORLD).sent
     matrices = sum(len(group["params"]) for group in optimizer.param_groups[:-1])
-    assert sent == ([] if share_replicas is False else [matrices + 2 * PIECES])
+    assert sent == ([] if share_replicas is False else [matrices + 1])
 
 
 # Shards
@@ -185,7 +185,7 @@ def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | No
 class Reads:
     """Stands in for ``read_together``, the one place where a step on shards may bring something to the host.
 
-    Fake tensors have no data, so the host gets what a step could have found: all ranks agree, each has every gradient,
+    Fake tensors have no data, so the host gets what a step could have found: each rank has every gradient,
     and the first slices are the largest.
     """
 
@@ -199,8 +199,7 @@ class Reads:
 
 
 def header(size: int) -> Tensor:
-    of_settings = 2 * PIECES
-    return torch.cat([torch.zeros(of_settings, dtype=torch.int64), torch.full((size - of_settings,), 4)])
+    return torch.full((size,), 4)
 
 
 def first(shape: torch.Size) -> Tensor:
@@ -237,11 +236,12 @@ class OnHost:
 def reads(ranks: None, monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Let optimizers step on shards."""
     reads = Reads()
-    monkeypatch.setattr("dion2_lightning.algorithms.dion2_shared.read_together", reads)
+    monkeypatch.setattr("dion2_lightning.distributed.overlap.read_together", reads)
     edges = on_host(sharing._edges)
     monkeypatch.setattr("dion2_lightning.algorithms.dion2_shared._edges", lambda *read: OnHost(edges(*read)))
-    monkeypatch.setattr(Totals, "gradient_counts", on_host(Totals.gradient_counts))
-    monkeypatch.setattr("dion2_lightning.algorithms.dion2.layout_of", on_host(layout.layout_of))
+    monkeypatch.setattr(NormAllReduce, "_agree", lambda self, header: True)
+    monkeypatch.setattr(NormAllReduce, "gradient_counts", on_host(NormAllReduce.gradient_counts))
+    monkeypatch.setattr("dion2_lightning.algorithms.matrix_update.layout_of", on_host(layout.layout_of))
     monkeypatch.setattr("dion2_lightning.optimizer.check_agreement", lambda *_: None)  # waits, at the first step
     return reads
 
@@ -300,7 +300,7 @@ def test_a_step_on_shards_waits_once_at_most(
         optimizer.step()
     assert reads.calls == 2 * waits
     matrices = len(precisions) * len(shapes)
-    assert watched.sent == [matrices + 2 * PIECES]
+    assert watched.sent == [matrices + 1]
 
 
 # Statistics

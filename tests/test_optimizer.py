@@ -88,7 +88,8 @@ def test_groups_override_every_plain_setting():
     groups += [{"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw", **of_adamw}]
     optimizer = Dion2(groups)
     entries = {"params", "algorithm", "name"}
-    for group, expected in zip(optimizer.param_groups, (overrides | {"batched": False, "transposed": False}, of_adamw)):
+    of_dion2 = overrides | {"batched": False, "transposed": False}
+    for group, expected in zip(optimizer.param_groups, (of_dion2, of_adamw), strict=True):
         assert group.keys() == expected.keys() | entries
         assert all(group[name] == value for name, value in expected.items())
 

@@ -298,7 +298,7 @@ def no_groups(saved):
         (foreign_state, r"the checkpoint holds \['momentum_buffer'\] for it, algorithm 'dion2' needs \['momentum'\]"),
         (
             of_another_optimizer,
-            "group says no algorithm and has dampening, nesterov, which this optimizer does not know",
+            "group says no algorithm and has dampening, nesterov, which this optimizer does not",
         ),
         (a_setting_out_of_range, r"group 'dion2': the checkpoint's momentum must lie in \[0, 1\), got 1.5"),
         (names_too_many, "the checkpoint has 4 names for 3 parameters; it is damaged"),

@@ -85,7 +85,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     norms_of = dict(zip(updates, norms, strict=True))
     selected = _select(updates, norms)
     split = [update for update in updates if update.is_split]
-    reads = bool(split) or not all(has_gradient) or device.type == "cpu"
+    reads = bool(split) or not all(has_gradient) or _reading_is_free(device)
     on_host = yield [header, *(selected[update] for update in split)] if reads else []
     edges: dict[MatrixUpdate, Tensor] = {}
     if reads:
@@ -199,6 +199,11 @@ def _with_gradient(
                 "replica; average the gradients over the replicas before step(), with zeros where there is none"
             )
     return [update for update, count in zip(updates, counts, strict=True) if count]
+
+
+def _reading_is_free(device: torch.device) -> bool:
+    """Return whether the host need not wait to read what is on a device."""
+    return device.type == "cpu"
 
 
 def _edges(update: MatrixUpdate, indices: Tensor) -> Tensor:

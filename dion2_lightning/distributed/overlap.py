@@ -33,7 +33,8 @@ def run_side_by_side(steps: Sequence[WaitingStep], local: Sequence[Callable[[], 
     while paused:
         if all(wanted is None for _, wanted in paused):
             next(work, _nothing)()
-        on_host = iter(_read_together([tensor for _, wanted in paused for tensor in wanted or ()]))
+        tensors = [tensor for _, wanted in paused for tensor in wanted or ()]
+        on_host = iter(read_together(tensors) if tensors else ())
         paused = _advance([(step, [next(on_host) for _ in wanted or ()]) for step, wanted in paused])
     for piece in work:
         piece()
@@ -53,8 +54,8 @@ def _advance(steps: Sequence[Paused]) -> list[Paused]:
     return paused
 
 
-def _read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Bring integer tensors to the host, all in one synchronisation with their device."""
+def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return integer tensors on the host, all in one synchronisation with their device."""
     on_host: dict[int, Tensor] = {}
     for positions in alike(range(len(tensors)), lambda index: tensors[index].device).values():
         flat = torch.cat([tensors[position].flatten() for position in positions]).cpu()

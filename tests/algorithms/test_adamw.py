@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from dion2_lightning import Dion2
-from dion2_lightning.algorithms.adamw import is_fused
+from dion2_lightning.algorithms.adamw import _is_fused
 
 
 def test_one_group_of_several_dtypes():
@@ -27,8 +27,8 @@ def test_one_group_of_several_dtypes():
 def test_the_fused_kernel_is_used_where_torch_has_one(monkeypatch):
     from dion2_lightning.algorithms import adamw
 
-    assert is_fused([nn.Parameter(torch.ones(2))])
-    assert not is_fused([nn.Parameter(torch.ones(2, device="meta"))])
+    assert _is_fused([nn.Parameter(torch.ones(2))])
+    assert not _is_fused([nn.Parameter(torch.ones(2, device="meta"))])
     seen = []
     original = adamw.adamw
 

@@ -131,7 +131,7 @@ def test_momentum_and_weight_decay(momentum, weight_decay):
 
 def test_a_shape_that_is_stepped_in_several_batches(monkeypatch):
     """Bounding the working memory changes nothing in the result."""
-    from dion2_lightning.algorithms import dion2 as update
+    from dion2_lightning.algorithms import matrix_update as update
 
     def weights_after(limit: int) -> list[torch.nn.Parameter]:
         monkeypatch.setattr(update, "BATCH_ELEMENTS", limit)

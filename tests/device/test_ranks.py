@@ -9,12 +9,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from dion2_lightning.distributed.exchange import Gathering
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from dion2_lightning import Dion2, SelectionStatistics, build_optimizer, clip_grad_norm_
+from dion2_lightning.distributed.owner_exchange import ReplicaAllGather
 from dion2_lightning.distributed.torch_versions import all_gather_single
 from dion2_lightning.matrices.layout import Block, Layout
 from tests.device.waiting import no_waiting
@@ -91,7 +91,7 @@ def check_process_group_of_one(device: str) -> None:
 @contextmanager
 def one_rank_shares() -> Iterator[None]:
     """Let the only rank of a process group send matrices to itself, as if it held one part of them among others."""
-    from dion2_lightning.algorithms import dion2 as update
+    from dion2_lightning.algorithms import matrix_update as update
 
     read = update.layout_of
 
@@ -116,7 +116,7 @@ def check_collectives_of_one(device: str) -> None:
                 optimizer.step()
 
     results = [torch.randn(shape, device=device).bfloat16() for shape in ((3, 5), (1, 7))]
-    gathering = Gathering(dist.group.WORLD, [0, 0], [(3, 5), (1, 7)], torch.bfloat16, torch.device(device))
+    gathering = ReplicaAllGather(dist.group.WORLD, [0, 0], [(3, 5), (1, 7)], torch.bfloat16, torch.device(device))
     with no_waiting(device):
         gathering.send(results)
         gathered = gathering.receive()

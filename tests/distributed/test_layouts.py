@@ -21,7 +21,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dion2_lightning import Dion2
-from dion2_lightning.algorithms.dion2_shared import SharedMatrices
 from tests.distributed.ranks import run_on_ranks
 
 STEPS = 20
@@ -190,12 +189,7 @@ def check_replicated(share_replicas: bool | None) -> None:
 def check_without_reading() -> None:
     """As on a GPU, where the host does not look at what the device found unless it has to."""
 
-    class Unread(SharedMatrices):
-        def select(self) -> None:
-            super().select()
-            self.must_read = bool(self._split)
-
-    with mock.patch("dion2_lightning.algorithms.dion2_shared.SharedMatrices", Unread):
+    with mock.patch("dion2_lightning.algorithms.dion2_shared._reading_is_free", return_value=False):
         for share_replicas in (True, None):
             check_replicated(share_replicas)
         case = CASES["HSDP 2 x 2, by columns"]

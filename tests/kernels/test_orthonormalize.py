@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import dion2_lightning.kernels.orthonormalize as orthonormalize_module
-from dion2_lightning.kernels.orthonormalize import FEW, default_dtype, orthonormalize
+from dion2_lightning.kernels.orthonormalize import MIN_BF16_DIM, default_dtype, orthonormalize
 from tests.reference import polar
 
 SHAPES = [(48, 192), (192, 768), (512, 1024)]
@@ -90,7 +90,7 @@ def test_same_polynomials_as_on_the_singular_values(shape, dtype, tolerance):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-3), (torch.float32, 1e-5)])
 def test_few_slices_are_multiplied_in_float32(dtype, tolerance):
     """In bfloat16 only input and output are rounded; its products would be off by up to 5%."""
-    for k in (1, 6, FEW - 1):
+    for k in (1, 6, MIN_BF16_DIM - 1):
         matrix = torch.randn(1, k, 96, generator=torch.Generator().manual_seed(k)).to(dtype)
         result, expected = orthonormalize(matrix.float(), dtype), polar(matrix[0])
         assert result.dtype == dtype

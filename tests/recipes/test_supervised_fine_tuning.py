@@ -675,7 +675,7 @@ def fine_tune_sharded(name: str, settings: Settings, interrupted_at: int = 0) ->
             raise RuntimeError("power cut")
         return step(self, *arguments, **options)
 
-    Dion2.step = look  # type: ignore[method-assign]
+    Dion2.step = look  # type: ignore[assignment, method-assign]
     if interrupted_at:
         with pytest.raises(RuntimeError, match="power cut"):
             FRAMEWORKS[name].fine_tune(settings)
