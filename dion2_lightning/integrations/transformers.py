@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Final
 
-import torch
 import transformers
 from accelerate.state import AcceleratorState, is_initialized
 from packaging.version import Version
@@ -188,13 +187,14 @@ def _options(pattern: str, options: Any) -> Any:
 
 def _from_text(name: str, value: Any, kind: Any) -> Any:
     """A value as its type wants it. What is not text is left as it is, to be checked where it is used."""
-    kinds = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else (kind,)
     if tuple[float, float] in kinds:
         return _two_numbers(name, value)
     if not isinstance(value, str):
         return value
     text = value.strip()
-    if str in kinds and torch.dtype not in kinds:
+    words = [word for each in kinds if typing.get_origin(each) is typing.Literal for word in typing.get_args(each)]
+    if text in words:
         return text  # "none" too: a rule of adjust_lr_fn is called so
     if NoneType in kinds and text.lower() in NONE:
         return None
@@ -202,8 +202,8 @@ def _from_text(name: str, value: Any, kind: Any) -> Any:
         return _truth(name, text)
     if float in kinds:
         return _number(name, text)
-    if torch.dtype in kinds:
-        return text
+    if words or str in kinds:
+        return text  # the check of the argument says what it takes
     raise TypeError(f"{name} cannot be given as text, got {value!r}; pass the object itself")
 
 
