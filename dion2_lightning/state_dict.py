@@ -162,7 +162,7 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, labe
         )
     for entry, tensor in expected.items():
         if tensor.shape != ():  # a number is taken from wherever it is, in any form
-            _check_tensor(state[entry], tensor, entry, f"{label} of shape {tuple(parameter.shape)}")
+            _check_tensor(state[entry], tensor, entry, label)
 
 
 def _check_tensor(found: Any, expected: StateTensor, entry: str, label: str) -> None:

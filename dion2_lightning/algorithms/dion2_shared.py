@@ -12,6 +12,7 @@ a submatrix travels inside its owner's replica, and the results are then gathere
 """
 
 import itertools
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def split_by_ranks(
 
     alone = [update for update in updates if ranks_of(update) == (None, None)]
     shared = [update for update in updates if ranks_of(update) != (None, None)]
-    return alone, list(alike(shared, lambda each: (*ranks_of(each), each.momentum.device, each.dtype)).values())
+    return alone, list(alike(shared, lambda each: (*ranks_of(each), each.momentum.device)).values())
 
 
 def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingStep:
@@ -67,7 +68,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     Raises:
         RuntimeError: The ranks' settings differ, or some replicas have a gradient that others lack.
     """
-    group, device, dtype = updates[0].layout.group, updates[0].momentum.device, updates[0].dtype
+    group, device = updates[0].layout.group, updates[0].momentum.device
     replicas = updates[0].layout.replicas if context.share_replicas is not False else None
     rank = 0 if group is None else dist.get_rank(group)
 
@@ -96,27 +97,30 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
 
     # S <- M[K], to the owners; M[K] <- mu M[K].
     parts = [part for update in updates for part in _parts(update, selected[update], edges.get(update), rank)]
-    submatrices = list(_submatrices(parts, group, replicas, context.share_replicas, rank))
-    update_of = [part.update for part in parts for _ in range(part.count)]
-    trip = OwnerRoundTrip(submatrices, group, replicas, dtype, device)
-    trip.send(each for part in parts for each in part.take())
+    trips = list(_plan_trips(parts, group, replicas, context.share_replicas))
+    for trip, its_parts in trips:
+        trip.send(submatrix for part in its_parts for submatrix in part.take())
     if group is not None:
         yield IN_FLIGHT
 
     # O of the submatrices that this rank owns, back to those who hold parts. X <- (1 - lr weight_decay) X meanwhile.
-    results = _polar_factors(trip.receive(), context)
-    for index, result in zip(trip.owned, results, strict=True):
-        show_result(update_of[index], result.unsqueeze(0))
-    trip.send_back(results)
+    for trip, its_parts in trips:
+        update_of = [part.update for part in its_parts for _ in range(part.count)]
+        results = _polar_factors(trip.receive(), context)
+        for index, result in zip(trip.owned, results, strict=True):
+            show_result(update_of[index], result.unsqueeze(0))
+        trip.send_back(results)
     shrink(updates)
     yield IN_FLIGHT
-    trip.send_to_replicas()
+    for trip, _ in trips:
+        trip.send_to_replicas()
     yield IN_FLIGHT
 
     # X[K] <- X[K] - lr scale O.
-    returned = iter(trip.results())
-    for part in parts:
-        part.apply(list(itertools.islice(returned, part.count)))
+    for trip, its_parts in trips:
+        returned = iter(trip.results())
+        for part in its_parts:
+            part.apply(list(itertools.islice(returned, part.count)))
     for update in updates:
         record_selection(update, selected[update], norms_of[update], context)
 
@@ -146,6 +150,14 @@ class _Part:
     def shape(self) -> tuple[int, int]:
         """(k, m) of each whole submatrix."""
         return self.update.k, self.update.entries
+
+    def submatrices(self, owners: Sequence[Owner], rank: int) -> Iterator[SharedSubmatrix]:
+        """The submatrices that it is a part of, given the owner of each."""
+        left, right = self.update.columns[rank]
+        own_shape = (self.indices.shape[1], right - left)
+        for matrix, owner in enumerate(owners):
+            edges = None if self.edges is None else self.edges[matrix]
+            yield SharedSubmatrix(owner, self.shape, own_shape, edges, self.update.columns)
 
     def take(self) -> Sequence[Tensor]:
         return take(self.update.momentum.narrow(0, self.first, self.count), self.indices, self.update).unbind()
@@ -226,31 +238,25 @@ def _parts(update: MatrixUpdate, selected: Tensor, edges: Tensor | None, rank: i
         first += count
 
 
-def _submatrices(
-    parts: Sequence[_Part],
-    group: "dist.ProcessGroup | None",
-    replicas: Replicas | None,
-    share_replicas: bool | None,
-    rank: int,
-) -> Iterator[SharedSubmatrix]:
-    """The submatrices of all parts, each with its owner."""
-    shapes = [part.shape for part in parts for _ in range(part.count)]
-    owners: Iterator[Owner] = iter(
-        plan_owners(
-            tuple(flops(k, m) for k, m in shapes),
-            tuple(part.update.dtype.itemsize * k * m for part in parts for k, m in [part.shape] * part.count),
-            1 if group is None else group.size(),
-            1 if replicas is None else replicas.count,
-            share_replicas,
-        )
+def _plan_trips(
+    parts: Sequence[_Part], group: "dist.ProcessGroup | None", replicas: Replicas | None, share_replicas: bool | None
+) -> Iterator[tuple[OwnerRoundTrip, list[_Part]]]:
+    """One round trip for each precision, with the parts that it takes; the owners' work is balanced over all."""
+    rank = 0 if group is None else dist.get_rank(group)
+    whole = [part for part in parts for _ in range(part.count)]
+    owners = plan_owners(
+        tuple(flops(*part.shape) for part in whole),
+        tuple(math.prod(part.shape) * part.update.dtype.itemsize for part in whole),
+        1 if group is None else group.size(),
+        1 if replicas is None else replicas.count,
+        share_replicas,
     )
+    owners_of, following = {}, iter(owners)
     for part in parts:
-        columns = part.update.columns
-        left, right = columns[rank]
-        own_shape = (part.indices.shape[1], right - left)
-        for matrix, owner in enumerate(itertools.islice(owners, part.count)):
-            edges = None if part.edges is None else part.edges[matrix]
-            yield SharedSubmatrix(owner, part.shape, own_shape, edges, columns)
+        owners_of[part] = list(itertools.islice(following, part.count))
+    for dtype, members in alike(parts, lambda part: part.update.dtype).items():
+        submatrices = [each for part in members for each in part.submatrices(owners_of[part], rank)]
+        yield OwnerRoundTrip(submatrices, group, replicas, dtype, members[0].update.momentum.device), members
 
 
 def _polar_factors(submatrices: Sequence[Tensor], context: StepContext) -> list[Tensor]:

@@ -28,7 +28,7 @@ def test_no_rank_has_more_than_four_thirds_of_the_best(seed):
     assert largest_load(costs, assign_owners(costs, 2), 2) <= best * 7 / 6  # 4/3 - 1/(3 ranks)
 
 
-@pytest.mark.parametrize("ranks", [72, 96, 128])
+@pytest.mark.parametrize("ranks", [64, 128])
 def test_llama_70b_at_a_quarter_is_even_within_five_percent(ranks):
     shapes = [(2048, 8192), (256, 8192), (256, 8192), (2048, 8192), *[(2048, 28672)] * 3] * 80
     costs = tuple(flops(*shape) for shape in shapes)
