@@ -2,6 +2,7 @@
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from dion2_lightning import Dion2, build_optimizer
+from dion2_lightning import Dion2, OptimizerSettings, build_optimizer
 from tests.test_optimizer import assert_identical, groups_of, model_of, snapshot, train
 
 
@@ -340,3 +341,29 @@ def test_the_saved_state_dict_is_not_changed_by_loading_it():
     Dion2(groups_of(model)).load_state_dict(saved)
     assert saved["param_groups"] == before["param_groups"]
     assert saved["state"].keys() == before["state"].keys()
+
+
+# Version 0.1.0
+
+
+def test_a_checkpoint_of_version_0_1_0_loads_and_training_goes_on():
+    """Its groups held the settings of all algorithms; it was saved after 3 of 6 steps, by that version."""
+    saved = torch.load(Path(__file__).parent / "checkpoints" / "0.1.0.pt", weights_only=True)
+    settings = saved["settings"]
+    assert isinstance(settings, OptimizerSettings)
+    assert (settings.lr, settings.fraction, settings.betas) == (0.05, 0.5, (0.8, 0.9))
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5))
+    model.load_state_dict(saved["model"])
+    optimizer = OptimizerSettings(orthonormalize_dtype="float32").build(model)
+    optimizer.load_state_dict(saved["optimizer"])
+    matrices, rest = optimizer.param_groups
+    assert (matrices["fraction"], matrices["momentum"], rest["betas"]) == (0.5, 0.8, (0.8, 0.9))
+    assert not {"betas", "eps"} & matrices.keys()
+    assert not {"fraction", "momentum", "batched"} & rest.keys()
+    for step in range(3, 6):
+        batch = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+    for name, expected in saved["after"].items():
+        torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-6, atol=1e-7)
