@@ -70,7 +70,7 @@ def _mapping(name: str, value: object) -> None:
 
 
 @dataclass(kw_only=True)
-class CommonArguments(Dion2Settings, AdamWSettings):
+class CommonArguments(AdamWSettings, Dion2Settings):
     """What the optimizer's constructor and the factory both take, as plain data."""
 
     share_replicas: bool | None = setting(
@@ -146,7 +146,7 @@ class Dion2Arguments(_Orthonormalize, CommonArguments):
 class FactoryArguments(_Orthonormalize, FactorySettings):
     """The arguments of :func:`build_optimizer`."""
 
-    strategy: Any = setting(
+    strategy: object | None = setting(
         None,
         _anything,
         "What knows about the ranks: a Lightning Trainer, Strategy or LightningModule, a Fabric, an Accelerator, "

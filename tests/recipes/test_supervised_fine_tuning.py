@@ -975,7 +975,7 @@ class TestCommand:
             command.run(lambda settings: None, kind, ["--help"])
         printed = " ".join(capsys.readouterr().out.split())
         assert "Tokens of a row, into which conversations are packed" in printed
-        assert "Share of each matrix's slices to update every step" in printed
+        assert "Share of each matrix's slices to select" in printed
         assert ("Processes on each machine" in printed) is (kind is LightningSettings)
         assert "} (type:" not in printed, "an argument without a description"
 
