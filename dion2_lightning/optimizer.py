@@ -128,7 +128,7 @@ class Dion2(Optimizer):
     process_group: "ProcessGroup | None"
     share_replicas: bool | None
     observer: Observer | None
-    """What looks on at every step; see :class:`~dion2_lightning.SelectionStatistics`. A copy has none."""
+    """What looks on at every step; see :class:`~dion2_lightning.SelectionTracker`. A copy has none."""
     route_parameters: Callable[[list[Tensor]], list[Group]] | None
     """Splits parameters that are added later without ``algorithm`` into groups; set where the model is known."""
 

@@ -45,7 +45,7 @@ Orthonormalize = Callable[[Tensor], Tensor]
 
 
 class Observer(Protocol):
-    """What looks on while a step is taken; see :class:`~dion2_lightning.monitoring.tracker.SelectionStatistics`.
+    """What looks on while a step is taken; see :class:`~dion2_lightning.monitoring.tracker.SelectionTracker`.
 
     Attributes:
         wants_results: Whether to call :meth:`orthonormalized` and :meth:`moved` in this step.
