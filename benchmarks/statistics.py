@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.step import CPU_SHAPES, LAYERS, TRANSPOSED, timed, weights
-from dion2_lightning import Dion2, SelectionStatistics, SelectionWarning
+from dion2_lightning import Dion2, SelectionTracker, SelectionWarning
 
 GRADIENTS = 4
 """Sets of gradients that follow each other."""
@@ -80,7 +80,7 @@ def compare(shapes: str, arguments: argparse.Namespace) -> None:
             for parameter, gradient in zip(parameters, sets[step % GRADIENTS], strict=True):
                 parameter.grad = gradient
             optimizer.step()
-            observed.take()
+            observed.pop_metrics()
 
     times: dict[bool, list[float]] = {False: [], True: []}
     calls: list[float] = []
@@ -105,7 +105,7 @@ def compare(shapes: str, arguments: argparse.Namespace) -> None:
 
 
 def _timed_call(name: str) -> Callable[..., Any]:
-    call = getattr(SelectionStatistics, name)
+    call = getattr(SelectionTracker, name)
 
     def timed_call(self: "TimedStatistics", *arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
@@ -117,7 +117,7 @@ def _timed_call(name: str) -> Callable[..., Any]:
     return timed_call
 
 
-class TimedStatistics(SelectionStatistics):
+class TimedStatistics(SelectionTracker):
     """Statistics that add up the time of their calls, those that an optimizer's step makes and :meth:`take`.
 
     Attributes:
@@ -131,7 +131,7 @@ class TimedStatistics(SelectionStatistics):
     orthonormalized = _timed_call("orthonormalized")
     moved = _timed_call("moved")
     end_step = _timed_call("end_step")
-    take = _timed_call("take")
+    pop_metrics = _timed_call("pop_metrics")
 
 
 def tensors_of(root: object, *, apart_from: Iterable[object]) -> list[Tensor]:

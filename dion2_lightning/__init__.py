@@ -7,8 +7,8 @@ from dion2_lightning.distributed.clipping import clip_grad_norm_
 from dion2_lightning.factory import TRAINER_HOOKS, Dion2, build_optimizer
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.monitoring.history import SelectionHistory
-from dion2_lightning.monitoring.metrics import Figures
-from dion2_lightning.monitoring.tracker import SelectionStatistics, SelectionWarning
+from dion2_lightning.monitoring.metrics import SelectionMetrics
+from dion2_lightning.monitoring.tracker import SelectionTracker, SelectionWarning
 from dion2_lightning.routing.router import Decision, Routing, route_parameters
 from dion2_lightning.settings import OptimizerSettings
 
@@ -26,12 +26,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Decision",
     "Dion2",
-    "Figures",
     "OptimizerSettings",
     "Routing",
     "Selection",
     "SelectionHistory",
-    "SelectionStatistics",
+    "SelectionMetrics",
+    "SelectionTracker",
     "SelectionWarning",
     "build_optimizer",
     "clip_grad_norm_",

@@ -71,7 +71,7 @@ class MatrixOptimizer(Optimizer):
     process_group: "ProcessGroup | None"
     share_replicas: bool | None
     observer: Observer | None
-    """Receives the events of every step; see :class:`~dion2_lightning.SelectionStatistics`. A copy has none."""
+    """Receives the events of every step; see :class:`~dion2_lightning.SelectionTracker`. A copy has none."""
     route_parameters: Callable[[list[Tensor]], list[Group]] | None
     """Splits parameters that are added later without ``algorithm`` into groups; set where the model is known."""
 

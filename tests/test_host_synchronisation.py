@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.statistics import size_of, tensors_of
-from dion2_lightning import Dion2, SelectionStatistics
+from dion2_lightning import Dion2, SelectionTracker
 from dion2_lightning.algorithms import dion2_shared as sharing
 from dion2_lightning.distributed.collectives import NormAllReduce
 from dion2_lightning.matrices import layout
@@ -159,7 +159,7 @@ def test_a_step_count_goes_where_its_parameter_is(left_on: str) -> None:
 
 def test_statistics_go_where_their_parameters_are() -> None:
     optimizer = Dion2([nn.Parameter(torch.zeros(40, 96, device="cuda"))], lr=0.1)
-    statistics = SelectionStatistics()
+    statistics = SelectionTracker()
     statistics.attach(optimizer)
     [parameter] = optimizer.param_groups[0]["params"]
     for device in ("cuda", "cpu", "cuda"):
@@ -338,7 +338,7 @@ def check_cost(
         SelectionHistory, "append", lambda self, *given: append(self, *given[:2], *(each._tensor for each in given[2:]))
     )
     alone = step_watched(optimizer, process_group)
-    statistics = SelectionStatistics(every=2, orthogonality=True)
+    statistics = SelectionTracker(every=2, orthogonality=True)
     statistics.attach(optimizer)
     for step in range(1, 5):
         is_due = step % 2 == 0
@@ -346,7 +346,7 @@ def check_cost(
             optimizer.step()
         assert (watched.sent, watched.collectives) == (alone.sent, alone.collectives)
         with TakesOnce() as taken, NoHostWait() as watched:
-            assert (statistics.take() is not None) == is_due
+            assert (statistics.pop_metrics() is not None) == is_due
         assert (taken.calls, watched.collectives) == ((1, collectives) if is_due else (0, 0))
         kept = tensors_of(statistics, apart_from=[optimizer, *parameters_of(optimizer)])
         assert size_of(each for each in kept if is_on_device(each)) == 2 * slices * torch.int32.itemsize

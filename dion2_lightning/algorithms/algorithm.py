@@ -27,7 +27,7 @@ HALF_PRECISION: Final = (torch.bfloat16, torch.float16)
 
 
 class Observer(Protocol):
-    """What receives the events of a step; see :class:`~dion2_lightning.SelectionStatistics`.
+    """What receives the events of a step; see :class:`~dion2_lightning.SelectionTracker`.
 
     Attributes:
         wants_results: Whether to call :meth:`orthonormalized` and :meth:`moved` in this step.

@@ -1,4 +1,4 @@
-"""The figures of a selection: their names and meanings, how they are made, and when they are worth a warning."""
+"""The metrics of a selection: their names and meanings, how they are computed, and the health checks that warn."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +16,20 @@ MEANINGS: Final[dict[str, str]] = {
     "update_rms": "root mean square of the change of a whole matrix, weight decay left out",
     "orthogonality_error": "Frobenius norm of O O^T - 1, over the root of k: how far the update is from orthonormal",
 }
-"""Every figure by its name, in a line; :class:`Figures` says more."""
+"""Every metric by its name, in a line; :class:`SelectionMetrics` has the formulas."""
 
-FAR_FROM_ORTHONORMAL: Final = 0.5
+MAX_ORTHOGONALITY_ERROR: Final = 0.5
 """Singular values within [0.85, 1.15] give at most 0.32."""
 
 
-class Kind(NamedTuple):
-    """What is known of a parameter's matrices.
+class ParameterInfo(NamedTuple):
+    """The names of a parameter, and what its matrices are.
 
     Attributes:
         group: Name of its parameter group.
-        name: Its own.
-        matrices: How many it holds.
-        slices: Of each.
+        name: Its own name.
+        matrices: How many matrices it holds.
+        slices: Slices of each matrix.
         axis: What a slice is: 0 output, 1 input.
     """
 
@@ -41,48 +41,38 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What the selection of one step looks like: every figure by name, for all matrices, each group, each parameter.
+class SelectionMetrics:
+    """Metrics of the selection at one step: for all matrices, for each group and for each parameter.
 
-    All slices count alike, whatever matrix they are in; a figure that belongs to a matrix (captured mass, imbalance,
-    orthogonality error) is the mean over the matrices. With n slices of a matrix, k selected, and step t:
+    All slices count alike, whatever matrix they are in. Captured mass, imbalance and orthogonality error belong to a
+    matrix; of several matrices they are the mean. With n slices of a matrix, k selected, and step t:
 
     ==================== =============== ==========================================================================
-    figure               range           formula, and how to read it
+    metric               range           formula
     ==================== =============== ==========================================================================
-    selected_fraction    (0, 1]          k / n; a little over ``fraction``, for k is rounded up
-    coverage             (0, 1]          share of the slices selected in one of the steps t - window + 1, ..., t. Near
-                                         1 after a few times 1 / fraction steps: everything is trained. Staying well
-                                         under 1: some slices are left out
-    staleness_mean       [0, t]          mean of t - (step of the last selection); since the start for a slice that
-                                         never was. About 1 / fraction - 1 where slices take turns
-    staleness_max        [0, t]          the largest of them; growing like t: a slice is not selected any more
-    turnover             [0, 1]          share of the k that step t - 1 had not selected. About 1 - fraction for random
-                                         selections, 1 where slices take turns, 0 where the same ones win every time
-    captured_mass        [k / n, 1]      sum of |M| over the k slices, over the sum over all, before they decay. Near
-                                         k / n: slices are alike, any selection would do. Near 1: the others have
-                                         next to no momentum
-    imbalance            [0, 1 - 1 / n]  Gini coefficient of the slices' counts c_1 <= ... <= c_n, the sum of
-                                         (2 i - n - 1) c_i over n times the sum of c. Over 0.5: a minority of the
-                                         slices gets most of the steps
+    selected_fraction    (0, 1]          k / n
+    coverage             (0, 1]          share of the slices selected in one of the steps t - window + 1, ..., t
+    staleness_mean       [0, t]          mean of t - (step of the last selection), or of the steps since the start for
+                                         a slice that never was
+    staleness_max        [0, t]          the largest of them
+    turnover             [0, 1]          share of the k that step t - 1 had not selected
+    captured_mass        [k / n, 1]      sum of |M| over the k slices, over the sum over all, before they decay
+    imbalance            [0, 1 - 1 / n]  Gini coefficient of the slices' counts c_1 <= ... <= c_n: the sum of
+                                         (2 i - n - 1) c_i over n times the sum of c
     update_rms           [0, inf)        root of the mean square, over all entries of the whole matrix, of what the
-                                         step adds to selected slices. With ``match_rms_adamw`` about 0.2 lr, at every
-                                         fraction
-    orthogonality_error  [0, inf)        ||O O^T - 1|| / sqrt(k), Frobenius (O^T O where k > m). Under 0.35; more says
-                                         that the submatrix is close to singular or the precision too low
+                                         step adds to selected slices
+    orthogonality_error  [0, inf)        ||O O^T - 1|| / sqrt(k), Frobenius (O^T O where k > m)
     ==================== =============== ==========================================================================
 
-    A matrix whose momentum is zero throughout has no captured mass, imbalance and orthogonality error, and counts for
-    none of these means.
-
-    A parameter without a gradient in the step has no turnover, captured mass, update RMS and orthogonality error, and
-    counts for none of those of its group.
+    A matrix whose momentum is zero throughout has no captured mass, imbalance and orthogonality error. A parameter
+    without a gradient in the step has no turnover, captured mass, update RMS and orthogonality error. What a matrix or
+    parameter lacks does not count for its group.
 
     Attributes:
-        step: Steps that the statistics have seen, this one included.
-        overall: Figures of all matrices.
-        groups: Figures by the name of the parameter group.
-        parameters: Figures by the names of group and parameter; of a stack of experts for all of them together.
+        step: Steps that were counted, this one included.
+        overall: Metrics of all matrices.
+        groups: Metrics by the name of the parameter group.
+        parameters: Metrics by the names of group and parameter; a stack of experts is one parameter.
     """
 
     step: int
@@ -91,120 +81,129 @@ class Figures:
     parameters: Mapping[tuple[str, str], Mapping[str, float]]
 
     def named(self, *, per_matrix: bool = False) -> dict[str, float]:
-        """Return the figures under the names that loggers get: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
+        """Return the metrics under the names that loggers get: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
 
         Args:
             per_matrix: Also ``dion2/<group>/<parameter>/coverage``, for every parameter (default: False).
         """
         parts: dict[str, Mapping[str, float]] = {"dion2": self.overall}
-        parts |= {f"dion2/{group}": figures for group, figures in self.groups.items()}
+        parts |= {f"dion2/{group}": metrics for group, metrics in self.groups.items()}
         if per_matrix:
-            parts |= {f"dion2/{group}/{name}": figures for (group, name), figures in self.parameters.items()}
-        return {f"{prefix}/{name}": value for prefix, figures in parts.items() for name, value in figures.items()}
+            parts |= {f"dion2/{group}/{name}": metrics for (group, name), metrics in self.parameters.items()}
+        return {f"{prefix}/{name}": value for prefix, metrics in parts.items() for name, value in metrics.items()}
 
 
-@dataclass(frozen=True)
-class Row:
-    """A parameter and its row of the ledgers' table, on the host, in the order of the columns (ledger.py)."""
+class ParameterSums(NamedTuple):
+    """What a step leaves of one parameter, summed over its matrices; metrics are computed from it."""
 
-    kind: Kind
-    entries: int
+    info: ParameterInfo
+    elements: int  # entries of all its matrices
     matrices: float
-    updated: float
-    selected: float
-    covered: float
-    staleness: float
-    fresh: float
-    captured: float
+    updated: float  # matrices that the step updated
+    selected: float  # slices that the step selected
+    covered: float  # slices selected within the window
+    staleness: float  # steps since each slice was last selected
+    newly_selected: float  # selected slices that the step before had not selected
+    captured_mass: float
     imbalance: float
-    dead: float
-    never: float
-    squares: float
-    error: float
-    measured: float
-    idle: float
-    longest: float
+    zero_momentum: float  # updated matrices whose momentum is zero throughout
+    zero_again: float  # those of them that an earlier step had updated too
+    never_selected: float  # slices of updated matrices that no step has selected
+    squared_update: float  # squares of all changes, weight decay left out
+    orthogonality_error: float
+    measured: float  # matrices whose error was measured; counters.py relies on its place behind the error
+    staleness_max: float  # of the slice that waits longest: a maximum, not a sum
 
     @property
     def key(self) -> tuple[str, str]:
         """The names of its group and its own."""
-        return self.kind.group, self.kind.name
-
-    @property
-    def fraction(self) -> float:
-        """Share of the slices that a step selects, in the matrices that it updated; 1 if it updated none."""
-        return self.selected / (self.updated * self.kind.slices) if self.updated else 1.0
+        return self.info.group, self.info.name
 
     @property
     def slices(self) -> float:
-        """Of all its matrices."""
-        return self.matrices * self.kind.slices
+        """Slices of all its matrices."""
+        return self.matrices * self.info.slices
 
 
-def figures_of(rows: Sequence[Row]) -> dict[str, float]:
-    """The figures of some parameters together."""
-    slices = sum(row.slices for row in rows)
-    figures = {
-        "selected_fraction": sum(row.selected for row in rows) / slices,
-        "coverage": sum(row.covered for row in rows) / slices,
-        "staleness_mean": sum(row.staleness for row in rows) / slices,
-        "staleness_max": max(row.longest for row in rows),
+COLUMNS: Final = {name: column for column, name in enumerate(ParameterSums._fields[2:])}
+"""Columns of the table that the device leaves, a row for each parameter, by name."""
+
+
+def compute_metrics(rows: Sequence[ParameterSums]) -> dict[str, float]:
+    """Compute the metrics of some parameters together."""
+
+    def total(name: str, rows: Sequence[ParameterSums] = rows) -> float:
+        return float(sum(getattr(row, name) for row in rows))
+
+    slices = total("slices")
+    metrics = {
+        "selected_fraction": total("selected") / slices,
+        "coverage": total("covered") / slices,
+        "staleness_mean": total("staleness") / slices,
+        "staleness_max": max(row.staleness_max for row in rows),
     }
-    counted = sum(row.matrices - row.dead for row in rows)
-    if counted:
-        figures["imbalance"] = sum(row.imbalance for row in rows) / counted
-    updated = [row for row in rows if row.updated]
-    if updated:
-        figures["turnover"] = sum(row.fresh for row in updated) / sum(row.selected for row in updated)
-        alive = sum(row.updated - row.dead for row in updated)
-        if alive:
-            figures["captured_mass"] = sum(row.captured for row in updated) / alive
-        entries = sum(row.entries for row in updated)
-        figures["update_rms"] = math.sqrt(sum(row.squares for row in updated) / entries)
-    measured = [row for row in rows if row.measured and row.updated > row.dead]
-    if measured:
+    if with_momentum := total("matrices") - total("zero_momentum"):
+        metrics["imbalance"] = total("imbalance") / with_momentum
+    if updated := [row for row in rows if row.updated]:
+        metrics["turnover"] = total("newly_selected", updated) / total("selected", updated)
+        if with_momentum := total("updated", updated) - total("zero_momentum", updated):
+            metrics["captured_mass"] = total("captured_mass", updated) / with_momentum
+        metrics["update_rms"] = math.sqrt(total("squared_update", updated) / total("elements", updated))
+    if measured := [row for row in rows if row.measured and row.updated > row.zero_momentum]:
         # Replicas that do not share the work have measured the same matrix several times.
-        weights = [(row.updated - row.dead) / row.measured for row in measured]
-        errors = sum(row.error * weight for row, weight in zip(measured, weights, strict=True))
-        figures["orthogonality_error"] = errors / sum(row.updated - row.dead for row in measured)
-    return {name: figures[name] for name in MEANINGS if name in figures}
+        weights = [(row.updated - row.zero_momentum) / row.measured for row in measured]
+        errors = sum(row.orthogonality_error * weight for row, weight in zip(measured, weights, strict=True))
+        metrics["orthogonality_error"] = errors / (total("updated", measured) - total("zero_momentum", measured))
+    return {name: metrics[name] for name in MEANINGS if name in metrics}
 
 
-class Trouble(NamedTuple):
-    """Something to warn of: what it is called, where it is, how much of it, and what to do."""
+class HealthCheck(NamedTuple):
+    """Something to warn of.
 
-    what: str
-    is_in: Callable[[Row, int, int], bool]
-    how_much: Callable[[Row], str]
-    hint: str
+    Attributes:
+        name: What the warning is about.
+        is_failed: Whether a parameter fails the check, given its sums and the window.
+        finding: What was found.
+        advice: What to do.
+    """
+
+    name: str
+    is_failed: Callable[[ParameterSums, int], bool]
+    finding: Callable[[ParameterSums], str]
+    advice: str
 
 
-TROUBLES: Final = (
-    Trouble(
+def _has_left_out(row: ParameterSums, window: int) -> bool:
+    """Whether some slice has waited the window and 4 / fraction steps: a fair draw could miss some for that long."""
+    fraction = row.selected / (row.updated * row.info.slices) if row.updated else 1.0
+    return row.never_selected > 0 and row.staleness_max >= max(window, 4 / fraction)
+
+
+HEALTH_CHECKS: Final = (
+    HealthCheck(
         "slices never selected",
-        # Counted from when the parameter came; and so few slices that a fair draw could miss some for longer.
-        lambda row, step, window: row.never > 0 and row.longest >= max(window, 4 / row.fraction),
-        lambda row: f"{row.never:.0f} of {row.slices:.0f}",
+        _has_left_out,
+        lambda row: f"{row.never_selected:.0f} of {row.slices:.0f}",
         "a lower momentum or a higher fraction selects more of them; a slice without any gradient is never selected",
     ),
-    Trouble(
+    HealthCheck(
         "all-zero momentum",
-        # At its own first step, what lies behind a factor that starts at zero has no gradient yet.
-        lambda row, step, window: row.idle > 0,
-        lambda row: f"{row.idle:.0f} of {row.matrices:.0f} matrices",
+        # At a parameter's first step, what lies behind a factor that starts at zero has no gradient yet.
+        lambda row, _: row.zero_again > 0,
+        lambda row: f"{row.zero_again:.0f} of {row.matrices:.0f} matrices",
         "their gradients have been zero so far: does the loss depend on them?",
     ),
-    Trouble(
+    HealthCheck(
         "non-finite update",
-        lambda row, step, window: not math.isfinite(row.squares),
-        lambda row: f"sum of squares {row.squares}",
+        lambda row, _: not math.isfinite(row.squared_update),
+        lambda row: f"sum of squares {row.squared_update}",
         "weights are damaged; go back to a checkpoint, and let check_finite=True name bad gradients in time",
     ),
-    Trouble(
+    HealthCheck(
         "update far from orthonormal",
-        lambda row, step, window: row.measured > 0 and row.error / row.measured > FAR_FROM_ORTHONORMAL,
-        lambda row: f"error {row.error / row.measured:.2g}",
+        lambda row, _: row.measured > 0 and row.orthogonality_error / row.measured > MAX_ORTHOGONALITY_ERROR,
+        lambda row: f"error {row.orthogonality_error / row.measured:.2g}",
         "try orthonormalize_dtype='float32'; slices that are nearly multiples of each other have such errors too",
     ),
 )
-"""What :class:`SelectionWarning` warns of."""
+"""What :class:`~dion2_lightning.SelectionWarning` warns of, once for each parameter."""

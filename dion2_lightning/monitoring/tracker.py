@@ -1,8 +1,8 @@
-"""What was selected, in numbers: is every part of every matrix trained, or does a quarter do all the work?
+"""Tracks what an optimizer selects: is every part of every matrix trained, or does a quarter do all the work?
 
-:class:`SelectionStatistics` looks on while an optimizer steps. It keeps two integers for every slice, on the device
-(ledger.py): when the slice was last selected, and how often. Every so many steps it makes figures of them (figures.py),
-at the price of one look of the host at the device and, where ranks hold different parts, one all-reduce.
+:class:`SelectionTracker` observes the steps of an optimizer. It keeps two integers for every slice, on the device
+(counters.py): when the slice was last selected, and how often. Every few steps it computes metrics from them
+(metrics.py), with one copy to the host and, where ranks hold different parts, one all-reduce.
 """
 
 import warnings
@@ -15,59 +15,55 @@ from torch import Tensor
 
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.matrices.layout import alike
+from dion2_lightning.matrices.views import SlicedParameter
 from dion2_lightning.monitoring.counters import (
-    COLUMNS,
     COUNTS,
     HITS,
-    LONGEST,
-    Due,
-    Entry,
-    Ledger,
-    group_around,
+    SelectionCounters,
+    StepRecord,
+    TrackedParameter,
     orthogonality_errors,
-    own_part,
-    to_device,
-    whole_rows,
+    sum_over_ranks,
 )
-from dion2_lightning.monitoring.history import BINS, SelectionHistory
-from dion2_lightning.monitoring.metrics import TROUBLES, Figures, Row, figures_of
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.metrics import HEALTH_CHECKS, ParameterSums, SelectionMetrics, compute_metrics
 
 if TYPE_CHECKING:
-    from dion2_lightning.optimizer import MatrixOptimizer
+    from torch.distributed import ProcessGroup
 
 
 class SelectionWarning(UserWarning):
-    """Something about the selection that a user should look at; said once for each parameter."""
+    """Something about the selection that a user should look at."""
 
 
-class Owner(Protocol):
-    """Who made statistics for its own use, as the callbacks of the frameworks do."""
+class ObservableOptimizer(Protocol):
+    """What a tracker needs of an optimizer; :class:`~dion2_lightning.Dion2` has it."""
 
-    name: str
+    observer: Any
+    process_group: "ProcessGroup | None"
 
-    def is_running(self) -> bool:
-        """Whether the training that they are for goes on."""
+    def sliced_parameters(self) -> list[SlicedParameter]:
+        """Return the parameters of whose matrices steps select slices."""
 
 
-class SelectionStatistics:
-    """Statistics of what an optimizer selects. Without one attached, an optimizer computes none.
+class SelectionTracker:
+    """Tracks what an optimizer selects. Without a tracker, an optimizer computes nothing for it.
 
-    All ranks must make it alike and ask it after the same steps. Figures are those of whole matrices, the same under
-    every layout. Steps that an optimizer does not take leave nothing: those that a GradScaler skips, and those by which
-    ``torch.distributed.checkpoint`` makes an optimizer create its state.
+    Every rank must make its tracker alike and pop metrics after the same steps. Metrics are those of whole matrices,
+    the same under every layout. Steps that an optimizer does not take are not counted: those that a GradScaler skips,
+    and those by which ``torch.distributed.checkpoint`` makes an optimizer create its state.
 
     Args:
-        every: Steps from one set of figures to the next; None: only of steps before which :meth:`ask` was called
-            (default: 10).
-        window: Steps that ``coverage`` looks back; a slice that was never selected is worth a warning after as many, or
-            after 4 / ``fraction`` if that is more (default: 100).
-        orthogonality: Also measure how far the updates are from orthonormal, in the steps with figures, for about a
-            tenth of what making them costs (default: False).
+        every: Steps between metrics. None: only at steps before which :meth:`request` was called (default: 10).
+        window: Steps that ``coverage`` looks back. A slice that was never selected is worth a warning after as many
+            steps, or after 4 / ``fraction`` if that is more (default: 100).
+        orthogonality: Also measure, at steps with metrics, how far the updates are from orthonormal, for about a tenth
+            of the cost of the orthonormalization (default: False).
 
     Attributes:
-        step: Steps seen.
-        history: The figures so far and how often each part of each parameter was selected, for pictures.
-        owner: The callback that they belong to; None for those of a loop of one's own.
+        step: Steps counted.
+        history: The metrics so far and how often each part of each parameter was selected, for pictures.
+        name: Its name in warnings: that of the callback it belongs to, or ``"SelectionTracker"``.
 
     Raises:
         TypeError: ``every`` or ``window`` is no whole number, or ``orthogonality`` no truth value.
@@ -75,48 +71,44 @@ class SelectionStatistics:
 
     Example::
 
-        statistics = SelectionStatistics(every=10)
-        statistics.attach(optimizer)
+        tracker = SelectionTracker(every=10)
+        tracker.attach(optimizer)
         for batch in batches:
             ...
             optimizer.step()
-            if (figures := statistics.take()) is not None:
-                print(figures.overall["coverage"])
+            if (metrics := tracker.pop_metrics()) is not None:
+                print(metrics.overall["coverage"])
     """
 
     def __init__(self, *, every: int | None = 10, window: int = 100, orthogonality: bool = False) -> None:
         if every is not None:
             check_steps("every", every)
         check_steps("window", window)
-        check_truth("orthogonality", orthogonality)
+        check_bool("orthogonality", orthogonality)
         self.every, self.window, self.orthogonality = every, window, orthogonality
+        self.name = type(self).__name__
         self.step = 0
         self.history = SelectionHistory(window)
-        self.owner: Owner | None = None
         self.wants_results = False
-        self._optimizer: MatrixOptimizer | None = None
-        self._entries: dict[Tensor, Entry] = {}
-        self._ledgers: list[Ledger] = []
+        self._optimizer: ObservableOptimizer | None = None
+        self._parameters: dict[Tensor, TrackedParameter] = {}
+        self._counters: list[SelectionCounters] = []
         self._signature: Sequence[tuple[object, ...]] = []
         self._loaded: dict[str, Mapping[str, Tensor]] = {}
-        self._due: Due | None = None
-        self._is_asked = False
+        self._record: StepRecord | None = None
+        self._is_requested = False
         self._warned: set[tuple[str, tuple[str, str]]] = set()
 
-    # Looking on
+    # Observing
 
-    def attach(self, optimizer: "MatrixOptimizer") -> None:
-        """Look on at every step of an optimizer from now on.
-
-        Statistics of a callback whose training is over look on no longer: after an exception, no framework may have
-        told it so.
+    def attach(self, optimizer: Any) -> None:
+        """Observe every step of an optimizer from now on, in the place of its present observer, if it has one.
 
         Args:
-            optimizer: A :class:`~dion2_lightning.Dion2`; one that a framework has wrapped is looked through.
+            optimizer: A :class:`~dion2_lightning.Dion2`, or what a framework has wrapped around one.
 
         Raises:
             TypeError: It is another optimizer.
-            RuntimeError: Other statistics look on already, and are in use.
         """
         found = without_wrapper(optimizer)
         if not hasattr(found, "observer"):
@@ -124,135 +116,103 @@ class SelectionStatistics:
                 f"optimizer must be a Dion2, got {type(found).__name__}; make it with "
                 "dion2_lightning.build_optimizer(model, lr=...)"
             )
-        if found.observer is not None and found.observer is not self:
-            owner: Owner | None = found.observer.owner
-            if owner is None:
-                raise RuntimeError("other statistics look on at this optimizer already; detach() them first")
-            if owner.is_running():
-                raise RuntimeError(
-                    f"{owner.name} looks on at this optimizer already, and its training is running; "
-                    "leave one of the two out"
-                )
-            found.observer.detach()
         self.detach()
+        replaced = found.observer
+        if replaced is not None and is_first_rank():
+            name = getattr(replaced, "name", type(replaced).__name__)
+            message = f"{self.name} replaces {name} as the optimizer's observer; {name} records nothing from now on"
+            warnings.warn(message, SelectionWarning, stacklevel=2)
         self._optimizer = found
         found.observer = self
 
     def detach(self) -> None:
-        """Look on no longer; what was counted stays."""
-        if self.is_attached:
-            assert self._optimizer is not None
+        """Stop observing; what was counted stays."""
+        if self._optimizer is not None and self._optimizer.observer is self:
             self._optimizer.observer = None
         self._optimizer = None
 
     @property
     def is_attached(self) -> bool:
-        """Whether they look on."""
+        """Whether it is the observer of an optimizer."""
         return self._optimizer is not None and self._optimizer.observer is self
 
     def begin_step(self) -> None:
-        """Come before a step; called by the optimizer."""
+        """Get ready for a step; called by the optimizer."""
         self._find_parameters()
         self.step += 1
-        for ledger in self._ledgers:
-            ledger.seen = []
-        is_due = self._is_asked or (self.every is not None and self.step % self.every == 0)
-        self._due = Due(self.step, self.window) if is_due else None
-        self.wants_results = is_due
+        for counters in self._counters:
+            counters.selected = []
+        self.wants_results = self._is_requested or (self.every is not None and self.step % self.every == 0)
+        self._record = StepRecord(self.window) if self.wants_results else None
 
     def selected(self, parameter: Tensor, indices: Tensor, norms: Tensor) -> None:
-        """Take what was selected of a parameter; called by the optimizer."""
-        entry = self._entries[parameter]
-        entry.ledger.seen.append((entry, indices, norms))
+        """Record what was selected of a parameter; called by the optimizer."""
+        tracked = self._parameters[parameter]
+        tracked.counters.selected.append((tracked, indices, norms))
 
     def orthonormalized(self, parameter: Tensor, result: Tensor) -> None:
-        """Take orthonormal submatrices; called by the optimizer."""
-        if self._due is not None and self.orthogonality:
-            self._due.errors.append((self._entries[parameter], orthogonality_errors(result)))
+        """Record the errors of orthonormal submatrices; called by the optimizer."""
+        if self._record is not None and self.orthogonality:
+            self._record.errors.append((self._parameters[parameter], orthogonality_errors(result)))
 
     def moved(self, parameter: Tensor, change: Tensor) -> None:
-        """Take what a part of a parameter was changed by; called by the optimizer."""
-        if self._due is not None:
-            squares = torch.linalg.vector_norm(change).to(sum_dtype(change.device)).square()
-            self._due.squares.append((self._entries[parameter], squares))
+        """Record by how much a part of a parameter changes; called by the optimizer."""
+        if self._record is not None:
+            squares = torch.linalg.vector_norm(change).to(sum_dtype(change.device)).square().view(1)
+            self._record.squares.append((self._parameters[parameter], squares))
 
     def end_step(self) -> None:
-        """Come after a step: count what was selected; called by the optimizer."""
-        for ledger in self._ledgers:
-            ledger.count(self.step, self._due)
+        """Count what the step selected; called by the optimizer."""
+        for counters in self._counters:
+            counters.update(self.step, self._record)
         self.wants_results = False
 
-    # Figures
+    # Metrics
 
-    def ask(self) -> None:
-        """Make figures of the next step, whatever ``every`` says; :meth:`take` ends it, also where no step was taken.
+    def request(self) -> None:
+        """Request metrics of the next step, whatever ``every`` says; :meth:`pop_metrics` ends the request.
 
-        So a framework's own count of steps, which includes those that a GradScaler skips, can say when.
+        So a framework's own count of steps, which includes those that a GradScaler skips, can decide.
         """
-        self._is_asked = True
+        self._is_requested = True
 
-    def take(self) -> Figures | None:
-        """Return the figures of the last step, once; None where nothing asked for figures of it.
+    def pop_metrics(self) -> SelectionMetrics | None:
+        """Return the metrics of the last step, once; None where none are due.
 
-        Waits for the device. Where ranks hold different parts of matrices, all of them have to call it: it adds up.
+        Waits for the device. Where ranks hold different parts of matrices, all of them have to call it.
         """
-        due, self._due = self._due, None
-        self._is_asked = False
-        if due is None or not self._entries or self._optimizer is None:
+        record, self._record, self._is_requested = self._record, None, False
+        if record is None or not self._parameters or not self.is_attached:
             return None
-        entries = list(self._entries.values())
-        host = self._over_ranks(due.table(entries), entries).cpu()  # the one look at the device
-        rows = [
-            Row(entry.kind, entry.entries, *numbers)
-            for entry, numbers in zip(entries, host[:, :COLUMNS].tolist(), strict=True)
-        ]
-        self._warn(rows)
-        figures = Figures(
-            step=self.step,
-            overall=figures_of(rows),
-            groups={name: figures_of(members) for name, members in alike(rows, lambda row: row.kind.group).items()},
-            parameters={row.key: figures_of([row]) for row in rows},
-        )
-        hits, counts = host[:, HITS : HITS + BINS], host[:, COUNTS : COUNTS + BINS]
-        self.history.append(figures, [entry.kind for entry in entries], hits, counts)
-        return figures
-
-    def _over_ranks(self, table: Tensor, entries: Sequence["Entry"]) -> Tensor:
-        """Add up over ranks what each of them has a part of; what every rank has stays as it is, bit for bit."""
         assert self._optimizer is not None
-        process_group = self._optimizer.process_group
-        partial = [entry for entry in entries if entry.is_partial(self.orthogonality, process_group)]
-        group = group_around(partial, process_group)
-        if group is None:
-            return table
-        # The longest staleness is no sum: where ranks hold different experts, each has a place of its own.
-        width = max(entry.spread_over for entry in entries)
-        index = to_device([[entry.spread_index] for entry in entries], table.device)
-        places = table.new_zeros(len(entries), width).scatter_(1, index, table.narrow(1, LONGEST, 1))
-        mine = torch.cat([table, places], dim=1)
-        sums = mine.clone()
-        dist.all_reduce(sums, group=group)
-        copies = [entry.copies(group.size(), process_group) for entry in entries]
-        how_many = to_device([each + each[-1:] * width for each in copies], table.device)
-        whole = torch.where(how_many == group.size(), mine, sums / how_many)
-        longest = whole.narrow(1, table.shape[1], width).amax(1, keepdim=True)
-        is_spread = to_device([[entry.spread_over > 1] for entry in entries], table.device)
-        result = whole.narrow(1, 0, table.shape[1]).clone()
-        result.narrow(1, LONGEST, 1).copy_(torch.where(is_spread, longest, table.narrow(1, LONGEST, 1)))
-        return result
+        tracked = list(self._parameters.values())
+        table = record.table(len(tracked))
+        table = sum_over_ranks(table, tracked, self._optimizer.process_group, with_errors=self.orthogonality)
+        host = table.cpu()  # the one wait for the device
+        sums = host[:, :HITS].tolist()
+        rows = [ParameterSums(p.info, p.parameter.numel(), *row) for p, row in zip(tracked, sums, strict=True)]
+        self._check_health(rows)
+        metrics = SelectionMetrics(
+            step=self.step,
+            overall=compute_metrics(rows),
+            groups={name: compute_metrics(of) for name, of in alike(rows, lambda row: row.info.group).items()},
+            parameters={row.key: compute_metrics([row]) for row in rows},
+        )
+        self.history.append(metrics, [each.info for each in tracked], host[:, HITS:COUNTS], host[:, COUNTS:])
+        return metrics
 
-    def _warn(self, rows: Sequence["Row"]) -> None:
-        """Say once for each parameter what a user should look at, on the first rank."""
+    def _check_health(self, rows: Sequence[ParameterSums]) -> None:
+        """Warn once for each parameter that fails a health check, on the first rank."""
         if not is_first_rank():
             return
-        for trouble in TROUBLES:
-            found = [row for row in rows if trouble.is_in(row, self.step, self.window)]
-            new = [row for row in found if (trouble.what, row.key) not in self._warned]
-            self._warned |= {(trouble.what, row.key) for row in new}
+        for check in HEALTH_CHECKS:
+            failed = [row for row in rows if check.is_failed(row, self.window)]
+            new = [row for row in failed if (check.name, row.key) not in self._warned]
+            self._warned |= {(check.name, row.key) for row in new}
             if new:
-                names = ", ".join(f"{row.kind.name} ({trouble.how_much(row)})" for row in new[:3])
+                names = ", ".join(f"{row.info.name} ({check.finding(row)})" for row in new[:3])
                 more = f" and {len(new) - 3} more parameters" if len(new) > 3 else ""
-                message = f"step {self.step}, {trouble.what}: {names}{more}; {trouble.hint}"
+                message = f"step {self.step}, {check.name}: {names}{more}; {check.advice}"
                 warnings.warn(message, SelectionWarning, stacklevel=3)
 
     # State
@@ -260,72 +220,67 @@ class SelectionStatistics:
     @property
     def state_is_spread(self) -> bool:
         """Whether ranks hold different experts of a stack, so that all of them have to call :meth:`state_dict`."""
-        return any(entry.spread_over > 1 for entry in self._entries.values())
+        return any(each.spread_over > 1 for each in self._parameters.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that goes on after a resume: tensors on the host, and plain data.
+        """Return what a resumed run needs: tensors on the host, and plain data.
 
-        Where ranks hold different experts of a stack, all of them have to call it: it gathers. Otherwise any may; see
-        ``state_is_spread``.
+        Where ``state_is_spread``, it gathers, and all ranks have to call it.
         """
         counts = {}
-        for parameter, entry in self._entries.items():
-            last, hits = (whole_rows(part, parameter, entry) for part in entry.ledger.rows_of(entry))
-            counts["/".join(entry.key)] = {"last": last, "hits": hits}
-        warned = sorted([kind, *key] for kind, key in self._warned)
+        for each in self._parameters.values():
+            last, hits = (each.gather(part) for part in each.counts())
+            counts["/".join(each.key)] = {"last": last, "hits": hits}
         return {
             "step": self.step,
-            "counts": {**self._loaded, **counts},  # what was loaded and has not come yet is kept
+            "counts": {**self._loaded, **counts},  # also what was loaded for parameters that have not come yet
             "history": self.history.state_dict(),
-            "warned": warned,
+            "warned": sorted([check, *key] for check, key in self._warned),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from where :meth:`state_dict` was called.
+        """Continue from where :meth:`state_dict` was called.
 
         Args:
-            state_dict: What it returned. Parameters are matched by the names of group and parameter; others start anew.
+            state_dict: What it returned. Parameters are matched by the names of group and parameter; the counters of
+                others start at zero.
         """
         self.step = state_dict["step"]
         self._loaded = dict(state_dict["counts"])
         self.history.load_state_dict(state_dict["history"] | {"window": self.window})
-        self._warned = {(kind, (group, name)) for kind, group, name in state_dict["warned"]}
-        self._entries, self._ledgers, self._signature = {}, [], []
+        self._warned = {(check, (group, name)) for check, group, name in state_dict["warned"]}
+        self._parameters, self._counters, self._signature = {}, [], []
 
     # Parameters
 
     def _find_parameters(self) -> None:
-        """Make room for the matrices of the optimizer, where they are others than in the last step."""
+        """Make counters for the parameters of the optimizer, where these are others than in the last step."""
         assert self._optimizer is not None
         found = self._optimizer.sliced_parameters()
-        # The entries hold the parameters, so an id stands for one of them.
+        # The tracked parameters are kept alive, so an id stands for one of them.
         signature = [(id(each.parameter), each.parameter.device, each.matrices, each.axis) for each in found]
         if signature == self._signature:
             return
         self._signature = signature
-        kept = {
-            parameter: tuple(part.clone() for part in entry.ledger.rows_of(entry))
-            for parameter, entry in self._entries.items()
-        }
-        kept_by_name = {self._entries[parameter].key: rows for parameter, rows in kept.items()}
-        entries = [Entry.of(position, each) for position, each in enumerate(found)]
-        self._ledgers = [
-            Ledger(members, slices, device, self.step)
-            for (slices, device), members in alike(entries, lambda entry: (entry.kind.slices, entry.device)).items()
+        known = {p: tuple(part.clone() for part in each.counts()) for p, each in self._parameters.items()}
+        known_by_name = {self._parameters[parameter].key: counts for parameter, counts in known.items()}
+        tracked = [TrackedParameter(row, each) for row, each in enumerate(found)]
+        self._counters = [
+            SelectionCounters(members, slices, device, self.step)
+            for (slices, device), members in alike(tracked, lambda p: (p.info.slices, p.parameter.device)).items()
         ]
-        self._entries = {each.parameter: entry for each, entry in zip(found, entries, strict=True)}
-        for each, entry in zip(found, entries, strict=True):
-            name, parameter = "/".join(entry.key), each.parameter
-            rows = kept.get(parameter)
-            # Frameworks replace parameters; what has no name cannot be found again.
-            if rows is None and each.is_named:
-                rows = kept_by_name.get(entry.key)
-            if rows is None and name in self._loaded:
-                saved = self._loaded.pop(name)
-                if saved["last"].shape == (entry.kind.matrices, entry.kind.slices):
-                    rows = tuple(own_part(saved[part], parameter, entry) for part in ("last", "hits"))
-            if rows is not None and rows[0].shape == (entry.count, entry.kind.slices):
-                entry.ledger.write(entry, *rows)
+        self._parameters = {each.parameter: each for each in tracked}
+        for each, sliced in zip(tracked, found, strict=True):
+            counts = known.get(each.parameter)
+            # Frameworks replace parameters; one without a name cannot be found again.
+            if counts is None and sliced.is_named:
+                counts = known_by_name.get(each.key)
+            saved = self._loaded.pop("/".join(each.key), None) if counts is None else None
+            if saved is not None and saved["last"].shape == (each.info.matrices, each.info.slices):
+                counts = tuple(each.own_rows(saved[part]) for part in ("last", "hits"))
+            if counts is not None and counts[0].shape == (each.count, each.info.slices):
+                for own, value in zip(each.counts(), counts, strict=True):
+                    own.copy_(value)
 
 
 def check_steps(name: str, value: object) -> None:
@@ -336,21 +291,21 @@ def check_steps(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1 step, got {value}")
 
 
-def check_truth(name: str, value: object) -> None:
+def check_bool(name: str, value: object) -> None:
     """Raise an error where an argument is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that says what all have found."""
+    """Whether this process is the one that warns for all of them."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def without_wrapper(optimizer: Any) -> Any:
     """Return the optimizer that a framework's wrapper steps.
 
-    Some wrappers forward no attributes; others look like the optimizer, and what is set on them does not reach it.
+    Some wrappers forward no attributes; others look like the optimizer, but what is set on them does not reach it.
     """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer

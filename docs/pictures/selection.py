@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from dion2_lightning.monitoring.history import SelectionHistory
-from dion2_lightning.monitoring.plots import overview
+from dion2_lightning.monitoring.plots import draw
 
 if __name__ == "__main__":
-    figure = overview(SelectionHistory.load(sys.argv[1]))
+    figure = draw(SelectionHistory.load(sys.argv[1]), "overview")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=100, pil_kwargs={"optimize": True})

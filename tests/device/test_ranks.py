@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from dion2_lightning import Dion2, SelectionStatistics, build_optimizer, clip_grad_norm_
+from dion2_lightning import Dion2, SelectionTracker, build_optimizer, clip_grad_norm_
 from dion2_lightning.distributed.owner_exchange import ReplicaAllGather
 from dion2_lightning.distributed.torch_versions import all_gather_single
 from dion2_lightning.matrices.layout import Block, Layout
@@ -46,7 +46,7 @@ def check_fully_sharded(device: str) -> None:
     shard_layers(sharded_model, mesh)
     chosen = {**SETTINGS, "orthonormalize_dtype": None}
     optimizers = [build_optimizer(model, **chosen) for model in models]
-    statistics = SelectionStatistics(every=1, orthogonality=True)
+    statistics = SelectionTracker(every=1, orthogonality=True)
     statistics.attach(optimizers[1])
     for step, batch in enumerate(Sequences(STEPS).pieces.to(device).split(BATCH)):
         for model in models:
@@ -64,7 +64,7 @@ def check_fully_sharded(device: str) -> None:
             with no_waiting(device if step else "cpu"):
                 optimizer.step()
             optimizer.zero_grad()
-        assert statistics.take() is not None
+        assert statistics.pop_metrics() is not None
         assert_same(whole(sharded_model, optimizers[1]), whole(plain, optimizers[0]))
         assert_same(selected(optimizers[1]), selected(optimizers[0]))
 

@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dion2_lightning import Dion2, SelectionStatistics, clip_grad_norm_
+from dion2_lightning import Dion2, SelectionTracker, clip_grad_norm_
 from dion2_lightning.kernels import precision
 from dion2_lightning.kernels.orthonormalize import orthonormalize
 from dion2_lightning.kernels.precision import move_sums, sum_dtype
@@ -82,14 +82,14 @@ def parameters_of(groups: list[dict[str, Any]]) -> list[Tensor]:
 def step_watched(groups: list[dict[str, Any]], device: torch.device) -> Tensor:
     """All that a training loop does with the package, but for the host's look at the table, which is returned."""
     optimizer = Dion2(groups, lr=0.1)
-    statistics = SelectionStatistics(every=1, orthogonality=True)
+    statistics = SelectionTracker(every=1, orthogonality=True)
     statistics.attach(optimizer)
     with NoFloat64(device):
         for _ in range(2):
             clip_grad_norm_(parameters_of(groups), 1.0)
             optimizer.step()
-        assert statistics._due is not None
-        return statistics._due.table(list(statistics._entries.values()))
+        assert statistics._record is not None
+        return statistics._record.table(len(statistics._parameters))
 
 
 def test_a_step_on_mps_uses_no_float64(fake_mps: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,18 +207,18 @@ def test_clipping_equals_torch(cpu_without_float64: None, norm_type: float) -> N
 
 
 def test_statistics_are_those_of_a_device_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    def after_steps() -> tuple[SelectionStatistics, list[Any]]:
+    def after_steps() -> tuple[SelectionTracker, list[Any]]:
         torch.manual_seed(0)
         parameters = [nn.Parameter(torch.randn(shape)) for shape in ((16, 24), (24, 16), (40, 40))]
         optimizer = Dion2([{"params": parameters}], lr=0.1, orthonormalize_dtype="float32")
-        statistics = SelectionStatistics(every=5, orthogonality=True)
+        statistics = SelectionTracker(every=5, orthogonality=True)
         statistics.attach(optimizer)
         taken = []
         for _ in range(20):
             for parameter in parameters:
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()
-            taken.append(statistics.take())
+            taken.append(statistics.pop_metrics())
         return statistics, [each.named(per_matrix=True) for each in taken if each is not None]
 
     expected, its_figures = after_steps()

@@ -18,7 +18,7 @@ from dion2_lightning.monitoring.metrics import MEANINGS
 from dion2_lightning.monitoring.plots import save_pictures
 from dion2_lightning.monitoring.report import HEALTHY, LOOK, UNKNOWN, main, render_report, verdicts
 from tests.browser import browse, check_shown
-from tests.selection_histories import extend, kinds_of, llama, make_history
+from tests.selection_histories import extend, infos_of, llama, make_history
 
 HOSTILE = 'layers.0.<script>alert("x")</script>&amp;\'"'
 VOID = {"meta", "link", "img", "wbr"}
@@ -59,8 +59,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def history() -> SelectionHistory:
-    kinds = [*kinds_of(llama(2, ["up", "down"])), *kinds_of(["experts"], matrices=4, group="dion2-experts")]
-    return extend(SelectionHistory(), kinds, 5)
+    infos = [*infos_of(llama(2, ["up", "down"])), *infos_of(["experts"], matrices=4, group="dion2-experts")]
+    return extend(SelectionHistory(), infos, 5)
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +101,13 @@ def test_it_says_what_was_trained(html: str) -> None:
     assert "Tom & Jerry" in texts
 
 
-def test_tables_hold_the_figures(html: str, history: SelectionHistory) -> None:
+def test_tables_hold_the_metrics(html: str, history: SelectionHistory) -> None:
     rows = {row[0]: row[1:] for row in Page(html).rows}
-    figures = history.parameters[-1][1]
+    metrics = history.parameters[-1][1]
     assert rows["model.layers.0.down.weight"] == [
-        "dion2", "1", "128", "outputs", "25.0%", f"{figures['coverage']:.1%}", f"{figures['staleness_mean']:.1f}",
-        f"{figures['staleness_max']:.0f}", f"{figures['turnover']:.1%}", f"{figures['captured_mass']:.1%}",
-        f"{figures['imbalance']:.2f}", "1.00e-04",
+        "dion2", "1", "128", "outputs", "25.0%", f"{metrics['coverage']:.1%}", f"{metrics['staleness_mean']:.1f}",
+        f"{metrics['staleness_max']:.0f}", f"{metrics['turnover']:.1%}", f"{metrics['captured_mass']:.1%}",
+        f"{metrics['imbalance']:.2f}", "1.00e-04",
     ]  # fmt: skip
     assert rows["experts"][:4] == ["dion2-experts", "4", "128", "outputs"]
     assert rows["dion2-experts"][0] == "1"
@@ -137,15 +137,15 @@ def test_one_matrix_one_step() -> None:
 # Verdicts
 
 
-def figures_at(step: int, **figures: float) -> SelectionHistory:
+def history_at(step: int, **metrics: float) -> SelectionHistory:
     history = make_history(["a", "b"], points=1)
     history.steps[-1] = step
     healthy = {
         "selected_fraction": 0.25, "coverage": 1.0, "staleness_mean": 3.0, "staleness_max": 20.0, "turnover": 0.7,
         "captured_mass": 0.4, "imbalance": 0.2, "update_rms": 1e-3, "orthogonality_error": 0.2,
     }  # fmt: skip
-    history.overall[-1] = {**healthy, **figures}
-    history.parameters[-1] = [{**healthy, **figures} for _ in history.kinds]
+    history.overall[-1] = {**healthy, **metrics}
+    history.parameters[-1] = [{**healthy, **metrics} for _ in history.infos]
     return history
 
 
@@ -163,15 +163,15 @@ def figures_at(step: int, **figures: float) -> SelectionHistory:
     ],
 )
 def test_thresholds(name: str, healthy: float, look: float) -> None:
-    """The reading guide of Figures, at a fraction of a quarter after 100 steps."""
-    assert verdicts(figures_at(100, **{name: healthy}))[name].state != LOOK
-    judged = verdicts(figures_at(100, **{name: look}))
+    """At a fraction of a quarter, after 100 steps."""
+    assert verdicts(history_at(100, **{name: healthy}))[name].state != LOOK
+    judged = verdicts(history_at(100, **{name: look}))
     assert [each for each, verdict in judged.items() if verdict.state == LOOK] == [name]
 
 
 def test_no_verdict_before_slices_had_their_turns() -> None:
     timed = {"coverage", "staleness_mean", "staleness_max", "turnover", "imbalance"}
-    early, late = (verdicts(figures_at(step, coverage=0.5)) for step in (15, 16))
+    early, late = (verdicts(history_at(step, coverage=0.5)) for step in (15, 16))
     assert {name for name in timed if early[name].state == UNKNOWN} == timed
     assert late["coverage"].state == LOOK
 
@@ -179,14 +179,14 @@ def test_no_verdict_before_slices_had_their_turns() -> None:
 @pytest.mark.parametrize(("step", "healthy", "look"), [(100, 50.0, 51.0), (1000, 400.0, 401.0), (10**5, 400.0, 401.0)])
 def test_a_slice_that_waits_long_is_seen_however_long_the_run(step: int, healthy: float, look: float) -> None:
     """A slice that waited 401 of 100,000 steps may have had a hundredth of its fair share, all the time."""
-    states = [verdicts(figures_at(step, staleness_max=value))["staleness_max"].state for value in (healthy, look)]
+    states = [verdicts(history_at(step, staleness_max=value))["staleness_max"].state for value in (healthy, look)]
     assert states == [HEALTHY, LOOK]
 
 
 def test_the_longest_of_many_waits_by_chance() -> None:
     """Of 256 slices, drawn at a fraction of a quarter: (3 / 4)^w * 256 is a thousandth where w is 43.3 steps."""
     for step, value, state in ((43, 43.0, UNKNOWN), (44, 43.0, HEALTHY), (44, 44.0, LOOK)):
-        assert verdicts(figures_at(step, staleness_max=value))["staleness_max"].state == state
+        assert verdicts(history_at(step, staleness_max=value))["staleness_max"].state == state
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_the_longest_of_many_waits_by_chance() -> None:
 def test_captured_mass_is_judged_by_what_is_left_for_the_others(fraction: float, healthy: float, look: float) -> None:
     """It is k / n at least: of nine tenths of the slices, 95% is half of what the others would have at random."""
     judged = [
-        verdicts(figures_at(1000, selected_fraction=fraction, captured_mass=value))["captured_mass"]
+        verdicts(history_at(1000, selected_fraction=fraction, captured_mass=value))["captured_mass"]
         for value in (healthy, look)
     ]
     assert [verdict.state for verdict in judged] == [HEALTHY, LOOK]
@@ -211,18 +211,18 @@ def test_captured_mass_is_judged_by_what_is_left_for_the_others(fraction: float,
     ],
 )
 def test_the_longest_wait_names_the_rule_that_made_its_limit(step: int, reason: str) -> None:
-    assert verdicts(figures_at(step))["staleness_max"].reason.startswith(reason)
+    assert verdicts(history_at(step))["staleness_max"].reason.startswith(reason)
 
 
 def cells_of(html: str, label: str) -> list[bool]:
-    """Of the row of a table that begins with a label: which figures are marked."""
+    """Of the row of a table that begins with a label: which metrics are marked."""
     [row] = [row for row in html.split("<tr>") if row.startswith(f"<td>{label}</td>")]
     return ["look" in cell for cell in re.findall(r'<td class="(number[^"]*)"', row)]
 
 
 def test_what_came_late_is_judged_by_its_own_steps() -> None:
     """Two of its steps have passed at step 120; at 140 there were enough, by the first point that knows of it."""
-    old, late = kinds_of(["old"]), kinds_of(["late"], group="late")
+    old, late = infos_of(["old"]), infos_of(["late"], group="late")
     history = extend(SelectionHistory(), old, 11)
     states = []
     for _ in range(3):
@@ -242,7 +242,7 @@ def test_what_came_late_is_judged_by_its_own_steps() -> None:
 
 def test_headline_and_table_agree_where_a_group_had_no_gradients() -> None:
     """A step selects a quarter of what had gradients, and an eighth of all: 16 steps are enough to judge, or 32."""
-    history = extend(SelectionHistory(), [*kinds_of(["a"]), *kinds_of(["b"], group="frozen")], 2)
+    history = extend(SelectionHistory(), [*infos_of(["a"]), *infos_of(["b"], group="frozen")], 2)
     history.overall[-1] |= {"selected_fraction": 0.125, "coverage": 0.5, "staleness_mean": 20.0}
     history.parameters[-1][1]["selected_fraction"] = 0.0
     del history.parameters[-1][1]["turnover"], history.groups[-1]["frozen"]["turnover"]
@@ -253,15 +253,15 @@ def test_headline_and_table_agree_where_a_group_had_no_gradients() -> None:
 
 
 def test_no_verdict_of_a_step_without_gradients() -> None:
-    history = figures_at(100, selected_fraction=0.0, coverage=0.1)
-    for figures in history.parameters[-1]:
-        del figures["turnover"]
+    history = history_at(100, selected_fraction=0.0, coverage=0.1)
+    for metrics in history.parameters[-1]:
+        del metrics["turnover"]
     assert verdicts(history)["coverage"].state == UNKNOWN
 
 
 def test_the_fraction_is_that_of_what_had_gradients() -> None:
     """One of two parameters had none in the last step: the share of all slices is half of the fraction."""
-    history = figures_at(100, selected_fraction=0.125, staleness_mean=10.0)
+    history = history_at(100, selected_fraction=0.125, staleness_mean=10.0)
     history.parameters[-1][0]["selected_fraction"] = 0.25
     history.parameters[-1][1]["selected_fraction"] = 0.0
     del history.parameters[-1][1]["turnover"]
@@ -269,11 +269,11 @@ def test_the_fraction_is_that_of_what_had_gradients() -> None:
 
 
 def test_between_healthy_and_worth_a_look_there_is_no_verdict() -> None:
-    assert verdicts(figures_at(100, orthogonality_error=0.4))["orthogonality_error"].state == UNKNOWN
+    assert verdicts(history_at(100, orthogonality_error=0.4))["orthogonality_error"].state == UNKNOWN
 
 
 def test_all_of_every_matrix_is_healthy() -> None:
-    judged = verdicts(figures_at(100, selected_fraction=1.0, turnover=0.0, captured_mass=1.0))
+    judged = verdicts(history_at(100, selected_fraction=1.0, turnover=0.0, captured_mass=1.0))
     assert LOOK not in {verdict.state for verdict in judged.values()}
 
 
@@ -362,13 +362,12 @@ def test_a_truncated_file(statistics: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("steps", [10], "overall has 5 points, steps has 1"),
-        ("steps", [10, 20, 20, 30, 40], "steps do not count up"),
+        ("steps", [10], "numbers of points differ: steps 1, overall 5"),
         ("kinds", [["dion2", "a", 1, 4, 0]], "parameters and kinds differ in number"),
-        ("window", None, "window is nan"),
+        ("overall", 5 * [{"loss": 1.0}], "there is no metric 'loss'"),
         ("shares", {"dtype": "uint8", "shape": [1, 1, 64], "base64": "AAAA"}, "RuntimeError"),
     ],
-    ids=["steps", "twice a step", "kinds", "window", "shares"],
+    ids=["steps", "kinds", "metrics", "shares"],
 )
 def test_a_damaged_file(
     part: str, value: Any, message: str, statistics: Path, capsys: pytest.CaptureFixture[str]
@@ -380,10 +379,10 @@ def test_a_damaged_file(
     assert "is damaged" in error and message in error
 
 
-def test_a_run_without_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     SelectionHistory().save(tmp_path / "statistics.json")
     assert main([str(tmp_path / "statistics.json")]) == 1
-    assert "history has no figures to draw" in capsys.readouterr().err
+    assert "history has no metrics to draw" in capsys.readouterr().err
 
 
 def test_outputs_that_cannot_be(statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -420,7 +419,7 @@ def test_a_browser_shows_it(page: Path, tmp_path: Path) -> None:
 
 
 def test_a_click_on_a_heading_sorts_and_another_sorts_back(page: Path, history: SelectionHistory) -> None:
-    turnover = {k.name: point["turnover"] for k, point in zip(history.kinds, history.parameters[-1], strict=True)}
+    turnover = {k.name: point["turnover"] for k, point in zip(history.infos, history.parameters[-1], strict=True)}
     by_turnover = sorted(turnover, key=turnover.__getitem__)
     for clicks, expected in ((1, by_turnover), (2, by_turnover[::-1])):
         heading = "[...document.querySelectorAll('button')].findLast(each => each.textContent === 'turnover')"
