@@ -62,11 +62,6 @@ class TrackedParameter:
                 self.spread_over *= mesh.size(dim)
                 self.spread_index = self.spread_index * mesh.size(dim) + mesh.get_local_rank(dim)
 
-    @property
-    def key(self) -> tuple[str, str]:
-        """The names of its group and its own."""
-        return self.info.group, self.info.name
-
     def counts(self) -> tuple[Tensor, Tensor]:
         """View its counters: last selections and numbers of selections, (count, n) each."""
         return (
@@ -235,9 +230,10 @@ def sum_over_ranks(
     sums = mine.clone()
     dist.all_reduce(sums, group=group)
     # Replicas add the same numbers: how many do follows from how often the matrices and the elements were added.
-    known = _to_device([[each.info.matrices, each.parameter.numel()] for each in parameters], table.device)
-    copies = sums.select(1, COLUMNS["matrices"]).div(known[:, 0]).unsqueeze(1).repeat(1, sums.shape[1])
-    copies.select(1, COLUMNS["squared_update"]).copy_(sums[:, -1] / known[:, 1])
+    matrices = _to_device([[each.info.matrices] for each in parameters], table.device)
+    elements = _to_device([each.parameter.numel() for each in parameters], table.device)
+    copies = (sums.narrow(1, COLUMNS["matrices"], 1) / matrices).repeat(1, sums.shape[1])
+    copies.select(1, COLUMNS["squared_update"]).copy_(sums.select(1, -1) / elements)
     copies.narrow(1, COLUMNS["orthogonality_error"], 2).fill_(1.0)  # of it and of measured, the ratio counts
     whole = torch.where(copies == group.size(), mine, sums / copies)
     whole.select(1, COLUMNS["staleness_max"]).copy_(whole.narrow(1, _WIDTH, width).amax(1))

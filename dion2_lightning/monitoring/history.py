@@ -89,7 +89,7 @@ class SelectionHistory:
         self.overall.append(dict(metrics.overall))
         self.groups.append({name: dict(each) for name, each in metrics.groups.items()})
         # Six digits are enough for pictures and tables, and halve files and checkpoints.
-        values = [metrics.parameters[info.group, info.name] for info in infos]
+        values = [metrics.parameters[info.key] for info in infos]
         self.parameters.append([{name: float(f"{value:.6g}") for name, value in each.items()} for each in values])
         # They come in float32 from a device without float64.
         self.counts, self._hits = (each.to(torch.float64, copy=True) for each in (counts, hits))

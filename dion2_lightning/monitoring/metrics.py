@@ -16,7 +16,7 @@ MEANINGS: Final[dict[str, str]] = {
     "update_rms": "root mean square of the change of a whole matrix, weight decay left out",
     "orthogonality_error": "Frobenius norm of O O^T - 1, over the root of k: how far the update is from orthonormal",
 }
-"""Every metric by its name, in a line; :class:`SelectionMetrics` has the formulas."""
+"""Every metric by its name, in a line; docs/statistics.md says how it is computed and how to read it."""
 
 MAX_ORTHOGONALITY_ERROR: Final = 0.5
 """Singular values within [0.85, 1.15] give at most 0.32."""
@@ -39,30 +39,24 @@ class ParameterInfo(NamedTuple):
     slices: int
     axis: int
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """The names of its group and its own, by which it is known."""
+        return self.group, self.name
+
+    @property
+    def total_slices(self) -> int:
+        """Slices of all its matrices."""
+        return self.matrices * self.slices
+
 
 @dataclass(frozen=True)
 class SelectionMetrics:
     """Metrics of the selection at one step: for all matrices, for each group and for each parameter.
 
-    All slices count alike, whatever matrix they are in. Captured mass, imbalance and orthogonality error belong to a
-    matrix; of several matrices they are the mean. With n slices of a matrix, k selected, and step t:
-
-    ==================== =============== ==========================================================================
-    metric               range           formula
-    ==================== =============== ==========================================================================
-    selected_fraction    (0, 1]          k / n
-    coverage             (0, 1]          share of the slices selected in one of the steps t - window + 1, ..., t
-    staleness_mean       [0, t]          mean of t - (step of the last selection), or of the steps since the start for
-                                         a slice that never was
-    staleness_max        [0, t]          the largest of them
-    turnover             [0, 1]          share of the k that step t - 1 had not selected
-    captured_mass        [k / n, 1]      sum of |M| over the k slices, over the sum over all, before they decay
-    imbalance            [0, 1 - 1 / n]  Gini coefficient of the slices' counts c_1 <= ... <= c_n: the sum of
-                                         (2 i - n - 1) c_i over n times the sum of c
-    update_rms           [0, inf)        root of the mean square, over all entries of the whole matrix, of what the
-                                         step adds to selected slices
-    orthogonality_error  [0, inf)        ||O O^T - 1|| / sqrt(k), Frobenius (O^T O where k > m)
-    ==================== =============== ==========================================================================
+    ``MEANINGS`` says what each is, docs/statistics.md how it is computed and how to read it. All slices count alike,
+    whatever matrix they are in. Captured mass, imbalance and orthogonality error belong to a matrix; of several
+    matrices they are the mean.
 
     A matrix whose momentum is zero throughout has no captured mass, imbalance and orthogonality error. A parameter
     without a gradient in the step has no turnover, captured mass, update RMS and orthogonality error. What a matrix or
@@ -114,16 +108,6 @@ class ParameterSums(NamedTuple):
     measured: float  # matrices whose error was measured; counters.py relies on its place behind the error
     staleness_max: float  # of the slice that waits longest: a maximum, not a sum
 
-    @property
-    def key(self) -> tuple[str, str]:
-        """The names of its group and its own."""
-        return self.info.group, self.info.name
-
-    @property
-    def slices(self) -> float:
-        """Slices of all its matrices."""
-        return self.matrices * self.info.slices
-
 
 COLUMNS: Final = {name: column for column, name in enumerate(ParameterSums._fields[2:])}
 """Columns of the table that the device leaves, a row for each parameter, by name."""
@@ -135,7 +119,7 @@ def compute_metrics(rows: Sequence[ParameterSums]) -> dict[str, float]:
     def total(name: str, rows: Sequence[ParameterSums] = rows) -> float:
         return float(sum(getattr(row, name) for row in rows))
 
-    slices = total("slices")
+    slices = sum(row.info.total_slices for row in rows)
     metrics = {
         "selected_fraction": total("selected") / slices,
         "coverage": total("covered") / slices,
@@ -158,17 +142,10 @@ def compute_metrics(rows: Sequence[ParameterSums]) -> dict[str, float]:
 
 
 class HealthCheck(NamedTuple):
-    """Something to warn of.
-
-    Attributes:
-        name: What the warning is about.
-        is_failed: Whether a parameter fails the check, given its sums and the window.
-        finding: What was found.
-        advice: What to do.
-    """
+    """Something to warn of."""
 
     name: str
-    is_failed: Callable[[ParameterSums, int], bool]
+    is_failed: Callable[[ParameterSums, int], bool]  # given the sums of a parameter and the window
     finding: Callable[[ParameterSums], str]
     advice: str
 
@@ -183,7 +160,7 @@ HEALTH_CHECKS: Final = (
     HealthCheck(
         "slices never selected",
         _has_left_out,
-        lambda row: f"{row.never_selected:.0f} of {row.slices:.0f}",
+        lambda row: f"{row.never_selected:.0f} of {row.info.total_slices}",
         "a lower momentum or a higher fraction selects more of them; a slice without any gradient is never selected",
     ),
     HealthCheck(

@@ -171,8 +171,7 @@ def _overview(history: SelectionHistory) -> Figure:
     families = _families(history.infos)
     family = max(families, key=unevenness)
     mesh = _draw_heatmap(first, history, family)
-    first.set_title(f"Selected where and when: {_literal(family.title) or 'all matrices'}")
-    first.set_xlabel("step")
+    first.set(title=f"Selected where and when: {_literal(family.title) or 'all matrices'}", xlabel="step")
     _selection_colorbar(figure, mesh, [first])
     _draw_counts(second, history)
     _draw_coverage(third, history)
@@ -287,12 +286,10 @@ def _draw_captured_mass(axes: Axes, history: SelectionHistory) -> None:
     for place, label in zip(places, axes.get_xticklabels(), strict=True):
         if place >= len(layers):
             label.set(rotation=40, ha="right", rotation_mode="anchor", fontsize=7.5)
-    axes.set_xlim(-0.5, len(ticks) - 0.5)
-    _as_percentages(axes.yaxis)
-    axes.set_ylabel("share of the momentum's L1 norm")
-    axes.set_xlabel("layer" if layers else "")
     steps = f"since step {history.steps[since]}" if since < len(history) - 1 else f"at step {history.steps[-1]}"
-    axes.set_title(f"Captured mass: what the selected slices hold, {steps}")
+    axes.set(title=f"Captured mass: what the selected slices hold, {steps}", xlim=(-0.5, len(ticks) - 0.5))
+    axes.set(xlabel="layer" if layers else "", ylabel="share of the momentum's L1 norm")
+    _show_percent(axes)
 
 
 def _draw_captured_mass_alone(axes: Axes, history: SelectionHistory) -> None:
@@ -319,12 +316,12 @@ def _draw_counts(axes: Axes, history: SelectionHistory) -> None:
     if len(shares) > 1:
         axes.plot(x, np.mean(shares, axis=0), color=_INK, linewidth=2.4, label="mean of the matrices")
     axes.axhline(_fraction(history.overall), label="all alike", **_DASHED)
-    axes.set_xlim(0, 1)
-    _as_percentages(axes.yaxis)
+    axes.set(title="How evenly the work is shared", xlim=(0, 1))
+    axes.set(
+        xlabel="slices of a matrix, from the least to the most selected", ylabel="share of the steps that selected it"
+    )
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("slices of a matrix, from the least to the most selected")
-    axes.set_ylabel("share of the steps that selected it")
-    axes.set_title("How evenly the work is shared")
+    _show_percent(axes)
     axes.legend(loc="upper left")
     if layers:
         bar = axes.figure.colorbar(ScalarMappable(norm, _DEPTH_COLORS), ax=axes, label="layer", pad=0.02, aspect=30)
@@ -366,19 +363,17 @@ def _draw_curve(axes: Axes, history: SelectionHistory, name: str) -> None:
         color = _COLORS[place % len(_COLORS)]
         axes.plot(steps, of_group, color=color, linewidth=1.2, marker=marker, label=_literal(group))
     axes.plot(steps, _values(history.overall, name), color=_INK, linewidth=2, marker=marker, label="all matrices")
-    axes.set_xlabel("step")
+    axes.set(xlabel="step", xlim=(0, steps[-1] if len(steps) > 1 else 1.1 * steps[-1]))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlim(0, steps[-1] if len(steps) > 1 else 1.1 * steps[-1])
     if name.startswith("staleness"):
-        axes.set_ylabel("steps")
-        axes.set_ylim(0, max(1.0, 1.35 * axes.dataLim.y1))  # room for the legend
+        axes.set(ylabel="steps", ylim=(0, max(1.0, 1.35 * axes.dataLim.y1)))  # room for the legend
     else:
-        _as_percentages(axes.yaxis)
+        _show_percent(axes)
 
 
-def _as_percentages(axis: Any) -> None:
-    axis.set_major_formatter(PercentFormatter(1.0))
-    axis.axes.set_ylim(0, 1.02)
+def _show_percent(axes: Axes) -> None:
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylim(0, 1.02)
 
 
 def _draw_heatmap(axes: Axes, history: SelectionHistory, family: "_Family") -> QuadMesh:

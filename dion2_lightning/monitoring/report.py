@@ -77,8 +77,8 @@ class _Subset(NamedTuple):
         for member in members:
             info, metrics = history.infos[member], history.parameters[-1][member]
             if "turnover" in metrics:
-                slices += info.matrices * info.slices
-                selected += info.matrices * info.slices * metrics["selected_fraction"]
+                slices += info.total_slices
+                selected += info.total_slices * metrics["selected_fraction"]
             # Of a parameter that came late, only the steps since the first point that knows of it are certain.
             first = next((point for point, each in enumerate(history.parameters) if each[member]), 0)
             steps.append(history.steps[-1] - (history.steps[first] - 1 if first else 0))
@@ -133,7 +133,7 @@ def _verdict(name: str, value: float, subset: _Subset) -> Verdict:
         return healthy_if(value <= limit, reason)
     if name == "staleness_max":
         # Drawn by chance, one of all the slices waits longer than this in one run of a thousand.
-        slices = sum(info.matrices * info.slices for info in history.infos)
+        slices = sum(info.total_slices for info in history.infos)
         by_chance = math.log(1000 * slices) / -math.log1p(-fraction)
         if steps <= by_chance:
             return Verdict(UNKNOWN, f"too early: of so many slices one may wait {by_chance:.0f} steps by chance")
@@ -198,7 +198,7 @@ def render_report(
         "steps": f"{history.steps[-1]:,}",
         "parameters": f"{len(infos):,}",
         "matrices": f"{sum(info.matrices for info in infos):,}",
-        "slices": f"{sum(info.matrices * info.slices for info in infos):,}",
+        "slices": f"{sum(info.total_slices for info in infos):,}",
         "selected a step": f"{everything.fraction:.1%}",
         "groups" if len(members) > 1 else "group": ", ".join(dict.fromkeys(info.group for info in infos)),
     }

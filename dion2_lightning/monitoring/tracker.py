@@ -196,7 +196,7 @@ class SelectionTracker:
             step=self.step,
             overall=compute_metrics(rows),
             groups={name: compute_metrics(of) for name, of in alike(rows, lambda row: row.info.group).items()},
-            parameters={row.key: compute_metrics([row]) for row in rows},
+            parameters={row.info.key: compute_metrics([row]) for row in rows},
         )
         self.history.append(metrics, [each.info for each in tracked], host[:, HITS:COUNTS], host[:, COUNTS:])
         return metrics
@@ -207,8 +207,8 @@ class SelectionTracker:
             return
         for check in HEALTH_CHECKS:
             failed = [row for row in rows if check.is_failed(row, self.window)]
-            new = [row for row in failed if (check.name, row.key) not in self._warned]
-            self._warned |= {(check.name, row.key) for row in new}
+            new = [row for row in failed if (check.name, row.info.key) not in self._warned]
+            self._warned |= {(check.name, row.info.key) for row in new}
             if new:
                 names = ", ".join(f"{row.info.name} ({check.finding(row)})" for row in new[:3])
                 more = f" and {len(new) - 3} more parameters" if len(new) > 3 else ""
@@ -230,7 +230,7 @@ class SelectionTracker:
         counts = {}
         for each in self._parameters.values():
             last, hits = (each.gather(part) for part in each.counts())
-            counts["/".join(each.key)] = {"last": last, "hits": hits}
+            counts["/".join(each.info.key)] = {"last": last, "hits": hits}
         return {
             "step": self.step,
             "counts": {**self._loaded, **counts},  # also what was loaded for parameters that have not come yet
@@ -263,7 +263,7 @@ class SelectionTracker:
             return
         self._signature = signature
         known = {p: tuple(part.clone() for part in each.counts()) for p, each in self._parameters.items()}
-        known_by_name = {self._parameters[parameter].key: counts for parameter, counts in known.items()}
+        known_by_name = {self._parameters[parameter].info.key: counts for parameter, counts in known.items()}
         tracked = [TrackedParameter(row, each) for row, each in enumerate(found)]
         self._counters = [
             SelectionCounters(members, slices, device, self.step)
@@ -274,8 +274,8 @@ class SelectionTracker:
             counts = known.get(each.parameter)
             # Frameworks replace parameters; one without a name cannot be found again.
             if counts is None and sliced.is_named:
-                counts = known_by_name.get(each.key)
-            saved = self._loaded.pop("/".join(each.key), None) if counts is None else None
+                counts = known_by_name.get(each.info.key)
+            saved = self._loaded.pop("/".join(each.info.key), None) if counts is None else None
             if saved is not None and saved["last"].shape == (each.info.matrices, each.info.slices):
                 counts = tuple(each.own_rows(saved[part]) for part in ("last", "hits"))
             if counts is not None and counts[0].shape == (each.count, each.info.slices):
