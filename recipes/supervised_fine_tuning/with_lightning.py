@@ -4,6 +4,7 @@ python recipes/supervised_fine_tuning/with_lightning.py --help
 torchrun --nproc_per_node 2 recipes/supervised_fine_tuning/with_lightning.py --devices 2 --strategy fsdp2
 """
 
+import inspect
 import math
 import os
 from dataclasses import dataclass
@@ -44,11 +45,12 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LightningSettings(Settings):
-    __doc__ = f"""{Settings.__doc__}
-        strategy: How processes share the work: "ddp" replicates the model, "fsdp2" shards it.
-        devices: Processes on each machine.
-        nodes: Machines.
-    """
+    # The docstring goes on where that of Settings ends; Python 3.13 takes its indentation away, older versions do not.
+    __doc__ = f"""{inspect.getdoc(Settings)}
+    strategy: How processes share the work: "ddp" replicates the model, "fsdp2" shards it.
+    devices: Processes on each machine.
+    nodes: Machines.
+"""
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     devices: int = 1
