@@ -8,15 +8,15 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
-from dion2_lightning.layout import alike, local, local_gradient
+from dion2_lightning.layout import alike, local, local_gradient, zeros_like
 
 
 def adamw_state(parameter: Tensor) -> dict[str, Tensor]:
     """Return the state that ``torch.optim.AdamW`` starts with: moments in the parameter's dtype, and a step count."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=step_device(parameter)),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg": zeros_like(parameter),
+        "exp_avg_sq": zeros_like(parameter),
     }
 
 

@@ -24,7 +24,7 @@ from dion2_lightning.groups import (
     refuse_flattened,
     refuse_float64,
 )
-from dion2_lightning.layout import Layouts, is_dtensor, local_gradient, refuse_misplaced
+from dion2_lightning.layout import Layouts, is_dtensor, local_gradient, refuse_misplaced, zeros_like
 from dion2_lightning.orthonormalize import default_dtype
 from dion2_lightning.selection import Selection
 from dion2_lightning.sharing import update_matrices
@@ -477,7 +477,7 @@ def _new_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]
     dtype = torch.float32 if parameter.dtype in HALF_PRECISION else parameter.dtype
     if group["state_dtype"] is not None:
         dtype = getattr(torch, group["state_dtype"])
-    return {"momentum": torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)}
+    return {"momentum": zeros_like(parameter, dtype)}
 
 
 def _plain(settings: Mapping[str, Any]) -> Group:
