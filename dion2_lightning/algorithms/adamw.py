@@ -12,7 +12,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from dion2_lightning.algorithms.algorithm import Algorithm, Member, StateTensor, StepContext, StepWork
 from dion2_lightning.algorithms.hyperparameters import SharedSettings, not_negative, setting, two_decay_rates
-from dion2_lightning.matrices.layout import alike, local, local_gradient
+from dion2_lightning.matrices.layout import group_by, local, local_gradient
 
 
 @dataclass(kw_only=True)
@@ -45,7 +45,11 @@ class AdamWAlgorithm(Algorithm):
 def _update(members: Sequence[Member]) -> None:
     """Take one step; the fused kernel takes one group, device and dtype at a time."""
     present = [member for member in members if member.parameter.grad is not None]
-    for bucket in alike(present, lambda each: (id(each.group), each.parameter.device, each.parameter.dtype)).values():
+
+    def key(member: Member) -> tuple[int, torch.device, torch.dtype]:
+        return id(member.group), member.parameter.device, member.parameter.dtype
+
+    for bucket in group_by(present, key).values():
         weights = [local(parameter) for parameter, _, _, _ in bucket]
         gradients = [local_gradient(parameter) for parameter, _, _, _ in bucket]
         states, group = [state for _, state, _, _ in bucket], bucket[0].group

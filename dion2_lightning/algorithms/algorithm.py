@@ -15,7 +15,7 @@ from dion2_lightning.algorithms.hyperparameters import SharedSettings, check_val
 from dion2_lightning.distributed.overlap import WaitingStep
 from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import Layouts, is_dtensor, refuse_misplaced
+from dion2_lightning.matrices.layout import Layouts, is_dtensor, refuse_misplaced, zeros_like
 from dion2_lightning.matrices.views import Matrices
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
@@ -75,7 +75,7 @@ class StateTensor(NamedTuple):
     def zeros_for(self, parameter: Any) -> Tensor:
         """Create it for the parameter that it was described for."""
         if self.shape == tuple(parameter.shape) and self.placements == getattr(parameter, "placements", None):
-            return torch.zeros_like(parameter, dtype=self.dtype, memory_format=torch.preserve_format)
+            return zeros_like(parameter, self.dtype)
         if self.placements is None:
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         from torch.distributed.tensor import zeros

@@ -40,7 +40,7 @@ from dion2_lightning.distributed.owner_exchange import OwnerRoundTrip, SharedSub
 from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormalize import flops
 from dion2_lightning.kernels.selection import slice_sums
-from dion2_lightning.matrices.layout import Replicas, Span, alike
+from dion2_lightning.matrices.layout import Replicas, Span, group_by
 
 
 def split_by_ranks(
@@ -54,7 +54,7 @@ def split_by_ranks(
 
     alone = [update for update in updates if ranks_of(update) == (None, None)]
     shared = [update for update in updates if ranks_of(update) != (None, None)]
-    return alone, list(alike(shared, lambda each: (*ranks_of(each), each.momentum.device)).values())
+    return alone, list(group_by(shared, lambda each: (*ranks_of(each), each.momentum.device)).values())
 
 
 def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingStep:
@@ -194,7 +194,7 @@ def _select(updates: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> dict[Ma
     """K for every update, those of one (n, k) together."""
     selected: dict[MatrixUpdate, Tensor] = {}
     pairs = zip(updates, norms, strict=True)
-    for batch in alike(pairs, lambda pair: (pair[0].slices, pair[0].k)).values():
+    for batch in group_by(pairs, lambda pair: (pair[0].slices, pair[0].k)).values():
         its_updates, its_norms = zip(*batch, strict=True)
         selected.update(zip(its_updates, select(its_updates, its_norms), strict=True))
     return selected
@@ -254,7 +254,7 @@ def _plan_trips(
     owners_of, following = {}, iter(owners)
     for part in parts:
         owners_of[part] = list(itertools.islice(following, part.count))
-    for dtype, members in alike(parts, lambda part: part.update.dtype).items():
+    for dtype, members in group_by(parts, lambda part: part.update.dtype).items():
         submatrices = [each for part in members for each in part.submatrices(owners_of[part], rank)]
         yield OwnerRoundTrip(submatrices, group, replicas, dtype, members[0].update.momentum.device), members
 
@@ -262,7 +262,7 @@ def _plan_trips(
 def _polar_factors(submatrices: Sequence[Tensor], context: StepContext) -> list[Tensor]:
     """O of every submatrix (k, m), equal shapes together."""
     results: dict[int, Tensor] = {}
-    for equal in alike(range(len(submatrices)), lambda index: submatrices[index].shape).values():
+    for equal in group_by(range(len(submatrices)), lambda index: submatrices[index].shape).values():
         size = max(1, BATCH_ELEMENTS // submatrices[equal[0]].numel())
         for positions in (equal[start : start + size] for start in range(0, len(equal), size)):
             stack = torch.stack([submatrices[position] for position in positions])

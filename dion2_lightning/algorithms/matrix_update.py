@@ -15,7 +15,7 @@ from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, l
 from dion2_lightning.matrices.layout import (
     Layout,
     Spans,
-    alike,
+    group_by,
     layout_of,
     local,
     local_gradient,
@@ -149,7 +149,7 @@ def batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
         momentum = update.momentum
         return momentum.shape[1:], update.k, momentum.stride(-1) != 1, momentum.device, momentum.dtype, update.dtype
 
-    for batch in alike(updates, key).values():
+    for batch in group_by(updates, key).values():
         size = max(1, BATCH_ELEMENTS // max(1, len(batch[0].momentum) * batch[0].k * batch[0].entries))
         for start in range(0, len(batch), size):
             yield batch[start : start + size]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dion2_lightning.distributed.collectives import place_gradients
 from dion2_lightning.kernels.precision import move_sums, sum_dtype
-from dion2_lightning.matrices.layout import alike, local_gradient
+from dion2_lightning.matrices.layout import group_by, local_gradient
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def clip_grad_norm_(
         return torch.tensor(0.0)
     place_gradients(everything)
     # Also what has no gradient here: its mesh's other ranks may have one, and wait.
-    meshes = alike(everything, _sharding)
+    meshes = group_by(everything, _sharding)
     device = everything[0].device
     by_mesh = [move_sums(_power_sum(members, sharding, norm_type), device) for sharding, members in meshes.items()]
     together = torch.stack(by_mesh)
@@ -62,7 +62,7 @@ def clip_grad_norm_(
         raise RuntimeError(f"the norm of the gradients is {norm.item()}, so nothing was clipped; look for NaN or Inf")
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     gradients = [gradient for gradient in map(local_gradient, everything) if gradient is not None]
-    for its_device, members in alike(gradients, lambda gradient: gradient.device).items():
+    for its_device, members in group_by(gradients, lambda gradient: gradient.device).items():
         torch._foreach_mul_(members, factor.to(its_device))
     return norm
 
@@ -82,7 +82,7 @@ def _power_sum(parameters: list[Tensor], sharding: tuple[Any, tuple[int, ...]], 
     # Half precision would round the norm to three digits, or overflow.
     norms = [
         norm
-        for members in alike(held, lambda gradient: torch.promote_types(gradient.dtype, torch.float32)).items()
+        for members in group_by(held, lambda gradient: torch.promote_types(gradient.dtype, torch.float32)).items()
         for norm in torch._foreach_norm(members[1], norm_type, dtype=members[0])
     ]
     device = parameters[0].device

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dion2_lightning.kernels.precision import has_float64
-from dion2_lightning.matrices.layout import alike, is_dtensor, local
+from dion2_lightning.matrices.layout import group_by, is_dtensor, local
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,7 +34,7 @@ def place_gradients(parameters: Iterable[Any]) -> None:
         for parameter in parameters
         if is_dtensor(parameter) and parameter.grad is not None and parameter.grad.placements != parameter.placements
     ]
-    for (mesh, dims, _, _), members in alike(misplaced, _pending_sum).items():
+    for (mesh, dims, _, _), members in group_by(misplaced, _pending_sum).items():
         if dims is None:
             for parameter in members:
                 parameter.grad = parameter.grad.redistribute(mesh, parameter.placements)
@@ -81,7 +81,7 @@ def on_any_rank(
     """
     result = [False] * len(flags)
     key_of = [(getattr(each, "device_mesh", None), each.device) for each in parameters]
-    for (mesh, _), positions in alike(range(len(flags)), lambda index: key_of[index]).items():
+    for (mesh, _), positions in group_by(range(len(flags)), lambda index: key_of[index]).items():
         raised = torch.stack([flags[position] for position in positions]).to(torch.int32)
         for group in _groups_around(mesh, process_group):
             dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=group)
@@ -102,7 +102,7 @@ def check_agreement(
         parameters: Plain, or DTensors.
         process_group: The ranks that hold replicas of the plain ones.
     """
-    meshes = alike(range(len(parameters)), lambda i: getattr(parameters[i], "device_mesh", None))
+    meshes = group_by(range(len(parameters)), lambda i: getattr(parameters[i], "device_mesh", None))
     for mesh, positions in meshes.items():
         number = zlib.crc32(repr([descriptions[position] for position in positions]).encode())
         extremes = torch.tensor([number, -number], device=parameters[positions[0]].device)

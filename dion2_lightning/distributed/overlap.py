@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from dion2_lightning.matrices.layout import alike
+from dion2_lightning.matrices.layout import group_by
 
 WaitingStep = Generator[Sequence[Tensor] | None, Sequence[Tensor], None]
 """A step that pauses: ``yield IN_FLIGHT`` while messages are, ``on_host = yield tensors`` to read integer tensors.
@@ -57,7 +57,7 @@ def _advance(steps: Sequence[Paused]) -> list[Paused]:
 def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return integer tensors on the host, all in one synchronisation with their device."""
     on_host: dict[int, Tensor] = {}
-    for positions in alike(range(len(tensors)), lambda index: tensors[index].device).values():
+    for positions in group_by(range(len(tensors)), lambda index: tensors[index].device).values():
         flat = torch.cat([tensors[position].flatten() for position in positions]).cpu()
         parts = torch.split(flat, [tensors[position].numel() for position in positions])
         on_host.update(zip(positions, parts, strict=True))

@@ -26,7 +26,7 @@ Span = tuple[int, int]
 """Start and stop."""
 
 
-def alike(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     """Group items by a key, groups and their items in the order in which they come."""
     groups: dict[K, list[T]] = defaultdict(list)
     for item in items:
@@ -161,6 +161,30 @@ def _read_layout(parameter: Tensor, label: str, batched: bool, process_group: "P
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor, sharing its memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def zeros_like(parameter: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return zeros that are laid out and placed like a parameter.
+
+    They are made of this rank's part. ``torch.zeros_like`` of a DTensor would do, but torch 2.15 takes a tenth of a
+    second to plan it on a mesh of three dimensions, for every shape anew.
+
+    Args:
+        parameter: Plain, or a DTensor.
+        dtype: Of the zeros (default: the parameter's).
+    """
+    zeros = torch.zeros_like(local(parameter), dtype=dtype, memory_format=torch.preserve_format)
+    if not is_dtensor(parameter):
+        return zeros
+    like_parameter: Tensor = type(parameter).from_local(
+        zeros,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return like_parameter
 
 
 def refuse_misplaced(parameter: Any, label: str) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dion2_lightning.kernels.precision import sum_dtype
-from dion2_lightning.matrices.layout import alike
+from dion2_lightning.matrices.layout import group_by
 from dion2_lightning.matrices.views import SlicedParameter
 from dion2_lightning.monitoring.counters import (
     COUNTS,
@@ -195,7 +195,7 @@ class SelectionTracker:
         metrics = SelectionMetrics(
             step=self.step,
             overall=compute_metrics(rows),
-            groups={name: compute_metrics(of) for name, of in alike(rows, lambda row: row.info.group).items()},
+            groups={name: compute_metrics(of) for name, of in group_by(rows, lambda row: row.info.group).items()},
             parameters={row.info.key: compute_metrics([row]) for row in rows},
         )
         self.history.append(metrics, [each.info for each in tracked], host[:, HITS:COUNTS], host[:, COUNTS:])
@@ -267,7 +267,7 @@ class SelectionTracker:
         tracked = [TrackedParameter(row, each) for row, each in enumerate(found)]
         self._counters = [
             SelectionCounters(members, slices, device, self.step)
-            for (slices, device), members in alike(tracked, lambda p: (p.info.slices, p.parameter.device)).items()
+            for (slices, device), members in group_by(tracked, lambda p: (p.info.slices, p.parameter.device)).items()
         ]
         self._parameters = {each.parameter: each for each in tracked}
         for each, sliced in zip(tracked, found, strict=True):

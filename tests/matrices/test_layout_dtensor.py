@@ -14,8 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dion2_lightning.matrices.layout import Block, Layout, Replicas, layout_of, local, placed_like_stack
+from dion2_lightning.matrices.layout import Block, Layout, Replicas, layout_of, local, placed_like_stack, zeros_like
 
 RANKS = 8
 RANK = 5
@@ -232,3 +233,42 @@ def test_local_shares_memory() -> None:
     local(DTensor.from_local(part, mesh_of(8), (Shard(0),), run_check=False)).fill_(1.0)
     assert part.all()
     assert local(part) is part
+
+
+class OperationsOnDTensors(TorchDispatchMode):
+    """Keeps the names of what torch would have to plan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(each, DTensor) for each in args):
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "placements", [(Replicate(), *FSDP_OVER_TP), (Shard(1), Replicate(), Shard(0))], ids=["rows", "rows and columns"]
+)
+def test_zeros_are_placed_like_their_parameter_and_torch_plans_nothing(
+    placements: tuple[Any, ...], dtype: torch.dtype | None
+) -> None:
+    mesh = mesh_of(2, 2, 2)
+    part = cut(torch.ones(37, 53, dtype=torch.bfloat16), mesh.get_coordinate(), mesh, placements).contiguous()
+    shape, stride = torch.Size((37, 53)), (53, 1)
+    parameter = torch.nn.Parameter(
+        DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+    )
+    expected = torch.zeros_like(parameter, dtype=dtype)
+    with OperationsOnDTensors() as operations, torch.no_grad():
+        zeros = zeros_like(parameter, dtype)
+    assert operations.seen == []
+    assert type(zeros) is type(expected)
+    assert not zeros.requires_grad
+    for name in ("shape", "dtype", "device_mesh", "placements"):
+        assert getattr(zeros, name) == getattr(expected, name), name
+    assert zeros.stride() == expected.stride()
+    assert torch.equal(local(zeros), local(expected))
+    assert local(zeros).stride() == local(expected).stride()
