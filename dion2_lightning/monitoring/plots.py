@@ -168,15 +168,13 @@ def _overview(history: SelectionHistory) -> Figure:
         mean = _mean(_values([history.parameters[-1][member] for member in family.members], "imbalance"))
         return mean if np.isfinite(mean) else -1.0
 
-    families = _families(history.infos)
-    family = max(families, key=unevenness)
+    family = max(_families(history.infos), key=unevenness)
     mesh = _draw_heatmap(first, history, family)
     first.set(title=f"Selected where and when: {_literal(family.title) or 'all matrices'}", xlabel="step")
     _selection_colorbar(figure, mesh, [first])
     _draw_counts(second, history)
     _draw_coverage(third, history)
-    _draw_captured_mass(fourth, history)
-    series = sum(family.depths[0] is not None for family in families)
+    series = _draw_captured_mass(fourth, history)
     fourth.legend(loc="upper left", ncols=2, fontsize=7.5 if series <= 8 else 5.5, handlelength=1.8)
     fourth.set_ylim(0, 1.6 * fourth.dataLim.y1)
     fourth.set_yticks([tick for tick in fourth.get_yticks() if tick <= 1.0])
@@ -256,10 +254,10 @@ def _draw_turnover(axes: Axes, history: SelectionHistory) -> None:
     axes.set_title("Turnover: share of the selection that is new since the step before")
 
 
-def _draw_captured_mass(axes: Axes, history: SelectionHistory) -> None:
-    """Which share of the momentum's L1 norm the selected slices hold, by depth, a line for each kind of matrix.
+def _draw_captured_mass(axes: Axes, history: SelectionHistory) -> int:
+    """Which share of the momentum's L1 norm the selected slices hold, by layer; returns the number of lines.
 
-    It is the mean over the last quarter of the steps; names of matrices without a layer stand behind the layers.
+    A line is a kind of matrix, its values means over the last quarter of the steps. Matrices without a layer come last.
     """
     since = len(history) - max(1, len(history) // 4)
     values = _of_parameters(history, "captured_mass")[since:]
@@ -290,11 +288,11 @@ def _draw_captured_mass(axes: Axes, history: SelectionHistory) -> None:
     axes.set(title=f"Captured mass: what the selected slices hold, {steps}", xlim=(-0.5, len(ticks) - 0.5))
     axes.set(xlabel="layer" if layers else "", ylabel="share of the momentum's L1 norm")
     _show_percent(axes)
+    return series
 
 
 def _draw_captured_mass_alone(axes: Axes, history: SelectionHistory) -> None:
-    _draw_captured_mass(axes, history)
-    series = sum(family.depths[0] is not None for family in _families(history.infos))
+    series = _draw_captured_mass(axes, history)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=8.5 if series <= 12 else 6.5, handlelength=1.8)
 
 

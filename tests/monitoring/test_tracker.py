@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.statistics import size_of, tensors_of
 from dion2_lightning import Dion2, SelectionTracker, SelectionWarning, build_optimizer
 from dion2_lightning.monitoring.history import MAX_POINTS, SelectionHistory
-from dion2_lightning.monitoring.metrics import MEANINGS
+from dion2_lightning.monitoring.metrics import HEALTH_CHECKS, MEANINGS
 
 SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "wide": ((8, 20), {}),
@@ -464,6 +464,19 @@ def run(steps: range, saved: Any) -> Any:
         metrics.append(tracker.pop_metrics())
     weights = {name: parameter.detach().clone() for name, parameter in named.items()}
     return optimizer, tracker, weights, [each for each in metrics if each is not None]
+
+
+def test_the_names_in_saved_states_and_files_are_those_of_version_0_1_0() -> None:
+    """Or its checkpoints and files could not be loaded."""
+    state = run(range(1, 5), None)[1].state_dict()
+    assert list(state) == ["step", "counts", "history", "warned"]
+    assert list(state["counts"]["its wide/wide"]) == ["last", "hits"]
+    names = ["window", "steps", "overall", "groups", "parameters", "kinds", "shares", "counts", "hits"]
+    assert list(state["history"]) == names
+    assert state["history"]["kinds"][0] == ["its wide", "wide", 1, 8, 0]
+    assert [check.name for check in HEALTH_CHECKS] == [
+        "slices never selected", "all-zero momentum", "non-finite update", "update far from orthonormal",
+    ]  # fmt: skip
 
 
 def test_loaded_state_that_is_not_used_yet_is_saved_again() -> None:

@@ -160,7 +160,7 @@ class TestOfflineRun:
         assert "small-vit on digits: what Dion2 selected" in dion2.selection[0].read_text()
         history = SelectionHistory.load(dion2.selection[1])
         assert history.steps == [1, 2, 3, 4]
-        assert len(history.kinds) == 6 * 4
+        assert len(history.infos) == 6 * 4
         assert adamw.selection == ()
         assert not [file for file in run_folder(adamw.settings).iterdir() if "selection" in file.name]
 

@@ -762,8 +762,8 @@ class TestModel:
             with_lightning.fine_tune(other)
             torch.testing.assert_close(weights, saved_weights(other), rtol=0, atol=2e-5)
         history = SelectionHistory.load(run_folder(settings) / "selection.json")
-        assert len(history.kinds) == 2 * 7
-        assert all("lora_B" in kind.name for kind in history.kinds)
+        assert len(history.infos) == 2 * 7
+        assert all("lora_B" in info.name for info in history.infos)
 
     def test_a_saved_model_is_whole_and_alone(
         self, tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
