@@ -16,6 +16,7 @@ from packaging.version import Version
 from torch import nn
 from transformers import TrainingArguments
 
+from dion2_lightning.algorithms.hyperparameters import method_takes
 from dion2_lightning.distributed.strategies import process_group_of
 from dion2_lightning.factory import Dion2, FactoryArguments, build_optimizer
 
@@ -64,8 +65,9 @@ class Dion2Factory:
     """
 
     @classmethod
+    @method_takes(FactoryArguments)
     def from_arguments(
-        cls, arguments: TrainingArguments, **overrides: Any
+        cls, arguments: TrainingArguments, **settings: Any
     ) -> "tuple[type[Dion2Factory], dict[str, Any]]":
         """Return what ``optimizer_cls_and_kwargs`` takes, so that the optimizer follows the Trainer's arguments.
 
@@ -74,22 +76,23 @@ class Dion2Factory:
         side. ``optim_args``, such as ``"fraction=0.25,momentum=0.8"``, gives further arguments of
         :func:`~dion2_lightning.build_optimizer`. The arguments are also the ``strategy``.
 
-        They are read when the Trainer asks for the optimizer, so that a hyperparameter search may change them.
+        They are read when the Trainer asks for the optimizer, so that a hyperparameter search may change them. Settings that
+        are passed beside them come first; the defaults below are for what nobody says.
 
         Args:
             arguments: The very TrainingArguments that the Trainer uses, or TRL's. TRL's trainers take their own kind,
                 such as SFTConfig; of a plain TrainingArguments they make a new one, whose later changes are not seen.
-            **overrides: Arguments of :func:`~dion2_lightning.build_optimizer` that come first.
+            **settings: Arguments of :func:`~dion2_lightning.build_optimizer`.
 
         Returns:
             The factory, and its keyword arguments.
 
         Raises:
-            TypeError: ``arguments`` is no TrainingArguments, or an override has a type that is not taken.
-            ValueError: An override or an entry of ``optim_args`` is unknown or cannot be read.
+            TypeError: ``arguments`` is no TrainingArguments, or a setting has a type that is not taken.
+            ValueError: A setting or an entry of ``optim_args`` is unknown or cannot be read.
         """
-        _coerced({**_read(arguments), **overrides})  # an error here is nearer to its cause than in the Trainer
-        return cls, {"arguments": arguments, **overrides}
+        _coerced({**_read(arguments), **settings})  # an error here is nearer to its cause than in the Trainer
+        return cls, {"arguments": arguments, **settings}
 
     def __call__(self, model: nn.Module, *, arguments: TrainingArguments | None = None, **settings: Any) -> Dion2:
         """Build the optimizer.

@@ -163,7 +163,7 @@ def test_wrong_optim_args_are_refused_at_once(optim_args: str, message: str) -> 
 
 def test_wrong_overrides_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="did you mean 'fraction'"):
-        Dion2Factory.from_arguments(arguments(), fractions=0.5)
+        Dion2Factory.from_arguments(arguments(), fractions=0.5)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="arguments must be the Trainer's TrainingArguments, got dict"):
         Dion2Factory.from_arguments({"learning_rate": 1e-3})
 
