@@ -76,8 +76,8 @@ class Dion2Factory:
         side. ``optim_args``, such as ``"fraction=0.25,momentum=0.8"``, gives further arguments of
         :func:`~dion2_lightning.build_optimizer`. The arguments are also the ``strategy``.
 
-        They are read when the Trainer asks for the optimizer, so that a hyperparameter search may change them. Settings that
-        are passed beside them come first; the defaults below are for what nobody says.
+        They are read when the Trainer asks for the optimizer, so that a hyperparameter search may change them.
+        Settings that are passed beside them come first; the defaults below are for what nobody says.
 
         Args:
             arguments: The very TrainingArguments that the Trainer uses, or TRL's. TRL's trainers take their own kind,
