@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from dion2_lightning.factory import Dion2
 from dion2_lightning.monitoring.tracker import (
     SelectionTracker,
     SelectionWarning,
@@ -14,6 +13,7 @@ from dion2_lightning.monitoring.tracker import (
     is_first_rank,
     without_wrapper,
 )
+from dion2_lightning.optimizer import MatrixOptimizer
 
 FILE_NAME: Final = "dion2_selection.json"
 """Name of the file with a run's history, unless ``save_to`` gives it another."""
@@ -73,7 +73,7 @@ class SelectionRecorder:
             ValueError: There is none, or several.
         """
         unwrapped = [without_wrapper(optimizer) for optimizer in optimizers]
-        found = [optimizer for optimizer in unwrapped if isinstance(optimizer, Dion2)]
+        found = [optimizer for optimizer in unwrapped if isinstance(optimizer, MatrixOptimizer)]
         if not found:
             others = ", ".join(type(optimizer).__name__ for optimizer in unwrapped) or "none at all"
             raise ValueError(
