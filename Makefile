@@ -15,10 +15,10 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 help:
 	@echo "make demo       fine-tune a small encoder offline, Dion2 next to AdamW (about 4 minutes on 2 cores)"
-	@echo "make test       run the tests; ARGS=\"tests/test_routing.py -k tied\" picks some"
+	@echo "make test       run the tests; ARGS=\"tests/routing/test_router.py -k tied\" picks some"
 	@echo "make test-oldest  the same with the oldest versions that are supported, in .venv-oldest (6 GB)"
 	@echo "make test-here  the same with the packages of PYTHON, installing nothing: make test-here PYTHON=python"
-	@echo "make lint       check style (ruff) and types (mypy)"
+	@echo "make lint       check style (ruff), types (mypy) and which folder imports which (import-linter)"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make benchmark  time the optimizers against each other"
 	@echo "make gpu-check  check and measure everything on a GPU; ARGS=\"--device cpu --tiny\" tries it without one"
@@ -47,6 +47,7 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 
 format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix
@@ -120,6 +121,6 @@ $(VENV)/.build: $(VENV)/.created constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	@echo "Installing ruff and mypy (30 MB)"
+	@echo "Installing ruff, mypy and import-linter (35 MB)"
 	@$(PIP) -e '.[dev]'
 	@touch $@

@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step import LAYERS
 from dion2_lightning import Dion2
+from dion2_lightning.algorithms.hyperparameters import DType
 
 SHAPES = LAYERS["smollm2-135m"]
 PLACEMENTS: dict[str, list[list[Any]] | None] = {
@@ -61,7 +62,7 @@ class Case:
     layout: str
     layers: int
     fraction: float
-    dtype: str = "float32"
+    dtype: DType = "float32"
     steps: int = 3
 
 

@@ -27,11 +27,12 @@ from functools import lru_cache
 
 import torch
 
-from dion2_lightning.exchange import Transfer
-from dion2_lightning.layout import Matrices, Span
-from dion2_lightning.owners import orthonormalization_cost
-from dion2_lightning.selection import selected_count
-from dion2_lightning.sharing import plan_owners
+from dion2_lightning.distributed.owner_exchange import SharedSubmatrix
+from dion2_lightning.distributed.owners import Owner, plan_owners
+from dion2_lightning.kernels.orthonormalize import flops
+from dion2_lightning.kernels.selection import selected_count
+from dion2_lightning.matrices.layout import Span
+from dion2_lightning.matrices.views import Matrices
 
 Shape = tuple[int, ...]
 
@@ -169,10 +170,10 @@ def submatrix(shape: Shape, fraction: float, ranks: int) -> Submatrix:
     held = shard(rows, ranks)
     if matrices.slices_are_rows(axis):
         selected = torch.tensor([(k * start // slices, k * stop // slices) for start, stop in held])
-        transfer = Transfer(0, (k, entries), (0, 0), selected, [(0, columns)] * ranks)
+        shared = SharedSubmatrix(Owner(None, 0), (k, entries), (0, 0), selected, [(0, columns)] * ranks)
     else:
-        transfer = Transfer(0, (k, entries), (0, 0), None, held)
-    return Submatrix(orthonormalization_cost(k, entries), tuple(transfer.size_on(rank) for rank in range(ranks)))
+        shared = SharedSubmatrix(Owner(None, 0), (k, entries), (0, 0), None, held)
+    return Submatrix(flops(k, entries), tuple(shared.size_on(rank) for rank in range(ranks)))
 
 
 def simulate(shapes: Sequence[Shape], layout: Layout, fraction: float) -> Step:
@@ -182,12 +183,12 @@ def simulate(shapes: Sequence[Shape], layout: Layout, fraction: float) -> Step:
         if not stays_whole(shape, layout):
             shared += [submatrix(shape, fraction, layout.ranks)] * math.prod(shape[:-2])
     owned, sent = shared_work(shared, layout.ranks, layout.replicas)
-    flops = list(owned)
+    work = list(owned)
     for shape, copies in Counter(shapes).items():
         own = own_flops(shape, layout, fraction)
-        for rank in range(len(flops)):
-            flops[rank] += copies * own[rank % layout.ranks]
-    return Step([each.cost for each in shared], owned, flops, sent)
+        for rank in range(len(work)):
+            work[rank] += copies * own[rank % layout.ranks]
+    return Step([each.cost for each in shared], owned, work, sent)
 
 
 def shared_work(submatrices: Sequence[Submatrix], ranks: int, replicas: int) -> tuple[list[int], list[int]]:
@@ -196,24 +197,24 @@ def shared_work(submatrices: Sequence[Submatrix], ranks: int, replicas: int) -> 
     It sends its parts to the owners in its replica, results as an owner, and results to the other replicas, where these
     share the work: as many bytes as the replica with the most has.
     """
-    sizes = [each.size * DTYPE.itemsize for each in submatrices]
-    owners = plan_owners([each.cost for each in submatrices], sizes, ranks, replicas, None)
-    if owners and owners[0][0] is None and replicas > 1:
-        flops, sent = shared_work(submatrices, ranks, 1)
-        return flops * replicas, sent * replicas
+    sizes = tuple(each.size * DTYPE.itemsize for each in submatrices)
+    owners = plan_owners(tuple(each.cost for each in submatrices), sizes, ranks, replicas, None)
+    if owners and owners[0].replica is None and replicas > 1:
+        work, sent = shared_work(submatrices, ranks, 1)
+        return work * replicas, sent * replicas
     owned = Counter((each, replica or 0, rank) for each, (replica, rank) in zip(submatrices, owners, strict=True))
-    flops, entries = [0] * (ranks * replicas), [0] * (ranks * replicas)
+    work, entries = [0] * (ranks * replicas), [0] * (ranks * replicas)
     results = [[0] * replicas for _ in range(ranks)]
     for kind in set(submatrices):
         for replica in range(replicas):
             of_rank = [owned[kind, replica, rank] for rank in range(ranks)]
             for rank, (held, mine) in enumerate(zip(kind.held, of_rank, strict=True)):
                 position = replica * ranks + rank
-                flops[position] += mine * kind.cost
+                work[position] += mine * kind.cost
                 entries[position] += (sum(of_rank) - mine) * held + mine * (kind.size - held)
                 results[rank][replica] += sum(of_rank) * held
     gathered = [(replicas - 1) * max(each) for each in results] * replicas
-    return flops, [(own + padded) * DTYPE.itemsize for own, padded in zip(entries, gathered, strict=True)]
+    return work, [(own + padded) * DTYPE.itemsize for own, padded in zip(entries, gathered, strict=True)]
 
 
 def own_flops(shape: Shape, layout: Layout, fraction: float) -> list[int]:
@@ -294,12 +295,12 @@ def report(model: str, fraction: float, ranks: Sequence[int], groups: Sequence[i
     print(HEADER)
     for layout in layouts(shapes, ranks, groups):
         dion2, muon = simulate(shapes, layout, fraction), simulate(shapes, layout, MUON)
-        flops = (max(dion2.flops), max(muon.flops), adamw_flops(shapes, layout))
+        largest = (max(dion2.flops), max(muon.flops), adamw_flops(shapes, layout))
         sent = (sum(dion2.sent) / len(dion2.sent), max(dion2.sent), max(muon.sent), norm_bytes(shapes, layout))
         print(
             f"{layout.name:20}{len(dion2.shared) / len(dion2.owned):9.2f}"
             f" |{imbalance(dion2.owned):8.1%}{verdict(dion2):>7}{imbalance(muon.owned):8.1%}{verdict(muon):>7}"
-            f" |{''.join(f'{each / 1e12:10.3g}' for each in flops)}{imbalance(dion2.flops):8.1%}"
+            f" |{''.join(f'{each / 1e12:10.3g}' for each in largest)}{imbalance(dion2.flops):8.1%}"
             f" |{''.join(f'{each / 1e6:9.1f}' for each in sent)}"
         )
 

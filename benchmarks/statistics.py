@@ -1,16 +1,16 @@
-"""What statistics of the selection cost: steps with them, every 10 steps, against steps without, in one process.
+"""What it costs to track the selection: steps with metrics every 10 steps, against steps without, in one process.
 
     python -m benchmarks.statistics --shapes smollm2-135m --layers 6
 
-One optimizer takes blocks of steps in turn, with statistics attached and without, so that both run on the same memory:
-where weights happen to lie makes more of a difference than the statistics do. At the end of a block with them the
-figures are taken, as a callback does it. The gradients change from step to step, so that the selection does. "calls"
-is the time of all calls of the statistics, as a share of the steps in the same blocks: on a CPU it is what they cost,
-and unlike the ratios of blocks it hardly depends on what else a shared machine does.
+One optimizer takes blocks of steps in turn, with a tracker attached and without, so that both use the same memory:
+where weights happen to lie makes more of a difference than the tracker does. A block with a tracker ends with its
+metrics, popped as a callback does it. The gradients change from step to step, so that the selection does. "calls" is
+the time of all calls of the tracker, as a share of the steps in the same blocks: on a CPU it is what they cost, and
+unlike the ratios of blocks it hardly depends on what else a shared machine does.
 
-Memory that is freed stays with the process (--malloc keeps the C library's own way). Left to itself, glibc gives large
-blocks back to the system and fetches them again, page by page, in some processes and not in others: in those, a step
-takes a third longer, with statistics or without, and which of the two it hits harder is a matter of chance.
+Freed memory stays with the process (--malloc keeps the C library's own way). Without that, glibc gives large blocks
+back to the system and fetches them again, page by page, in some processes and not in others: in those, a step takes a
+third longer, with a tracker or without, and which of the two it slows down more is a matter of chance.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.step import CPU_SHAPES, LAYERS, TRANSPOSED, timed, weights
-from dion2_lightning import Dion2, SelectionStatistics, SelectionWarning
+from dion2_lightning import Dion2, SelectionTracker, SelectionWarning
 
 GRADIENTS = 4
 """Sets of gradients that follow each other."""
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--shapes", choices=LAYERS, nargs="+", default=CPU_SHAPES, help="default: those of step.py")
     parser.add_argument("--layers", type=int, default=6, help="decoder layers (default: 6)")
     parser.add_argument(
-        "--every", type=int, default=10, help="steps of a block, the last one with figures (default: 10)"
+        "--every", type=int, default=10, help="steps of a block, the last one with metrics (default: 10)"
     )
     parser.add_argument("--blocks", type=int, default=20, help="blocks of each that count (default: 20)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
@@ -73,41 +73,41 @@ def compare(shapes: str, arguments: argparse.Namespace) -> None:
     parameters = weights(LAYERS[shapes] * arguments.layers, arguments.device)
     optimizer = Dion2([{"params": parameters, "transposed": TRANSPOSED[shapes]}])
     sets = [[gradient_like(each, seed) for each in parameters] for seed in range(GRADIENTS)]
-    observed = TimedStatistics(every=arguments.every)
+    tracker = TimedTracker(every=arguments.every)
 
     def block() -> None:
         for step in range(arguments.every):
             for parameter, gradient in zip(parameters, sets[step % GRADIENTS], strict=True):
                 parameter.grad = gradient
             optimizer.step()
-            observed.take()
+            tracker.pop_metrics()
 
     times: dict[bool, list[float]] = {False: [], True: []}
     calls: list[float] = []
     for number in range(arguments.blocks + 1):
-        for is_observed in (True, False) if number % 2 else (False, True):
-            if is_observed:
-                observed.attach(optimizer)
-                observed.seconds = 0.0
+        for is_tracked in (True, False) if number % 2 else (False, True):
+            if is_tracked:
+                tracker.attach(optimizer)
+                tracker.seconds = 0.0
             elapsed = timed(block, arguments.device) / arguments.every
-            observed.detach()
+            tracker.detach()
             if number > 0:  # the first creates state
-                times[is_observed].append(elapsed)
-                if is_observed:
-                    calls.append(1e3 * observed.seconds / arguments.every / elapsed)
+                times[is_tracked].append(elapsed)
+                if is_tracked:
+                    calls.append(1e3 * tracker.seconds / arguments.every / elapsed)
     without, with_ = (statistics.median(times[each]) for each in (False, True))
     paired = statistics.median(b / a for a, b in zip(times[False], times[True], strict=True))
     slices = sum(min(shape) for shape in LAYERS[shapes]) * arguments.layers
-    kept = size_of(tensors_of(observed, apart_from=[optimizer, observed.history, *parameters])) / torch.int32.itemsize
+    kept = size_of(tensors_of(tracker, apart_from=[optimizer, tracker.history, *parameters])) / torch.int32.itemsize
     fastest = min(times[True]) / min(times[False])
     ratios = f"{statistics.median(calls):8.2%}{fastest:12.4f}{with_ / without:12.4f}{paired:14.4f}"
     print(f"{shapes:14}{without:12.2f}{with_:9.2f}{ratios}{kept / slices:18.1f}")
 
 
 def _timed_call(name: str) -> Callable[..., Any]:
-    call = getattr(SelectionStatistics, name)
+    call = getattr(SelectionTracker, name)
 
-    def timed_call(self: "TimedStatistics", *arguments: Any, **options: Any) -> Any:
+    def timed_call(self: "TimedTracker", *arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
         try:
             return call(self, *arguments, **options)
@@ -117,11 +117,11 @@ def _timed_call(name: str) -> Callable[..., Any]:
     return timed_call
 
 
-class TimedStatistics(SelectionStatistics):
-    """Statistics that add up the time of their calls, those that an optimizer's step makes and :meth:`take`.
+class TimedTracker(SelectionTracker):
+    """A tracker that adds up the time of its calls, those that an optimizer's step makes and :meth:`pop_metrics`.
 
     Attributes:
-        seconds: On the host, since it was set to zero.
+        seconds: Time on the host since it was set to zero.
     """
 
     seconds = 0.0
@@ -131,7 +131,7 @@ class TimedStatistics(SelectionStatistics):
     orthonormalized = _timed_call("orthonormalized")
     moved = _timed_call("moved")
     end_step = _timed_call("end_step")
-    take = _timed_call("take")
+    pop_metrics = _timed_call("pop_metrics")
 
 
 def tensors_of(root: object, *, apart_from: Iterable[object]) -> list[Tensor]:

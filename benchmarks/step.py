@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning import Dion2
+from dion2_lightning.algorithms.hyperparameters import DType
 
 LAYERS = {
     # (out, in) of one decoder layer: query, key, value, output; gate, up, down.
@@ -34,7 +35,7 @@ Sizes = Sequence[tuple[int, int]]
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
-def optimizers(shapes: str, dtype: str | None) -> Iterator[tuple[str, Build]]:
+def optimizers(shapes: str, dtype: DType | None) -> Iterator[tuple[str, Build]]:
     """Yield what is compared, by name; the first is what the others are measured against."""
 
     def dion2(fraction: float) -> Build:

@@ -1,16 +1,16 @@
 """Dion2 (arXiv 2512.16928) where people already train: Lightning, Accelerate and the Hugging Face Trainer."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from dion2_lightning.clipping import clip_grad_norm_
-from dion2_lightning.factory import build_optimizer
-from dion2_lightning.figures import Figures
-from dion2_lightning.history import SelectionHistory
-from dion2_lightning.optimizer import Dion2
-from dion2_lightning.routing import Decision, Routing, route_parameters
-from dion2_lightning.selection import Selection
+from dion2_lightning.distributed.clipping import clip_grad_norm_
+from dion2_lightning.factory import TRAINER_HOOKS, Dion2, build_optimizer
+from dion2_lightning.kernels.selection import Selection
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.metrics import SelectionMetrics
+from dion2_lightning.monitoring.tracker import SelectionTracker, SelectionWarning
+from dion2_lightning.routing.router import Decision, Routing, route_parameters
 from dion2_lightning.settings import OptimizerSettings
-from dion2_lightning.statistics import SelectionStatistics, SelectionWarning
 
 if TYPE_CHECKING:
     from dion2_lightning.integrations.accelerate import SelectionLogger as SelectionLogger
@@ -26,12 +26,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Decision",
     "Dion2",
-    "Figures",
     "OptimizerSettings",
     "Routing",
     "Selection",
     "SelectionHistory",
-    "SelectionStatistics",
+    "SelectionMetrics",
+    "SelectionTracker",
     "SelectionWarning",
     "build_optimizer",
     "clip_grad_norm_",
@@ -53,11 +53,17 @@ They are not in ``__all__``: ``from dion2_lightning import *`` needs torch alone
 """
 
 
+def _add_lightning_callbacks(trainer: Any) -> None:
+    import_module(f"{__name__}.integrations.lightning_hooks").add_callbacks(trainer)
+
+
+# Only a program that has imported Lightning has a Trainer, so this imports nothing that is not there.
+TRAINER_HOOKS.append(_add_lightning_callbacks)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _INTEGRATIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(f"{__name__}.integrations.{_INTEGRATIONS[name]}"), name)
 
 

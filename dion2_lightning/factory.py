@@ -1,93 +1,233 @@
-"""The factory: one call from a model to the optimizer that trains it."""
+"""From a model to its optimizer, and the arguments of both, each written down once."""
 
-import importlib
+import inspect
 import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
-from dion2_lightning.attachment import attach
-from dion2_lightning.groups import check_settings
-from dion2_lightning.optimizer import Dion2
-from dion2_lightning.routing import check_lora, route_parameters
-from dion2_lightning.strategies import process_group_of, refuse_wrappers_that_flatten, strategy_of, trainer_of
+from dion2_lightning.algorithms.adamw import AdamWSettings
+from dion2_lightning.algorithms.dion2 import Dion2Settings
+from dion2_lightning.algorithms.hyperparameters import (
+    described,
+    flag,
+    method_takes,
+    not_negative,
+    one_of,
+    optional,
+    setting,
+    takes,
+)
+from dion2_lightning.distributed.strategies import (
+    process_group_of,
+    refuse_wrappers_that_flatten,
+    strategy_of,
+    trainer_of,
+)
+from dion2_lightning.optimizer import MatrixOptimizer
+from dion2_lightning.routing.replaced_parameters import check_before_steps
+from dion2_lightning.routing.router import check_lora, route_parameters
 
 logger = logging.getLogger("dion2_lightning")
 
-HEADLINES: Final = {
-    "dion2": "Dion2 and AdamW",
-    "muon": "Muon (dion2 groups at fraction 1) and AdamW",
-    "adamw": "AdamW (dion2 groups too)",
+
+class Choice(NamedTuple):
+    """What ``algorithm`` stands for.
+
+    Attributes:
+        headline: Heads the report.
+        matrices: The algorithm of the matrices; everything else is updated by AdamW.
+        settings: What it sets.
+    """
+
+    headline: str
+    matrices: str
+    settings: Mapping[str, Any]
+
+
+CHOICES: Final = {
+    "dion2": Choice("Dion2 and AdamW", "dion2", {}),
+    "muon": Choice("Muon (dion2 groups at fraction 1) and AdamW", "dion2", {"fraction": 1.0}),
+    "adamw": Choice("AdamW (dion2 groups too)", "adamw", {}),
 }
-"""What ``algorithm`` takes, and how the report is headed."""
+"""What ``algorithm`` takes."""
 
 
-def build_optimizer(
-    model: nn.Module,
-    lr: float,
-    *,
-    algorithm: str = "dion2",
-    fraction: float = 0.25,
-    momentum: float = 0.95,
-    weight_decay: float = 0.01,
-    adjust_lr_fn: str | None = "match_rms_adamw",
-    scale_lr_by_fraction: bool = True,
-    select: str = "shorter",
-    orthonormalize: Callable[[Tensor], Tensor] | None = None,
-    orthonormalize_dtype: torch.dtype | str | None = None,
-    state_dtype: torch.dtype | str | None = None,
-    adamw_lr: float | None = None,
-    adamw_weight_decay: float | None = None,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    check_finite: bool = False,
-    overrides: Mapping[str, str | Mapping[str, Any]] | None = None,
-    lora: str = "adamw",
-    strategy: object | None = None,
-    share_replicas: bool | None = None,
-) -> Dion2:
+TRAINER_HOOKS: Final[list[Callable[[Any], None]]] = []
+"""Called with the Lightning Trainer that trains the model, if one is found; the package adds its callbacks so."""
+
+
+def _mapping(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping from patterns of names, got {type(value).__name__}")
+
+
+@dataclass(kw_only=True)
+class CommonArguments(AdamWSettings, Dion2Settings):
+    """What the optimizer's constructor and the factory both take, as plain data."""
+
+    share_replicas: bool | None = setting(
+        None,
+        optional(flag),
+        "Whether ranks that hold replicas, as under DDP and HSDP, share the work on them: True, False, or None, where "
+        "it saves more than sending the results costs.",
+    )
+
+
+@dataclass(kw_only=True)
+class FactorySettings(CommonArguments):
+    """The arguments of ``build_optimizer`` that are plain data."""
+
+    algorithm: Literal["dion2", "muon", "adamw"] = setting(
+        "dion2",
+        one_of(CHOICES),
+        'What updates the matrices. "dion2"; "muon": the same with fraction 1, which is Muon without Nesterov '
+        'momentum; "adamw": the control, AdamW for all, with the groups, learning rates and weight decays as they '
+        "would be.",
+    )
+    adamw_lr: float | None = setting(
+        None, optional(not_negative), "Learning rate of everything that is no matrix. None is lr."
+    )
+    adamw_weight_decay: float | None = setting(
+        None,
+        optional(not_negative),
+        "Weight decay of embeddings, heads and other parameters that decay under AdamW; biases, norms and scalars "
+        "never do. None is weight_decay.",
+    )
+    overrides: Mapping[str, Any] | None = setting(
+        None,
+        _mapping,
+        'What to do with parameters whose names match a pattern: {"pattern": "dion2" | "adamw" | {group options}}.',
+    )
+    lora: Literal["adamw", "B", "both"] = setting(
+        "adamw",
+        lambda _, value: check_lora(value),
+        'Which LoRA factors are updated by Dion2: "adamw" none, "B", "both".',
+    )
+
+
+def _callable(name: str, value: object) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be callable or None, got {type(value).__name__}")
+
+
+def _anything(name: str, value: object) -> None:
+    """Leave the check to what reads the value."""
+
+
+@dataclass(kw_only=True)
+class _Orthonormalize:
+    orthonormalize: Callable[[Tensor], Tensor] | None = setting(
+        None, _callable, "A callable (batch, k, m) -> the same shape instead of Polar Express."
+    )
+
+
+@dataclass(kw_only=True)
+class Dion2Arguments(_Orthonormalize, CommonArguments):
+    """The arguments of :class:`Dion2`."""
+
+    process_group: Any = setting(
+        None,
+        _anything,
+        "The ranks that hold replicas of the plain parameters, with the same gradients, as under DDP: a "
+        "torch.distributed.ProcessGroup. They share the work. Without it every rank updates its replicas by itself, "
+        "with the same result. DTensors need none: their mesh says who shares them.",
+    )
+
+
+@dataclass(kw_only=True)
+class FactoryArguments(_Orthonormalize, FactorySettings):
+    """The arguments of :func:`build_optimizer`."""
+
+    strategy: object | None = setting(
+        None,
+        _anything,
+        "What knows about the ranks: a Lightning Trainer, Strategy or LightningModule, a Fabric, an Accelerator, "
+        "TrainingArguments, a ProcessGroup or a DeviceMesh. Under DDP the ranks then share the work; without it each "
+        "updates its replica by itself, with the same result. FSDP2, HSDP and TP need none: the parameters' meshes "
+        "say all. A model that a Lightning Trainer or Fabric runs knows it by itself; with a part of one, pass the "
+        "Trainer.",
+    )
+
+
+@described(Dion2Arguments)
+class Dion2(MatrixOptimizer):
+    r"""Dion2 for matrices and AdamW for everything else, in one optimizer.
+
+    Each step selects from every matrix the ``fraction`` of rows or columns of its momentum with the largest L1 norms,
+    orthonormalizes only those, decays their momentum and updates only those; weight decay touches every entry
+    (Dion2, arXiv 2512.16928). With ``fraction=1`` this is Muon without Nesterov momentum.
+
+    .. math::
+        M \leftarrow M + G, \quad
+        K = \operatorname{top}_k \lVert M_i \rVert_1, \quad
+        O = \operatorname{polar}(M_K), \quad
+        M_K \leftarrow \mu M_K, \quad
+        X \leftarrow (1 - \eta\lambda) X, \quad
+        X_K \leftarrow X_K - \eta\, s\, \sqrt{n/k}\; O
+
+    A selected slice alone decays, so ``momentum`` :math:`\mu` remembers about :math:`1/((1-\mu)\cdot\text{fraction})`
+    steps: 0.95 at a quarter is 80. A short fine-tuning wants less; :math:`\mu^{n/k}`, 0.81 here, has Muon's horizon.
+
+    A group says by ``algorithm`` what updates it, ``"dion2"`` (the default) or ``"adamw"``, and may override every
+    setting of its algorithm. A ``"dion2"`` group holds matrices, stored (out, in), or (in, out) if it says
+    ``transposed=True``; with ``batched=True`` it holds stacks of matrices, whose first axis counts them.
+    :func:`~dion2_lightning.build_optimizer` makes such groups from a model.
+
+    Args:
+        params: Parameters, named parameters or groups of them, as for every ``torch.optim`` optimizer.
+        **settings: The fields of :class:`Dion2Arguments`.
+
+    Raises:
+        TypeError: An argument or a group's entry has the wrong type.
+        ValueError: An argument or a group's entry is out of range or unknown, or a parameter cannot be updated by its
+            algorithm.
+
+    Example::
+
+        optimizer = Dion2(
+            [
+                {"params": matrices},
+                {"params": embeddings, "algorithm": "adamw", "lr": 1e-3},
+                {"params": biases_and_norms, "algorithm": "adamw", "weight_decay": 0.0},
+            ],
+            lr=3e-4,
+        )
+    """
+
+    default_algorithm: ClassVar[str] = "dion2"
+
+    @method_takes(Dion2Arguments)
+    def __init__(self, params: ParamsT, *args: Any, **settings: Any) -> None:
+        given = inspect.signature(Dion2Arguments).bind(*args, **settings).arguments
+        others = {
+            name: given.pop(name) for name in ("orthonormalize", "process_group", "share_replicas") if name in given
+        }
+        super().__init__(params, given, **others)
+
+
+@takes(FactoryArguments)
+def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
     """Split a model's parameters into matrices and everything else, and build the optimizer for both.
 
     The matrices of linear operators are updated by Dion2; embeddings, heads, norms, biases and the rest by AdamW
     (:func:`~dion2_lightning.route_parameters`). The decisions are logged once, on rank zero, at level INFO to the
     logger ``dion2_lightning``.
 
+    A Lightning Trainer that runs the model, or is the ``strategy``, gets the callbacks that this optimizer needs in it
+    (:class:`~dion2_lightning.NamedOptimizerStates`, :class:`~dion2_lightning.BackboneRates`).
+
     Args:
         model: Any module; ``self`` in Lightning's ``configure_optimizers``.
-        lr: Learning rate of the matrices, and of everything else unless ``adamw_lr`` is given.
-        algorithm: What updates the matrices. ``"dion2"``; ``"muon"``: the same with ``fraction`` 1, which is Muon
-            without Nesterov momentum; ``"adamw"``: the control, AdamW for all, with the groups, learning rates and
-            weight decays as they would be (default: ``"dion2"``).
-        fraction: Share of each matrix's slices to update every step, in (0, 1]; applies to ``"dion2"`` (default: 0.25).
-        momentum: Decay rate of the matrices' momentum (default: 0.95).
-        weight_decay: Of the matrices, decoupled (default: 0.01).
-        adjust_lr_fn: The scale of a matrix's update, see :class:`~dion2_lightning.Dion2` (default:
-            ``"match_rms_adamw"``).
-        scale_lr_by_fraction: Whether one ``lr`` fits every fraction (default: True).
-        select: ``"shorter"`` axis, or ``"output"`` slices (default: ``"shorter"``).
-        orthonormalize: A callable instead of Polar Express (default: None).
-        orthonormalize_dtype: Its precision (default: None, by hardware).
-        state_dtype: Precision of the momentum (default: None, float32 for half-precision parameters).
-        adamw_lr: Learning rate of everything else (default: None, ``lr``).
-        adamw_weight_decay: Of embeddings, heads and other parameters that decay under AdamW; biases, norms and scalars
-            never do (default: None, ``weight_decay``).
-        betas: AdamW's decay rates (default: (0.9, 0.999)).
-        eps: AdamW's term in the denominator (default: 1e-8).
-        check_finite: Refuse gradients with NaN or Inf, at the price of a synchronisation every step (default: False).
-        overrides: ``{"pattern": "dion2" | "adamw" | {group options}}`` by parameter names (default: None).
-        lora: Which LoRA factors are updated by Dion2: ``"adamw"`` none, ``"B"``, ``"both"`` (default: ``"adamw"``).
-        strategy: What knows about the ranks: a Lightning Trainer, Strategy or LightningModule, a Fabric, an
-            Accelerator, TrainingArguments, a ProcessGroup or a DeviceMesh. Under DDP the ranks then share the work;
-            without it each updates its replica by itself, with the same result. FSDP2, HSDP and TP need none: the
-            parameters' meshes say all. A model that a Lightning Trainer or Fabric runs knows it by itself; with a part
-            of one, pass the Trainer. A Trainer that is found so gets the callbacks that this optimizer needs in it
-            (:mod:`dion2_lightning.integrations.lightning_hooks`) (default: None).
-        share_replicas: Whether ranks that hold replicas, as under DDP and HSDP, share the work on them: True, False, or
-            None, where it saves more than sending the results costs (default: None).
+        *args: ``lr``.
+        **settings: The fields of :class:`FactoryArguments`.
 
     Returns:
         A :class:`~dion2_lightning.Dion2` with named groups, the matrices first.
@@ -98,50 +238,29 @@ def build_optimizer(
             strategy or wrapper that leaves no matrices, such as FSDP1 and DeepSpeed ZeRO; or a LightningModule that
             has yet to make its parameters in ``configure_model``.
 
-    A step of the optimizer raises RuntimeError where the model's parameters are no longer its own, or where another
-    optimizer that was built so takes turns with it on the same parameters.
+    A step of the optimizer raises RuntimeError where the model has replaced parameters since.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    check_arguments(
-        {
-            "lr": lr,
-            "algorithm": algorithm,
-            "fraction": fraction,
-            "weight_decay": weight_decay,
-            "adamw_lr": adamw_lr,
-            "adamw_weight_decay": adamw_weight_decay,
-            "overrides": overrides,
-            "lora": lora,
-        }
-    )
-    adamw_lr = lr if adamw_lr is None else adamw_lr
-    adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
+    arguments = FactoryArguments(*args, **settings)
+    choice = CHOICES[arguments.algorithm]
     refuse_wrappers_that_flatten(model)
-    process_group = process_group_of(strategy_of(model) if strategy is None else strategy)
+    process_group = process_group_of(strategy_of(model) if arguments.strategy is None else arguments.strategy)
 
-    routing = route_parameters(model, overrides=overrides, lora=lora)
-
-    def finish(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [_finish(group, algorithm, adamw_lr, adamw_weight_decay) for group in groups]
-
+    rest = {
+        "lr": arguments.lr if arguments.adamw_lr is None else arguments.adamw_lr,
+        "weight_decay": (
+            arguments.weight_decay if arguments.adamw_weight_decay is None else arguments.adamw_weight_decay
+        ),
+    }
+    route = partial(route_parameters, overrides=arguments.overrides, lora=arguments.lora, matrices=choice.matrices)
+    routing = route(model)
+    given = {each.name: getattr(arguments, each.name) for each in fields(CommonArguments)} | dict(choice.settings)
     optimizer = Dion2(
-        finish(routing.param_groups()),
-        lr,
-        fraction=1.0 if algorithm == "muon" else fraction,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        adjust_lr_fn=adjust_lr_fn,
-        scale_lr_by_fraction=scale_lr_by_fraction,
-        select=select,
-        orthonormalize=orthonormalize,
-        orthonormalize_dtype=orthonormalize_dtype,
-        state_dtype=state_dtype,
-        betas=betas,
-        eps=eps,
-        check_finite=check_finite,
+        routing.param_groups(rest=rest),
+        **given,
+        orthonormalize=arguments.orthonormalize,
         process_group=process_group,
-        share_replicas=share_replicas,
     )
 
     model_reference = weakref.ref(model)
@@ -152,59 +271,20 @@ def build_optimizer(
             raise ValueError(
                 "the added group does not say its algorithm, and the model it would be looked up in is gone"
             )
-        added = route_parameters(known, overrides=overrides, lora=lora).param_groups(only=parameters)
-        if sum(len(group["params"]) for group in added) < len(parameters):
+        groups = route(known).param_groups(only=parameters, rest=rest)
+        if sum(len(group["params"]) for group in groups) < len(parameters):
             raise ValueError("the added group holds parameters that are not in the model, or frozen; say its algorithm")
-        return finish(added)
+        return groups
 
     optimizer.route_parameters = route_added
-    attach(optimizer, model)
-    _add_callbacks(trainer_of(model) or trainer_of(strategy))
-    if _is_rank_zero():
-        logger.info("%s for %s\n%s", HEADLINES[algorithm], type(model).__name__, routing.report())
-    return optimizer
-
-
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Check arguments of :func:`build_optimizer` that can be checked without a model, whichever of them are given.
-
-    Args:
-        arguments: By name.
-
-    Raises:
-        TypeError: A value of the wrong type.
-        ValueError: A value out of its range.
-    """
-    algorithm = arguments.get("algorithm", "dion2")
-    if algorithm not in HEADLINES:
-        raise ValueError(f"algorithm must be one of {', '.join(map(repr, HEADLINES))}, got {algorithm!r}")
-    check_settings({name: value for name, value in arguments.items() if name != "algorithm"})
-    for name in ("lr", "weight_decay"):
-        if arguments.get(f"adamw_{name}") is not None:
-            check_settings({name: arguments[f"adamw_{name}"]}, where="adamw_")
-    check_lora(arguments.get("lora", "adamw"))
-    overrides = arguments.get("overrides")
-    if overrides is not None and not isinstance(overrides, Mapping):
-        raise TypeError(f"overrides must be a mapping from patterns of names, got {type(overrides).__name__}")
-
-
-def _finish(group: dict[str, Any], algorithm: str, adamw_lr: float, adamw_weight_decay: float) -> dict[str, Any]:
-    """Give a routed group what the factory's arguments say of it; an override's own options come first."""
-    if group["algorithm"] == "adamw":
-        return {"lr": adamw_lr, "weight_decay": adamw_weight_decay, **group}
-    if algorithm == "adamw":
-        return {**group, "algorithm": "adamw", "name": group["name"].replace("dion2", "adamw-matrices", 1)}
-    return group
-
-
-def _add_callbacks(trainer: Any | None) -> None:
-    """Add what a Lightning Trainer needs to keep each state with its parameter, which nobody would miss in time.
-
-    Only a program that has imported Lightning has a Trainer, so importing here costs nobody else anything. Trainers
-    that are not found here have the first callback all the same, by Lightning's entry point in ``pyproject.toml``.
-    """
+    check_before_steps(optimizer, model)
+    trainer = trainer_of(model) or trainer_of(arguments.strategy)
     if trainer is not None:
-        importlib.import_module("dion2_lightning.integrations.lightning_hooks").add_callbacks(trainer)
+        for prepare in TRAINER_HOOKS:
+            prepare(trainer)
+    if _is_rank_zero():
+        logger.info("%s for %s\n%s", choice.headline, type(model).__name__, routing.report())
+    return optimizer
 
 
 def _is_rank_zero() -> bool:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from rich.table import Table
 
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory
 from recipes.selection_page import write_selection_page
 from recipes.terminal import console
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from dion2_lightning.history import SelectionHistory
-from dion2_lightning.plots import save_pictures
-from dion2_lightning.report import render_report
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.plots import save_pictures
+from dion2_lightning.monitoring.report import render_report
 
 LOOKS_AT_SELECTION = 80
 """A run looks about so many times at what is selected: enough for pictures, whatever its length."""

@@ -21,9 +21,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.statistics import size_of, tensors_of
-from dion2_lightning import Dion2, SelectionStatistics, layout, sharing
-from dion2_lightning.exchange import PIECES, Totals
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning import Dion2, SelectionTracker
+from dion2_lightning.algorithms import dion2_shared as sharing
+from dion2_lightning.distributed.collectives import NormAllReduce
+from dion2_lightning.matrices import layout
+from dion2_lightning.monitoring.history import SelectionHistory
 from tests.every_kind import SLICES, groups_of_every_kind, parameters_of
 
 aten = torch.ops.aten
@@ -157,7 +159,7 @@ def test_a_step_count_goes_where_its_parameter_is(left_on: str) -> None:
 
 def test_statistics_go_where_their_parameters_are() -> None:
     optimizer = Dion2([nn.Parameter(torch.zeros(40, 96, device="cuda"))], lr=0.1)
-    statistics = SelectionStatistics()
+    statistics = SelectionTracker()
     statistics.attach(optimizer)
     [parameter] = optimizer.param_groups[0]["params"]
     for device in ("cuda", "cpu", "cuda"):
@@ -170,11 +172,11 @@ def test_statistics_go_where_their_parameters_are() -> None:
 
 @pytest.mark.parametrize("share_replicas", [True, False, None])
 def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | None) -> None:
-    """It sends one constant, the header of the all-reduce: a fingerprint, and a flag for each matrix."""
+    """It sends one constant, the header of the all-reduce: a checksum, and a flag for each matrix."""
     optimizer = optimizer_of(share_replicas=share_replicas)
     sent = step_watched(optimizer, dist.group.WORLD).sent
     matrices = sum(len(group["params"]) for group in optimizer.param_groups[:-1])
-    assert sent == ([] if share_replicas is False else [matrices + 2 * PIECES])
+    assert sent == ([] if share_replicas is False else [matrices + 1])
 
 
 # Shards
@@ -183,7 +185,7 @@ def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | No
 class Reads:
     """Stands in for ``read_together``, the one place where a step on shards may bring something to the host.
 
-    Fake tensors have no data, so the host gets what a step could have found: all ranks agree, each has every gradient,
+    Fake tensors have no data, so the host gets what a step could have found: each rank has every gradient,
     and the first slices are the largest.
     """
 
@@ -197,8 +199,7 @@ class Reads:
 
 
 def header(size: int) -> Tensor:
-    of_settings = 2 * PIECES
-    return torch.cat([torch.zeros(of_settings, dtype=torch.int64), torch.full((size - of_settings,), 4)])
+    return torch.full((size,), 4)
 
 
 def first(shape: torch.Size) -> Tensor:
@@ -235,11 +236,12 @@ class OnHost:
 def reads(ranks: None, monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Let optimizers step on shards."""
     reads = Reads()
-    monkeypatch.setattr("dion2_lightning.sharing.read_together", reads)
+    monkeypatch.setattr("dion2_lightning.distributed.overlap.read_together", reads)
     edges = on_host(sharing._edges)
-    monkeypatch.setattr("dion2_lightning.sharing._edges", lambda *read: OnHost(edges(*read)))
-    monkeypatch.setattr(Totals, "gradient_counts", on_host(Totals.gradient_counts))
-    monkeypatch.setattr("dion2_lightning.update.layout_of", on_host(layout.layout_of))
+    monkeypatch.setattr("dion2_lightning.algorithms.dion2_shared._edges", lambda *read: OnHost(edges(*read)))
+    monkeypatch.setattr(NormAllReduce, "_agree", lambda self, header: (header == header).all())
+    monkeypatch.setattr(NormAllReduce, "gradient_counts", on_host(NormAllReduce.gradient_counts))
+    monkeypatch.setattr("dion2_lightning.algorithms.matrix_update.layout_of", on_host(layout.layout_of))
     monkeypatch.setattr("dion2_lightning.optimizer.check_agreement", lambda *_: None)  # waits, at the first step
     return reads
 
@@ -298,7 +300,7 @@ def test_a_step_on_shards_waits_once_at_most(
         optimizer.step()
     assert reads.calls == 2 * waits
     matrices = len(precisions) * len(shapes)
-    assert watched.sent == [matrices + 2 * PIECES]
+    assert watched.sent == [matrices + 1]
 
 
 # Statistics
@@ -336,7 +338,7 @@ def check_cost(
         SelectionHistory, "append", lambda self, *given: append(self, *given[:2], *(each._tensor for each in given[2:]))
     )
     alone = step_watched(optimizer, process_group)
-    statistics = SelectionStatistics(every=2, orthogonality=True)
+    statistics = SelectionTracker(every=2, orthogonality=True)
     statistics.attach(optimizer)
     for step in range(1, 5):
         is_due = step % 2 == 0
@@ -344,7 +346,7 @@ def check_cost(
             optimizer.step()
         assert (watched.sent, watched.collectives) == (alone.sent, alone.collectives)
         with TakesOnce() as taken, NoHostWait() as watched:
-            assert (statistics.take() is not None) == is_due
+            assert (statistics.pop_metrics() is not None) == is_due
         assert (taken.calls, watched.collectives) == ((1, collectives) if is_due else (0, 0))
         kept = tensors_of(statistics, apart_from=[optimizer, *parameters_of(optimizer)])
         assert size_of(each for each in kept if is_on_device(each)) == 2 * slices * torch.int32.itemsize

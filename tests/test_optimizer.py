@@ -61,9 +61,8 @@ def test_defaults_are_plain_data():
     for group in optimizer.param_groups:
         assert all(isinstance(value, plain) for name, value in group.items() if name != "params")
         assert isinstance(group["lr"], float)
-    assert optimizer.defaults["state_dtype"] == "float64"
-    assert "orthonormalize" not in optimizer.defaults
-    assert "process_group" not in optimizer.defaults
+    assert optimizer.param_groups[0]["state_dtype"] == "float64"
+    assert optimizer.defaults.keys() <= {"lr", "differentiable"}  # no momentum or betas that schedulers would cycle
 
 
 def test_a_bare_list_of_matrices_is_one_dion2_group():
@@ -82,13 +81,29 @@ def test_groups_override_every_plain_setting():
         "select": "output",
         "orthonormalize_dtype": "float32",
         "state_dtype": "float64",
-        "betas": (0.1, 0.2),
-        "eps": 1e-3,
         "check_finite": True,
     }
-    optimizer = Dion2([{"params": [torch.nn.Parameter(torch.ones(4, 4))], **overrides}])
-    assert overrides.keys() == optimizer.defaults.keys()
-    assert all(optimizer.param_groups[0][name] == value for name, value in overrides.items())
+    of_adamw = {"lr": 2.0, "weight_decay": 0.3, "betas": (0.1, 0.2), "eps": 1e-3, "check_finite": True}
+    groups = [{"params": [torch.nn.Parameter(torch.ones(4, 4))], **overrides}]
+    groups += [{"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw", **of_adamw}]
+    optimizer = Dion2(groups)
+    entries = {"params", "algorithm", "name"}
+    of_dion2 = overrides | {"batched": False, "transposed": False}
+    for group, expected in zip(optimizer.param_groups, (of_dion2, of_adamw), strict=True):
+        assert group.keys() == expected.keys() | entries
+        assert all(group[name] == value for name, value in expected.items())
+
+
+def test_constructor_settings_are_those_of_added_groups_too():
+    """Each group takes those that its algorithm has; an algorithm's own defaults come last."""
+    optimizer = Dion2([torch.nn.Parameter(torch.ones(4, 4))], lr=0.5, momentum=0.1, betas=(0.1, 0.2))
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw"})
+    copied = copy.deepcopy(optimizer)
+    copied.add_param_group({"params": [torch.nn.Parameter(torch.ones(4, 4))], "algorithm": "dion2"})
+    matrices, rest, added = copied.param_groups
+    assert (matrices["momentum"], rest["betas"], added["momentum"]) == (0.1, (0.1, 0.2), 0.1)
+    assert rest["lr"] == added["lr"] == 0.5
+    assert (rest["eps"], added["fraction"]) == (1e-8, 0.25)
 
 
 def test_names_of_groups_are_unique():
@@ -400,7 +415,7 @@ def test_selection_of():
     assert optimizer.selection_of(experts).indices.shape == (3, 2)
     assert selection.indices.tolist() == sorted(selection.indices.tolist())
     for stranger in (model[0].bias, torch.nn.Parameter(torch.ones(3, 3))):
-        with pytest.raises(ValueError, match="is in no group with algorithm='dion2'"):
+        with pytest.raises(ValueError, match="is in no group whose algorithm selects slices of matrices"):
             optimizer.selection_of(stranger)
 
 
@@ -464,7 +479,9 @@ def test_a_copy_says_what_it_has_lost(attribute):
     [
         lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10),
         lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
-        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=0.1, total_steps=10, cycle_momentum=False
+        ),
         lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
         lambda optimizer: _from_transformers("cosine_with_min_lr", optimizer, {"min_lr": 1e-4}),
         lambda optimizer: _from_transformers("polynomial", optimizer, {}),
@@ -485,6 +502,20 @@ def test_schedulers_of_torch_and_transformers(scheduler):
     assert all(first == second for first, second in rates)
     assert len({first for first, _ in rates}) > 2
     assert optimizer.selection_of(model[0].weight) is not None
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10),
+        lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=0.1, max_lr=0.2),
+    ],
+    ids=["one cycle", "cyclic"],
+)
+def test_schedulers_that_cycle_momentum_are_refused_by_torch(scheduler):
+    """They would cycle AdamW's betas, and momentum of matrices by rules made for SGD; both can be told not to."""
+    with pytest.raises(ValueError, match="cycle_momentum"):
+        scheduler(Dion2(groups_of(model_of()), lr=0.1))
 
 
 def _from_transformers(

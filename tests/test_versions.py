@@ -1,5 +1,7 @@
 """The ranges in pyproject.toml are those that were tried: their lower bounds are what ``make test-oldest`` installs."""
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -15,6 +17,29 @@ EXTRAS = PROJECT["optional-dependencies"]
 ASKED = [*PROJECT["dependencies"], *(each for extra in EXTRAS if extra != "dev" for each in EXTRAS[extra])]
 REQUIREMENTS = [Requirement(each) for each in ASKED]
 BOUNDED = [requirement for requirement in REQUIREMENTS if requirement.name != PROJECT["name"]]
+
+WITHOUT_DISTRIBUTED = """
+import importlib, sys
+import torch
+
+# Like a torch that was built without: the package is there and has next to nothing in it.
+del torch._C._c10d_init
+for name in [name for name in sys.modules if name.startswith("torch.distributed")]:
+    del sys.modules[name]
+sys.modules["torch._C._distributed_c10d"] = None
+torch.distributed = importlib.import_module("torch.distributed")
+assert not torch.distributed.is_available()
+
+from dion2_lightning import build_optimizer
+
+model = torch.nn.Linear(8, 8)
+optimizer = build_optimizer(model, lr=0.1)
+before = model.weight.clone()
+model(torch.ones(2, 8)).sum().backward()
+optimizer.step()
+optimizer.load_state_dict(optimizer.state_dict())
+assert not torch.equal(before, model.weight)
+"""
 
 
 def pinned(file: str) -> dict[str, Version]:
@@ -32,3 +57,9 @@ def test_bounds(requirement: Requirement) -> None:
 
 def test_what_is_installed_the_factory_takes() -> None:
     assert pinned("constraints-oldest.txt")["transformers"] >= Version(OLDEST_TRANSFORMERS)
+
+
+def test_a_torch_that_was_built_without_distributed() -> None:
+    command = [sys.executable, "-c", WITHOUT_DISTRIBUTED]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import dion2_lightning
-from dion2_lightning import SelectionStatistics, build_optimizer
+from dion2_lightning import SelectionTracker, build_optimizer
 
 OPTIONAL = ("accelerate", "lightning", "matplotlib", "numpy", "pytorch_lightning", "transformers")
 
@@ -29,13 +29,13 @@ def main() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(10, 16), torch.nn.Linear(16, 32), torch.nn.Linear(32, 4))
     optimizer = build_optimizer(model, lr=0.1)
-    statistics = SelectionStatistics(every=1)
+    statistics = SelectionTracker(every=1)
     statistics.attach(optimizer)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     model(torch.arange(10)).square().mean().backward()
     optimizer.step()
     assert not any(map(torch.equal, before, model.parameters())), "a parameter has not moved"
-    assert statistics.take() is not None
+    assert statistics.pop_metrics() is not None
 
     shown = report("--help")
     assert shown.returncode == 0 and "usage: dion2-report" in shown.stdout, shown

@@ -21,11 +21,16 @@ WORKERS: Final = {"cpu": 2, "cuda": 6}
 """Processes that run tests side by side."""
 
 
-def run_tests(options: Options, *, tests: str = "tests/device") -> Iterator[Row]:
-    """Yield a row for each test function, as soon as all its tests are through."""
+def run_tests(options: Options, *, tests: Sequence[str] = ("tests/device",)) -> Iterator[Row]:
+    """Yield a row for each test function, as soon as all its tests are through, and for each file without any.
+
+    Args:
+        options: Of the section.
+        tests: Files and folders.
+    """
     workers = WORKERS[options.device]
     arguments = [
-        tests,
+        *tests,
         f"--device={options.device}",
         f"--numprocesses={workers}",
         "--dist=worksteal",  # loadfile runs a test that ends its process again and again
@@ -42,10 +47,14 @@ def run_tests(options: Options, *, tests: str = "tests/device") -> Iterator[Row]
         env=dict(os.environ) | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))},
     )
     os.close(writer)
-    with open(reader) as rows:
-        yield from map(json.loads, rows)
+    all_ok = True
+    with open(reader) as lines:
+        for row in map(json.loads, lines):
+            all_ok &= row["ok"]
+            yield row
     code = process.wait()
-    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    said = code == pytest.ExitCode.OK or (code == pytest.ExitCode.TESTS_FAILED and not all_ok)
+    if not said:  # by a row
         yield {"what": "pytest", "ok": False, "found": f"ended with code {code}; see log.txt"}
 
 
@@ -67,6 +76,18 @@ class RowOfEachFunction:
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
         """Learn what will be run: every worker collects the same, and so does one that replaces another."""
         self._left = self._left or Counter(map(function_of, ids))
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Write a row of a file whose tests cannot be had: it raises an error, or skips itself."""
+        if report.passed:
+            return
+        file = name_of(report.nodeid)
+        self._outcomes[file] = {report.nodeid: report.outcome}
+        if report.failed:
+            self._errors[file] = error_of(report.longrepr)
+        else:
+            self._reasons[file] = report.longrepr[-1]
+        self._write(file)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Take note of what became of a test's setup, call or teardown."""
@@ -107,13 +128,21 @@ class RowOfEachFunction:
 def function_of(test: str) -> str:
     """Return what the report calls a test's function: ``"update: small matrices"``."""
     path, name = test.split("[")[0].split("::", 1)
-    return f"{Path(path).stem.removeprefix('test_')}: {name.removeprefix('test_')}".replace("_", " ")
+    return f"{name_of(path)}: {name_of(name)}"
+
+
+def name_of(path: str) -> str:
+    """Return what the report calls a file or a function: ``"small matrices"``."""
+    return Path(path).stem.removeprefix("test_").replace("_", " ")
 
 
 def error_of(raised: Any) -> str:
-    """Return the line that says what was raised, in the test or in a process of its own."""
+    """Return the line that says what was raised, in the test, where it was imported, or in a process of its own."""
     crash = getattr(raised, "reprcrash", None)
     lines = str(raised if crash is None else crash.message).strip().splitlines() or [""]
+    while_importing = [line.removeprefix("E").strip() for line in lines if line.startswith("E   ")]
+    if while_importing:
+        return while_importing[-1][:300]
     of_child = [line for line in lines[1:] if re.match(r"[A-Za-z_][\w.]*(Error|Exception)\b", line)]
     return (of_child[-1] if "-- Process" in "".join(lines) and of_child else lines[0])[:300]
 

@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu.machine import Timer, copy_bandwidth, product_rate
 from benchmarks.gpu.section import Options, Row
 from benchmarks.step import LAYERS, Sizes, optimizers, weights
-from dion2_lightning import Dion2, update
-from dion2_lightning.orthonormalize import default_dtype
-from dion2_lightning.owners import orthonormalization_cost
-from dion2_lightning.selection import selected_count
+from dion2_lightning import Dion2
+from dion2_lightning.algorithms import dion2 as update
+from dion2_lightning.kernels.orthonormalize import default_dtype, flops
+from dion2_lightning.kernels.selection import selected_count
 
 ROUNDS = 12
 TINY = 128
@@ -28,11 +28,11 @@ PHASES = {
     "slice_sums": "norms",
     "select": "select",
     "take": "gather and decay",
-    "orthonormal_of": "orthonormalize",
+    "polar_factors": "orthonormalize",
     "shrink": "weight decay",
     "apply": "apply",
 }
-"""Functions of update.py, and what the report calls them."""
+"""Functions that ``algorithms/dion2.py`` calls, and what the report calls them."""
 
 BYTES = {"AdamW": 28, "Dion2": 20}
 """What has to be moved for a float32 parameter: weight, gradient and state read, weight and state written. Muon is like
@@ -95,7 +95,7 @@ def _product_flops(optimizer: torch.optim.Optimizer, sizes: Sizes) -> int:
         return 0
     fraction = optimizer.param_groups[0].get("fraction", 1.0)
     shapes = [sorted(size) for size in sizes]
-    return sum(orthonormalization_cost(selected_count(short, fraction), long) for short, long in shapes)
+    return sum(flops(selected_count(short, fraction), long) for short, long in shapes)
 
 
 def _launches(optimizer: torch.optim.Optimizer, device: torch.device) -> Row:

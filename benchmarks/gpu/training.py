@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu.machine import Timer
 from benchmarks.gpu.section import Options, Row
-from dion2_lightning import SelectionStatistics, SelectionWarning, build_optimizer
+from dion2_lightning import SelectionTracker, SelectionWarning, build_optimizer
 from recipes.throughput import model_flops_per_token, peak_flops
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ def measure_statistics(options: Options, *, name: str, rows: int, length: int) -
     model = make_model(name, options, length, torch.float32)
     optimizer = build_optimizer(model, lr=1e-4)
     tokens = torch.randint(model.config.vocab_size, (rows, length), device=device)
-    observed = SelectionStatistics(every=EVERY)
+    observed = SelectionTracker(every=EVERY)
     times: dict[bool, list[float]] = {True: [], False: []}
     for number in range(3 if options.tiny else 9):
         for with_statistics in (True, False) if number % 2 else (False, True):
@@ -126,7 +126,7 @@ def measure_statistics(options: Options, *, name: str, rows: int, length: int) -
             with timer:
                 for _ in range(EVERY):
                     timed_step(model, optimizer, tokens)
-                    observed.take()
+                    observed.pop_metrics()
             observed.detach()
             if number > 0:  # the first makes the state
                 times[with_statistics].append(timer.seconds() / EVERY)

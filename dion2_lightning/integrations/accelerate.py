@@ -1,4 +1,4 @@
-"""What is being selected, in a loop of one's own under Accelerate."""
+"""A logger of what is selected, for your own loop under Accelerate."""
 
 from pathlib import Path
 from typing import Any
@@ -6,36 +6,33 @@ from typing import Any
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from dion2_lightning.figures import Figures
 from dion2_lightning.integrations.selection import SelectionRecorder
-from dion2_lightning.statistics import SelectionStatistics, without_wrapper
+from dion2_lightning.monitoring.metrics import SelectionMetrics
+from dion2_lightning.monitoring.tracker import SelectionTracker, without_wrapper
 
 
 class SelectionLogger:
-    """Log what Dion2 selects, to every tracker: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
+    """Log what Dion2 selects, to every tracker of Accelerate: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
 
-    :class:`~dion2_lightning.Figures` says what each figure means. ``accelerator.save_state`` and ``load_state``
-    keep the state with everything else. All ranks make it and call it alike.
+    :class:`~dion2_lightning.SelectionMetrics` defines the metrics. ``accelerator.save_state`` and ``load_state`` save
+    and load the state with everything else. Every rank must make it and call it alike.
 
     Args:
-        accelerator: Whose trackers get the figures.
+        accelerator: Its trackers get the metrics.
         optimizer: A :class:`~dion2_lightning.Dion2`, prepared or not.
-        every: Steps of the optimizer from one set of figures to the next (default: 10).
+        every: Steps of the optimizer between metrics (default: 10).
         window: Steps that ``coverage`` looks back (default: 100).
         per_matrix: Also log every parameter, as ``dion2/<group>/<parameter>/coverage`` (default: False).
         orthogonality: Also measure how far updates are from orthonormal (default: False).
-        save_to: Where the history is written when a checkpoint is saved and at :meth:`close`, for plots: a folder, or a
-            file ending in ``.json``. True: the accelerator's ``project_dir``, if it has one; False: nowhere
-            (default: True).
-        pictures: At :meth:`close`, write pictures of the history to a folder ``pictures`` beside it, and send two to
-            the trackers that take images, as TensorBoard's and W&B's do; needs matplotlib (default: False).
+        save_to: Where the history is saved, with every checkpoint and at :meth:`close`: a folder, or a file ending in
+            ``.json``. True: the accelerator's ``project_dir``, if it has one; False: nowhere (default: True).
+        pictures: At :meth:`close`, save pictures of the history in a folder ``pictures`` beside it, and send two of
+            them to trackers that take images, as TensorBoard's and W&B's do; needs matplotlib (default: False).
 
     Raises:
         ImportError: ``pictures`` needs matplotlib, which is missing.
-        RuntimeError: Another callback, whose training is running, looks on at the optimizer.
         TypeError: An argument has the wrong type.
-        ValueError: ``every`` or ``window`` is under 1, the optimizer is no Dion2, or ``save_to`` is not on this
-            machine.
+        ValueError: ``every`` or ``window`` is under 1, the optimizer is no Dion2, or ``save_to`` is no local folder.
 
     Example::
 
@@ -59,18 +56,9 @@ class SelectionLogger:
         save_to: str | Path | bool = True,
         pictures: bool = False,
     ) -> None:
-        statistics = SelectionStatistics(every=every, window=window, orthogonality=orthogonality)
-        self._recorder = SelectionRecorder(
-            type(self).__name__,
-            statistics,
-            is_running=self._is_running,
-            log="accelerate",
-            per_matrix=per_matrix,
-            save_to=save_to,
-            pictures=pictures,
-        )
+        tracker = SelectionTracker(every=every, window=window, orthogonality=orthogonality)
+        self._recorder = SelectionRecorder(type(self).__name__, "accelerate", tracker, per_matrix, save_to, pictures)
         self._accelerator = accelerator
-        self._is_entered = False
         self._step: int | None = None
         self._path = self._recorder.path(accelerator.project_dir)
         self._recorder.attach([optimizer])
@@ -78,47 +66,47 @@ class SelectionLogger:
         self._register()
 
     @property
-    def statistics(self) -> SelectionStatistics:
-        """What counts, and holds the history."""
-        return self._recorder.statistics
+    def tracker(self) -> SelectionTracker:
+        """Counts what is selected, and holds the history."""
+        return self._recorder.tracker
 
-    def log(self, step: int | None = None) -> Figures | None:
-        """Log the figures of the last step of the optimizer, if it has some. Call it after every batch, on every rank.
+    def log(self, step: int | None = None) -> SelectionMetrics | None:
+        """Log the metrics of the optimizer's last step, if it has some. Call it after every batch, on every rank.
 
         Args:
-            step: What trackers log it under (default: None, the steps that the optimizer has taken).
+            step: Step that they are logged under (default: None, the steps that the optimizer has taken).
 
         Returns:
-            The figures, for a progress bar; None where there are none.
+            The metrics, for a progress bar; None where there are none.
 
         Raises:
-            RuntimeError: It was closed, or another one has been made for the same optimizer.
+            RuntimeError: It was closed, or replaced as the optimizer's observer.
         """
-        if not self.statistics.is_attached:
+        if not self.tracker.is_attached:
             raise RuntimeError(
-                f"{self._recorder.name}: looks on no longer, for it was closed, or another callback has been made for "
-                "the same optimizer; call log() of that one"
+                f"{self._recorder.name}: it was closed, or another observer has replaced it at the optimizer; call "
+                "log() of the newest one"
             )
         self._step = step
-        figures = self.statistics.take()
-        if figures is not None:
-            self._accelerator.log(self._recorder.named(figures), step=figures.step if step is None else step)
-        return figures
+        metrics = self.tracker.pop_metrics()
+        if metrics is not None:
+            named = metrics.named(per_matrix=self._recorder.per_matrix)
+            self._accelerator.log(named, step=metrics.step if step is None else step)
+        return metrics
 
     def close(self) -> None:
-        """Write the history and pictures, and look on no longer; while trackers are open: before ``end_training``.
+        """Save the history and pictures, and detach; before ``end_training``, while trackers are open.
 
-        Closed again, or once another one has taken its place, it does nothing.
+        If it was closed or replaced before, it does nothing.
         """
-        if not self.statistics.is_attached:
+        if not self.tracker.is_attached:
             return
-        self._detach()
+        self.tracker.detach()
         if self._accelerator.is_main_process:
-            step = self.statistics.step if self._step is None else self._step
+            step = self.tracker.step if self._step is None else self._step
             self._recorder.finish(self._path, self._accelerator.trackers, step)
 
     def __enter__(self) -> "SelectionLogger":
-        self._is_entered = True
         return self
 
     def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
@@ -127,23 +115,19 @@ class SelectionLogger:
             self.close()
         else:
             self._save()
-            self._detach()
+            self.tracker.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the statistics, and write the history; ``save_state`` calls it on every rank."""
+        """Return the tracker's state, and save the history; ``save_state`` calls this on every rank."""
         self._save()
-        return self.statistics.state_dict()
+        return self.tracker.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there; ``load_state`` calls it."""
-        self.statistics.load_state_dict(state_dict)
-
-    def _is_running(self) -> bool:
-        """Whether it is in use for certain. Without ``with``, an exception in the loop leaves it open for ever."""
-        return self._is_entered
+        """Continue from there; ``load_state`` calls this."""
+        self.tracker.load_state_dict(state_dict)
 
     def _register(self) -> None:
-        """Take part in checkpoints, in the place of one that looked on at the same optimizer before."""
+        """Register for checkpoints, in the place of an older one of the same optimizer."""
         objects = self._accelerator._custom_objects
         for place, other in enumerate(objects):
             if isinstance(other, SelectionLogger) and other._optimizer is self._optimizer:
@@ -151,11 +135,7 @@ class SelectionLogger:
                 return
         self._accelerator.register_for_checkpointing(self)
 
-    def _detach(self) -> None:
-        self.statistics.detach()
-        self._is_entered = False
-
     def _save(self) -> None:
-        # What is closed has been written, and another one may write there now.
-        if self._accelerator.is_main_process and self.statistics.is_attached:
+        # A closed one has saved its history, and another one may save to the same place by now.
+        if self._accelerator.is_main_process and self.tracker.is_attached:
             self._recorder.save(self._path)

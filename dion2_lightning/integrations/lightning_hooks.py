@@ -11,14 +11,13 @@ unnoticed where shapes are equal. It leaves names as they are, and so does
 :meth:`dion2_lightning.Dion2.load_state_dict`; so a checkpoint with names loads under every strategy.
 """
 
-from importlib import import_module
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from dion2_lightning.optimizer import Dion2
-from dion2_lightning.routing import parameters_by_name
+from dion2_lightning.optimizer import MatrixOptimizer
+from dion2_lightning.routing.model_tree import parameters_by_name
 
 
 class NamesInCheckpoints:
@@ -34,7 +33,7 @@ class NamesInCheckpoints:
         states, named = checkpoint["optimizer_states"], set(pl_module.parameters())
         for index, optimizer in enumerate(trainer.optimizers):
             parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            if isinstance(optimizer, Dion2) and named.issuperset(parameters):
+            if isinstance(optimizer, MatrixOptimizer) and named.issuperset(parameters):
                 states[index] = with_parameter_names(states[index], optimizer, pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -49,7 +48,7 @@ class NamesInCheckpoints:
             return
         order = {parameter: number for number, (_, parameter) in enumerate(pl_module.named_parameters())}
         for optimizer, saved in zip(trainer.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
-            if not isinstance(optimizer, Dion2):
+            if not isinstance(optimizer, MatrixOptimizer):
                 continue
             for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=False):
                 for parameter, number in zip(group["params"], saved_group["params"], strict=False):
@@ -119,15 +118,22 @@ class RatesOfTheBackbone:
         backbone = set(pl_module.backbone.parameters())
         for optimizer, before in zip(trainer.optimizers, self._before, strict=True):
             for group in optimizer.param_groups:
-                if isinstance(optimizer, Dion2) and group["lr"] == before and backbone.issuperset(group["params"]):
+                is_of_backbone = isinstance(optimizer, MatrixOptimizer) and backbone.issuperset(group["params"])
+                if is_of_backbone and group["lr"] == before:
                     group["lr"] = optimizer.param_groups[-1]["lr"]
         self._before = []
 
 
 def add_callbacks(trainer: Any) -> None:
     """Add the callbacks that a Trainer needs and does not have."""
-    package = "pytorch_lightning" if _is_of(trainer, "pytorch_lightning") else "lightning"
-    classes = import_module(f"dion2_lightning.integrations.{package}")
+    if _is_of(trainer, "pytorch_lightning"):
+        from dion2_lightning.integrations import pytorch_lightning
+
+        classes: Any = pytorch_lightning
+    else:
+        from dion2_lightning.integrations import lightning
+
+        classes = lightning
     needed = [classes.NamedOptimizerStates]
     if any(kind.__name__ == "BackboneFinetuning" for each in trainer.callbacks for kind in type(each).__mro__):
         needed.append(classes.BackboneRates)

@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Final
 
-import torch
 import transformers
 from accelerate.state import AcceleratorState, is_initialized
 from packaging.version import Version
 from torch import nn
 from transformers import TrainingArguments
 
-from dion2_lightning.factory import build_optimizer
-from dion2_lightning.optimizer import Dion2
-from dion2_lightning.strategies import process_group_of
+from dion2_lightning.algorithms.hyperparameters import method_takes
+from dion2_lightning.distributed.strategies import process_group_of
+from dion2_lightning.factory import Dion2, FactoryArguments, build_optimizer
 
 OLDEST_TRANSFORMERS: Final = "5.2"
 """Its Trainer is the first that calls a factory with the model."""
@@ -32,7 +31,7 @@ if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
     )
 
 KINDS: Final[dict[str, Any]] = {
-    name: kind for name, kind in typing.get_type_hints(build_optimizer).items() if name not in ("model", "return")
+    name: kind for name, kind in typing.get_type_hints(FactoryArguments).items() if name != "_"
 }
 """The arguments of build_optimizer beside the model, and their types."""
 
@@ -66,8 +65,9 @@ class Dion2Factory:
     """
 
     @classmethod
+    @method_takes(FactoryArguments)
     def from_arguments(
-        cls, arguments: TrainingArguments, **overrides: Any
+        cls, arguments: TrainingArguments, **settings: Any
     ) -> "tuple[type[Dion2Factory], dict[str, Any]]":
         """Return what ``optimizer_cls_and_kwargs`` takes, so that the optimizer follows the Trainer's arguments.
 
@@ -77,21 +77,22 @@ class Dion2Factory:
         :func:`~dion2_lightning.build_optimizer`. The arguments are also the ``strategy``.
 
         They are read when the Trainer asks for the optimizer, so that a hyperparameter search may change them.
+        Settings that are passed beside them come first; the defaults below are for what nobody says.
 
         Args:
             arguments: The very TrainingArguments that the Trainer uses, or TRL's. TRL's trainers take their own kind,
                 such as SFTConfig; of a plain TrainingArguments they make a new one, whose later changes are not seen.
-            **overrides: Arguments of :func:`~dion2_lightning.build_optimizer` that come first.
+            **settings: Arguments of :func:`~dion2_lightning.build_optimizer`.
 
         Returns:
             The factory, and its keyword arguments.
 
         Raises:
-            TypeError: ``arguments`` is no TrainingArguments, or an override has a type that is not taken.
-            ValueError: An override or an entry of ``optim_args`` is unknown or cannot be read.
+            TypeError: ``arguments`` is no TrainingArguments, or a setting has a type that is not taken.
+            ValueError: A setting or an entry of ``optim_args`` is unknown or cannot be read.
         """
-        _coerced({**_read(arguments), **overrides})  # an error here is nearer to its cause than in the Trainer
-        return cls, {"arguments": arguments, **overrides}
+        _coerced({**_read(arguments), **settings})  # an error here is nearer to its cause than in the Trainer
+        return cls, {"arguments": arguments, **settings}
 
     def __call__(self, model: nn.Module, *, arguments: TrainingArguments | None = None, **settings: Any) -> Dion2:
         """Build the optimizer.
@@ -189,13 +190,14 @@ def _options(pattern: str, options: Any) -> Any:
 
 def _from_text(name: str, value: Any, kind: Any) -> Any:
     """A value as its type wants it. What is not text is left as it is, to be checked where it is used."""
-    kinds = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else (kind,)
     if tuple[float, float] in kinds:
         return _two_numbers(name, value)
     if not isinstance(value, str):
         return value
     text = value.strip()
-    if str in kinds and torch.dtype not in kinds:
+    words = [word for each in kinds if typing.get_origin(each) is typing.Literal for word in typing.get_args(each)]
+    if text in words:
         return text  # "none" too: a rule of adjust_lr_fn is called so
     if NoneType in kinds and text.lower() in NONE:
         return None
@@ -203,8 +205,8 @@ def _from_text(name: str, value: Any, kind: Any) -> Any:
         return _truth(name, text)
     if float in kinds:
         return _number(name, text)
-    if torch.dtype in kinds:
-        return text
+    if words or str in kinds:
+        return text  # the check of the argument says what it takes
     raise TypeError(f"{name} cannot be given as text, got {value!r}; pass the object itself")
 
 

@@ -1,14 +1,12 @@
-"""What is being selected, in the Hugging Face Trainer and TRL: a callback that logs it."""
+"""A callback that logs what is selected, for the Hugging Face Trainer and TRL."""
 
 import base64
 import inspect
 import json
-import sys
 import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,13 +15,13 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from transformers.trainer_utils import IntervalStrategy
 from typing_extensions import override
 
-from dion2_lightning.figures import Figures
-from dion2_lightning.history import SelectionHistory, from_plain, to_plain
 from dion2_lightning.integrations.selection import SelectionRecorder
-from dion2_lightning.statistics import SelectionStatistics, SelectionWarning, check_steps, check_truth
+from dion2_lightning.monitoring.history import SelectionHistory, from_plain, to_plain
+from dion2_lightning.monitoring.metrics import SelectionMetrics
+from dion2_lightning.monitoring.tracker import SelectionTracker, SelectionWarning, check_bool, check_steps
 
 _MAX_ENTRIES: Final = 25_000
-"""Points of a checkpoint's history, times parameters: 150 bytes each at the most, so under 4 MB in all."""
+"""Points of a checkpoint's history, times parameters: at most 150 bytes each, so under 4 MB in all."""
 
 _MIN_POINTS: Final = 16
 
@@ -31,32 +29,31 @@ _MIN_POINTS: Final = 16
 class SelectionCallback(TrainerCallback, ExportableState):
     """Log what Dion2 selects, with the loss: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
 
-    :class:`~dion2_lightning.Figures` says what each figure means. They are in the Trainer's ``log_history`` and go to
-    every reporter. The state goes into ``trainer_state.json``, and ``train(resume_from_checkpoint=...)`` goes on from
-    it, with ``restore_callback_states_from_checkpoint`` or without; with it, the Trainer puts a new callback, with the
-    saved arguments, into the place of the one it was given.
+    :class:`~dion2_lightning.SelectionMetrics` defines the metrics. They are in the Trainer's ``log_history`` and go to
+    every reporter. The state is saved in ``trainer_state.json``, and ``train(resume_from_checkpoint=...)`` continues
+    from it, with ``restore_callback_states_from_checkpoint`` or without; with it, the Trainer replaces this callback by
+    a new one that has the saved arguments.
 
     Args:
-        every: Steps from one set of figures to the next; the Trainer then logs at these steps too (default: None, at
-            the steps at which the Trainer logs).
+        every: Steps between metrics; the Trainer then logs at these steps too (default: None, the steps at which the
+            Trainer logs).
         window: Steps that ``coverage`` looks back (default: 100).
         per_matrix: Also log every parameter, as ``dion2/<group>/<parameter>/coverage`` (default: False).
         orthogonality: Also measure how far updates are from orthonormal (default: False).
-        save_to: Where the history is written when a checkpoint is saved and when training ends, for plots: a folder, or
-            a file ending in ``.json``. True: ``args.output_dir``; False: nowhere (default: True).
+        save_to: Where the history is saved, with every checkpoint and when training ends: a folder, or a file ending in
+            ``.json``. True: ``args.output_dir``; False: nowhere (default: True).
         progress: Show ``coverage`` beside the loss in the progress bar (default: True).
-        pictures: When training ends, write pictures of the history to a folder ``pictures`` beside it, and send two to
-            TensorBoard and W&B, where ``report_to`` names them; needs matplotlib (default: False).
+        pictures: When training ends, save pictures of the history in a folder ``pictures`` beside it, and send two of
+            them to TensorBoard and W&B, if ``report_to`` names them; needs matplotlib (default: False).
 
     Attributes:
-        figures: The last ones; None before the first.
+        metrics: The last ones; None before the first.
 
     Raises:
         ImportError: ``pictures`` needs matplotlib, which is missing.
-        RuntimeError: When training begins, another callback looks on at the optimizer.
         TypeError: An argument has the wrong type.
         ValueError: ``every`` or ``window`` is under 1; or, when training begins, the optimizer is no Dion2, neither
-            ``every`` nor the Trainer's arguments say at which steps to log, or ``save_to`` is not on this machine.
+            ``every`` nor the Trainer's arguments say at which steps to log, or ``save_to`` is no local folder.
 
     Example::
 
@@ -76,50 +73,42 @@ class SelectionCallback(TrainerCallback, ExportableState):
     ) -> None:
         if every is not None:
             check_steps("every", every)
-        check_truth("progress", progress)
-        statistics = SelectionStatistics(every=None, window=window, orthogonality=orthogonality)
-        self._recorder = SelectionRecorder(
-            type(self).__name__,
-            statistics,
-            is_running=self._is_running,
-            log="transformers",
-            per_matrix=per_matrix,
-            save_to=save_to,
-            pictures=pictures,
-        )
+        check_bool("progress", progress)
+        tracker = SelectionTracker(every=None, window=window, orthogonality=orthogonality)
+        self._recorder = SelectionRecorder(type(self).__name__, "transformers", tracker, per_matrix, save_to, pictures)
         self.every, self.progress = every, progress
-        self.figures: Figures | None = None
+        self.metrics: SelectionMetrics | None = None
         self._path: Path | None = None
-        self._entry: dict[str, float] | None = None
+        self._not_logged: dict[str, float] = {}
         self._gathered: str | None = None
         self._gathered_at = 0
         self._handler: CallbackHandler | None = None
 
     @property
-    def statistics(self) -> SelectionStatistics:
-        """What counts, and holds the history; another one after each start of a training."""
-        return self._recorder.statistics
+    def tracker(self) -> SelectionTracker:
+        """Counts what is selected, and holds the history; every training has a new one."""
+        return self._recorder.tracker
 
     @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look on; go on from the checkpoint's state, where one was loaded."""
+        """Attach, and continue from the checkpoint's state, if one was loaded."""
         if self.every is None and args.logging_strategy != IntervalStrategy.STEPS:
             raise ValueError(
                 f"{self._recorder.name}: every=None follows logging_steps, but logging_strategy is "
                 f"{str(args.logging_strategy.value)!r}; pass every=..."
             )
         self._path = self._recorder.path(args.output_dir)
-        self._handler = _handler_of_this_event()
-        self._go_before_reporters(self._handler)
+        self._handler = _calling_handler()
+        self._move_before_reporters(self._handler)
         self._recorder.restart()
-        self.figures = self._entry = self._gathered = None
-        self._gathered_at = 0
+        self.metrics = self._gathered = None
+        self._not_logged, self._gathered_at = {}, 0
         name = type(self).__name__
         if state.global_step > 0 and isinstance(saved := state.stateful_callbacks.get(name), dict):
             self.saved = saved["attributes"]["saved"]
-        # The Trainer takes for granted that there is an entry, also where the checkpoint was saved without it.
+        # The Trainer takes an entry for granted, also after a checkpoint that was saved without this callback.
         if name not in state.stateful_callbacks:
             state.stateful_callbacks[name] = self.state()
         self._recorder.attach([kwargs["optimizer"]])
@@ -128,23 +117,25 @@ class SelectionCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for figures of the step that is due."""
-        if self._is_due(state.global_step + 1, args, state):
-            self.statistics.ask()
+        """Request metrics of the step that is due."""
+        step = state.global_step + 1
+        if self.every is not None:
+            is_due = step % self.every == 0
+        else:
+            is_due = step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        if is_due:
+            self.tracker.request()
 
     @override
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Take the figures, on every rank, and have them logged.
-
-        They come into the history of this step at once: a callback behind may decide that it is not logged.
-        """
-        figures = self.statistics.take()
-        if figures is not None:
-            self.figures = figures
-            self._entry = {**self._recorder.named(figures), "epoch": state.epoch, "step": state.global_step}
-            state.log_history.append(self._entry)
+        """Take the metrics, on every rank, and have the Trainer log."""
+        self._not_logged = {}
+        metrics = self.tracker.pop_metrics()
+        if metrics is not None:
+            self.metrics = metrics
+            self._not_logged = metrics.named(per_matrix=self._recorder.per_matrix)
             control.should_log = True
         self._gather(control.should_save)
         return control
@@ -153,13 +144,13 @@ class SelectionCallback(TrainerCallback, ExportableState):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Get ready for a checkpoint of the epoch."""
+        """Prepare for a checkpoint of the epoch."""
         self._gather(control.should_save)
 
     @override
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Get ready for a checkpoint that depends on the result."""
-        self._gather(self._handler is not None)
+        """Prepare for a checkpoint that depends on the result."""
+        self._gather(self.tracker.is_attached)
 
     @override
     def on_log(
@@ -170,26 +161,22 @@ class SelectionCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the figures to what is being logged: to the history's entry, and to what the reporters get next."""
-        # What is logged without a loss is an evaluation, or the end of the training.
-        if logs is None or "loss" not in logs:
+        """Add the metrics to the entry of ``log_history`` and to what the reporters, which come next, are given."""
+        # What is logged without a loss is an evaluation, or the summary of the training.
+        if logs is None or "loss" not in logs or not self._not_logged:
             return
-        entry, self._entry = self._entry, None
-        if entry is None or entry["step"] != state.global_step or self._handler is None:
-            return
-        state.log_history[:] = [each for each in state.log_history if each is not entry]
-        figures = {name: value for name, value in entry.items() if name not in ("epoch", "step")}
-        logs.update(figures)
-        state.log_history[-1].update(figures)
-        if self.progress:
-            shown = {name.removeprefix("dion2/"): logs[name] for name in ("loss", "dion2/coverage") if name in logs}
+        logs.update(self._not_logged)
+        state.log_history[-1].update(self._not_logged)
+        self._not_logged = {}
+        if self.progress and self._handler is not None:
+            shown = {name.removeprefix("dion2/"): logs[name] for name in ("loss", "dion2/coverage")}
             for callback in self._handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                     callback.training_bar.set_postfix(shown)
 
     @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the history."""
+        """Save the history."""
         if state.is_world_process_zero:
             self._recorder.save(self._path)
 
@@ -197,22 +184,29 @@ class SelectionCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the history and pictures, and look on no longer. Reporters, which come later, still take them."""
-        self.statistics.detach()
+        """Save the history and pictures, and detach. Reporters, which come next, still take pictures."""
+        self.tracker.detach()
         if state.is_world_process_zero and self._handler is not None:
-            self._recorder.finish(self._path, list(_taking_pictures(self._handler)), state.global_step)
+            self._recorder.finish(self._path, list(_image_loggers(self._handler)), state.global_step)
         self._handler = None
 
     @override
     def state(self) -> dict[str, Any]:
-        """Return arguments and statistics as the Trainer keeps them in ``trainer_state.json``."""
-        recorder, statistics = self._recorder, self.statistics
+        """Return arguments and state as the Trainer saves them in ``trainer_state.json``, on one rank."""
+        recorder, tracker = self._recorder, self.tracker
+        if tracker.state_is_spread and tracker.is_attached and self._gathered_at != tracker.step:
+            message = (
+                f"step {tracker.step}: a checkpoint is saved that was not planned when the step ended, so it holds the "
+                f"counts of step {self._gathered_at}; set control.should_save in a callback that stands before "
+                f"{recorder.name}"
+            )
+            warnings.warn(message, SelectionWarning, stacklevel=2)
         return {
             "args": {
                 "every": self.every,
-                "window": statistics.window,
+                "window": tracker.window,
                 "per_matrix": recorder.per_matrix,
-                "orthogonality": statistics.orthogonality,
+                "orthogonality": tracker.orthogonality,
                 "save_to": recorder.save_to if isinstance(recorder.save_to, bool) else str(recorder.save_to),
                 "progress": self.progress,
                 "pictures": recorder.pictures,
@@ -222,37 +216,24 @@ class SelectionCallback(TrainerCallback, ExportableState):
 
     @property
     def saved(self) -> str:
-        """The state of the statistics as text; to set it is to go on from there."""
-        if not self.statistics.state_is_spread:
-            return _packed(self.statistics)
-        # The Trainer asks one rank alone, and all are needed.
-        if self._handler is not None and self._gathered_at != self.statistics.step:
-            message = (
-                f"step {self.statistics.step}: a checkpoint is saved that was not planned when the step ended, so it "
-                f"holds the statistics of step {self._gathered_at}; set control.should_save in a callback that stands "
-                f"before {self._recorder.name}"
-            )
-            warnings.warn(message, SelectionWarning, stacklevel=2)
-        return self._gathered or _packed(SelectionStatistics())
+        """The tracker's state as text. The Trainer restores it by setting it."""
+        if self.tracker.state_is_spread:
+            return self._gathered or _packed(SelectionTracker())
+        return _packed(self.tracker)
 
     @saved.setter
     def saved(self, text: str) -> None:
-        self.statistics.load_state_dict(from_plain(json.loads(zlib.decompress(base64.b64decode(text)))))
-
-    def _is_due(self, step: int, args: TrainingArguments, state: TrainerState) -> bool:
-        if self.every is not None:
-            return step % self.every == 0
-        return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        self.tracker.load_state_dict(from_plain(json.loads(zlib.decompress(base64.b64decode(text)))))
 
     def _gather(self, is_needed: bool) -> None:
-        """Bring together what ranks hold of stacks of experts, on all ranks."""
-        if is_needed and self.statistics.state_is_spread:
-            self._gathered, self._gathered_at = _packed(self.statistics), self.statistics.step
+        """Gather the state, on all ranks, where they hold different experts: the Trainer asks one rank alone for it."""
+        if is_needed and self.tracker.state_is_spread:
+            self._gathered, self._gathered_at = _packed(self.tracker), self.tracker.step
 
-    def _go_before_reporters(self, handler: CallbackHandler) -> None:
-        """Move to behind what decides about logging and saving, so that reporters come later.
+    def _move_before_reporters(self, handler: CallbackHandler) -> None:
+        """Move to right behind the callback that decides about logging and saving.
 
-        The Trainer puts a user's callbacks behind its reporters, so they would have reported before there are figures.
+        The Trainer calls a user's callbacks after its reporters, which would report before metrics are added.
         """
         callbacks = handler.callbacks
         flow = [index for index, each in enumerate(callbacks) if isinstance(each, DefaultFlowCallback)]
@@ -261,15 +242,6 @@ class SelectionCallback(TrainerCallback, ExportableState):
         if callbacks.index(self) > place:
             callbacks.remove(self)
             callbacks.insert(place, self)
-
-    def _is_running(self) -> bool:
-        """Whether its Trainer trains. After an exception none tells its callbacks, and ``is_in_train`` stays true."""
-        handler = self._handler
-        if handler is None or self not in handler.callbacks:
-            return False
-        callers = (each for newest in sys._current_frames().values() for each in _callers(newest))
-        trainers = (frame.f_locals.get("self") for frame in callers if frame.f_code.co_name == "train")
-        return any(getattr(trainer, "callback_handler", None) is handler for trainer in trainers)
 
 
 class _WandbRun:
@@ -281,8 +253,8 @@ class _WandbRun:
         wandb.log({key: [wandb.Image(image) for image in images], "train/global_step": step})
 
 
-def _taking_pictures(handler: CallbackHandler) -> Iterator[Any]:
-    """What reporters log to, of those that log images."""
+def _image_loggers(handler: CallbackHandler) -> Iterator[Any]:
+    """What the reporters that take images log to."""
     for callback in handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             yield callback.tb_writer
@@ -290,27 +262,22 @@ def _taking_pictures(handler: CallbackHandler) -> Iterator[Any]:
             yield _WandbRun()
 
 
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame, and those that wait for it."""
+def _calling_handler() -> CallbackHandler:
+    """The handler that calls the present event, from the frames of its callers: callbacks are given all but it."""
+    frame = inspect.currentframe()
     while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _handler_of_this_event() -> CallbackHandler:
-    """The handler that calls, which gives its callbacks everything but itself."""
-    for frame in _callers(inspect.currentframe()):
         caller = frame.f_locals.get("self")
         if isinstance(caller, CallbackHandler):
             return caller
+        frame = frame.f_back
     raise RuntimeError("SelectionCallback must be called by a Trainer: pass it as Trainer(callbacks=[...])")
 
 
-def _packed(statistics: SelectionStatistics) -> str:
-    """The state as text, a fraction as long as its JSON; of large models the history has fewer points in it."""
-    state = statistics.state_dict()
+def _packed(tracker: SelectionTracker) -> str:
+    """The state as text, a fraction as long as its JSON; for a large model with fewer points of the history."""
+    state = tracker.state_dict()
     history = SelectionHistory()
     history.load_state_dict(state["history"])
-    history.thin_out(max(_MIN_POINTS, _MAX_ENTRIES // max(1, len(history.kinds))))
+    history.thin_out(max(_MIN_POINTS, _MAX_ENTRIES // max(1, len(history.infos))))
     text = json.dumps(to_plain({**state, "history": history.state_dict()}))
     return base64.b64encode(zlib.compress(text.encode())).decode()

@@ -7,9 +7,9 @@ python docs/pictures/selection.py runs/text_classification/dion2/seed-0/selectio
 import sys
 from pathlib import Path
 
-from dion2_lightning.history import SelectionHistory
-from dion2_lightning.plots import overview
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.plots import draw
 
 if __name__ == "__main__":
-    figure = overview(SelectionHistory.load(sys.argv[1]))
+    figure = draw(SelectionHistory.load(sys.argv[1]), "overview")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=100, pil_kwargs={"optimize": True})

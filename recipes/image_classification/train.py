@@ -172,7 +172,7 @@ def train(settings: Settings, split: Split, progress: bool = True) -> Result:
     trainer.save_model(str(saved_model(settings)))
     files: tuple[Path, ...] = ()
     if selection and trainer.is_world_process_zero():
-        files = show_selection(settings, selection[0].statistics.history)
+        files = show_selection(settings, selection[0].tracker.history)
     metrics = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry][-1]
     step_seconds = statistics.median(timer.seconds) if timer.seconds else None
     return Result(settings, metrics["eval_accuracy"], metrics["eval_loss"], step_seconds, files)

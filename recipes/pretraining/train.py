@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_wsd_schedule
 
-from dion2_lightning import Dion2, Figures, SelectionLogger, clip_grad_norm_
+from dion2_lightning import Dion2, SelectionLogger, SelectionMetrics, clip_grad_norm_
 from recipes.inputs import InputError, read_settings
 from recipes.metrics import MetricsFile
 from recipes.precision import sum_in_float32
@@ -210,7 +210,9 @@ def save_model(
     accelerator.wait_for_everyone()
 
 
-def report(accelerator: Accelerator, figures: dict[str, float], step: int, selected: Figures | None = None) -> None:
+def report(
+    accelerator: Accelerator, figures: dict[str, float], step: int, selected: SelectionMetrics | None = None
+) -> None:
     """Gives figures to the trackers, and prints them with the coverage, which the trackers have already."""
     accelerator.log(figures, step=step)
     shown = figures if selected is None else {**figures, "coverage": selected.overall["coverage"]}

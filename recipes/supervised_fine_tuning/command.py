@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory
 from recipes.inputs import InputError, read_settings
 from recipes.offline import SMOLLM2
 from recipes.resuming import describe, put_in_place, refuse_changes, remove

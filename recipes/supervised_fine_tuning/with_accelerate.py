@@ -135,7 +135,7 @@ def fine_tune(settings: Settings) -> float:
                 save_checkpoint(accelerator, settings, done)
                 speed.go_on()
     save_model(accelerator.unwrap_model(model), tokenizer, run_folder(settings) / "model")
-    show_outcome(settings, reached, None if selection is None else selection.statistics.history)
+    show_outcome(settings, reached, None if selection is None else selection.tracker.history)
     accelerator.end_training()
     return reached
 

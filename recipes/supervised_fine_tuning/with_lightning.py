@@ -103,7 +103,7 @@ def fine_tune(settings: LightningSettings) -> float:
     if done == settings.steps:  # nothing was left to do
         trainer.validate(module, verbose=False)
     save_model(model, tokenizer, folder / "model")
-    show_outcome(settings, module.reached, None if selection is None else selection.statistics.history)
+    show_outcome(settings, module.reached, None if selection is None else selection.tracker.history)
     return module.reached
 
 

@@ -103,7 +103,7 @@ def fine_tune(settings: Settings) -> float:
     loss: float = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
     trainer.save_state()
     save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run_folder(settings) / "model")
-    show_outcome(settings, loss, None if selection is None else selection.statistics.history)
+    show_outcome(settings, loss, None if selection is None else selection.tracker.history)
     return loss
 
 

@@ -141,7 +141,7 @@ def train(settings: Settings, split: Split, progress: bool = True) -> Result:
     model.save_pretrained(saved_model(settings))
     tokenizer.save_pretrained(saved_model(settings))
     step_seconds = statistics.median(timer.seconds) if timer.seconds else None
-    selection = tuple(file for monitor in monitors for file in show_selection(settings, monitor.statistics.history))
+    selection = tuple(file for monitor in monitors for file in show_selection(settings, monitor.tracker.history))
     return Result(settings, metrics["held_out_accuracy"], metrics["held_out_loss"], step_seconds, selection)
 
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dion2_lightning import Dion2, SelectionStatistics
+from dion2_lightning import Dion2, SelectionTracker
 from tests.every_kind import fill, groups_of_every_kind, matrices_of, parameters_of
-from tests.test_checkpoint import through_a_file
+from tests.test_state_dict import through_a_file
 
 STEPS = 3
 
 
-def make(device: str) -> tuple[Dion2, SelectionStatistics]:
+def make(device: str) -> tuple[Dion2, SelectionTracker]:
     optimizer = Dion2(groups_of_every_kind(device), lr=0.1)
-    statistics = SelectionStatistics(every=1)
+    statistics = SelectionTracker(every=1)
     statistics.attach(optimizer)
     return optimizer, statistics
 
@@ -41,8 +41,8 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def moved(
-    optimizer: Dion2, statistics: SelectionStatistics, device: str, read_on: str | None
-) -> tuple[Dion2, SelectionStatistics]:
+    optimizer: Dion2, statistics: SelectionTracker, device: str, read_on: str | None
+) -> tuple[Dion2, SelectionTracker]:
     """Save, and load into new ones on a device, from a file that is read to where it was saved, or to ``read_on``."""
     loaded, its_statistics = make(device)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_to_the_cpu_and_back(device: str, read_on: str | None) -> None:
         for matrix, other in zip(matrices_of(each), matrices_of(optimizer), strict=True):
             assert torch.equal(each.state[matrix]["momentum"].cpu(), optimizer.state[other]["momentum"].cpu())
     assert_same(everything(back), everything(optimizer))
-    figures, of_back = statistics.take(), statistics_back.take()
+    figures, of_back = statistics.pop_metrics(), statistics_back.pop_metrics()
     assert figures is not None
     assert of_back is not None
     # A GPU adds up the matrices of a stack in no fixed order.

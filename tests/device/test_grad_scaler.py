@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dion2_lightning import SelectionStatistics, build_optimizer
+from dion2_lightning import SelectionTracker, build_optimizer
 from tests.device.test_checkpoint import assert_same, everything
 
 STEPS, SKIPPED = 5, 2
 
 
-def counts_of(statistics: SelectionStatistics) -> list[Tensor]:
+def counts_of(statistics: SelectionTracker) -> list[Tensor]:
     """Copies of what is counted."""
     return [tensor for entry in statistics.state_dict()["counts"].values() for tensor in entry.values()]
 
@@ -33,7 +33,7 @@ def test_a_step_with_an_infinite_gradient_is_skipped(device: str) -> None:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(96, 160), nn.GELU(), nn.LayerNorm(160), nn.Linear(160, 40)).to(device)
     optimizer = build_optimizer(model, lr=0.02, overrides={"3.weight": "dion2"})
-    statistics = SelectionStatistics(every=1)
+    statistics = SelectionTracker(every=1)
     statistics.attach(optimizer)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**8)
     losses = []
@@ -50,11 +50,11 @@ def test_a_step_with_an_infinite_gradient_is_skipped(device: str) -> None:
         if step == SKIPPED:
             assert_same(everything(optimizer), before)
             assert_same(counts_of(statistics), counts)
-            assert statistics.take() is None
+            assert statistics.pop_metrics() is None
             assert scaler.get_scale() == 2.0**7
         else:
             assert not all(torch.equal(now, then) for now, then in zip(everything(optimizer), before, strict=False))
-            assert statistics.take().step == statistics.step
+            assert statistics.pop_metrics().step == statistics.step
     assert statistics.step == STEPS - 1
     assert losses[SKIPPED + 1] == losses[SKIPPED]
     assert losses[-1] < 0.8 * losses[0]

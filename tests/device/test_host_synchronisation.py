@@ -6,7 +6,7 @@ Without a GPU, tests/test_host_synchronisation.py looks at every operation.
 import pytest
 import torch
 
-from dion2_lightning import Dion2, SelectionStatistics, build_optimizer
+from dion2_lightning import Dion2, SelectionTracker, build_optimizer
 from tests.device.waiting import no_waiting
 from tests.every_kind import fill, groups_of_every_kind
 from tests.integrations.training import BATCH, SETTINGS, Sequences, make_model
@@ -32,12 +32,12 @@ def test_matrices_of_every_kind_and_adamw(gpu: str) -> None:
 def test_steps_that_statistics_look_on(gpu: str) -> None:
     """Figures are due at every second step; only taking them waits."""
     optimizer = Dion2(groups_of_every_kind(gpu), lr=0.1)
-    statistics = SelectionStatistics(every=2, orthogonality=True)
+    statistics = SelectionTracker(every=2, orthogonality=True)
     statistics.attach(optimizer)
     optimizer.step()
     for due in (True, False, True):
         step_on(optimizer, steps=1)
-        assert (statistics.take() is not None) == due
+        assert (statistics.pop_metrics() is not None) == due
 
 
 def test_a_language_model(gpu: str) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dion2_lightning.orthonormalize import orthonormalize
-from tests.test_orthonormalize import products_are_exact, with_spectrum  # noqa: F401  the first is a fixture
+from dion2_lightning.kernels.orthonormalize import orthonormalize
+from tests.kernels.test_orthonormalize import products_are_exact, with_spectrum  # noqa: F401  the first is a fixture
 
 SIZES = {
     "cpu": ((48, 576), (144, 576), (576, 144)),
@@ -39,7 +39,7 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def check_bound(size: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    """As in tests/test_orthonormalize.py; also of matrices stored by columns, and several at once."""
+    """As in tests/kernels/test_orthonormalize.py; also of matrices stored by columns, and several at once."""
     stack = matrices_of(size).to(device)
     for stored in (stack, stack.mT.contiguous().mT):
         for result in orthonormalize(stored, dtype):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from dion2_lightning import Dion2, SelectionStatistics, build_optimizer, clip_grad_norm_
-from dion2_lightning.exchange import Gathering
-from dion2_lightning.layout import Block, Layout
-from dion2_lightning.torch_versions import all_gather_single
+from dion2_lightning import Dion2, SelectionTracker, build_optimizer, clip_grad_norm_
+from dion2_lightning.distributed.owner_exchange import ReplicaAllGather
+from dion2_lightning.distributed.torch_versions import all_gather_single
+from dion2_lightning.matrices.layout import Block, Layout
 from tests.device.waiting import no_waiting
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_layouts import CASES, naming, sharded, train_and_compare, whole_parameters
@@ -46,7 +46,7 @@ def check_fully_sharded(device: str) -> None:
     shard_layers(sharded_model, mesh)
     chosen = {**SETTINGS, "orthonormalize_dtype": None}
     optimizers = [build_optimizer(model, **chosen) for model in models]
-    statistics = SelectionStatistics(every=1, orthogonality=True)
+    statistics = SelectionTracker(every=1, orthogonality=True)
     statistics.attach(optimizers[1])
     for step, batch in enumerate(Sequences(STEPS).pieces.to(device).split(BATCH)):
         for model in models:
@@ -64,7 +64,7 @@ def check_fully_sharded(device: str) -> None:
             with no_waiting(device if step else "cpu"):
                 optimizer.step()
             optimizer.zero_grad()
-        assert statistics.take() is not None
+        assert statistics.pop_metrics() is not None
         assert_same(whole(sharded_model, optimizers[1]), whole(plain, optimizers[0]))
         assert_same(selected(optimizers[1]), selected(optimizers[0]))
 
@@ -91,7 +91,7 @@ def check_process_group_of_one(device: str) -> None:
 @contextmanager
 def one_rank_shares() -> Iterator[None]:
     """Let the only rank of a process group send matrices to itself, as if it held one part of them among others."""
-    from dion2_lightning import update
+    from dion2_lightning.algorithms import matrix_update as update
 
     read = update.layout_of
 
@@ -116,7 +116,7 @@ def check_collectives_of_one(device: str) -> None:
                 optimizer.step()
 
     results = [torch.randn(shape, device=device).bfloat16() for shape in ((3, 5), (1, 7))]
-    gathering = Gathering(dist.group.WORLD, [0, 0], [(3, 5), (1, 7)], torch.bfloat16, torch.device(device))
+    gathering = ReplicaAllGather(dist.group.WORLD, [0, 0], [(3, 5), (1, 7)], torch.bfloat16, torch.device(device))
     with no_waiting(device):
         gathering.send(results)
         gathered = gathering.receive()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dion2_lightning import Dion2, SelectionStatistics, clip_grad_norm_
+from dion2_lightning import Dion2, SelectionTracker, clip_grad_norm_
 from tests.device.test_checkpoint import assert_same, everything
 from tests.every_kind import fill, groups_of_every_kind, parameters_of
 
@@ -15,13 +15,13 @@ def train(device: str) -> tuple[list[Tensor], dict[str, float]]:
     """Return weights and state, and the figures of the last step."""
     optimizer = Dion2(groups_of_every_kind(device), lr=0.1)
     fill(optimizer, weights=100)
-    statistics = SelectionStatistics(every=1, orthogonality=True)
+    statistics = SelectionTracker(every=1, orthogonality=True)
     statistics.attach(optimizer)
     for step in range(STEPS):
         fill(optimizer, gradients=step)
         clip_grad_norm_(parameters_of(optimizer), 1.0)
         optimizer.step()
-        figures = statistics.take()
+        figures = statistics.pop_metrics()
     assert figures is not None
     return everything(optimizer), dict(figures.overall)
 

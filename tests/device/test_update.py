@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_update import LARGE_SHAPES, SHAPES, check
+from tests.algorithms.test_dion2 import LARGE_SHAPES, SHAPES, check
 
 FRACTIONS = (0.25, 0.5, 1.0)
 FEW: dict[str, tuple[Any, ...]] = {
@@ -13,7 +13,7 @@ FEW: dict[str, tuple[Any, ...]] = {
     "large_kind": ("tall",),
     "fraction": (0.25,),
 }
-"""What is left on the CPU, where tests/test_update.py does all."""
+"""What is left on the CPU, where tests/algorithms/test_dion2.py does all."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,7 +1,7 @@
 """Awkward numbers: ties, zeros, denormals, huge entries, half precision, ranks that hold nothing.
 
 The expectation comes from one process that holds everything; it is checked against the paper's rules in float64 in
-tests/test_update.py.
+tests/algorithms/test_dion2.py.
 """
 
 from collections.abc import Callable

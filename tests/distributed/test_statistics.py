@@ -1,4 +1,4 @@
-"""The figures of one process, whatever the layout: every figure of every parameter, at every step."""
+"""The metrics of one process, whatever the layout: every metric of every parameter, at every step."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dion2_lightning import Dion2, Figures, SelectionStatistics, SelectionWarning
+from dion2_lightning import Dion2, SelectionMetrics, SelectionTracker, SelectionWarning
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_layouts import (
     CASES,
@@ -29,12 +29,12 @@ STEPS = 6
 SETTINGS: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "orthonormalize_dtype": "float32"}
 
 
-def figures_of(parameters: dict[str, nn.Parameter], **settings: Any) -> tuple[list[Figures], dict[str, Any]]:
-    """Figures of every second step, with a resume of the statistics in the middle."""
+def metrics_of(parameters: dict[str, nn.Parameter], **settings: Any) -> tuple[list[SelectionMetrics], dict[str, Any]]:
+    """Metrics of every second step; the tracker is resumed in the middle."""
     optimizer = Dion2(groups_of(parameters), **SETTINGS, **settings)
-    statistics = SelectionStatistics(every=2, window=3, orthogonality=True)
-    statistics.attach(optimizer)
-    figures = []
+    tracker = SelectionTracker(every=2, window=3, orthogonality=True)
+    tracker.attach(optimizer)
+    metrics = []
     for step in range(STEPS):
         for name, gradient in whole_tensors(seed=100 + step).items():
             parameter: Any = parameters[name]
@@ -43,21 +43,21 @@ def figures_of(parameters: dict[str, nn.Parameter], **settings: Any) -> tuple[li
         if step == 3:
             parameters["wide"].grad = None
         if step == 4:
-            saved = copy.deepcopy(statistics.state_dict())
-            statistics.detach()
-            statistics = SelectionStatistics(every=2, window=3, orthogonality=True)
-            statistics.load_state_dict(saved)
-            statistics.attach(optimizer)
+            saved = copy.deepcopy(tracker.state_dict())
+            tracker.detach()
+            tracker = SelectionTracker(every=2, window=3, orthogonality=True)
+            tracker.load_state_dict(saved)
+            tracker.attach(optimizer)
         optimizer.step()
         with CommDebugMode() as collectives:
-            found = statistics.take()
+            found = tracker.pop_metrics()
         assert collectives.get_total_counts() <= (0 if found is None else 1)
         if found is not None:
-            figures.append(found)
-    return figures, statistics.state_dict()
+            metrics.append(found)
+    return metrics, tracker.state_dict()
 
 
-def assert_same(found: Figures, expected: Figures) -> None:
+def assert_same(found: SelectionMetrics, expected: SelectionMetrics) -> None:
     assert found.step == expected.step
     pairs = [(found.overall, expected.overall)]
     pairs += [(found.groups[name], expected.groups[name]) for name in expected.groups]
@@ -76,8 +76,8 @@ def check(name: str, parameters: dict[str, nn.Parameter], **settings: Any) -> No
     alone = whole_parameters()
     with warnings.catch_warnings(), naming(name):
         warnings.simplefilter("ignore", SelectionWarning)
-        expected, expected_state = figures_of(alone)
-        found, state = figures_of(parameters, **settings)
+        expected, expected_state = metrics_of(alone)
+        found, state = metrics_of(parameters, **settings)
         for mine, theirs in zip(found, expected, strict=True):
             assert_same(mine, theirs)
         for key, counts in expected_state["counts"].items():
@@ -102,11 +102,11 @@ def check_all(ranks: int) -> None:
         check("HSDP 2 x 2, no work shared", sharded(CASES["HSDP 2 x 2"]), share_replicas=False)
 
 
-def test_figures_on_two_ranks() -> None:
+def test_metrics_on_two_ranks() -> None:
     run_on_ranks(2, check_all, 2)
 
 
-def test_figures_on_four_ranks() -> None:
+def test_metrics_on_four_ranks() -> None:
     run_on_ranks(4, check_all, 4)
 
 
@@ -115,30 +115,30 @@ def check_empty_experts() -> None:
     mesh = init_device_mesh("cpu", (3,))
     whole = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(0))
     alone, spread = nn.Parameter(whole.clone()), nn.Parameter(place(whole, mesh, (Shard(0),)))
-    figures = []
+    metrics = []
     for parameter in (alone, spread):
         optimizer = Dion2([{"params": [("experts", parameter)], "batched": True}], **SETTINGS)
-        statistics = SelectionStatistics(every=1)
-        statistics.attach(optimizer)
+        tracker = SelectionTracker(every=1)
+        tracker.attach(optimizer)
         parameter.grad = whole if parameter is alone else place(whole, mesh, (Shard(0),))
         optimizer.step()
-        figures.append(statistics.take())
-    assert_same(figures[1], figures[0])
+        metrics.append(tracker.pop_metrics())
+    assert_same(metrics[1], metrics[0])
 
 
 def check_warnings() -> None:
     """Said by the first rank alone."""
     parameters = sharded(Case((2,), CASES["FSDP2 on 2"].placements))
     optimizer = Dion2(groups_of(parameters), **SETTINGS)
-    statistics = SelectionStatistics(every=1)
-    statistics.attach(optimizer)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             for parameter in parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
-            statistics.take()
+            tracker.pop_metrics()
     found = [each for each in caught if each.category is SelectionWarning]
     assert bool(found) == (dist.get_rank() == 0)
 

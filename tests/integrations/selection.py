@@ -1,4 +1,4 @@
-"""What the tests of the selection's figures share: a training small enough to compute by hand, and comparisons."""
+"""What the tests of the selection callbacks share: a training small enough to compute by hand, and comparisons."""
 
 import math
 import warnings
@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from dion2_lightning import Dion2, SelectionWarning
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory
 
 ROWS: Final = (0, 0, 2)
 """Which row of the 4 x 8 matrix each step selects."""
@@ -55,7 +55,7 @@ def optimizer_by_hand(module: ByHand, **group: Any) -> Dion2:
 
 
 RMS: Final = math.sqrt(4 / 32)
-FIGURES: Final[list[dict[str, float]]] = [
+METRICS: Final[list[dict[str, float]]] = [
     {
         "selected_fraction": 0.25, "coverage": 0.25, "staleness_mean": 0.75, "staleness_max": 1.0, "turnover": 1.0,
         "captured_mass": 1.0, "imbalance": 0.75, "update_rms": RMS,
@@ -73,11 +73,11 @@ FIGURES: Final[list[dict[str, float]]] = [
 
 
 def named(step: int, *prefixes: str) -> dict[str, Any]:
-    """The figures of a step, from 0, under the names that loggers get; to compare with."""
+    """The metrics of a step, from 0, under the names that loggers get; to compare with."""
     return {
         f"{prefix}/{name}": pytest.approx(value, rel=1e-6)
         for prefix in prefixes
-        for name, value in FIGURES[step].items()
+        for name, value in METRICS[step].items()
     }
 
 
@@ -93,7 +93,7 @@ def points(history: SelectionHistory) -> list[Any]:
     return list(zip(history.steps, history.overall, history.groups, history.parameters, strict=True))
 
 
-def assert_same_figures(found: Any, expected: Any) -> None:
+def assert_same_metrics(found: Any, expected: Any) -> None:
     """Both of :func:`points`: what is counted is the same, what is computed the same to rounding."""
     assert len(found) == len(expected) > 0
     for its, other in zip(found, expected, strict=True):
@@ -107,14 +107,14 @@ def assert_same_figures(found: Any, expected: Any) -> None:
 
 
 def pictures_in(folder: Path) -> dict[str, list[int]]:
-    """The images that TensorBoard has been sent, with the steps that they are of."""
+    """The images that TensorBoard was sent, with their steps."""
     events = EventAccumulator(str(folder), size_guidance={"images": 0})
     events.Reload()
     return {name: [image.step for image in events.Images(name)] for name in events.Tags()["images"]}
 
 
 def assert_dead_layer_is_named_once(caught: list[warnings.WarningMessage], name: str = "dead.weight") -> None:
-    """What a training of the next module warns of, when its statistics look on at every step."""
+    """What a training of the next module warns of, with metrics at every step."""
     messages = [str(each.message) for each in caught if each.category is SelectionWarning]
     assert len(messages) == 1
     assert messages[0].startswith(f"step 2, all-zero momentum: {name} (1 of 1 matrices); their gradients")

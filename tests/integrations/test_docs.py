@@ -5,15 +5,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning as L
 import pytest
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import ByT5Tokenizer, Trainer, TrainingArguments
 
 import dion2_lightning
-from dion2_lightning import Dion2, Dion2Factory, OptimizerSettings, build_optimizer, route_parameters
+from dion2_lightning import Dion2, Dion2Factory, OptimizerSettings, SelectionCallback, build_optimizer, route_parameters
 from tests.integrations.resume import unwrapped
 from tests.integrations.training import BATCH, Sequences, make_model
 
@@ -95,33 +96,46 @@ def fit(module_class: Any, *arguments: Any) -> L.Trainer:
 
 
 class TestReadme:
-    """Four examples: any loop, Lightning, Accelerate, the Trainer."""
+    """Five examples: any loop, Lightning, Accelerate, the Trainer, TRL with LoRA; each trains, with a schedule."""
 
     def test_all_are_here(self) -> None:
-        assert len(examples("README.md")) == 4
+        assert len(examples("README.md")) == 5
 
     def test_any_loop(self, tmp_path: Path) -> None:
         names = run(examples("README.md")[0], "README.md", data(tmp_path))
         assert isinstance(names["optimizer"], Dion2)
+        assert_trained(names["optimizer"])
+        assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(0.0)
         assert "linear" in route_parameters(names["model"]).report()
 
     def test_lightning(self, tmp_path: Path) -> None:
         names = run(examples("README.md")[1], "README.md", data(tmp_path))
         trainer = fit(names["Module"])
-        assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [3e-4, 1e-4, 1e-4]
+        assert [group["initial_lr"] for group in trainer.optimizers[0].param_groups] == [3e-4, 1e-4, 1e-4]
+        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0)
 
     def test_accelerate(self, tmp_path: Path) -> None:
-        names = run(examples("README.md")[2], "README.md", data(tmp_path))
-        for batch in names["loader"]:
-            names["accelerator"].backward(names["model"](**batch).loss)
-            names["optimizer"].step()
-            names["optimizer"].zero_grad()
-        assert_trained(names["optimizer"])
+        assert_trained(run(examples("README.md")[2], "README.md", data(tmp_path))["optimizer"])
 
     def test_trainer(self, tmp_path: Path) -> None:
         trainer = run(examples("README.md")[3], "README.md", data(tmp_path))["trainer"]
-        trainer.train()
         assert_trained(trainer.optimizer)
+        assert any(isinstance(callback, SelectionCallback) for callback in trainer.callback_handler.callbacks)
+
+    def test_trl(self, tmp_path: Path) -> None:
+        """As it stands, but for what makes a run without a tokenizer from the hub short."""
+        texts = datasets.Dataset.from_dict({"input_ids": Sequences(3).pieces.tolist()})
+        example = examples("README.md")[4]
+        small = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "max_steps": 2}
+        example = example.replace('SFTConfig("runs",', 'SFTConfig("runs", **small,')
+        example = example.replace(
+            "SFTTrainer(model, args,", "SFTTrainer(model, args, processing_class=ByT5Tokenizer(),"
+        )
+        names = {**data(tmp_path), "texts": texts, "small": small, "ByT5Tokenizer": ByT5Tokenizer}
+        trainer = run(example, "README.md", names)["trainer"]
+        groups = unwrapped(trainer.optimizer).param_groups
+        assert [group["algorithm"] for group in groups] == ["dion2"]
+        assert all("lora" in name for group in groups for name in group["param_names"])
 
 
 @pytest.mark.parametrize("example", examples("docs/huggingface.md"), ids=range(len(examples("docs/huggingface.md"))))

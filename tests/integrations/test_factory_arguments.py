@@ -62,8 +62,8 @@ TEXT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a name": ({"algorithm": "muon", "lora": "B", "select": "output"}, {"algorithm": "muon", "select": "output"}),
     "no object": ({"strategy": "none", "orthonormalize": "none", "overrides": "none"}, {}),
     "options of a group": (
-        {"overrides": {"*.q_proj.weight": {"lr": "2e-3", "betas": "0.8,0.9"}, "*.k_proj.weight": "adamw"}},
-        {"overrides": {"*.q_proj.weight": {"lr": 2e-3, "betas": (0.8, 0.9)}, "*.k_proj.weight": "adamw"}},
+        {"overrides": {"*.q_proj.*": {"lr": "2e-3", "fraction": "0.5"}, "*.k_proj.weight": "adamw"}},
+        {"overrides": {"*.q_proj.*": {"lr": 2e-3, "fraction": 0.5}, "*.k_proj.weight": "adamw"}},
     ),
 }
 
@@ -91,9 +91,13 @@ REFUSED: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     ),
     "unknown, near": (ValueError, {"fractoin": 0.5}, "unknown argument 'fractoin'; did you mean 'fraction'?"),
     "unknown, the Trainer's": (ValueError, {"learning_rate": 1}, "unknown argument 'learning_rate'; did you mean 'lr'"),
-    "unknown, far": (ValueError, {"foreach": True}, "unknown argument 'foreach'; known are lr, algorithm, fraction,"),
+    "unknown, far": (
+        ValueError,
+        {"foreach": True},
+        "unknown argument 'foreach'; known are lr, weight_decay, check_finite, fraction,",
+    ),
     "arguments by other names": (ValueError, {"args": None}, "unknown argument 'args'; did you mean 'arguments'?"),
-    "arguments are known too": (ValueError, {"foreach": True}, "share_replicas, arguments"),
+    "arguments are known too": (ValueError, {"foreach": True}, "strategy, arguments"),
     "other arguments": (TypeError, {"arguments": {}}, "arguments must be the Trainer's TrainingArguments, got dict"),
     "a wrong name": (
         ValueError,
@@ -159,7 +163,7 @@ def test_wrong_optim_args_are_refused_at_once(optim_args: str, message: str) -> 
 
 def test_wrong_overrides_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="did you mean 'fraction'"):
-        Dion2Factory.from_arguments(arguments(), fractions=0.5)
+        Dion2Factory.from_arguments(arguments(), fractions=0.5)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="arguments must be the Trainer's TrainingArguments, got dict"):
         Dion2Factory.from_arguments({"learning_rate": 1e-3})
 

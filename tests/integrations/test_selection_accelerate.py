@@ -12,9 +12,9 @@ from accelerate.tracking import GeneralTracker
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dion2_lightning import SelectionLogger, SelectionStatistics, SelectionWarning, build_optimizer
-from dion2_lightning.history import SelectionHistory
-from dion2_lightning.plots import PICTURES
+from dion2_lightning import SelectionLogger, SelectionTracker, SelectionWarning, build_optimizer
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import make_accelerator
 from tests.integrations.resume import STEPS, STOP
@@ -25,7 +25,7 @@ from tests.integrations.selection import (
     ByHand,
     WithDeadLayer,
     assert_dead_layer_is_named_once,
-    assert_same_figures,
+    assert_same_metrics,
     gradients,
     named,
     optimizer_by_hand,
@@ -81,13 +81,13 @@ def test_names_and_values_by_hand(parts: int, is_prepared: bool, tmp_path: Path)
                 accelerator.backward(model(batch)["loss"])
                 optimizer.step()
                 optimizer.zero_grad()
-            if (figures := selection.log()) is not None:
-                seen.append(figures.overall["coverage"])
-        looked_on = built.observer is selection.statistics
-    assert looked_on and built.observer is None
+            if (metrics := selection.log()) is not None:
+                seen.append(metrics.overall["coverage"])
+        was_attached = built.observer is selection.tracker
+    assert was_attached and built.observer is None
     assert tracker.logged == [(step + 1, named(step, *EACH)) for step in range(3)]
     assert seen == [0.25, 0.25, 0.5]
-    assert points(SelectionHistory.load(tmp_path / "dion2_selection.json")) == points(selection.statistics.history)
+    assert points(SelectionHistory.load(tmp_path / "dion2_selection.json")) == points(selection.tracker.history)
 
 
 def test_interval_and_step(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_steps_that_the_grad_scaler_skips_are_not_logged() -> None:
     assert [step for step, _ in tracker.logged] == [0, 2, 3]
 
 
-def train(layout: str, folder: Path, start: int = 0) -> SelectionStatistics:
+def train(layout: str, folder: Path, start: int = 0) -> SelectionTracker:
     """Train from a step, with a checkpoint after ``STOP``; also the checkpoint's file is written on the way."""
     accelerator = make_accelerator(layout, project_dir=str(folder))
     model = make_model(seed=start)
@@ -169,15 +169,15 @@ def train(layout: str, folder: Path, start: int = 0) -> SelectionStatistics:
                 assert SelectionHistory.load(folder / "dion2_selection.json").steps == [2]
     selection.close()
     accelerator.free_memory()
-    return selection.statistics
+    return selection.tracker
 
 
 def check_resume(layout: str, folder: Path, expected: Any) -> None:
-    """The figures are those of one process, and a resumed loop has those of one that was not interrupted."""
+    """The metrics are those of one process, and a resumed loop has those of one that was not interrupted."""
     warnings.simplefilter("ignore", SelectionWarning)
     whole = train(layout, folder)
     if expected is not None:
-        assert_same_figures(points(whole.history), expected)
+        assert_same_metrics(points(whole.history), expected)
     resumed = train(layout, folder, start=STOP)
     assert points(resumed.history) == points(whole.history)
     assert torch.equal(resumed.history.shares, whole.history.shares)
@@ -197,8 +197,9 @@ def test_resume_under_fsdp2(tmp_path: Path) -> None:
     run_like_torchrun(2, check_resume, "FSDP2, sharded", tmp_path / "two", expected)
 
 
-def test_one_logger_takes_the_place_of_another(tmp_path: Path) -> None:
-    """Of one that an exception left open, in checkpoints and in the file too; the other is not used without a word."""
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_a_new_logger_replaces_an_older_one(tmp_path: Path) -> None:
+    """One that an exception left open: in checkpoints and in the file too."""
     accelerator = Accelerator(cpu=True, project_dir=tmp_path)
     model = ByHand()
     built = accelerator.prepare(optimizer_by_hand(model))
@@ -216,7 +217,7 @@ def test_one_logger_takes_the_place_of_another(tmp_path: Path) -> None:
     accelerator.save_state(str(tmp_path / "checkpoint"))
     after = SelectionLogger(accelerator, built, every=1)
     accelerator.load_state(str(tmp_path / "checkpoint"))
-    assert after.statistics.history.steps == [1]
+    assert after.tracker.history.steps == [1]
     train(after, later)
     after.close()
     before.close()
@@ -224,27 +225,27 @@ def test_one_logger_takes_the_place_of_another(tmp_path: Path) -> None:
     assert SelectionHistory.load(tmp_path / "dion2_selection.json").steps == [1, 2, 3, 4]
 
 
-def test_a_logger_that_was_left_open_is_not_used_any_more() -> None:
+def test_a_logger_that_was_replaced_or_closed_refuses_to_log() -> None:
     accelerator, built = Accelerator(cpu=True), optimizer_by_hand(ByHand())
     before = SelectionLogger(accelerator, built)
-    after = SelectionLogger(accelerator, built)
-    assert built.observer is after.statistics
+    with pytest.warns(SelectionWarning, match="SelectionLogger replaces SelectionLogger as the optimizer's observer"):
+        after = SelectionLogger(accelerator, built)
+    assert built.observer is after.tracker
     after.log()
-    with pytest.raises(RuntimeError, match="SelectionLogger: looks on no longer, for it was closed, or another callb"):
+    with pytest.raises(RuntimeError, match="SelectionLogger: it was closed, or another observer has replaced it"):
         before.log()
     before.close()
-    assert built.observer is after.statistics
+    assert built.observer is after.tracker
     after.close()
-    assert not after.statistics.is_attached
-    refused = pytest.raises(RuntimeError, match="SelectionLogger looks on at this optimizer already, and its training")
-    with SelectionLogger(accelerator, built), refused:
-        SelectionLogger(accelerator, built)
+    assert not after.tracker.is_attached
+    with pytest.raises(RuntimeError, match="SelectionLogger: it was closed"):
+        after.log()
 
 
 def test_a_folder_that_is_not_on_this_machine() -> None:
     """By default it is no reason to end a training."""
     accelerator = Accelerator(cpu=True, project_dir="s3://bucket")
-    with pytest.warns(SelectionWarning, match="history is written nowhere, for save_to=True is 's3://bucket', which"):
+    with pytest.warns(SelectionWarning, match="history is not saved, because save_to=True is 's3://bucket', which"):
         SelectionLogger(accelerator, optimizer_by_hand(ByHand())).close()
     with pytest.raises(ValueError, match="SelectionLogger: save_to is 's3://bucket/run', which is no local folder"):
         SelectionLogger(accelerator, optimizer_by_hand(ByHand()), save_to="s3://bucket/run")

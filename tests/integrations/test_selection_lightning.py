@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dion2_lightning import Dion2, SelectionMonitor, SelectionStatistics, SelectionWarning, build_optimizer
-from dion2_lightning.history import SelectionHistory
-from dion2_lightning.plots import PICTURES
+from dion2_lightning import Dion2, SelectionMonitor, SelectionTracker, SelectionWarning, build_optimizer
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.lightning_training import fit, make_trainer, ranks_of
 from tests.integrations.selection import (
@@ -27,7 +27,7 @@ from tests.integrations.selection import (
     ByHand,
     WithDeadLayer,
     assert_dead_layer_is_named_once,
-    assert_same_figures,
+    assert_same_metrics,
     gradients,
     named,
     optimizer_by_hand,
@@ -95,9 +95,9 @@ def test_names_and_values_by_hand(tmp_path: Path) -> None:
     selection = {name: value.item() for name, value in trainer.callback_metrics.items() if "dion2" in name}
     assert selection == named(2, *EACH)
     assert best.best_model_score == 0.5
-    assert monitor.figures.named(per_matrix=True) == named(2, *EACH)
+    assert monitor.metrics.named(per_matrix=True) == named(2, *EACH)
     saved = SelectionHistory.load(Path(loggers[0].log_dir) / "dion2_selection.json")
-    assert points(saved) == points(monitor.statistics.history)
+    assert points(saved) == points(monitor.tracker.history)
     assert [point["coverage"] for point in saved.overall] == [0.25, 0.25, 0.5]
 
 
@@ -112,13 +112,13 @@ def test_pictures_are_written_and_sent(tmp_path: Path) -> None:
     fit_by_hand(monitor, logger=[csv, board])
     assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == set(PICTURES)
     assert pictures_in(tmp_path / "board") == {"dion2/overview": [2], "dion2/heatmap": [2]}, (
-        "the step of the last figures"
+        "the step of the last metrics"
     )
 
 
-def test_pictures_without_a_place_are_missed(tmp_path: Path) -> None:
+def test_pictures_without_a_place_are_warned_of(tmp_path: Path) -> None:
     with pytest.warns(
-        SelectionWarning, match="SelectionMonitor: there are no pictures, for the history has no file and"
+        SelectionWarning, match="SelectionMonitor: no pictures were made, because the history has no file"
     ):
         fit_by_hand(SelectionMonitor(every=1, pictures=True, save_to=False), logger=CSVLogger(tmp_path))
 
@@ -141,14 +141,14 @@ def test_intervals(tmp_path: Path) -> None:
 
 
 def test_steps_that_the_grad_scaler_skips_are_not_logged(tmp_path: Path) -> None:
-    """The fourth of eight is skipped; the figures stay on the steps of the Trainer."""
+    """The fourth of eight is skipped; the metrics stay on the steps of the Trainer."""
     plugin = ScaledFloat32("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
     logger, monitor = CSVLogger(tmp_path), SelectionMonitor()
     callbacks = [PlantInf(step=3), monitor]
     fit("one device", steps=8, plugins=[plugin], callbacks=callbacks, logger=logger, log_every_n_steps=2)
     assert plugin.scaler.get_scale() == 2.0
     assert list(rows_of(logger)) == [1, 5, 7]
-    assert monitor.statistics.history.steps == [2, 5, 7]
+    assert monitor.tracker.history.steps == [2, 5, 7]
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
@@ -187,24 +187,24 @@ def test_the_history_lies_where_lightning_keeps_checkpoints(tmp_path: Path, capl
     file = tmp_path / "runs" / "version_7" / "dion2_selection.json"
     assert Path(checkpoints.last_model_path).parents[1] == file.parent
     assert file.exists()
-    said = [record.message for record in caplog.records if "history of what is selected" in record.message]
-    assert said == [f"SelectionMonitor: the history of what is selected is in {file}"]
+    said = [record.message for record in caplog.records if "history of the selection" in record.message]
+    assert said == [f"SelectionMonitor: the history of the selection is in {file}"]
 
 
 def test_a_remote_folder_does_not_end_the_training() -> None:
     logger = OneFolder()
     logger.save_dir = "s3://bucket"
-    with pytest.warns(SelectionWarning, match="written nowhere, for save_to=True is 's3://bucket/runs/version_7', whi"):
+    with pytest.warns(SelectionWarning, match="not saved, because save_to=True is 's3://bucket/runs/version_7', whi"):
         trainer = fit_by_hand(SelectionMonitor(), logger=logger)
     assert trainer.global_step == 3
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_a_rehearsal_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_dev_run_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monitor = SelectionMonitor(every=1)
     fit_by_hand(monitor, fast_dev_run=3, logger=True)
-    assert len(monitor.statistics.history) == 3
+    assert len(monitor.tracker.history) == 3
     assert list(tmp_path.iterdir()) == []
 
 
@@ -217,27 +217,27 @@ def fit_llama(layout: str, **arguments: Any) -> tuple[SelectionMonitor, L.Traine
     return monitor, trainer
 
 
-def check_figures(layout: str, expected: Any) -> None:
+def check_metrics(layout: str, expected: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SelectionWarning)
         monitor, trainer = fit_llama(layout)
-    assert_same_figures(points(monitor.statistics.history), expected)
+    assert_same_metrics(points(monitor.tracker.history), expected)
     # Every rank has them, so that what follows from them is decided alike.
     assert trainer.callback_metrics["dion2/coverage"].item() == pytest.approx(expected[-1][1]["coverage"])
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_figures_are_the_same_under_every_strategy() -> None:
-    expected = points(fit_llama("one device")[0].statistics.history)
+def test_metrics_are_the_same_under_every_strategy() -> None:
+    expected = points(fit_llama("one device")[0].tracker.history)
     for layout in ("DDP", "FSDP2"):
-        run_like_torchrun(ranks_of(layout), check_figures, layout, expected)
+        run_like_torchrun(ranks_of(layout), check_metrics, layout, expected)
 
 
 # Resuming
 
 
 def check_resume(layout: str, folder: Path) -> None:
-    """A fit that goes on after loading in a new one has the figures of one that was not interrupted, bit for bit."""
+    """A fit that is resumed by new objects has the metrics of one that was not interrupted, bit for bit."""
     warnings.simplefilter("ignore", SelectionWarning)
     whole = SelectionMonitor(window=3, save_to=folder / "whole.json")
     file = folder / "resumed" / "statistics.json"
@@ -245,15 +245,15 @@ def check_resume(layout: str, folder: Path) -> None:
     fit(layout, callbacks=[whole, Saving(folder)], **arguments)
     resumed = SelectionMonitor(window=3, save_to=file)
     _, trainer = fit(layout, seed=1, checkpoint=folder / FILE, callbacks=[resumed], **arguments)
-    assert points(resumed.statistics.history) == points(whole.statistics.history)
-    assert resumed.statistics.step == STEPS
-    one, other = resumed.statistics.state_dict(), whole.statistics.state_dict()
+    assert points(resumed.tracker.history) == points(whole.tracker.history)
+    assert resumed.tracker.step == STEPS
+    one, other = resumed.tracker.state_dict(), whole.tracker.state_dict()
     assert torch.equal(one["history"]["shares"], other["history"]["shares"])
     assert len(one["counts"]) == 14
     for name, counts in other["counts"].items():
         assert all(torch.equal(one["counts"][name][entry], value) for entry, value in counts.items())
     if trainer.is_global_zero:
-        assert points(SelectionHistory.load(file)) == points(whole.statistics.history)
+        assert points(SelectionHistory.load(file)) == points(whole.tracker.history)
 
 
 @pytest.mark.parametrize("layout", ["one device", "DDP", "FSDP2", "FSDP2, sharded file"])
@@ -277,12 +277,12 @@ def test_the_optimizers_state_holds_none_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_another_fit_begins_anew_and_one_without_it_pays_nothing() -> None:
+def test_another_fit_starts_anew_and_one_without_it_computes_nothing() -> None:
     monitor = SelectionMonitor(window=WINDOW)
     for _ in range(2):
         trainer = fit_by_hand(monitor)
-        assert monitor.statistics.step == 3
-        assert monitor.figures.named() == named(2, *ALL)
+        assert monitor.tracker.step == 3
+        assert monitor.metrics.named() == named(2, *ALL)
         assert trainer.optimizers[0].observer is None
 
 
@@ -292,7 +292,7 @@ class Fails(L.Callback):
         raise ArithmeticError("planted")
 
 
-def test_it_looks_on_no_longer_after_an_exception() -> None:
+def test_it_is_detached_after_an_exception() -> None:
     trainer = make_trainer("one device", 3, gradient_clip_val=None, callbacks=[SelectionMonitor(), Fails()])
     with pytest.raises(ArithmeticError, match="planted"):
         trainer.fit(Module())
@@ -315,7 +315,7 @@ class WithItsOptimizer(Module):
         return self.optimizer
 
 
-def test_after_a_fit_that_told_nobody_of_its_end_another_monitor_takes_over() -> None:
+def test_another_monitor_replaces_one_that_was_not_told_of_the_end() -> None:
     """Callbacks that come later are not told of an exception if telling an earlier one fails."""
     module, monitor, other = WithItsOptimizer(), SelectionMonitor(), SelectionMonitor(every=1)
     optimizer = module.optimizer
@@ -323,19 +323,19 @@ def test_after_a_fit_that_told_nobody_of_its_end_another_monitor_takes_over() ->
     trainer = make_trainer("one device", 3, callbacks=[FailsAgain(), monitor, Fails()], **arguments)
     with pytest.raises(ArithmeticError, match="and once more"):
         trainer.fit(module)
-    assert optimizer.observer is monitor.statistics
+    assert optimizer.observer is monitor.tracker
     make_trainer("one device", 3, callbacks=[other], **arguments).fit(module)
-    assert (monitor.statistics.step, other.statistics.step) == (1, 3)
+    assert (monitor.tracker.step, other.tracker.step) == (1, 3)
 
 
-def test_a_wrapped_optimizer_is_looked_through() -> None:
+def test_a_wrapped_optimizer_is_unwrapped() -> None:
     """Lightning's wrapper passes for the optimizer; what is set on it does not reach it."""
     optimizer = optimizer_by_hand(ByHand())
     wrapper = LightningOptimizer(optimizer)
     assert isinstance(wrapper, Dion2)
-    statistics = SelectionStatistics()
-    statistics.attach(wrapper)
-    assert optimizer.observer is statistics
+    tracker = SelectionTracker()
+    tracker.attach(wrapper)
+    assert optimizer.observer is tracker
 
 
 class WithAdamW(Module):
@@ -357,7 +357,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"SelectionMonitor: no Dion2 optimizer; found AdamW\. Make it with dion2_"):
         trainer.fit(WithAdamW())
     trainer = make_trainer("one device", 3, gradient_clip_val=None, callbacks=[SelectionMonitor()])
-    with pytest.raises(ValueError, match="SelectionMonitor: looks on at one Dion2 optimizer, found 2; leave it out"):
+    with pytest.raises(ValueError, match="SelectionMonitor: tracks one Dion2 optimizer, found 2; leave it out"):
         trainer.fit(Pair())
     trainer = make_trainer("one device", 3, log_every_n_steps=0, callbacks=[SelectionMonitor()])
     with pytest.raises(ValueError, match="every=None follows the Trainer, whose log_every_n_steps is 0; pass every="):
@@ -365,16 +365,22 @@ def test_what_is_refused() -> None:
     trainer = make_trainer("one device", 3, callbacks=[SelectionMonitor(save_to="s3://bucket/run")])
     with pytest.raises(ValueError, match="save_to is 's3://bucket/run', which is no local folder"):
         trainer.fit(Module())
-    trainer = make_trainer("one device", 3, callbacks=[SelectionMonitor(), Second()])
-    with pytest.raises(RuntimeError, match="SelectionMonitor looks on at this optimizer already, and its training is"):
+
+
+def test_the_last_of_two_monitors_records() -> None:
+    first, second = SelectionMonitor(), Second(every=1)
+    trainer = make_trainer("one device", 3, gradient_clip_val=None, callbacks=[first, second])
+    with pytest.warns(SelectionWarning, match="Second replaces SelectionMonitor as the optimizer's observer"):
         trainer.fit(Module())
+    assert (first.tracker.step, second.tracker.step) == (0, 3)
+    assert first.metrics is None and second.metrics is not None
 
 
 def test_the_control_without_matrices_has_nothing_to_show() -> None:
     monitor = SelectionMonitor()
-    with pytest.warns(SelectionWarning, match="SelectionMonitor: no group of the optimizer has algorithm 'dion2'"):
+    with pytest.warns(SelectionWarning, match="SelectionMonitor: the optimizer selects from no parameter"):
         make_trainer("one device", 3, callbacks=[monitor]).fit(AsControl(WithDeadLayer()))
-    assert monitor.figures is None
+    assert monitor.metrics is None
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dion2_lightning import Dion2Factory, SelectionCallback, SelectionStatistics, SelectionWarning
-from dion2_lightning.figures import MEANINGS
-from dion2_lightning.history import BINS, SelectionHistory
-from dion2_lightning.plots import PICTURES
+from dion2_lightning import Dion2Factory, SelectionCallback, SelectionWarning
+from dion2_lightning.monitoring.history import BINS, SelectionHistory
+from dion2_lightning.monitoring.metrics import MEANINGS
+from dion2_lightning.monitoring.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import fsdp2_on_cpu
 from tests.integrations.resume import STOP, unwrapped
@@ -28,7 +28,7 @@ from tests.integrations.selection import (
     ByHand,
     WithDeadLayer,
     assert_dead_layer_is_named_once,
-    assert_same_figures,
+    assert_same_metrics,
     gradients,
     named,
     optimizer_by_hand,
@@ -72,7 +72,7 @@ def trainer_by_hand(folder: Path, callbacks: list[TrainerCallback], parts: int =
 def selection_of(entries: list[dict[str, float]]) -> list[tuple[float, dict[str, float]]]:
     """What entries of a log say of the selection, with their steps."""
     found = [(each["step"], {name: value for name, value in each.items() if "dion2" in name}) for each in entries]
-    return [(step, figures) for step, figures in found if figures]
+    return [(step, metrics) for step, metrics in found if metrics]
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
@@ -92,10 +92,10 @@ def test_names_and_values_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     events.Reload()
     for name in named(0, *EACH):
         scalars = [(scalar.step, scalar.value) for scalar in events.Scalars(f"train/{name}")]
-        assert scalars == [(step, pytest.approx(figures[name].expected)) for step, figures in expected]
-    assert callback.figures.named(per_matrix=True) == named(2, *EACH)
+        assert scalars == [(step, pytest.approx(metrics[name].expected)) for step, metrics in expected]
+    assert callback.metrics.named(per_matrix=True) == named(2, *EACH)
     saved = SelectionHistory.load(tmp_path / "dion2_selection.json")
-    assert points(saved) == points(callback.statistics.history)
+    assert points(saved) == points(callback.tracker.history)
     assert len(saved) == 3
     assert unwrapped(trainer.optimizer).observer is None
 
@@ -119,34 +119,16 @@ class Quiet(TrainerCallback):
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-@pytest.mark.parametrize("every", [1, 2])
-def test_figures_of_a_step_that_is_not_logged_stay_under_this_step(every: int, tmp_path: Path) -> None:
-    """In the history, also that of a checkpoint; reporters get none of it, then or with the loss of the next step."""
-    reporter = Recorder()
-    callbacks = [SelectionCallback(window=WINDOW, every=every), Quiet(2), reporter]
-    trainer = trainer_by_hand(tmp_path, callbacks, save_strategy="steps", save_steps=2)
+@pytest.mark.parametrize("quiet", [2, 3])
+def test_metrics_of_a_step_that_is_not_logged_are_in_the_history_alone(quiet: int, tmp_path: Path) -> None:
+    """Not with the loss of the next step, and not in the summary, which is logged at the last step."""
+    callback, reporter = SelectionCallback(window=WINDOW), Recorder()
+    trainer = trainer_by_hand(tmp_path, [callback, Quiet(quiet), reporter])
     trainer.train()
-    expected = [(step, named(step - 1, *ALL)) for step in range(every, 4, every)]
+    expected = [(step, named(step - 1, *ALL)) for step in (1, 2, 3) if step != quiet]
     assert selection_of(trainer.state.log_history) == expected
-    assert ["loss" in entry for entry in trainer.state.log_history[:3]] == [True, False, True]
-    assert [entry["step"] for entry in trainer.state.log_history[:3]] == [1, 2, 3]
-    assert trainer.state.log_history[1]["epoch"] == pytest.approx(2 / 3)
-    assert [entry for entry in reporter.logged if entry[1]] == [each for each in expected if each[0] != 2]
-    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    assert selection_of(saved["log_history"]) == [each for each in expected if each[0] <= 2]
-
-
-@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_figures_of_the_last_step_do_not_get_into_the_summary(tmp_path: Path) -> None:
-    """That is logged at the same step."""
-    reporter = Recorder()
-    trainer = trainer_by_hand(tmp_path, [SelectionCallback(window=WINDOW), Quiet(3), reporter])
-    trainer.train()
-    [summary] = [entry for entry in trainer.state.log_history if "train_runtime" in entry]
-    assert summary["step"] == 3
-    assert not [name for name in summary if name.startswith("dion2/")]
-    assert selection_of(trainer.state.log_history) == [(step, named(step - 1, *ALL)) for step in (1, 2, 3)]
-    assert [step for step, figures in reporter.logged if figures] == [1, 2]
+    assert [entry for entry in reporter.logged if entry[1]] == expected
+    assert callback.tracker.history.steps == [1, 2, 3]
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
@@ -190,7 +172,7 @@ def test_steps_that_the_grad_scaler_skips_are_not_logged(tmp_path: Path) -> None
     trainer.train()
     assert trainer.accelerator.scaler.get_scale() == 2.0
     assert [step for step, _ in selection_of(trainer.state.log_history)] == [2, 6, 8]
-    assert callback.statistics.history.steps == [2, 5, 7]
+    assert callback.tracker.history.steps == [2, 5, 7]
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
@@ -220,14 +202,14 @@ def check_fsdp2(folder: Path, expected: Any) -> None:
     warnings.simplefilter("ignore", SelectionWarning)
     fsdp2_on_cpu()
     callback, trainer = train_llama(folder, 2, fsdp=True, fsdp_config=FSDP)
-    assert_same_figures(points(callback.statistics.history), expected)
-    logged = [figures["dion2/coverage"] for _, figures in selection_of(trainer.state.log_history)]
+    assert_same_metrics(points(callback.tracker.history), expected)
+    logged = [metrics["dion2/coverage"] for _, metrics in selection_of(trainer.state.log_history)]
     assert logged == [point[1]["coverage"] for point in expected]
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_figures_under_fsdp2_are_those_of_one_process(tmp_path: Path) -> None:
-    run_like_torchrun(2, check_fsdp2, tmp_path, points(train_llama(tmp_path)[0].statistics.history))
+def test_metrics_under_fsdp2_are_those_of_one_process(tmp_path: Path) -> None:
+    run_like_torchrun(2, check_fsdp2, tmp_path, points(train_llama(tmp_path)[0].tracker.history))
 
 
 # Resuming
@@ -247,10 +229,10 @@ def check_resume(ranks: int, folder: Path) -> SelectionCallback:
         assert selection_of(resumed.state.log_history) == expected
         (found,) = (each for each in resumed.callback_handler.callbacks if isinstance(each, SelectionCallback))
         assert (found is given) == (not flag)
-        assert points(found.statistics.history) == points(whole.statistics.history)
-        assert torch.equal(found.statistics.history.shares, whole.statistics.history.shares)
-        assert found.statistics.window == 3 and found.statistics.orthogonality
-        one, other = (each.statistics.state_dict()["counts"] for each in (found, whole))
+        assert points(found.tracker.history) == points(whole.tracker.history)
+        assert torch.equal(found.tracker.history.shares, whole.tracker.history.shares)
+        assert found.tracker.window == 3 and found.tracker.orthogonality
+        one, other = (each.tracker.state_dict()["counts"] for each in (found, whole))
         assert len(one) == 14
         assert all(torch.equal(one[name][entry], other[name][entry]) for name in other for entry in other[name])
     return whole
@@ -264,8 +246,8 @@ def test_resume(tmp_path: Path) -> None:
     assert saved["args"]["window"] == 3
     assert saved["args"].keys() == inspect.signature(SelectionCallback).parameters.keys()
     restored = SelectionCallback.from_state(saved)
-    assert restored.statistics.step == STOP
-    assert restored.statistics.window == 3
+    assert restored.tracker.step == STOP
+    assert restored.tracker.window == 3
     optimizer = torch.load(tmp_path / f"checkpoint-{STOP}" / "optimizer.pt", weights_only=True)
     entries = {entry for its in optimizer["state"].values() for entry in its}
     assert entries == {"momentum", "step", "exp_avg", "exp_avg_sq"}
@@ -273,12 +255,12 @@ def test_resume(tmp_path: Path) -> None:
 
 def check_ddp(folder: Path, expected: Any) -> None:
     warnings.simplefilter("ignore", SelectionWarning)
-    assert_same_figures(points(check_resume(2, folder).statistics.history), expected)
+    assert_same_metrics(points(check_resume(2, folder).tracker.history), expected)
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_figures_under_ddp_are_those_of_one_process_and_go_on_after_a_resume(tmp_path: Path) -> None:
-    run_like_torchrun(2, check_ddp, tmp_path, points(train_llama(tmp_path)[0].statistics.history))
+def test_metrics_under_ddp_are_those_of_one_process_also_after_a_resume(tmp_path: Path) -> None:
+    run_like_torchrun(2, check_ddp, tmp_path, points(train_llama(tmp_path)[0].tracker.history))
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
@@ -289,10 +271,10 @@ def test_a_checkpoint_from_before_the_callback_was_there(tmp_path: Path) -> None
     callback = SelectionCallback()
     resumed = make_trainer(args, make_model(), callbacks=[callback])
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert callback.statistics.step == 2
+    assert callback.tracker.step == 2
     assert [step for step, _ in selection_of(resumed.state.log_history)] == [3, 4]
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
-    assert SelectionCallback.from_state(state["stateful_callbacks"]["SelectionCallback"]).statistics.step == 2
+    assert SelectionCallback.from_state(state["stateful_callbacks"]["SelectionCallback"]).tracker.step == 2
 
 
 class Counted(TrainerCallback, ExportableState):
@@ -326,7 +308,7 @@ def test_the_state_is_packed_only_where_the_trainer_asks_for_it(tmp_path: Path) 
 
 
 def test_a_checkpoint_of_a_large_model_is_bounded() -> None:
-    """To 5 MB for SmolLM2-135M's 210 matrices, with figures, shares and counts that cannot be compressed.
+    """To 5 MB for SmolLM2-135M's 210 matrices, with metrics, shares and counts that cannot be compressed.
 
     Nothing is lost but points of the history's past.
     """
@@ -354,11 +336,11 @@ def test_a_checkpoint_of_a_large_model_is_bounded() -> None:
         "hits": torch.rand(len(kinds), BINS, generator=generator, dtype=torch.float64),
     }
     callback, resumed = SelectionCallback(), SelectionCallback()
-    callback.statistics.load_state_dict({"step": steps, "counts": counts, "history": history, "warned": []})
+    callback.tracker.load_state_dict({"step": steps, "counts": counts, "history": history, "warned": []})
     saved = callback.state()
     assert len(json.dumps(saved)) < 5e6
     resumed.saved = saved["attributes"]["saved"]
-    state = resumed.statistics.state_dict()
+    state = resumed.tracker.state_dict()
     assert state["step"] == steps
     assert all(
         torch.equal(state["counts"][name][entry], counts[name][entry]) for name in counts for entry in counts[name]
@@ -368,7 +350,7 @@ def test_a_checkpoint_of_a_large_model_is_bounded() -> None:
     assert state["history"]["parameters"][-1] == parameters[-1]
     kept = torch.tensor([0, *state["history"]["steps"]]).diff()
     assert len(kept) > 100 and kept.max() <= 2 * kept.min() + 1
-    assert len(callback.statistics.history) == points
+    assert len(callback.tracker.history) == points
 
 
 class SaveLate(TrainerCallback):
@@ -395,12 +377,12 @@ def check_experts(folder: Path) -> None:
         whole = train_mixture(folder, save_strategy="steps", save_steps=2)
     late = [str(each.message) for each in caught if "not planned when the step ended" in str(each.message)]
     assert [message.partition(":")[0] for message in late] == ([] if dist.get_rank() else ["step 3"])
-    assert all("so it holds the statistics of step 2; set control.should_save in a callback" in each for each in late)
-    assert whole.statistics.state_is_spread
+    assert all("so it holds the counts of step 2; set control.should_save in a callback" in each for each in late)
+    assert whole.tracker.state_is_spread
     warnings.simplefilter("ignore", SelectionWarning)
     resumed = train_mixture(folder, folder / "checkpoint-2")
-    assert points(resumed.statistics.history) == points(whole.statistics.history)
-    one, other = (each.statistics.state_dict()["counts"] for each in (resumed, whole))
+    assert points(resumed.tracker.history) == points(whole.tracker.history)
+    one, other = (each.tracker.state_dict()["counts"] for each in (resumed, whole))
     assert all(torch.equal(one[name][entry], other[name][entry]) for name in other for entry in other[name])
 
 
@@ -412,46 +394,46 @@ def test_resume_experts_under_fsdp2(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_another_training_begins_anew(tmp_path: Path) -> None:
+def test_another_training_starts_anew(tmp_path: Path) -> None:
     callback = SelectionCallback(window=WINDOW)
     trainer = trainer_by_hand(tmp_path, [callback])
     for _ in range(2):
         trainer.train()
-        assert callback.statistics.step == 3
-        assert (callback.figures.overall["coverage"], callback.figures.overall["staleness_max"]) == (0.5, 3.0)
+        assert callback.tracker.step == 3
+        assert (callback.metrics.overall["coverage"], callback.metrics.overall["staleness_max"]) == (0.5, 3.0)
 
 
 class Crash(TrainerCallback):
-    """Ends the training by an exception, after a look at who looks on."""
+    """Ends the training by an exception."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        with pytest.raises(RuntimeError, match="SelectionCallback looks on at this optimizer already, and its"):
-            SelectionStatistics().attach(optimizer)
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         raise ArithmeticError("planted")
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_after_a_crash_others_may_look_on(tmp_path: Path) -> None:
-    """A Trainer tells nobody of an exception, so the callback looks on until another is to."""
+def test_after_a_crash_another_callback_replaces_the_one_that_was_left(tmp_path: Path) -> None:
+    """A Trainer tells its callbacks of no exception, so the callback stays attached."""
     crashed, after = SelectionCallback(), SelectionCallback(window=WINDOW)
     trainer = trainer_by_hand(tmp_path, [crashed, Crash()])
     with pytest.raises(ArithmeticError, match="planted"):
         trainer.train()
-    optimizer = unwrapped(trainer.optimizer)
-    assert optimizer.observer is crashed.statistics
+    assert unwrapped(trainer.optimizer).observer is crashed.tracker
     for each in (crashed, Crash):
         trainer.remove_callback(each)
     trainer.add_callback(after)
     trainer.train()
-    assert (crashed.statistics.step, after.statistics.step) == (1, 3)
-    trainer.add_callback(crashed)
-    trainer.add_callback(Crash())
-    trainer.remove_callback(after)
-    with pytest.raises(ArithmeticError, match="planted"):
+    assert (crashed.tracker.step, after.tracker.step) == (1, 3)
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_the_last_of_two_callbacks_records(tmp_path: Path) -> None:
+    first, second = SelectionCallback(), SelectionCallback(window=WINDOW)
+    trainer = trainer_by_hand(tmp_path, [first, second])
+    with pytest.warns(SelectionWarning, match="SelectionCallback replaces SelectionCallback as the optim"):
         trainer.train()
-    statistics = SelectionStatistics()
-    statistics.attach(optimizer)
-    assert optimizer.observer is statistics
+    assert selection_of(trainer.state.log_history) == [(step + 1, named(step, *ALL)) for step in range(3)]
+    records = [each.tracker.step for each in trainer.callback_handler.callbacks if isinstance(each, SelectionCallback)]
+    assert sorted(records) == [0, 3]
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
@@ -460,7 +442,7 @@ def test_a_folder_that_is_not_on_this_machine(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     trainer = trainer_by_hand(Path("run"), [SelectionCallback(every=1)])
     trainer.args.output_dir = "s3://bucket/run"
-    with pytest.warns(SelectionWarning, match="history is written nowhere, for save_to=True is 's3://bucket/run', whi"):
+    with pytest.warns(SelectionWarning, match="history is not saved, because save_to=True is 's3://bucket/run', which"):
         trainer.train()
     assert trainer.state.global_step == 3
     trainer = trainer_by_hand(tmp_path, [SelectionCallback(save_to="s3://bucket/run")])
@@ -469,9 +451,6 @@ def test_a_folder_that_is_not_on_this_machine(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    trainer = trainer_by_hand(tmp_path, [SelectionCallback(), SelectionCallback()])
-    with pytest.raises(RuntimeError, match="SelectionCallback looks on at this optimizer already, and its training"):
-        trainer.train()
     pair = (torch.optim.AdamW, {"lr": 1e-3})
     trainer = make_trainer(arguments(tmp_path), make_model(), pair, callbacks=[SelectionCallback()])
     with pytest.raises(ValueError, match=r"SelectionCallback: no Dion2 optimizer; found AdamW\. Make it with"):

@@ -46,7 +46,7 @@ def records_of(path: Path) -> Iterator[Record]:
 
 
 def logged_in(folder: Path, step: str) -> tuple[dict[int, dict[str, float]], dict[str, int]]:
-    """The figures of the one run in a folder by what is their step there, and of which step its pictures are."""
+    """The metrics of the one run in a folder by what is their step there, and of which step its pictures are."""
     wandb.teardown()  # a file may be incomplete until W&B's own process ends
     [run] = folder.glob("wandb/offline-run-*")
     [file] = run.glob("*.wandb")
@@ -54,7 +54,7 @@ def logged_in(folder: Path, step: str) -> tuple[dict[int, dict[str, float]], dic
     for record in records_of(file):
         if record.WhichOneof("record_type") == "history":
             rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
-    figures: dict[int, dict[str, float]] = {}
+    metrics: dict[int, dict[str, float]] = {}
     pictures: dict[str, int] = {}
     for row in rows:
         found = {name[name.index("dion2/") :]: value for name, value in row.items() if "dion2/" in name}
@@ -63,8 +63,8 @@ def logged_in(folder: Path, step: str) -> tuple[dict[int, dict[str, float]], dic
             assert all((run / "files" / picture).read_bytes()[1:4] == b"PNG" for picture in found[name])
         images = tuple(f"{name}/" for name in pictures)
         if numbers := {name: value for name, value in found.items() if not name.startswith(images)}:
-            figures[row[step]] = numbers
-    return figures, pictures
+            metrics[row[step]] = numbers
+    return metrics, pictures
 
 
 def test_lightning(tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_lightning(tmp_path: Path) -> None:
     assert (folder / "dion2_selection.json").exists()
     assert (folder / "pictures" / "heatmap.png").exists()
     logger.experiment.finish()
-    figures, pictures = logged_in(tmp_path, "trainer/global_step")
-    assert figures == {step: named(step, *ALL) for step in range(3)}
+    metrics, pictures = logged_in(tmp_path, "trainer/global_step")
+    assert metrics == {step: named(step, *ALL) for step in range(3)}
     assert pictures == {"dion2/overview": 2, "dion2/heatmap": 2}
 
 
@@ -86,8 +86,8 @@ def test_the_trainer(tmp_path: Path) -> None:
     ).train()
     assert wandb.run is not None  # the Trainer leaves it open
     wandb.finish()
-    figures, pictures = logged_in(tmp_path, "train/global_step")
-    assert figures == {step + 1: named(step, *ALL) for step in range(3)}
+    metrics, pictures = logged_in(tmp_path, "train/global_step")
+    assert metrics == {step + 1: named(step, *ALL) for step in range(3)}
     assert pictures == {"dion2/overview": 3, "dion2/heatmap": 3}
 
 
@@ -103,6 +103,6 @@ def test_accelerate(tmp_path: Path) -> None:
             optimizer.zero_grad()
             selection.log(step=10 * number)
     accelerator.end_training()
-    figures, pictures = logged_in(tmp_path, "_step")
-    assert figures == {10 * step: named(step, *ALL) for step in range(3)}
+    metrics, pictures = logged_in(tmp_path, "_step")
+    assert metrics == {10 * step: named(step, *ALL) for step in range(3)}
     assert pictures == {"dion2/overview": 20, "dion2/heatmap": 20}

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import dion2_lightning
-from dion2_lightning.figures import MEANINGS
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.metrics import MEANINGS
 from tests.integrations.lightning_training import Llama
 from tests.integrations.training import BATCH, Sequences, make_model
 
@@ -26,7 +26,7 @@ def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     arguments = {"use_cpu": True, "report_to": [], "max_steps": STEPS, "save_strategy": "no", "logging_steps": 500}
-    selection = ("SelectionStatistics", "SelectionMonitor", "SelectionCallback", "SelectionLogger")
+    selection = ("SelectionTracker", "SelectionMonitor", "SelectionCallback", "SelectionLogger")
     names: dict[str, Any] = {
         name: getattr(dion2_lightning, name) for name in ("build_optimizer", "Dion2Factory", *selection)
     }
@@ -57,5 +57,5 @@ def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr().out.startswith("[10, 20] [0.")
 
 
-def test_every_figure_is_explained() -> None:
+def test_every_metric_is_explained() -> None:
     assert {name for name in MEANINGS if f"`{name}`" not in PAGE.read_text()} == set()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory
 from recipes import selection_page
 from recipes.comparison import Result, run_folder, saved_model
 from recipes.image_classification import train as recipe
@@ -160,7 +160,7 @@ class TestOfflineRun:
         assert "small-vit on digits: what Dion2 selected" in dion2.selection[0].read_text()
         history = SelectionHistory.load(dion2.selection[1])
         assert history.steps == [1, 2, 3, 4]
-        assert len(history.kinds) == 6 * 4
+        assert len(history.infos) == 6 * 4
         assert adamw.selection == ()
         assert not [file for file in run_folder(adamw.settings).iterdir() if "selection" in file.name]
 

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from dion2_lightning import Dion2, OptimizerSettings
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory
 from recipes import selection_page
 from recipes.inputs import InputError
 from recipes.offline import SMOLLM2, model_source
@@ -675,7 +675,7 @@ def fine_tune_sharded(name: str, settings: Settings, interrupted_at: int = 0) ->
             raise RuntimeError("power cut")
         return step(self, *arguments, **options)
 
-    Dion2.step = look  # type: ignore[method-assign]
+    Dion2.step = look  # type: ignore[assignment, method-assign]
     if interrupted_at:
         with pytest.raises(RuntimeError, match="power cut"):
             FRAMEWORKS[name].fine_tune(settings)
@@ -762,8 +762,8 @@ class TestModel:
             with_lightning.fine_tune(other)
             torch.testing.assert_close(weights, saved_weights(other), rtol=0, atol=2e-5)
         history = SelectionHistory.load(run_folder(settings) / "selection.json")
-        assert len(history.kinds) == 2 * 7
-        assert all("lora_B" in kind.name for kind in history.kinds)
+        assert len(history.infos) == 2 * 7
+        assert all("lora_B" in info.name for info in history.infos)
 
     def test_a_saved_model_is_whole_and_alone(
         self, tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -975,7 +975,7 @@ class TestCommand:
             command.run(lambda settings: None, kind, ["--help"])
         printed = " ".join(capsys.readouterr().out.split())
         assert "Tokens of a row, into which conversations are packed" in printed
-        assert "Share of each matrix's slices to update every step" in printed
+        assert "Share of each matrix's slices to select" in printed
         assert ("Processes on each machine" in printed) is (kind is LightningSettings)
         assert "} (type:" not in printed, "an argument without a description"
 

@@ -13,7 +13,7 @@ from jsonargparse import auto_cli
 from lightning import seed_everything
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from dion2_lightning.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory
 from recipes.comparison import Result, planned_runs, run_folder
 from recipes.inputs import InputError
 from recipes.offline import MINILM, model_source
@@ -125,7 +125,7 @@ class TestOfflineRun:
         assert "minilm on docstrings: what Dion2 selected" in dion2.selection[0].read_text()
         history = SelectionHistory.load(dion2.selection[1])
         assert history.steps == [1, 2, 3, 4]
-        assert len(history.kinds) == 6 * 6 + 1
+        assert len(history.infos) == 6 * 6 + 1
         assert adamw.selection == ()
         assert not [file for file in run_folder(adamw.settings).iterdir() if "selection" in file.name]
 

@@ -1,0 +1,226 @@
+"""What every algorithm says of itself: its settings, the state of a parameter, and how a step is taken.
+
+The optimizer, checkpoints, checks and statistics ask these objects and name no algorithm.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dion2_lightning.algorithms.hyperparameters import SharedSettings, check_values, checks_of, defaults_of, flag
+from dion2_lightning.distributed.overlap import WaitingStep
+from dion2_lightning.kernels.precision import has_float64
+from dion2_lightning.kernels.selection import Selection
+from dion2_lightning.matrices.layout import Layouts, is_dtensor, refuse_misplaced, zeros_like
+from dion2_lightning.matrices.views import Matrices
+
+if TYPE_CHECKING:  # some builds of torch have no process groups
+    from torch.distributed import ProcessGroup
+
+Orthonormalize = Callable[[Tensor], Tensor]
+
+HALF_PRECISION: Final = (torch.bfloat16, torch.float16)
+
+
+class Observer(Protocol):
+    """What receives the events of a step; see :class:`~dion2_lightning.SelectionTracker`.
+
+    Attributes:
+        wants_results: Whether to call :meth:`orthonormalized` and :meth:`moved` in this step.
+    """
+
+    wants_results: bool
+
+    def begin_step(self) -> None:
+        """Called before a step."""
+
+    def end_step(self) -> None:
+        """Called after a step that did not fail."""
+
+    def selected(self, parameter: Tensor, indices: Tensor, norms: Tensor) -> None:
+        """Called with the selected slices (count, k) and the norms of all slices (count, n), the same on every rank."""
+
+    def orthonormalized(self, parameter: Tensor, result: Tensor) -> None:
+        """Called with whole orthonormal submatrices (count, k, m), on the rank that computed them."""
+
+    def moved(self, parameter: Tensor, change: Tensor) -> None:
+        """Called with what is added to this rank's part of some selected slices."""
+
+
+class StateTensor(NamedTuple):
+    """A tensor of a parameter's state: zeros before the first step.
+
+    Attributes:
+        shape: Of the whole tensor, on all ranks together.
+        dtype: Its precision.
+        device: Where it is.
+        placements: How it is placed on the parameter's mesh; None for a plain tensor, which every rank has whole.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    placements: tuple[Any, ...] | None = None
+
+    @classmethod
+    def like(cls, parameter: Any, dtype: torch.dtype | None = None) -> "StateTensor":
+        """Return one with the shape and the placements of the parameter, and its dtype unless another is given."""
+        placements = tuple(parameter.placements) if is_dtensor(parameter) else None
+        return cls(tuple(parameter.shape), dtype or parameter.dtype, parameter.device, placements)
+
+    def zeros_for(self, parameter: Any) -> Tensor:
+        """Create it for the parameter that it was described for."""
+        if self.shape == tuple(parameter.shape) and self.placements == getattr(parameter, "placements", None):
+            return zeros_like(parameter, self.dtype)
+        if self.placements is None:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        from torch.distributed.tensor import zeros
+
+        return zeros(*self.shape, dtype=self.dtype, device_mesh=parameter.device_mesh, placements=self.placements)
+
+
+class Member(NamedTuple):
+    """A parameter in a step.
+
+    Attributes:
+        parameter: With or without a gradient.
+        state: Its state, complete.
+        group: Its settings.
+        label: Its name for error messages.
+    """
+
+    parameter: Tensor
+    state: dict[str, Tensor]
+    group: Mapping[str, Any]
+    label: str
+
+
+@dataclass
+class StepContext:
+    """What is the same for all parameters of a step.
+
+    Attributes:
+        settings_checksum: Of the settings of all groups; ranks that differ in it get an error.
+        orthonormalize: Replaces the package's orthonormalization; None for none.
+        process_group: The ranks that hold replicas of the plain parameters; None where no others do.
+        share_replicas: Whether ranks that hold replicas share the work on them; None where it pays.
+        observer: What receives the events of the step; None for none.
+        selections: What is selected, by parameter: filled in by the step.
+        layouts: The layouts that were read in this step.
+    """
+
+    settings_checksum: int = 0
+    orthonormalize: Orthonormalize | None = None
+    process_group: "ProcessGroup | None" = None
+    share_replicas: bool | None = None
+    observer: Observer | None = None
+    selections: dict[Tensor, Selection] = field(default_factory=dict)
+    layouts: Layouts = field(default_factory=dict)
+
+
+class StepWork(NamedTuple):
+    """A step of one algorithm, planned and not begun.
+
+    Attributes:
+        waiting: The parts that wait for other ranks.
+        local: The parts that do not; each is done while the others wait.
+    """
+
+    waiting: Sequence[WaitingStep] = ()
+    local: Sequence[Callable[[], None]] = ()
+
+
+class Algorithm(ABC):
+    """One algorithm; the object has no state of its own.
+
+    Attributes:
+        name: What a group's ``algorithm`` says.
+        settings: Its hyperparameters.
+        needs_matrices: Whether it updates matrices, or parameters of any shape.
+    """
+
+    name: ClassVar[str]
+    settings: ClassVar[type[SharedSettings]]
+    needs_matrices: ClassVar[bool] = False
+
+    def entries(self) -> dict[str, Any]:
+        """Return the entries of a group that say how its parameters are stored, with their defaults."""
+        return {"batched": False, "transposed": False} if self.needs_matrices else {}
+
+    def defaults(self) -> dict[str, Any]:
+        """Return what a group holds when it says nothing: settings and entries."""
+        return {**defaults_of(self.settings), **self.entries()}
+
+    def check_settings(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        """Raise an error about values that a setting or an entry cannot have; see :func:`check_values`."""
+        check_values(values, {**checks_of(self.settings), **dict.fromkeys(self.entries(), flag)}, prefix)
+
+    def check_parameter(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
+        """Raise an error about a parameter that cannot be updated, before it is added.
+
+        Args:
+            parameter: Dense and real.
+            label: Its name for error messages.
+            group: Complete.
+        """
+        if self.needs_matrices:
+            check_matrix(parameter, label, group, self.name)
+
+    def check_placement(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
+        """Raise an error about a parameter that cannot be updated as it is placed now, before a step."""
+        refuse_misplaced(parameter, label)
+
+    def sliced(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Matrices, int] | None:
+        """Return a parameter's matrices and the axis from which a step selects slices; None if it does not."""
+        return None
+
+    def agreement(self, parameter: Tensor, group: Mapping[str, Any]) -> object:
+        """Return what ranks that share a parameter must have in common besides the settings."""
+        return None
+
+    @abstractmethod
+    def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
+        """Return what the state of a parameter consists of."""
+
+    @abstractmethod
+    def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
+        """Plan a step. Nothing may change before the work is done.
+
+        Args:
+            members: All parameters of its groups that require gradients, the same ones in the same order on every rank,
+                also those without a gradient here.
+            context: Of the step.
+        """
+
+
+def matrices_of(parameter: Tensor, group: Mapping[str, Any]) -> Matrices:
+    """Return the matrices of a parameter, as its group says that they are stored."""
+    return Matrices.of(parameter.shape, batched=group["batched"], transposed=group["transposed"])
+
+
+def check_matrix(parameter: Tensor, label: str, group: Mapping[str, Any], algorithm: str) -> None:
+    """Raise an error where a parameter is no matrix, or no stack of matrices in a group that is ``batched``."""
+    if parameter.numel() == 0:
+        raise ValueError(f"{label} has no entries, so there is no matrix to update; leave it out")
+    if parameter.ndim == (3 if group["batched"] else 2):
+        return
+    form = "a stack of matrices (count, rows, columns)" if group["batched"] else "a matrix"
+    hint = "; for a stack of matrices set batched=True in its group" if parameter.ndim == 3 else ""
+    raise ValueError(
+        f"{label} is not {form}, which algorithm {algorithm!r} needs; put it into a group with algorithm='adamw', or "
+        f"let build_optimizer(model, lr=...) split the model{hint}"
+    )
+
+
+def refuse_float64(parameter: Tensor, label: str, group: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise an error where a setting asks for float64 on a device that has none."""
+    for name in names:
+        if group[name] == "float64" and not has_float64(parameter.device):
+            raise ValueError(
+                f"{label} is on {parameter.device.type!r}, which has no float64, and {name} is 'float64'; choose "
+                "'float32', or None, the default"
+            )

@@ -1,0 +1,164 @@
+"""Dion2 (arXiv 2512.16928), and Muon at fraction 1: the update, one function on one page.
+
+    M    <- M + G                              accumulate
+    K    <- the k slices of M with the largest L1 norms
+    S    <- M[K]
+    M[K] <- mu M[K]                            only what is selected decays
+    O    <- U V^T of S = U Sigma V^T           orthonormalize
+    X    <- (1 - lr weight_decay) X            every entry
+    X[K] <- X[K] - lr scale O                  only what is selected moves
+
+A slice is a row or a column of the matrix, along its shorter axis unless told otherwise. Here every matrix is whole on
+this rank; dion2_shared.py does the same for matrices that several ranks share.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from dion2_lightning.algorithms.algorithm import (
+    HALF_PRECISION,
+    Algorithm,
+    Member,
+    StateTensor,
+    StepContext,
+    StepWork,
+    matrices_of,
+    refuse_float64,
+)
+from dion2_lightning.algorithms.dion2_shared import split_by_ranks, update_shared
+from dion2_lightning.algorithms.hyperparameters import (
+    DType,
+    SharedSettings,
+    decay_rate,
+    dtype,
+    flag,
+    one_of,
+    setting,
+    share,
+)
+from dion2_lightning.algorithms.learning_rates import ADJUST_LR_FN
+from dion2_lightning.algorithms.matrix_update import (
+    MatrixUpdate,
+    accumulate,
+    apply,
+    batches,
+    orthonormalization_dtype,
+    polar_factors,
+    record_selection,
+    select,
+    show_result,
+    shrink,
+    take,
+)
+from dion2_lightning.kernels.selection import slice_sums
+from dion2_lightning.matrices.views import Matrices
+
+SELECT = ("shorter", "output")
+
+
+@dataclass(kw_only=True)
+class Dion2Settings(SharedSettings):
+    """The hyperparameters of Dion2."""
+
+    fraction: float = setting(
+        0.25, share, "Share of each matrix's slices to select, in (0, 1]; k = max(1, ceil(fraction n)) of n."
+    )
+    momentum: float = setting(
+        0.95, decay_rate, "Decay rate of the selected slices' momentum, in [0, 1). A slice decays when it is selected."
+    )
+    adjust_lr_fn: Literal["match_rms_adamw", "original", "spectral", "none"] | None = setting(
+        "match_rms_adamw",
+        one_of(ADJUST_LR_FN),
+        "The scale of a matrix's update. \"match_rms_adamw\": 0.2 sqrt(max(out, in)), AdamW's learning rates carry "
+        'over (arXiv 2502.16982); "original" or None: sqrt(max(1, out/in)), as in torch.optim.Muon; "spectral": '
+        'sqrt(out/in), as in the authors\' code; "none": 1.',
+    )
+    scale_lr_by_fraction: bool = setting(
+        True,
+        flag,
+        "Multiply the orthonormal update, not the weight decay, by sqrt(n/k), so that one learning rate fits every "
+        "fraction (Dion3, arXiv 2608.11612). False is the Dion2 paper's literal rule: users of the authors' code keep "
+        "their learning rate with False.",
+    )
+    select: Literal["shorter", "output"] = setting(
+        "shorter",
+        one_of(SELECT),
+        '"shorter" selects along the shorter axis of (out, in), output slices at a tie; "output" always selects output '
+        "slices.",
+    )
+    orthonormalize_dtype: DType | None = setting(
+        None,
+        dtype,
+        "Precision of the orthonormalization. None chooses what the hardware multiplies fastest: bfloat16 on CUDA and "
+        "on CPUs built for it, else float32.",
+    )
+    state_dtype: DType | None = setting(
+        None,
+        dtype,
+        "Precision of the momentum. None: float32 for bfloat16 and float16 parameters, else the parameter's own.",
+    )
+
+
+class Dion2Algorithm(Algorithm):
+    """Orthonormalizes the largest slices of the momentum."""
+
+    name: ClassVar[str] = "dion2"
+    settings: ClassVar[type[SharedSettings]] = Dion2Settings
+    needs_matrices: ClassVar[bool] = True
+
+    def check_parameter(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
+        """Raise an error about what is no matrix, or in a precision that its device lacks."""
+        refuse_float64(parameter, label, group, ("orthonormalize_dtype", "state_dtype"))
+        super().check_parameter(parameter, label, group)
+
+    def check_placement(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
+        """Raise an error about what has moved to a device that lacks its precision, too."""
+        super().check_placement(parameter, label, group)
+        refuse_float64(parameter, label, group, ("orthonormalize_dtype", "state_dtype"))
+
+    def sliced(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Matrices, int]:
+        """Return a parameter's matrices, and the axis of the slices."""
+        matrices = matrices_of(parameter, group)
+        return matrices, matrices.selection_axis(group["select"])
+
+    def agreement(self, parameter: Tensor, group: Mapping[str, Any]) -> object:
+        """Return the precision of the orthonormalization, which may depend on the hardware."""
+        return orthonormalization_dtype(parameter, group["orthonormalize_dtype"])
+
+    def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
+        """Return the momentum."""
+        asked = group["state_dtype"]
+        own = torch.float32 if parameter.dtype in HALF_PRECISION else parameter.dtype
+        return {"momentum": StateTensor.like(parameter, own if asked is None else getattr(torch, asked))}
+
+    def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
+        """Plan a step: the matrices of this rank alone, and those that it shares."""
+        updates = [MatrixUpdate.of(member, context) for member in members]
+        alone, shared = split_by_ranks(updates, context.share_replicas)
+        present = [update for update in alone if update.gradient is not None]
+        return StepWork([update_shared(part, context) for part in shared], [partial(update_alone, present, context)])
+
+
+def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
+    """Take one step on matrices that are whole on this rank, equal shapes together.
+
+    Args:
+        updates: Parameters that have a gradient.
+        context: Of the step.
+    """
+    for batch in batches(updates):
+        accumulate(batch)
+        norms = [slice_sums(update.momentum).float() for update in batch]
+        selected = select(batch, norms)
+        submatrices = [take(update.momentum, indices, update) for update, indices in zip(batch, selected, strict=True)]
+        results = torch.split(polar_factors(submatrices, context), [len(indices) for indices in selected])
+        shrink(batch)
+        for update, indices, its_norms, result in zip(batch, selected, norms, results, strict=True):
+            show_result(update, result)
+            apply(update, update.weight, indices, result)
+            record_selection(update, indices, its_norms, context)

@@ -1,0 +1,230 @@
+"""Hyperparameters, each written down once: a field with its type, default, check and description.
+
+A settings class is a dataclass whose fields are made by :func:`setting`. Constructors and factories take their keyword
+arguments from such classes (:func:`takes`), so signature, ``--help`` and documentation say the same everywhere.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from numbers import Real
+from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar, get_type_hints
+
+import torch
+
+P = ParamSpec("P")
+A = TypeVar("A")
+B = TypeVar("B")
+R = TypeVar("R")
+D = TypeVar("D")
+
+Check = Callable[[str, object], None]
+"""Raises an error about a value, given what to call it."""
+
+DType = Literal["bfloat16", "float32", "float64"]
+DTYPES: Final = ("bfloat16", "float32", "float64")
+
+PLACEHOLDER: Final = "**settings:"
+"""Begins the line of a docstring in whose place the descriptions of settings are put."""
+
+
+def setting(default: Any, check: Check, description: str) -> Any:
+    """Return a dataclass field for a hyperparameter.
+
+    Args:
+        default: Its default value.
+        check: Raises an error about a value that it cannot have.
+        description: What it means; one or more sentences.
+    """
+    return field(default=default, metadata={"check": check, "description": description})
+
+
+def checks_of(settings: type) -> dict[str, Check]:
+    """Return the checks of a settings class, by name."""
+    return {each.name: each.metadata["check"] for each in fields(settings) if "check" in each.metadata}
+
+
+def defaults_of(settings: type) -> dict[str, Any]:
+    """Return the defaults of a settings class, by name."""
+    return {each.name: each.default for each in fields(settings)}
+
+
+def check_values(values: Mapping[str, Any], checks: Mapping[str, Check], prefix: str = "") -> None:
+    """Check values, as far as there are checks of their names.
+
+    Args:
+        values: By name.
+        checks: By name.
+        prefix: What an error says before the name, such as ``"group 'dion2': "`` (default: nothing).
+
+    Raises:
+        TypeError: A value of the wrong type.
+        ValueError: A value out of its range.
+    """
+    for name, value in values.items():
+        if name in checks:
+            checks[name](prefix + name, value)
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as data that every checkpoint format takes: a dtype is its name, ``torch.float32`` is "float32"."""
+    return {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in values.items()
+    }
+
+
+def takes(
+    settings: Callable[P, Any],
+) -> Callable[[Callable[Concatenate[A, ...], R]], Callable[Concatenate[A, P], R]]:
+    """Give a function the arguments of a settings class, after its own first one.
+
+    Type checkers see them through the types of this decorator, everything else through the function's signature and
+    docstring.
+
+    Args:
+        settings: A settings class. The function is called with what the caller passes: ``*args, **kwargs``.
+    """
+
+    def decorate(function: Callable[Concatenate[A, ...], R]) -> Callable[Concatenate[A, P], R]:
+        _take(function, settings)
+        return function
+
+    return decorate
+
+
+def method_takes(
+    settings: Callable[P, Any],
+) -> Callable[[Callable[Concatenate[A, B, ...], R]], Callable[Concatenate[A, B, P], R]]:
+    """Do the same as :func:`takes` for a method, whose own arguments are ``self`` and one more."""
+
+    def decorate(function: Callable[Concatenate[A, B, ...], R]) -> Callable[Concatenate[A, B, P], R]:
+        _take(function, settings)
+        return function
+
+    return decorate
+
+
+def described(settings: type) -> Callable[[D], D]:
+    """Give a class or a function the descriptions of settings, in the line :data:`PLACEHOLDER` of its docstring."""
+
+    def decorate(documented: D) -> D:
+        documented.__doc__ = _with_descriptions(documented.__doc__ or "", settings)
+        return documented
+
+    return decorate
+
+
+def _with_descriptions(docstring: str, settings: type) -> str:
+    lines = docstring.split("\n")
+    place = next(index for index, line in enumerate(lines) if line.strip().startswith(PLACEHOLDER))
+    indent = len(lines[place]) - len(lines[place].lstrip())
+    return "\n".join([*lines[:place], _descriptions(settings, indent), *lines[place + 1 :]])
+
+
+def _take(function: Any, settings: Any) -> None:
+    hints = get_type_hints(settings)
+    own = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    taken = inspect.signature(settings).parameters.values()
+    function.__signature__ = inspect.Signature([*own, *(each.replace(annotation=hints[each.name]) for each in taken)])
+    if PLACEHOLDER in (function.__doc__ or ""):
+        described(settings)(function)
+
+
+def _descriptions(settings: type, indent: int) -> str:
+    return "\n".join(
+        f"{' ' * indent}{each.name}: {each.metadata['description'].rstrip('.')} (default: {each.default!r})."
+        for each in fields(settings)
+    )
+
+
+# Checks
+
+
+def number(name: str, value: object) -> float:
+    """Raise an error unless the value is a number; return it."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        found = f"the {type(value).__name__} {value!r}" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} must be a number, got {found}; pass a float")
+    return float(value)
+
+
+def not_negative(name: str, value: object) -> None:
+    """Raise an error unless the value is a finite number of at least 0."""
+    if not 0.0 <= number(name, value) < float("inf"):
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+
+def share(name: str, value: object) -> None:
+    """Raise an error unless the value lies in (0, 1]."""
+    if not 0.0 < number(name, value) <= 1.0:
+        raise ValueError(f"{name} must lie in (0, 1], got {value}; 1 selects every slice")
+
+
+def decay_rate(name: str, value: object) -> None:
+    """Raise an error unless the value lies in [0, 1)."""
+    if not 0.0 <= number(name, value) < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
+def two_decay_rates(name: str, value: object) -> None:
+    """Raise an error unless the value is a pair of numbers in [0, 1)."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise TypeError(f"{name} must be two numbers, got {value!r}")
+    for index, rate in enumerate(value):
+        decay_rate(f"{name}[{index}]", rate)
+
+
+def flag(name: str, value: object) -> None:
+    """Raise an error unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def optional(check: Check) -> Check:
+    """Return a check that also takes None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def one_of(choices: Iterable[object]) -> Check:
+    """Return a check for strings, or None, of a list."""
+    allowed = tuple(choices)
+
+    def check(name: str, value: object) -> None:
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+    return check
+
+
+def dtype(name: str, value: object) -> None:
+    """Raise an error unless the value is None or the name of a dtype, or the dtype itself."""
+    if value is not None and str(value).removeprefix("torch.") not in DTYPES:
+        raise ValueError(
+            f"{name} must be None or one of {', '.join(DTYPES)}, as a string or torch.dtype, got {value!r}"
+        )
+
+
+@dataclass
+class SharedSettings:
+    """The hyperparameters that every algorithm has. Like all settings classes it checks its values when it is made."""
+
+    lr: float = setting(3e-4, not_negative, "Learning rate of all groups that do not have their own.")
+    _: KW_ONLY
+    weight_decay: float = setting(
+        0.01, not_negative, "Decoupled weight decay: every step multiplies all weights by 1 - lr * weight_decay."
+    )
+    check_finite: bool = setting(
+        False,
+        flag,
+        "Raise an error that names the parameter when a gradient holds NaN or Inf, before any weight or state is "
+        "changed. Costs a synchronisation with the device every step.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_values(vars(self), checks_of(type(self)))

@@ -1,0 +1,96 @@
+"""Clipping gradients by their norm on any mix of layouts.
+
+``torch.nn.utils.clip_grad_norm_`` stacks the norms of all gradients, which fails where they lie on different meshes, or
+on a mesh and beside it: under TP and under FSDP2 over TP. Here every mesh adds up its own.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dion2_lightning.distributed.collectives import place_gradients
+from dion2_lightning.kernels.precision import move_sums, sum_dtype
+from dion2_lightning.matrices.layout import group_by, local_gradient
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """Scale gradients, in place, so that their norm all together is at most ``max_norm``.
+
+    The norm is that of the whole gradients, whatever part of them this rank holds; so every layout clips alike. All
+    ranks have to call this with the same parameters. One all-reduce of a number for each mesh and each of its sharded
+    dimensions. Gradients that are still summands, as those of norms under sequence parallelism, are added up first.
+
+    Args:
+        parameters: Plain parameters, DTensors, or both. Plain ones count as whole on every rank.
+        max_norm: The norm that must not be exceeded, at least 0.
+        norm_type: Which norm; ``float("inf")`` is the largest entry (default: 2.0).
+        error_if_nonfinite: Raise an error where the norm is NaN or Inf, before anything is scaled; costs a
+            synchronisation with the device (default: False).
+
+    Returns:
+        The norm before clipping, 0-d, the same on every rank.
+
+    Raises:
+        ValueError: ``max_norm`` is negative, or ``norm_type`` not over 0.
+        RuntimeError: The norm is not finite, where ``error_if_nonfinite`` asks for the check.
+    """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be at least 0, got {max_norm}")
+    if not norm_type > 0:
+        raise ValueError(f"norm_type must be over 0, got {norm_type}")
+    everything = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not everything:
+        return torch.tensor(0.0)
+    place_gradients(everything)
+    # Also what has no gradient here: its mesh's other ranks may have one, and wait.
+    meshes = group_by(everything, _sharding)
+    device = everything[0].device
+    by_mesh = [move_sums(_power_sum(members, sharding, norm_type), device) for sharding, members in meshes.items()]
+    together = torch.stack(by_mesh)
+    norm = together.max() if norm_type == torch.inf else together.sum() ** (1.0 / norm_type)
+    norm = norm.float()
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(f"the norm of the gradients is {norm.item()}, so nothing was clipped; look for NaN or Inf")
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    gradients = [gradient for gradient in map(local_gradient, everything) if gradient is not None]
+    for its_device, members in group_by(gradients, lambda gradient: gradient.device).items():
+        torch._foreach_mul_(members, factor.to(its_device))
+    return norm
+
+
+def _sharding(parameter: Any) -> tuple[Any, tuple[int, ...]]:
+    """The mesh over which a parameter is spread, and along which of its dimensions; (None, ()) for a plain one."""
+    placements = getattr(parameter, "placements", ())
+    dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
+    return (parameter.device_mesh, dims) if dims else (None, ())
+
+
+def _power_sum(parameters: list[Tensor], sharding: tuple[Any, tuple[int, ...]], norm_type: float) -> Tensor:
+    """The sum of |g|^p over all entries on all ranks of the mesh, or the largest |g|; 0-d, in ``sum_dtype``."""
+    mesh, dims = sharding
+    gradients = [local_gradient(parameter) for parameter in parameters]
+    held = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
+    # Half precision would round the norm to three digits, or overflow.
+    norms = [
+        norm
+        for members in group_by(held, lambda gradient: torch.promote_types(gradient.dtype, torch.float32)).items()
+        for norm in torch._foreach_norm(members[1], norm_type, dtype=members[0])
+    ]
+    device = parameters[0].device
+    norms = [move_sums(norm, device) for norm in norms]
+    powers = norms if norm_type == torch.inf else [norm**norm_type for norm in norms]
+    stacked = torch.stack([torch.zeros((), dtype=sum_dtype(device), device=device), *powers])
+    total = stacked.max() if norm_type == torch.inf else stacked.sum()
+    for dim in dims:
+        operation = dist.ReduceOp.MAX if norm_type == torch.inf else dist.ReduceOp.SUM
+        dist.all_reduce(total, op=operation, group=mesh.get_group(dim))
+    return total

@@ -1,0 +1,68 @@
+"""Steps that wait for other ranks, side by side, with other work done in the meantime."""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from dion2_lightning.matrices.layout import group_by
+
+WaitingStep = Generator[Sequence[Tensor] | None, Sequence[Tensor], None]
+"""A step that pauses: ``yield IN_FLIGHT`` while messages are, ``on_host = yield tensors`` to read integer tensors.
+
+Every rank has to pause at the same places. The list of tensors may be empty, as on a rank that need not read.
+"""
+
+IN_FLIGHT: Final = None
+"""What a step yields while it waits for messages of other ranks."""
+
+
+def run_side_by_side(steps: Sequence[WaitingStep], local: Sequence[Callable[[], None]]) -> None:
+    """Run steps that pause, each to its next pause in turn, and local work while all messages are in flight.
+
+    What the steps want to read comes to the host in one synchronisation. Local work is not done at such a pause: the
+    host would wait for it too.
+
+    Args:
+        steps: In the same order on every rank.
+        local: Work without communication, one piece a pause; whatever is left when the steps are over is done then.
+    """
+    work = iter(local)
+    paused = _advance([(step, None) for step in steps])
+    while paused:
+        if all(wanted is None for _, wanted in paused):
+            next(work, _nothing)()
+        tensors = [tensor for _, wanted in paused for tensor in wanted or ()]
+        on_host = iter(read_together(tensors) if tensors else ())
+        paused = _advance([(step, [next(on_host) for _ in wanted or ()]) for step, wanted in paused])
+    for piece in work:
+        piece()
+
+
+Paused = tuple[WaitingStep, Sequence[Tensor] | None]
+
+
+def _advance(steps: Sequence[Paused]) -> list[Paused]:
+    """Send each step what it has read, None to begin; return those that pause again, with what they want to read."""
+    paused: list[Paused] = []
+    for step, answer in steps:
+        try:
+            paused.append((step, next(step) if answer is None else step.send(answer)))
+        except StopIteration:
+            continue
+    return paused
+
+
+def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return integer tensors on the host, all in one synchronisation with their device."""
+    on_host: dict[int, Tensor] = {}
+    for positions in group_by(range(len(tensors)), lambda index: tensors[index].device).values():
+        flat = torch.cat([tensors[position].flatten() for position in positions]).cpu()
+        parts = torch.split(flat, [tensors[position].numel() for position in positions])
+        on_host.update(zip(positions, parts, strict=True))
+    return [on_host[position].view(tensor.shape) for position, tensor in enumerate(tensors)]
+
+
+def _nothing() -> None:
+    """Do nothing."""

@@ -1,0 +1,66 @@
+"""Which rank works on which of the matrices that ranks share: every rank about as much as the others.
+
+Whole matrices are dealt out, so how even it can be depends on the matrices: with few large ones for each rank, on
+whether the number of ranks divides theirs.
+"""
+
+import heapq
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+FLOPS_PER_BYTE: Final = 4000
+"""Work on replicas is worth sharing from here on: what a GPU multiplies in the time a byte takes between nodes."""
+
+
+class Owner(NamedTuple):
+    """Which rank works on a matrix.
+
+    Attributes:
+        replica: In which replica; None for the same rank of every one.
+        rank: By which rank there.
+    """
+
+    replica: int | None
+    rank: int
+
+
+@lru_cache(maxsize=256)
+def assign_owners(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """Return which rank owns each matrix: the costliest first, each to the rank that has the least to do.
+
+    Args:
+        costs: Of each matrix, the same on every rank.
+        ranks: How many share them.
+    """
+    owners = [0] * len(costs)
+    loads = [(0, rank) for rank in range(ranks)]
+    for matrix in sorted(range(len(costs)), key=lambda matrix: -costs[matrix]):
+        load, rank = heapq.heappop(loads)
+        owners[matrix] = rank
+        heapq.heappush(loads, (load + costs[matrix], rank))
+    return tuple(owners)
+
+
+@lru_cache(maxsize=256)
+def plan_owners(
+    costs: tuple[int, ...], nbytes: tuple[int, ...], ranks: int, replicas: int, share_replicas: bool | None
+) -> tuple[Owner, ...]:
+    """Return the owner of each matrix, the same on every rank.
+
+    Args:
+        costs: FLOPs of the work on each matrix.
+        nbytes: Size of the result of each.
+        ranks: How many share each matrix by parts.
+        replicas: How many hold each part.
+        share_replicas: Whether replicas share the work; None where that saves more than gathering the results costs.
+    """
+    if replicas > 1 and share_replicas is not False:
+        # Owners go round the replicas: each gathers as much as the one with the most results has.
+        owners = [Owner(owner % replicas, owner // replicas) for owner in assign_owners(costs, ranks * replicas)]
+        results = [0] * replicas
+        for owner, size in zip(owners, nbytes, strict=True):
+            results[owner.replica or 0] += size
+        saved = sum(costs) * (replicas - 1) // replicas
+        if share_replicas or saved >= FLOPS_PER_BYTE * max(results) * (replicas - 1):
+            return tuple(owners)
+    return tuple(Owner(None, rank) for rank in assign_owners(costs, ranks))

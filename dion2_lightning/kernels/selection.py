@@ -1,0 +1,93 @@
+"""Selection: which slices of the momentum are the largest, and moving them out of and into their matrices.
+
+Everything here sees matrices as (count, n, m) views, n slices of m entries each. A view's memory runs along the slices
+(rows of the stored matrix) or across them (columns); the fast kernels differ, the results do not.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dion2_lightning.kernels.precision import sum_dtype
+
+
+class Selection(NamedTuple):
+    """The slices of a parameter's matrices that a step selected.
+
+    Attributes:
+        axis: What a slice is, in terms of (out, in): 0 an output slice, 1 an input slice, whichever way round the
+            weight is stored.
+        indices: Sorted, int64; shape (k,), or (E, k) for a batched parameter.
+    """
+
+    axis: int
+    indices: Tensor
+
+
+def selected_count(slices: int, fraction: float) -> int:
+    """Return k = ceil(fraction * n), at least 1; the small term keeps 0.1 * 30 = 3.0000000000000004 at 3."""
+    return max(1, math.ceil(fraction * slices - 1e-9))
+
+
+def slice_sums(slices: Tensor) -> Tensor:
+    """Return the sum of |M| over every slice, shape (count, n), in float64; in float32 on a device that has no float64.
+
+    Rounded to float32 it is the slice's norm. float32 sums depend on their order, and near the threshold an order
+    changes the selection; rounded float64 sums do not. Ranks that share a matrix need float64 to select alike; a device
+    without it works alone.
+    """
+    return slices.abs().sum(-1, dtype=sum_dtype(slices.device))
+
+
+def largest(norms: Tensor, k: int) -> Tensor:
+    """Return the sorted indices, shape (count, k), of the k largest norms; among equals the lower index wins."""
+    order = torch.sort(norms, dim=-1, descending=True, stable=True).indices
+    return order.narrow(-1, 0, k).sort(dim=-1).values
+
+
+def gather(slices: Tensor, indices: Tensor) -> Tensor:
+    """Return the slices at ``indices``, shape (count, k, m), in the memory order of ``slices``."""
+    if _runs_along_slices(slices):
+        count, _, m = slices.shape
+        return slices.flatten(0, 1).index_select(0, _flat(indices, slices)).view(count, indices.shape[-1], m)
+    return slices.mT.gather(-1, _across(indices, slices)).mT
+
+
+def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float) -> None:
+    """Multiply the slices at ``indices``, which :func:`gather` has just returned, by ``factor``, in place."""
+    if _runs_along_slices(slices):
+        slices.flatten(0, 1).index_copy_(0, _flat(indices, slices), gathered.flatten(0, 1) * factor)
+    else:
+        # Writing single columns costs more than a pass over the whole, which is in cache. Above, a momentum in half
+        # precision is multiplied by the factor itself; so must it be here.
+        precise = torch.promote_types(slices.dtype, torch.float32)
+        factors = torch.ones(slices.shape[:2], dtype=precise, device=slices.device)
+        slices.mul_(factors.scatter_(-1, indices, factor).unsqueeze(-1))
+
+
+def add_(slices: Tensor, indices: Tensor, change: Tensor) -> None:
+    """Add ``change``, shape (count, k, m), to the slices at ``indices``, in place."""
+    change = change.to(slices.dtype)
+    if _runs_along_slices(slices):
+        slices.flatten(0, 1).index_add_(0, _flat(indices, slices), change.flatten(0, 1))
+    else:
+        slices.mT.scatter_add_(-1, _across(indices, slices), change.mT)
+
+
+def _runs_along_slices(slices: Tensor) -> bool:
+    return slices.is_contiguous()
+
+
+def _flat(indices: Tensor, slices: Tensor) -> Tensor:
+    """Indices into the (count * n, m) matrix of all slices."""
+    count, n, _ = slices.shape
+    if count == 1:
+        return indices.view(-1)
+    return (indices + torch.arange(0, count * n, n, device=indices.device).unsqueeze(-1)).view(-1)
+
+
+def _across(indices: Tensor, slices: Tensor) -> Tensor:
+    """Column indices (count, m, k) of the stored matrices, the same in every row."""
+    return indices.unsqueeze(1).expand(-1, slices.shape[-1], -1)

@@ -1,0 +1,1 @@
+"""Which matrices a parameter holds, and which part of them is on this rank."""

@@ -1,0 +1,337 @@
+"""Which ranks hold which part of a parameter's matrices.
+
+Whatever the mesh, the part of a matrix that a rank holds is one rectangle. So a layout is a list of rectangles, one for
+each rank that shares the matrix, and everything above this file is the same for FSDP2, HSDP, TP and their products.
+"""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:  # some builds of torch have no process groups
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+Span = tuple[int, int]
+"""Start and stop."""
+
+
+def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Group items by a key, groups and their items in the order in which they come."""
+    groups: dict[K, list[T]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
+class Block(NamedTuple):
+    """The rectangle of each of a parameter's matrices that a rank holds, as stored; empty spans where it holds none."""
+
+    rows: Span
+    columns: Span
+
+
+class Spans(tuple[Span, ...]):
+    """What each rank of a group holds along an axis; what follows from it is found once for all matrices."""
+
+    @cached_property
+    def are_equal(self) -> bool:
+        """Whether all ranks hold the same."""
+        return all(span == self[0] for span in self)
+
+    @cached_property
+    def edges(self) -> Tensor:
+        """Where each begins and ends, one after the other, on the host."""
+        return torch.tensor(self).flatten()
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The ranks that hold the same parts of the same matrices as this one.
+
+    Attributes:
+        group: These ranks, this one among them.
+        numbers: Which replica each rank of the group belongs to, in the group's order. All ranks that share a matrix by
+            parts belong to one replica.
+        everyone: The ranks of all replicas together.
+    """
+
+    group: "ProcessGroup"
+    numbers: tuple[int, ...]
+    everyone: "ProcessGroup"
+
+    @property
+    def count(self) -> int:
+        """How many replicas there are."""
+        return len(self.numbers)
+
+    @property
+    def number(self) -> int:
+        """Which of them this rank belongs to."""
+        return self.numbers[torch.distributed.get_rank(self.group)]
+
+    @property
+    def position_of(self) -> dict[int, int]:
+        """The rank in the group of every replica's member."""
+        return {number: position for position, number in enumerate(self.numbers)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which ranks share a parameter's matrices, and what each of them holds.
+
+    Attributes:
+        group: The ranks that share each matrix by parts; None where this rank has it whole.
+        blocks: What each rank of the group holds, in the group's order; empty without a group.
+        replicas: The ranks that hold the same as this one; None where no other does, or this rank knows of none.
+    """
+
+    group: "ProcessGroup | None" = None
+    blocks: tuple[Block, ...] = ()
+    replicas: Replicas | None = None
+
+    @cached_property
+    def rows(self) -> "Spans":
+        """Which rows each rank of the group holds."""
+        return Spans(block.rows for block in self.blocks)
+
+    @cached_property
+    def columns(self) -> "Spans":
+        """Which columns each rank of the group holds."""
+        return Spans(block.columns for block in self.blocks)
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """A number in which what each rank holds is mixed; replicas may order their ranks differently."""
+        return hash(tuple(sorted(self.blocks)))
+
+
+Layouts = dict[Hashable, Layout]
+"""Layouts that were read in this step: parameters of one shape, mesh and placement have the same."""
+
+
+def layout_of(
+    parameter: Tensor,
+    label: str,
+    *,
+    batched: bool,
+    process_group: "ProcessGroup | None",
+    known: Layouts | None = None,
+) -> Layout:
+    """Read a parameter's layout from its mesh and placements, as they are now.
+
+    Args:
+        parameter: Plain, or a DTensor.
+        label: Its name for error messages.
+        batched: Whether its first axis counts matrices.
+        process_group: The ranks that hold replicas of it, where it is plain.
+        known: What was read in this step, taken from and added to (default: None).
+
+    Raises:
+        ValueError: It is sharded in a way that leaves no rectangle of a matrix on each rank, or not summed up yet, or
+            this rank is not in its mesh.
+    """
+    key = None
+    if is_dtensor(parameter):
+        key = parameter.device_mesh, parameter.placements, parameter.shape, batched  # type: ignore[attr-defined]
+    known = {} if known is None else known
+    if key not in known:
+        known[key] = _read_layout(parameter, label, batched, process_group)
+    return known[key]
+
+
+def _read_layout(parameter: Tensor, label: str, batched: bool, process_group: "ProcessGroup | None") -> Layout:
+    if is_dtensor(parameter):
+        return _layout_of_dtensor(parameter, label, batched)
+    if process_group is None or process_group.size() == 1:
+        return Layout()
+    return Layout(replicas=Replicas(process_group, tuple(range(process_group.size())), process_group))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor, sharing its memory."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def zeros_like(parameter: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return zeros that are laid out and placed like a parameter.
+
+    They are made of this rank's part. ``torch.zeros_like`` of a DTensor would do, but torch 2.15 takes a tenth of a
+    second to plan it on a mesh of three dimensions, for every shape anew.
+
+    Args:
+        parameter: Plain, or a DTensor.
+        dtype: Of the zeros (default: the parameter's).
+    """
+    zeros = torch.zeros_like(local(parameter), dtype=dtype, memory_format=torch.preserve_format)
+    if not is_dtensor(parameter):
+        return zeros
+    like_parameter: Tensor = type(parameter).from_local(
+        zeros,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return like_parameter
+
+
+def refuse_misplaced(parameter: Any, label: str) -> None:
+    """Raise an error where ranks hold summands of a parameter, or this rank is none of those that hold it."""
+    if not is_dtensor(parameter):
+        return
+    if any(placement.is_partial() for placement in parameter.placements):
+        raise ValueError(f"{label} is placed as {parameter.placements}: sum it up with redistribute() before step()")
+    if parameter.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{label} is on {parameter.device_mesh}, to which rank {torch.distributed.get_rank()} does not belong; "
+            "leave it out of the groups there"
+        )
+
+
+def local_gradient(parameter: Any) -> Tensor | None:
+    """Return this rank's part of a parameter's gradient, which is placed like the parameter; None if there is none."""
+    return None if parameter.grad is None else local(parameter.grad)
+
+
+def placed_like_stack(rows: Tensor, parameter: Any, count: int) -> Tensor:
+    """Place one row for each matrix of a stack like the matrices: a DTensor where ranks hold different ones."""
+    dims = spread_dims(parameter)
+    if not dims:
+        return rows
+    from torch.distributed.tensor import DTensor, Replicate
+
+    placements = [each if dim in dims else Replicate() for dim, each in enumerate(parameter.placements)]
+    shape = torch.Size((count, rows.shape[1]))
+    stride = (rows.shape[1], 1)
+    mesh = parameter.device_mesh
+    return DTensor.from_local(rows.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def spread_dims(stack: Any) -> list[int]:
+    """Return the dimensions of its mesh along which ranks hold different matrices of a stack."""
+    return [dim for dim, placement in enumerate(getattr(stack, "placements", ())) if _counts_matrices(placement)]
+
+
+def _counts_matrices(placement: Any) -> bool:
+    """Whether a placement of a stack spreads its first axis, which counts matrices."""
+    return not placement.is_replicate() and placement.dim == 0
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over a mesh; told without importing ``torch.distributed.tensor``, half a second."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _layout_of_dtensor(parameter: Any, label: str, batched: bool) -> Layout:
+    refuse_misplaced(parameter, label)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    sharded = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    for dim in sharded:
+        _check_placement(placements, dim, mesh, label)
+    # A stack that is sharded along its first axis leaves whole matrices on every rank: nothing is shared.
+    shared = [dim for dim in sharded if not (batched and _counts_matrices(placements[dim])) and mesh.size(dim) > 1]
+    if len(shared) > 2:
+        raise ValueError(f"{label} is sharded over {len(shared)} dimensions of {mesh}; at most 2 are supported")
+    replicated = [dim for dim, each in enumerate(placements) if each.is_replicate() and mesh.size(dim) > 1]
+    replicas = _replicas(mesh, shared, replicated)
+    if not shared:
+        return Layout(replicas=replicas)
+    group = _group_of(mesh, shared)
+    if group is None:
+        raise ValueError(f"{label} is sharded over two dimensions of a mesh without mesh_dim_names; name them")
+    blocks = _blocks(tuple(parameter.shape), tuple(mesh.shape), tuple(placements), tuple(shared), _coordinate(mesh))
+    return Layout(group, _in_order_of(group, mesh, shared, blocks), replicas)
+
+
+def _replicas(mesh: "DeviceMesh", shared: Sequence[int], replicated: Sequence[int]) -> Replicas | None:
+    """The ranks that differ from this one along replicated dimensions; None of them where torch cannot name them."""
+    if not replicated:
+        return None
+    group, everyone = _group_of(mesh, replicated), _group_of(mesh, sorted([*shared, *replicated]))
+    if group is None or everyone is None:
+        return None
+    numbers = range(math.prod(mesh.size(dim) for dim in replicated))
+    return Replicas(group, _in_order_of(group, mesh, replicated, numbers), everyone)
+
+
+def _check_placement(placements: Sequence[Any], dim: int, mesh: "DeviceMesh", label: str) -> None:
+    placement = placements[dim]
+    if not hasattr(placement, "dim"):
+        raise ValueError(f"{label} is placed as {tuple(placements)}; only Replicate and Shard are supported")
+    split_factor = getattr(placement, "split_factor", None)
+    if split_factor is None:
+        return
+    # FSDP2 over TP: TP cuts the axis first, so this rank's rows stay in one piece. Other strides scatter them.
+    inner = [
+        later
+        for later in range(dim + 1, len(placements))
+        if placements[later].is_shard(placement.dim) and mesh.size(later) == split_factor
+    ]
+    if not inner:
+        raise ValueError(f"{label} is placed as {tuple(placements)} on {mesh}, which leaves scattered rows on a rank")
+
+
+def _group_of(mesh: "DeviceMesh", dims: Sequence[int]) -> "ProcessGroup | None":
+    """The ranks that differ from this one along some dimensions of a mesh; None for several without names."""
+    if len(dims) == 1:
+        return mesh.get_group(dims[0])
+    names = mesh.mesh_dim_names
+    if names is None:
+        return None
+    part = mesh if len(dims) == mesh.ndim else mesh[tuple(names[dim] for dim in dims)]
+    # Torch keeps the flattened mesh, so that its group is made once.
+    return part._flatten().get_group()
+
+
+def _in_order_of(group: "ProcessGroup", mesh: "DeviceMesh", dims: Sequence[int], each: Sequence[T]) -> tuple[T, ...]:
+    """Put what each rank along some dimensions of the mesh has, into the order of the group's ranks.
+
+    Torch sorts the ranks of a group, whatever the order of the mesh.
+    """
+    coordinate = _coordinate(mesh)
+    index = tuple(slice(None) if dim in dims else coordinate[dim] for dim in range(mesh.ndim))
+    in_mesh, in_group = mesh.mesh[index].flatten().tolist(), torch.distributed.get_process_group_ranks(group)
+    if in_mesh == in_group:
+        return tuple(each)
+    by_rank = dict(zip(in_mesh, each, strict=True))
+    return tuple(by_rank[rank] for rank in in_group)
+
+
+def _coordinate(mesh: "DeviceMesh") -> tuple[int, ...]:
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "a rank steps only parameters of meshes that it belongs to"
+    return tuple(coordinate)
+
+
+@lru_cache(maxsize=4096)
+def _blocks(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    placements: tuple[Any, ...],
+    shared: tuple[int, ...],
+    coordinate: tuple[int, ...],
+) -> tuple[Block, ...]:
+    """The blocks of all ranks that differ from ``coordinate`` along the ``shared`` dimensions, the last one fastest."""
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+
+    blocks = []
+    for position in itertools.product(*(range(mesh_shape[dim]) for dim in shared)):
+        there = list(coordinate)
+        for dim, index in zip(shared, position, strict=True):
+            there[dim] = index
+        sizes, offsets = _compute_local_shape_and_global_offset(shape, mesh_shape, there, placements)
+        spans = [(offset, offset + size) for size, offset in zip(sizes, offsets, strict=True)][-2:]
+        blocks.append(Block(*spans))
+    return tuple(blocks)

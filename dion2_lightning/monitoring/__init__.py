@@ -1,0 +1,1 @@
+"""What was selected: counters, metrics, history, pictures, report."""

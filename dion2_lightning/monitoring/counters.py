@@ -1,0 +1,284 @@
+"""What is counted on the device: when each slice was last selected, and how often.
+
+The matrices with equally many slices share counters, so a step costs a few operations however many matrices there are.
+At a step with metrics the counters leave a table, a row for each parameter, from which the host computes the metrics.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dion2_lightning.kernels.precision import move_sums, sum_dtype
+from dion2_lightning.matrices.layout import local, placed_like_stack, spread_dims
+from dion2_lightning.matrices.views import SlicedParameter
+from dion2_lightning.monitoring.history import BINS, bin_of
+from dion2_lightning.monitoring.metrics import COLUMNS, ParameterInfo
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# Behind the columns of COLUMNS, the table has how often the slices of each bin were selected, and the sorted counts.
+HITS: Final = len(COLUMNS)
+COUNTS: Final = HITS + BINS
+_WIDTH: Final = COUNTS + BINS
+
+
+class TrackedParameter:
+    """A parameter, where its counters are, and which ranks hold what of it.
+
+    Attributes:
+        parameter: The parameter itself.
+        row: Its row in the table.
+        info: Its names and its matrices.
+        count: How many of its matrices this rank holds a part of.
+        mesh: The ranks that hold it; None for a plain parameter.
+        is_sharded: Whether ranks hold different parts of it.
+        spread_over: Over how many ranks the matrices of a stack are spread, each whole on one or with parts on others.
+        spread_index: Which of these ranks this one is.
+        counters: Its counters, among those of other parameters.
+        first_row: The row of its first matrix there.
+    """
+
+    counters: "SelectionCounters"
+    first_row: int
+
+    def __init__(self, row: int, sliced: SlicedParameter) -> None:
+        parameter: Any = sliced.parameter
+        matrices, axis = sliced.matrices, sliced.axis
+        is_stack = parameter.ndim == 3
+        self.parameter, self.row = parameter, row
+        self.info = ParameterInfo(sliced.group, sliced.name, matrices.count, matrices.shape[axis], axis)
+        self.count = local(parameter).shape[0] if is_stack else 1
+        self.mesh = mesh = getattr(parameter, "device_mesh", None)
+        self.is_sharded, self.spread_over, self.spread_index = False, 1, 0
+        if mesh is not None:
+            sizes = zip(parameter.placements, mesh.shape, strict=True)
+            self.is_sharded = any(size > 1 and not placement.is_replicate() for placement, size in sizes)
+            for dim in spread_dims(parameter) if is_stack else ():
+                self.spread_over *= mesh.size(dim)
+                self.spread_index = self.spread_index * mesh.size(dim) + mesh.get_local_rank(dim)
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """View its counters: last selections and numbers of selections, (count, n) each."""
+        return (
+            self.counters.last.narrow(0, self.first_row, self.count),
+            self.counters.hits.narrow(0, self.first_row, self.count),
+        )
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return a row for each matrix of the whole stack, on the host, given those of this rank."""
+        if self.spread_over > 1:
+            spread: Any = placed_like_stack(rows, self.parameter, self.info.matrices)
+            rows = spread.full_tensor()
+        return rows.cpu().clone()
+
+    def own_rows(self, whole: Tensor) -> Tensor:
+        """Return the rows of this rank's matrices, given one for each matrix of the whole stack."""
+        if self.spread_over == 1:
+            return whole
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        dims = spread_dims(self.parameter)
+        placements = [each if dim in dims else Replicate() for dim, each in enumerate(self.parameter.placements)]
+        return distribute_tensor(whole.to(self.parameter.device), self.mesh, placements, src_data_rank=None).to_local()
+
+
+class SelectionCounters:
+    """When each slice was last selected, and how often, for all matrices of n slices on a device.
+
+    Attributes:
+        last: Step of the last selection; of a slice that never was, the step before the first; int32 (rows, n).
+        hits: How often it was selected; int32 (rows, n).
+        selected: The selections of the present step: parameter, indices (count, k) and norms of all slices (count, n).
+    """
+
+    def __init__(self, parameters: Sequence[TrackedParameter], slices: int, device: torch.device, step: int) -> None:
+        self._parameters, self._slices = parameters, slices
+        rows = 0
+        for each in parameters:
+            each.counters, each.first_row = self, rows
+            rows += each.count
+        self.last = torch.full((rows, slices), step, dtype=torch.int32, device=device)
+        self.hits = torch.zeros((rows, slices), dtype=torch.int32, device=device)
+        self.selected: list[tuple[TrackedParameter, Tensor, Tensor]] = []
+
+    def update(self, step: int, record: "StepRecord | None") -> None:
+        """Count the selections of a step; where it has metrics, add the rows of the table to its record."""
+        before = None if record is None else (self.last == step - 1) & (self.hits > 0)
+        if self.selected:
+            flat = torch.cat(
+                [
+                    each.flatten()
+                    for each in torch._foreach_add(
+                        [_flat_indices(indices, self._slices) for _, indices, _ in self.selected],
+                        [parameter.first_row * self._slices for parameter, _, _ in self.selected],
+                    )
+                ]
+            )
+            self.last.view(-1).index_fill_(0, flat, step)
+            self.hits.view(-1).index_add_(0, flat, self.hits.new_ones(1).expand(len(flat)))
+        if record is not None:
+            assert before is not None
+            norms = {parameter: its_norms for parameter, _, its_norms in self.selected}
+            record.rows.append((self._parameters, self._table_rows(step, record.window, before, norms)))
+        self.selected = []
+
+    def _table_rows(self, step: int, window: int, before: Tensor, norms: Mapping[TrackedParameter, Tensor]) -> Tensor:
+        """Return a row of the table for each matrix."""
+        now = (self.last == step) & (self.hits > 0)
+        device = self.last.device
+        dtype = sum_dtype(device)
+        zeros = self.last.new_zeros((1, self._slices), dtype=torch.float32)
+        mass = torch.cat([norms.get(each, zeros.expand(each.count, -1)) for each in self._parameters]).to(dtype)
+        total, captured = mass.sum(1), (mass * now).sum(1)
+        staleness = step - self.last
+        never = self.hits == 0
+        updated = now.any(1)
+        zero_momentum = updated & (total == 0)
+        counts = self.hits.sort(dim=1).values
+        places = torch.arange(1 - self._slices, self._slices, 2, device=device)
+        gini = (places * counts).sum(1).to(dtype) / (self._slices * counts.sum(1).clamp(min=1)).to(dtype)
+        rows = torch.zeros((len(mass), _WIDTH), dtype=dtype, device=device)
+        for name, values in {
+            "matrices": torch.ones_like(total),
+            "updated": updated,
+            "selected": now.sum(1),
+            "covered": ((staleness < window) & ~never).sum(1),
+            "staleness": staleness.sum(1),
+            "newly_selected": (now & ~before).sum(1),
+            "captured_mass": torch.where(total == 0, 0.0, captured / total),
+            "imbalance": torch.where(zero_momentum, 0.0, gini),
+            "zero_momentum": zero_momentum,
+            "zero_again": zero_momentum & (self.hits.sum(1) > now.sum(1)),
+            "never_selected": never.sum(1) * updated,
+            "staleness_max": staleness.amax(1),
+        }.items():
+            rows.select(1, COLUMNS[name]).copy_(values)
+        bins = torch.zeros((self._slices, BINS), dtype=dtype, device=device)
+        bins.scatter_(1, bin_of(self._slices, device).unsqueeze(1), 1.0)
+        rows.narrow(1, HITS, BINS).copy_(self.hits.to(dtype) @ bins)
+        quantiles = torch.linspace(0, self._slices - 1, BINS, device=device).round().long()
+        rows.narrow(1, COUNTS, BINS).copy_(counts.index_select(1, quantiles))
+        return rows
+
+
+@dataclass
+class StepRecord:
+    """What a step with metrics leaves on the device.
+
+    Attributes:
+        window: Steps that coverage looks back.
+        rows: The parameters of each of the counters, and the rows of the table, one for each matrix.
+        squares: Sums of the squares of what is added to parts of parameters, (1,) each.
+        errors: Sums of the orthogonality errors of matrices, and how many were measured, (2,) each.
+    """
+
+    window: int
+    rows: list[tuple[Sequence[TrackedParameter], Tensor]] = field(default_factory=list)
+    squares: list[tuple[TrackedParameter, Tensor]] = field(default_factory=list)
+    errors: list[tuple[TrackedParameter, Tensor]] = field(default_factory=list)
+
+    def table(self, parameters: int) -> Tensor:
+        """Return the table, in ``sum_dtype``, a row for each parameter, of what this rank holds."""
+        device = self.rows[0][1].device
+        table = torch.zeros((parameters, _WIDTH), dtype=sum_dtype(device), device=device)
+        longest = table.select(1, COLUMNS["staleness_max"])
+        for tracked, rows in self.rows:
+            index = _to_device([each.row for each in tracked for _ in range(each.count)], device)
+            rows = move_sums(rows, device)
+            table.index_add_(0, index, rows)
+            longest.scatter_reduce_(0, index, rows.select(1, COLUMNS["staleness_max"]), "amax", include_self=False)
+        for name, sums in {"squared_update": self.squares, "orthogonality_error": self.errors}.items():
+            if sums:
+                index = _to_device([each.row for each, _ in sums], device)
+                values = torch.stack([move_sums(value, device) for _, value in sums])
+                table.narrow(1, COLUMNS[name], values.shape[1]).index_add_(0, index, values)
+        return table
+
+
+def sum_over_ranks(
+    table: Tensor,
+    parameters: Sequence[TrackedParameter],
+    process_group: "ProcessGroup | None",
+    *,
+    with_errors: bool,
+) -> Tensor:
+    """Add up what ranks hold different parts of, in one all-reduce; what every rank has in full stays bit for bit.
+
+    Args:
+        table: Of what this rank holds.
+        parameters: Its rows.
+        process_group: The ranks that hold replicas of plain parameters.
+        with_errors: Whether orthogonality errors were measured, each by the rank that orthonormalized the matrix.
+    """
+    has_process_group = process_group is not None
+    partial = [p for p in parameters if p.is_sharded or (with_errors and (p.mesh is not None or has_process_group))]
+    group = _group_of(partial, process_group)
+    if group is None:
+        return table
+    # A maximum is no sum: each of the ranks that hold different experts writes its own into a column of its own.
+    width = max(each.spread_over for each in parameters)
+    column = _to_device([[each.spread_index] for each in parameters], table.device)
+    longest = table.new_zeros(len(parameters), width)
+    longest.scatter_(1, column, table.narrow(1, COLUMNS["staleness_max"], 1))
+    held = _to_device([[local(each.parameter).numel()] for each in parameters], table.device)
+    mine = torch.cat([table, longest, held], dim=1)
+    sums = mine.clone()
+    dist.all_reduce(sums, group=group)
+    # Replicas add the same numbers: how many do follows from how often the matrices and the elements were added.
+    matrices = _to_device([[each.info.matrices] for each in parameters], table.device)
+    elements = _to_device([each.parameter.numel() for each in parameters], table.device)
+    copies = (sums.narrow(1, COLUMNS["matrices"], 1) / matrices).repeat(1, sums.shape[1])
+    copies.select(1, COLUMNS["squared_update"]).copy_(sums.select(1, -1) / elements)
+    copies.narrow(1, COLUMNS["orthogonality_error"], 2).fill_(1.0)  # of it and of measured, the ratio counts
+    whole = torch.where(copies == group.size(), mine, sums / copies)
+    whole.select(1, COLUMNS["staleness_max"]).copy_(whole.narrow(1, _WIDTH, width).amax(1))
+    return whole.narrow(1, 0, _WIDTH)
+
+
+def orthogonality_errors(orthonormal: Tensor) -> Tensor:
+    """Return the sum of the errors of a stack (count, k, m) and how many matrices it is of, (2,).
+
+    The update of momentum that is zero throughout is zero itself, and has no error.
+    """
+    precise = orthonormal.to(torch.promote_types(orthonormal.dtype, torch.float32))
+    if precise.shape[1] > precise.shape[2]:
+        precise = precise.mT
+    gram = precise @ precise.mT
+    short = gram.shape[1]
+    distance = torch.linalg.matrix_norm(gram - torch.eye(short, dtype=gram.dtype, device=gram.device))
+    is_measured = (precise != 0).flatten(1).any(1)
+    dtype = sum_dtype(orthonormal.device)
+    errors = torch.where(is_measured, torch.div(distance.to(dtype), short**0.5), 0.0)
+    return torch.stack([errors, is_measured.to(dtype)]).sum(1)
+
+
+def _group_of(parameters: Sequence[TrackedParameter], process_group: "ProcessGroup | None") -> "ProcessGroup | None":
+    """The ranks that hold something of the parameters; all there are, where these are on several meshes."""
+    meshes = {each.mesh for each in parameters}
+    if len(meshes) != 1:
+        return dist.group.WORLD if meshes else None
+    mesh = meshes.pop()
+    if mesh is None:
+        return process_group
+    if mesh.ndim > 1 and mesh.mesh_dim_names is None:
+        return dist.group.WORLD
+    group: ProcessGroup = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
+    return group
+
+
+def _flat_indices(indices: Tensor, slices: int) -> Tensor:
+    """Positions among all slices of a stack, given those in each of its matrices (count, k)."""
+    count = len(indices)
+    if count == 1:
+        return indices
+    return indices + torch.arange(0, count * slices, slices, device=indices.device).unsqueeze(1)
+
+
+def _to_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Send numbers to a device, without waiting for it; none at all are whole numbers too."""
+    return torch.tensor(numbers, dtype=None if len(numbers) else torch.int64).to(device, non_blocking=True)

@@ -1,0 +1,186 @@
+"""The metrics of a selection: their names and meanings, how they are computed, and the health checks that warn."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+MEANINGS: Final[dict[str, str]] = {
+    "selected_fraction": "share of the slices that this step selected",
+    "coverage": "share of the slices selected at least once in the last steps of the window",
+    "staleness_mean": "steps since a slice was last selected, mean over the slices",
+    "staleness_max": "the same, of the slice that waits longest",
+    "turnover": "share of the selection that the step before had not selected",
+    "captured_mass": "share of the momentum's L1 norm that lies in the selected slices",
+    "imbalance": "Gini coefficient of how often each slice was selected: 0 all alike, near 1 a few do all the work",
+    "update_rms": "root mean square of the change of a whole matrix, weight decay left out",
+    "orthogonality_error": "Frobenius norm of O O^T - 1, over the root of k: how far the update is from orthonormal",
+}
+"""Every metric by its name, in a line; docs/statistics.md says how it is computed and how to read it."""
+
+MAX_ORTHOGONALITY_ERROR: Final = 0.5
+"""Singular values within [0.85, 1.15] give at most 0.32."""
+
+
+class ParameterInfo(NamedTuple):
+    """The names of a parameter, and what its matrices are.
+
+    Attributes:
+        group: Name of its parameter group.
+        name: Its own name.
+        matrices: How many matrices it holds.
+        slices: Slices of each matrix.
+        axis: What a slice is: 0 output, 1 input.
+    """
+
+    group: str
+    name: str
+    matrices: int
+    slices: int
+    axis: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The names of its group and its own, by which it is known."""
+        return self.group, self.name
+
+    @property
+    def total_slices(self) -> int:
+        """Slices of all its matrices."""
+        return self.matrices * self.slices
+
+
+@dataclass(frozen=True)
+class SelectionMetrics:
+    """Metrics of the selection at one step: for all matrices, for each group and for each parameter.
+
+    ``MEANINGS`` says what each is, docs/statistics.md how it is computed and how to read it. All slices count alike,
+    whatever matrix they are in. Captured mass, imbalance and orthogonality error belong to a matrix; of several
+    matrices they are the mean.
+
+    A matrix whose momentum is zero throughout has no captured mass, imbalance and orthogonality error. A parameter
+    without a gradient in the step has no turnover, captured mass, update RMS and orthogonality error. What a matrix or
+    parameter lacks does not count for its group.
+
+    Attributes:
+        step: Steps that were counted, this one included.
+        overall: Metrics of all matrices.
+        groups: Metrics by the name of the parameter group.
+        parameters: Metrics by the names of group and parameter; a stack of experts is one parameter.
+    """
+
+    step: int
+    overall: Mapping[str, float]
+    groups: Mapping[str, Mapping[str, float]]
+    parameters: Mapping[tuple[str, str], Mapping[str, float]]
+
+    def named(self, *, per_matrix: bool = False) -> dict[str, float]:
+        """Return the metrics under the names that loggers get: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
+
+        Args:
+            per_matrix: Also ``dion2/<group>/<parameter>/coverage``, for every parameter (default: False).
+        """
+        parts: dict[str, Mapping[str, float]] = {"dion2": self.overall}
+        parts |= {f"dion2/{group}": metrics for group, metrics in self.groups.items()}
+        if per_matrix:
+            parts |= {f"dion2/{group}/{name}": metrics for (group, name), metrics in self.parameters.items()}
+        return {f"{prefix}/{name}": value for prefix, metrics in parts.items() for name, value in metrics.items()}
+
+
+class ParameterSums(NamedTuple):
+    """What a step leaves of one parameter, summed over its matrices; metrics are computed from it."""
+
+    info: ParameterInfo
+    elements: int  # entries of all its matrices
+    matrices: float
+    updated: float  # matrices that the step updated
+    selected: float  # slices that the step selected
+    covered: float  # slices selected within the window
+    staleness: float  # steps since each slice was last selected
+    newly_selected: float  # selected slices that the step before had not selected
+    captured_mass: float
+    imbalance: float
+    zero_momentum: float  # updated matrices whose momentum is zero throughout
+    zero_again: float  # those of them that an earlier step had updated too
+    never_selected: float  # slices of updated matrices that no step has selected
+    squared_update: float  # squares of all changes, weight decay left out
+    orthogonality_error: float
+    measured: float  # matrices whose error was measured; counters.py relies on its place behind the error
+    staleness_max: float  # of the slice that waits longest: a maximum, not a sum
+
+
+COLUMNS: Final = {name: column for column, name in enumerate(ParameterSums._fields[2:])}
+"""Columns of the table that the device leaves, a row for each parameter, by name."""
+
+
+def compute_metrics(rows: Sequence[ParameterSums]) -> dict[str, float]:
+    """Compute the metrics of some parameters together."""
+
+    def total(name: str, rows: Sequence[ParameterSums] = rows) -> float:
+        return float(sum(getattr(row, name) for row in rows))
+
+    slices = sum(row.info.total_slices for row in rows)
+    metrics = {
+        "selected_fraction": total("selected") / slices,
+        "coverage": total("covered") / slices,
+        "staleness_mean": total("staleness") / slices,
+        "staleness_max": max(row.staleness_max for row in rows),
+    }
+    if with_momentum := total("matrices") - total("zero_momentum"):
+        metrics["imbalance"] = total("imbalance") / with_momentum
+    if updated := [row for row in rows if row.updated]:
+        metrics["turnover"] = total("newly_selected", updated) / total("selected", updated)
+        if with_momentum := total("updated", updated) - total("zero_momentum", updated):
+            metrics["captured_mass"] = total("captured_mass", updated) / with_momentum
+        metrics["update_rms"] = math.sqrt(total("squared_update", updated) / total("elements", updated))
+    if measured := [row for row in rows if row.measured and row.updated > row.zero_momentum]:
+        # Replicas that do not share the work have measured the same matrix several times.
+        weights = [(row.updated - row.zero_momentum) / row.measured for row in measured]
+        errors = sum(row.orthogonality_error * weight for row, weight in zip(measured, weights, strict=True))
+        metrics["orthogonality_error"] = errors / (total("updated", measured) - total("zero_momentum", measured))
+    return {name: metrics[name] for name in MEANINGS if name in metrics}
+
+
+class HealthCheck(NamedTuple):
+    """Something to warn of."""
+
+    name: str
+    is_failed: Callable[[ParameterSums, int], bool]  # given the sums of a parameter and the window
+    finding: Callable[[ParameterSums], str]
+    advice: str
+
+
+def _has_left_out(row: ParameterSums, window: int) -> bool:
+    """Whether some slice has waited the window and 4 / fraction steps: a fair draw could miss some for that long."""
+    fraction = row.selected / (row.updated * row.info.slices) if row.updated else 1.0
+    return row.never_selected > 0 and row.staleness_max >= max(window, 4 / fraction)
+
+
+HEALTH_CHECKS: Final = (
+    HealthCheck(
+        "slices never selected",
+        _has_left_out,
+        lambda row: f"{row.never_selected:.0f} of {row.info.total_slices}",
+        "a lower momentum or a higher fraction selects more of them; a slice without any gradient is never selected",
+    ),
+    HealthCheck(
+        "all-zero momentum",
+        # At a parameter's first step, what lies behind a factor that starts at zero has no gradient yet.
+        lambda row, _: row.zero_again > 0,
+        lambda row: f"{row.zero_again:.0f} of {row.matrices:.0f} matrices",
+        "their gradients have been zero so far: does the loss depend on them?",
+    ),
+    HealthCheck(
+        "non-finite update",
+        lambda row, _: not math.isfinite(row.squared_update),
+        lambda row: f"sum of squares {row.squared_update}",
+        "weights are damaged; go back to a checkpoint, and let check_finite=True name bad gradients in time",
+    ),
+    HealthCheck(
+        "update far from orthonormal",
+        lambda row, _: row.measured > 0 and row.orthogonality_error / row.measured > MAX_ORTHOGONALITY_ERROR,
+        lambda row: f"error {row.orthogonality_error / row.measured:.2g}",
+        "try orthonormalize_dtype='float32'; slices that are nearly multiples of each other have such errors too",
+    ),
+)
+"""What :class:`~dion2_lightning.SelectionWarning` warns of, once for each parameter."""

@@ -1,0 +1,127 @@
+"""What a parameter group may say, and which parameters it may hold.
+
+Every check comes before anything is changed, and its error names the argument or parameter, what was found, and what to
+do.
+"""
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from dion2_lightning.algorithms import ALGORITHMS
+from dion2_lightning.algorithms.algorithm import Algorithm
+from dion2_lightning.algorithms.hyperparameters import one_of
+
+Group = dict[str, Any]
+
+ENTRIES: Final = ("params", "param_names", "name", "algorithm", "initial_lr")
+"""What every group may hold besides what its algorithm asks for; ``initial_lr`` is the schedulers'."""
+
+
+def algorithm_of(group: Mapping[str, Any], prefix: str = "") -> Algorithm:
+    """Return the algorithm of a group.
+
+    Args:
+        group: With its ``algorithm``.
+        prefix: What an error says first (default: nothing).
+
+    Raises:
+        ValueError: There is no such algorithm.
+    """
+    one_of(ALGORITHMS)(f"{prefix}algorithm", group["algorithm"])
+    return ALGORITHMS[group["algorithm"]]
+
+
+def check_names(group: Mapping[str, Any], algorithm: Algorithm, prefix: str) -> None:
+    """Refuse an entry of a group that nothing would read."""
+    known = [*ENTRIES, *algorithm.defaults()]
+    for name in group:
+        if name in known:
+            continue
+        others = [other for other in ALGORITHMS if name in ALGORITHMS[other].defaults()]
+        close = difflib.get_close_matches(str(name), known, n=1)
+        if others:
+            hint = f" of algorithm {algorithm.name!r}; it belongs to {', '.join(map(repr, others))}, remove it"
+        elif close:
+            hint = f"; did you mean {close[0]!r}?"
+        else:
+            hint = f"; known are {', '.join(sorted(known))}"
+        raise ValueError(f"{prefix}unknown entry {name!r}{hint}")
+
+
+def check_parameters(group: Mapping[str, Any], taken: Collection[Tensor], prefix: str) -> None:
+    """Refuse a group's parameters that its algorithm cannot update, or that would be updated twice.
+
+    Args:
+        group: With its parameters in a list, and all settings.
+        taken: The parameters of the other groups.
+        prefix: What an error says first.
+    """
+    parameters, names = group["params"], parameter_names(group)
+    if not parameters:
+        raise ValueError(f"{prefix}the parameter list is empty; leave the group out")
+    if len(names) != len(parameters):
+        raise ValueError(f"{prefix}param_names has {len(names)} names for {len(parameters)} parameters")
+    seen: set[Tensor] = set()
+    for parameter, name in zip(parameters, names, strict=True):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{prefix}{name} must be a tensor, got {type(parameter).__name__}")
+        if parameter in seen:
+            raise ValueError(f"{prefix}{name} is in the group twice; pass every parameter once")
+        if parameter in taken:
+            raise ValueError(f"{prefix}{name} is in another group already; pass every parameter once")
+        seen.add(parameter)
+        label = f"{prefix}{name} of shape {tuple(parameter.shape)}"
+        _refuse_unusual(parameter, label)
+        algorithm_of(group).check_parameter(parameter, label, group)
+
+
+def parameter_names(group: Mapping[str, Any]) -> Sequence[str]:
+    """Return the names of a group's parameters for messages: given names, or places in the group."""
+    given = group.get("param_names")
+    if given is not None:
+        return [f"parameter {name!r}" for name in given]
+    return [f"parameter {index}" for index in range(len(group["params"]))]
+
+
+def refuse_flattened(parameter: Tensor, label: str) -> None:
+    """Raise an error where FSDP1 or DeepSpeed ZeRO have made a vector of a parameter."""
+    if hasattr(parameter, "_fsdp_flattened"):
+        raise ValueError(f"{label} is flattened by FSDP1, so no matrix is left in it; use FSDP2 (fully_shard)")
+    if hasattr(parameter, "ds_id"):
+        raise ValueError(f"{label} is partitioned by DeepSpeed ZeRO, which flattens matrices; use FSDP2 (fully_shard)")
+
+
+def with_listed_parameters(param_group: Group) -> Group:
+    """Return a copy of a group with its parameters in a list, and their names, if given, in another."""
+    group = dict(param_group)
+    params = group["params"]
+    if isinstance(params, set):
+        raise TypeError("params must be in a fixed order, got a set; pass a list")
+    group["params"] = [params] if isinstance(params, Tensor) else list(params)
+    pairs = [entry for entry in group["params"] if isinstance(entry, tuple)]
+    if pairs:
+        if len(pairs) < len(group["params"]):
+            raise ValueError("params mixes named and unnamed parameters; name all or none")
+        group["param_names"] = [name for name, _ in pairs]
+        group["params"] = [parameter for _, parameter in pairs]
+    return group
+
+
+def unique_name(group: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """Return a group's name, or its algorithm's, with a number where other groups have it."""
+    taken = [other["name"] for other in others]
+    name = str(group.get("name", group["algorithm"]))
+    candidates = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 2))]
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _refuse_unusual(parameter: Tensor, label: str) -> None:
+    refuse_flattened(parameter, label)
+    if parameter.layout != torch.strided:
+        raise ValueError(f"{label} is stored as {parameter.layout}; only dense parameters can be updated")
+    if not parameter.is_floating_point():
+        raise ValueError(f"{label} is {parameter.dtype}; only real floating-point parameters can be updated")

@@ -1,0 +1,85 @@
+"""Decisions as text: a table of parameters, a table of totals, and notes."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dion2_lightning.algorithms import ALGORITHMS
+from dion2_lightning.routing.model_tree import collapse_numbers
+from dion2_lightning.routing.rules import OUTSIDE_BACKBONE, Role
+
+if TYPE_CHECKING:
+    from dion2_lightning.routing.router import Decision
+
+
+def decision_table(decisions: Sequence["Decision"]) -> str:
+    """Make one row of all decisions that differ in layer numbers only, in the order of their first layer."""
+    rows: dict[tuple[Any, ...], list[Decision]] = {}
+    for each in decisions:
+        rows.setdefault((each.group, collapse_numbers(each.name), each.shape, each.reason), []).append(each)
+    cells = []
+    for (_, pattern, shape, reason), row in rows.items():
+        group = row[0].group or row[0].algorithm
+        name = pattern if len(row) > 1 else row[0].name
+        size = sum(each.parameter.numel() for each in row)
+        cells.append([group, name, " x ".join(map(str, shape)) or "-", f"{len(row):,}", f"{size:,}", reason])
+    return _table(["group", "parameter", "shape", "tensors", "parameters", "why"], cells, "<<>>><")
+
+
+def total_table(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> str:
+    """Make one row an algorithm, always one for each of ``algorithms``, and one for frozen parameters."""
+    sizes: dict[str, list[int]] = {algorithm: [] for algorithm in algorithms}
+    for each in decisions:
+        sizes.setdefault(each.algorithm, []).append(each.parameter.numel())
+    frozen = sizes.pop(Role.FROZEN, [])
+    trainable = max(sum(map(sum, sizes.values())), 1)
+    cells = [
+        [algorithm, f"{len(each):,}", f"{sum(each):,}", f"{sum(each) / trainable:.1%}"]
+        for algorithm, each in sizes.items()
+    ]
+    cells.append(["frozen", f"{len(frozen):,}", f"{sum(frozen):,}", "-"])
+    return _table(["algorithm", "tensors", "parameters", "of trainable"], cells, "<>>>")
+
+
+def notes(
+    decisions: Sequence["Decision"], backbone: str | None, matrices: str, rest: str, *, lora_as_matrices: bool
+) -> tuple[str, ...]:
+    """Say what a user should know about how the model was read.
+
+    Args:
+        decisions: All of them.
+        backbone: Name of the transformers model, None if there is none.
+        matrices: Algorithm of what is trained as matrices.
+        rest: Algorithm of the rest.
+        lora_as_matrices: Whether the user asked for LoRA factors to be trained as matrices.
+    """
+    lines = []
+    as_matrices = [each for each in decisions if each.as_matrices]
+    if backbone is None and as_matrices:
+        last = as_matrices[-1].name
+        lines.append(
+            f"no transformers model was found, so no head was guessed. An output layer belongs to {rest}: if "
+            f'`{last}` is one, pass overrides={{"{last}": "{rest}"}}.'
+        )
+    if backbone and any(each.reason.startswith(OUTSIDE_BACKBONE) for each in decisions):
+        example = next(name for name in (matrices, *ALGORITHMS) if ALGORITHMS[name].needs_matrices)
+        lines.append(
+            f"weights outside `{backbone}` were taken for heads. If one is an inner layer, pass "
+            f'overrides={{"<its name>": "{example}"}}.'
+        )
+    if not lora_as_matrices and any(
+        each.role in (Role.LORA_A, Role.LORA_B) and not each.as_matrices for each in decisions
+    ):
+        lines.append(f'LoRA factors go to {rest} unless lora="B" or lora="both" is given.')
+    if not as_matrices:
+        lines.append(f"no parameter is trained as a matrix: {rest} trains them all.")
+    return tuple(lines)
+
+
+def _table(header: list[str], rows: list[list[str]], alignment: str) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    underline = ["-" * width for width in widths]
+    lines = [
+        "  ".join(f"{cell:{align}{width}}" for cell, align, width in zip(row, alignment, widths, strict=True))
+        for row in (header, underline, *rows)
+    ]
+    return "\n".join(line.rstrip() for line in lines)

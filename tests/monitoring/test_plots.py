@@ -1,0 +1,352 @@
+"""Pictures show what the history says: the data of their artists is compared with it; files and loggers get them."""
+
+import io
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dion2_lightning.monitoring import plots
+from dion2_lightning.monitoring.history import BINS, SelectionHistory
+from dion2_lightning.monitoring.plots import PICTURES, draw, log_pictures, save_pictures
+from tests.selection_histories import LLAMA, extend, infos_of, llama, make_history
+
+MODELS = {
+    "one matrix": ["weight"],
+    "four matrices": llama(1, ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"]),
+    "names without layers": ["encoder.weight", "middle.weight", "decoder.weight"],
+    "a sequence": ["0.weight", "2.weight", "4.weight"],
+    "30 layers of 7": llama(30),
+    "layers and others": [*llama(3), "model.pooler.weight", "score.weight"],
+    "50 without layers": [f"stage{name}.conv.weight" for name in range(50)],
+    "experts in lists": [f"layers.{layer}.experts.{expert}.up" for layer in range(2) for expert in range(3)],
+    "the same names": ["parameter 0", "parameter 1"],
+}
+
+
+@pytest.fixture(scope="module")
+def layered() -> SelectionHistory:
+    return make_history([*llama(3), "model.pooler.weight"], points=5)
+
+
+def lines_of(axes: Axes) -> dict[str, Any]:
+    return {str(line.get_label()): np.asarray(line.get_ydata()) for line in axes.lines}
+
+
+def mesh_of(axes: Axes) -> Any:
+    [mesh] = [each for each in axes.collections if isinstance(each, QuadMesh)]
+    return mesh.get_array()
+
+
+def panels_of(figure: Any) -> dict[str, Axes]:
+    return {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_title(loc="left")}
+
+
+# What is drawn
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"), [("coverage", "coverage"), ("turnover", "turnover"), ("staleness", "staleness_mean")]
+)
+def test_curves_are_the_metrics(layered: SelectionHistory, name: str, metric: str) -> None:
+    axes = draw(layered, name).axes[0]
+    assert lines_of(axes)["all matrices"].tolist() == [point[metric] for point in layered.overall]
+    assert axes.lines[0].get_xdata().tolist() == layered.steps
+    [band] = axes.collections
+    edges = band.get_paths()[0].vertices
+    values = [point[metric] for point in layered.parameters[-1]]
+    at_the_end = edges[edges[:, 0] == layered.steps[-1], 1]
+    assert (at_the_end.min(), at_the_end.max()) == pytest.approx(tuple(np.percentile(values, [10, 90])))
+
+
+def test_curves_of_several_groups() -> None:
+    infos = [*infos_of(llama(2)), *infos_of(["head.weight"], group="dion2-head")]
+    history = extend(SelectionHistory(), infos, 4)
+    lines = lines_of(draw(history, "coverage").axes[0])
+    for group in ("dion2", "dion2-head"):
+        assert lines[group].tolist() == [point[group]["coverage"] for point in history.groups]
+
+
+def test_references_are_those_of_even_selection(layered: SelectionHistory) -> None:
+    assert lines_of(draw(layered, "turnover").axes[0])["random selection: 75%"][0] == 0.75
+    left, right = draw(layered, "staleness").axes
+    assert lines_of(left)["slices take turns: 3 steps"][0] == 3
+    assert lines_of(right)["a slice never selected"].tolist() == [0, layered.steps[-1]]
+    assert lines_of(right)["all matrices"].tolist() == [point["staleness_max"] for point in layered.overall]
+
+
+def test_captured_mass_by_layer() -> None:
+    """The mean of the last quarter of the points; the layer of a name is its first number that varies."""
+    history = make_history([f"net.0.layers.{layer}.{role}.weight" for layer in (7, 11) for role in "ab"], points=8)
+    history.parameters[-1][0]["captured_mass"] = 0.5
+    history.parameters[-2][0]["captured_mass"] = 0.7
+    axes = draw(history, "captured_mass").axes[0]
+    assert set(lines_of(axes)) == {"a", "b", "slices all alike"}
+    assert lines_of(axes)["a"].tolist() == pytest.approx([0.6, history.parameters[-1][2]["captured_mass"]])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["7", "11"]
+    assert "since step 70" in axes.get_title(loc="left")
+
+
+def test_captured_mass_of_matrices_without_layers(layered: SelectionHistory) -> None:
+    axes = draw(layered, "captured_mass").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "pooler"]
+    assert axes.lines[-2].get_xdata().tolist() == [3]
+    assert axes.lines[-2].get_ydata().tolist() == [layered.parameters[-1][-1]["captured_mass"]]
+
+
+def test_counts_are_shares_of_the_steps() -> None:
+    """Of a stack of experts the mean; of a parameter that came later, of the steps since."""
+    history = extend(SelectionHistory(), infos_of(["old"]), 3)
+    history = extend(history, [*infos_of(["old"]), *infos_of(["new"], matrices=4)], 2)
+    axes = draw(history, "counts").axes[0]
+    old, new = (np.asarray(line.get_ydata()) for line in axes.lines[:2])
+    assert old.tolist() == (history.counts[0] / 50).tolist()
+    assert new.tolist() == (history.counts[1] / 4 / 20).tolist()
+    assert new.mean() == pytest.approx(0.25, abs=0.05)
+    assert lines_of(axes)["mean of the matrices"].tolist() == pytest.approx(((old + new) / 2).tolist())
+
+
+# The heatmap
+
+
+def test_heatmap_shows_the_shares() -> None:
+    """0 is never, 0.5 the fair share, 1 every step; here a bin each of these, in both layers, and the rest never."""
+    history = make_history(["layers.0.up.weight", "layers.1.up.weight"], points=2)
+    shares = torch.zeros_like(history.shares)
+    shares[:, :, :16] = 255
+    shares[1, :, 16:32] = 64  # a quarter, but for rounding
+    shares[1, 1, 48:] = round(255 * 0.625)  # half-way from a quarter to all
+    history.load_state_dict(history.state_dict() | {"shares": shares})
+    axes = panels_of(draw(history, "heatmap"))["up"]
+    values = mesh_of(axes)
+    assert values.shape == (2 * 64, 2)
+    expected = np.zeros((128, 2))
+    expected[[*range(16), *range(64, 80)]] = 1.0
+    expected[[*range(16, 32), *range(80, 96)], 1] = 0.5
+    expected[112:, 1] = 0.75
+    assert np.abs(values - expected).max() < 0.003
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1"]
+
+
+def test_names_are_shown_as_they_are() -> None:
+    """A dollar sign begins no formula, and a legend leaves out nothing that begins with an underscore."""
+    names = [f"layers.{layer}.{part}.weight" for layer in range(2) for part in ("_expand", "_reduce")] + [
+        "a$x_{$.weight"
+    ]
+    history = make_history(names, points=3)
+    for name in PICTURES:
+        draw(history, name).savefig(io.BytesIO())
+    figure = draw(history, "captured_mass")
+    [legend] = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    shown = {text.get_text().strip("\u200b") for text in legend.get_texts()}
+    assert {"_expand", "_reduce"} <= shown
+
+
+def test_heatmap_merges_intervals_by_their_lengths() -> None:
+    history = make_history(["weight"], points=2 * plots._MAX_COLUMNS)
+    history.steps = [1, *range(10, 10 * len(history), 10)]
+    shares = torch.zeros_like(history.shares)
+    shares[1] = 51
+    history.load_state_dict(history.state_dict() | {"shares": shares})
+    values = mesh_of(draw(history, "heatmap").axes[0])
+    assert values.shape == (BINS, plots._MAX_COLUMNS)
+    # 9 of 10 steps at a share of 0.2, against a fair share of 0.25, which is drawn at 0.5.
+    assert np.allclose(values[:, 0], 0.9 * 0.2 / 0.25 * 0.5)
+    assert not values[:, 1:].any()
+
+
+def test_what_was_not_there_yet_is_neither_never_nor_fair() -> None:
+    history = extend(SelectionHistory(), infos_of(["layers.0.up"]), 3)
+    history = extend(history, infos_of(["layers.0.up", "layers.1.up"]), 2)
+    values = mesh_of(draw(history, "heatmap").axes[0])
+    assert not np.ma.getmaskarray(values)[:64].any()
+    assert np.ma.getmaskarray(values)[64:, :3].all()
+    assert not np.ma.getmaskarray(values)[64:, 3:].any()
+
+
+def test_muon_is_even() -> None:
+    history = extend(SelectionHistory(), infos_of(["weight"]), 3, fraction=1.0)
+    assert np.allclose(mesh_of(draw(history, "heatmap").axes[0]), 0.5)
+
+
+def test_heatmap_has_a_panel_for_each_kind_of_matrix() -> None:
+    figure = draw(make_history([*llama(30), "lm_head.weight", "pooler.weight"], points=2), "heatmap")
+    panels = panels_of(figure)
+    assert list(panels) == [*LLAMA, "other matrices"]
+    assert [label.get_text() for label in panels["other matrices"].get_yticklabels()] == ["lm_head", "pooler"]
+    layers = [int(label.get_text()) for label in panels["mlp.up_proj"].get_yticklabels()]
+    assert layers == list(range(0, 30, 3))
+
+
+def test_the_overview_shows_the_kind_that_is_least_even() -> None:
+    history = make_history(llama(3), points=3)
+    for point in history.parameters:
+        for info, metrics in zip(history.infos, point, strict=True):
+            metrics["imbalance"] = 0.9 if "v_proj" in info.name else 0.1
+    panels = panels_of(draw(history, "overview"))
+    assert len(panels) == 4
+    shown = mesh_of(panels["Selected where and when: self_attn.v_proj"])
+    assert np.array_equal(shown, mesh_of(panels_of(draw(history, "heatmap"))["self_attn.v_proj"]))
+
+
+# Any model, any run
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("names", MODELS.values(), ids=MODELS)
+def test_labels_stay_apart_whatever_the_model(names: list[str]) -> None:
+    """No label of an axis lies on its neighbour, and every matrix is in the heatmap."""
+    history = make_history(names, points=2, every=5)
+    if names[0] == "parameter 0":
+        history = extend(SelectionHistory(), [*infos_of(names), *infos_of(names, group="other")], 2)
+    for name in ("overview", "heatmap"):
+        figure = draw(history, name)
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            for labels in (axes.get_yticklabels(), axes.get_xticklabels()):
+                boxes = [label.get_window_extent() for label in labels if label.get_text() and not label.get_rotation()]
+                boxes.sort(key=lambda box: (box.y0, box.x0))
+                overlaps = [a for a, b in pairwise(boxes) if a.overlaps(b)]
+                assert not overlaps, (name, [label.get_text() for label in labels])
+    meshes = [axes for axes in draw(history, "heatmap").axes if any(isinstance(c, QuadMesh) for c in axes.collections)]
+    assert len(meshes[:-1]) == len(plots._families(history.infos))  # the last one is the colour bar
+    members = [member for family in plots._families(history.infos) for member in family.members]
+    assert sorted(members) == list(range(len(history.infos)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_step_with_metrics() -> None:
+    history = make_history(llama(1), points=1)
+    for name in PICTURES:
+        draw(history, name).draw_without_rendering()
+    axes = draw(history, "coverage").axes[0]
+    assert lines_of(axes)["all matrices"].tolist() == [history.overall[0]["coverage"]]
+    assert axes.lines[0].get_marker() == "o"
+    assert mesh_of(draw(history, "heatmap").axes[0]).shape[1] == 1
+
+
+def test_metrics_that_are_missing_or_not_finite_leave_gaps() -> None:
+    history = make_history(llama(2), points=3)
+    for name in ("turnover", "captured_mass"):
+        del history.overall[1][name], history.parameters[1][0][name]
+        history.parameters[2][1][name] = float("nan")
+    for name in PICTURES:
+        draw(history, name).draw_without_rendering()
+    assert np.isnan(lines_of(draw(history, "turnover").axes[0])["all matrices"]).tolist() == [False, True, False]
+
+
+def test_a_resumed_history_is_drawn_as_one_that_was_not_interrupted(tmp_path: Path) -> None:
+    whole = make_history(llama(2), points=6)
+    whole.save(tmp_path / "whole.json")
+    first = extend(SelectionHistory(), infos_of(llama(2)), 3)
+    resumed = SelectionHistory()
+    resumed.load_state_dict(first.state_dict())
+    extend(resumed, infos_of(llama(2)), 3, seed=1)
+    assert resumed.steps == whole.steps
+    values = mesh_of(draw(resumed, "heatmap").axes[0])
+    assert np.array_equal(values[:, :3], mesh_of(draw(whole, "heatmap").axes[0])[:, :3])
+    assert np.array_equal(
+        mesh_of(draw(SelectionHistory.load(tmp_path / "whole.json"), "heatmap").axes[0]),
+        mesh_of(draw(whole, "heatmap").axes[0]),
+    )
+
+
+def test_a_history_without_metrics_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"history has no metrics to draw.*choose a smaller `every`"):
+        save_pictures(SelectionHistory(), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+# Files and loggers
+
+
+def test_files(layered: SelectionHistory, tmp_path: Path) -> None:
+    paths = save_pictures(layered, tmp_path / "new" / "folder")
+    names = ["overview", "heatmap", "staleness", "coverage", "turnover", "captured_mass", "counts"]
+    assert paths == [tmp_path / "new" / "folder" / f"{name}.png" for name in names]
+    for path in paths:
+        height, width, _ = matplotlib.image.imread(path).shape
+        assert 600 < width < 2000 and 300 < height < 2000, path
+        assert path.stat().st_size < 400_000
+
+
+def test_nothing_of_matplotlib_is_changed_or_kept(layered: SelectionHistory, tmp_path: Path) -> None:
+    """In a process of its own: pyplot is not even imported, and the user's style is neither used nor changed."""
+    layered.save(tmp_path / "history.json")
+    program = f"""
+import sys, matplotlib
+matplotlib.rcParams.update({{"axes.facecolor": "black", "figure.figsize": (1, 1)}})
+before = matplotlib.rcParams.copy()
+from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.plots import draw, save_pictures
+history = SelectionHistory.load({str(tmp_path / "history.json")!r})
+save_pictures(history, {str(tmp_path)!r})
+assert draw(history, "coverage").axes[0].get_facecolor() == (1, 1, 1, 1)
+assert "matplotlib.pyplot" not in sys.modules
+assert matplotlib.rcParams.copy() == before
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_without_matplotlib_the_error_says_what_to_install() -> None:
+    program = "import sys; sys.modules['matplotlib'] = None\nimport dion2_lightning.monitoring.plots"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert "ImportError: pictures need matplotlib: pip install 'dion2-lightning[plots]'" in result.stderr
+
+
+def test_tensorboard_and_wandb_get_pictures(layered: SelectionHistory, tmp_path: Path) -> None:
+    """Lightning's own TensorBoardLogger; of W&B's the method alone, which needs an account."""
+    board = TensorBoardLogger(tmp_path, name="", version="")
+    images: dict[tuple[str, int], Any] = {}
+
+    class Wandb:
+        def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+            [sent[key, step]] = [images]
+
+    sent = images
+    wandb, csv = Wandb(), CSVLogger(tmp_path, name="csv")
+    assert log_pictures(layered, [board, csv, wandb], 50) == [board, wandb]
+    board.finalize("success")
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert events.Tags()["images"] == ["dion2/overview", "dion2/heatmap"]
+    [event] = events.Images("dion2/heatmap")
+    assert event.step == 50
+    assert event.width > 600
+    assert set(images) == {("dion2/overview", 50), ("dion2/heatmap", 50)}
+    [pixels] = images["dion2/overview", 50]
+    assert pixels.dtype == np.uint8 and pixels.shape[2] == 3 and pixels.std() > 10
+
+
+def test_a_writer_and_a_tracker_get_pictures(layered: SelectionHistory) -> None:
+    """torch's SummaryWriter itself, and what Accelerate's TensorBoardTracker calls it."""
+    calls = []
+    writer = SimpleNamespace(add_figure=lambda tag, figure, global_step: calls.append((tag, global_step)))
+    log_pictures(layered, [writer, SimpleNamespace(tracker=writer)], 7, names=["coverage"])
+    assert calls == [("dion2/coverage", 7)] * 2
+
+
+def test_unknown_pictures_are_refused(layered: SelectionHistory) -> None:
+    with pytest.raises(ValueError, match="there is no picture 'loss'; choose from overview, heatmap"):
+        draw(layered, "loss")
+    with pytest.raises(ValueError, match=r"names: there is no picture 'loss'; choose from overview, heatmap"):
+        log_pictures(layered, [], 1, names=["loss"])
+
+
+def test_the_helper_makes_what_the_optimizer_leaves() -> None:
+    """The histories of these tests have the shapes and the sums of real ones."""
+    history = make_history(["weight"], points=4)
+    assert history.shares.shape == (4, 1, BINS)
+    assert history.shares.float().mean().item() / 255 == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(history.counts, history.counts.sort(dim=1).values)

@@ -1,0 +1,722 @@
+"""Metrics against hand calculation and against plain loops over the optimizer's selections."""
+
+import copy
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.statistics import size_of, tensors_of
+from dion2_lightning import Dion2, SelectionTracker, SelectionWarning, build_optimizer
+from dion2_lightning.monitoring.history import MAX_POINTS, SelectionHistory
+from dion2_lightning.monitoring.metrics import HEALTH_CHECKS, MEANINGS
+
+SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "wide": ((8, 20), {}),
+    "tall": ((20, 8), {}),
+    "square": ((12, 12), {"fraction": 0.5}),
+    "conv1d": ((10, 30), {"transposed": True}),
+    "experts": ((3, 8, 20), {"batched": True}),
+}
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, (shape, _) in SHAPES.items()}
+
+
+def optimizer_of(named: dict[str, nn.Parameter], **settings: Any) -> Dion2:
+    groups = [{"params": [(name, named[name])], "name": f"its {name}", **SHAPES[name][1]} for name in named]
+    return Dion2(groups, **{"lr": 0.1, "momentum": 0.6, "orthonormalize_dtype": "float32", **settings})
+
+
+def optimizer_with(weight: nn.Parameter, **settings: Any) -> Dion2:
+    return Dion2([("weight", weight)], momentum=0.0, **settings)
+
+
+def set_gradients(named: dict[str, nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for parameter in named.values():
+        scales = torch.logspace(0, 1, parameter.shape[-2]).unsqueeze(-1)
+        parameter.grad = scales * torch.randn(parameter.shape, generator=generator)
+
+
+class Reference:
+    """The metrics of one parameter, from their definitions, matrix by matrix and slice by slice."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.step = 0
+        self.last: list[list[int | None]] = []
+        self.counts: list[list[int]] = []
+
+    def metrics(self, optimizer: Dion2, parameter: Tensor, momentum: Tensor, weight: Tensor) -> dict[str, float]:
+        """Take the momentum after accumulation and the weight before the step; weight decay must be 0."""
+        self.step += 1
+        selection = optimizer.selection_of(parameter)
+        assert selection is not None
+        indices = selection.indices.reshape(-1, selection.indices.shape[-1]).tolist()
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        by_rows = (selection.axis == 0) != group["transposed"]
+        stack = momentum.double().reshape(-1, *momentum.shape[-2:])
+        slices = stack if by_rows else stack.mT
+        n = slices.shape[1]
+        self.last = self.last or [[None] * n for _ in slices]
+        self.counts = self.counts or [[0] * n for _ in slices]
+        fresh = captured = gini = 0.0
+        for matrix, chosen in enumerate(indices):
+            fresh += sum(self.last[matrix][i] is None or self.last[matrix][i] != self.step - 1 for i in chosen)
+            norms = [slices[matrix, i].abs().sum().item() for i in range(n)]
+            captured += sum(norms[i] for i in chosen) / sum(norms)
+            for i in chosen:
+                self.last[matrix][i] = self.step
+                self.counts[matrix][i] += 1
+            differences = sum(abs(a - b) for a in self.counts[matrix] for b in self.counts[matrix])
+            gini += differences / (2 * n * sum(self.counts[matrix]))
+        waits = [self.step - (last or 0) for each in self.last for last in each]
+        recent = [last is not None and last > self.step - self.window for each in self.last for last in each]
+        return {
+            "selected_fraction": len(indices[0]) / n,
+            "coverage": sum(recent) / len(recent),
+            "staleness_mean": sum(waits) / len(waits),
+            "staleness_max": float(max(waits)),
+            "turnover": fresh / sum(map(len, indices)),
+            "captured_mass": captured / len(indices),
+            "imbalance": gini / len(indices),
+            "update_rms": (parameter.detach() - weight).double().square().mean().sqrt().item(),
+        }
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+@pytest.mark.parametrize("every", [1, 3])
+def test_metrics_follow_their_definitions(every: int) -> None:
+    named = parameters()
+    optimizer = optimizer_of(named, weight_decay=0.0)
+    tracker = SelectionTracker(every=every, window=4)
+    tracker.attach(optimizer)
+    references = {name: Reference(window=4) for name in named}
+    for step in range(1, 13):
+        set_gradients(named, step)
+        before = {
+            name: (optimizer.state[p].get("momentum", torch.zeros_like(p)) + p.grad, p.detach().clone())
+            for name, p in named.items()
+        }
+        optimizer.step()
+        metrics = tracker.pop_metrics()
+        expected = {name: references[name].metrics(optimizer, p, *before[name]) for name, p in named.items()}
+        assert (metrics is not None) == (step % every == 0)
+        if metrics is None:
+            continue
+        assert metrics.step == step
+        for name in named:
+            found = metrics.parameters[f"its {name}", name]
+            assert list(found) == [each for each in MEANINGS if each != "orthogonality_error"]
+            assert found == pytest.approx(expected[name], rel=1e-5, abs=1e-12), (name, step)
+            assert metrics.groups[f"its {name}"] == found
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_by_hand() -> None:
+    """Rows of a 4 x 8 matrix; the gradients say which one is selected. k = 1."""
+    weight = nn.Parameter(torch.zeros(4, 8))
+    optimizer = optimizer_with(weight, lr=1.0, weight_decay=0.0, adjust_lr_fn="none", orthonormalize_dtype="float32")
+    optimizer.orthonormalize = lambda row: nn.functional.normalize(row, dim=-1)
+    tracker = SelectionTracker(every=1, window=2)
+    tracker.attach(optimizer)
+    overall = []
+    for row in (0, 0, 2):
+        weight.grad = torch.zeros(4, 8)
+        weight.grad[row] = 3.0
+        weight.grad[3] = 1.0 if row == 2 else 0.0
+        optimizer.step()
+        overall.append(tracker.pop_metrics().overall)
+    # One orthonormal row times the square root of n / k = 2, over 32 entries.
+    rms = pytest.approx(math.sqrt(4 / 32))
+    assert overall[0] == {
+        "selected_fraction": 0.25, "coverage": 0.25, "staleness_mean": 0.75, "staleness_max": 1.0, "turnover": 1.0,
+        "captured_mass": 1.0, "imbalance": 0.75, "update_rms": rms,
+    }  # fmt: skip
+    assert overall[1] == {
+        "selected_fraction": 0.25, "coverage": 0.25, "staleness_mean": 1.5, "staleness_max": 2.0, "turnover": 0.0,
+        "captured_mass": 1.0, "imbalance": 0.75, "update_rms": rms,
+    }  # fmt: skip
+    # Counts 0, 0, 1, 2: (-3 * 0 - 1 * 0 + 1 * 1 + 3 * 2) / (4 * 3) = 7 / 12. Waits 1, 3, 0, 3.
+    assert overall[2] == {
+        "selected_fraction": 0.25, "coverage": 0.5, "staleness_mean": 1.75, "staleness_max": 3.0, "turnover": 1.0,
+        "captured_mass": 0.75, "imbalance": pytest.approx(7 / 12), "update_rms": rms,
+    }  # fmt: skip
+
+
+def test_names() -> None:
+    named = {name: parameter for name, parameter in parameters().items() if name in ("wide", "square")}
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=1, orthogonality=True)
+    tracker.attach(optimizer)
+    set_gradients(named, 1)
+    optimizer.step()
+    metrics = tracker.pop_metrics()
+    expected = [f"dion2/{name}" for name in MEANINGS]
+    expected += [f"dion2/its {group}/{name}" for group in named for name in MEANINGS]
+    assert list(metrics.named()) == expected
+    each = [f"dion2/its {group}/{group}/{name}" for group in named for name in MEANINGS]
+    assert list(metrics.named(per_matrix=True)) == expected + each
+    assert metrics.named()["dion2/its wide/coverage"] == 0.25
+
+
+def test_slices_count_alike_and_matrices_count_alike() -> None:
+    """Coverage pools 8 slices of which 2 are selected and 12 of which 6 are; captured mass is a mean of two."""
+    named = {name: parameter for name, parameter in parameters().items() if name in ("wide", "square")}
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    set_gradients(named, 1)
+    optimizer.step()
+    metrics = tracker.pop_metrics()
+    assert metrics.overall["coverage"] == (2 + 6) / (8 + 12)
+    masses = [each["captured_mass"] for each in metrics.parameters.values()]
+    assert metrics.overall["captured_mass"] == pytest.approx(sum(masses) / 2)
+
+
+def test_orthogonality_error() -> None:
+    """What the optimizer's own result gives; far from orthonormal is worth a warning."""
+    named = parameters()
+    optimizer = optimizer_of(named)
+    results: list[Tensor] = []
+
+    def twice(submatrices: Tensor) -> Tensor:
+        left, _, right = torch.linalg.svd(submatrices, full_matrices=False)
+        results.append(left @ right)
+        return 2.0 * left @ right if scaled else left @ right
+
+    optimizer.orthonormalize = twice
+    tracker = SelectionTracker(every=1, orthogonality=True)
+    tracker.attach(optimizer)
+    scaled = False
+    set_gradients(named, 1)
+    optimizer.step()
+    assert tracker.pop_metrics().overall["orthogonality_error"] < 1e-5
+    scaled = True
+    set_gradients(named, 2)
+    optimizer.step()
+    with pytest.warns(
+        SelectionWarning, match=r"update far from orthonormal: wide \(error 3\), tall \(error 3\), square"
+    ):
+        metrics = tracker.pop_metrics()
+    assert all(each["orthogonality_error"] == pytest.approx(3.0, rel=1e-4) for each in metrics.parameters.values())
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+@pytest.mark.parametrize("every", [None, 4])
+def test_requested_metrics(every: int | None) -> None:
+    """Besides those that are due anyway; a request lasts until metrics are popped."""
+    named = parameters()
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=every)
+    tracker.attach(optimizer)
+    tracker.request()
+    assert tracker.pop_metrics() is None  # no step was taken, and the request is over
+    seen = []
+    for step in range(1, 6):
+        set_gradients(named, step)
+        if step in (3, 5):
+            tracker.request()
+        optimizer.step()
+        seen.append(tracker.pop_metrics() is not None)
+    assert seen == [False, False, True, every == 4, True]
+
+
+# Steps that are not counted
+
+
+def test_a_parameter_without_gradient_has_no_metrics_of_the_step() -> None:
+    named = parameters()
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    for step in (1, 2):
+        set_gradients(named, step)
+        if step == 2:
+            named["tall"].grad = None
+        optimizer.step()
+        metrics = tracker.pop_metrics()
+    assert list(metrics.parameters["its tall", "tall"]) == [
+        "selected_fraction", "coverage", "staleness_mean", "staleness_max", "imbalance",
+    ]  # fmt: skip
+    assert metrics.parameters["its tall", "tall"]["selected_fraction"] == 0.0
+    assert metrics.parameters["its tall", "tall"]["staleness_mean"] == 1 * 0.25 + 2 * 0.75
+    assert metrics.overall["turnover"] > 0
+
+
+def test_the_step_that_creates_state_is_not_counted() -> None:
+    """torch.distributed.checkpoint takes it, with zero gradients and lr 0."""
+    named = parameters()
+    optimizer = optimizer_of(named, lr=0.0)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert tracker.pop_metrics() is None
+    assert tracker.step == 0
+
+
+def test_steps_that_a_grad_scaler_skips_are_not_counted() -> None:
+    model = nn.Linear(8, 4)
+    optimizer = build_optimizer(model, lr=0.1)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    seen = []
+    for is_broken in (False, True, False):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(2, 8)).square().sum()).backward()
+        if is_broken:
+            model.weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        metrics = tracker.pop_metrics()
+        seen.append(None if metrics is None else metrics.step)
+    assert seen == [1, None, 2]
+
+
+def test_without_a_tracker_nothing_is_kept() -> None:
+    named = parameters()
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    set_gradients(named, 1)
+    optimizer.step()
+    assert {entry for state in optimizer.state.values() for entry in state} == {"momentum"}
+    assert copy.deepcopy(optimizer).observer is None
+    tracker.detach()
+    assert optimizer.observer is None
+    optimizer.step()
+    assert tracker.step == 1
+
+
+def test_two_integers_a_slice() -> None:
+    """The tensors that a tracker keeps on the device, without those of the optimizer and the history.
+
+    A step with metrics keeps more until they are popped.
+    """
+    named = parameters()
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=2, orthogonality=True)
+    tracker.attach(optimizer)
+    integers = 2 * (8 + 8 + 12 + 10 + 3 * 8)
+    for step in range(1, 5):
+        set_gradients(named, step)
+        optimizer.step()
+        is_due = step % 2 == 0
+        for is_popped in (False, True):
+            kept = size_of(tensors_of(tracker, apart_from=[optimizer, tracker.history, *named.values()]))
+            assert (kept > 4 * integers) if is_due and not is_popped else (kept == 4 * integers)
+            tracker.pop_metrics()
+
+
+# Warnings
+
+
+def test_warnings_name_parameters_once() -> None:
+    named = parameters()
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=1, window=3)
+    tracker.attach(optimizer)
+    messages: dict[int, list[str]] = {}
+    for step in range(1, 18):
+        for name, parameter in named.items():
+            parameter.grad = torch.ones_like(parameter)  # ties: the first slices win, as their momentum is kept
+            parameter.grad[..., 4:, :] = 0.0
+            if name == "tall":
+                parameter.grad.zero_()
+        if step == 17:
+            named["wide"].grad[0, 0] = math.nan
+        optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tracker.pop_metrics()
+        if caught:
+            messages[step] = [str(each.message) for each in caught]
+    # A half, three tenths and a quarter of the slices; a fair draw misses some for longer where few are selected.
+    assert sorted(messages) == [2, 8, 14, 16, 17]
+    assert all(len(each) == 1 for each in messages.values())
+    assert messages[2][0].startswith(
+        "step 2, all-zero momentum: tall (1 of 1 matrices); their gradients have been zero"
+    )
+    assert messages[8][0].startswith("step 8, slices never selected: square (")
+    assert messages[16][0].startswith("step 16, slices never selected: wide (")
+    assert "; a lower momentum or a higher fraction" in messages[16][0]
+    assert messages[17][0].startswith("step 17, non-finite update: wide (sum of squares nan); weights are damaged")
+
+
+def test_no_warning_of_a_parameter_that_was_added_late() -> None:
+    named = parameters()
+    late = {"wide": named.pop("wide")}
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=1, window=16)
+    tracker.attach(optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1, 24):
+            if step == 20:
+                group = {"params": [("wide", late["wide"])], "name": "its wide", "algorithm": "dion2"}
+                optimizer.add_param_group(group)
+                named |= late
+            set_gradients(named, step)
+            optimizer.step()
+            tracker.pop_metrics()
+    assert not any("wide" in str(each.message) for each in caught)
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_a_matrix_without_momentum_is_left_out_of_means() -> None:
+    """Three experts, a row of each selected: one has no gradient; the errors of the others are 1 - 0.5^2 and 1 - 1."""
+    experts = nn.Parameter(torch.zeros(3, 4, 8))
+    groups = [{"params": [("experts", experts)], "batched": True}]
+    optimizer = Dion2(groups, momentum=0.0, orthonormalize_dtype="float32")
+    scales = torch.tensor([0.5, 1.0, 1.0]).view(3, 1, 1)
+    optimizer.orthonormalize = lambda rows: nn.functional.normalize(rows, dim=-1) * scales
+    tracker = SelectionTracker(every=1, orthogonality=True)
+    tracker.attach(optimizer)
+    for step in range(4):
+        experts.grad = torch.zeros(3, 4, 8)
+        experts.grad[0, 0] = experts.grad[1, step] = 1.0
+        optimizer.step()
+        overall = tracker.pop_metrics().overall
+    assert overall["orthogonality_error"] == pytest.approx((0.75 + 0.0) / 2)
+    # Counts 4, 0, 0, 0 and 1, 1, 1, 1.
+    assert overall["imbalance"] == pytest.approx((0.75 + 0.0) / 2)
+    assert overall["captured_mass"] == 1.0
+    experts.grad = torch.zeros(3, 4, 8)
+    optimizer.step()
+    assert not {"captured_mass", "imbalance", "orthogonality_error"} & tracker.pop_metrics().overall.keys()
+
+
+def test_an_expert_without_momentum_does_not_hide_the_errors_of_the_others() -> None:
+    experts = nn.Parameter(torch.zeros(3, 4, 8))
+    optimizer = Dion2([{"params": [("experts", experts)], "batched": True}], momentum=0.0)
+    optimizer.orthonormalize = lambda rows: 2.0 * nn.functional.normalize(rows, dim=-1)
+    tracker = SelectionTracker(every=1, orthogonality=True)
+    tracker.attach(optimizer)
+    experts.grad = torch.ones(3, 4, 8)
+    experts.grad[2] = 0.0
+    optimizer.step()
+    with pytest.warns(SelectionWarning, match=r"update far from orthonormal: experts \(error 3\)"):
+        tracker.pop_metrics()
+
+
+def test_momentum_may_be_zero_at_the_first_step_of_a_late_parameter() -> None:
+    """Not at its second; also where every step selects all slices, so that none of them ever waits."""
+    named = parameters()
+    late = named.pop("wide")
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    messages: dict[int, list[str]] = {}
+    for step in range(1, 5):
+        set_gradients(named, step)
+        if step == 3:
+            optimizer.add_param_group({"params": [("late", late)], "name": "late", "algorithm": "dion2", "fraction": 1})
+        late.grad = torch.zeros_like(late) if step >= 3 else None
+        optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tracker.pop_metrics()
+        messages[step] = [str(each.message) for each in caught if "all-zero" in str(each.message)]
+    assert messages[1] == messages[2] == messages[3] == []
+    [message] = messages[4]
+    assert message.startswith("step 4, all-zero momentum: late (1 of 1 matrices);")
+
+
+# State
+
+
+def test_resume(tmp_path: Any) -> None:
+    """Metrics and history are those of a run that was not interrupted; the state loads with weights_only."""
+    uninterrupted = run(range(1, 9), None)
+    first = run(range(1, 5), None)
+    torch.save([first[0].state_dict(), first[1].state_dict(), first[2]], tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    resumed = run(range(5, 9), saved)
+    assert resumed[3] == uninterrupted[3][2:]
+    assert torch.equal(resumed[1].history.shares, uninterrupted[1].history.shares)
+    assert resumed[1].history.overall == uninterrupted[1].history.overall
+
+
+def run(steps: range, saved: Any) -> Any:
+    named = parameters()
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=2, window=9)
+    tracker.attach(optimizer)
+    if saved is not None:
+        optimizer.load_state_dict(saved[0])
+        tracker.load_state_dict(saved[1])
+        for name, parameter in named.items():
+            parameter.data.copy_(saved[2][name])
+    metrics = []
+    for step in steps:
+        set_gradients(named, step)
+        optimizer.step()
+        metrics.append(tracker.pop_metrics())
+    weights = {name: parameter.detach().clone() for name, parameter in named.items()}
+    return optimizer, tracker, weights, [each for each in metrics if each is not None]
+
+
+def test_the_names_in_saved_states_and_files_are_those_of_version_0_1_0() -> None:
+    """Or its checkpoints and files could not be loaded."""
+    state = run(range(1, 5), None)[1].state_dict()
+    assert list(state) == ["step", "counts", "history", "warned"]
+    assert list(state["counts"]["its wide/wide"]) == ["last", "hits"]
+    names = ["window", "steps", "overall", "groups", "parameters", "kinds", "shares", "counts", "hits"]
+    assert list(state["history"]) == names
+    assert state["history"]["kinds"][0] == ["its wide", "wide", 1, 8, 0]
+    assert [check.name for check in HEALTH_CHECKS] == [
+        "slices never selected", "all-zero momentum", "non-finite update", "update far from orthonormal",
+    ]  # fmt: skip
+
+
+def test_loaded_state_that_is_not_used_yet_is_saved_again() -> None:
+    _, tracker, _, _ = run(range(1, 5), None)
+    other = SelectionTracker()
+    other.load_state_dict(tracker.state_dict())
+    assert other.state_dict()["counts"].keys() == tracker.state_dict()["counts"].keys()
+
+
+def test_parameters_that_are_added_later_start_at_zero() -> None:
+    named = parameters()
+    late = {"wide": named.pop("wide")}
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    for step in (1, 2, 3):
+        if step == 3:
+            optimizer.add_param_group({"params": [("wide", late["wide"])], "name": "its wide", "algorithm": "dion2"})
+            named |= late
+        set_gradients(named, step)
+        optimizer.step()
+        metrics = tracker.pop_metrics()
+    new, old = metrics.parameters["its wide", "wide"], metrics.parameters["its tall", "tall"]
+    assert (new["coverage"], new["staleness_max"], new["turnover"]) == (0.25, 1.0, 1.0)
+    assert old["staleness_max"] == 3.0
+    assert tracker.history.shares.shape[:2] == (3, 5)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"every": 0}, ValueError, "every must be at least 1 step, got 0"),
+        ({"window": 2.5}, TypeError, r"window must be a whole number of steps, got 2\.5"),
+        ({"every": True}, TypeError, "every must be a whole number of steps, got True"),
+        ({"orthogonality": "yes"}, TypeError, "orthogonality must be True or False, got 'yes'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SelectionTracker(**arguments)
+
+
+def test_other_optimizers_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"optimizer must be a Dion2, got SGD; make it with dion2_lightning\.build_opt"):
+        SelectionTracker().attach(torch.optim.SGD([nn.Parameter(torch.ones(2, 2))]))
+
+
+def test_the_newest_observer_replaces_another() -> None:
+    """With a warning that names both; attaching again, or after the other was detached, warns of nothing."""
+    optimizer = optimizer_of(parameters())
+    old, new = SelectionTracker(every=1), SelectionTracker(every=1)
+    new.name = "SelectionMonitor"
+    old.attach(optimizer)
+    old.attach(optimizer)
+    optimizer.step()
+    with pytest.warns(SelectionWarning) as caught:
+        new.attach(optimizer)
+    assert [str(each.message) for each in caught] == [
+        "SelectionMonitor replaces SelectionTracker as the optimizer's observer; SelectionTracker records nothing from "
+        "now on"
+    ]
+    assert optimizer.observer is new
+    assert old.pop_metrics() is None and not old.is_attached
+    old.detach()  # no longer its business
+    assert optimizer.observer is new
+    new.detach()
+    old.attach(optimizer)
+    assert optimizer.observer is old
+
+
+def test_a_tracker_observes_one_optimizer_at_a_time() -> None:
+    tracker = SelectionTracker()
+    first, second = optimizer_of(parameters()), optimizer_of(parameters())
+    tracker.attach(first)
+    tracker.attach(second)
+    assert first.observer is None
+    assert second.observer is tracker
+
+
+# History
+
+
+def test_shares_say_how_often_each_part_was_selected() -> None:
+    """128 slices are two a bin; the gradient selects the same quarter of them in three of four steps."""
+    weight = nn.Parameter(torch.zeros(128, 130))
+    optimizer = optimizer_with(weight)
+    tracker = SelectionTracker(every=4)
+    tracker.attach(optimizer)
+    for step in range(8):
+        weight.grad = torch.zeros(128, 130)
+        start = 0 if step % 4 else 64
+        weight.grad[start : start + 32] = 1.0
+        optimizer.state[weight]["momentum"] = torch.zeros(128, 130)
+        optimizer.step()
+        tracker.pop_metrics()
+    shares = tracker.history.shares
+    expected = torch.zeros(64)
+    expected[:16], expected[32:48] = 0.75, 0.25
+    assert torch.equal(shares, (expected * 255).round().to(torch.uint8).expand(2, 1, 64))
+    assert tracker.history.counts[0].tolist() == [0] * 32 + [2] * 16 + [6] * 16
+
+
+def test_few_slices_fill_all_bins() -> None:
+    tracker = run(range(1, 5), None)[1]
+    wide = tracker.history.shares[-1, 0]
+    assert len(wide) == 64
+    assert torch.equal(wide, wide[::8].repeat_interleave(8))
+
+
+def test_a_long_history_stays_even() -> None:
+    """However long the run: points are about as far apart everywhere, and nothing of what was counted is lost."""
+    weight = nn.Parameter(torch.zeros(64, 70))
+    optimizer = optimizer_with(weight, fraction=0.5)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    steps = 5 * MAX_POINTS
+    for step in range(steps):
+        weight.grad = torch.zeros(64, 70)
+        weight.grad[32 * (step % 2) :][:32] = 1.0
+        optimizer.state[weight]["momentum"] = torch.zeros(64, 70)
+        optimizer.step()
+        tracker.pop_metrics()
+    history = tracker.history
+    assert len(history) == len(history.overall) == len(history.parameters) == len(history.shares) == MAX_POINTS
+    assert history.steps[-1] == steps
+    spacing = torch.tensor([0, *history.steps]).diff()[:-1]
+    assert spacing.max() <= 2 * spacing.min()
+    lengths = torch.tensor([0, *history.steps]).diff().view(-1, 1).double()
+    selected = (history.shares[:, 0, :].double() / 255 * lengths).sum(0)
+    torch.testing.assert_close(selected, torch.full((64,), steps / 2, dtype=torch.float64), rtol=0.01, atol=2.0)
+
+
+def test_parameters_without_names_are_identified_by_themselves() -> None:
+    """Not by their position, which changes when one leaves."""
+    first, second = (nn.Parameter(torch.zeros(8, 9)) for _ in range(2))
+    optimizer = Dion2([first, second], momentum=0.0)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    for step in range(4):
+        if step == 3:
+            optimizer.param_groups[0]["params"].pop(0)
+        for row, parameter in ((0, first), (4, second)):
+            parameter.grad = torch.zeros(8, 9)
+            parameter.grad[row : row + 2] = 1.0
+        optimizer.step()
+        tracker.pop_metrics()
+    [tracked] = tracker._parameters.values()
+    assert tracked.counters.hits[0].tolist() == [0, 0, 0, 0, 4, 4, 0, 0]
+
+
+def test_counts_start_at_zero_after_a_change_of_axis_or_shape() -> None:
+    """A weight that is selected by its other axis, or replaced by one of another shape under its name."""
+    model = nn.Linear(6, 16, bias=False)
+    optimizer = build_optimizer(model, lr=0.1)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+
+    def step() -> float:
+        weight = optimizer.param_groups[0]["params"][0]
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        return tracker.pop_metrics().overall["staleness_max"]
+
+    assert [step(), step()] == [1.0, pytest.approx(1.5, abs=0.5)]
+    optimizer.param_groups[0]["select"] = "output"
+    assert step() == 1.0
+    model.weight = nn.Parameter(torch.randn(8, 6))
+    optimizer.param_groups[0]["params"][0] = model.weight
+    optimizer.state.clear()
+    assert step() == 1.0
+
+
+def test_counts_of_a_group_that_comes_after_a_resume(tmp_path: Any) -> None:
+    named = parameters()
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    for step in range(1, 4):
+        set_gradients(named, step)
+        optimizer.step()
+    saved = tracker.state_dict()
+    resumed = SelectionTracker(every=1)
+    resumed.load_state_dict(saved)
+    others = {name: parameter for name, parameter in named.items() if name != "wide"}
+    other = optimizer_of(others)
+    resumed.attach(other)
+    other.step()
+    assert resumed.state_dict()["counts"].keys() == saved["counts"].keys()
+    other.add_param_group({"params": [("wide", named["wide"])], "name": "its wide", "algorithm": "dion2"})
+    other.step()
+    assert resumed.state_dict()["counts"]["its wide/wide"]["hits"].sum() == 4 * 2
+
+
+def test_a_file_holds_everything(tmp_path: Any) -> None:
+    history = run(range(1, 9), None)[1].history
+    history.save(tmp_path / "history.json")
+    loaded = SelectionHistory.load(tmp_path / "history.json")
+    for name, value in history.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert torch.equal(found, value) if isinstance(value, Tensor) else found == value, name
+
+
+def test_a_history_has_the_window_of_its_tracker() -> None:
+    """The present one, where a run is resumed with another window."""
+    tracker = run(range(1, 5), None)[1]
+    assert tracker.history.window == 9
+    resumed = SelectionTracker(window=30)
+    resumed.load_state_dict(tracker.state_dict())
+    assert resumed.history.window == 30
+    assert resumed.history.steps == tracker.history.steps
+
+
+def test_a_file_that_cannot_be_written_leaves_the_previous_one(tmp_path: Any, monkeypatch: Any) -> None:
+    history = run(range(1, 5), None)[1].history
+    history.save(tmp_path / "history.json")
+    before = (tmp_path / "history.json").read_text()
+
+    def cut_short(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text[:100].encode())
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    with pytest.raises(OSError, match="no space left"):
+        run(range(1, 9), None)[1].history.save(tmp_path / "history.json")
+    assert (tmp_path / "history.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON file, or not all of it"),
+        ("[1]", "is no file of selection statistics"),
+        ('{"format": "dion2 selection history", "version": 7}', "is of version 7, this release reads version 1"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Any, text: str, message: str) -> None:
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        SelectionHistory.load(tmp_path / "other.json")

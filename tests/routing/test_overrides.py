@@ -1,0 +1,108 @@
+"""Patterns of parameter names, and the errors of those that cannot be followed."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dion2_lightning.routing.router import route_parameters
+from tests.routing import models
+from tests.routing.models import build, decide, groups
+
+
+class TestOverrides:
+    def test_algorithms(self) -> None:
+        model = build("bert_classifier")
+        decisions = decide(model, overrides={"classifier.weight": "dion2", "*.pooler.*": "adamw"})
+        assert decisions["classifier.weight"].algorithm == "dion2"
+        assert decisions["classifier.weight"].reason == "override `classifier.weight`"
+        assert decisions["bert.pooler.dense.weight"].group == "adamw"
+        assert decisions["bert.pooler.dense.bias"].group == "adamw-no-decay"
+
+    def test_first_match_wins(self) -> None:
+        decisions = decide(models.mlp(), overrides={"4.*": {"lr": 1.0}, "*.weight": "adamw"})
+        assert [decisions[f"{index}.weight"].group for index in (0, 2, 4)] == ["adamw", "adamw", "dion2 [4.*]"]
+
+    def test_options_make_groups_of_their_own(self) -> None:
+        overrides: dict[str, Any] = {"4.*": {"lr": 0.5, "fraction": 1.0}, "2.weight": {"algorithm": "adamw", "lr": 0.1}}
+        routing = route_parameters(models.mlp(), overrides=overrides)
+        entries = [{key: value for key, value in group.items() if key != "params"} for group in routing.param_groups()]
+        assert entries == [
+            {"name": "dion2", "algorithm": "dion2"},
+            {"name": "dion2 [4.*]", "algorithm": "dion2", "lr": 0.5, "fraction": 1.0},
+            {"name": "adamw-no-decay", "algorithm": "adamw", "weight_decay": 0.0},
+            {"name": "adamw-no-decay [4.*]", "algorithm": "adamw", "weight_decay": 0.0, "lr": 0.5},
+            {"name": "adamw [2.weight]", "algorithm": "adamw", "lr": 0.1},
+        ]
+        assert {each.name: each.reason for each in routing.decisions}["4.weight"] == "linear; override `4.*`"
+
+    def test_an_option_that_no_group_takes_is_refused(self) -> None:
+        """A pattern may match matrices and biases, but then some of them have to have the setting."""
+        message = r"override '\*.bias': 'fraction' has no effect on what it matches, which is trained by 'adamw'"
+        with pytest.raises(ValueError, match=message):
+            route_parameters(models.mlp(), overrides={"*.bias": {"lr": 0.5, "fraction": 1.0}})
+
+    def test_explicit_weight_decay_wins_for_biases_too(self) -> None:
+        routing = route_parameters(models.mlp(), overrides={"*.bias": {"weight_decay": 0.3}})
+        assert groups(routing)["adamw [*.bias]"]["weight_decay"] == 0.3
+
+    def test_detected_storage_stays(self) -> None:
+        decisions = decide(
+            build("gpt2"), overrides={"*.c_fc.weight": "dion2", "*.c_attn.weight": {"transposed": False}}
+        )
+        assert decisions["transformer.h.0.mlp.c_fc.weight"].group == "dion2-transposed"
+        assert decisions["transformer.h.0.attn.c_attn.weight"].group == "dion2"
+
+        experts = decide(build("llama4_text"), overrides={"*.experts.*": "dion2"})
+        assert experts["model.layers.0.feed_forward.experts.down_proj"].group == "dion2-experts-transposed"
+
+    def test_stack_by_hand(self) -> None:
+        model = nn.ParameterDict({"stack": torch.zeros(3, 4, 5)})
+        override = {"algorithm": "dion2", "batched": True, "transposed": True}
+        assert decide(model, overrides={"stack": override})["stack"].group == "dion2-experts-transposed"
+
+    def test_any_name_of_a_tied_parameter_matches(self) -> None:
+        decisions = decide(build("llama_tied"), overrides={"lm_head.*": {"lr": 1e-3}})
+        assert decisions["model.embed_tokens.weight"].group == "adamw [lm_head.*]"
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            ({"*.qproj.weight": "adamw"}, r"'\*.qproj.weight' matches no parameter \(close names: .*q_proj.weight'"),
+            ({"*.Q_proj.weight": "adamw"}, "is case-sensitive"),
+            ({"*.q_proj.*": "adamw", "*.layers.0.*.q_proj.weight": "dion2"}, r"earlier patterns \('\*.q_proj.\*'\)"),
+            ({"model.embed_tokens.*": "adamw"}, "matches frozen parameters only, such as 'model.embed_tokens.weight'"),
+            ({"*.weight": "muon"}, r"'\*.weight': the algorithm must be 'dion2' or 'adamw', got 'muon'"),
+            ({"*.weight": {"algorithm": ["dion2"]}}, r"must be 'dion2' or 'adamw', got \['dion2'\]"),
+            ({"*.weight": {"algorithm": "frozen"}}, r"requires_grad_\(False\)"),
+            ({"*.weight": {"name": "mine"}}, "name cannot be set"),
+            ({"*.weight": {"batched": "yes"}}, "batched must be True or False, got 'yes'"),
+            (
+                {"model.norm.weight": "dion2"},
+                r"sends 'model.norm.weight' of shape \(32,\) to dion2, but it is not a matrix",
+            ),
+            ({"*.q_proj.weight": {"batched": True}}, "batched=True needs 3 axes"),
+        ],
+    )
+    def test_errors(self, overrides: dict[str, Any], message: str) -> None:
+        model = build("llama")
+        model.get_parameter("model.embed_tokens.weight").requires_grad_(False)
+        with pytest.raises(ValueError, match=message):
+            route_parameters(model, overrides=overrides)
+
+    @pytest.mark.parametrize(
+        ("parameter", "message"),
+        [
+            (torch.zeros(3, 4, 5), "it has 3 axes; add batched=True"),
+            (torch.zeros(2, 3, 4, 5), "it is not a matrix"),
+            (torch.zeros(3, 4, dtype=torch.complex64), "torch.complex64 is not real"),
+        ],
+    )
+    def test_what_holds_no_matrix(self, parameter: torch.Tensor, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            route_parameters(nn.ParameterDict({"table": parameter}), overrides={"table": "dion2"})
+
+    def test_wrong_type(self) -> None:
+        with pytest.raises(TypeError, match="expected 'dion2', 'adamw' or a mapping of group options, got 3"):
+            route_parameters(models.mlp(), overrides={"*": 3})  # type: ignore[dict-item]

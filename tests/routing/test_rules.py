@@ -1,0 +1,266 @@
+"""What a parameter is, and how its matrices are stored."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from dion2_lightning.routing.router import route_parameters
+from dion2_lightning.routing.rules import Role
+from tests.routing import models
+from tests.routing.models import algorithms, build, decide, on_meta
+
+
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        (
+            "mixtral",
+            {
+                "model.embed_tokens.weight": Role.EMBEDDING,
+                "model.layers.0.self_attn.q_proj.weight": Role.MATRIX,
+                "model.layers.0.mlp.gate.weight": Role.ROUTER,
+                "model.layers.0.mlp.experts.down_proj": Role.EXPERTS,
+                "model.norm.weight": Role.VECTOR,
+                "lm_head.weight": Role.HEAD,
+            },
+        ),
+        ("llama_tied", {"model.embed_tokens.weight": Role.EMBEDDING}),
+        ("bert_classifier", {"classifier.weight": Role.HEAD, "classifier.bias": Role.VECTOR}),
+        ("conv_net", {"0.weight": Role.CONVOLUTION, "1.weight": Role.VECTOR, "5.weight": Role.MATRIX}),
+        ("mamba", {"backbone.layers.0.mixer.A_log": Role.OTHER}),
+        ("transformer_encoder", {"layers.0.self_attn.in_proj_weight": Role.MATRIX}),
+        (
+            "lora_llama",
+            {
+                "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight": Role.FROZEN,
+                "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": Role.LORA_A,
+                "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight": Role.LORA_B,
+                "base_model.model.lm_head.modules_to_save.default.weight": Role.HEAD,
+            },
+        ),
+    ],
+)
+def test_roles(name: str, roles: dict[str, Role]) -> None:
+    """They say what a parameter is, whatever it is trained by."""
+    model = build(name)
+    for arguments in ({}, {"lora": "both"}, {"matrices": "adamw"}, {"overrides": {"*": "adamw"}}):
+        decisions = decide(model, **arguments)
+        assert {each: decisions[each].role for each in roles} == roles
+
+
+class TestOrientation:
+    def test_conv1d_stores_in_out(self) -> None:
+        weight = decide(build("gpt2"))["transformer.h.0.attn.c_attn.weight"]
+        assert (weight.shape, weight.transposed, weight.batched) == ((32, 96), True, False)
+
+    @pytest.mark.parametrize(
+        ("name", "pattern", "transposed"),
+        [
+            ("gpt_oss", "experts.", True),
+            ("llama4_text", "experts.", True),
+            ("mixtral", "experts.", False),
+            ("qwen3_moe", "experts.", False),
+            ("jetmoe", "_linear.", False),
+        ],
+    )
+    def test_expert_stacks(self, name: str, pattern: str, transposed: bool) -> None:
+        stacks = [each for each in decide(build(name)).values() if pattern in each.name and len(each.shape) == 3]
+        assert stacks
+        assert all(each.batched and each.transposed is transposed and each.algorithm == "dion2" for each in stacks)
+
+    @pytest.mark.parametrize(("first", "second"), [("gate_up_proj", "down_proj"), ("w1", "w2")])
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_hidden_size_tells_even_if_one_stack_is_square(self, first: str, second: str, transposed: bool) -> None:
+        model: Any = nn.Module()
+        model.experts = nn.Module()
+        model.experts.hidden_size = 8
+        shapes = {first: (4, 8, 8), second: (4, 3, 8) if transposed else (4, 8, 3)}
+        for name, shape in shapes.items():
+            model.experts.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        assert all(each.transposed is transposed for each in decide(model).values())
+
+    def test_stack_of_vectors_is_no_stack_of_matrices(self) -> None:
+        model = nn.Sequential(nn.Linear(2, 2))
+        model.register_module("experts", nn.ParameterList([nn.Parameter(torch.zeros(4, 1, 8))]))
+        assert decide(model)["experts.0"].algorithm == "adamw"
+
+
+class TestHeads:
+    def test_several_layers_outside_the_base_model(self) -> None:
+        decisions = decide(build("deberta_v2_classifier"))
+        assert decisions["pooler.dense.weight"].reason == "head: outside base model `deberta`"
+        assert decisions["classifier.weight"].algorithm == "adamw"
+
+    def test_head_of_a_lightning_module(self) -> None:
+        routing = route_parameters(build("lightning_classifier"))
+        assert [
+            each.name for each in routing.decisions if each.reason == "head: outside transformers model `backbone`"
+        ] == [
+            "head.0.weight",
+            "head.2.weight",
+        ]
+
+    def test_transformers_model_inside_a_module_keeps_its_own_head(self) -> None:
+        model = nn.ModuleDict({"model": build("bert_classifier")})
+        decisions = decide(model)
+        assert decisions["model.classifier.weight"].reason == "head: outside base model `bert`"
+        assert decisions["model.bert.pooler.dense.weight"].algorithm == "dion2"
+
+    def test_label_layer_of_a_model_without_base_model(self) -> None:
+        config = transformers.CLIPConfig(
+            text_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 8,
+                "patch_size": 4,
+            },
+            num_labels=5,
+        )
+        decisions = decide(on_meta(transformers.CLIPForImageClassification, config=config))
+        assert decisions["classifier.weight"].reason == "head: one row a label"
+        assert [name for name, each in decisions.items() if each.reason.startswith("head")] == ["classifier.weight"]
+
+    def test_plain_module_says_that_no_head_was_guessed(self) -> None:
+        routing = route_parameters(models.mlp())
+        assert 'overrides={"4.weight": "adamw"}' in routing.notes[0]
+
+
+class TestRouters:
+    @pytest.mark.parametrize(
+        ("name", "router"),
+        [
+            ("mixtral", "mlp.gate.weight"),
+            ("qwen3_moe", "mlp.gate.weight"),
+            ("deepseek_v3", "mlp.gate.weight"),
+            ("hunyuan_moe", "mlp.gate.wg.weight"),
+            ("jetmoe", "mlp.router.layer.weight"),
+            ("gpt_oss", "mlp.router.weight"),
+            ("llama4_text", "feed_forward.router.weight"),
+            ("switch_transformer", "mlp.router.classifier.weight"),
+        ],
+    )
+    def test_by_class(self, name: str, router: str) -> None:
+        found = [each for each in decide(build(name)).values() if each.name.endswith(router)]
+        assert found
+        assert all(each.algorithm == "adamw" and each.reason.startswith("router") for each in found)
+
+    def test_by_structure(self) -> None:
+        class Gate(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.projection = nn.Linear(8, 4, bias=False)
+
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.gate = nn.Linear(8, 4, bias=False)
+                self.second_gate = Gate()
+                self.experts = nn.ModuleList(nn.Linear(8, 4, bias=False) for _ in range(4))
+                self.shared_experts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(8))
+                self.attention = nn.ModuleDict(
+                    {"key": nn.Linear(8, 4, bias=False), "query": nn.Linear(8, 8, bias=False)}
+                )
+                self.wide = nn.Linear(8, 8, bias=False)
+
+        routed = [name for name, algorithm in algorithms(Block()).items() if algorithm == "adamw"]
+        assert routed == ["gate.weight", "second_gate.projection.weight"]
+
+    def test_gated_layers_are_no_routers(self) -> None:
+        class GatedMLP(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.gate_proj = nn.Linear(8, 8)
+
+        class MoeForgetGate(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.gate = nn.Linear(8, 8)
+
+        model = nn.Sequential(GatedMLP(), MoeForgetGate())
+        assert algorithms(model)["0.gate_proj.weight"] == algorithms(model)["1.gate.weight"] == "dion2"
+
+    def test_name_of_the_root_does_not_count(self) -> None:
+        class RouterNet(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(8, 8)
+
+        assert algorithms(RouterNet())["linear.weight"] == "dion2"
+
+
+class TestLinear:
+    def test_classes_by_name(self) -> None:
+        class QuantizedLinear(nn.Module):
+            def __init__(self, *shape: int) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.zeros(shape))
+                self.scale = nn.Parameter(torch.zeros(shape))
+
+        model = nn.Sequential(QuantizedLinear(4, 4), QuantizedLinear(3, 4, 4))
+        assert algorithms(model) == {"0.weight": "dion2", "0.scale": "adamw", "1.weight": "adamw", "1.scale": "adamw"}
+
+    def test_attention_projections(self) -> None:
+        decisions = decide(nn.MultiheadAttention(8, 2, kdim=4, vdim=4, add_bias_kv=True))
+        assert [name for name, each in decisions.items() if each.algorithm == "dion2"] == [
+            "q_proj_weight",
+            "k_proj_weight",
+            "v_proj_weight",
+            "out_proj.weight",
+        ]
+
+    @pytest.mark.parametrize("module", [nn.Linear(8, 1), nn.Linear(1, 8)])
+    def test_single_row_or_column(self, module: nn.Module) -> None:
+        assert algorithms(module) == {"weight": "adamw", "bias": "adamw"}
+
+    def test_other_weights(self) -> None:
+        decisions = decide(
+            nn.ModuleDict({"lstm": nn.LSTM(4, 4), "bilinear": nn.Bilinear(2, 3, 4), "conv": nn.Conv1d(4, 4, 2)})
+        )
+        assert decisions["conv.weight"].reason == "convolution"
+        assert decisions["lstm.weight_ih_l0"].reason == "not a linear module's weight; opt in with an override"
+        assert {each.algorithm for each in decisions.values()} == {"adamw"}
+
+    def test_complex_weights(self) -> None:
+        assert decide(nn.Linear(4, 4, dtype=torch.complex64))["weight"].reason == "not a real matrix"
+
+
+class TestLora:
+    @pytest.mark.parametrize(("lora", "factors"), [("adamw", ()), ("B", ("lora_B",)), ("both", ("lora_A", "lora_B"))])
+    def test_modes(self, lora: str, factors: tuple[str, ...]) -> None:
+        decisions = decide(build("lora_llama"), lora=lora)
+        matrices = [name for name, each in decisions.items() if each.algorithm == "dion2"]
+        expected = [name for name in decisions if any(f".{factor}." in name for factor in factors)]
+        assert matrices == expected
+        assert len(matrices) == 4 * len(factors)
+
+    def test_modules_to_save(self) -> None:
+        decisions = decide(build("lora_llama"), lora="both")
+        saved = {name: each.reason for name, each in decisions.items() if "modules_to_save" in name}
+        assert list(saved.values()) == ["input embedding", "output embedding"]
+
+    def test_factors_of_heads_embeddings_and_magnitudes(self) -> None:
+        changes = {"target_modules": ["lm_head", "embed_tokens", "q_proj"], "modules_to_save": None, "use_dora": True}
+        decisions = decide(on_meta(models.lora_llama, **changes), lora="both")
+        prefix = "base_model.model."
+        assert decisions[f"{prefix}lm_head.lora_B.default.weight"].algorithm == "dion2"
+        assert decisions[f"{prefix}model.embed_tokens.lora_embedding_B.default"].reason == "LoRA factor of an embedding"
+        assert {each.algorithm for name, each in decisions.items() if "magnitude" in name} == {"adamw"}
+
+    def test_unfrozen_base_layer_is_linear(self) -> None:
+        model = build("lora_llama")
+        name = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+        model.get_parameter(name).requires_grad_()
+        assert decide(model)[name].reason == "linear"
+
+    def test_names_alone_make_no_factor(self) -> None:
+        assert decide(nn.ModuleDict({"lora_A": nn.Linear(8, 4)}))["lora_A.weight"].reason == "linear"
+
+    def test_unknown_mode(self) -> None:
+        with pytest.raises(ValueError, match="lora must be one of 'adamw', 'B', 'both', got 'A'"):
+            route_parameters(models.mlp(), lora="A")

@@ -1,0 +1,369 @@
+"""Saving and loading: exact, matched by name, and refused whole where something does not fit."""
+
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from dion2_lightning import Dion2, OptimizerSettings, build_optimizer
+from tests.test_optimizer import assert_identical, groups_of, model_of, snapshot, train
+
+
+def through_a_file(state_dict: dict, map_location: str | None = None) -> dict:
+    """Save and load as the Trainer does: with weights_only."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, map_location, weights_only=True)
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_equals_uninterrupted(dtype, stop):
+    """Bit for bit, also with a float32 momentum of bfloat16 parameters, which torch's own load would round."""
+    model = model_of(dtype)
+    optimizer = Dion2(groups_of(model), lr=0.05)
+    train(model, optimizer, range(stop))
+    weights, saved = copy.deepcopy(model.state_dict()), through_a_file(optimizer.state_dict())
+    train(model, optimizer, range(stop, 8))
+
+    resumed = model_of(dtype)
+    resumed.load_state_dict(weights)
+    other = Dion2(groups_of(resumed), lr=123.0)
+    other.load_state_dict(saved)
+    assert other.state[resumed[0].weight]["momentum"].dtype == torch.float32
+    train(resumed, other, range(stop, 8))
+    assert_identical(snapshot(model), snapshot(resumed))
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert all(torch.equal(optimizer.state[a][name], other.state[b][name]) for name in optimizer.state[a])
+
+
+def trained() -> tuple[nn.Module, Dion2]:
+    """Three matrices of one shape, so that a swapped momentum would pass every check of shapes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = Dion2(groups_of(model), lr=0.05)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
+def assert_same_state(optimizer: Dion2, model: nn.Module, other: Dion2, other_model: nn.Module) -> None:
+    for a, b in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert optimizer.state[a].keys() == other.state[b].keys()
+        assert all(torch.equal(value, other.state[b][name]) for name, value in optimizer.state[a].items())
+
+
+def test_parameters_in_another_order_are_matched_by_name():
+    model, optimizer = trained()
+    other_model = copy.deepcopy(model)
+    groups = groups_of(other_model)
+    for group in groups:
+        group["params"].reverse()
+    other = Dion2(groups[::-1], lr=0.05)
+    other.load_state_dict(optimizer.state_dict())
+    assert_same_state(optimizer, model, other, other_model)
+    assert other.param_groups[1]["param_names"] == ["2.weight", "1.weight", "0.weight"]
+    again = Dion2(groups_of(model), lr=0.05)
+    again.load_state_dict(other.state_dict())
+    assert_same_state(again, model, other, other_model)
+
+
+def test_names_instead_of_numbers():
+    model, optimizer = trained()
+    saved = optimizer.state_dict()
+    names = {
+        i: name
+        for group in saved["param_groups"]
+        for i, name in zip(group["params"], group["param_names"], strict=True)
+    }
+    named = {
+        "state": {names[i]: state for i, state in saved["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[i] for i in group["params"]][::-1], "param_names": group["param_names"][::-1]}
+            for group in saved["param_groups"]
+        ],
+    }
+    for group in named["param_groups"][:1]:
+        del group["param_names"]  # the ids are names already
+    other_model = copy.deepcopy(model)
+    other = Dion2(groups_of(other_model), lr=0.05)
+    other.load_state_dict(named)
+    assert_same_state(optimizer, model, other, other_model)
+
+
+def test_without_names_position_counts():
+    model, optimizer = trained()
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["param_names"]
+    other_model = copy.deepcopy(model)
+    other = Dion2(groups_of(other_model), lr=0.05)
+    other.load_state_dict(saved)
+    assert_same_state(optimizer, model, other, other_model)
+    assert other.param_groups[0]["param_names"] == ["0.weight", "1.weight", "2.weight"]
+
+
+def test_settings_the_checkpoint_does_not_know_keep_their_present_value():
+    """A checkpoint of an older version lacks newer settings; those it has come back."""
+    model, optimizer = trained()
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        for name in ("fraction", "batched", "algorithm"):
+            group.pop(name, None)
+    other = Dion2(groups_of(model), lr=1.0, fraction=0.5)
+    other.load_state_dict(saved)
+    assert [group["lr"] for group in other.param_groups] == [0.05, 0.05]
+    assert [group.get("fraction") for group in other.param_groups] == [0.5, None]
+    assert [group["algorithm"] for group in other.param_groups] == ["dion2", "adamw"]
+
+
+def test_a_fresh_optimizer_can_be_saved_and_loaded():
+    model = model_of()
+    optimizer = Dion2(groups_of(model), lr=0.05)
+    saved = optimizer.state_dict()
+    train(model, optimizer, range(2))
+    optimizer.load_state_dict(saved)
+    assert not optimizer.state
+    assert optimizer.selection_of(model[0].weight) is None
+
+
+def test_hooks_see_and_change_the_state_dict():
+    """Accelerate and others rewrite what is loaded in a hook."""
+    model, optimizer = trained()
+    other_model = copy.deepcopy(model)
+    other = Dion2(groups_of(other_model), lr=0.05)
+    other.register_load_state_dict_pre_hook(lambda _, incoming: incoming["wrapped"])
+    other.load_state_dict({"wrapped": optimizer.state_dict()})
+    assert_same_state(optimizer, model, other, other_model)
+
+
+class Stack(nn.Module):
+    """Matrices of one shape, defined in the order of their names' letters."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        for name in order:
+            self.add_module(name, nn.Linear(8, 8, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in "abc":
+            x = torch.tanh(self.get_submodule(name)(x))
+        return x
+
+
+def momenta_of(model: nn.Module, optimizer: Dion2) -> dict[str, torch.Tensor]:
+    return {name: optimizer.state[parameter]["momentum"] for name, parameter in model.named_parameters()}
+
+
+def stepped(order: str) -> tuple[nn.Module, Dion2]:
+    model = Stack(order)
+    optimizer = build_optimizer(model, lr=0.1)
+    model(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("form", ["nested", "flat", "full"])
+def test_modules_that_are_defined_in_another_order(form, tmp_path):
+    """torch.distributed.checkpoint puts names into the present order, but leaves param_names in that of the file."""
+    options = StateDictOptions(full_state_dict=form == "full", flatten_optimizer_state_dict=form == "flat")
+    torch.manual_seed(0)
+    model, optimizer = stepped("abc")
+    other_model = Stack("cba")
+    other = build_optimizer(other_model, lr=0.1)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    if form != "full":
+        dcp.save({"optimizer": saved}, checkpoint_id=tmp_path / "saved", no_dist=True)
+        loaded = {"optimizer": get_optimizer_state_dict(other_model, other, options=options)}
+        dcp.load(loaded, checkpoint_id=tmp_path / "saved", no_dist=True)
+        saved = loaded["optimizer"]
+    set_optimizer_state_dict(other_model, other, saved, options=options)
+    found, expected = momenta_of(other_model, other), momenta_of(model, optimizer)
+    assert all(torch.equal(found[name], momentum) for name, momentum in expected.items())
+
+
+def test_names_of_the_whole_and_of_the_part():
+    """Frameworks save the names of a module of which the optimizer may know a part."""
+    model, optimizer = stepped("abc")
+    saved = optimizer.state_dict()
+    [group] = saved["param_groups"]
+    whole = [f"module.net.{name}" for name in group["param_names"]]
+    named = {
+        "state": {whole[number]: state for number, state in saved["state"].items()},
+        "param_groups": [{**group, "params": whole, "param_names": group["param_names"][::-1]}],
+    }
+    other_model = Stack("abc")
+    other = build_optimizer(other_model, lr=0.1)
+    other.load_state_dict(named)
+    found, expected = momenta_of(other_model, other), momenta_of(model, optimizer)
+    assert all(torch.equal(found[name], momentum) for name, momentum in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_file_that_was_read_into_the_state_before_it_was_refused(tmp_path):
+    """Going on would train with what is left of both."""
+    model, optimizer = stepped("abc")
+    optimizer.param_groups[0]["fraction"] = 7.0
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    other_model, other = stepped("abc")
+    good = copy.deepcopy(other.state_dict())
+    loaded = {"optimizer": get_optimizer_state_dict(other_model, other)}
+    dcp.load(loaded, checkpoint_id=tmp_path / "saved", no_dist=True)
+    with pytest.raises(ValueError, match=r"the checkpoint's fraction must lie in \(0, 1\], got 7.0"):
+        set_optimizer_state_dict(other_model, other, loaded["optimizer"])
+    with pytest.raises(RuntimeError, match=r"an earlier load_state_dict\(\) failed"):
+        other.step()
+    other.load_state_dict(good)
+    other.step()
+
+
+def test_what_has_no_state_in_the_checkpoint_starts_anew():
+    """As what was frozen when it was saved; it is said."""
+    model, optimizer = trained()
+    saved = optimizer.state_dict()
+    del saved["state"][1]
+    other_model = copy.deepcopy(model)
+    other = Dion2(groups_of(other_model), lr=0.05)
+    with pytest.warns(UserWarning, match="the checkpoint has no state for parameter '1.weight', as of what was frozen"):
+        other.load_state_dict(saved)
+    assert other_model[1].weight not in other.state
+    assert other_model[0].weight in other.state
+
+
+def of_another_optimizer(saved):
+    saved["state"].clear()
+    for group in saved["param_groups"]:
+        del group["algorithm"]
+        group |= {"dampening": 0, "nesterov": False}
+
+
+def a_setting_out_of_range(saved):
+    saved["param_groups"][0]["momentum"] = 1.5
+
+
+def names_too_many(saved):
+    saved["param_groups"][0]["param_names"].append("0.weight")
+
+
+def other_shape(saved):
+    saved["state"][0]["momentum"] = torch.zeros(3, 3)
+
+
+def other_algorithm(saved):
+    saved["param_groups"][0]["algorithm"] = "adamw"
+
+
+def a_group_less(saved):
+    del saved["param_groups"][1]
+
+
+def a_parameter_less(saved):
+    saved["param_groups"][0]["params"].pop()
+
+
+def other_names(saved):
+    saved["param_groups"][0]["param_names"][0] = "encoder.weight"
+
+
+def foreign_state(saved):
+    saved["state"][0] = {"momentum_buffer": torch.zeros(8, 8)}
+
+
+def no_groups(saved):
+    del saved["param_groups"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            other_shape,
+            r"group 'dion2': parameter '0.weight': the checkpoint's 'momentum' has shape \(3, 3\)",
+        ),
+        (other_algorithm, "group 'dion2': the checkpoint's algorithm is 'adamw', this optimizer's 'dion2'"),
+        (a_group_less, r"the checkpoint has 1 groups, \['dion2'\]; this optimizer 2, \['dion2', 'adamw'\]"),
+        (a_parameter_less, "group 'dion2': the checkpoint has 2 parameters, this optimizer 3"),
+        (other_names, "only in the checkpoint: encoder.weight; only in this optimizer: 0.weight. To load by position"),
+        (foreign_state, r"the checkpoint holds \['momentum_buffer'\] for it, algorithm 'dion2' needs \['momentum'\]"),
+        (
+            of_another_optimizer,
+            "group says no algorithm and has dampening, nesterov, which this optimizer does not",
+        ),
+        (a_setting_out_of_range, r"group 'dion2': the checkpoint's momentum must lie in \[0, 1\), got 1.5"),
+        (names_too_many, "the checkpoint has 4 names for 3 parameters; it is damaged"),
+        (no_groups, "the checkpoint has no 'param_groups'; pass what state_dict"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_loaded(damage, message):
+    model, optimizer = trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    damage(saved)
+    other_model = copy.deepcopy(model)
+    other = Dion2(groups_of(other_model), lr=0.9)
+    train_once = [torch.randn_like(parameter) for parameter in other_model.parameters()]
+    for parameter, gradient in zip(other_model.parameters(), train_once, strict=True):
+        parameter.grad = gradient
+    other.step()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(saved)
+    after = other.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, state in before["state"].items():
+        assert all(torch.equal(value, after["state"][key][name]) for name, value in state.items())
+
+
+def test_torch_adamw_checkpoints_are_refused_for_matrices():
+    model = model_of()
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw, range(1))
+    with pytest.raises(ValueError, match="the checkpoint has 1 groups"):
+        Dion2(groups_of(model)).load_state_dict(adamw.state_dict())
+
+
+def test_the_saved_state_dict_is_not_changed_by_loading_it():
+    model, optimizer = trained()
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    Dion2(groups_of(model)).load_state_dict(saved)
+    assert saved["param_groups"] == before["param_groups"]
+    assert saved["state"].keys() == before["state"].keys()
+
+
+# Version 0.1.0
+
+
+def test_a_checkpoint_of_version_0_1_0_loads_and_training_goes_on():
+    """Its groups held the settings of all algorithms; it was saved after 3 of 6 steps, by that version."""
+    saved = torch.load(Path(__file__).parent / "checkpoints" / "0.1.0.pt", weights_only=True)
+    settings = saved["settings"]
+    assert isinstance(settings, OptimizerSettings)
+    assert (settings.lr, settings.fraction, settings.betas) == (0.05, 0.5, (0.8, 0.9))
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5))
+    model.load_state_dict(saved["model"])
+    optimizer = OptimizerSettings(orthonormalize_dtype="float32").build(model)
+    optimizer.load_state_dict(saved["optimizer"])
+    matrices, rest = optimizer.param_groups
+    assert (matrices["fraction"], matrices["momentum"], rest["betas"]) == (0.5, 0.8, (0.8, 0.9))
+    assert not {"betas", "eps"} & matrices.keys()
+    assert not {"fraction", "momentum", "batched"} & rest.keys()
+    for step in range(3, 6):
+        batch = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+    for name, expected in saved["after"].items():
+        torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-6, atol=1e-7)
