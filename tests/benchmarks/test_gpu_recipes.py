@@ -3,13 +3,11 @@
 import json
 import math
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu import __main__ as check
 from benchmarks.gpu import recipes
 from benchmarks.gpu.recipes import (
     CHECKPOINT,
@@ -150,27 +148,3 @@ class TestMakeCall:
     def test_says_how_it_failed(self, tmp_path: Path) -> None:
         _, problem = self.make(tmp_path, "import sys; sys.exit('error: no such thing')", 0, interrupted=True)
         assert problem == "ended by itself with code 1: error: no such thing"
-
-
-def test_carried_packages_do_not_stand_in_for_those_that_are_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    for name in ("numpy", "not_there"):
-        with zipfile.ZipFile(wheels / f"{name}-99-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(f"{name}.py", "")
-            wheel.writestr(f"{name}-99.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 99\n")
-            wheel.writestr(
-                f"{name}-99.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-            )
-            wheel.writestr(f"{name}-99.dist-info/RECORD", "")
-    monkeypatch.setattr(check, "WHEELS", wheels)
-    monkeypatch.chdir(tmp_path)
-    packages = check.install_wheels(Path(), tmp_path / "log.txt")
-    assert packages is not None
-    assert packages.is_absolute()
-    assert sorted(path.name for path in packages.glob("*.py")) == ["not_there.py"]
-    monkeypatch.setattr(check, "PACKAGES", ("not_there", "neither_there"))
-    machine = check.describe("cpu", "abc", packages)["machine"]
-    assert (machine["not_there"], machine["neither_there"]) == ("99", None)
