@@ -59,11 +59,12 @@ benchmark: $(VENV)/.package
 gpu-check: $(VENV)/.test
 	@$(OFFLINE) $(BIN)/python -m benchmarks.gpu $(ARGS)
 
-# For Python 3.12 on Linux: what a machine with torch, transformers, accelerate and Lightning may lack. 3 MB.
+# For Python 3.12 on Linux, 15 MB: what the recipes import and a machine that trains models may lack. benchmarks/README.md names
+# what is taken for granted.
 gpu-wheels: $(VENV)/.created constraints.txt
 	@rm -rf .gpu-wheels
 	@$(PIP:install=download) --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d .gpu-wheels \
-		datasets dill docstring-parser gguf jsonargparse multiprocess trl typeshed-client
+		datasets dill docstring-parser gguf jsonargparse multiprocess pandas peft trl typeshed-client xxhash
 	@echo "The wheels are in .gpu-wheels: take the folder along with the project"
 
 dist: $(VENV)/.build

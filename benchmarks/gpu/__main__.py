@@ -1,12 +1,13 @@
 """Check and measure the package on a GPU, and write a report.
 
-    python -m benchmarks.gpu                          # about ten minutes of a GPU
+    python -m benchmarks.gpu                          # ten minutes of a GPU at most
     python -m benchmarks.gpu --device cpu --tiny      # try it without one
     python -m benchmarks.gpu --only machine 'step-*'  # some sections
 
 Every section runs in a process of its own, within a time of its own. What it finds is in results.jsonl and report.md at
 once; one that fails or takes too long leaves the others' results alone. The exit code is 0 if every section passed or
-was skipped for want of something, 1 if one failed or was stopped, 2 if nothing was run.
+was skipped for want of something, 1 if one failed or was stopped, 2 if nothing was run, 3 if there was no time left for
+some and the others passed.
 """
 
 import argparse
@@ -21,19 +22,22 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from importlib import metadata
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 
 import torch
 
+from benchmarks.gpu.packages import Packages, install_wheels
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.section import Options, Row, Section, add_line, run_section
 from benchmarks.gpu.sections import SECTIONS
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "lightning", "datasets", "trl", "peft", "numpy")
-WHEELS = Path(".gpu-wheels")
-"""Where ``make gpu-wheels`` puts what the recipes need."""
+FILES = ("results.jsonl", "report.md", "log.txt")
+FOLDERS = ("work", "packages")
+"""What a check makes in the folder of its output; folders are removed at its end."""
+
+NO_TIME = "no time left"
 
 
 def main(arguments: Sequence[str] | None = None, sections: Sequence[Section] = SECTIONS) -> int:
@@ -73,57 +77,82 @@ def check(
         output: Folder for the report; what an earlier check left there is removed.
         commit: What the report calls the code (default: what git says).
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the section that runs is ended too
-    deadline = time.monotonic() + seconds
-    results, report, log = (output / name for name in ("results.jsonl", "report.md", "log.txt"))
-    output.mkdir(parents=True, exist_ok=True)
-    for file in (results, report, log):
-        file.unlink(missing_ok=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was found is written down
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _empty(output)
+        return _check(sections, device, tiny, time.monotonic() + seconds, output, commit)
+    finally:
+        for folder in FOLDERS:
+            shutil.rmtree(output / folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _empty(output: Path) -> None:
+    """Remove what an earlier check left, also one that was killed, whose models may be of other sizes."""
+    for file in FILES:
+        (output / file).unlink(missing_ok=True)
+    for folder in FOLDERS:
+        shutil.rmtree(output / folder, ignore_errors=True)
+
+
+def _check(
+    sections: Sequence[Section], device: str, tiny: bool, deadline: float, output: Path, commit: str | None
+) -> int:
+    results, report, log = (output / name for name in FILES)
     packages = install_wheels(output, log)
     add_line(results, describe(device, commit, packages))
-    bad = []
-    ended = Lock()
+    not_passed: list[str] = []
+    without_time: list[str] = []
+    writing, ending = Lock(), Event()
 
     def run(section: Section) -> None:
+        if ending.is_set():
+            return
         start = time.monotonic()
-        own = min(60 * section.minutes, deadline - start)
-        options = Options(device, tiny, own, str(results), section.name)
-        status, why = run_section(section, options, log, packages) if own > 0 else ("stopped", "no time was left")
+        own, left = 60 * section.minutes, deadline - start
+        if left > section.at_least:
+            options = Options(device, tiny, min(own, left), str(results), section.name)
+            status, why = run_section(section, options, log, packages, ending)
+        else:
+            status, why = "skipped", ""
+        lacked_time = left <= section.at_least or (status == "stopped" and left < own and not ending.is_set())
+        if lacked_time:
+            why = "; ".join(filter(None, [NO_TIME, why]))
         took = round(time.monotonic() - start, 1)
         end = {"section": section.name, "title": section.title, "status": status, "seconds": took, "why": why}
-        with ended:
+        with writing:
             add_line(results, end)
             write_report(results, report)
         print(f"{section.name:<24}{status:<8} {took:6.1f} s  {why}", flush=True)
-        if status in ("failed", "stopped"):
-            bad.append(section.name)
+        if lacked_time:
+            without_time.append(section.name)
+        elif status in ("failed", "stopped"):
+            not_passed.append(section.name)
 
-    if tiny and device == "cpu":  # nothing is measured, so two may run side by side
-        with ThreadPoolExecutor(2) as pool:
+    # On a CPU nothing is measured if tiny, so two may run side by side.
+    with ThreadPoolExecutor(2 if tiny and device == "cpu" else 1) as pool:
+        try:
             list(pool.map(run, sections))
-    else:
-        for section in sections:
-            run(section)
-    if packages:
-        shutil.rmtree(packages)
-    shutil.rmtree(output / "work", ignore_errors=True)
-    print(f"{report}" + (f"; not passed: {', '.join(bad)} (details in {log.name})" if bad else "; all passed"))
-    return 1 if bad else 0
+        except BaseException:  # a signal, above all
+            ending.set()
+            raise
+    said = [("not passed", not_passed), (NO_TIME, without_time)]
+    ends = "; ".join(f"{what}: {', '.join(names)}" for what, names in said if names)
+    print(f"{report}; {ends or 'all passed'}" + (f" (details in {log.name})" if not_passed else ""))
+    return 1 if not_passed else 3 if without_time else 0
 
 
-def describe(device: str, commit: str | None, packages: Path | None) -> Row:
+def describe(device: str, commit: str | None, packages: Packages) -> Row:
     """Return the first line of the results: what was run, where, and with what, carried packages among it."""
     machine = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
         "CPU cores": os.cpu_count(),
         "python": platform.python_version(),
         "CUDA": torch.version.cuda,
+        **packages.versions(PACKAGES),
+        "torch": torch.__version__,
     }
-    places = [*sys.path, *([str(packages)] if packages else [])]
-    for name in PACKAGES:
-        found = next(iter(metadata.distributions(name=name, path=places)), None)
-        machine[name] = found.version if found else None
-    machine["torch"] = torch.__version__
     return {
         "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
         "commit": commit or checked_out(),
@@ -141,27 +170,6 @@ def checked_out() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return described.stdout.strip()
-
-
-def is_installed(package: str) -> bool:
-    """Say whether this Python has a package."""
-    return any(metadata.distributions(name=package))
-
-
-def install_wheels(output: Path, log: Path) -> Path | None:
-    """Install what was carried along and is not here into a folder of its own, if there is any, and return it."""
-    wheels = [wheel for wheel in sorted(WHEELS.glob("*.whl")) if not is_installed(wheel.name.split("-")[0])]
-    if not wheels:
-        return None
-    target = (output / "packages").resolve()  # for processes wherever they run
-    shutil.rmtree(target, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    with log.open("a") as file:
-        done = subprocess.run([*pip, "--target", target, *wheels], stdout=file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        print(f"the wheels in {WHEELS} could not be installed; see {log}")
-        return None
-    return target
 
 
 if __name__ == "__main__":

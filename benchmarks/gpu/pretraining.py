@@ -39,6 +39,9 @@ LOOKS = 6
 RESERVE = 35.0
 """Seconds that starting the process, reading the text and measuring take besides."""
 
+READING = 15.0
+"""Seconds after which no more text is read."""
+
 
 def pretrain(options: Options, *, rows: int, length: int) -> Iterator[Row]:
     """Yield each method's held-out loss, in nats a byte, at equal times.
@@ -56,9 +59,7 @@ def pretrain(options: Options, *, rows: int, length: int) -> Iterator[Row]:
     yield {"text, MB": (train.numel() + held_out.numel()) / 1e6, "windows": len(train), "held out": len(held_out)}
     held_out = held_out[: 4 if options.tiny else 256].to(device)
     left = options.seconds - (time.monotonic() - began) - RESERVE
-    seconds = 1.0 if options.tiny else left / len(METHODS)
-    if seconds <= 0:
-        raise TimeoutError(f"{options.seconds:.0f} s are too few for {len(METHODS)} methods")
+    seconds = 1.0 if options.tiny else max(1.0, left / len(METHODS))
     for method, settings in METHODS.items():
         model = make_model("gpt2-size", options, length, torch.float32)
         optimizer = build_optimizer(model, **{**SETTINGS, **settings})
@@ -122,11 +123,11 @@ def read_windows(size: int, length: int) -> tuple[Tensor, Tensor]:
     paths = sysconfig.get_paths()
     files = sorted({file for folder in (paths["stdlib"], paths["purelib"]) for file in Path(folder).rglob("*.py")})
     random.Random(0).shuffle(files)
-    texts, total = [], 0
+    texts, total, deadline = [], 0, time.monotonic() + READING
     for file in files:
         texts.append(file.read_bytes() + b"\0")
         total += len(texts[-1])
-        if total > size:
+        if total > size or time.monotonic() > deadline:
             break
     held_out = max(1, round(HELD_OUT_SHARE * len(texts)))
     return _windows(texts[held_out:], length), _windows(texts[:held_out], length)

@@ -23,7 +23,8 @@ from benchmarks.gpu.section import Options, Row
 CHECKPOINT: Final = 24
 """Step of the first checkpoint. A speed is logged from the 22nd step of a process on."""
 
-SCHEDULE: Final = {"steps": 40, "checkpoint_every": CHECKPOINT, "validate_every": 30}
+SCHEDULE: Final = {"steps": 2 * CHECKPOINT, "checkpoint_every": CHECKPOINT, "validate_every": 30}
+"""As many steps after the checkpoint as before it, so that the run that goes on also has a speed."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,13 @@ class Recipe:
         command: Of Python.
         checkpoint: What is there when a checkpoint is whole, as a pattern in the folder of its output.
         calls: Returns the calls.
+        resumed_if_tiny: Whether it goes on from its checkpoint even if tiny: one recipe for each framework does.
     """
 
     command: Sequence[str]
     checkpoint: str
     calls: Callable[[Options], list[Call]]
+    resumed_if_tiny: bool = False
 
 
 def run_recipe(options: Options, *, recipe: str) -> Iterator[Row]:
@@ -79,9 +82,9 @@ def run_recipe(options: Options, *, recipe: str) -> Iterator[Row]:
 
 
 def calls_of(recipe: Recipe, options: Options) -> list[Call]:
-    """Return the calls that are made: all, but the first alone if tiny, for a process takes long to start."""
+    """Return the calls that are made: of some recipes the first alone if tiny, for a process takes long to start."""
     calls = recipe.calls(options)
-    return calls[:1] if options.tiny else calls
+    return calls[:1] if options.tiny and not recipe.resumed_if_tiny else calls
 
 
 def make_call(recipe: Recipe, call: Call, output: Path, options: Options) -> tuple[str, str]:
@@ -97,8 +100,8 @@ def make_call(recipe: Recipe, call: Call, output: Path, options: Options) -> tup
         while process.poll() is None:
             if call.interrupted and not ended and any(output.glob(recipe.checkpoint)):
                 time.sleep(0.1)  # the Trainer still has to fill the last file
+                ended = process.poll() is None
                 process.terminate()
-                ended = True
             time.sleep(0.01)
         printed.seek(0)
         text = printed.read()
@@ -238,16 +241,19 @@ RECIPES: Final = {
         ["recipes/supervised_fine_tuning/with_trainer.py"],
         "dion2/checkpoints/checkpoint-*/trainer_state.json",
         partial(fine_tuning, run="all weights", changes={}),
+        resumed_if_tiny=True,
     ),
     "sft-lightning": Recipe(
         ["recipes/supervised_fine_tuning/with_lightning.py"],
         "dion2/checkpoints/step-*",
         partial(fine_tuning, run="gradient checkpointing", changes={"gradient_checkpointing": True}),
+        resumed_if_tiny=True,
     ),
     "sft-accelerate": Recipe(
         ["recipes/supervised_fine_tuning/with_accelerate.py"],
         "dion2/checkpoints/step-*",
         partial(fine_tuning, run="LoRA", changes={"lora_rank": 16, "optimizer.lora": "B"}),
+        resumed_if_tiny=True,
     ),
     "text": Recipe(["-m", "recipes.text_classification"], "dion2/seed-0/last.ckpt", text_classification),
     "images": Recipe(

@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,13 +15,17 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from threading import Event
+from typing import Any, Final, Literal
+
+from benchmarks.gpu.packages import Packages
+from benchmarks.gpu.processes import end, wait_for
 
 Row = dict[str, Any]
 Status = Literal["passed", "failed", "stopped", "skipped"]
 
-GRACE = 5.0
-"""Seconds between asking a section to end and ending it."""
+ENDED: Final = "the check was ended"
+"""Why a section was stopped that had time left."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Section:
         arguments: More for the function.
         needs: Packages without which it is skipped.
         cuda_only: Whether it is skipped on a CPU.
+        at_least: Seconds without which it is not begun.
     """
 
     name: str
@@ -70,30 +74,34 @@ class Section:
     arguments: dict[str, Any] = field(default_factory=dict)
     needs: Sequence[str] = ()
     cuda_only: bool = False
+    at_least: float = 0.0
 
 
-def run_section(section: Section, options: Options, log: Path, packages: Path | None) -> tuple[Status, str]:
+def run_section(section: Section, options: Options, log: Path, packages: Packages, ending: Event) -> tuple[Status, str]:
     """Run a section in a process of its own; end it, and all that it started, when its time is up.
 
     Args:
         section: What to run.
         options: What it is given.
         log: File that its output is added to.
-        packages: Folder of packages that it may import besides those of this Python.
+        packages: What it may import.
+        ending: Set when the section is to be ended.
 
     Returns:
         How it ended, and why if it did not pass.
     """
     if section.cuda_only and options.device == "cpu":
         return "skipped", "needs a GPU"
-    environment = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    deadline = time.monotonic() + options.seconds
+    environment = packages.environment()
+    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     if options.device == "cpu":
         environment["OMP_NUM_THREADS"] = "1"  # threads that wait for each other cost more than tiny sizes do
-    paths = [os.getcwd(), *([str(packages)] if packages else []), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    missing = _missing(section.needs, environment)
+    missing = packages.what_is_missing(section.needs, environment, ending)
+    if ending.is_set():
+        return "stopped", ENDED
     if missing:
-        return "skipped", f"{', '.join(missing)} not installed; make gpu-wheels collects what can be carried along"
+        return "skipped", missing
     options.folder.mkdir(parents=True, exist_ok=True)
     arguments = [section.function, json.dumps(asdict(options)), json.dumps(section.arguments)]
     with log.open("a") as output:
@@ -107,37 +115,15 @@ def run_section(section: Section, options: Options, log: Path, packages: Path | 
             start_new_session=True,
         )
         try:
-            code = process.wait(options.seconds)
-        except subprocess.TimeoutExpired:
-            return "stopped", f"not through after {options.seconds:.0f} s"
+            code = wait_for(process, deadline - time.monotonic(), ending)
         finally:
-            _end(process)
+            end(process)
             shutil.rmtree(options.folder, ignore_errors=True)
+    if code is None:
+        return "stopped", ENDED if ending.is_set() else f"not through after {options.seconds:.0f} s"
     if code == 0:
         return "passed", ""
     return "failed", "" if code == 1 else f"its process ended with code {code}; see {log.name}"
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and those that it started: all of the session that was made for it."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        deadline = time.monotonic() + GRACE
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-    process.wait()
-
-
-def _missing(packages: Sequence[str], environment: dict[str, str]) -> list[str]:
-    if not packages:
-        return []
-    look = f"import importlib.util as u; print(*[p for p in {tuple(packages)} if u.find_spec(p) is None])"
-    return subprocess.run(
-        [sys.executable, "-c", look], env=environment, capture_output=True, text=True, check=True
-    ).stdout.split()
 
 
 def add_line(results: str | Path, line: Row) -> None:

@@ -37,7 +37,10 @@ def check_packing(model: PreTrainedModel, settings: Settings) -> None:
         return
     home, training = model.device, model.training
     device, dtype = home, torch.float32
-    if settings.attention not in ("sdpa", "eager"):  # on GPUs only, and flash in halves
+    if settings.attention not in (
+        "sdpa",
+        "eager",
+    ):  # flash is for GPUs and halves; a CPU compiles flex for half a minute
         device, dtype = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.bfloat16
     problem = None
     try:

@@ -32,6 +32,22 @@ def dies(options: Options) -> Iterator[Row]:
 
 def takes_too_long(options: Options) -> Iterator[Row]:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    Path(options.results).with_name("child").write_text(str(child.pid))
     yield {"what": "before", "ok": True}
+    say(options, child.pid)
     time.sleep(60)
+
+
+def waits(options: Options) -> Iterator[Row]:
+    say(options, os.getpid())
+    time.sleep(60)
+    yield {}
+
+
+def sees_work(options: Options) -> Iterator[Row]:
+    yield {"what": "left by an earlier check", "ok": not (options.folder.parent / "shared").exists()}
+
+
+def say(options: Options, process: int) -> None:
+    unfinished = Path(options.results).with_name("unfinished")
+    unfinished.write_text(str(process))
+    unfinished.rename(unfinished.with_name(f"process of {options.section}"))

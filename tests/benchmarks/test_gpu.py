@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.section import Section
 from benchmarks.gpu.sections import SECTIONS
 from tests.integrations.test_docs import ROOT
+
+BEFORE = signal.getsignal(signal.SIGTERM)
 
 
 def planted(name: str, minutes: float = 1, **options: Any) -> Section:
@@ -29,6 +35,7 @@ ALL = (
     planted("fine", arguments={"figure": 7}),
     Section("unpaid", "", "tests.benchmarks.gpu_sections:fine", 1, needs=("a_package_that_is_not_there",)),
     Section("elsewhere", "", "tests.benchmarks.gpu_sections:fine", 1, cuda_only=True),
+    planted("sees_work"),
 )
 
 
@@ -40,18 +47,20 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def is_running(process: int) -> bool:
+def has_ended(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
-        return False
-    return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+        return True
+    return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
 
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     folder = tmp_path_factory.mktemp("check")
     (folder / "results.jsonl").write_text("of an earlier check")
+    (folder / "work" / "shared").mkdir(parents=True)  # it was killed
+    (folder / "packages").mkdir()
     return run(folder), folder
 
 
@@ -70,6 +79,7 @@ def test_every_section_ends_in_its_own_way(checked: tuple[int, Path]) -> None:
             "a_package_that_is_not_there not installed; make gpu-wheels collects what can be carried along",
         ),
         "elsewhere": ("skipped", "needs a GPU"),
+        "sees_work": ("passed", ""),
     }
 
 
@@ -92,12 +102,15 @@ def test_what_was_found_before_is_kept(checked: tuple[int, Path]) -> None:
 
 def test_nothing_is_left_running_or_lying_about(checked: tuple[int, Path]) -> None:
     _, folder = checked
-    child = int((folder / "child").read_text())
-    deadline = time.monotonic() + 10
-    while is_running(child) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not is_running(child)
-    assert sorted(path.name for path in folder.iterdir()) == ["child", "log.txt", "report.md", "results.jsonl"]
+    child = int((folder / "process of takes_too_long").read_text())
+    wait_until(partial(has_ended, child), 10)
+    assert signal.getsignal(signal.SIGTERM) is BEFORE
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "log.txt",
+        "process of takes_too_long",
+        "report.md",
+        "results.jsonl",
+    ]
 
 
 def test_the_report_says_on_what(checked: tuple[int, Path]) -> None:
@@ -113,10 +126,64 @@ def test_all_passed(tmp_path: Path) -> None:
     assert lines(tmp_path)[0]["commit"] == "abc"
 
 
-def test_no_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, "--minutes", "0.0001", "--only", "fine") == 1
-    assert lines(tmp_path)[-1]["why"] == "no time was left"
-    assert "not passed: fine" in capsys.readouterr().out
+@pytest.mark.parametrize("minutes", [1e-4, 1], ids=["for any", "for one that needs more"])
+def test_no_time_left(minutes: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sections = (planted("fine", at_least=100),)
+    assert run(tmp_path, "--minutes", str(minutes), sections=sections) == 3
+    assert (lines(tmp_path)[-1]["status"], lines(tmp_path)[-1]["why"]) == ("skipped", "no time left")
+    assert "no time left: fine" in capsys.readouterr().out
+
+
+def test_a_section_that_had_less_than_its_own_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "--minutes", "0.05", sections=(planted("takes_too_long"),)) == 3
+    assert lines(tmp_path)[-1]["status"] == "stopped"
+    assert re.fullmatch(r"no time left; not through after [123] s", lines(tmp_path)[-1]["why"])
+    assert "no time left: takes_too_long" in capsys.readouterr().out
+
+
+def test_what_fails_counts_for_more_than_what_had_no_time(tmp_path: Path) -> None:
+    assert run(tmp_path, sections=(planted("wrong"), planted("fine", at_least=1000))) == 1
+
+
+CHECK = """
+import sys
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.section import Section
+
+names = ("takes_too_long", "fine", "waits", "fine")
+sections = [Section(name, f"Title of {name}", f"tests.benchmarks.gpu_sections:{name}", 1) for name in names]
+sys.exit(main(["--device", "cpu", "--output", *sys.argv[1:]], sections))
+"""
+
+
+@pytest.mark.parametrize("tiny", [True, False], ids=["two side by side", "one after the other"])
+def test_ended_from_outside(tiny: bool, tmp_path: Path) -> None:
+    """The report has what was running, and nothing runs on."""
+    command = [sys.executable, "-c", CHECK, str(tmp_path), *(["--tiny"] if tiny else [])]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        try:
+            awaited = ["waits", "takes_too_long"] if tiny else ["takes_too_long"]
+            wait_until(lambda: all((tmp_path / f"process of {name}").exists() for name in awaited), 60)
+            process.terminate()
+            assert process.wait(30) == 143
+        finally:
+            process.kill()
+    for name in awaited:
+        wait_until(partial(has_ended, int((tmp_path / f"process of {name}").read_text())), 10)
+    ends = [(line["section"], line["status"], line["why"]) for line in lines(tmp_path) if "status" in line]
+    stopped = sorted((name, "stopped", "the check was ended") for name in awaited)
+    assert sorted(ends) == sorted([*stopped, *([("fine", "passed", "")] if tiny else [])])
+    report = (tmp_path / "report.md").read_text()
+    assert "| takes_too_long | stopped |" in report
+    assert "## Title of takes_too_long" in report
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_without_a_gpu_one_line_says_how_to_try_it(capsys: pytest.CaptureFixture[str]) -> None:
