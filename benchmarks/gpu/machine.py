@@ -54,6 +54,12 @@ def median_seconds(call: Callable[[], object], device: torch.device, repeats: in
     return statistics.median(timer.seconds() for timer in times[3:])
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Timer:
     """Takes the time of what a device does in a ``with`` block, without making it wait."""
 

@@ -28,7 +28,7 @@ SECTIONS: Final = (
     *(
         Section(
             f"step-{shapes}",
-            f"A step of the matrices: {title}",
+            f"A step of the matrices: {title}; each step begins on an idle device",
             "benchmarks.gpu.step:time_steps",
             minutes=0.75,
             arguments={"shapes": shapes, "layers": layers},

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.machine import Timer, copy_bandwidth, product_rate
+from benchmarks.gpu.machine import Timer, copy_bandwidth, product_rate, synchronize
 from benchmarks.gpu.section import Options, Row
 from benchmarks.step import LAYERS, Sizes, optimizers, weights
 from dion2_lightning import Dion2
@@ -44,7 +44,8 @@ LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemset
 def time_steps(options: Options, *, shapes: str, layers: int) -> Iterator[Row]:
     """Yield a row for each optimizer: the median time of a step, against AdamW's and the floor, and where it goes.
 
-    All step the same float32 parameters, in turn, on the same gradients.
+    All step the same float32 parameters, in turn, on the same gradients. Each step begins on an idle device: its time
+    must not depend on how far the host had got ahead during the one before.
 
     Args:
         options: Of the section.
@@ -80,6 +81,7 @@ def _times(chosen: Mapping[str, torch.optim.Optimizer], device: torch.device, ro
         turn = number % len(turns)
         for name, optimizer in turns[turn:] + turns[:turn]:
             timers[name].append(Timer(device))
+            synchronize(device)
             with timers[name][-1]:
                 optimizer.step()
     return {name: statistics.median(timer.seconds() for timer in each[2:]) for name, each in timers.items()}
@@ -104,12 +106,16 @@ def _launches(optimizer: torch.optim.Optimizer, device: torch.device) -> Row:
         return {"launches": None, "GPU busy, ms": None}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         optimizer.step()
-        torch.cuda.synchronize(device)
-    events = profiler.events()
+        synchronize(device)
+    return _counted(profiler.events())
+
+
+def _counted(events: Sequence[Any]) -> Row:
+    """What a profiler has seen; None where it has seen nothing, as where it may not ask the driver."""
     kernels = [e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
     return {
-        "launches": sum(event.name.startswith(LAUNCHES) for event in events),
-        "GPU busy, ms": sum(event.time_range.elapsed_us() for event in kernels) / 1e3,
+        "launches": sum(event.name.startswith(LAUNCHES) for event in events) or None,
+        "GPU busy, ms": sum(event.time_range.elapsed_us() for event in kernels) / 1e3 or None,
     }
 
 
@@ -117,11 +123,11 @@ def _extra_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> flo
     """The most that a step needs besides weights, gradients and state, in MB."""
     if device.type == "cpu":
         return None
-    torch.cuda.synchronize(device)
+    synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     optimizer.step()
-    torch.cuda.synchronize(device)
+    synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
@@ -132,6 +138,7 @@ def _phase_shares(optimizer: Dion2, device: torch.device) -> dict[str, float]:
     with _timed_phases(timers, device):
         optimizer.step()
         timers.clear()
+        synchronize(device)
         with whole:
             optimizer.step()
     total = whole.seconds()

@@ -1,6 +1,7 @@
 """Whole training steps of language models with random weights: speed, memory, and the optimizer's share."""
 
 import gc
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -98,7 +99,7 @@ def train(options: Options, *, name: str, rows: int, length: int) -> Iterator[Ro
             "of it the optimizer, ms": 1e3 * own,
             "share, %": 100 * own / whole,
             "peak memory, GB": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
-            "ok": bool(loss == loss),
+            "ok": math.isfinite(loss),
         }
         del model, optimizer, timed
         free_memory(device)
