@@ -12,7 +12,8 @@ def sum_in_float32(accelerator: Accelerator) -> None:
     """Lets FSDP2 add up gradients in float32 and return losses as they are, before the model is prepared.
 
     With mixed precision, Accelerate has both rounded to the precision of the products. A loss that is a sum over tokens
-    then has three digits. The outputs of the layers inside stay in that precision: what follows them multiplies in it.
+    then has three digits. Outputs are left as they are: in float32, as could be asked for, those of the layers inside
+    would be too, and what follows them multiplies in half precision.
 
     Args:
         accelerator: Whatever it does; without FSDP2 nothing changes.

@@ -1,5 +1,7 @@
 """Accelerate's FSDP2 adds up in float32, whatever its products are computed in."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +10,8 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from recipes.precision import sum_in_float32
+
+ROOT = Path(__file__).parents[2]
 
 
 def accelerator_with(plugin: Any) -> Any:
@@ -22,6 +26,8 @@ def test_gradients_and_losses_are_not_rounded() -> None:
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None
     )
+    (advised,) = re.findall(r"MixedPrecisionPolicy\([^)]*\)", (ROOT / "docs" / "huggingface.md").read_text())
+    assert eval(advised) == plugin.mixed_precision_policy
 
 
 def test_full_precision_stays() -> None:
