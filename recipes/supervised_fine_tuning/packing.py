@@ -37,10 +37,8 @@ def check_packing(model: PreTrainedModel, settings: Settings) -> None:
         return
     home, training = model.device, model.training
     device, dtype = home, torch.float32
-    if settings.attention not in (
-        "sdpa",
-        "eager",
-    ):  # flash is for GPUs and halves; a CPU compiles flex for half a minute
+    # Flash attention runs on GPUs alone, in half precision; a CPU compiles flex attention for half a minute.
+    if settings.attention not in ("sdpa", "eager"):
         device, dtype = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.bfloat16
     problem = None
     try:
