@@ -118,8 +118,10 @@ def _callable(name: str, value: object) -> None:
         raise TypeError(f"{name} must be callable or None, got {type(value).__name__}")
 
 
-def _anything(name: str, value: object) -> None:
-    """Leave the check to what reads the value."""
+def _object(name: str, value: object) -> None:
+    """Leave all but text to what reads the value."""
+    if isinstance(value, str):
+        raise TypeError(f"{name} must be an object, got the text {value!r}")
 
 
 @dataclass(kw_only=True)
@@ -135,7 +137,7 @@ class Dion2Arguments(_Orthonormalize, CommonArguments):
 
     process_group: Any = setting(
         None,
-        _anything,
+        _object,
         "The ranks that hold replicas of the plain parameters, with the same gradients, as under DDP: a "
         "torch.distributed.ProcessGroup. They share the work. Without it every rank updates its replicas by itself, "
         "with the same result. DTensors need none: their mesh says who shares them.",
@@ -148,7 +150,7 @@ class FactoryArguments(_Orthonormalize, FactorySettings):
 
     strategy: object | None = setting(
         None,
-        _anything,
+        _object,
         "What knows about the ranks: a Lightning Trainer, Strategy or LightningModule, a Fabric, an Accelerator, "
         "TrainingArguments, a ProcessGroup or a DeviceMesh. Under DDP the ranks then share the work; without it each "
         "updates its replica by itself, with the same result. FSDP2, HSDP and TP need none: the parameters' meshes "

@@ -4,10 +4,9 @@ The Trainer calls ``factory()(model, **kwargs)``, before or after the model is s
 on nothing of its own, and values that come from a config file or a command line may be text.
 """
 
+import ast
 import difflib
-import typing
 from collections.abc import Mapping
-from types import NoneType, UnionType
 from typing import Any, Final
 
 import transformers
@@ -16,7 +15,7 @@ from packaging.version import Version
 from torch import nn
 from transformers import TrainingArguments
 
-from dion2_lightning.algorithms.hyperparameters import method_takes
+from dion2_lightning.algorithms.hyperparameters import checks_of, method_takes
 from dion2_lightning.distributed.strategies import process_group_of
 from dion2_lightning.factory import Dion2, FactoryArguments, build_optimizer
 
@@ -30,13 +29,8 @@ if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
         "Trainer(..., optimizers=(build_optimizer(model, lr=...), None))"
     )
 
-KINDS: Final[dict[str, Any]] = {
-    name: kind for name, kind in typing.get_type_hints(FactoryArguments).items() if name != "_"
-}
-"""The arguments of build_optimizer beside the model, and their types."""
-
-OPTION_KINDS: Final = {**KINDS, "batched": bool, "transposed": bool}
-"""The same for the options of a group in ``overrides``."""
+CHECKS: Final = checks_of(FactoryArguments)
+"""The checks of build_optimizer's arguments, by name."""
 
 OTHER_NAMES: Final = {
     "learning_rate": "lr",
@@ -48,9 +42,8 @@ OTHER_NAMES: Final = {
 }
 """What the Trainer and TrainingArguments call differently."""
 
-TRUE: Final = ("true", "yes", "on", "1")
-FALSE: Final = ("false", "no", "off", "0")
-NONE: Final = ("none", "null", "")
+WORDS: Final = {"true": "True", "false": "False", "none": "None", "null": "None"}
+"""How configuration files write what Python writes differently."""
 
 
 class Dion2Factory:
@@ -91,7 +84,7 @@ class Dion2Factory:
             TypeError: ``arguments`` is no TrainingArguments, or a setting has a type that is not taken.
             ValueError: A setting or an entry of ``optim_args`` is unknown or cannot be read.
         """
-        _coerced({**_read(arguments), **settings})  # an error here is nearer to its cause than in the Trainer
+        FactoryArguments(**_parsed({**_read(arguments), **settings}))  # an error here is nearer to its cause
         return cls, {"arguments": arguments, **settings}
 
     def __call__(self, model: nn.Module, *, arguments: TrainingArguments | None = None, **settings: Any) -> Dion2:
@@ -114,7 +107,7 @@ class Dion2Factory:
         """
         if arguments is not None:
             settings = {**_read(arguments), **settings}
-        settings = _coerced(settings)
+        settings = _parsed(settings)
         if "lr" not in settings:
             raise TypeError(
                 "lr is missing, and the Trainer does not hand on its learning_rate; pass "
@@ -159,76 +152,44 @@ def _pairs(optim_args: str) -> dict[str, str]:
     return pairs
 
 
-def _coerced(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with text read as what build_optimizer takes, and nothing unknown among them."""
+def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with text read as what it stands for, and nothing unknown among them."""
     for name in settings:
-        if name not in KINDS:
+        if name not in CHECKS:
             raise ValueError(f"unknown argument {name!r}{_hint(name)}")
-    coerced = {name: _from_text(name, value, KINDS[name]) for name, value in settings.items()}
-    if isinstance(coerced.get("overrides"), Mapping):
-        coerced["overrides"] = {pattern: _options(pattern, it) for pattern, it in coerced["overrides"].items()}
-    return coerced
+    parsed = {name: _from_text(name, value) for name, value in settings.items()}
+    if isinstance(parsed.get("overrides"), Mapping):
+        parsed["overrides"] = {
+            pattern: {name: _from_text(name, value) for name, value in options.items()}
+            if isinstance(options, Mapping)
+            else options
+            for pattern, options in parsed["overrides"].items()
+        }
+    return parsed
 
 
 def _hint(name: str) -> str:
     if name in OTHER_NAMES:
         return f"; did you mean {OTHER_NAMES[name]!r}?"
-    known = [*KINDS, "arguments"]
+    known = [*CHECKS, "arguments"]
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
-def _options(pattern: str, options: Any) -> Any:
-    """A pattern's group options, the known ones read; the optimizer refuses the unknown ones by itself."""
-    if not isinstance(options, Mapping):
-        return options
-    return {
-        name: _from_text(f"overrides[{pattern!r}][{name!r}]", value, OPTION_KINDS.get(name, str))
-        for name, value in options.items()
-    }
-
-
-def _from_text(name: str, value: Any, kind: Any) -> Any:
-    """A value as its type wants it. What is not text is left as it is, to be checked where it is used."""
-    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else (kind,)
-    if tuple[float, float] in kinds:
-        return _two_numbers(name, value)
+def _from_text(name: str, value: Any) -> Any:
+    """Read a value that is text. What its argument takes as it is stays, and what cannot be read, to be refused."""
+    if isinstance(value, list):
+        return tuple(_from_text("", each) for each in value)
     if not isinstance(value, str):
         return value
     text = value.strip()
-    words = [word for each in kinds if typing.get_origin(each) is typing.Literal for word in typing.get_args(each)]
-    if text in words:
-        return text  # "none" too: a rule of adjust_lr_fn is called so
-    if NoneType in kinds and text.lower() in NONE:
-        return None
-    if bool in kinds:
-        return _truth(name, text)
-    if float in kinds:
-        return _number(name, text)
-    if words or str in kinds:
-        return text  # the check of the argument says what it takes
-    raise TypeError(f"{name} cannot be given as text, got {value!r}; pass the object itself")
-
-
-def _two_numbers(name: str, value: Any) -> Any:
-    parts = value.strip().strip("()[]").split(",") if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple) or len(parts) != 2:
-        raise ValueError(f"{name} must be two numbers, got {value!r}; write them like '0.9,0.95'")
-    return tuple(
-        _number(f"{name}[{index}]", part) if isinstance(part, str) else part for index, part in enumerate(parts)
-    )
-
-
-def _number(name: str, text: str) -> float:
     try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name} must be a number, got {text!r}; write it like '3e-4'") from None
-
-
-def _truth(name: str, text: str) -> bool:
-    if text.lower() in TRUE:
-        return True
-    if text.lower() in FALSE:
-        return False
-    raise ValueError(f"{name} must be true or false, got {text!r}")
+        if name in CHECKS:
+            CHECKS[name](name, text)
+            return text  # the name of a rule or a dtype; "none" too is a rule of adjust_lr_fn
+    except (TypeError, ValueError):
+        pass
+    try:
+        return ast.literal_eval(WORDS.get(text.lower(), text))
+    except (SyntaxError, ValueError):
+        return text

@@ -32,7 +32,8 @@ def test_the_package_hands_it_out_and_nothing_that_is_not_there() -> None:
 
 
 def test_an_older_transformers_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.1.9")
+    # Some versions of transformers replace their own module while they load parts of themselves.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.1.9")
     monkeypatch.delitem(sys.modules, "dion2_lightning.integrations.transformers")
     with pytest.raises(ImportError, match=re.escape("needs transformers 5.2 or later, found 5.1.9")):
         dion2_lightning.Dion2Factory  # noqa: B018
@@ -76,18 +77,18 @@ def test_text_is_read(case: str) -> None:
 
 
 REFUSED: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
-    "number": (ValueError, {"lr": "fast"}, "lr must be a number, got 'fast'; write it like '3e-4'"),
-    "not a number": (ValueError, {"fraction": "nan"}, "fraction must lie in (0, 1], got nan"),
-    "truth": (ValueError, {"check_finite": "maybe"}, "check_finite must be true or false, got 'maybe'"),
-    "one beta": (ValueError, {"betas": "0.9"}, "betas must be two numbers, got '0.9'; write them like '0.9,0.95'"),
-    "a wrong beta": (ValueError, {"betas": "0.9,high"}, "betas[1] must be a number, got 'high'"),
-    "none where a number is": (ValueError, {"eps": "none"}, "eps must be a number, got 'none'"),
-    "an object": (TypeError, {"overrides": "{}"}, "overrides cannot be given as text, got '{}'; pass the object"),
-    "a strategy": (TypeError, {"strategy": "ddp"}, "strategy cannot be given as text, got 'ddp'"),
+    "number": (TypeError, {"lr": "fast"}, "lr must be a number, got the str 'fast'; pass a float"),
+    "out of range": (ValueError, {"fraction": "1.5"}, "fraction must lie in (0, 1], got 1.5"),
+    "truth": (TypeError, {"check_finite": "maybe"}, "check_finite must be True or False, got 'maybe'"),
+    "one beta": (TypeError, {"betas": "0.9"}, "betas must be two numbers, got 0.9"),
+    "a wrong beta": (TypeError, {"betas": ["0.9", "high"]}, "betas[1] must be a number, got the str 'high'"),
+    "none where a number is": (TypeError, {"eps": "none"}, "eps must be a number, got a NoneType"),
+    "a mapping": (TypeError, {"overrides": "adamw"}, "overrides must be a mapping from patterns of names, got str"),
+    "a strategy": (TypeError, {"strategy": "ddp"}, "strategy must be a Lightning Trainer,"),
     "an option": (
-        ValueError,
+        TypeError,
         {"overrides": {"*.q_proj.weight": {"lr": "fast"}}},
-        "overrides['*.q_proj.weight']['lr'] must be a number, got 'fast'",
+        "lr must be a number, got the str 'fast'",
     ),
     "unknown, near": (ValueError, {"fractoin": 0.5}, "unknown argument 'fractoin'; did you mean 'fraction'?"),
     "unknown, the Trainer's": (ValueError, {"learning_rate": 1}, "unknown argument 'learning_rate'; did you mean 'lr'"),
@@ -153,7 +154,7 @@ def test_optim_args_are_arguments_too() -> None:
     [
         ("fraction", "optim_args must be like 'fraction=0.25,momentum=0.8', got 'fraction' in 'fraction'"),
         ("rank=4", "unknown argument 'rank'"),
-        ("fraction=most", "fraction must be a number, got 'most'"),
+        ("fraction=2", "fraction must lie in (0, 1], got 2"),
     ],
 )
 def test_wrong_optim_args_are_refused_at_once(optim_args: str, message: str) -> None:
