@@ -1,4 +1,4 @@
-"""The examples of README.md and of the frameworks' pages run as they stand there."""
+"""The examples of README.md and of the frameworks' pages run as they stand there, TRL's on a CPU and shortened."""
 
 import re
 import warnings
@@ -123,7 +123,7 @@ class TestReadme:
         assert any(isinstance(callback, SelectionCallback) for callback in trainer.callback_handler.callbacks)
 
     def test_trl(self, tmp_path: Path) -> None:
-        """As it stands, but for what makes a run without a tokenizer from the hub short."""
+        """As it stands, but on a CPU, for two steps, and with a tokenizer that is not from the hub."""
         texts = datasets.Dataset.from_dict({"input_ids": Sequences(3).pieces.tolist()})
         example = examples("README.md")[4]
         small = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "max_steps": 2}
@@ -131,7 +131,7 @@ class TestReadme:
         example = example.replace(
             "SFTTrainer(model, args,", "SFTTrainer(model, args, processing_class=ByT5Tokenizer(),"
         )
-        names = {**data(tmp_path), "texts": texts, "small": small, "ByT5Tokenizer": ByT5Tokenizer}
+        names = {**data(tmp_path), "dataset": texts, "small": small, "ByT5Tokenizer": ByT5Tokenizer}
         trainer = run(example, "README.md", names)["trainer"]
         groups = unwrapped(trainer.optimizer).param_groups
         assert [group["algorithm"] for group in groups] == ["dion2"]
