@@ -1,6 +1,5 @@
 """From a model to its optimizer, and the arguments of both, each written down once."""
 
-import inspect
 import logging
 import os
 import weakref
@@ -16,12 +15,10 @@ from torch.optim.optimizer import ParamsT
 from dion2_lightning.algorithms.adamw import AdamWSettings
 from dion2_lightning.algorithms.dion2 import Dion2Settings
 from dion2_lightning.algorithms.hyperparameters import (
+    bind,
     described,
-    flag,
     method_takes,
     not_negative,
-    one_of,
-    optional,
     setting,
     takes,
 )
@@ -33,16 +30,16 @@ from dion2_lightning.distributed.strategies import (
 )
 from dion2_lightning.optimizer import MatrixOptimizer
 from dion2_lightning.routing.replaced_parameters import check_before_steps
-from dion2_lightning.routing.router import check_lora, route_parameters
+from dion2_lightning.routing.router import route_parameters
 
 logger = logging.getLogger("dion2_lightning")
 
 
 class Choice(NamedTuple):
-    """What ``algorithm`` stands for.
+    """One value of build_optimizer's ``algorithm``.
 
     Attributes:
-        headline: Heads the report.
+        headline: First line of the report.
         matrices: The algorithm of the matrices; everything else is updated by AdamW.
         settings: What it sets.
     """
@@ -57,15 +54,14 @@ CHOICES: Final = {
     "muon": Choice("Muon (dion2 groups at fraction 1) and AdamW", "dion2", {"fraction": 1.0}),
     "adamw": Choice("AdamW (dion2 groups too)", "adamw", {}),
 }
-"""What ``algorithm`` takes."""
-
+"""The values of build_optimizer's ``algorithm``."""
 
 TRAINER_HOOKS: Final[list[Callable[[Any], None]]] = []
-"""Called with the Lightning Trainer that trains the model, if one is found; the package adds its callbacks so."""
+"""Functions that are called with the Lightning Trainer of the model, if there is one; the first adds the callbacks."""
 
 
 def _mapping(name: str, value: object) -> None:
-    if value is not None and not isinstance(value, Mapping):
+    if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a mapping from patterns of names, got {type(value).__name__}")
 
 
@@ -75,7 +71,6 @@ class CommonArguments(AdamWSettings, Dion2Settings):
 
     share_replicas: bool | None = setting(
         None,
-        optional(flag),
         "Whether ranks that hold replicas, as under DDP and HSDP, share the work on them: True, False, or None, where "
         "it saves more than sending the results costs.",
     )
@@ -87,47 +82,31 @@ class FactorySettings(CommonArguments):
 
     algorithm: Literal["dion2", "muon", "adamw"] = setting(
         "dion2",
-        one_of(CHOICES),
         'What updates the matrices. "dion2"; "muon": the same with fraction 1, which is Muon without Nesterov '
         'momentum; "adamw": the control, AdamW for all, with the groups, learning rates and weight decays as they '
         "would be.",
     )
-    adamw_lr: float | None = setting(
-        None, optional(not_negative), "Learning rate of everything that is no matrix. None is lr."
-    )
+    adamw_lr: float | None = setting(None, "Learning rate of everything that is no matrix. None is lr.", not_negative)
     adamw_weight_decay: float | None = setting(
         None,
-        optional(not_negative),
         "Weight decay of embeddings, heads and other parameters that decay under AdamW; biases, norms and scalars "
         "never do. None is weight_decay.",
+        not_negative,
     )
     overrides: Mapping[str, Any] | None = setting(
         None,
-        _mapping,
         'What to do with parameters whose names match a pattern: {"pattern": "dion2" | "adamw" | {group options}}.',
+        _mapping,
     )
     lora: Literal["adamw", "B", "both"] = setting(
-        "adamw",
-        lambda _, value: check_lora(value),
-        'Which LoRA factors are updated by Dion2: "adamw" none, "B", "both".',
+        "adamw", 'Which LoRA factors are updated by Dion2: "adamw" none, "B", "both".'
     )
-
-
-def _callable(name: str, value: object) -> None:
-    if value is not None and not callable(value):
-        raise TypeError(f"{name} must be callable or None, got {type(value).__name__}")
-
-
-def _object(name: str, value: object) -> None:
-    """Leave all but text to what reads the value."""
-    if isinstance(value, str):
-        raise TypeError(f"{name} must be an object, got the text {value!r}")
 
 
 @dataclass(kw_only=True)
 class _Orthonormalize:
     orthonormalize: Callable[[Tensor], Tensor] | None = setting(
-        None, _callable, "A callable (batch, k, m) -> the same shape instead of Polar Express."
+        None, "A callable (batch, k, m) -> the same shape instead of Polar Express."
     )
 
 
@@ -137,7 +116,6 @@ class Dion2Arguments(_Orthonormalize, CommonArguments):
 
     process_group: Any = setting(
         None,
-        _object,
         "The ranks that hold replicas of the plain parameters, with the same gradients, as under DDP: a "
         "torch.distributed.ProcessGroup. They share the work. Without it every rank updates its replicas by itself, "
         "with the same result. DTensors need none: their mesh says who shares them.",
@@ -150,12 +128,10 @@ class FactoryArguments(_Orthonormalize, FactorySettings):
 
     strategy: object | None = setting(
         None,
-        _object,
         "What knows about the ranks: a Lightning Trainer, Strategy or LightningModule, a Fabric, an Accelerator, "
         "TrainingArguments, a ProcessGroup or a DeviceMesh. Under DDP the ranks then share the work; without it each "
-        "updates its replica by itself, with the same result. FSDP2, HSDP and TP need none: the parameters' meshes "
-        "say all. A model that a Lightning Trainer or Fabric runs knows it by itself; with a part of one, pass the "
-        "Trainer.",
+        "updates its replica by itself, with the same result. FSDP2, HSDP and TP need none: DTensors carry their "
+        "mesh. A model that a Lightning Trainer or Fabric runs knows it by itself; for a submodule pass the Trainer.",
     )
 
 
@@ -208,11 +184,9 @@ class Dion2(MatrixOptimizer):
 
     @method_takes(Dion2Arguments)
     def __init__(self, params: ParamsT, *args: Any, **settings: Any) -> None:
-        given = inspect.signature(Dion2Arguments).bind(*args, **settings).arguments
-        others = {
-            name: given.pop(name) for name in ("orthonormalize", "process_group", "share_replicas") if name in given
-        }
-        super().__init__(params, given, **others)
+        given = bind("Dion2", Dion2Arguments, args, settings)
+        attributes = {name: given.pop(name, None) for name in ("orthonormalize", "process_group", "share_replicas")}
+        super().__init__(params, given, **attributes)
 
 
 @takes(FactoryArguments)
@@ -228,7 +202,7 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
 
     Args:
         model: Any module; ``self`` in Lightning's ``configure_optimizers``.
-        *args: ``lr``.
+        *args: ``lr`` alone may be passed by its place.
         **settings: The fields of :class:`FactoryArguments`.
 
     Returns:
@@ -244,7 +218,7 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    arguments = FactoryArguments(*args, **settings)
+    arguments = FactoryArguments(**bind("build_optimizer", FactoryArguments, args, settings))
     choice = CHOICES[arguments.algorithm]
     refuse_wrappers_that_flatten(model)
     process_group = process_group_of(strategy_of(model) if arguments.strategy is None else arguments.strategy)

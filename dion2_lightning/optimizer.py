@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StepContext
-from dion2_lightning.algorithms.hyperparameters import flag, optional, plain
+from dion2_lightning.algorithms.hyperparameters import flag, plain
 from dion2_lightning.distributed.collectives import (
     check_agreement,
     on_any_rank,
@@ -93,7 +93,8 @@ class MatrixOptimizer(Optimizer):
                 f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}; of a "
                 "mesh, pass mesh.get_group()"
             )
-        optional(flag)("share_replicas", share_replicas)
+        if share_replicas is not None:
+            flag("share_replicas", share_replicas)
         self.orthonormalize = orthonormalize
         self.process_group = process_group
         self.share_replicas = share_replicas
@@ -132,19 +133,10 @@ class MatrixOptimizer(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = with_listed_parameters(param_group)
-        if "algorithm" not in group:
-            for routed in self._route(group):
-                self.add_param_group(routed)
-            return
-        prefix = f"group {group.get('name', len(self.param_groups))!r}: "
-        algorithm = algorithm_of(group, prefix)
-        check_names(group, algorithm, prefix)
-        algorithm.check_settings(group, prefix)
-        group = self._with_settings(algorithm, plain(group))
-        check_parameters(group, {p for other in self.param_groups for p in other["params"]}, prefix)
-        group["name"] = unique_name(group, self.param_groups)
+        checked = [self._checked(each) for each in ([group] if "algorithm" in group else self._route(group))]
         self._is_agreed = False
-        super().add_param_group(group)
+        for each in checked:
+            super().add_param_group({**each, "name": unique_name(each, self.param_groups)})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -265,9 +257,7 @@ class MatrixOptimizer(Optimizer):
         with self.register_load_state_dict_pre_hook(match):
             super().load_state_dict(state_dict)
         restore_exactly(self, matched)
-        self._selections = {}
         self._failure = None
-        self._is_agreed = False
 
     def state_dict(self) -> StateDict:
         """Return state and groups, as every ``torch.optim`` optimizer does.
@@ -299,6 +289,17 @@ class MatrixOptimizer(Optimizer):
             self.__dict__.setdefault(name, None)
         for group in self.param_groups:
             group.update(self._with_settings(ALGORITHMS[group["algorithm"]], group))
+
+    def _checked(self, group: Group) -> Group:
+        """A group with all settings, checked with its parameters."""
+        group = with_listed_parameters(group)
+        prefix = f"group {group.get('name', len(self.param_groups))!r}: "
+        algorithm = algorithm_of(group, prefix)
+        check_names(group, algorithm, prefix)
+        algorithm.check_settings(group, prefix)
+        group = self._with_settings(algorithm, plain(group))
+        check_parameters(group, {p for other in self.param_groups for p in other["params"]}, prefix)
+        return group
 
     def _with_settings(self, algorithm: Algorithm, group: Mapping[str, Any]) -> Group:
         """A group with what it does not say: the constructor's settings, then the algorithm's defaults."""

@@ -4,7 +4,6 @@ Every check comes before anything is changed, and its error names the argument o
 do.
 """
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import Algorithm
-from dion2_lightning.algorithms.hyperparameters import one_of
+from dion2_lightning.algorithms.hyperparameters import did_you_mean, one_of
 
 Group = dict[str, Any]
 
@@ -22,44 +21,26 @@ ENTRIES: Final = ("params", "param_names", "name", "algorithm", "initial_lr")
 
 
 def algorithm_of(group: Mapping[str, Any], prefix: str = "") -> Algorithm:
-    """Return the algorithm of a group.
-
-    Args:
-        group: With its ``algorithm``.
-        prefix: What an error says first (default: nothing).
-
-    Raises:
-        ValueError: There is no such algorithm.
-    """
+    """Return the algorithm that a group names; errors begin with the prefix."""
     one_of(ALGORITHMS)(f"{prefix}algorithm", group["algorithm"])
     return ALGORITHMS[group["algorithm"]]
 
 
 def check_names(group: Mapping[str, Any], algorithm: Algorithm, prefix: str) -> None:
     """Refuse an entry of a group that nothing would read."""
-    known = [*ENTRIES, *algorithm.defaults()]
+    known = sorted([*ENTRIES, *algorithm.defaults()])
     for name in group:
         if name in known:
             continue
-        others = [other for other in ALGORITHMS if name in ALGORITHMS[other].defaults()]
-        close = difflib.get_close_matches(str(name), known, n=1)
+        others = [repr(other) for other in ALGORITHMS if name in ALGORITHMS[other].defaults()]
+        hint = did_you_mean(name, known)
         if others:
-            hint = f" of algorithm {algorithm.name!r}; it belongs to {', '.join(map(repr, others))}, remove it"
-        elif close:
-            hint = f"; did you mean {close[0]!r}?"
-        else:
-            hint = f"; known are {', '.join(sorted(known))}"
+            hint = f" of algorithm {algorithm.name!r}; it belongs to {', '.join(others)}, remove it"
         raise ValueError(f"{prefix}unknown entry {name!r}{hint}")
 
 
 def check_parameters(group: Mapping[str, Any], taken: Collection[Tensor], prefix: str) -> None:
-    """Refuse a group's parameters that its algorithm cannot update, or that would be updated twice.
-
-    Args:
-        group: With its parameters in a list, and all settings.
-        taken: The parameters of the other groups.
-        prefix: What an error says first.
-    """
+    """Refuse parameters of a complete group that its algorithm cannot update, or that another group has taken."""
     parameters, names = group["params"], parameter_names(group)
     if not parameters:
         raise ValueError(f"{prefix}the parameter list is empty; leave the group out")

@@ -1,6 +1,7 @@
 """From a model to its optimizer."""
 
 import copy
+import inspect
 import logging
 import subprocess
 import sys
@@ -168,6 +169,18 @@ def test_parameters_of_another_model_cannot_be_added_without_algorithm():
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 3))]})
 
 
+def test_of_an_added_group_that_is_split_all_parts_are_added_or_none():
+    model = Language()
+    model.blocks.requires_grad_(False)
+    optimizer = build_optimizer(model, lr=0.1)
+    before = [group["name"] for group in optimizer.param_groups]
+    model.blocks.requires_grad_()
+    added = {"params": list(model.blocks.parameters()), "fraction": 0.5}  # which AdamW, for the biases, does not have
+    with pytest.raises(ValueError, match="unknown entry 'fraction'"):
+        optimizer.add_param_group(added)
+    assert [group["name"] for group in optimizer.param_groups] == before
+
+
 def test_the_report_is_logged_once_on_rank_zero(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="dion2_lightning"):
         build_optimizer(Language(), lr=0.1)
@@ -239,12 +252,19 @@ def test_other_strategies_are_refused(strategy):
         ({"lr": 0.1, "fraction": 0.0}, ValueError, r"^fraction must lie in \(0, 1\]"),
         ({"lr": 0.1, "lora": "A"}, ValueError, "lora must be one of"),
         ({"lr": 0.1, "overrides": {"bolcks.*": "adamw"}}, ValueError, "bolcks"),
+        ({"learning_rat": 0.1}, TypeError, r"^build_optimizer\(\) has no argument 'learning_rat'"),
     ],
     ids=str,
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         build_optimizer(Language(), **arguments)
+
+
+def test_what_is_returned_stays_visible():
+    assert inspect.signature(build_optimizer).return_annotation is Dion2
+    with pytest.raises(TypeError, match=r"^build_optimizer\(\) takes lr by its place, and all else by name"):
+        build_optimizer(Language(), 0.1, 0.25)
 
 
 def test_a_model_is_asked_for():

@@ -150,9 +150,11 @@ def test_state_is_lazy_complete_and_in_the_promised_precision(dtype):
     assert optimizer.state[model[2].bias]["step"] == 0
 
 
-def test_state_dtype_is_kept():
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16], ids=repr)
+def test_state_dtype_is_kept(state_dtype):
     parameter = torch.nn.Parameter(torch.ones(4, 8))
-    optimizer = Dion2([parameter], state_dtype="bfloat16")
+    optimizer = Dion2([parameter], state_dtype=state_dtype)
+    assert optimizer.param_groups[0]["state_dtype"] == "bfloat16"
     parameter.grad = torch.randn(4, 8)
     optimizer.step()
     assert optimizer.state[parameter]["momentum"].dtype == torch.bfloat16

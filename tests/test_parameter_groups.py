@@ -44,6 +44,7 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must lie in \[0, 1\), got 1\.0"),
         ({"eps": -1.0}, ValueError, "eps must be at least 0"),
         ({"check_finite": None}, TypeError, "check_finite must be True or False, got None"),
+        ({"fractoin": 0.5}, TypeError, r"Dion2\(\) has no argument 'fractoin'; did you mean 'fraction'\?"),
     ],
     ids=str,
 )

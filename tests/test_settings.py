@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dion2_lightning import OptimizerSettings, build_optimizer
-from dion2_lightning.algorithms.dion2 import SELECT
-from dion2_lightning.algorithms.hyperparameters import DTYPES
 from dion2_lightning.algorithms.learning_rates import ADJUST_LR_FN
 from dion2_lightning.factory import CHOICES
+from dion2_lightning.routing.router import LORA_ROLES
 
 
 def test_arguments_and_defaults_are_those_of_build_optimizer() -> None:
@@ -37,9 +36,8 @@ def test_choices_are_those_that_are_taken() -> None:
         return set(get_args(parts[0])) if len(parts) == 1 else set(parts)
 
     assert choices("algorithm") == set(CHOICES)
-    assert choices("select") == set(SELECT)
+    assert choices("lora") == set(LORA_ROLES)
     assert choices("adjust_lr_fn") == {name for name in ADJUST_LR_FN if name is not None}
-    assert choices("state_dtype") == choices("orthonormalize_dtype") == set(DTYPES)
 
 
 def test_every_setting_is_described() -> None:
@@ -168,7 +166,7 @@ def test_help_comes_from_the_docstring(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         run_cli("--help")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Learning rate of all groups that do not have their own" in shown
+    assert "Learning rate of the groups that have none of their own" in shown
     assert "--model.optimizer.algorithm {dion2,muon,adamw}" in shown
 
 

@@ -19,8 +19,8 @@ from dion2_lightning.matrices.layout import group_by, local, local_gradient
 class AdamWSettings(SharedSettings):
     """The hyperparameters of AdamW."""
 
-    betas: tuple[float, float] = setting((0.9, 0.999), two_decay_rates, "AdamW's decay rates.")
-    eps: float = setting(1e-8, not_negative, "AdamW's term in the denominator.")
+    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's decay rates.", two_decay_rates)
+    eps: float = setting(1e-8, "AdamW's term in the denominator.", not_negative)
 
 
 class AdamWAlgorithm(Algorithm):

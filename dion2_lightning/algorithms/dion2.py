@@ -36,12 +36,9 @@ from dion2_lightning.algorithms.hyperparameters import (
     SharedSettings,
     decay_rate,
     dtype,
-    flag,
-    one_of,
     setting,
     share,
 )
-from dion2_lightning.algorithms.learning_rates import ADJUST_LR_FN
 from dion2_lightning.algorithms.matrix_update import (
     MatrixUpdate,
     accumulate,
@@ -58,49 +55,46 @@ from dion2_lightning.algorithms.matrix_update import (
 from dion2_lightning.kernels.selection import slice_sums
 from dion2_lightning.matrices.views import Matrices
 
-SELECT = ("shorter", "output")
-
 
 @dataclass(kw_only=True)
 class Dion2Settings(SharedSettings):
     """The hyperparameters of Dion2."""
 
     fraction: float = setting(
-        0.25, share, "Share of each matrix's slices to select, in (0, 1]; k = max(1, ceil(fraction n)) of n."
+        0.25, "Share of each matrix's slices to select, in (0, 1]; k = max(1, ceil(fraction n)) of n.", share
     )
     momentum: float = setting(
-        0.95, decay_rate, "Decay rate of the selected slices' momentum, in [0, 1). A slice decays when it is selected."
+        0.95,
+        "Decay rate of the selected slices' momentum, in [0, 1). A slice decays when it is selected.",
+        decay_rate,
     )
     adjust_lr_fn: Literal["match_rms_adamw", "original", "spectral", "none"] | None = setting(
         "match_rms_adamw",
-        one_of(ADJUST_LR_FN),
         "The scale of a matrix's update. \"match_rms_adamw\": 0.2 sqrt(max(out, in)), AdamW's learning rates carry "
         'over (arXiv 2502.16982); "original" or None: sqrt(max(1, out/in)), as in torch.optim.Muon; "spectral": '
         'sqrt(out/in), as in the authors\' code; "none": 1.',
     )
     scale_lr_by_fraction: bool = setting(
         True,
-        flag,
         "Multiply the orthonormal update, not the weight decay, by sqrt(n/k), so that one learning rate fits every "
         "fraction (Dion3, arXiv 2608.11612). False is the Dion2 paper's literal rule: users of the authors' code keep "
         "their learning rate with False.",
     )
     select: Literal["shorter", "output"] = setting(
         "shorter",
-        one_of(SELECT),
         '"shorter" selects along the shorter axis of (out, in), output slices at a tie; "output" always selects output '
         "slices.",
     )
     orthonormalize_dtype: DType | None = setting(
         None,
-        dtype,
         "Precision of the orthonormalization. None chooses what the hardware multiplies fastest: bfloat16 on CUDA and "
         "on CPUs built for it, else float32.",
+        dtype,
     )
     state_dtype: DType | None = setting(
         None,
-        dtype,
         "Precision of the momentum. None: float32 for bfloat16 and float16 parameters, else the parameter's own.",
+        dtype,
     )
 
 

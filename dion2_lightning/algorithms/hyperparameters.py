@@ -4,11 +4,13 @@ A settings class is a dataclass whose fields are made by :func:`setting`. Constr
 arguments from such classes (:func:`takes`), so signature, ``--help`` and documentation say the same everywhere.
 """
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Real
-from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -19,29 +21,27 @@ R = TypeVar("R")
 D = TypeVar("D")
 
 Check = Callable[[str, object], None]
-"""Raises an error about a value, given what to call it."""
+"""``check(name, value)`` raises an error that begins with the name if the value is invalid."""
 
 DType = Literal["bfloat16", "float32", "float64"]
-DTYPES: Final = ("bfloat16", "float32", "float64")
+DTYPES: Final[tuple[str, ...]] = get_args(DType)
 
 PLACEHOLDER: Final = "**settings:"
 """Begins the line of a docstring in whose place the descriptions of settings are put."""
 
 
-def setting(default: Any, check: Check, description: str) -> Any:
-    """Return a dataclass field for a hyperparameter.
+def setting(default: Any, description: str, check: Check | None = None) -> Any:
+    """Return a dataclass field for a hyperparameter: its default, what it means, and a check of its values.
 
-    Args:
-        default: Its default value.
-        check: Raises an error about a value that it cannot have.
-        description: What it means; one or more sentences.
+    What is declared as a bool or a Literal is checked by that, and one that may be None is not checked where it is.
     """
     return field(default=default, metadata={"check": check, "description": description})
 
 
 def checks_of(settings: type) -> dict[str, Check]:
     """Return the checks of a settings class, by name."""
-    return {each.name: each.metadata["check"] for each in fields(settings) if "check" in each.metadata}
+    kinds = get_type_hints(settings)
+    return {each.name: _check_of(kinds[each.name], each.metadata.get("check")) for each in fields(settings)}
 
 
 def defaults_of(settings: type) -> dict[str, Any]:
@@ -50,28 +50,42 @@ def defaults_of(settings: type) -> dict[str, Any]:
 
 
 def check_values(values: Mapping[str, Any], checks: Mapping[str, Check], prefix: str = "") -> None:
-    """Check values, as far as there are checks of their names.
-
-    Args:
-        values: By name.
-        checks: By name.
-        prefix: What an error says before the name, such as ``"group 'dion2': "`` (default: nothing).
-
-    Raises:
-        TypeError: A value of the wrong type.
-        ValueError: A value out of its range.
-    """
+    """Check the values that have checks; errors begin with the prefix and the name."""
     for name, value in values.items():
         if name in checks:
             checks[name](prefix + name, value)
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values as data that every checkpoint format takes: a dtype is its name, ``torch.float32`` is "float32"."""
+    """Return values as data that every checkpoint format takes: ``torch.float32`` and its text are "float32"."""
+    names = {f"torch.{name}": name for name in DTYPES}
     return {
-        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        name: names.get(str(value), value) if isinstance(value, torch.dtype | str) else value
         for name, value in values.items()
     }
+
+
+def bind(function: str, settings: type, args: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, as a settings class takes them; errors name the function that was called.
+
+    Raises:
+        TypeError: There is no argument of that name, there are too many, or one is given twice.
+    """
+    known = [each.name for each in fields(settings)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{function}() has no argument {name!r}{did_you_mean(name, known)}")
+    try:
+        return inspect.signature(settings).bind(*args, **given).arguments
+    except TypeError as error:
+        raise TypeError(f"{function}() takes lr by its place, and all else by name: {error}") from None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the one that is nearest, or all that are known."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
 def takes(
@@ -130,7 +144,8 @@ def _take(function: Any, settings: Any) -> None:
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     taken = inspect.signature(settings).parameters.values()
-    function.__signature__ = inspect.Signature([*own, *(each.replace(annotation=hints[each.name]) for each in taken)])
+    parameters = [*own, *(each.replace(annotation=hints[each.name]) for each in taken)]
+    function.__signature__ = inspect.signature(function).replace(parameters=parameters)
     if PLACEHOLDER in (function.__doc__ or ""):
         described(settings)(function)
 
@@ -143,6 +158,20 @@ def _descriptions(settings: type, indent: int) -> str:
 
 
 # Checks
+
+
+def _check_of(kind: Any, check: Check | None) -> Check:
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    choices = [choice for each in kinds if get_origin(each) is Literal for choice in get_args(each)]
+    if check is None and bool in kinds:
+        check = flag
+    if check is None and choices:
+        return one_of([*choices, None] if NoneType in kinds else choices)
+    if check is None:
+        return lambda name, value: None  # of an object, checked by what uses it
+    if NoneType not in kinds:
+        return check
+    return lambda name, value: None if value is None else check(name, value)
 
 
 def number(name: str, value: object) -> float:
@@ -185,11 +214,6 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def optional(check: Check) -> Check:
-    """Return a check that also takes None."""
-    return lambda name, value: None if value is None else check(name, value)
-
-
 def one_of(choices: Iterable[object]) -> Check:
     """Return a check for strings, or None, of a list."""
     allowed = tuple(choices)
@@ -213,14 +237,13 @@ def dtype(name: str, value: object) -> None:
 class SharedSettings:
     """The hyperparameters that every algorithm has. Like all settings classes it checks its values when it is made."""
 
-    lr: float = setting(3e-4, not_negative, "Learning rate of all groups that do not have their own.")
+    lr: float = setting(3e-4, "Learning rate of the groups that have none of their own.", not_negative)
     _: KW_ONLY
     weight_decay: float = setting(
-        0.01, not_negative, "Decoupled weight decay: every step multiplies all weights by 1 - lr * weight_decay."
+        0.01, "Decoupled weight decay: a step multiplies the weights of a group by 1 - lr * weight_decay.", not_negative
     )
     check_finite: bool = setting(
         False,
-        flag,
         "Raise an error that names the parameter when a gradient holds NaN or Inf, before any weight or state is "
         "changed. Costs a synchronisation with the device every step.",
     )

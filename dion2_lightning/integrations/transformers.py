@@ -1,11 +1,10 @@
 """The Hugging Face Trainer: what its ``optimizer_cls_and_kwargs`` takes.
 
-The Trainer calls ``factory()(model, **kwargs)``, before or after the model is sharded, as the layout wants it. It hands
-on nothing of its own, and values that come from a config file or a command line may be text.
+The Trainer calls ``factory()(model, **kwargs)``, before or after the model is sharded, as the layout wants it. It
+passes no arguments of its own, and values that come from a config file or a command line may be text.
 """
 
 import ast
-import difflib
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ from packaging.version import Version
 from torch import nn
 from transformers import TrainingArguments
 
-from dion2_lightning.algorithms.hyperparameters import checks_of, method_takes
+from dion2_lightning.algorithms.hyperparameters import checks_of, did_you_mean, method_takes
 from dion2_lightning.distributed.strategies import process_group_of
 from dion2_lightning.factory import Dion2, FactoryArguments, build_optimizer
 
@@ -32,6 +31,11 @@ if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
 CHECKS: Final = checks_of(FactoryArguments)
 """The checks of build_optimizer's arguments, by name."""
 
+KNOWN: Final = (*CHECKS, "arguments")
+
+OBJECTS: Final = ("orthonormalize", "strategy")
+"""The arguments that text can only say to be None."""
+
 OTHER_NAMES: Final = {
     "learning_rate": "lr",
     "adam_beta1": "betas",
@@ -42,8 +46,12 @@ OTHER_NAMES: Final = {
 }
 """What the Trainer and TrainingArguments call differently."""
 
-WORDS: Final = {"true": "True", "false": "False", "none": "None", "null": "None"}
-"""How configuration files write what Python writes differently."""
+WORDS: Final = {
+    **dict.fromkeys(("true", "yes", "on"), True),
+    **dict.fromkeys(("false", "no", "off"), False),
+    **dict.fromkeys(("none", "null", ""), None),
+}
+"""How configuration files write True, False and None."""
 
 
 class Dion2Factory:
@@ -156,7 +164,8 @@ def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with text read as what it stands for, and nothing unknown among them."""
     for name in settings:
         if name not in CHECKS:
-            raise ValueError(f"unknown argument {name!r}{_hint(name)}")
+            hint = f"; did you mean {OTHER_NAMES[name]!r}?" if name in OTHER_NAMES else did_you_mean(name, KNOWN)
+            raise ValueError(f"unknown argument {name!r}{hint}")
     parsed = {name: _from_text(name, value) for name, value in settings.items()}
     if isinstance(parsed.get("overrides"), Mapping):
         parsed["overrides"] = {
@@ -168,28 +177,22 @@ def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return parsed
 
 
-def _hint(name: str) -> str:
-    if name in OTHER_NAMES:
-        return f"; did you mean {OTHER_NAMES[name]!r}?"
-    known = [*CHECKS, "arguments"]
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-
-
 def _from_text(name: str, value: Any) -> Any:
-    """Read a value that is text. What its argument takes as it is stays, and what cannot be read, to be refused."""
-    if isinstance(value, list):
+    """Read a value that is text: kept if its argument takes it, else read as Python's, else left to be refused."""
+    if isinstance(value, list | tuple):
         return tuple(_from_text("", each) for each in value)
     if not isinstance(value, str):
         return value
     text = value.strip()
     try:
-        if name in CHECKS:
+        if name in CHECKS and name not in OBJECTS:
             CHECKS[name](name, text)
             return text  # the name of a rule or a dtype; "none" too is a rule of adjust_lr_fn
     except (TypeError, ValueError):
         pass
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
     try:
-        return ast.literal_eval(WORDS.get(text.lower(), text))
+        return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text

@@ -31,7 +31,7 @@ from tests.distributed.ranks import run_on_ranks
 
 @dataclass(kw_only=True)
 class ToySettings(SharedSettings):
-    heaviness: float = setting(0.5, decay_rate, "Decay rate of the momentum.")
+    heaviness: float = setting(0.5, "Decay rate of the momentum.", decay_rate)
 
 
 class Toy(Algorithm):

@@ -55,6 +55,12 @@ TEXT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "betas in brackets": ({"betas": "(0.8, 0.95)"}, {"betas": (0.8, 0.95)}),
     "betas in a list": ({"betas": ["8e-1", 0.95]}, {"betas": (0.8, 0.95)}),
     "true": ({"check_finite": "true"}, {"check_finite": True}),
+    "yes": (
+        {"check_finite": "yes", "scale_lr_by_fraction": "Off"},
+        {"check_finite": True, "scale_lr_by_fraction": False},
+    ),
+    "nothing": ({"adamw_lr": ""}, {}),
+    "betas in a tuple": ({"betas": ("0.8", "0.95")}, {"betas": (0.8, 0.95)}),
     "false": ({"scale_lr_by_fraction": "False"}, {"scale_lr_by_fraction": False}),
     "optional truth": ({"share_replicas": "none"}, {"share_replicas": None}),
     "dtype": ({"state_dtype": "bfloat16"}, {"state_dtype": torch.bfloat16}),
