@@ -1,4 +1,4 @@
-"""Which ranks share a DTensor's matrices and what each of them holds, from meshes of ranks that are not there.
+"""Which ranks share a DTensor's matrices and what each of them holds, on meshes of fake ranks.
 
 The expectation is what FSDP2 and TP do to a matrix whose entries are numbered: ``torch.chunk``, one after the other.
 """
@@ -25,7 +25,7 @@ FSDP_OVER_TP = (_StridedShard(0, split_factor=2), Shard(0))
 
 @pytest.fixture(autouse=True)
 def ranks() -> Iterator[None]:
-    """This process as the sixth of eight; it does not communicate."""
+    """A fake group of eight ranks, of which this process is the sixth."""
     dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=RANKS)
     yield
     dist.destroy_process_group()
@@ -33,23 +33,23 @@ def ranks() -> Iterator[None]:
 
 def mesh_of(*shape: int, order: list[int] | None = None, named: bool = True) -> DeviceMesh:
     """All eight ranks, in order unless told otherwise."""
-    of_ranks = torch.tensor(order if order is not None else list(range(RANKS))).view(shape)
-    return DeviceMesh("cpu", of_ranks, mesh_dim_names=("a", "b", "c")[: len(shape)] if named else None)
+    mesh_ranks = torch.tensor(order if order is not None else list(range(RANKS))).view(shape)
+    return DeviceMesh("cpu", mesh_ranks, mesh_dim_names=("a", "b", "c")[: len(shape)] if named else None)
 
 
-def spread(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Any, ...]) -> DTensor:
-    """A DTensor by its metadata; nothing here looks at entries."""
+def fake_dtensor(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Any, ...]) -> DTensor:
+    """A DTensor without data: only its metadata is read here."""
     stride = torch.empty(shape, device="meta").stride()
     part = torch.empty([0] * len(shape))
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def layout(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Any, ...], batched: bool = False) -> Layout:
-    return layout_of(spread(shape, mesh, placements), "the weight", batched=batched, process_group=None)
+    return layout_of(fake_dtensor(shape, mesh, placements), "the weight", batched=batched, process_group=None)
 
 
-def cut(tensor: Tensor, coordinate: list[int], mesh: DeviceMesh, placements: tuple[Any, ...]) -> Tensor:
-    """What the rank at a coordinate of the mesh holds: the inner dimension cuts first under a strided shard."""
+def part_at(tensor: Tensor, coordinate: list[int], mesh: DeviceMesh, placements: tuple[Any, ...]) -> Tensor:
+    """What the rank at a coordinate holds; under a strided shard the inner mesh dimension is split first."""
     dims = list(range(mesh.ndim))
     if isinstance(placements[0], _StridedShard):
         dims.reverse()
@@ -57,19 +57,19 @@ def cut(tensor: Tensor, coordinate: list[int], mesh: DeviceMesh, placements: tup
         if not isinstance(placements[dim], Replicate):
             axis = placements[dim].dim
             chunks = tensor.chunk(mesh.size(dim), axis)
-            there = coordinate[dim]
-            tensor = chunks[there] if there < len(chunks) else tensor.narrow(axis, 0, 0)
+            index = coordinate[dim]
+            tensor = chunks[index] if index < len(chunks) else tensor.narrow(axis, 0, 0)
     return tensor
 
 
 def expected_blocks(
     shape: tuple[int, int], mesh: DeviceMesh, placements: tuple[Any, ...], ranks: list[int]
 ) -> list[Block | None]:
-    """The rectangle of each rank, None where it holds nothing; found in a matrix of numbered entries."""
+    """The rectangle of each rank, read off a matrix of numbered entries; None where it holds nothing."""
     numbered = torch.arange(shape[0] * shape[1]).view(shape)
     blocks: list[Block | None] = []
     for rank in ranks:
-        part = cut(numbered, (mesh.mesh == rank).nonzero()[0].tolist(), mesh, placements)
+        part = part_at(numbered, (mesh.mesh == rank).nonzero()[0].tolist(), mesh, placements)
         if part.numel() == 0:
             blocks.append(None)
             continue
@@ -172,7 +172,7 @@ def test_a_dimension_of_one_rank_shares_nothing() -> None:
     assert layout((6, 8), mesh_of(1, 8), (Shard(0), Replicate())).group is None
 
 
-def test_replicas_on_a_mesh_without_names_do_not_know_of_each_other() -> None:
+def test_no_replicas_on_a_mesh_without_names() -> None:
     """Torch makes a group over several dimensions by their names; without, every replica works by itself."""
     found = layout((16, 24), mesh_of(4, 2, named=False), (Replicate(), Shard(0)))
     assert dist.get_process_group_ranks(found.group) == [4, 5]
@@ -220,11 +220,11 @@ def test_selections_of_stacks_are_placed_like_the_stacks() -> None:
     """By the counting axis only: ranks that share a matrix know all of its selection."""
     mesh = mesh_of(4, 2)
     rows = torch.arange(10).view(2, 5)
-    placed = placed_like_stack(rows, spread((8, 10, 14), mesh, (Shard(0), Shard(1))), 8)
+    placed = placed_like_stack(rows, fake_dtensor((8, 10, 14), mesh, (Shard(0), Shard(1))), 8)
     assert isinstance(placed, DTensor)
     assert (placed.shape, placed.placements) == ((8, 5), (Shard(0), Replicate()))
     assert torch.equal(placed.to_local(), rows)
-    assert placed_like_stack(rows, spread((2, 10, 14), mesh, (Replicate(), Shard(1))), 2) is rows
+    assert placed_like_stack(rows, fake_dtensor((2, 10, 14), mesh, (Replicate(), Shard(1))), 2) is rows
     assert placed_like_stack(rows, torch.ones(2, 3, 4), 2) is rows
 
 
@@ -235,8 +235,8 @@ def test_local_shares_memory() -> None:
     assert local(part) is part
 
 
-class OperationsOnDTensors(TorchDispatchMode):
-    """Keeps the names of what torch would have to plan."""
+class DTensorOperations(TorchDispatchMode):
+    """Records the operations on DTensors, for which torch plans shardings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,13 +256,13 @@ def test_zeros_are_placed_like_their_parameter_and_torch_plans_nothing(
     placements: tuple[Any, ...], dtype: torch.dtype | None
 ) -> None:
     mesh = mesh_of(2, 2, 2)
-    part = cut(torch.ones(37, 53, dtype=torch.bfloat16), mesh.get_coordinate(), mesh, placements).contiguous()
+    part = part_at(torch.ones(37, 53, dtype=torch.bfloat16), mesh.get_coordinate(), mesh, placements).contiguous()
     shape, stride = torch.Size((37, 53)), (53, 1)
     parameter = torch.nn.Parameter(
         DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
     )
     expected = torch.zeros_like(parameter, dtype=dtype)
-    with OperationsOnDTensors() as operations, torch.no_grad():
+    with DTensorOperations() as operations, torch.no_grad():
         zeros = zeros_like(parameter, dtype)
     assert operations.seen == []
     assert type(zeros) is type(expected)
