@@ -11,7 +11,7 @@ import pytest
 
 
 def check_shown(page: Path, screenshot: Path) -> None:
-    """Open a page, and look at what is to be seen of it: no strip of it is blank, and its console says nothing."""
+    """Open a page in the browser: no strip of the screenshot is blank, and the console is empty."""
     width, height, strips = 1200, 2400, 12
     result = browse(page, f"--window-size={width},{height}", f"--screenshot={screenshot}")
     assert "CONSOLE" not in result.stderr
@@ -31,10 +31,10 @@ def _browser() -> str:
 
 
 def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Open a page from disk, in a profile of its own; skips the test where there is no browser."""
+    """Open a page from disk in a fresh profile; skip the test where there is no browser."""
     quiet = "--disable-background-networking --disable-component-update --disable-sync --no-first-run --disable-quic"
     with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *quiet.split()]
-        # Messages of the page's console go to stderr, with CONSOLE in front.
+        # The page's console is printed to stderr, each message after CONSOLE.
         command += ["--enable-logging=stderr", f"--user-data-dir={profile}", *options, page.as_uri()]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -1,4 +1,4 @@
-"""What concerns all tests: the device that those in ``device/`` run on, and a table in pytest's summary.
+"""The option --device, for the tests in ``device/``, and a table in pytest's summary.
 
 The tests of the frameworks add to the table: how exactly each resumes under each layout.
 """
@@ -12,18 +12,18 @@ HEADER = ("framework", "layout", "ranks", "torch.optim.AdamW resumes", "Dion2 re
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what only the first conftest.py can add."""
+    """Add --device here: pytest takes options from the outermost conftest.py only."""
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="for tests/device (default: cpu)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse a device that is not there; make products on it repeatable."""
+    """Refuse a device that is not there; allow deterministic matrix products on it."""
     if config.getoption("device") == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda: torch finds no GPU here")
-        # cuBLAS reads it once, when it is first used; without it torch refuses products where all has to be repeatable.
+        # cuBLAS reads it at its first use; without it torch refuses products in deterministic mode.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 

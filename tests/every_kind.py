@@ -1,4 +1,4 @@
-"""Parameters of every kind that a step treats in another way, on any device."""
+"""Parameters of every kind that a step treats differently, on any device."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -30,23 +30,23 @@ def groups_of_every_kind(device: torch.device | str) -> list[dict[str, Any]]:
 
 
 SLICES = 3 * 40 + 64 + 2 * 40 + 4 * 96 + 40
-"""Of the matrices above, each by the axis that is selected from."""
+"""How many slices the matrices above have, along the axis that is selected from."""
 
 
 def parameters_of(optimizer: Dion2) -> Iterator[Tensor]:
-    """All of them, in the order of the groups."""
+    """All parameters, in the order of the groups."""
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def matrices_of(optimizer: Dion2) -> Iterator[Tensor]:
-    """Those that something is selected of."""
+    """The parameters of which slices are selected."""
     groups = (group for group in optimizer.param_groups if group["algorithm"] == "dion2")
     return (parameter for group in groups for parameter in group["params"])
 
 
 @torch.no_grad()
 def fill(optimizer: Dion2, *, weights: int | None = None, gradients: int | None = None) -> None:
-    """Fill weights and gradients with random numbers of these seeds, the same on every device."""
+    """Fill weights and gradients with random numbers from these seeds, the same on every device."""
     for seed, name in ((weights, "data"), (gradients, "grad")):
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Selection histories as thousands of steps of a model would leave them, made fast and without the model."""
+"""Selection histories like those of thousands of steps, made fast and without a model."""
 
 from collections.abc import Sequence
 
@@ -32,34 +32,34 @@ def extend(
     fraction: float = 0.25,
     seed=0,
 ) -> SelectionHistory:
-    """Append points in which slices are drawn at random, low ones more often the later the parameter comes."""
+    """Append points with random selections, which bias low slices more the later the parameter comes."""
     generator = torch.Generator().manual_seed(seed)
     start = history.steps[-1] if history.steps else 0
-    known = {info: place for place, info in enumerate(history.infos)}
+    known = {info: index for index, info in enumerate(history.infos)}
     count = {info: torch.zeros(info.slices) for info in infos}
     hits = torch.stack([history._hits[known[k]] if k in known else torch.zeros(BINS).double() for k in infos])
     for point in range(1, points + 1):
         step = start + point * every
         parameters = {}
-        for place, info in enumerate(infos):
-            favour = torch.linspace(1.0, -1.0, info.slices) * place / len(infos)
-            taken = max(1, round(fraction * info.slices))
+        for index, info in enumerate(infos):
+            bias = torch.linspace(1.0, -1.0, info.slices) * index / len(infos)
+            selected_count = max(1, round(fraction * info.slices))
             for _ in range(every):
-                scores = favour + torch.randn(info.slices, generator=generator)
-                chosen = scores.topk(taken).indices
-                count[info][chosen] += 1
-                hits[place].index_add_(
-                    0, bin_of(info.slices)[chosen], torch.full((taken,), float(info.matrices)).double()
+                scores = bias + torch.randn(info.slices, generator=generator)
+                selected = scores.topk(selected_count).indices
+                count[info][selected] += 1
+                hits[index].index_add_(
+                    0, bin_of(info.slices)[selected], torch.full((selected_count,), float(info.matrices)).double()
                 )
             counts = count[info].sort().values
             ranks = torch.arange(1 - info.slices, info.slices, 2)
             parameters[info.group, info.name] = {
-                "selected_fraction": taken / info.slices,
+                "selected_fraction": selected_count / info.slices,
                 "coverage": (count[info] > 0).double().mean().item(),
-                "staleness_mean": 3.0 + place / 10,
-                "staleness_max": float(min(step, 40 + place)),
-                "turnover": 0.75 - 0.5 * place / len(infos),
-                "captured_mass": 0.3 + 0.5 * place / len(infos),
+                "staleness_mean": 3.0 + index / 10,
+                "staleness_max": float(min(step, 40 + index)),
+                "turnover": 0.75 - 0.5 * index / len(infos),
+                "captured_mass": 0.3 + 0.5 * index / len(infos),
                 "imbalance": ((ranks * counts).sum() / (info.slices * counts.sum())).item(),
                 "update_rms": 1e-4,
             }

@@ -1,4 +1,4 @@
-"""A step on a GPU never makes the host wait: it launches kernels, and may send the device small constants.
+"""A step on a GPU never makes the host wait: it launches kernels, and may send small constants to the device.
 
 The step runs on fake CUDA tensors, which have shapes and devices but no data, so no GPU is needed. A dispatch mode sees
 every operation and refuses those that bring data to the host. What runs under it is exactly what would be launched.
@@ -84,7 +84,7 @@ class NoHostWait(TorchDispatchMode):
 
 
 class WithoutCuda(TorchFunctionMode):
-    """Run on fake tensors what asks the build of torch for CUDA, in other words."""
+    """Replace calls that need a build of torch with CUDA, so that they run on fake tensors."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = keywords or {}
@@ -127,18 +127,18 @@ def optimizer_of(**settings: Any) -> Dion2:
     return Dion2(groups_of_every_kind("cuda"), lr=0.1, **settings)
 
 
-def step_watched(optimizer: Dion2, process_group: dist.ProcessGroup | None = None) -> NoHostWait:
-    """Step once to create the state, then once more, watched; the first step may wait for other ranks."""
+def checked_step(optimizer: Dion2, process_group: dist.ProcessGroup | None = None) -> NoHostWait:
+    """Take a first step, which creates the state and may wait for other ranks, and check a second one."""
     optimizer.step()
     optimizer.process_group = process_group
-    with NoHostWait() as watched:
+    with NoHostWait() as host:
         optimizer.step()
-    return watched
+    return host
 
 
 def test_a_step_on_one_device_neither_waits_nor_sends_anything() -> None:
     optimizer = optimizer_of()
-    assert step_watched(optimizer).sent == []
+    assert checked_step(optimizer).sent == []
     matrix, rest = optimizer.param_groups[0]["params"][0], optimizer.param_groups[-1]["params"][0]
     assert optimizer.state[matrix]["momentum"].device.type == "cuda"
     assert optimizer.state[rest]["step"].device.type == "cuda"
@@ -146,7 +146,7 @@ def test_a_step_on_one_device_neither_waits_nor_sends_anything() -> None:
 
 
 @pytest.mark.parametrize("left_on", ["cpu", "cuda"])
-def test_a_step_count_goes_where_its_parameter_is(left_on: str) -> None:
+def test_a_step_count_follows_its_parameter(left_on: str) -> None:
     """Lightning moves parameters and moments to the device and, after training, back to the CPU, but no step counts."""
     optimizer = Dion2(groups_of_every_kind("cuda" if left_on == "cpu" else "cpu")[-1:], lr=0.1)
     optimizer.step()
@@ -157,24 +157,24 @@ def test_a_step_count_goes_where_its_parameter_is(left_on: str) -> None:
         assert state["step"].device == parameter.device
 
 
-def test_statistics_go_where_their_parameters_are() -> None:
+def test_counters_follow_their_parameters() -> None:
     optimizer = Dion2([nn.Parameter(torch.zeros(40, 96, device="cuda"))], lr=0.1)
-    statistics = SelectionTracker()
-    statistics.attach(optimizer)
+    tracker = SelectionTracker()
+    tracker.attach(optimizer)
     [parameter] = optimizer.param_groups[0]["params"]
     for device in ("cuda", "cpu", "cuda"):
         parameter.fake_device, optimizer.state[parameter] = torch.zeros((), device=device).device, {}
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        kept = tensors_of(statistics, apart_from=[optimizer, parameter])
+        kept = tensors_of(tracker, apart_from=[optimizer, parameter])
         assert {each.device.type for each in kept if each.dtype == torch.int32} == {device}
 
 
 @pytest.mark.parametrize("share_replicas", [True, False, None])
 def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | None) -> None:
-    """It sends one constant, the header of the all-reduce: a checksum, and a flag for each matrix."""
+    """It sends one constant to the device, the header of the all-reduce: a checksum, and a flag for each matrix."""
     optimizer = optimizer_of(share_replicas=share_replicas)
-    sent = step_watched(optimizer, dist.group.WORLD).sent
+    sent = checked_step(optimizer, dist.group.WORLD).sent
     matrices = sum(len(group["params"]) for group in optimizer.param_groups[:-1])
     assert sent == ([] if share_replicas is False else [matrices + 1])
 
@@ -182,11 +182,11 @@ def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | No
 # Shards
 
 
-class Reads:
-    """Stands in for ``read_together``, the one place where a step on shards may bring something to the host.
+class FakeReads:
+    """Replaces ``read_together``, the only place where a step on shards may copy something to the host.
 
-    Fake tensors have no data, so the host gets what a step could have found: each rank has every gradient,
-    and the first slices are the largest.
+    Fake tensors have no data, so it returns a possible result: each rank has every gradient, and the first slices
+    have the largest norms.
     """
 
     def __init__(self) -> None:
@@ -207,7 +207,7 @@ def first(shape: torch.Size) -> Tensor:
 
 
 def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function make real tensors of its own, which only the host sees."""
+    """Let a function work on real tensors, on the host."""
 
     def with_real_tensors(*arguments: Any, **keywords: Any) -> Any:
         with unset_fake_temporarily():
@@ -217,7 +217,7 @@ def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class OnHost:
-    """A real tensor of which parts are taken and read; what else is done with it would fail."""
+    """A real tensor that can only be indexed, narrowed and read."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -233,9 +233,9 @@ class OnHost:
 
 
 @pytest.fixture
-def reads(ranks: None, monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """Let optimizers step on shards."""
-    reads = Reads()
+def reads(ranks: None, monkeypatch: pytest.MonkeyPatch) -> FakeReads:
+    """Let optimizers step on fake shards."""
+    reads = FakeReads()
     monkeypatch.setattr("dion2_lightning.distributed.overlap.read_together", reads)
     edges = on_host(sharing._edges)
     monkeypatch.setattr("dion2_lightning.algorithms.dion2_shared._edges", lambda *read: OnHost(edges(*read)))
@@ -248,8 +248,8 @@ def reads(ranks: None, monkeypatch: pytest.MonkeyPatch) -> Reads:
 
 def mesh_of(placements: Placements) -> DeviceMesh:
     with unset_fake_temporarily():
-        of_ranks = torch.arange(4).view([4] if len(placements) == 1 else [2, 2])
-        return DeviceMesh("cuda", of_ranks, mesh_dim_names=("first", "second")[: len(placements)])
+        ranks = torch.arange(4).view([4] if len(placements) == 1 else [2, 2])
+        return DeviceMesh("cuda", ranks, mesh_dim_names=("first", "second")[: len(placements)])
 
 
 def spread(mesh: DeviceMesh, placements: Placements, *shape: int) -> nn.Parameter:
@@ -272,8 +272,8 @@ def spread(mesh: DeviceMesh, placements: Placements, *shape: int) -> nn.Paramete
 @pytest.mark.parametrize(
     ("placements", "shapes", "waits"),
     [
-        ((Shard(0),), [(40, 96), (40, 96), (96, 40), (64, 64)], 1),  # different slices of the wide ones
-        ((Shard(1),), [(40, 96), (40, 96), (64, 64)], 0),  # parts of the same slices
+        ((Shard(0),), [(40, 96), (40, 96), (96, 40), (64, 64)], 1),  # ranks hold different slices of the wide matrices
+        ((Shard(1),), [(40, 96), (40, 96), (64, 64)], 0),  # ranks hold parts of the same slices
         ((Shard(0),), [(96, 40), (96, 40)], 0),
         ((Shard(1),), [(96, 40), (40, 96), (96, 40)], 1),
         ((Replicate(), Shard(0)), [(40, 96), (96, 40)], 1),
@@ -284,7 +284,7 @@ def spread(mesh: DeviceMesh, placements: Placements, *shape: int) -> nn.Paramete
     ids=str,
 )
 def test_a_step_on_shards_waits_once_at_most(
-    reads: Reads, placements: Placements, shapes: list[tuple[int, int]], waits: int
+    reads: FakeReads, placements: Placements, shapes: list[tuple[int, int]], waits: int
 ) -> None:
     """Once for all matrices and precisions together, and only where ranks hold different slices."""
     mesh = mesh_of(placements)
@@ -296,18 +296,18 @@ def test_a_step_on_shards_waits_once_at_most(
     optimizer = Dion2(groups, lr=0.1, share_replicas=True)
     optimizer.step()
     assert reads.calls == waits
-    with NoHostWait() as watched:
+    with NoHostWait() as host:
         optimizer.step()
     assert reads.calls == 2 * waits
     matrices = len(precisions) * len(shapes)
-    assert watched.sent == [matrices + 1]
+    assert host.sent == [matrices + 1]
 
 
-# Statistics
+# Tracking
 
 
-class TakesOnce(TorchFunctionMode):
-    """Let ``Tensor.cpu`` bring something to the host, and count how often it does. All of it is ones."""
+class CountedCopies(TorchFunctionMode):
+    """Let ``Tensor.cpu`` copy to the host, where all values are 1, and count the copies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -321,7 +321,7 @@ class TakesOnce(TorchFunctionMode):
         return OnHost(on_host(torch.ones)(shape, dtype=torch.float64))
 
 
-def check_cost(
+def check_cost_of_tracking(
     optimizer: Dion2,
     monkeypatch: pytest.MonkeyPatch,
     *,
@@ -329,48 +329,48 @@ def check_cost(
     collectives: int,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """What statistics add: nothing to a step; to figures one look at the device, and so many collectives.
+    """What a tracker adds: nothing to a step; to popped metrics one copy to the host, and some collectives.
 
-    And nothing on the device but two integers a slice, once figures are taken.
+    Once metrics are popped, it keeps two integers per slice on the device, and nothing else there.
     """
     append = on_host(SelectionHistory.append)
     monkeypatch.setattr(
         SelectionHistory, "append", lambda self, *given: append(self, *given[:2], *(each._tensor for each in given[2:]))
     )
-    alone = step_watched(optimizer, process_group)
-    statistics = SelectionTracker(every=2, orthogonality=True)
-    statistics.attach(optimizer)
+    alone = checked_step(optimizer, process_group)
+    tracker = SelectionTracker(every=2, orthogonality=True)
+    tracker.attach(optimizer)
     for step in range(1, 5):
         is_due = step % 2 == 0
-        with NoHostWait() as watched:
+        with NoHostWait() as host:
             optimizer.step()
-        assert (watched.sent, watched.collectives) == (alone.sent, alone.collectives)
-        with TakesOnce() as taken, NoHostWait() as watched:
-            assert (statistics.pop_metrics() is not None) == is_due
-        assert (taken.calls, watched.collectives) == ((1, collectives) if is_due else (0, 0))
-        kept = tensors_of(statistics, apart_from=[optimizer, *parameters_of(optimizer)])
+        assert (host.sent, host.collectives) == (alone.sent, alone.collectives)
+        with CountedCopies() as copies, NoHostWait() as host:
+            assert (tracker.pop_metrics() is not None) == is_due
+        assert (copies.calls, host.collectives) == ((1, collectives) if is_due else (0, 0))
+        kept = tensors_of(tracker, apart_from=[optimizer, *parameters_of(optimizer)])
         assert size_of(each for each in kept if is_on_device(each)) == 2 * slices * torch.int32.itemsize
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_statistics_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_cost(optimizer_of(), monkeypatch, slices=SLICES, collectives=0)
+def test_tracking_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_cost_of_tracking(optimizer_of(), monkeypatch, slices=SLICES, collectives=0)
 
 
-def test_statistics_on_replicas(ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which measure the updates of different matrices."""
+def test_tracking_on_replicas(ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas measure the updates of different matrices, so the metrics take a collective."""
     optimizer = optimizer_of(share_replicas=True)
-    check_cost(optimizer, monkeypatch, slices=SLICES, collectives=1, process_group=dist.group.WORLD)
+    check_cost_of_tracking(optimizer, monkeypatch, slices=SLICES, collectives=1, process_group=dist.group.WORLD)
 
 
 @pytest.mark.parametrize(
     "placements", [(Shard(0),), (Shard(1),), (Replicate(), Shard(0)), (Shard(0), Shard(1))], ids=str
 )
-def test_statistics_on_shards(reads: Reads, monkeypatch: pytest.MonkeyPatch, placements: Placements) -> None:
+def test_tracking_on_shards(reads: FakeReads, monkeypatch: pytest.MonkeyPatch, placements: Placements) -> None:
     mesh = mesh_of(placements)
     parameters = [spread(mesh, placements, *shape) for shape in ((40, 96), (96, 40), (64, 64))]
-    check_cost(Dion2([{"params": parameters}], lr=0.1), monkeypatch, slices=40 + 40 + 64, collectives=1)
-    assert reads.calls in (0, 6)  # as often as there were steps, or never
+    check_cost_of_tracking(Dion2([{"params": parameters}], lr=0.1), monkeypatch, slices=40 + 40 + 64, collectives=1)
+    assert reads.calls in (0, 6)  # one read for each step, or none
 
 
 # The detector
@@ -384,7 +384,7 @@ def tolist(stack: Tensor) -> Tensor:
     return stack * stack.sum((0, 1)).tolist()[0]
 
 
-def truth(stack: Tensor) -> Tensor:
+def to_bool(stack: Tensor) -> Tensor:
     return -stack if stack.sum() > 0 else stack
 
 
@@ -408,14 +408,14 @@ def blocking_constant(stack: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "planted",
-    [item, tolist, truth, to_host, to_host_without_waiting, copied_to_host, blocking_constant],
-    ids=lambda planted: planted.__name__,
+    "orthonormalize",
+    [item, tolist, to_bool, to_host, to_host_without_waiting, copied_to_host, blocking_constant],
+    ids=lambda orthonormalize: orthonormalize.__name__,
 )
-def test_the_detector_detects(planted: Callable[[Tensor], Tensor]) -> None:
+def test_the_detector_detects(orthonormalize: Callable[[Tensor], Tensor]) -> None:
     optimizer = optimizer_of()
     optimizer.step()
-    optimizer.orthonormalize = planted
+    optimizer.orthonormalize = orthonormalize
     with pytest.raises(HostWaits), NoHostWait():
         optimizer.step()
 

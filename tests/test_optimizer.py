@@ -1,4 +1,4 @@
-"""The optimizer's rules: groups, state, step, copies. The update itself is tested in test_update.py."""
+"""The optimizer's rules: groups, state, step, copies. The update itself is tested in algorithms/test_dion2.py."""
 
 import copy
 import pickle
@@ -70,7 +70,7 @@ def test_a_bare_list_of_matrices_is_one_dion2_group():
     assert [(group["name"], group["algorithm"]) for group in optimizer.param_groups] == [("dion2", "dion2")]
 
 
-def test_groups_override_every_plain_setting():
+def test_groups_override_every_setting():
     overrides = {
         "lr": 1.0,
         "fraction": 0.5,
@@ -94,7 +94,7 @@ def test_groups_override_every_plain_setting():
         assert all(group[name] == value for name, value in expected.items())
 
 
-def test_constructor_settings_are_those_of_added_groups_too():
+def test_constructor_settings_apply_to_added_groups_too():
     """Each group takes those that its algorithm has; an algorithm's own defaults come last."""
     optimizer = Dion2([torch.nn.Parameter(torch.ones(4, 4))], lr=0.5, momentum=0.1, betas=(0.1, 0.2))
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw"})
@@ -218,8 +218,8 @@ def test_accumulated_gradients_are_one_large_batch():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def test_rehearsal_creates_state_and_nothing_else():
-    """torch.distributed.checkpoint makes an optimizer create its state by such a step, on weights that are loaded."""
+def test_init_step_creates_state_and_nothing_else():
+    """torch.distributed.checkpoint creates an optimizer's state by a step with lr 0 and zero gradients."""
     model = model_of()
     optimizer = Dion2(groups_of(model), lr=0.1)
     before = snapshot(model)
@@ -247,7 +247,7 @@ def test_a_first_step_at_lr_zero_with_gradients_is_a_real_step():
 
 
 def test_a_warm_up_from_zero_with_zero_gradients_is_real_where_others_move():
-    """LoRA's A has a zero gradient at first, since B is zero: its AdamW must count the step all the same."""
+    """LoRA's A has a zero gradient at first, since B is zero; AdamW must count the step nonetheless."""
     first, second = torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.ones(6))
     control = torch.nn.Parameter(torch.ones(6))
     ours = Dion2([{"params": [first]}, {"params": [second], "algorithm": "adamw"}], lr=0.1)
@@ -306,7 +306,7 @@ def test_a_failed_step_is_remembered_by_a_copy():
         failed.state_dict()
 
 
-def test_distributed_checkpoint_materializes_the_state():
+def test_distributed_checkpoint_creates_the_state():
     """The real thing: get and set through torch.distributed.checkpoint, on weights that are loaded already."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -337,15 +337,15 @@ def test_grad_scaler_skips_a_step_with_infs_and_unscales_the_others():
     model, control = model_of(), model_of()
     optimizer, plain = Dion2(groups_of(model), lr=0.1), Dion2(groups_of(control), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for step, planted in enumerate([False, True, False]):
+    for step, has_inf in enumerate([False, True, False]):
         optimizer.zero_grad()
         scaler.scale(loss_of(model, step)).backward()
-        if planted:
+        if has_inf:
             model[0].weight.grad[0, 0] = float("inf")
         before = snapshot(model)
         scaler.step(optimizer)
         scaler.update()
-        if planted:
+        if has_inf:
             assert_identical(snapshot(model), before)
         else:
             train(control, plain, range(step, step + 1))
@@ -355,14 +355,14 @@ def test_grad_scaler_skips_a_step_with_infs_and_unscales_the_others():
 
 
 def test_check_finite_names_the_parameter_before_anything_is_touched():
-    for planted in (float("nan"), float("inf")):
+    for value in (float("nan"), float("inf")):
         for index, name in ((0, "0.weight"), (3, "2.bias")):
             model = model_of()
             optimizer = Dion2(groups_of(model), lr=0.1, check_finite=True)
             train(model, optimizer, range(2))
             before, state = snapshot(model), copy.deepcopy(optimizer.state_dict()["state"])
             loss_of(model, 2).backward()
-            list(model.parameters())[index].grad.view(-1)[3] = planted
+            list(model.parameters())[index].grad.view(-1)[3] = value
             with pytest.raises(FloatingPointError, match=f"'{name}' has a gradient with NaN or Inf"):
                 optimizer.step()
             assert_identical(snapshot(model), before)
@@ -416,12 +416,12 @@ def test_selection_of():
     assert (selection.axis, selection.indices.shape, selection.indices.dtype) == (1, (3,), torch.int64)
     assert optimizer.selection_of(experts).indices.shape == (3, 2)
     assert selection.indices.tolist() == sorted(selection.indices.tolist())
-    for stranger in (model[0].bias, torch.nn.Parameter(torch.ones(3, 3))):
+    for unknown in (model[0].bias, torch.nn.Parameter(torch.ones(3, 3))):
         with pytest.raises(ValueError, match="is in no group whose algorithm selects slices of matrices"):
-            optimizer.selection_of(stranger)
+            optimizer.selection_of(unknown)
 
 
-def test_selection_is_no_part_of_state():
+def test_selection_is_not_saved():
     model = model_of()
     optimizer = Dion2(groups_of(model))
     train(model, optimizer, range(1))
@@ -439,7 +439,7 @@ def test_selection_is_no_part_of_state():
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_trains_on_alike(copied):
+def test_a_copy_trains_like_the_original(copied):
     model = model_of()
     optimizer = Dion2(groups_of(model), lr=0.1)
     train(model, optimizer, range(2))
@@ -452,7 +452,7 @@ def test_a_copy_trains_on_alike(copied):
 
 
 @pytest.mark.parametrize("attribute", ["orthonormalize", "process_group"])
-def test_a_copy_says_what_it_has_lost(attribute):
+def test_a_copy_names_what_was_not_copied(attribute):
     class NotCopyable:
         def __call__(self, submatrices: Tensor) -> Tensor:
             return submatrices
@@ -515,7 +515,7 @@ def test_schedulers_of_torch_and_transformers(scheduler):
     ids=["one cycle", "cyclic"],
 )
 def test_schedulers_that_cycle_momentum_are_refused_by_torch(scheduler):
-    """They would cycle AdamW's betas, and momentum of matrices by rules made for SGD; both can be told not to."""
+    """They would cycle AdamW's betas, and momentum by rules made for SGD; both have an option not to."""
     with pytest.raises(ValueError, match="cycle_momentum"):
         scheduler(Dion2(groups_of(model_of()), lr=0.1))
 

@@ -47,8 +47,8 @@ def test_resumed_equals_uninterrupted(dtype, stop):
         assert all(torch.equal(optimizer.state[a][name], other.state[b][name]) for name in optimizer.state[a])
 
 
-def trained() -> tuple[nn.Module, Dion2]:
-    """Three matrices of one shape, so that a swapped momentum would pass every check of shapes."""
+def three_matrices_after_one_step() -> tuple[nn.Module, Dion2]:
+    """Three matrices of one shape, whose momenta could be swapped unnoticed, after one step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     optimizer = Dion2(groups_of(model), lr=0.05)
@@ -65,7 +65,7 @@ def assert_same_state(optimizer: Dion2, model: nn.Module, other: Dion2, other_mo
 
 
 def test_parameters_in_another_order_are_matched_by_name():
-    model, optimizer = trained()
+    model, optimizer = three_matrices_after_one_step()
     other_model = copy.deepcopy(model)
     groups = groups_of(other_model)
     for group in groups:
@@ -80,7 +80,7 @@ def test_parameters_in_another_order_are_matched_by_name():
 
 
 def test_names_instead_of_numbers():
-    model, optimizer = trained()
+    model, optimizer = three_matrices_after_one_step()
     saved = optimizer.state_dict()
     names = {
         i: name
@@ -103,7 +103,7 @@ def test_names_instead_of_numbers():
 
 
 def test_without_names_position_counts():
-    model, optimizer = trained()
+    model, optimizer = three_matrices_after_one_step()
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         del group["param_names"]
@@ -116,7 +116,7 @@ def test_without_names_position_counts():
 
 def test_settings_the_checkpoint_does_not_know_keep_their_present_value():
     """A checkpoint of an older version lacks newer settings; those it has come back."""
-    model, optimizer = trained()
+    model, optimizer = three_matrices_after_one_step()
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         for name in ("fraction", "batched", "algorithm"):
@@ -138,9 +138,9 @@ def test_a_fresh_optimizer_can_be_saved_and_loaded():
     assert optimizer.selection_of(model[0].weight) is None
 
 
-def test_hooks_see_and_change_the_state_dict():
-    """Accelerate and others rewrite what is loaded in a hook."""
-    model, optimizer = trained()
+def test_load_hooks_may_rewrite_the_state_dict():
+    """Accelerate and others do so."""
+    model, optimizer = three_matrices_after_one_step()
     other_model = copy.deepcopy(model)
     other = Dion2(groups_of(other_model), lr=0.05)
     other.register_load_state_dict_pre_hook(lambda _, incoming: incoming["wrapped"])
@@ -149,7 +149,7 @@ def test_hooks_see_and_change_the_state_dict():
 
 
 class Stack(nn.Module):
-    """Matrices of one shape, defined in the order of their names' letters."""
+    """Matrices of one shape, defined in the order of the letters."""
 
     def __init__(self, order: str) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def momenta_of(model: nn.Module, optimizer: Dion2) -> dict[str, torch.Tensor]:
     return {name: optimizer.state[parameter]["momentum"] for name, parameter in model.named_parameters()}
 
 
-def stepped(order: str) -> tuple[nn.Module, Dion2]:
+def after_one_step(order: str) -> tuple[nn.Module, Dion2]:
     model = Stack(order)
     optimizer = build_optimizer(model, lr=0.1)
     model(torch.randn(4, 8)).square().mean().backward()
@@ -177,10 +177,10 @@ def stepped(order: str) -> tuple[nn.Module, Dion2]:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("form", ["nested", "flat", "full"])
 def test_modules_that_are_defined_in_another_order(form, tmp_path):
-    """torch.distributed.checkpoint puts names into the present order, but leaves param_names in that of the file."""
+    """torch.distributed.checkpoint reorders ``params`` to the present model, but not ``param_names``."""
     options = StateDictOptions(full_state_dict=form == "full", flatten_optimizer_state_dict=form == "flat")
     torch.manual_seed(0)
-    model, optimizer = stepped("abc")
+    model, optimizer = after_one_step("abc")
     other_model = Stack("cba")
     other = build_optimizer(other_model, lr=0.1)
     saved = get_optimizer_state_dict(model, optimizer, options=options)
@@ -194,9 +194,9 @@ def test_modules_that_are_defined_in_another_order(form, tmp_path):
     assert all(torch.equal(found[name], momentum) for name, momentum in expected.items())
 
 
-def test_names_of_the_whole_and_of_the_part():
-    """Frameworks save the names of a module of which the optimizer may know a part."""
-    model, optimizer = stepped("abc")
+def test_names_with_a_prefix():
+    """Frameworks save the names of a whole module, of which the optimizer may know a part."""
+    model, optimizer = after_one_step("abc")
     saved = optimizer.state_dict()
     [group] = saved["param_groups"]
     whole = [f"module.net.{name}" for name in group["param_names"]]
@@ -212,12 +212,12 @@ def test_names_of_the_whole_and_of_the_part():
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_file_that_was_read_into_the_state_before_it_was_refused(tmp_path):
-    """Going on would train with what is left of both."""
-    model, optimizer = stepped("abc")
+def test_a_refused_checkpoint_that_was_read_into_the_state(tmp_path):
+    """The state is a mixture of both, so the optimizer must not step."""
+    model, optimizer = after_one_step("abc")
     optimizer.param_groups[0]["fraction"] = 7.0
     dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path / "saved", no_dist=True)
-    other_model, other = stepped("abc")
+    other_model, other = after_one_step("abc")
     good = copy.deepcopy(other.state_dict())
     loaded = {"optimizer": get_optimizer_state_dict(other_model, other)}
     dcp.load(loaded, checkpoint_id=tmp_path / "saved", no_dist=True)
@@ -229,9 +229,9 @@ def test_a_file_that_was_read_into_the_state_before_it_was_refused(tmp_path):
     other.step()
 
 
-def test_what_has_no_state_in_the_checkpoint_starts_anew():
-    """As what was frozen when it was saved; it is said."""
-    model, optimizer = trained()
+def test_parameters_without_state_in_the_checkpoint():
+    """They were frozen when it was saved: they start without state, with a warning."""
+    model, optimizer = three_matrices_after_one_step()
     saved = optimizer.state_dict()
     del saved["state"][1]
     other_model = copy.deepcopy(model)
@@ -249,11 +249,11 @@ def of_another_optimizer(saved):
         group |= {"dampening": 0, "nesterov": False}
 
 
-def a_setting_out_of_range(saved):
+def setting_out_of_range(saved):
     saved["param_groups"][0]["momentum"] = 1.5
 
 
-def names_too_many(saved):
+def too_many_names(saved):
     saved["param_groups"][0]["param_names"].append("0.weight")
 
 
@@ -265,11 +265,11 @@ def other_algorithm(saved):
     saved["param_groups"][0]["algorithm"] = "adamw"
 
 
-def a_group_less(saved):
+def missing_group(saved):
     del saved["param_groups"][1]
 
 
-def a_parameter_less(saved):
+def missing_parameter(saved):
     saved["param_groups"][0]["params"].pop()
 
 
@@ -293,29 +293,28 @@ def no_groups(saved):
             r"group 'dion2': parameter '0.weight': the checkpoint's 'momentum' has shape \(3, 3\)",
         ),
         (other_algorithm, "group 'dion2': the checkpoint's algorithm is 'adamw', this optimizer's 'dion2'"),
-        (a_group_less, r"the checkpoint has 1 groups, \['dion2'\]; this optimizer 2, \['dion2', 'adamw'\]"),
-        (a_parameter_less, "group 'dion2': the checkpoint has 2 parameters, this optimizer 3"),
+        (missing_group, r"the checkpoint has 1 groups, \['dion2'\]; this optimizer 2, \['dion2', 'adamw'\]"),
+        (missing_parameter, "group 'dion2': the checkpoint has 2 parameters, this optimizer 3"),
         (other_names, "only in the checkpoint: encoder.weight; only in this optimizer: 0.weight. To load by position"),
         (foreign_state, r"the checkpoint holds \['momentum_buffer'\] for it, algorithm 'dion2' needs \['momentum'\]"),
         (
             of_another_optimizer,
             "group says no algorithm and has dampening, nesterov, which this optimizer does not",
         ),
-        (a_setting_out_of_range, r"group 'dion2': the checkpoint's momentum must lie in \[0, 1\), got 1.5"),
-        (names_too_many, "the checkpoint has 4 names for 3 parameters; it is damaged"),
+        (setting_out_of_range, r"group 'dion2': the checkpoint's momentum must lie in \[0, 1\), got 1.5"),
+        (too_many_names, "the checkpoint has 4 names for 3 parameters; it is damaged"),
         (no_groups, "the checkpoint has no 'param_groups'; pass what state_dict"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_loaded(damage, message):
-    model, optimizer = trained()
+def test_bad_checkpoints_are_refused_and_change_nothing(damage, message):
+    model, optimizer = three_matrices_after_one_step()
     saved = copy.deepcopy(optimizer.state_dict())
     damage(saved)
     other_model = copy.deepcopy(model)
     other = Dion2(groups_of(other_model), lr=0.9)
-    train_once = [torch.randn_like(parameter) for parameter in other_model.parameters()]
-    for parameter, gradient in zip(other_model.parameters(), train_once, strict=True):
-        parameter.grad = gradient
+    for parameter in other_model.parameters():
+        parameter.grad = torch.randn_like(parameter)
     other.step()
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -335,7 +334,7 @@ def test_torch_adamw_checkpoints_are_refused_for_matrices():
 
 
 def test_the_saved_state_dict_is_not_changed_by_loading_it():
-    model, optimizer = trained()
+    model, optimizer = three_matrices_after_one_step()
     saved = optimizer.state_dict()
     before = copy.deepcopy(saved)
     Dion2(groups_of(model)).load_state_dict(saved)
@@ -346,7 +345,7 @@ def test_the_saved_state_dict_is_not_changed_by_loading_it():
 # Version 0.1.0
 
 
-def test_a_checkpoint_of_version_0_1_0_loads_and_training_goes_on():
+def test_a_checkpoint_of_version_0_1_0_loads_and_training_continues():
     """Its groups held the settings of all algorithms; it was saved after 3 of 6 steps, by that version."""
     saved = torch.load(Path(__file__).parent / "checkpoints" / "0.1.0.pt", weights_only=True)
     settings = saved["settings"]

@@ -1,4 +1,4 @@
-"""The ranges in pyproject.toml are those that were tried: their lower bounds are what ``make test-oldest`` installs."""
+"""Lower bounds in pyproject.toml are the versions that ``make test-oldest`` installs."""
 
 import subprocess
 import sys
@@ -14,15 +14,15 @@ from dion2_lightning.integrations.transformers import OLDEST_TRANSFORMERS
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-ASKED = [*PROJECT["dependencies"], *(each for extra in EXTRAS if extra != "dev" for each in EXTRAS[extra])]
-REQUIREMENTS = [Requirement(each) for each in ASKED]
+DEPENDENCIES = [*PROJECT["dependencies"], *(each for extra in EXTRAS if extra != "dev" for each in EXTRAS[extra])]
+REQUIREMENTS = [Requirement(each) for each in DEPENDENCIES]
 BOUNDED = [requirement for requirement in REQUIREMENTS if requirement.name != PROJECT["name"]]
 
 WITHOUT_DISTRIBUTED = """
 import importlib, sys
 import torch
 
-# Like a torch that was built without: the package is there and has next to nothing in it.
+# As in a torch built without it: the package exists and is almost empty.
 del torch._C._c10d_init
 for name in [name for name in sys.modules if name.startswith("torch.distributed")]:
     del sys.modules[name]
@@ -55,11 +55,11 @@ def test_bounds(requirement: Requirement) -> None:
     assert pinned("constraints.txt")[requirement.name] in requirement.specifier
 
 
-def test_what_is_installed_the_factory_takes() -> None:
+def test_the_factory_takes_the_oldest_transformers() -> None:
     assert pinned("constraints-oldest.txt")["transformers"] >= Version(OLDEST_TRANSFORMERS)
 
 
 def test_a_torch_that_was_built_without_distributed() -> None:
     command = [sys.executable, "-c", WITHOUT_DISTRIBUTED]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert ended.returncode == 0, ended.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr

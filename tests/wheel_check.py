@@ -1,4 +1,4 @@
-"""What ``make wheel-check`` runs in an environment where the wheel was installed, and what it depends on."""
+"""Check an installed wheel; ``make wheel-check`` runs it where only the wheel and its dependencies are installed."""
 
 import subprocess
 import sys
@@ -22,28 +22,28 @@ def report(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def main() -> None:
     present = [name for name in OPTIONAL if find_spec(name)]
-    assert not present, f"the wheel has brought {', '.join(present)}"
+    assert not present, f"the wheel has installed {', '.join(present)}"
     assert Path(sys.prefix) in Path(dion2_lightning.__file__).parents, dion2_lightning.__file__
     assert version("dion2-lightning") == dion2_lightning.__version__
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(10, 16), torch.nn.Linear(16, 32), torch.nn.Linear(32, 4))
     optimizer = build_optimizer(model, lr=0.1)
-    statistics = SelectionTracker(every=1)
-    statistics.attach(optimizer)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     model(torch.arange(10)).square().mean().backward()
     optimizer.step()
     assert not any(map(torch.equal, before, model.parameters())), "a parameter has not moved"
-    assert statistics.pop_metrics() is not None
+    assert tracker.pop_metrics() is not None
 
-    shown = report("--help")
-    assert shown.returncode == 0 and "usage: dion2-report" in shown.stdout, shown
+    result = report("--help")
+    assert result.returncode == 0 and "usage: dion2-report" in result.stdout, result
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/statistics.json"
-        statistics.history.save(file)
-        shown = report(file)
-    assert shown.returncode == 1 and "pip install 'dion2-lightning[plots]'" in shown.stderr, shown
+        tracker.history.save(file)
+        result = report(file)
+    assert result.returncode == 1 and "pip install 'dion2-lightning[plots]'" in result.stderr, result
     print(f"dion2-lightning {dion2_lightning.__version__} works with torch {torch.__version__} alone")
 
 

@@ -1,4 +1,4 @@
-"""The AdamW side beyond one device and dtype; its equality with torch.optim.AdamW is in test_optimizer.py."""
+"""AdamW with several dtypes, and fused; test_optimizer.py compares it with torch.optim.AdamW."""
 
 import torch
 from torch import nn

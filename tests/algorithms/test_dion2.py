@@ -60,7 +60,7 @@ def check(
     device: torch.device | str = "cpu",
     **settings,
 ):
-    """Run both for all steps; compare what must be identical at every step, and the displacement at the end."""
+    """Compare selection and momentum exactly at every step, and the total update at the end."""
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(shape)
     parameter = torch.nn.Parameter(weight.to(device))
@@ -75,16 +75,16 @@ def check(
     for gradient in gradients(shape, seed=1):
         parameter.grad = gradient.clone().to(device)
         optimizer.step()
-        for reference, its_gradient in zip(references, matrices(gradient, transposed), strict=True):
-            reference.step(its_gradient)
+        for reference, matrix_gradient in zip(references, matrices(gradient, transposed), strict=True):
+            reference.step(matrix_gradient)
         selection = optimizer.selection_of(parameter)
         assert selection.axis == references[0].axis
         assert selection.indices.tolist() == (
             [reference.selected for reference in references] if batched else references[0].selected
         )
         momentum = matrices(optimizer.state[parameter]["momentum"].cpu(), transposed)
-        for reference, its_momentum in zip(references, momentum, strict=True):
-            assert torch.equal(its_momentum, reference.momentum)
+        for reference, found in zip(references, momentum, strict=True):
+            assert torch.equal(found, reference.momentum)
 
     end = matrices(parameter.detach().cpu(), transposed)
     for before, after, reference in zip(start, end, references, strict=True):

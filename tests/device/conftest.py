@@ -23,7 +23,7 @@ def gpu(device: str) -> str:
 
 @pytest.fixture
 def deterministic_mode_is_restored() -> Iterator[None]:
-    """Put back whether torch's operations have to be repeatable."""
+    """Restore torch's deterministic mode after the test."""
     before = torch.get_deterministic_debug_mode()
     yield
     torch.set_deterministic_debug_mode(before)

@@ -1,4 +1,4 @@
-"""State that was saved on one device goes on on another, bit for bit."""
+"""A checkpoint saved on one device resumes on another, bit for bit."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from tests.test_state_dict import through_a_file
 STEPS = 3
 
 
-def make(device: str) -> tuple[Dion2, SelectionTracker]:
+def make_optimizer_and_tracker(device: str) -> tuple[Dion2, SelectionTracker]:
     optimizer = Dion2(groups_of_every_kind(device), lr=0.1)
-    statistics = SelectionTracker(every=1)
-    statistics.attach(optimizer)
-    return optimizer, statistics
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    return optimizer, tracker
 
 
 def train(optimizer: Dion2, first: int) -> list[list[Tensor]]:
@@ -28,7 +28,7 @@ def train(optimizer: Dion2, first: int) -> list[list[Tensor]]:
     return selected
 
 
-def everything(optimizer: Dion2) -> list[Tensor]:
+def weights_and_state(optimizer: Dion2) -> list[Tensor]:
     """Weights and state, on the CPU."""
     states = (value for parameter in parameters_of(optimizer) for value in optimizer.state[parameter].values())
     return [tensor.detach().cpu() for tensor in (*parameters_of(optimizer), *states)]
@@ -40,52 +40,52 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(one, other)
 
 
-def moved(
-    optimizer: Dion2, statistics: SelectionTracker, device: str, read_on: str | None
+def transfer(
+    optimizer: Dion2, tracker: SelectionTracker, device: str, map_location: str | None
 ) -> tuple[Dion2, SelectionTracker]:
-    """Save, and load into new ones on a device, from a file that is read to where it was saved, or to ``read_on``."""
-    loaded, its_statistics = make(device)
+    """Save both, and load them into new ones on ``device``; ``map_location`` is that of ``torch.load``."""
+    loaded, loaded_tracker = make_optimizer_and_tracker(device)
     with torch.no_grad():
         for new, old in zip(parameters_of(loaded), parameters_of(optimizer), strict=True):
             new.copy_(old)
-    loaded.load_state_dict(through_a_file(optimizer.state_dict(), read_on))
-    its_statistics.load_state_dict(through_a_file(statistics.state_dict(), read_on))
-    return loaded, its_statistics
+    loaded.load_state_dict(through_a_file(optimizer.state_dict(), map_location))
+    loaded_tracker.load_state_dict(through_a_file(tracker.state_dict(), map_location))
+    return loaded, loaded_tracker
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-@pytest.mark.parametrize("read_on", ["cpu", None])
-def test_to_the_cpu_and_back(device: str, read_on: str | None) -> None:
-    optimizer, statistics = make(device)
+@pytest.mark.parametrize("map_location", ["cpu", None])
+def test_to_the_cpu_and_back(device: str, map_location: str | None) -> None:
+    optimizer, tracker = make_optimizer_and_tracker(device)
     fill(optimizer, weights=100)
     train(optimizer, first=0)
-    on_cpu, statistics_on_cpu = moved(optimizer, statistics, "cpu", read_on)
-    assert_same(everything(on_cpu), everything(optimizer))
-    back, statistics_back = moved(on_cpu, statistics_on_cpu, device, read_on)
-    assert_same(everything(back), everything(optimizer))
+    on_cpu, tracker_on_cpu = transfer(optimizer, tracker, "cpu", map_location)
+    assert_same(weights_and_state(on_cpu), weights_and_state(optimizer))
+    back, tracker_back = transfer(on_cpu, tracker_on_cpu, device, map_location)
+    assert_same(weights_and_state(back), weights_and_state(optimizer))
     for each in (optimizer, on_cpu, back):
         for parameter, state in each.state.items():
             assert {value.device for value in state.values()} == {parameter.device}
 
     expected = train(optimizer, first=STEPS)
     for each in (on_cpu, back):
-        for found, its_expected in zip(train(each, first=STEPS), expected, strict=True):
-            assert_same(found, its_expected)
+        for found, wanted in zip(train(each, first=STEPS), expected, strict=True):
+            assert_same(found, wanted)
     for each in (on_cpu, back):
         for matrix, other in zip(matrices_of(each), matrices_of(optimizer), strict=True):
             assert torch.equal(each.state[matrix]["momentum"].cpu(), optimizer.state[other]["momentum"].cpu())
-    assert_same(everything(back), everything(optimizer))
-    figures, of_back = statistics.pop_metrics(), statistics_back.pop_metrics()
-    assert figures is not None
-    assert of_back is not None
+    assert_same(weights_and_state(back), weights_and_state(optimizer))
+    metrics, metrics_back = tracker.pop_metrics(), tracker_back.pop_metrics()
+    assert metrics is not None
+    assert metrics_back is not None
     # A GPU adds up the matrices of a stack in no fixed order.
-    assert of_back.overall == pytest.approx(figures.overall, rel=1e-9)
-    assert figures.step == of_back.step == 2 * STEPS
+    assert metrics_back.overall == pytest.approx(metrics.overall, rel=1e-9)
+    assert metrics.step == metrics_back.step == 2 * STEPS
 
 
 def test_weights_and_moments_that_were_moved_without_their_step_counts(gpu: str) -> None:
-    """As Lightning moves them: to the CPU when training ends, back to the GPU when it goes on."""
-    optimizer, _ = make(gpu)
+    """As Lightning does: to the CPU when training ends, back to the GPU when it continues."""
+    optimizer, _ = make_optimizer_and_tracker(gpu)
     train(optimizer, first=0)
     for device in ("cpu", gpu):
         for parameter, state in optimizer.state.items():

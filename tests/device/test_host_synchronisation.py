@@ -1,13 +1,13 @@
-"""The host does not wait for a GPU while it steps, by torch's own detector.
+"""A step never makes the host wait for the GPU, by torch's own detector.
 
-Without a GPU, tests/test_host_synchronisation.py looks at every operation.
+tests/test_host_synchronisation.py checks every operation without a GPU.
 """
 
 import pytest
 import torch
 
 from dion2_lightning import Dion2, SelectionTracker, build_optimizer
-from tests.device.waiting import no_waiting
+from tests.device.host_sync import no_host_sync
 from tests.every_kind import fill, groups_of_every_kind
 from tests.integrations.training import BATCH, SETTINGS, Sequences, make_model
 
@@ -15,10 +15,10 @@ STEPS = 4
 
 
 def step_on(optimizer: Dion2, steps: int = STEPS) -> None:
-    """Step on other gradients each time; the first step, which creates the state, is taken before."""
+    """Take steps with new gradients; the first step of all, which creates the state, has to be over."""
     for step in range(steps):
         fill(optimizer, gradients=step)
-        with no_waiting("cuda"):
+        with no_host_sync("cuda"):
             optimizer.step()
 
 
@@ -29,15 +29,15 @@ def test_matrices_of_every_kind_and_adamw(gpu: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_steps_that_statistics_look_on(gpu: str) -> None:
-    """Figures are due at every second step; only taking them waits."""
+def test_steps_that_are_tracked(gpu: str) -> None:
+    """Metrics are due at every second step; only popping them waits."""
     optimizer = Dion2(groups_of_every_kind(gpu), lr=0.1)
-    statistics = SelectionTracker(every=2, orthogonality=True)
-    statistics.attach(optimizer)
+    tracker = SelectionTracker(every=2, orthogonality=True)
+    tracker.attach(optimizer)
     optimizer.step()
     for due in (True, False, True):
         step_on(optimizer, steps=1)
-        assert (statistics.pop_metrics() is not None) == due
+        assert (tracker.pop_metrics() is not None) == due
 
 
 def test_a_language_model(gpu: str) -> None:
@@ -45,19 +45,19 @@ def test_a_language_model(gpu: str) -> None:
     optimizer = build_optimizer(model, **{**SETTINGS, "orthonormalize_dtype": None})
     for step, batch in enumerate(Sequences(STEPS).pieces.to(gpu).split(BATCH)):
         model(input_ids=batch, labels=batch).loss.backward()
-        with no_waiting(gpu if step else "cpu"):
+        with no_host_sync(gpu if step else "cpu"):
             optimizer.step()
         optimizer.zero_grad()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("planted", ["reads", "sends"])
-def test_the_detector_detects(planted: str, gpu: str) -> None:
+@pytest.mark.parametrize("copy", ["to the host", "to the device"])
+def test_the_detector_detects(copy: str, gpu: str) -> None:
     def orthonormalize(stack: torch.Tensor) -> torch.Tensor:
-        return stack * stack.sum().item() if planted == "reads" else stack * torch.ones(1).to(gpu)
+        return stack * stack.sum().item() if copy == "to the host" else stack * torch.ones(1).to(gpu)
 
     optimizer = Dion2(groups_of_every_kind(gpu), lr=0.1, orthonormalize=orthonormalize)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="synchroniz"), no_waiting(gpu):
+    with pytest.raises(RuntimeError, match="synchroniz"), no_host_sync(gpu):
         optimizer.step()
     assert torch.cuda.get_sync_debug_mode() == 0

@@ -1,7 +1,7 @@
 """Each framework resumes bit for bit on the device, in half precision: the optimizer, and torch's AdamW as a control.
 
-The run that is not interrupted saves on its way. In float32, on the CPU, with processes that are killed and under every
-layout, the tests of the frameworks do the same.
+The uninterrupted run saves the checkpoint. The tests of the frameworks do the same on the CPU in float32, with killed
+processes and under every layout.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dion2_lightning import Dion2Factory
-from tests.integrations.conftest import no_accelerator_of_another_test  # noqa: F401  a fixture
+from tests.integrations.conftest import fresh_accelerator_state  # noqa: F401  a fixture
 from tests.integrations.huggingface import assert_same, make_accelerator, whole
 from tests.integrations.lightning_training import fit
 from tests.integrations.resume import OPTIMIZERS, STEPS, STOP, make_optimizer, unwrapped
@@ -25,7 +25,7 @@ Outcome = tuple[list[float], dict[str, Tensor]]
 """Losses, and weights with their state."""
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256}
-"""So large that products are in half precision too: 32 slices are selected."""
+"""Large enough for products in half precision: 32 slices are selected."""
 
 HALF = {"orthonormalize_dtype": "bfloat16"}
 
@@ -90,7 +90,7 @@ FRAMEWORKS: tuple[Callable[[str, str, Path, str, bool], Outcome], ...] = (in_lig
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """On the CPU, where the tests of the frameworks have the control, the harder precision alone."""
+    """On the CPU only Dion2 and the harder precision: the tests of the frameworks have the control there."""
     on_gpu = metafunc.config.getoption("device") == "cuda"
     metafunc.parametrize("kind", OPTIMIZERS if on_gpu else ["Dion2"])
     metafunc.parametrize("precision", ["mixed", "true"] if on_gpu else ["true"])
@@ -101,12 +101,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_resumed_equals_uninterrupted(
     train: Callable[..., Outcome], precision: str, kind: str, device: str, tmp_path: Path
 ) -> None:
-    # A GPU adds up some gradients in no fixed order otherwise. What knows no other way is none of ours: it may warn.
+    # Some backward kernels add up in no fixed order otherwise. Those without a deterministic version are not ours: they
+    # may warn.
     torch.set_deterministic_debug_mode("warn")
     losses, uninterrupted = train(kind, precision, tmp_path, device, False)
-    its_losses, resumed = train(kind, precision, tmp_path, device, True)
+    resumed_losses, resumed = train(kind, precision, tmp_path, device, True)
     assert len(losses) == STEPS
-    assert its_losses == losses[STOP:]
+    assert resumed_losses == losses[STOP:]
     assert_same(resumed, uninterrupted)
     assert all(tensor.isfinite().all() for tensor in resumed.values())
     momenta = [tensor for name, tensor in resumed.items() if name.endswith(": momentum")]

@@ -1,4 +1,4 @@
-"""Selection and momenta on the device, bit for bit those of a few lines for the CPU, at the sizes of real models."""
+"""Selection and momenta on the device equal a short CPU reference bit for bit, at the sizes of real models."""
 
 from typing import Any
 
@@ -37,14 +37,14 @@ def tied(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def mostly_zero(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Fewer rows and columns than are selected hold anything."""
+    """Fewer rows and columns are nonzero than are selected."""
     gradient = torch.zeros(shape)
     gradient[..., 3::16, 5::16] = torch.randn(gradient[..., 3::16, 5::16].shape, generator=generator)
     return gradient
 
 
-class Expected:
-    """The momentum of one matrix, which is (out, in), and what is selected of it."""
+class ReferenceMatrix:
+    """The momentum of one (out, in) matrix, and which of its slices a step selects."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.momentum = torch.zeros(shape)
@@ -75,26 +75,28 @@ def test_selection_and_momenta_of_real_sizes(draw: Any, dtype: torch.dtype, devi
         stack = tensor.cpu() if tensor.ndim == 3 else tensor.cpu()[None]
         return list(stack.mT if LAYERS[name][1].get("transposed") else stack)
 
-    expected = {name: [Expected(tuple(each.shape)) for each in matrices(name, p)] for name, p in parameters.items()}
+    expected = {
+        name: [ReferenceMatrix(tuple(each.shape)) for each in matrices(name, p)] for name, p in parameters.items()
+    }
     for _ in range(STEPS[device]):
         for name, parameter in parameters.items():
             gradient = draw(parameter.shape, generator).to(dtype)
             parameter.grad = gradient.to(device)
-            for matrix, its_gradient in zip(expected[name], matrices(name, gradient), strict=True):
-                matrix.step(its_gradient.float())
+            for matrix, matrix_gradient in zip(expected[name], matrices(name, gradient), strict=True):
+                matrix.step(matrix_gradient.float())
         optimizer.step()
         for name, parameter in parameters.items():
             selection = optimizer.selection_of(parameter)
             momenta = matrices(name, optimizer.state[parameter]["momentum"])
-            for matrix, its_indices, momentum in zip(
+            for matrix, indices, momentum in zip(
                 expected[name], selection.indices.cpu().view(len(momenta), -1), momenta, strict=True
             ):
-                assert (selection.axis, its_indices.tolist()) == (matrix.axis, matrix.selected), name
+                assert (selection.axis, indices.tolist()) == (matrix.axis, matrix.selected), name
                 assert torch.equal(momentum, matrix.momentum), name
 
 
-def test_the_cases_are_what_they_are_called() -> None:
-    """Ties lie across the edge of the selection, and zeros reach into it."""
+def test_gradients_have_ties_and_zeros_at_the_threshold() -> None:
+    """The last selected slice ties with the first that is not; and some selected slices are zero."""
     generator = torch.Generator().manual_seed(0)
     norms = tied((1536, 576), generator).abs().sum(0).sort(descending=True).values
     assert norms[143] == norms[144]

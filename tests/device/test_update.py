@@ -8,20 +8,20 @@ import pytest
 from tests.algorithms.test_dion2 import LARGE_SHAPES, SHAPES, check
 
 FRACTIONS = (0.25, 0.5, 1.0)
-FEW: dict[str, tuple[Any, ...]] = {
+CPU_CASES: dict[str, tuple[Any, ...]] = {
     "kind": ("wide", "batched transposed tall"),
     "large_kind": ("tall",),
     "fraction": (0.25,),
 }
-"""What is left on the CPU, where tests/algorithms/test_dion2.py does all."""
+"""The cases on the CPU, where tests/algorithms/test_dion2.py has all of them."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    every = {"kind": tuple(SHAPES), "large_kind": tuple(LARGE_SHAPES), "fraction": FRACTIONS}
-    chosen = every if metafunc.config.getoption("device") == "cuda" else FEW
+    all_cases = {"kind": tuple(SHAPES), "large_kind": tuple(LARGE_SHAPES), "fraction": FRACTIONS}
+    cases = all_cases if metafunc.config.getoption("device") == "cuda" else CPU_CASES
     for name in metafunc.fixturenames:
-        if name in chosen:
-            metafunc.parametrize(name, chosen[name])
+        if name in cases:
+            metafunc.parametrize(name, cases[name])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,4 +1,4 @@
-"""Real processes for the tests: spawned, connected by gloo or by a framework, ended within a time limit."""
+"""Runs tests on real processes, connected by gloo or by a framework, within a time limit."""
 
 import multiprocessing
 import os
@@ -46,7 +46,7 @@ def run_on_ranks(
         backend: What the group communicates by.
         device: What the ranks compute on, "cpu" or "cuda"; all on one GPU.
     """
-    # A process that was forked cannot use CUDA where the one it was forked from has so much as looked for a GPU.
+    # A forked process cannot use CUDA if its parent has as much as looked for a GPU.
     method = "spawn" if device == "cuda" else FORKED
     with tempfile.TemporaryDirectory() as folder:
         given = (ranks, str(Path(folder) / "store"), backend, device, function, arguments)
@@ -67,7 +67,7 @@ def run_like_torchrun(
         killed: Whether the processes are to end by :func:`kill_this_process`; they must.
         seconds: The time limit.
     """
-    # Like torchrun's, the store is the parent's: a port that is only looked up could be another's when it is taken.
+    # The parent keeps the store, like torchrun: a port that is only looked up may be taken by the time it is used.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     try:
         _run(ranks, _rank_of_a_framework, (ranks, store.port, function, arguments), function.__name__, seconds)
@@ -79,7 +79,7 @@ def run_like_torchrun(
 
 
 def kill_this_process() -> None:
-    """End as by a crash of the machine, once every rank is here: nothing is flushed, closed or destroyed."""
+    """End like a crash of the machine, once every rank is here: nothing is flushed, closed or destroyed."""
     if dist.is_initialized():
         dist.barrier()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from dion2_lightning import Dion2, build_optimizer
 from tests.distributed.ranks import run_on_ranks
+from tests.distributed.test_layouts import local_part
 
 STOP, STEPS = 3, 6
 FULL = StateDictOptions(full_state_dict=True)
@@ -28,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Network(nn.Module):
-    """Matrices of one shape, so that a swapped momentum would pass every check of shapes; odd sizes; an embedding."""
+    """Matrices of one shape, whose momenta could be swapped unnoticed; odd sizes; an embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,18 +72,14 @@ def train(model: nn.Module, optimizer: Dion2, steps: range) -> None:
         optimizer.step()
 
 
-def held(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
 def assert_same(model: nn.Module, optimizer: Dion2, other_model: nn.Module, other: Dion2) -> None:
     for (name, a), b in zip(model.named_parameters(), other_model.parameters(), strict=True):
-        assert torch.equal(held(a), held(b)), name
+        assert torch.equal(local_part(a), local_part(b)), name
         assert optimizer.state[a].keys() == other.state[b].keys()
         for entry, value in optimizer.state[a].items():
             found = other.state[b][entry]
             assert found.dtype == value.dtype, f"{name}: {entry}"
-            assert torch.equal(held(found), held(value)), f"{name}: {entry}"
+            assert torch.equal(local_part(found), local_part(value)), f"{name}: {entry}"
 
 
 def check_resume(folder: Path) -> None:
@@ -103,18 +100,18 @@ def check_resume(folder: Path) -> None:
             torch.save(whole, full)
         dist.barrier()
 
-        resumed_model, resumed = load_sharded(dtype, sharded)
-        assert_same(model, optimizer, resumed_model, resumed)
-        also_resumed_model, also_resumed = load_full(dtype, full, sharded=True)
-        assert_same(model, optimizer, also_resumed_model, also_resumed)
+        sharded_model, from_sharded = load_sharded(dtype, sharded)
+        assert_same(model, optimizer, sharded_model, from_sharded)
+        full_model, from_full = load_full(dtype, full, sharded=True)
+        assert_same(model, optimizer, full_model, from_full)
 
         rest = range(STOP, STEPS)
         train(model, optimizer, rest)
-        train(resumed_model, resumed, rest)
-        assert_same(model, optimizer, resumed_model, resumed)
-        train(also_resumed_model, also_resumed, rest)
-        assert_same(model, optimizer, also_resumed_model, also_resumed)
-        assert resumed.param_groups[0]["lr"] == 0.05
+        train(sharded_model, from_sharded, rest)
+        assert_same(model, optimizer, sharded_model, from_sharded)
+        train(full_model, from_full, rest)
+        assert_same(model, optimizer, full_model, from_full)
+        assert from_sharded.param_groups[0]["lr"] == 0.05
 
         trained = get_model_state_dict(model, options=FULL)
         if dist.get_rank() == 0:
@@ -145,7 +142,7 @@ def load_full(dtype: torch.dtype, path: Path, sharded: bool) -> tuple[nn.Module,
 
 def test_resume_on_two_ranks_and_on_one(tmp_path: Path) -> None:
     run_on_ranks(2, check_resume, tmp_path)
-    # Here no process group is left.
+    # In this process there is no process group.
     for dtype in DTYPES:
         model, optimizer = load_full(dtype, tmp_path / f"{dtype} full.pt", sharded=False)
         saved = torch.load(tmp_path / f"{dtype} full.pt", weights_only=True)["optimizer"]["state"]
@@ -153,7 +150,7 @@ def test_resume_on_two_ranks_and_on_one(tmp_path: Path) -> None:
             assert saved[name].keys() == optimizer.state[parameter].keys()
             assert all(torch.equal(value, optimizer.state[parameter][entry]) for entry, value in saved[name].items())
         if dtype == torch.bfloat16:
-            continue  # its gradients differ from those on two ranks too much to compare weights
+            continue  # its gradients differ too much from those on two ranks to compare weights
         train(model, optimizer, range(STOP, STEPS))
         for name, expected in torch.load(tmp_path / f"{dtype} trained.pt", weights_only=True).items():
             found = model.state_dict()[name]

@@ -17,7 +17,15 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dion2_lightning import Dion2
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_layouts import compare_step, groups_of, part_of, place, whole_parameters, whole_tensors
+from tests.distributed.test_layouts import (
+    compare_step,
+    groups_of,
+    local_part,
+    part_of,
+    place,
+    whole_parameters,
+    whole_tensors,
+)
 
 SHAPES = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16), "bias": (14,)}
 SETTINGS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "orthonormalize_dtype": "float32"}
@@ -57,15 +65,11 @@ def optimizer_of(parameters: Parameters, **settings: Any) -> Dion2:
     return Dion2(groups, **{**SETTINGS, **settings})
 
 
-def held(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def everything(parameters: Parameters, optimizer: Dion2) -> dict[str, Tensor]:
+def snapshot(parameters: Parameters, optimizer: Dion2) -> dict[str, Tensor]:
     """A copy of what this rank holds of weights and state."""
-    weights = {name: held(parameter).clone() for name, parameter in parameters.items()}
+    weights = {name: local_part(parameter).clone() for name, parameter in parameters.items()}
     state = {
-        f"{name} {entry}": held(value).clone()
+        f"{name} {entry}": local_part(value).clone()
         for name, parameter in parameters.items()
         for entry, value in optimizer.state[parameter].items()
     }
@@ -83,22 +87,22 @@ def assert_unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> Non
 
 def check_gradients_and_settings() -> None:
     mesh = init_device_mesh("cpu", (2,))
-    settings_that_differ(mesh)
-    a_gradient_on_one_rank_only(mesh)
-    a_gradient_on_one_replica_only()
-    no_gradient_anywhere(parameters_of(mesh))
-    no_gradient_anywhere(parameters_of(), process_group=dist.group.WORLD, share_replicas=True)
-    no_gradient_anywhere(parameters_of(), process_group=dist.group.WORLD, share_replicas=False)
-    a_first_step_that_changes_nothing(parameters_of(mesh))
-    a_first_step_that_changes_nothing(parameters_of(), process_group=dist.group.WORLD, share_replicas=True)
-    a_first_step_without_lr_that_one_rank_has_gradients_for(mesh)
-    nan_on_one_rank(parameters_of(mesh), changed="tall")
-    nan_on_one_rank(parameters_of(mesh), changed="bias")
-    nan_on_one_rank(parameters_of(), changed="tall", process_group=dist.group.WORLD)
-    nan_on_one_rank(parameters_of(), changed="bias", process_group=dist.group.WORLD)
+    check_settings_that_differ(mesh)
+    check_gradient_on_one_rank_only(mesh)
+    check_gradient_on_one_replica_only()
+    check_no_gradient_anywhere(parameters_of(mesh))
+    check_no_gradient_anywhere(parameters_of(), process_group=dist.group.WORLD, share_replicas=True)
+    check_no_gradient_anywhere(parameters_of(), process_group=dist.group.WORLD, share_replicas=False)
+    check_init_step(parameters_of(mesh))
+    check_init_step(parameters_of(), process_group=dist.group.WORLD, share_replicas=True)
+    check_first_step_at_lr_zero_with_gradients_on_one_rank(mesh)
+    check_nan_on_one_rank(parameters_of(mesh), changed="tall")
+    check_nan_on_one_rank(parameters_of(mesh), changed="bias")
+    check_nan_on_one_rank(parameters_of(), changed="tall", process_group=dist.group.WORLD)
+    check_nan_on_one_rank(parameters_of(), changed="bias", process_group=dist.group.WORLD)
 
 
-def a_gradient_on_one_rank_only(mesh: DeviceMesh) -> None:
+def check_gradient_on_one_rank_only(mesh: DeviceMesh) -> None:
     """Where it is missing it counts as zero, as in a single process where that part of it is zero."""
     alone, parameters = parameters_of(), parameters_of(mesh)
     reference, optimizer = optimizer_of(alone), optimizer_of(parameters)
@@ -116,11 +120,13 @@ def a_gradient_on_one_rank_only(mesh: DeviceMesh) -> None:
         for name in ("wide", "tall", "square"):
             compare_step(name, parameters[name], optimizer, alone[name], reference)
     for name, parameter in parameters.items():
-        torch.testing.assert_close(held(parameter), part_of(alone[name].detach(), parameter), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            local_part(parameter), part_of(alone[name].detach(), parameter), rtol=1e-5, atol=1e-6
+        )
 
 
-def a_gradient_on_one_replica_only() -> None:
-    """Replicas have the same gradients by contract; if not they would go apart, so every rank gets an error."""
+def check_gradient_on_one_replica_only() -> None:
+    """Replicas must have the same gradients, or they would diverge; so every rank gets an error."""
     parameters = parameters_of()
     optimizer = optimizer_of(parameters, process_group=dist.group.WORLD, share_replicas=True)
     set_gradients(parameters, whole(seed=100))
@@ -162,41 +168,40 @@ def check_gradients_of_replicated_parts() -> None:
         optimizer.step()
 
 
-def no_gradient_anywhere(parameters: Parameters, **settings: Any) -> None:
-    """The matrix is skipped: no momentum decays, no weight either; the others go on."""
+def check_no_gradient_anywhere(parameters: Parameters, **settings: Any) -> None:
+    """Parameters without a gradient are skipped, momentum and weight decay included; the others are updated."""
     optimizer = optimizer_of(parameters, **settings)
     set_gradients(parameters, whole(seed=1))
     optimizer.step()
-    before = everything(parameters, optimizer)
+    before = snapshot(parameters, optimizer)
     set_gradients(parameters, whole(seed=2))
     parameters["tall"].grad = parameters["bias"].grad = None
     optimizer.step()
-    after = everything(parameters, optimizer)
+    after = snapshot(parameters, optimizer)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed == {"wide", "wide momentum", "square", "square momentum"}
     assert optimizer.selection_of(parameters["tall"]) is None
     assert optimizer.selection_of(parameters["wide"]) is not None
-    # Nothing has a gradient.
     optimizer.zero_grad()
     optimizer.step()
-    assert_unchanged(after, everything(parameters, optimizer))
+    assert_unchanged(after, snapshot(parameters, optimizer))
 
 
-def a_first_step_that_changes_nothing(parameters: Parameters, **settings: Any) -> None:
-    """By a step with lr 0 and zero gradients torch.distributed.checkpoint makes an optimizer create its state."""
+def check_init_step(parameters: Parameters, **settings: Any) -> None:
+    """torch.distributed.checkpoint creates an optimizer's state by a step with lr 0 and zero gradients."""
     optimizer = optimizer_of(parameters, lr=0.0, **settings)
-    weights = {name: held(parameter).clone() for name, parameter in parameters.items()}
+    weights = {name: local_part(parameter).clone() for name, parameter in parameters.items()}
     set_gradients(parameters, {name: torch.zeros_like(tensor) for name, tensor in whole(seed=0).items()})
     optimizer.step()
-    after = everything(parameters, optimizer)
+    after = snapshot(parameters, optimizer)
     assert_unchanged(weights, {name: after.pop(name) for name in weights})
     assert {name.split()[1] for name in after} == {"momentum", "step", "exp_avg", "exp_avg_sq"}
     assert not any(tensor.any() for tensor in after.values())
     assert all(optimizer.selection_of(parameters[name]) is None for name in ("wide", "tall", "square"))
 
 
-def a_first_step_without_lr_that_one_rank_has_gradients_for(mesh: DeviceMesh) -> None:
-    """That is a real step, on every rank: a warm-up may start at lr 0."""
+def check_first_step_at_lr_zero_with_gradients_on_one_rank(mesh: DeviceMesh) -> None:
+    """That is no init step, on any rank: a warm-up may start at lr 0."""
     parameters, alone = parameters_of(mesh), parameters_of()
     optimizer, reference = optimizer_of(parameters, lr=0.0), optimizer_of(alone, lr=0.0)
     gradients = whole(seed=1)
@@ -211,18 +216,18 @@ def a_first_step_without_lr_that_one_rank_has_gradients_for(mesh: DeviceMesh) ->
     assert optimizer.state[parameters["bias"]]["step"] == 1
 
 
-def nan_on_one_rank(parameters: Parameters, changed: str, **settings: Any) -> None:
+def check_nan_on_one_rank(parameters: Parameters, changed: str, **settings: Any) -> None:
     optimizer = optimizer_of(parameters, check_finite=True, **settings)
     set_gradients(parameters, whole(seed=1))
     optimizer.step()
-    before = everything(parameters, optimizer)
+    before = snapshot(parameters, optimizer)
     set_gradients(parameters, whole(seed=2))
     if dist.get_rank() == 1:
-        held(parameters[changed].grad).view(-1)[3] = torch.nan
+        local_part(parameters[changed].grad).view(-1)[3] = torch.nan
     with pytest.raises(FloatingPointError, match=f"parameter '{changed}' has a gradient with NaN or Inf"):
         optimizer.step()
-    assert_unchanged(before, everything(parameters, optimizer))
-    # The optimizer is as good as before.
+    assert_unchanged(before, snapshot(parameters, optimizer))
+    # The optimizer still works.
     set_gradients(parameters, whole(seed=2))
     optimizer.step()
     optimizer.state_dict()
@@ -231,7 +236,7 @@ def nan_on_one_rank(parameters: Parameters, changed: str, **settings: Any) -> No
 # Settings
 
 
-def settings_that_differ(mesh: DeviceMesh) -> None:
+def check_settings_that_differ(mesh: DeviceMesh) -> None:
     """In the middle of a run, in every number and precision that a group has."""
     of_matrices = {"fraction": 0.5, "lr": 0.06, "momentum": 0.5, "weight_decay": 0.0, "orthonormalize_dtype": "float64"}
     of_the_rest = {"lr": 0.06, "betas": (0.5, 0.6), "eps": 1e-4, "weight_decay": 0.0}
@@ -252,8 +257,8 @@ def settings_that_differ(mesh: DeviceMesh) -> None:
             optimizer.step()
 
 
-def check_settings_of_other_meshes() -> None:
-    """A group whose parameters lie on another mesh, or on none, is compared with the matrices' all the same."""
+def check_settings_of_groups_on_other_meshes() -> None:
+    """The settings of a group on another mesh than the matrices, or on none, are compared too."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     strided = (_StridedShard(0, split_factor=2), Shard(0))
     tensors = whole(seed=0)
@@ -270,7 +275,7 @@ def check_settings_of_other_meshes() -> None:
         }
         for name, setting in (("rest", "lr"), ("matrices", "lr")):
             optimizer = optimizer_of(parameters)
-            set_gradients_like(parameters)
+            set_gradients(parameters, whole(seed=1))
             optimizer.step()
             if dist.get_rank() == 3:
                 [group] = [group for group in optimizer.param_groups if group["name"] == name]
@@ -280,15 +285,8 @@ def check_settings_of_other_meshes() -> None:
             dist.barrier()
 
 
-def set_gradients_like(parameters: Parameters) -> None:
-    for name, parameter in parameters.items():
-        gradient = whole(seed=1)[name]
-        is_spread = isinstance(parameter, DTensor)
-        parameter.grad = place(gradient, parameter.device_mesh, parameter.placements) if is_spread else gradient
-
-
-def check_settings_near_the_cost_rule() -> None:
-    """One rank's fraction makes sharing the work pay, the other's not; that must not decide what they exchange."""
+def check_fractions_on_both_sides_of_the_cost_rule() -> None:
+    """At one rank's fraction sharing the work pays, at the other's not; they must still call the same collectives."""
     size = 1024
     for fraction, other in ((1.0, 0.25), (0.25, 1.0)):
         weight = nn.Parameter(torch.zeros(size, size))
@@ -315,14 +313,14 @@ def check_replicas_that_round_differently() -> None:
         optimizer.step()
         for name in ("wide", "tall", "square"):
             mine = torch.cat(
-                [optimizer.selection_of(parameters[name]).indices.float(), held(parameters[name]).flatten()]
+                [optimizer.selection_of(parameters[name]).indices.float(), local_part(parameters[name]).flatten()]
             )
             both = [torch.zeros_like(mine) for _ in range(2)]
             dist.all_gather(both, mine, group=mesh.get_group("replicas"))
             assert torch.equal(*both), name
 
 
-def check_meshes_of_others() -> None:
+def check_meshes_without_this_rank() -> None:
     """A rank that is not in a parameter's mesh cannot hold a part of it."""
     mesh = DeviceMesh("cpu", torch.tensor([0, 1]))
     parameters = (
@@ -346,7 +344,7 @@ def check_meshes_of_others() -> None:
 
 
 def check_first_steps_that_differ() -> None:
-    """What decides how many collectives there are, and how large, must be compared before there is any."""
+    """Settings that decide which collectives a step calls must be compared before the first of them."""
     mesh = init_device_mesh("cpu", (2,))
     is_second = dist.get_rank() == 1
     replicas = {"process_group": dist.group.WORLD}
@@ -360,16 +358,16 @@ def check_first_steps_that_differ() -> None:
         set_gradients(parameters, whole(seed=1))
         with pytest.raises(RuntimeError, match="ranks share parameters but disagree about their settings"):
             optimizer.step()
-    one_less = parameters_of(mesh)
-    optimizer = Dion2([one_less["wide"]] if is_second else [one_less["wide"], one_less["tall"]])
-    set_gradients(one_less, whole(seed=1))
+    parameters = parameters_of(mesh)
+    optimizer = Dion2([parameters["wide"]] if is_second else [parameters["wide"], parameters["tall"]])
+    set_gradients(parameters, whole(seed=1))
     with pytest.raises(RuntimeError, match=f"this rank has {1 if is_second else 2} parameters there"):
         optimizer.step()
-    check_first_step_without_lr_on_one_rank()
+    check_first_step_at_lr_zero_on_one_rank()
 
 
-def check_first_step_without_lr_on_one_rank() -> None:
-    """Whether a first step is a rehearsal, as for a checkpoint, all ranks must decide alike."""
+def check_first_step_at_lr_zero_on_one_rank() -> None:
+    """All ranks must agree whether the first step only creates state, as for a checkpoint."""
     parameters = parameters_of(init_device_mesh("cpu", (2,)))
     optimizer = optimizer_of(parameters, lr=0.0 if dist.get_rank() == 1 else 0.05)
     set_gradients(parameters, whole(seed=1))
@@ -388,8 +386,8 @@ def assert_refuses_until_load(optimizer: Dion2, saved: dict[str, Any]) -> None:
 # Another mesh
 
 
-def check_other_meshes() -> None:
-    """The same parameters, placed anew three times on the way, as after a load on other ranks."""
+def check_redistribution() -> None:
+    """The same parameters, redistributed four times during training, as after loading on other ranks."""
     everyone = init_device_mesh("cpu", (4,))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("first", "second"))
     placements: list[tuple[DeviceMesh | None, tuple[Any, ...]]] = [
@@ -406,60 +404,68 @@ def check_other_meshes() -> None:
     for phase, (mesh, placed) in enumerate(placements):
         settings = {"process_group": dist.group.WORLD, "share_replicas": True} if mesh is None else {}
         if optimizer is None:
-            parameters = {name: nn.Parameter(anew(tensor, mesh, placed)) for name, tensor in alone.items()}
+            parameters = {name: nn.Parameter(redistribute(tensor, mesh, placed)) for name, tensor in alone.items()}
             optimizer = Dion2(groups_of(parameters), **SETTINGS)
         else:
-            # Every other time in the same optimizer, as Accelerate does it, else through a checkpoint.
-            move = move_within if phase % 2 else move_by_checkpoint
-            parameters, optimizer = move(parameters, optimizer, mesh, placed, settings)
+            # In turn within the optimizer, as Accelerate does, and through a checkpoint.
+            redistribute_all = redistribute_within if phase % 2 else redistribute_by_checkpoint
+            parameters, optimizer = redistribute_all(parameters, optimizer, mesh, placed, settings)
         for step in range(2 * phase, 2 * phase + 2):
             for name, gradient in whole_tensors(seed=100 + step).items():
                 alone[name].grad = gradient
-                parameters[name].grad = anew(gradient, mesh, placed)
+                parameters[name].grad = redistribute(gradient, mesh, placed)
             optimizer.step()
             reference.step()
             for group in reference.param_groups[:-1]:
                 name = group["name"]
                 compare_step(f"{name} in phase {phase}", parameters[name], optimizer, alone[name], reference)
     for name, parameter in parameters.items():
-        torch.testing.assert_close(held(parameter), part_of(alone[name].detach(), parameter), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            local_part(parameter), part_of(alone[name].detach(), parameter), rtol=1e-5, atol=1e-5
+        )
 
 
-def anew(tensor: Tensor, mesh: DeviceMesh | None, placements: tuple[Any, ...]) -> Tensor:
-    """Place a tensor, placed in any way before; DTensor's own redistribute does not go to strided shards."""
+def redistribute(tensor: Tensor, mesh: DeviceMesh | None, placements: tuple[Any, ...]) -> Tensor:
+    """Like ``DTensor.redistribute``, which does not support strided shards."""
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     tensor = tensor.detach().clone()
     return tensor if mesh is None or tensor.ndim == 0 else place(tensor, mesh, placements)
 
 
-Moved = tuple[Parameters, Dion2]
+Redistributed = tuple[Parameters, Dion2]
 
 
-def move_within(
+def redistribute_within(
     parameters: Parameters, optimizer: Dion2, mesh: DeviceMesh | None, placed: tuple[Any, ...], settings: dict[str, Any]
-) -> Moved:
-    moved = {name: nn.Parameter(anew(parameter, mesh, placed)) for name, parameter in parameters.items()}
+) -> Redistributed:
+    redistributed = {
+        name: nn.Parameter(redistribute(parameter, mesh, placed)) for name, parameter in parameters.items()
+    }
     for group in optimizer.param_groups:
-        group["params"] = [moved[name] for name in group["param_names"]]
+        group["params"] = [redistributed[name] for name in group["param_names"]]
     for name, parameter in parameters.items():
         state = optimizer.state.pop(parameter)
-        optimizer.state[moved[name]] = {entry: anew(value, mesh, placed) for entry, value in state.items()}
+        optimizer.state[redistributed[name]] = {
+            entry: redistribute(value, mesh, placed) for entry, value in state.items()
+        }
     optimizer.process_group = settings.get("process_group")
     optimizer.share_replicas = settings.get("share_replicas")
-    return moved, optimizer
+    return redistributed, optimizer
 
 
-def move_by_checkpoint(
+def redistribute_by_checkpoint(
     parameters: Parameters, optimizer: Dion2, mesh: DeviceMesh | None, placed: tuple[Any, ...], settings: dict[str, Any]
-) -> Moved:
-    moved = {name: nn.Parameter(anew(parameter, mesh, placed)) for name, parameter in parameters.items()}
+) -> Redistributed:
+    redistributed = {
+        name: nn.Parameter(redistribute(parameter, mesh, placed)) for name, parameter in parameters.items()
+    }
     saved = optimizer.state_dict()
     for state in saved["state"].values():
-        state.update({entry: anew(value, mesh, placed) for entry, value in state.items()})
-    other = Dion2(groups_of(moved), **SETTINGS, **settings)
+        state.update({entry: redistribute(value, mesh, placed) for entry, value in state.items()})
+    other = Dion2(groups_of(redistributed), **SETTINGS, **settings)
     other.load_state_dict(saved)
-    return moved, other
+    return redistributed, other
 
 
 # Ranks that fail
@@ -474,7 +480,7 @@ def dies(_: Tensor) -> Tensor:
 
 
 def check_ranks_that_fail() -> None:
-    """Three ranks step together, and the last of them fails while submatrices are on their way."""
+    """Three ranks step together, and the last of them fails while submatrices are in flight."""
     cases = [
         ([0, 1, 2], fails, True),
         ([0, 1, 2], fails, False),
@@ -484,32 +490,32 @@ def check_ranks_that_fail() -> None:
     groups = [dist.new_group(ranks, timeout=TIMEOUT) for ranks, _, _ in cases]
     alive, survivors = dist.group.WORLD, dist.new_group([0, 1, 2])
     for (ranks, fail, sharded), group in zip(cases, groups, strict=True):
-        dist.barrier(alive)  # a rank that came early would time out on the others
+        dist.barrier(alive)  # a rank that started early would run into the timeout
         if dist.get_rank() in ranks:
-            a_rank_that_fails(group, fail, sharded)
+            check_rank_that_fails(group, fail, sharded)
         if fail is dies:
             alive = survivors
 
 
-def a_rank_that_fails(group: dist.ProcessGroup, fail: Callable[[Tensor], Tensor], sharded: bool) -> None:
-    """The other two must not wait for ever, nor go on as if nothing had happened."""
+def check_rank_that_fails(group: dist.ProcessGroup, fail: Callable[[Tensor], Tensor], sharded: bool) -> None:
+    """The other two must neither wait forever nor continue as if nothing had happened."""
     parameters = parameters_of(DeviceMesh.from_group(group, "cpu") if sharded else None)
     optimizer = optimizer_of(parameters, **({} if sharded else {"process_group": group, "share_replicas": True}))
     set_gradients(parameters, whole(seed=1))
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
-    is_failing = dist.get_rank(group) == 2
-    if is_failing:
+    fails_here = dist.get_rank(group) == 2
+    if fails_here:
         optimizer.orthonormalize = fail
     start = time.monotonic()
-    with pytest.raises(ArithmeticError if is_failing else RuntimeError):
+    with pytest.raises(ArithmeticError if fails_here else RuntimeError):
         optimizer.step()
     assert time.monotonic() - start < 3 * TIMEOUT.total_seconds()
     assert_refuses_until_load(optimizer, saved)
 
 
-def check_parameters_out_of_reach() -> None:
-    """As under CPU offload over NCCL alone, which a group without a backend for the CPU stands in for."""
+def check_devices_without_a_backend() -> None:
+    """As with CPU offload over NCCL alone; a group without a backend for the CPU stands in for it."""
     group = dist.new_group(backend="cuda:gloo")
     sharded = parameters_of(DeviceMesh.from_group(group, "cpu"))
     replicated = parameters_of()
@@ -522,8 +528,8 @@ def check_parameters_out_of_reach() -> None:
         assert not optimizer.state
 
 
-def test_parameters_out_of_reach() -> None:
-    run_on_ranks(2, check_parameters_out_of_reach)
+def test_devices_without_a_backend() -> None:
+    run_on_ranks(2, check_devices_without_a_backend)
 
 
 def test_gradients_and_settings_that_differ_between_ranks() -> None:
@@ -534,28 +540,28 @@ def test_gradients_of_replicated_parts() -> None:
     run_on_ranks(4, check_gradients_of_replicated_parts)
 
 
-def test_settings_of_other_meshes() -> None:
-    run_on_ranks(4, check_settings_of_other_meshes)
+def test_settings_of_groups_on_other_meshes() -> None:
+    run_on_ranks(4, check_settings_of_groups_on_other_meshes)
 
 
-def test_settings_near_the_cost_rule() -> None:
-    run_on_ranks(2, check_settings_near_the_cost_rule)
+def test_fractions_on_both_sides_of_the_cost_rule() -> None:
+    run_on_ranks(2, check_fractions_on_both_sides_of_the_cost_rule)
 
 
 def test_replicas_that_round_differently() -> None:
     run_on_ranks(4, check_replicas_that_round_differently)
 
 
-def test_meshes_of_others() -> None:
-    run_on_ranks(3, check_meshes_of_others)
+def test_meshes_without_this_rank() -> None:
+    run_on_ranks(3, check_meshes_without_this_rank)
 
 
 def test_first_steps_that_differ() -> None:
     run_on_ranks(2, check_first_steps_that_differ)
 
 
-def test_other_meshes() -> None:
-    run_on_ranks(4, check_other_meshes)
+def test_redistribution() -> None:
+    run_on_ranks(4, check_redistribution)
 
 
 def test_ranks_that_fail() -> None:

@@ -99,7 +99,13 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     return whole.clone()
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, outside the graph."""
+    return local(tensor).detach()
+
+
 def place(whole: Tensor, mesh: Any, placements: tuple[Any, ...]) -> DTensor:
+    """Distribute a tensor without communication: every rank has all of it and keeps its part."""
     shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
     part = whole
     for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
@@ -109,7 +115,7 @@ def place(whole: Tensor, mesh: Any, placements: tuple[Any, ...]) -> DTensor:
 
 
 def groups_of(parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """A group for each matrix with settings of its own, one for the rest."""
+    """A group for each matrix, some with their own settings, and one for the rest."""
     kinds = {**MATRICES, **STACKS}
     groups = [{"params": [(name, parameters[name])], "name": name, **settings} for name, (_, settings) in kinds.items()]
     rest = [(name, parameters[name]) for name in ADAMW]
@@ -124,8 +130,8 @@ def whole_tensors(seed: int, device: torch.device | str = "cpu") -> dict[str, Te
 
 def sharded(case: Case, device: str = "cpu") -> dict[str, nn.Parameter]:
     names = ("first", "second", "third")[: len(case.mesh)]
-    of_ranks = torch.tensor(case.order or range(math.prod(case.mesh))).view(case.mesh)
-    mesh = DeviceMesh(device, of_ranks, mesh_dim_names=names)
+    ranks = torch.tensor(case.order or range(math.prod(case.mesh))).view(case.mesh)
+    mesh = DeviceMesh(device, ranks, mesh_dim_names=names)
     placements = {
         **dict.fromkeys(MATRICES, case.placements),
         **dict.fromkeys(STACKS, case.stacks or case.placements),
@@ -147,7 +153,7 @@ def whole_parameters(device: str = "cpu") -> dict[str, nn.Parameter]:
 
 
 def train_and_compare(parameters: dict[str, nn.Parameter], steps: int = STEPS, **settings: Any) -> None:
-    """Step both, comparing at every step, and the weights at the end."""
+    """Train these and plain parameters; compare momenta and selections at every step, weights at the end."""
     device = parameters["odd"].device.type
     alone = whole_parameters(device)
     common = {"lr": 0.02, "weight_decay": 0.1, "orthonormalize_dtype": "float32"}
@@ -167,7 +173,7 @@ def train_and_compare(parameters: dict[str, nn.Parameter], steps: int = STEPS, *
             compare_step(name, parameters[name], optimizer, alone[name], reference)
     for name, parameter in parameters.items():
         expected = part_of(alone[name].detach(), parameter)
-        found = local(parameter).detach()
+        found = local_part(parameter)
         assert torch.linalg.norm(found - expected) <= 1e-5 * torch.linalg.norm(expected), name
 
 
@@ -185,7 +191,7 @@ def compare_step(name: str, parameter: Tensor, optimizer: Dion2, whole: Tensor, 
 
 def check_sharded(name: str, case: Case) -> None:
     for share_replicas in (None, True, False) if case.has_replicas else (None,):
-        with naming(f"{name}, share_replicas={share_replicas}"):
+        with errors_name_case(f"{name}, share_replicas={share_replicas}"):
             train_and_compare(sharded(case), share_replicas=share_replicas)
 
 
@@ -193,14 +199,13 @@ def check_replicated(share_replicas: bool | None) -> None:
     train_and_compare(whole_parameters(), process_group=dist.group.WORLD, share_replicas=share_replicas)
 
 
-def check_without_reading() -> None:
-    """As on a GPU, where the host does not look at what the device found unless it has to."""
-
+def check_without_reading_from_the_device() -> None:
+    """As on a GPU, where the host reads results from the device only if it must."""
     with mock.patch("dion2_lightning.algorithms.dion2_shared._reading_is_free", return_value=False):
         for share_replicas in (True, None):
             check_replicated(share_replicas)
         case = CASES["HSDP 2 x 2, by columns"]
-        # Of a tall matrix every rank would hold different slices.
+        # Not the tall ones: ranks would hold different slices of them, so the host would have to read.
         parameters = sharded(case)
         wide = {name: each for name, each in parameters.items() if name in ("wide", "wide twin", "square", "odd")}
         optimizer = Dion2(list(wide.items()), share_replicas=True)
@@ -209,14 +214,14 @@ def check_without_reading() -> None:
                 each.grad = place(whole_tensors(seed=100 + step)[name], each.device_mesh, each.placements)
             optimizer.step()
         wide["odd"].grad = None
-        # The rank that lacks a gradient reads; the others' devices find it out.
+        # The rank that lacks a gradient raises on its host; on the others the device does.
         with pytest.raises(RuntimeError, match=r"(some replicas lack gradients|has a gradient on)"):
             if dist.get_rank() != 3:
                 wide["odd"].grad = torch.zeros_like(wide["odd"])
             optimizer.step()
 
 
-def check_cubes() -> None:
+def check_meshes_of_three_dimensions() -> None:
     """Meshes of three dimensions, in order and permuted."""
     for placements in (
         (Replicate(), _StridedShard(0, split_factor=2), Shard(0)),
@@ -232,23 +237,23 @@ def check_cubes() -> None:
             )
             rest = tuple(Replicate() for _ in placements)
             case = Case((2, 2, 2), placements, stacks=stacks, rest=rest, order=order)
-            with naming(f"{placements}, order {order}"):
+            with errors_name_case(f"{placements}, order {order}"):
                 train_and_compare(sharded(case), steps=3, share_replicas=True)
 
 
-def check_all(ranks: int) -> None:
-    """Every layout that takes this many ranks, in one set of processes: starting some costs more than a case."""
+def check_all_layouts(ranks: int) -> None:
+    """Every layout of this many ranks, in one set of processes: starting them takes longer than a layout."""
     for name, case in CASES.items():
         if math.prod(case.mesh) == ranks:
             check_sharded(name, case)
     for share_replicas in (True, False, None):
-        with naming(f"DDP on {ranks}, share_replicas={share_replicas}"):
+        with errors_name_case(f"DDP on {ranks}, share_replicas={share_replicas}"):
             check_replicated(share_replicas)
 
 
 @contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Put the name of a case into what it raises."""
+def errors_name_case(name: str) -> Iterator[None]:
+    """Add the name of a layout to the errors raised in the block."""
     try:
         yield
     except Exception as error:
@@ -258,12 +263,12 @@ def naming(name: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_layouts(ranks: int) -> None:
-    run_on_ranks(ranks, check_all, ranks, seconds=200)
+    run_on_ranks(ranks, check_all_layouts, ranks, seconds=200)
 
 
-def test_a_host_that_does_not_look() -> None:
-    run_on_ranks(4, check_without_reading)
+def test_without_reading_from_the_device() -> None:
+    run_on_ranks(4, check_without_reading_from_the_device)
 
 
 def test_meshes_of_three_dimensions() -> None:
-    run_on_ranks(8, check_cubes, seconds=100)
+    run_on_ranks(8, check_meshes_of_three_dimensions, seconds=100)

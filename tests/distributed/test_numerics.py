@@ -20,7 +20,7 @@ from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_layouts import part_of, place
 
 Placements = tuple[Any, ...]
-Make = Callable[[torch.Generator], Tensor]
+MakeGradient = Callable[[torch.Generator], Tensor]
 
 
 def equal_rows(generator: torch.Generator) -> Tensor:
@@ -29,7 +29,7 @@ def equal_rows(generator: torch.Generator) -> Tensor:
 
 
 def ties_at_the_threshold(generator: torch.Generator) -> Tensor:
-    """Rows 2, 5, 8 and 11, one a rank, share the largest norm in different numbers; three of them are selected."""
+    """Rows 2, 5, 8 and 11, one on each rank, have different entries and the same, largest norm; three are selected."""
     rows = 0.1 * torch.randn(12, 24, generator=generator).sign()
     for first, row in enumerate((2, 5, 8, 11)):
         rows[row] = 0
@@ -38,12 +38,12 @@ def ties_at_the_threshold(generator: torch.Generator) -> Tensor:
 
 
 def ties_over_columns(generator: torch.Generator) -> Tensor:
-    """The same, selected along the input axis of a tall matrix."""
+    """The same for columns of a tall matrix, which are selected along the input axis."""
     return ties_at_the_threshold(generator).T.contiguous()
 
 
 def zero_rows(generator: torch.Generator) -> Tensor:
-    """Only the last rank's rows are not zero, and they are fewer than what is selected."""
+    """Only a row of the last rank is nonzero, so zero rows are selected too."""
     rows = torch.zeros(12, 24)
     rows[11:] = torch.randn(1, 24, generator=generator)
     return rows
@@ -61,26 +61,26 @@ def huge(generator: torch.Generator) -> Tensor:
     return torch.randn(12, 24, generator=generator) * 1e30
 
 
-def on_few_ranks(generator: torch.Generator) -> Tensor:
+def fewer_rows_than_ranks(generator: torch.Generator) -> Tensor:
     """Three rows over four ranks."""
     return torch.randn(3, 64, generator=generator)
 
 
 def mixed_scales(generator: torch.Generator) -> Tensor:
-    """Rows from 1e-30 to 1e30, whose sums of squares neither fit into float32 nor vanish."""
+    """Rows from 1e-30 to 1e30, whose squares underflow and overflow in float32."""
     return torch.randn(12, 24, generator=generator) * torch.logspace(-30, 30, 12).unsqueeze(1)
 
 
-MATRICES: dict[str, Make] = {
+MATRICES: dict[str, MakeGradient] = {
     make.__name__: make
     for make in (
-        equal_rows, ties_at_the_threshold, ties_over_columns, zero_rows, all_zero, denormal, huge, on_few_ranks,
-        mixed_scales,
+        equal_rows, ties_at_the_threshold, ties_over_columns, zero_rows, all_zero, denormal, huge,
+        fewer_rows_than_ranks, mixed_scales,
     )
 }  # fmt: skip
 
 
-def awkward_selection(four: DeviceMesh, square: DeviceMesh) -> None:
+def check_selection(four: DeviceMesh, square: DeviceMesh) -> None:
     layouts: dict[str, tuple[DeviceMesh, Placements]] = {
         "rows": (four, (Shard(0),)),
         "columns": (four, (Shard(1),)),
@@ -93,7 +93,7 @@ def awkward_selection(four: DeviceMesh, square: DeviceMesh) -> None:
     check_matrices("columns, select output", four, (Shard(1),), select="output")
 
 
-def check_matrices(what: str, mesh: DeviceMesh, placements: Placements, **settings: Any) -> None:
+def check_matrices(label: str, mesh: DeviceMesh, placements: Placements, **settings: Any) -> None:
     """Two steps, on this layout and on one process: selection and momentum bit for bit, weights finite and close."""
     start = {name: torch.ones_like(make(torch.Generator())) for name, make in MATRICES.items()}
     alone = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}
@@ -110,21 +110,21 @@ def check_matrices(what: str, mesh: DeviceMesh, placements: Placements, **settin
         for name in MATRICES:
             found, expected = optimizer.selection_of(spread[name]), reference.selection_of(alone[name])
             assert found.axis == expected.axis
-            assert torch.equal(found.indices, expected.indices), f"{what}, {name}"
-            assert_same_momentum(f"{what}, {name}", spread[name], optimizer, alone[name], reference)
+            assert torch.equal(found.indices, expected.indices), f"{label}, {name}"
+            assert_same_momentum(f"{label}, {name}", spread[name], optimizer, alone[name], reference)
     for name, parameter in spread.items():
         weight, expected_weight = parameter.detach().to_local(), part_of(alone[name].detach(), parameter)
-        assert weight.isfinite().all(), f"{what}, {name}"
-        assert torch.allclose(weight, expected_weight, rtol=1e-5, atol=1e-5), f"{what}, {name}"
+        assert weight.isfinite().all(), f"{label}, {name}"
+        assert torch.allclose(weight, expected_weight, rtol=1e-5, atol=1e-5), f"{label}, {name}"
 
 
-def assert_same_momentum(what: str, parameter: DTensor, optimizer: Dion2, whole: Tensor, reference: Dion2) -> None:
+def assert_same_momentum(label: str, parameter: DTensor, optimizer: Dion2, whole: Tensor, reference: Dion2) -> None:
     found = optimizer.state[parameter]["momentum"].to_local()
-    assert torch.equal(found, part_of(reference.state[whole]["momentum"], parameter)), what
+    assert torch.equal(found, part_of(reference.state[whole]["momentum"], parameter)), label
 
 
-def hand_picked_ties(four: DeviceMesh) -> None:
-    """What the rules say, without another run: among equals the lower index wins, on whatever rank it lies."""
+def check_known_ties(four: DeviceMesh) -> None:
+    """Selections known by hand: among equal norms the lower index wins, whatever rank holds it."""
     for make, expected in ((equal_rows, [0, 1, 2]), (ties_at_the_threshold, [2, 5, 8]), (all_zero, [0, 1, 2])):
         parameter = nn.Parameter(place(torch.zeros(12, 24), four, (Shard(0),)))
         parameter.grad = place(make(torch.Generator().manual_seed(0)), four, (Shard(0),))
@@ -135,8 +135,8 @@ def hand_picked_ties(four: DeviceMesh) -> None:
     assert not parameter.to_local().any()
 
 
-def scale_does_not_matter(four: DeviceMesh) -> None:
-    """The squares of such gradients leave the range of float32, but not the polar factor."""
+def check_scale_invariance(four: DeviceMesh) -> None:
+    """The squares of such gradients overflow or underflow in float32; the polar factor does not change."""
     gradient = torch.randn(12, 24, generator=torch.Generator().manual_seed(0))
     weights = []
     for scale in (1.0, 2.0**100, 2.0**-100):
@@ -149,7 +149,7 @@ def scale_does_not_matter(four: DeviceMesh) -> None:
         torch.testing.assert_close(weight, weights[0], rtol=1e-4, atol=1e-6)
 
 
-def half_precision(four: DeviceMesh) -> None:
+def check_half_precision(four: DeviceMesh) -> None:
     """bfloat16 parameters and gradients, float32 momentum, products in bfloat16: momentum bit for bit."""
     shape = (128, 160)  # at a quarter 32 rows, enough for products in bfloat16
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
@@ -166,12 +166,12 @@ def half_precision(four: DeviceMesh) -> None:
         assert_same_momentum("bfloat16", spread, optimizer, alone, reference)
     found, expected = spread.detach().to_local(), part_of(alone.detach(), spread)
     assert found.dtype == torch.bfloat16
-    # The last of bfloat16's 8 bits.
+    # bfloat16 has 8 bits; the last may differ.
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
     assert (expected != part_of(start, spread)).any()
 
 
-def sharded_stacks(square: DeviceMesh) -> None:
+def check_sharded_stacks(square: DeviceMesh) -> None:
     """Experts over one dimension of the mesh, their rows or columns over the other; 3 experts over 2 ranks."""
     for placements in ((Shard(0), Shard(1)), (Shard(0), Shard(2)), (Shard(2), Shard(0)), (Shard(1), Shard(2))):
         for transposed in (False, True):
@@ -190,17 +190,17 @@ def sharded_stacks(square: DeviceMesh) -> None:
                 alone.grad, spread.grad = gradient, place(gradient, square, placements)
                 optimizer.step()
                 reference.step()
-            what = f"{placements}, transposed {transposed}"
+            label = f"{placements}, transposed {transposed}"
             indices = optimizer.selection_of(spread).indices
             indices = indices.full_tensor() if isinstance(indices, DTensor) else indices
-            assert torch.equal(indices, reference.selection_of(alone).indices), what
-            assert_same_momentum(what, spread, optimizer, alone, reference)
+            assert torch.equal(indices, reference.selection_of(alone).indices), label
+            assert_same_momentum(label, spread, optimizer, alone, reference)
             found, expected = spread.detach().to_local(), part_of(alone.detach(), spread)
-            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5), what
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5), label
 
 
-def partial_sums(four: DeviceMesh) -> None:
-    """A parameter that is not summed up yet is refused by name, and nothing has changed."""
+def check_partial_parameters(four: DeviceMesh) -> None:
+    """A ``Partial`` parameter is refused by name before anything changes."""
     for algorithm in ("dion2", "adamw"):
         whole, broken = (
             nn.Parameter(DTensor.from_local(torch.ones(4, 6), four, [each])) for each in (Shard(0), Partial())
@@ -211,12 +211,12 @@ def partial_sums(four: DeviceMesh) -> None:
             optimizer.step()
         assert (whole.to_local() == 1).all()
         assert not any(local.to_local().any() for local in optimizer.state[whole].values() if local.ndim)
-        # It is refused before anything is touched, so nothing is half updated.
+        # A refusal before any change leaves nothing half updated, so the optimizer can still be saved.
         optimizer.state_dict()
 
 
-def groups_are_made_once(square: DeviceMesh) -> None:
-    """A flattened mesh of two dimensions has a group of its own, which must not be made again every step."""
+def check_groups_are_made_once(square: DeviceMesh) -> None:
+    """Flattening a mesh makes a process group, which must not happen at every step."""
     parameter = nn.Parameter(place(torch.ones(8, 8), square, (Shard(0), Shard(1))))
     optimizer = Dion2([parameter], lr=0.1)
     parameter.grad = place(torch.eye(8), square, (Shard(0), Shard(1)))
@@ -229,13 +229,13 @@ def groups_are_made_once(square: DeviceMesh) -> None:
 def check_numerics() -> None:
     four = init_device_mesh("cpu", (4,))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("first", "second"))
-    awkward_selection(four, square)
-    hand_picked_ties(four)
-    scale_does_not_matter(four)
-    half_precision(four)
-    sharded_stacks(square)
-    groups_are_made_once(square)
-    partial_sums(four)
+    check_selection(four, square)
+    check_known_ties(four)
+    check_scale_invariance(four)
+    check_half_precision(four)
+    check_sharded_stacks(square)
+    check_groups_are_made_once(square)
+    check_partial_parameters(four)
 
 
 def test_numerics() -> None:

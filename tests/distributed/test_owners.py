@@ -20,12 +20,12 @@ def test_every_matrix_has_one_owner_and_equal_ones_are_spread_evenly():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_rank_has_more_than_four_thirds_of_the_best(seed):
-    """The bound of longest first, against every way of parting up to nine matrices in two."""
+def test_largest_load_is_within_the_bound_of_the_best(seed):
+    """The bound of longest-first assignment, against every assignment of up to nine matrices to two ranks."""
     random.seed(seed)
     costs = tuple(random.choices([random.randint(1, 30) for _ in range(3)], k=random.randint(2, 9)))
     best = min(largest_load(costs, owners, 2) for owners in itertools.product(range(2), repeat=len(costs)))
-    assert largest_load(costs, assign_owners(costs, 2), 2) <= best * 7 / 6  # 4/3 - 1/(3 ranks)
+    assert largest_load(costs, assign_owners(costs, 2), 2) <= best * 7 / 6  # 4/3 - 1 / (3 * ranks) for two ranks
 
 
 @pytest.mark.parametrize("ranks", [64, 128])
@@ -46,8 +46,8 @@ def plan(shapes: list[tuple[int, int]], ranks: int, replicas: int, share_replica
 
 
 @pytest.mark.parametrize(("shape", "shares"), [(LARGE, True), (SMALL, False)])
-def test_replicas_share_what_costs_more_than_sending_it(shape: tuple[int, int], shares: bool) -> None:
-    """The work of a large submatrix grows faster than its size."""
+def test_replicas_share_work_that_costs_more_than_sending_it(shape: tuple[int, int], shares: bool) -> None:
+    """The FLOPs of a submatrix grow faster than its bytes, so sharing pays for large ones."""
     k, m = shape
     assert (flops(k, m) >= FLOPS_PER_BYTE * 2 * k * m) is shares
     owners = plan([shape] * 8, ranks=2, replicas=4)
@@ -56,21 +56,21 @@ def test_replicas_share_what_costs_more_than_sending_it(shape: tuple[int, int], 
 
 
 def test_padding_counts() -> None:
-    """One matrix over many replicas: all of them receive as much as if each had one."""
-    just_worth = next(k for k in itertools.count(100) if flops(k, 8 * k) >= FLOPS_PER_BYTE * 16 * k * k)
-    shape = (just_worth, 8 * just_worth)
+    """One matrix over many replicas: padding makes all of them receive as much as if each had one."""
+    smallest_k = next(k for k in itertools.count(100) if flops(k, 8 * k) >= FLOPS_PER_BYTE * 16 * k * k)
+    shape = (smallest_k, 8 * smallest_k)
     assert plan([shape] * 8, ranks=1, replicas=8)[0][0] is not None
     assert plan([shape], ranks=1, replicas=8)[0][0] is None
 
 
-def test_owners_go_round_the_replicas() -> None:
+def test_owners_are_spread_over_the_replicas() -> None:
     owners = plan([LARGE] * 6, ranks=4, replicas=3, share_replicas=True)
     assert sorted(replica for replica, _ in owners) == [0, 0, 1, 1, 2, 2]
     assert len(set(owners)) == 6
 
 
 @pytest.mark.parametrize("share_replicas", [True, False, None])
-def test_without_replicas_the_ranks_are_all_there_is(share_replicas: bool | None) -> None:
+def test_owners_without_replicas(share_replicas: bool | None) -> None:
     assert sorted(plan([LARGE] * 4, ranks=4, replicas=1, share_replicas=share_replicas)) == [
         Owner(None, rank) for rank in range(4)
     ]

@@ -139,7 +139,7 @@ def train_alone() -> tuple[list[float], list[Selected], list[Norms]]:
     optimizer = optimizer_of(model)
     norms: list[Norms] = []
 
-    def look() -> None:
+    def record_norms() -> None:
         norms.append({})
         for name, parameter in matrices_of(optimizer).items():
             momentum = parameter.grad.double()
@@ -148,7 +148,7 @@ def train_alone() -> tuple[list[float], list[Selected], list[Norms]]:
             out_size, in_size = parameter.shape
             norms[-1][name] = momentum.abs().sum(1 if out_size <= in_size else 0)
 
-    losses, selections = train(model, optimizer, before_step=look)
+    losses, selections = train(model, optimizer, before_step=record_norms)
     return losses, selections, norms
 
 
@@ -159,15 +159,15 @@ def check_same_training(
 ) -> None:
     losses, selections = found
     assert losses == pytest.approx(expected[0], rel=1e-3), layout
-    for step, (selected, by_one, norms) in enumerate(zip(selections, *expected[1:], strict=True)):
-        differing = [name for name in by_one if selected[name] != by_one[name]]
+    for step, (selected, alone, norms) in enumerate(zip(selections, *expected[1:], strict=True)):
+        differing = [name for name in alone if selected[name] != alone[name]]
         for name in differing:
-            threshold = norms[name][by_one[name]].min()
-            for index in set(selected[name]) ^ set(by_one[name]):
+            threshold = norms[name][alone[name]].min()
+            for index in set(selected[name]) ^ set(alone[name]):
                 distance = (norms[name][index] - threshold).abs() / threshold
                 assert distance <= 1e-5, f"{layout}, step {step}, {name}: slice {index} is {distance} off the threshold"
         if differing:
-            return  # from here on the two differ, rightly
+            return  # after a different selection the runs may differ
 
 
 def check_every_layout() -> None:

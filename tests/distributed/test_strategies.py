@@ -10,7 +10,6 @@ import pytest
 import torch.distributed as dist
 import transformers
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from lightning.fabric import strategies as fabric_strategies
 from lightning.pytorch import strategies
@@ -20,21 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dion2_lightning.distributed.strategies import process_group_of
+from tests.integrations.conftest import fresh_accelerator_state  # noqa: F401  a fixture
 
 FLATTENS = r"flattens matrices into vectors, so no matrix is left to update; use FSDP2 \(fully_shard\) instead"
 
 
-@pytest.fixture(autouse=True)
-def no_accelerator_of_another_test() -> Iterator[None]:
-    """All Accelerators of a process share one state."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
 def four_ranks() -> Iterator[None]:
-    """This process as the first of four; it does not communicate."""
+    """A fake group of four ranks, of which this process is the first."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     yield
     dist.destroy_process_group()
@@ -49,7 +41,7 @@ def one_rank() -> Iterator[None]:
 
 def trainer(**settings: Any) -> L.Trainer:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about devices that are there and not used
+        warnings.simplefilter("ignore")  # about GPUs that are not used
         return L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, **settings)
 
 
@@ -64,7 +56,7 @@ def arguments(**settings: Any) -> transformers.TrainingArguments:
 
 
 def without_init(kind: type) -> Any:
-    """An object of a class whose constructor asks for what is not installed here."""
+    """An object of a class whose constructor needs a package that is not installed here."""
     return object.__new__(kind)
 
 
@@ -96,7 +88,7 @@ def test_a_group_of_one_rank_is_none(one_rank: None, kind: str) -> None:
     assert process_group_of(SINGLE[kind]()) is None
 
 
-def test_groups_and_meshes_stand_for_themselves(one_rank: None) -> None:
+def test_process_groups_and_meshes(one_rank: None) -> None:
     assert process_group_of(dist.group.WORLD) is dist.group.WORLD
     mesh = init_device_mesh("cpu", (1,))
     assert process_group_of(mesh) is mesh.get_group()
@@ -112,10 +104,10 @@ def test_a_mesh_of_two_dimensions_means_all_its_ranks(four_ranks: None) -> None:
 
 
 def test_ddp_holds_replicas(four_ranks: None) -> None:
-    class Mine(strategies.DDPStrategy):
+    class Custom(strategies.DDPStrategy):
         pass
 
-    for strategy in (strategies.DDPStrategy(), fabric_strategies.DDPStrategy(), Mine()):
+    for strategy in (strategies.DDPStrategy(), fabric_strategies.DDPStrategy(), Custom()):
         assert process_group_of(strategy) is dist.group.WORLD
 
 
@@ -129,7 +121,7 @@ def test_ddp_over_some_of_the_ranks(four_ranks: None, kind: Any) -> None:
 
 
 def wrapped_by_ddp(group: Any, hooks: list[Any]) -> strategies.DDPStrategy:
-    """After Lightning has wrapped the model; with a group that only the wrapper knows, as of a user's subclass."""
+    """A strategy with a model wrapped for a group that only the wrapper knows, as in a user's subclass."""
     strategy, wrapper = strategies.DDPStrategy(), without_init(DistributedDataParallel)
     nn.Module.__init__(wrapper)
     wrapper.process_group, wrapper._comm_hooks = group, hooks
@@ -137,13 +129,13 @@ def wrapped_by_ddp(group: Any, hooks: list[Any]) -> strategies.DDPStrategy:
     return strategy
 
 
-def test_ddp_says_its_group_itself_once_it_is_there(four_ranks: None) -> None:
+def test_group_of_a_ddp_wrapper(four_ranks: None) -> None:
     pair = dist.new_group([0, 1])
     assert process_group_of(wrapped_by_ddp(pair, [])) is pair
 
 
 def hook(state: object, bucket: dist.GradBucket) -> None:
-    """What gradients it leaves nobody knows."""
+    """A hook may leave different gradients on every rank."""
 
 
 @pytest.mark.parametrize(
@@ -163,7 +155,7 @@ def test_ddp_whose_gradients_may_differ_between_ranks_has_no_replicas(four_ranks
     ],
     ids=lambda strategy: type(strategy).__module__,
 )
-def test_dtensors_and_single_devices_say_it_themselves(four_ranks: None, strategy: Any) -> None:
+def test_strategies_that_need_no_group(four_ranks: None, strategy: Any) -> None:
     assert process_group_of(strategy) is None
 
 
@@ -177,21 +169,23 @@ def test_dtensors_and_single_devices_say_it_themselves(four_ranks: None, strateg
     ],
 )
 def test_strategies_that_flatten_are_refused(strategy: Any, name: str) -> None:
-    """On one rank too: a script is tried there first."""
+    """On one rank too, where a script is usually tried first."""
     with pytest.raises(ValueError, match=f"^strategy {name} {FLATTENS}: ModelParallelStrategy$"):
         process_group_of(strategy)
 
 
 def test_unknown_lightning_strategies_are_refused_on_several_ranks(four_ranks: None) -> None:
-    class Mine(strategies.ParallelStrategy):
+    class Custom(strategies.ParallelStrategy):
         pass
 
-    Mine.__abstractmethods__ = frozenset()
-    with pytest.raises(ValueError, match=r"^strategy Mine is not supported on several ranks; use DDPStrategy or Model"):
-        process_group_of(without_init(Mine))
+    Custom.__abstractmethods__ = frozenset()
+    with pytest.raises(
+        ValueError, match=r"^strategy Custom is not supported on several ranks; use DDPStrategy or Model"
+    ):
+        process_group_of(without_init(Custom))
 
 
-def test_a_module_without_trainer_is_told_so() -> None:
+def test_a_module_without_trainer_is_refused() -> None:
     with pytest.raises(RuntimeError, match="not attached to a `Trainer`"):
         process_group_of(L.LightningModule())
 
@@ -201,7 +195,7 @@ def test_a_module_without_trainer_is_told_so() -> None:
 
 @pytest.fixture
 def accelerator() -> accelerate.Accelerator:
-    """Its state can be told anything; it belongs to this test alone."""
+    """One whose state the test may change."""
     return accelerate.Accelerator(cpu=True)
 
 
@@ -238,7 +232,7 @@ def test_training_arguments_on_several_ranks(four_ranks: None, monkeypatch: pyte
 
 @pytest.mark.parametrize("config", [None, {}, {"version": 2}, {"version": "2"}, {"fsdp_version": 2}], ids=str)
 def test_training_arguments_with_fsdp2(config: dict[str, Any] | None) -> None:
-    """Version 2 is what the Trainer takes where none is given."""
+    """The Trainer defaults to version 2."""
     assert process_group_of(arguments(fsdp=True, fsdp_config=config)) is None
 
 
@@ -259,7 +253,7 @@ def test_training_arguments_with_deepspeed() -> None:
 
 
 class Trainer:
-    """Of the same name as Lightning's, and of no framework."""
+    """Named like Lightning's, but of no framework."""
 
     strategy = strategies.DDPStrategy()
 

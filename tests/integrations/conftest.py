@@ -1,4 +1,4 @@
-"""What every test of a framework needs."""
+"""A fixture for every test of a framework."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,8 @@ from accelerate.state import AcceleratorState, GradientState
 
 
 @pytest.fixture(autouse=True)
-def no_accelerator_of_another_test() -> Iterator[None]:
-    """All Accelerators of a process share their state, the Trainer's too, and with it how far its batches are."""
+def fresh_accelerator_state() -> Iterator[None]:
+    """Reset the state that all Accelerators of a process share, the Trainer's included."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     yield

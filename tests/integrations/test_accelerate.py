@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dion2_lightning import build_optimizer
 from tests.distributed.ranks import kill_this_process, run_like_torchrun
-from tests.integrations import test_plain
+from tests.integrations import test_plain_loop
 from tests.integrations.huggingface import make_accelerator
 from tests.integrations.resume import STEPS, STOP, Phase, check_resume, make_optimizer, unwrapped, write_outcome
 from tests.integrations.training import BATCH, MAX_NORM, SETTINGS, Sequences, make_model
@@ -93,8 +93,8 @@ def test_resume(layout: str, tmp_path: Path, record_property: Callable[[str, obj
 
 
 def test_the_curve_is_the_one_by_hand() -> None:
-    test_plain.check_curve(loss_curve)
+    test_plain_loop.check_curve(loss_curve)
 
 
 def test_the_curve_of_two_ranks_is_the_one_by_hand() -> None:
-    run_like_torchrun(2, test_plain.check_curve, loss_curve)
+    run_like_torchrun(2, test_plain_loop.check_curve, loss_curve)

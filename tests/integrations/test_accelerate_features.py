@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dion2_lightning import Dion2, build_optimizer
 from tests.distributed.ranks import run_like_torchrun
-from tests.integrations import test_plain
+from tests.integrations import test_plain_loop
 from tests.integrations.huggingface import (
     assert_same,
     fsdp2_on_cpu,
@@ -78,7 +78,7 @@ def check_parameters_are_upcast() -> None:
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
     assert optimizer.state.keys() == set(parameters)
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
-    assert accelerator.reduce(losses, "mean").tolist() == pytest.approx(test_plain.loss_curve(STEPS), rel=0.02)
+    assert accelerator.reduce(losses, "mean").tolist() == pytest.approx(test_plain_loop.loss_curve(STEPS), rel=0.02)
 
 
 def test_parameters_that_are_upcast_by_prepare() -> None:
@@ -89,8 +89,8 @@ def test_autocast() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model, optimizer, wrapped = build_before(accelerator)
     losses = train_on(accelerator, loader_of(accelerator, STEPS), model, wrapped)
-    assert losses != pytest.approx(test_plain.loss_curve(STEPS), abs=1e-5), "nothing was computed in bfloat16"
-    assert losses == pytest.approx(test_plain.loss_curve(STEPS), rel=0.02)
+    assert losses != pytest.approx(test_plain_loop.loss_curve(STEPS), abs=1e-5), "nothing was computed in bfloat16"
+    assert losses == pytest.approx(test_plain_loop.loss_curve(STEPS), rel=0.02)
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
 
 
@@ -218,7 +218,7 @@ def check_offload() -> None:
     model, _, wrapped = build_before(accelerator)
     loader = accelerator.prepare(loader_of(accelerator, STEPS))
     losses = torch.tensor(train_on(accelerator, loader, model, wrapped))
-    assert accelerator.reduce(losses, "mean").tolist() == pytest.approx(test_plain.loss_curve(STEPS), abs=1e-4)
+    assert accelerator.reduce(losses, "mean").tolist() == pytest.approx(test_plain_loop.loss_curve(STEPS), abs=1e-4)
 
 
 def test_parameters_offloaded_to_the_cpu() -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from dion2_lightning import Dion2, build_optimizer, with_parameter_names
 from tests.distributed.ranks import kill_this_process, run_like_torchrun
-from tests.integrations import test_plain
+from tests.integrations import test_plain_loop
 from tests.integrations.lightning_training import mean_over_ranks, parallelize
 from tests.integrations.resume import STEPS, STOP, Phase, check_resume, make_optimizer, unwrapped, write_outcome
 from tests.integrations.training import BATCH, MAX_NORM, SETTINGS, Sequences, make_model
@@ -70,7 +70,7 @@ def loss_curve(steps: int, layout: str = "one device", before: bool = False) -> 
 
 @pytest.mark.parametrize("before", [True, False], ids=["built before", "built after"])
 def test_loss_curve_is_that_of_a_loop_by_hand(before: bool) -> None:
-    assert loss_curve(20, before=before) == pytest.approx(test_plain.loss_curve(20), rel=0, abs=1e-4)
+    assert loss_curve(20, before=before) == pytest.approx(test_plain_loop.loss_curve(20), rel=0, abs=1e-4)
 
 
 def check_loss_curve(layout: str, before: bool, expected: list[float]) -> None:
@@ -79,7 +79,7 @@ def check_loss_curve(layout: str, before: bool, expected: list[float]) -> None:
 
 @pytest.mark.parametrize(("layout", "before"), [("DDP", True), ("DDP", False), ("FSDP2", False)])
 def test_every_strategy_has_the_loss_curve_of_one_device(layout: str, before: bool) -> None:
-    run_like_torchrun(2, check_loss_curve, layout, before, test_plain.loss_curve(20))
+    run_like_torchrun(2, check_loss_curve, layout, before, test_plain_loop.loss_curve(20))
 
 
 def train_in_fabric(layout: str, kind: str, phase: Phase, folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from dion2_lightning import NamedOptimizerStates, build_optimizer
 from tests.distributed.ranks import run_like_torchrun
-from tests.integrations import test_plain
+from tests.integrations import test_plain_loop
 from tests.integrations.lightning_training import Llama, Scheduled, fit, make_trainer, mean_over_ranks, ranks_of
 from tests.integrations.training import BATCH, make_model
 
@@ -31,7 +31,7 @@ def loss_curve(steps: int) -> list[float]:
 
 
 def test_loss_curve_is_that_of_a_loop_by_hand() -> None:
-    assert loss_curve(STEPS) == pytest.approx(test_plain.loss_curve(STEPS), rel=0, abs=1e-4)
+    assert loss_curve(STEPS) == pytest.approx(test_plain_loop.loss_curve(STEPS), rel=0, abs=1e-4)
 
 
 def check_loss_curve(layout: str, expected: list[float], options: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ def check_loss_curve(layout: str, expected: list[float], options: dict[str, Any]
     ids=str,
 )
 def test_every_strategy_has_the_loss_curve_of_one_device(layout: str, options: dict[str, Any]) -> None:
-    expected = test_plain.loss_curve(STEPS)
+    expected = test_plain_loop.loss_curve(STEPS)
     run_like_torchrun(ranks_of(layout), check_loss_curve, layout, expected, options)
 
 
@@ -82,7 +82,7 @@ def test_processes_that_lightning_starts(monkeypatch: pytest.MonkeyPatch) -> Non
     steps of whatever optimizer add up; with spawn it does not.
     """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    check = CheckLosses(test_plain.loss_curve(6))
+    check = CheckLosses(test_plain_loop.loss_curve(6))
     settings = {"share_replicas": True}
     module, _ = fit("DDP", options={"start_method": "spawn"}, settings=settings, callbacks=[check])
     expected, _ = fit("one device")
@@ -96,7 +96,7 @@ def test_processes_that_lightning_starts(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_half_precision(precision: Any) -> None:
     module, trainer = fit("one device", steps=STEPS, precision=precision)
-    assert module.losses == pytest.approx(test_plain.loss_curve(STEPS), rel=0.02)
+    assert module.losses == pytest.approx(test_plain_loop.loss_curve(STEPS), rel=0.02)
     expected = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
     assert {parameter.dtype for parameter in module.parameters()} == {expected}
     state = trainer.optimizers[0].state
@@ -146,7 +146,7 @@ def test_a_step_that_the_grad_scaler_skips_changes_nothing() -> None:
     assert planted.before
     assert plugin.scaler.get_scale() == 2.0
     assert trainer.optimizers[0].state[module.model.lm_head.weight]["step"] == 7
-    assert module.losses[:4] == pytest.approx(test_plain.loss_curve(8)[:4], rel=1e-5)
+    assert module.losses[:4] == pytest.approx(test_plain_loop.loss_curve(8)[:4], rel=1e-5)
     assert module.losses[7] < module.losses[0]
 
 
@@ -164,7 +164,7 @@ def check_precision_under_ddp(expected: list[float]) -> None:
 
 
 def test_precisions_of_replicas() -> None:
-    run_like_torchrun(2, check_precision_under_ddp, test_plain.loss_curve(8))
+    run_like_torchrun(2, check_precision_under_ddp, test_plain_loop.loss_curve(8))
 
 
 # What a Trainer does with an optimizer
@@ -180,7 +180,7 @@ def test_accumulated_batches_make_one_step() -> None:
     module = Halves("Dion2", "one device", make_model(), 6)
     make_trainer("one device", 6, accumulate_grad_batches=2).fit(module)
     losses = [(first + second) / 2 for first, second in zip(module.losses[::2], module.losses[1::2], strict=True)]
-    assert losses == pytest.approx(test_plain.loss_curve(6), rel=1e-4)
+    assert losses == pytest.approx(test_plain_loop.loss_curve(6), rel=1e-4)
 
 
 def test_learning_rate_monitor_shows_every_group(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dion2_lightning import Dion2Factory
 from tests.distributed.ranks import kill_this_process, run_like_torchrun
-from tests.integrations import test_plain
+from tests.integrations import test_plain_loop
 from tests.integrations.huggingface import STATE_DICTS, fsdp2_on_cpu
 from tests.integrations.resume import STEPS, STOP, Phase, check_resume, unwrapped, write_outcome
 from tests.integrations.training import BATCH, MAX_NORM, SETTINGS, Sequences, make_model
@@ -104,8 +104,8 @@ def loss_curve(steps: int) -> list[float]:
 
 
 def test_the_curve_is_the_one_by_hand() -> None:
-    test_plain.check_curve(loss_curve)
+    test_plain_loop.check_curve(loss_curve)
 
 
 def test_the_curve_of_two_ranks_is_the_one_by_hand() -> None:
-    run_like_torchrun(2, test_plain.check_curve, loss_curve)
+    run_like_torchrun(2, test_plain_loop.check_curve, loss_curve)

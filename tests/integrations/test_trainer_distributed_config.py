@@ -15,7 +15,7 @@ from transformers.distributed import DistributedConfig
 from dion2_lightning import Dion2
 from recipes.versions import DIVIDES_MODELS
 from tests.distributed.ranks import run_like_torchrun
-from tests.integrations import test_plain
+from tests.integrations import test_plain_loop
 from tests.integrations.huggingface import fsdp2_on_cpu
 from tests.integrations.resume import unwrapped
 from tests.integrations.test_trainer import arguments, make_trainer
@@ -122,7 +122,7 @@ def check_curve(source: Path, layout: Layout, down_projection: str, expected: li
 def test_a_dense_model(name: str, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "model")
     layout, down_projection = DENSE[name], "model.layers.1.mlp.down_proj.weight"
-    curve = test_plain.loss_curve(STEPS)
+    curve = test_plain_loop.loss_curve(STEPS)
     run_like_torchrun(layout.ranks, check_curve, tmp_path / "model", layout, down_projection, curve, tmp_path / "run")
 
 
@@ -130,5 +130,5 @@ def test_a_dense_model(name: str, tmp_path: Path) -> None:
 def test_a_mixture_of_experts(name: str, tmp_path: Path) -> None:
     make_mixture().save_pretrained(tmp_path / "model")
     layout, experts = EXPERTS[name], "model.layers.1.mlp.experts.down_proj"
-    curve = test_plain.loss_curve(STEPS, make_mixture())
+    curve = test_plain_loop.loss_curve(STEPS, make_mixture())
     run_like_torchrun(layout.ranks, check_curve, tmp_path / "model", layout, experts, curve, tmp_path / "run")

@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 
 from dion2_lightning import Dion2, Dion2Factory, build_optimizer
 from tests.distributed.ranks import run_like_torchrun
-from tests.integrations import test_plain
+from tests.integrations import test_plain_loop
 from tests.integrations.huggingface import fsdp2_on_cpu, whole
 from tests.integrations.resume import unwrapped
 from tests.integrations.test_trainer import FSDP, InOrder, arguments, make_trainer
@@ -79,8 +79,10 @@ def test_accumulated_gradients(tmp_path: Path) -> None:
 def test_autocast(tmp_path: Path) -> None:
     trainer = make_trainer(arguments(tmp_path, steps=STEPS, bf16=True), make_model())
     trainer.train()
-    assert trainer.losses != pytest.approx(test_plain.loss_curve(STEPS), abs=1e-5), "nothing was computed in bfloat16"
-    assert trainer.losses == pytest.approx(test_plain.loss_curve(STEPS), rel=0.02)
+    assert trainer.losses != pytest.approx(test_plain_loop.loss_curve(STEPS), abs=1e-5), (
+        "nothing was computed in bfloat16"
+    )
+    assert trainer.losses == pytest.approx(test_plain_loop.loss_curve(STEPS), rel=0.02)
     state = unwrapped(trainer.optimizer).state
     assert {value.dtype for entries in state.values() for value in entries.values()} == {torch.float32}
 
@@ -111,7 +113,7 @@ def test_an_optimizer_made_by_hand(tmp_path: Path) -> None:
     )
     trainer.losses = []
     trainer.train()
-    assert trainer.losses == pytest.approx(test_plain.loss_curve(STEPS), abs=1e-4)
+    assert trainer.losses == pytest.approx(test_plain_loop.loss_curve(STEPS), abs=1e-4)
 
 
 # Several ranks
@@ -136,7 +138,7 @@ def check_overridden_create_optimizer(folder: Path, settings: dict[str, Any]) ->
     assert isinstance(optimizer, Dion2)
     assert (optimizer.process_group is not None) == (not settings)
     losses = trainer.accelerator.reduce(torch.tensor(trainer.losses), reduction="mean")
-    assert losses.tolist() == pytest.approx(test_plain.loss_curve(STEPS), abs=1e-4)
+    assert losses.tolist() == pytest.approx(test_plain_loop.loss_curve(STEPS), abs=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"fsdp": True, "fsdp_config": FSDP}], ids=["DDP", "FSDP2"])
@@ -153,7 +155,7 @@ def check_offload(folder: Path) -> None:
     plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # there is no GPU to pin it for
     trainer.train()
     losses = trainer.accelerator.reduce(torch.tensor(trainer.losses), reduction="mean")
-    assert losses.tolist() == pytest.approx(test_plain.loss_curve(STEPS), abs=1e-4)
+    assert losses.tolist() == pytest.approx(test_plain_loop.loss_curve(STEPS), abs=1e-4)
 
 
 def test_parameters_offloaded_to_the_cpu(tmp_path: Path) -> None:

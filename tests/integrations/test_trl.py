@@ -10,7 +10,7 @@ from transformers import ByT5Tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from dion2_lightning import Dion2, Dion2Factory, SelectionCallback
-from tests.integrations import test_plain
+from tests.integrations import test_plain_loop
 from tests.integrations.resume import unwrapped
 from tests.integrations.test_trainer import InOrder
 from tests.integrations.training import BATCH, LENGTH, MAX_NORM, SETTINGS, Sequences, make_model
@@ -59,7 +59,7 @@ def test_the_curve_is_the_one_by_hand(tmp_path: Path) -> None:
     trainer.train()
     assert isinstance(unwrapped(trainer.optimizer), Dion2)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses == pytest.approx(test_plain.loss_curve(STEPS), abs=1e-4)
+    assert losses == pytest.approx(test_plain_loop.loss_curve(STEPS), abs=1e-4)
 
 
 def test_the_selection_is_logged_with_the_loss(tmp_path: Path) -> None:

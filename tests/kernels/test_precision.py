@@ -1,4 +1,4 @@
-"""Devices without float64. Fake tensors stand in for Apple's GPUs; numbers come from a CPU that is told it has none."""
+"""Devices without float64: fake tensors on Apple's GPUs, and real ones on a CPU whose float64 is switched off."""
 
 import sys
 from collections.abc import Iterator
@@ -79,42 +79,42 @@ def parameters_of(groups: list[dict[str, Any]]) -> list[Tensor]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
-def step_watched(groups: list[dict[str, Any]], device: torch.device) -> Tensor:
-    """All that a training loop does with the package, but for the host's look at the table, which is returned."""
+def checked_steps(groups: list[dict[str, Any]], device: torch.device) -> Tensor:
+    """Clip, step and track without float64; return the table of metrics, which is still on the device."""
     optimizer = Dion2(groups, lr=0.1)
-    statistics = SelectionTracker(every=1, orthogonality=True)
-    statistics.attach(optimizer)
+    tracker = SelectionTracker(every=1, orthogonality=True)
+    tracker.attach(optimizer)
     with NoFloat64(device):
         for _ in range(2):
             clip_grad_norm_(parameters_of(groups), 1.0)
             optimizer.step()
-        assert statistics._record is not None
-        return statistics._record.table(len(statistics._parameters))
+        assert tracker._record is not None
+        return tracker._record.table(len(tracker._parameters))
 
 
 def test_a_step_on_mps_uses_no_float64(fake_mps: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dion2_lightning.optimizer.on_any_rank", lambda flags, *_: [False] * len(flags))  # reads data
     groups = groups_on(MPS)
-    groups[0]["lr"] = 0.2  # so that the first step is none that only creates state
-    table = step_watched(groups, MPS)
+    groups[0]["lr"] = 0.2  # or the first step would only create state
+    table = checked_steps(groups, MPS)
     assert (table.device.type, table.dtype) == ("mps", torch.float32)
 
 
 @pytest.mark.parametrize("first", [CPU, MPS], ids=str)
 def test_a_model_on_two_devices(fake_mps: None, monkeypatch: pytest.MonkeyPatch, first: torch.device) -> None:
-    """Sums go from one to the other in what both have; the first device's table is what the host looks at."""
+    """Sums go from one to the other in what both have; the host reads the first device's table."""
     monkeypatch.setattr("dion2_lightning.optimizer.on_any_rank", lambda flags, *_: [False] * len(flags))
     second = MPS if first == CPU else CPU
-    table = step_watched([*groups_on(first), *groups_on(second)], MPS)
+    table = checked_steps([*groups_on(first), *groups_on(second)], MPS)
     assert (table.device.type, table.dtype) == (first.type, sum_dtype(first))
 
 
 def test_a_step_on_a_cpu_without_float64(cpu_without_float64: None) -> None:
-    """With real tensors, whose operations are all there."""
+    """With real tensors, so that all operations run."""
     groups = groups_on(CPU)
     for parameter in parameters_of(groups):
         parameter.grad.normal_(generator=torch.Generator().manual_seed(0))
-    assert step_watched(groups, CPU).isfinite().all()
+    assert checked_steps(groups, CPU).isfinite().all()
 
 
 @pytest.mark.parametrize("device", [CPU, MPS], ids=str)
@@ -206,27 +206,27 @@ def test_clipping_equals_torch(cpu_without_float64: None, norm_type: float) -> N
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_statistics_are_those_of_a_device_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_those_of_a_device_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     def after_steps() -> tuple[SelectionTracker, list[Any]]:
         torch.manual_seed(0)
         parameters = [nn.Parameter(torch.randn(shape)) for shape in ((16, 24), (24, 16), (40, 40))]
         optimizer = Dion2([{"params": parameters}], lr=0.1, orthonormalize_dtype="float32")
-        statistics = SelectionTracker(every=5, orthogonality=True)
-        statistics.attach(optimizer)
-        taken = []
+        tracker = SelectionTracker(every=5, orthogonality=True)
+        tracker.attach(optimizer)
+        metrics = []
         for _ in range(20):
             for parameter in parameters:
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()
-            taken.append(statistics.pop_metrics())
-        return statistics, [each.named(per_matrix=True) for each in taken if each is not None]
+            metrics.append(tracker.pop_metrics())
+        return tracker, [each.named(per_matrix=True) for each in metrics if each is not None]
 
-    expected, its_figures = after_steps()
+    expected, expected_metrics = after_steps()
     monkeypatch.setattr(precision, "WITHOUT_FLOAT64", ("cpu",))
-    found, figures = after_steps()
-    assert len(figures) == 4
-    for mine, theirs in zip(figures, its_figures, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    found, metrics = after_steps()
+    assert len(metrics) == 4
+    for values, expected_values in zip(metrics, expected_metrics, strict=True):
+        assert values == pytest.approx(expected_values, rel=1e-5, abs=1e-5)
     assert found.history.counts.dtype == torch.float64
     assert torch.equal(found.history.counts, expected.history.counts)
     assert torch.equal(found.history.shares, expected.history.shares)
@@ -243,7 +243,7 @@ def test_float64_settings_are_refused(fake_mps: None, name: str) -> None:
         Dion2([("w", parameter)], **{name: torch.float64})
     with pytest.raises(ValueError, match=message):
         Dion2([{"params": [("w", parameter)], name: "float64"}])
-    Dion2([{"params": [("w", parameter)], "algorithm": "adamw"}], **{name: "float64"})  # which reads neither
+    Dion2([{"params": [("w", parameter)], "algorithm": "adamw"}], **{name: "float64"})  # AdamW has neither setting
 
 
 @pytest.mark.parametrize("name", ["orthonormalize_dtype", "state_dtype"])

@@ -46,7 +46,7 @@ def set_gradients(named: dict[str, nn.Parameter], step: int) -> None:
 
 
 class Reference:
-    """The metrics of one parameter, from their definitions, matrix by matrix and slice by slice."""
+    """The metrics of one parameter by their definitions, in plain loops over matrices and slices."""
 
     def __init__(self, window: int) -> None:
         self.window = window
@@ -167,7 +167,7 @@ def test_names() -> None:
     assert metrics.named()["dion2/its wide/coverage"] == 0.25
 
 
-def test_slices_count_alike_and_matrices_count_alike() -> None:
+def test_weights_of_slices_and_matrices_in_means() -> None:
     """Coverage pools 8 slices of which 2 are selected and 12 of which 6 are; captured mass is a mean of two."""
     named = {name: parameter for name, parameter in parameters().items() if name in ("wide", "square")}
     optimizer = optimizer_of(named)
@@ -218,7 +218,7 @@ def test_requested_metrics(every: int | None) -> None:
     tracker = SelectionTracker(every=every)
     tracker.attach(optimizer)
     tracker.request()
-    assert tracker.pop_metrics() is None  # no step was taken, and the request is over
+    assert tracker.pop_metrics() is None  # no step was taken; popping ends the request
     seen = []
     for step in range(1, 6):
         set_gradients(named, step)
@@ -271,10 +271,10 @@ def test_steps_that_a_grad_scaler_skips_are_not_counted() -> None:
     tracker.attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     seen = []
-    for is_broken in (False, True, False):
+    for has_inf in (False, True, False):
         optimizer.zero_grad()
         scaler.scale(model(torch.randn(2, 8)).square().sum()).backward()
-        if is_broken:
+        if has_inf:
             model.weight.grad[0, 0] = math.inf
         scaler.step(optimizer)
         scaler.update()
@@ -298,11 +298,8 @@ def test_without_a_tracker_nothing_is_kept() -> None:
     assert tracker.step == 1
 
 
-def test_two_integers_a_slice() -> None:
-    """The tensors that a tracker keeps on the device, without those of the optimizer and the history.
-
-    A step with metrics keeps more until they are popped.
-    """
+def test_memory_is_two_integers_per_slice() -> None:
+    """What a tracker keeps on the device between steps; a step with metrics keeps more until they are popped."""
     named = parameters()
     optimizer = optimizer_of(named)
     tracker = SelectionTracker(every=2, orthogonality=True)
@@ -341,7 +338,7 @@ def test_warnings_name_parameters_once() -> None:
             tracker.pop_metrics()
         if caught:
             messages[step] = [str(each.message) for each in caught]
-    # A half, three tenths and a quarter of the slices; a fair draw misses some for longer where few are selected.
+    # Fractions of a half, three tenths and a quarter: the smaller, the longer a slice may wait by chance.
     assert sorted(messages) == [2, 8, 14, 16, 17]
     assert all(len(each) == 1 for each in messages.values())
     assert messages[2][0].startswith(
@@ -466,8 +463,8 @@ def run(steps: range, saved: Any) -> Any:
     return optimizer, tracker, weights, [each for each in metrics if each is not None]
 
 
-def test_the_names_in_saved_states_and_files_are_those_of_version_0_1_0() -> None:
-    """Or its checkpoints and files could not be loaded."""
+def test_names_in_saved_states_and_files_are_those_of_version_0_1_0() -> None:
+    """Otherwise its checkpoints and files could not be loaded."""
     state = run(range(1, 5), None)[1].state_dict()
     assert list(state) == ["step", "counts", "history", "warned"]
     assert list(state["counts"]["its wide/wide"]) == ["last", "hits"]
@@ -544,7 +541,7 @@ def test_the_newest_observer_replaces_another() -> None:
     ]
     assert optimizer.observer is new
     assert old.pop_metrics() is None and not old.is_attached
-    old.detach()  # no longer its business
+    old.detach()  # it is no longer the observer
     assert optimizer.observer is new
     new.detach()
     old.attach(optimizer)

@@ -144,7 +144,7 @@ def test_modules_that_hold_each_other() -> None:
     train(nn.Sequential(model[0]), optimizer)
 
 
-# Copies, and models and optimizers that are gone
+# Copies, and deleted models and optimizers
 
 
 def test_copies_are_not_checked() -> None:
@@ -158,26 +158,26 @@ def test_copies_are_not_checked() -> None:
     unpickled.step()
 
 
-def test_a_model_that_is_gone() -> None:
+def test_a_deleted_model() -> None:
     model = make_model()
     optimizer = build_optimizer(model, lr=0.1)
     train(model, optimizer)
-    gone = weakref.ref(model)
+    deleted = weakref.ref(model)
     del model
     gc.collect()
-    assert gone() is None
+    assert deleted() is None
     optimizer.step()
 
 
-def test_an_optimizer_that_is_gone() -> None:
+def test_a_deleted_optimizer() -> None:
     """Its parameters keep neither it nor its state alive, and another optimizer can train them."""
     model = make_model()
     optimizer = build_optimizer(model, lr=0.1)
     train(model, optimizer)
-    gone = [weakref.ref(optimizer), weakref.ref(optimizer.state[model[0].weight]["momentum"])]
+    deleted = [weakref.ref(optimizer), weakref.ref(optimizer.state[model[0].weight]["momentum"])]
     del optimizer
     gc.collect()
-    assert [reference() for reference in gone] == [None, None]
+    assert [reference() for reference in deleted] == [None, None]
     train(model, build_optimizer(model, lr=0.1), 2)
 
 
@@ -192,14 +192,14 @@ def test_parameters_that_are_swapped() -> None:
     train(model, optimizer)
 
 
-def test_parameters_that_are_gone() -> None:
+def test_deleted_parameters() -> None:
     model = make_model()
     optimizer = build_optimizer(model, lr=0.1)
     train(model, optimizer)
-    gone = weakref.ref(model[0].weight)
+    deleted = weakref.ref(model[0].weight)
     del model, optimizer
     gc.collect()
-    assert gone() is None
+    assert deleted() is None
 
 
 def test_a_closure_that_makes_the_gradients() -> None:

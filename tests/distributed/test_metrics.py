@@ -17,8 +17,8 @@ from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_layouts import (
     CASES,
     Case,
+    errors_name_case,
     groups_of,
-    naming,
     place,
     sharded,
     whole_parameters,
@@ -62,31 +62,35 @@ def assert_same(found: SelectionMetrics, expected: SelectionMetrics) -> None:
     pairs = [(found.overall, expected.overall)]
     pairs += [(found.groups[name], expected.groups[name]) for name in expected.groups]
     pairs += [(found.parameters[name], expected.parameters[name]) for name in expected.parameters]
-    for its, other in pairs:
-        assert list(its) == list(other)
-        for name, value in other.items():
-            # Sums of squares and errors of results depend on the layout by rounding; nothing else does.
+    for values, expected_values in pairs:
+        assert list(values) == list(expected_values)
+        for name, value in expected_values.items():
+            # Only float sums are rounded differently under other layouts.
             is_rounded = name in ("update_rms", "orthogonality_error", "captured_mass", "imbalance")
             tolerance = 1e-4 if name in ("update_rms", "orthogonality_error") else 1e-12
-            same = math.isclose(its[name], value, rel_tol=tolerance, abs_tol=1e-7) if is_rounded else its[name] == value
-            assert same, (name, its[name], value)
+            same = (
+                math.isclose(values[name], value, rel_tol=tolerance, abs_tol=1e-7)
+                if is_rounded
+                else values[name] == value
+            )
+            assert same, (name, values[name], value)
 
 
 def check(name: str, parameters: dict[str, nn.Parameter], **settings: Any) -> None:
     alone = whole_parameters()
-    with warnings.catch_warnings(), naming(name):
+    with warnings.catch_warnings(), errors_name_case(name):
         warnings.simplefilter("ignore", SelectionWarning)
         expected, expected_state = metrics_of(alone)
         found, state = metrics_of(parameters, **settings)
-        for mine, theirs in zip(found, expected, strict=True):
-            assert_same(mine, theirs)
+        for metrics, expected_metrics in zip(found, expected, strict=True):
+            assert_same(metrics, expected_metrics)
         for key, counts in expected_state["counts"].items():
             for entry, value in counts.items():
                 assert torch.equal(state["counts"][key][entry], value), (key, entry)
         assert torch.equal(state["history"]["shares"], expected_state["history"]["shares"])
 
 
-def check_all(ranks: int) -> None:
+def check_all_layouts(ranks: int) -> None:
     for name, case in CASES.items():
         if math.prod(case.mesh) == ranks and case.order is None:
             check(name, sharded(case), share_replicas=True if case.has_replicas else None)
@@ -103,15 +107,15 @@ def check_all(ranks: int) -> None:
 
 
 def test_metrics_on_two_ranks() -> None:
-    run_on_ranks(2, check_all, 2)
+    run_on_ranks(2, check_all_layouts, 2)
 
 
 def test_metrics_on_four_ranks() -> None:
-    run_on_ranks(4, check_all, 4)
+    run_on_ranks(4, check_all_layouts, 4)
 
 
-def check_empty_experts() -> None:
-    """Four experts over three ranks leave none for the last."""
+def check_rank_without_experts() -> None:
+    """Four experts over three ranks: the last rank holds none."""
     mesh = init_device_mesh("cpu", (3,))
     whole = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(0))
     alone, spread = nn.Parameter(whole.clone()), nn.Parameter(place(whole, mesh, (Shard(0),)))
@@ -127,7 +131,7 @@ def check_empty_experts() -> None:
 
 
 def check_warnings() -> None:
-    """Said by the first rank alone."""
+    """Only the first rank warns."""
     parameters = sharded(Case((2,), CASES["FSDP2 on 2"].placements))
     optimizer = Dion2(groups_of(parameters), **SETTINGS)
     tracker = SelectionTracker(every=1)
@@ -147,5 +151,5 @@ def test_warnings_come_from_one_rank() -> None:
     run_on_ranks(2, check_warnings)
 
 
-def test_ranks_without_experts() -> None:
-    run_on_ranks(3, check_empty_experts)
+def test_rank_without_experts() -> None:
+    run_on_ranks(3, check_rank_without_experts)

@@ -1,7 +1,7 @@
-"""A new algorithm is one file and one line in the table: a toy one trains, is saved, resumed and sharded anew.
+"""A new algorithm is one file and one line in the table: a toy trains, is saved, and resumes on other ranks.
 
 It is momentum SGD on matrices, with two states: a momentum like the parameter, and the largest |gradient| that each
-output row has seen, of shape (out, 1), by which the row's step is divided.
+output row has had, of shape (out, 1), by which the row's step is divided.
 """
 
 import copy
@@ -66,7 +66,7 @@ def make_model() -> nn.Sequential:
 
 
 def make_optimizer(model: nn.Module) -> Dion2:
-    """With the line in the table, which a package of an algorithm's author may write too."""
+    """Register the toy, as a package of an algorithm's author would, and build the optimizer."""
     ALGORITHMS.setdefault("toy", Toy())
     return Dion2(route_parameters(model, matrices="toy").param_groups(), lr=0.1)
 
@@ -118,7 +118,7 @@ def test_it_trains_and_resumes_bit_for_bit() -> None:
 
 
 def check_training(folder: str) -> None:
-    """The weights of one device; a checkpoint that other numbers of ranks load."""
+    """Train as on one device, and save a checkpoint."""
     alone, model = make_model(), make_model()
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizers = [make_optimizer(alone), make_optimizer(model)]
@@ -131,7 +131,7 @@ def check_training(folder: str) -> None:
 
 
 def check_resuming(folder: str) -> None:
-    """On another number of ranks: what was saved comes back, and training goes on as on one device."""
+    """Load on another number of ranks; training continues as on one device."""
     alone, model = make_model(), make_model()
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     ours, optimizer = make_optimizer(alone), make_optimizer(model)
@@ -150,6 +150,6 @@ def check_resuming(folder: str) -> None:
         torch.testing.assert_close(whole(model.state_dict())[name], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_sharded_saved_and_sharded_anew_under_fsdp2(tmp_path: Path) -> None:
+def test_it_resumes_on_more_ranks_under_fsdp2(tmp_path: Path) -> None:
     run_on_ranks(2, check_training, str(tmp_path / "checkpoint"))
     run_on_ranks(3, check_resuming, str(tmp_path / "checkpoint"))

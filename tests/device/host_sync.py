@@ -1,4 +1,4 @@
-"""What torch itself says of a host that waits for a GPU."""
+"""Torch's own detector of a host that waits for a GPU."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ import torch
 
 
 @contextlib.contextmanager
-def no_waiting(device: str) -> Iterator[None]:
-    """Let torch raise an error where the host waits for the device; a CPU has nothing to wait for."""
+def no_host_sync(device: str) -> Iterator[None]:
+    """Raise an error where the host waits for a GPU; do nothing on a CPU."""
     if device != "cuda":
         yield
         return

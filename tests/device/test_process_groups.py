@@ -17,9 +17,9 @@ from dion2_lightning import Dion2, SelectionTracker, build_optimizer, clip_grad_
 from dion2_lightning.distributed.owner_exchange import ReplicaAllGather
 from dion2_lightning.distributed.torch_versions import all_gather_single
 from dion2_lightning.matrices.layout import Block, Layout
-from tests.device.waiting import no_waiting
+from tests.device.host_sync import no_host_sync
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_layouts import CASES, naming, sharded, train_and_compare, whole_parameters
+from tests.distributed.test_layouts import CASES, errors_name_case, sharded, train_and_compare, whole_parameters
 from tests.distributed.test_real_training import matrices_of, shard_layers
 from tests.every_kind import fill, groups_of_every_kind, parameters_of
 from tests.integrations.huggingface import assert_same, whole
@@ -39,15 +39,15 @@ def run(ranks: int, function: Any, device: str, *arguments: Any, backend: str | 
 
 
 def check_fully_sharded(device: str) -> None:
-    """FSDP2 beside a plain model: gradients are nearly the same; from the same ones, steps are the same bit for bit."""
+    """FSDP2 beside a plain model: gradients are nearly the same; from equal gradients, steps are equal bit for bit."""
     mesh = init_device_mesh(device, (1,))
     models = [make_model(hidden_size=128, intermediate_size=256).to(device) for _ in range(2)]
     plain, sharded_model = models
     shard_layers(sharded_model, mesh)
     chosen = {**SETTINGS, "orthonormalize_dtype": None}
     optimizers = [build_optimizer(model, **chosen) for model in models]
-    statistics = SelectionTracker(every=1, orthogonality=True)
-    statistics.attach(optimizers[1])
+    tracker = SelectionTracker(every=1, orthogonality=True)
+    tracker.attach(optimizers[1])
     for step, batch in enumerate(Sequences(STEPS).pieces.to(device).split(BATCH)):
         for model in models:
             model(input_ids=batch, labels=batch).loss.backward()
@@ -61,43 +61,43 @@ def check_fully_sharded(device: str) -> None:
             torch.testing.assert_close(found, one.grad, rtol=1e-3, atol=1e-5, msg=f"{name}, step {step}")
             one.grad.copy_(found)
         for optimizer in optimizers:
-            with no_waiting(device if step else "cpu"):
+            with no_host_sync(device if step else "cpu"):
                 optimizer.step()
             optimizer.zero_grad()
-        assert statistics.pop_metrics() is not None
+        assert tracker.pop_metrics() is not None
         assert_same(whole(sharded_model, optimizers[1]), whole(plain, optimizers[0]))
-        assert_same(selected(optimizers[1]), selected(optimizers[0]))
+        assert_same(selected_indices(optimizers[1]), selected_indices(optimizers[0]))
 
 
-def selected(optimizer: Dion2) -> dict[str, Tensor]:
+def selected_indices(optimizer: Dion2) -> dict[str, Tensor]:
     return {name: optimizer.selection_of(matrix).indices for name, matrix in matrices_of(optimizer).items()}
 
 
 def check_process_group_of_one(device: str) -> None:
-    """Such a group changes nothing."""
-    outcomes = []
+    """A process group of one rank changes nothing."""
+    results = []
     for process_group in (None, dist.group.WORLD):
         optimizer = Dion2(groups_of_every_kind(device), lr=0.1, process_group=process_group, share_replicas=True)
         fill(optimizer, weights=100)
         for step in range(STEPS):
             fill(optimizer, gradients=step)
-            with no_waiting(device if step else "cpu"):
+            with no_host_sync(device if step else "cpu"):
                 optimizer.step()
-        outcomes.append(list(parameters_of(optimizer)))
-    for one, other in zip(*outcomes, strict=True):
+        results.append(list(parameters_of(optimizer)))
+    for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
 @contextmanager
 def one_rank_shares() -> Iterator[None]:
-    """Let the only rank of a process group send matrices to itself, as if it held one part of them among others."""
+    """Let the only rank of a process group take the path of several: it owns, and sends to itself, all parts."""
     from dion2_lightning.algorithms import matrix_update as update
 
     read = update.layout_of
 
-    def layout_of(parameter: Tensor, what: str, *, process_group: Any, **settings: Any) -> Layout:
+    def layout_of(parameter: Tensor, label: str, *, process_group: Any, **settings: Any) -> Layout:
         if process_group is None:
-            return read(parameter, what, process_group=None, **settings)
+            return read(parameter, label, process_group=None, **settings)
         rows, columns = parameter.shape[-2:]
         return Layout(process_group, (Block((0, rows), (0, columns)),))
 
@@ -106,28 +106,28 @@ def one_rank_shares() -> Iterator[None]:
 
 
 def check_collectives_of_one(device: str) -> None:
-    """The all-reduce and both all-to-alls of a step, and the all-gather: what several ranks do, by the real backend."""
+    """The all-reduce, both all-to-alls and the all-gather of a step, by the real backend."""
     with one_rank_shares():
         train_and_compare(whole_parameters(device), steps=STEPS, process_group=dist.group.WORLD)
         optimizer = Dion2(groups_of_every_kind(device), lr=0.1, process_group=dist.group.WORLD)
         for step in range(STEPS):
             fill(optimizer, gradients=step)
-            with no_waiting(device if step else "cpu"):
+            with no_host_sync(device if step else "cpu"):
                 optimizer.step()
 
     results = [torch.randn(shape, device=device).bfloat16() for shape in ((3, 5), (1, 7))]
-    gathering = ReplicaAllGather(dist.group.WORLD, [0, 0], [(3, 5), (1, 7)], torch.bfloat16, torch.device(device))
-    with no_waiting(device):
-        gathering.send(results)
-        gathered = gathering.receive()
+    all_gather = ReplicaAllGather(dist.group.WORLD, [0, 0], [(3, 5), (1, 7)], torch.bfloat16, torch.device(device))
+    with no_host_sync(device):
+        all_gather.send(results)
+        gathered = all_gather.receive()
     for found, expected in zip(gathered, results, strict=True):
         assert torch.equal(found, expected)
 
 
 def check_one_rank(device: str) -> None:
-    """All in one process: on a GPU its start costs more than what it checks."""
+    """All checks in one process: starting one on a GPU takes longer than they do."""
     for check in (check_fully_sharded, check_process_group_of_one, check_collectives_of_one):
-        with naming(check.__name__):
+        with errors_name_case(check.__name__):
             check(device)
 
 
@@ -139,7 +139,7 @@ def test_one_rank(device: str) -> None:
 
 
 def probe(device: str) -> None:
-    """What a step needs of the backend; raises what it refuses."""
+    """Call every collective that a step needs; what the backend lacks is an error."""
     numbers = torch.ones(4, dtype=torch.float64, device=device)
     dist.all_reduce(numbers)
     received, gathered = torch.empty_like(numbers), numbers.new_empty(8)
@@ -155,9 +155,9 @@ def check_two_ranks(device: str, refusal: Path) -> None:
         refusal.write_text(f"gloo takes no tensors of this device: {error}".splitlines()[0])
         return
     for name in ("FSDP2 on 2, stacks by rows", "TP on 2, row-wise"):
-        with naming(name):
+        with errors_name_case(name):
             train_and_compare(sharded(CASES[name], device), steps=STEPS)
-    with naming("replicas"):
+    with errors_name_case("replicas"):
         train_and_compare(whole_parameters(device), steps=STEPS, process_group=dist.group.WORLD, share_replicas=True)
 
 
