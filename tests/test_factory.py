@@ -264,7 +264,7 @@ def test_bad_arguments(arguments, error, message):
 def test_what_is_returned_stays_visible():
     assert inspect.signature(build_optimizer).return_annotation is Dion2
     with pytest.raises(TypeError, match=r"^build_optimizer\(\) takes lr by its place, and all else by name"):
-        build_optimizer(Language(), 0.1, 0.25)
+        build_optimizer(Language(), 0.1, 0.25)  # type: ignore[call-arg]
 
 
 def test_a_model_is_asked_for():
