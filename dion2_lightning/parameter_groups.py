@@ -91,7 +91,7 @@ def refuse_flattened(parameter: Tensor, label: str) -> None:
     """Raise an error where FSDP1 or DeepSpeed ZeRO have made a vector of a parameter."""
     if hasattr(parameter, "_fsdp_flattened"):
         raise ValueError(f"{label} is flattened by FSDP1, so no matrix is left in it; use FSDP2 (fully_shard)")
-    if hasattr(parameter, "ds_id"):
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_tensor"):
         raise ValueError(f"{label} is partitioned by DeepSpeed ZeRO, which flattens matrices; use FSDP2 (fully_shard)")
 
 

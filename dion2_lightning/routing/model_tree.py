@@ -11,6 +11,8 @@ from typing import Any, Final, NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from dion2_lightning.parameter_groups import refuse_flattened
+
 _WRAPPED_NAMES: Final = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 """Names of the wrapped module: in torch.compile, activation checkpointing, FSDP1 and Fabric."""
 
@@ -130,16 +132,7 @@ def _unwrap_root(model: nn.Module) -> nn.Module:
 
 def _refuse_unusable_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        flattened = {
-            "belongs to FullyShardedDataParallel (FSDP1)": getattr(parameter, "_fsdp_flattened", False),
-            "is partitioned by DeepSpeed ZeRO": hasattr(parameter, "ds_id") or hasattr(parameter, "ds_tensor"),
-        }
-        for found, is_flattened in flattened.items():
-            if is_flattened:
-                raise ValueError(
-                    f"{name!r} {found}, which flattens matrices into vectors; shard the model with FSDP2 instead "
-                    "(torch.distributed.fsdp.fully_shard)"
-                )
+        refuse_flattened(parameter, repr(name))
         if is_lazy(parameter):
             raise ValueError(f"{name!r} has no shape yet; run a batch through the model before building the optimizer")
 
