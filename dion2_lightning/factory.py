@@ -33,7 +33,7 @@ from dion2_lightning.distributed.strategies import (
 )
 from dion2_lightning.optimizer import MatrixOptimizer
 from dion2_lightning.routing.replaced_parameters import check_before_steps
-from dion2_lightning.routing.router import check_lora, route_parameters
+from dion2_lightning.routing.router import LORA_ROLES, route_parameters
 
 logger = logging.getLogger("dion2_lightning")
 
@@ -45,17 +45,19 @@ class Choice(NamedTuple):
         headline: Heads the report.
         matrices: The algorithm of the matrices; everything else is updated by AdamW.
         settings: What it sets.
+        control: Whether AdamW updates the matrices too.
     """
 
     headline: str
     matrices: str
     settings: Mapping[str, Any]
+    control: bool = False
 
 
 CHOICES: Final = {
     "dion2": Choice("Dion2 and AdamW", "dion2", {}),
     "muon": Choice("Muon (dion2 groups at fraction 1) and AdamW", "dion2", {"fraction": 1.0}),
-    "adamw": Choice("AdamW (dion2 groups too)", "adamw", {}),
+    "adamw": Choice("AdamW (dion2 groups too)", "dion2", {}, control=True),
 }
 """What ``algorithm`` takes."""
 
@@ -108,7 +110,7 @@ class FactorySettings(CommonArguments):
     )
     lora: Literal["adamw", "B", "both"] = setting(
         "adamw",
-        lambda _, value: check_lora(value),
+        one_of(LORA_ROLES),
         'Which LoRA factors are updated by Dion2: "adamw" none, "B", "both".',
     )
 
@@ -255,7 +257,13 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
             arguments.weight_decay if arguments.adamw_weight_decay is None else arguments.adamw_weight_decay
         ),
     }
-    route = partial(route_parameters, overrides=arguments.overrides, lora=arguments.lora, matrices=choice.matrices)
+    route = partial(
+        route_parameters,
+        overrides=arguments.overrides,
+        lora=arguments.lora,
+        matrices=choice.matrices,
+        control=choice.control,
+    )
     routing = route(model)
     given = {each.name: getattr(arguments, each.name) for each in fields(CommonArguments)} | dict(choice.settings)
     optimizer = Dion2(

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from dion2_lightning.algorithms import ALGORITHMS
+from dion2_lightning.algorithms import ALGORITHMS, algorithms_with
 from dion2_lightning.algorithms.algorithm import Algorithm
 from dion2_lightning.algorithms.hyperparameters import one_of
 
@@ -41,7 +41,7 @@ def check_names(group: Mapping[str, Any], algorithm: Algorithm, prefix: str) -> 
     for name in group:
         if name in known:
             continue
-        others = [other for other in ALGORITHMS if name in ALGORITHMS[other].defaults()]
+        others = algorithms_with(name)
         close = difflib.get_close_matches(str(name), known, n=1)
         if others:
             hint = f" of algorithm {algorithm.name!r}; it belongs to {', '.join(map(repr, others))}, remove it"
