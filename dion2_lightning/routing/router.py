@@ -176,13 +176,14 @@ def route_parameters(
 
     override_of = assign_overrides(parsed, tree)
     decisions = []
-    for parameter, paths in tree.paths.items():
-        verdict = classify(parameter, tree)
+    for parameter, verdict in classify(tree).items():
         if verdict.role in LORA_ROLES[lora]:
             verdict = verdict._replace(reason=f'LoRA factor, lora="{lora}"')
         as_matrices = verdict.role in MATRIX_ROLES | LORA_ROLES[lora]
         algorithm = matrices if as_matrices else rest
-        decisions.append(_decide(parameter, paths[0], verdict, as_matrices, algorithm, override_of.get(parameter)))
+        decisions.append(
+            _decide(parameter, tree.paths[parameter][0], verdict, as_matrices, algorithm, override_of.get(parameter))
+        )
     _check_coverage(model, decisions)
     if control:
         decisions = [replace(each, algorithm=rest) if each.as_matrices else each for each in decisions]
