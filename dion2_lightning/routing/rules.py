@@ -44,6 +44,8 @@ _HIDDEN_SIZE_NAMES = ("hidden_size", "hidden_dim", "d_model", "embed_dim", "embe
 _FROM_HIDDEN = re.compile(r"gate|up|^w1$|^w3$|^v1$|^wi")
 _TO_HIDDEN = re.compile(r"down|^w2$|^wo$")
 _FUSED_PROJECTION = re.compile(r"qkv|query_key_value|c_attn|gate_up")
+_EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
+_CONVOLUTION = nn.modules.conv._ConvNd
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -118,7 +120,13 @@ def _head(parameter: nn.Parameter, path: ModulePath, backbone: str | None) -> Ve
 
 
 def _router(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
-    if _is_router_by_name(path) or _is_router_by_structure(parameter, path):
+    # The root and whole transformers models may have "Router" in their names for other reasons.
+    modules = (module for module in path.modules[1:] if not is_transformers_model(module))
+    if (
+        "router" in path.module_name(1).lower()
+        or any(_ROUTER_CLASS.search(type(module).__name__) for module in modules)
+        or _has_a_row_for_each_expert(parameter, path)
+    ):
         return Verdict(Role.ROUTER, "router: few rows, selection would starve experts")
     return None
 
@@ -139,7 +147,7 @@ def _weight_of_layer(parameter: nn.Parameter, path: ModulePath) -> Verdict | Non
         kind = "linear, stored (in, out)" if _is_transformers_conv1d(path.owner) else "linear"
         is_fused = bool(_FUSED_PROJECTION.search(path.module_name(1)))
     else:
-        return Verdict(Role.CONVOLUTION, "convolution") if _is_convolution(path.owner) else None
+        return Verdict(Role.CONVOLUTION, "convolution") if isinstance(path.owner, _CONVOLUTION) else None
     return Verdict(Role.MATRIX, f"{kind}, fused projections kept whole" if is_fused else kind)
 
 
@@ -156,14 +164,16 @@ def _find_embeddings(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
     for parameter, paths in tree.paths.items():
         if any(not inputs.isdisjoint(path.modules) for path in paths):
             found[parameter] = Verdict(Role.EMBEDDING, "input embedding")
-        elif any(_is_embedding_module(path.owner) for path in paths):
+        elif any(isinstance(path.owner, _EMBEDDING_MODULES) for path in paths):
             found[parameter] = Verdict(Role.EMBEDDING, "embedding")
         elif any(not outputs.isdisjoint(path.modules) for path in paths):
             found[parameter] = Verdict(Role.HEAD, "output embedding")
         else:
             continue
         # The first other name under which its owner is not an embedding module: that of a tied head.
-        tied_to[parameter] = next((path.name for path in paths[1:] if not _is_embedding_module(path.owner)), "")
+        tied_to[parameter] = next(
+            (path.name for path in paths[1:] if not isinstance(path.owner, _EMBEDDING_MODULES)), ""
+        )
         first_in.setdefault(_memory(parameter), parameter)
 
     # Parameters that are other objects than an embedding but share its memory are tied to it as well.
@@ -192,10 +202,6 @@ def _modules_from(root: nn.Module, method: str) -> set[nn.Module]:
     return found
 
 
-def _is_embedding_module(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
-
-
 def _memory(parameter: nn.Parameter) -> tuple[int, ...]:
     """Identify the memory of a parameter; ``data_ptr()`` would be 0 on the meta device and for DTensors."""
     try:
@@ -220,24 +226,11 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
     return any(each.__name__ == "Conv1D" and each.__module__ == "transformers.pytorch_utils" for each in mro)
 
 
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
-
-
-def _is_router_by_name(path: ModulePath) -> bool:
-    # The root and whole transformers models may have "Router" in their names for other reasons.
-    modules = (module for module in path.modules[1:] if not is_transformers_model(module))
-    return "router" in path.module_name(1).lower() or any(_ROUTER_CLASS.search(type(m).__name__) for m in modules)
-
-
-def _is_router_by_structure(parameter: nn.Parameter, path: ModulePath) -> bool:
+def _has_a_row_for_each_expert(parameter: nn.Parameter, path: ModulePath) -> bool:
     """Whether a linear weight has as many rows as there are experts next to it, or next to the gate that it is in."""
-    if not _is_linear_weight(parameter, path):
-        return False
-    blocks = [*path.modules[-2:-1]]
-    if re.search("gat|rout", path.module_name(2).lower()):
-        blocks += path.modules[-3:-2]
-    return any(parameter.shape[0] in _expert_counts(block) for block in blocks)
+    is_in_gate = re.search("gat|rout", path.module_name(2).lower())
+    blocks = path.modules[-3:-1] if is_in_gate else path.modules[-2:-1]
+    return _is_linear_weight(parameter, path) and any(parameter.shape[0] in _expert_counts(each) for each in blocks)
 
 
 def _expert_counts(block: nn.Module) -> set[int]:
@@ -257,9 +250,8 @@ def _names_experts(name: str, module: nn.Module) -> bool:
 
 
 def _is_expert_stack(parameter: nn.Parameter, path: ModulePath) -> bool:
-    if parameter.ndim != 3 or _is_convolution(path.owner):
-        return False
-    return _names_experts(path.module_name(1), path.owner)
+    is_stack = parameter.ndim == 3 and not isinstance(path.owner, _CONVOLUTION)
+    return is_stack and _names_experts(path.module_name(1), path.owner)
 
 
 def _experts_stored_in_out(experts: nn.Module) -> bool | None:
