@@ -6,14 +6,13 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, Final, Literal, NamedTuple
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from dion2_lightning.algorithms.adamw import AdamWSettings
-from dion2_lightning.algorithms.dion2 import Dion2Settings
+from dion2_lightning.algorithms import CHOICES, ChoiceName, EverySetting
 from dion2_lightning.algorithms.hyperparameters import (
     bind,
     described,
@@ -35,27 +34,6 @@ from dion2_lightning.routing.router import route_parameters
 logger = logging.getLogger("dion2_lightning")
 
 
-class Choice(NamedTuple):
-    """One value of build_optimizer's ``algorithm``.
-
-    Attributes:
-        headline: First line of the report.
-        matrices: The algorithm of the matrices; everything else is updated by AdamW.
-        settings: What it sets.
-    """
-
-    headline: str
-    matrices: str
-    settings: Mapping[str, Any]
-
-
-CHOICES: Final = {
-    "dion2": Choice("Dion2 and AdamW", "dion2", {}),
-    "muon": Choice("Muon (dion2 groups at fraction 1) and AdamW", "dion2", {"fraction": 1.0}),
-    "adamw": Choice("AdamW (dion2 groups too)", "adamw", {}),
-}
-"""The values of build_optimizer's ``algorithm``."""
-
 TRAINER_HOOKS: Final[list[Callable[[Any], None]]] = []
 """Functions that are called with the Lightning Trainer of the model, if there is one; the first adds the callbacks."""
 
@@ -66,7 +44,7 @@ def _mapping(name: str, value: object) -> None:
 
 
 @dataclass(kw_only=True)
-class CommonArguments(AdamWSettings, Dion2Settings):
+class CommonArguments(EverySetting):
     """What the optimizer's constructor and the factory both take, as plain data."""
 
     share_replicas: bool | None = setting(
@@ -80,7 +58,7 @@ class CommonArguments(AdamWSettings, Dion2Settings):
 class FactorySettings(CommonArguments):
     """The arguments of ``build_optimizer`` that are plain data."""
 
-    algorithm: Literal["dion2", "muon", "adamw"] = setting(
+    algorithm: ChoiceName = setting(
         "dion2",
         'What updates the matrices. "dion2"; "muon": the same with fraction 1, which is Muon without Nesterov '
         'momentum; "adamw": the control, AdamW for all, with the groups, learning rates and weight decays as they '
@@ -229,7 +207,13 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
             arguments.weight_decay if arguments.adamw_weight_decay is None else arguments.adamw_weight_decay
         ),
     }
-    route = partial(route_parameters, overrides=arguments.overrides, lora=arguments.lora, matrices=choice.matrices)
+    route = partial(
+        route_parameters,
+        overrides=arguments.overrides,
+        lora=arguments.lora,
+        matrices=choice.matrices,
+        control=choice.control,
+    )
     routing = route(model)
     given = {each.name: getattr(arguments, each.name) for each in fields(CommonArguments)} | dict(choice.settings)
     optimizer = Dion2(

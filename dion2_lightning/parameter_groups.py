@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from dion2_lightning.algorithms import ALGORITHMS
+from dion2_lightning.algorithms import ALGORITHMS, algorithms_with
 from dion2_lightning.algorithms.algorithm import Algorithm
 from dion2_lightning.algorithms.hyperparameters import did_you_mean, one_of
 
@@ -32,7 +32,7 @@ def check_names(group: Mapping[str, Any], algorithm: Algorithm, prefix: str) -> 
     for name in group:
         if name in known:
             continue
-        others = [repr(other) for other in ALGORITHMS if name in ALGORITHMS[other].defaults()]
+        others = [repr(other) for other in algorithms_with(name)]
         hint = did_you_mean(name, known)
         if others:
             hint = f" of algorithm {algorithm.name!r}; it belongs to {', '.join(others)}, remove it"
@@ -72,7 +72,7 @@ def refuse_flattened(parameter: Tensor, label: str) -> None:
     """Raise an error where FSDP1 or DeepSpeed ZeRO have made a vector of a parameter."""
     if hasattr(parameter, "_fsdp_flattened"):
         raise ValueError(f"{label} is flattened by FSDP1, so no matrix is left in it; use FSDP2 (fully_shard)")
-    if hasattr(parameter, "ds_id"):
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_tensor"):
         raise ValueError(f"{label} is partitioned by DeepSpeed ZeRO, which flattens matrices; use FSDP2 (fully_shard)")
 
 

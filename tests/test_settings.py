@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dion2_lightning import OptimizerSettings, build_optimizer
+from dion2_lightning.algorithms import ALGORITHMS, CHOICES
 from dion2_lightning.algorithms.learning_rates import ADJUST_LR_FN
-from dion2_lightning.factory import CHOICES
 from dion2_lightning.routing.router import LORA_ROLES
 
 
@@ -38,6 +38,16 @@ def test_choices_are_those_that_are_taken() -> None:
     assert choices("algorithm") == set(CHOICES)
     assert choices("lora") == set(LORA_ROLES)
     assert choices("adjust_lr_fn") == {name for name in ADJUST_LR_FN if name is not None}
+
+
+def test_a_setting_of_several_algorithms_is_the_same_in_all() -> None:
+    """Else one of them would take the default and the check of another, where settings stand together."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    for algorithm in ALGORITHMS.values():
+        hints = get_type_hints(algorithm.settings)
+        for each in dataclasses.fields(algorithm.settings):
+            said = (hints[each.name], each.default, *each.metadata.values())
+            assert seen.setdefault(each.name, said) == said
 
 
 def test_every_setting_is_described() -> None:

@@ -1,14 +1,15 @@
 """The argument ``overrides``: reading it, matching its patterns to parameters, and errors that say what to change."""
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from dion2_lightning.algorithms import ALGORITHMS
+from dion2_lightning.algorithms import ALGORITHMS, has_setting
+from dion2_lightning.parameter_groups import check_parameters
 from dion2_lightning.routing.model_tree import ModelTree, collapse_numbers
 
 
@@ -17,6 +18,7 @@ class Override:
     """One entry of ``overrides``. None leaves a property as it was.
 
     Attributes:
+        position: Its place among the overrides.
         pattern: Shell pattern of parameter names.
         algorithm: Name of an algorithm.
         transposed: Whether a matrix is stored as (in, out).
@@ -24,61 +26,36 @@ class Override:
         options: Entries for a parameter group.
     """
 
+    position: int
     pattern: str
-    algorithm: str | None = None
-    transposed: bool | None = None
-    batched: bool | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    algorithm: str | None
+    transposed: bool | None
+    batched: bool | None
+    options: Mapping[str, Any]
 
+    def options_for(self, algorithm: str) -> dict[str, Any]:
+        """Return the options that a group of an algorithm takes: all but the settings of other algorithms."""
+        return {name: value for name, value in self.options.items() if has_setting(algorithm, name)}
 
-def parse_overrides(overrides: Mapping[str, str | Mapping[str, Any]]) -> list[Override]:
-    """Read the argument ``overrides``.
-
-    Raises:
-        ValueError: If a value names an unknown algorithm, or sets what cannot be set.
-        TypeError: If a value is neither a string nor a mapping.
-    """
-    return [_parse(pattern, value) for pattern, value in overrides.items()]
-
-
-def options_for(algorithm: str, override: Override) -> dict[str, Any]:
-    """Return the options that a group of an algorithm takes: all but the settings of other algorithms."""
-    return {name: value for name, value in override.options.items() if not _belongs_elsewhere(name, algorithm)}
-
-
-def check_options(overrides: Sequence[Override], groups: Sequence[tuple[Override | None, str]]) -> None:
-    """Refuse an option that no group of its override takes.
-
-    Args:
-        overrides: All of them.
-        groups: The override and the algorithm of every parameter group.
-
-    Raises:
-        ValueError: An option has no effect.
-    """
-    for override in overrides:
-        algorithms = [algorithm for its_override, algorithm in groups if its_override is override]
-        for name in override.options:
-            if all(_belongs_elsewhere(name, algorithm) for algorithm in algorithms):
-                trained_by = ", ".join(sorted(set(map(repr, algorithms))))
+    def check_options(self, algorithms: Collection[str]) -> None:
+        """Refuse an option that none of the algorithms takes that train what it matches."""
+        for name in self.options:
+            if not any(has_setting(algorithm, name) for algorithm in algorithms):
                 raise ValueError(
-                    f"override {override.pattern!r}: {name!r} has no effect on what it matches, which is trained by "
-                    f"{trained_by}; remove it or change the pattern"
+                    f"override {self.pattern!r}: {name!r} has no effect on what it matches, which is trained by "
+                    f"{', '.join(sorted(map(repr, algorithms)))}; remove it or change the pattern"
                 )
 
 
-def _belongs_elsewhere(name: str, algorithm: str) -> bool:
-    """Return whether a setting is another algorithm's, and not this one's."""
-    if name in ALGORITHMS[algorithm].defaults():
-        return False
-    return any(name in other.defaults() for other in ALGORITHMS.values())
+def parse_overrides(overrides: Mapping[str, str | Mapping[str, Any]]) -> list[Override]:
+    """Read the argument ``overrides``, and refuse unknown algorithms and what cannot be set."""
+    return [_parse(position, pattern, value) for position, (pattern, value) in enumerate(overrides.items())]
 
 
 def assign_overrides(overrides: Sequence[Override], tree: ModelTree) -> dict[nn.Parameter, Override]:
     """Find the override of each parameter that has one: the first whose pattern matches one of its names.
 
-    Raises:
-        ValueError: If a pattern has no effect.
+    A pattern without an effect is an error.
     """
     assigned: dict[nn.Parameter, Override] = {}
     for override in overrides:
@@ -94,26 +71,14 @@ def assign_overrides(overrides: Sequence[Override], tree: ModelTree) -> dict[nn.
     return assigned
 
 
-def check_matrices(
-    parameter: nn.Parameter, name: str, batched: bool, override: Override, algorithm: str, rest: str
-) -> None:
-    """Check that a parameter holds matrices, where an override sends it to an algorithm that needs them.
-
-    Raises:
-        ValueError: If it holds none, or their number of axes does not fit ``batched``.
-    """
-    subject = f"override {override.pattern!r} sends {name!r} of shape {tuple(parameter.shape)} to {algorithm}, but"
-    if not parameter.is_floating_point():
-        raise ValueError(f"{subject} its dtype {parameter.dtype} is not real; send it to {rest}")
-    if batched and parameter.ndim != 3:
-        raise ValueError(f"{subject} batched=True needs 3 axes, the first one to count matrices; remove it")
-    if parameter.ndim == 3 and not batched:
-        raise ValueError(f"{subject} it has 3 axes; add batched=True if the first one counts matrices, or use {rest}")
-    if parameter.ndim not in (2, 3):
-        raise ValueError(f"{subject} it is not a matrix; narrow the pattern or send it to {rest}")
+def check_matrices(parameter: nn.Parameter, name: str, batched: bool, override: Override, algorithm: str) -> None:
+    """Refuse an override that sends to an algorithm for matrices what holds none."""
+    group = {**ALGORITHMS[algorithm].defaults(), "algorithm": algorithm, "batched": batched}
+    members = {"params": [parameter], "param_names": [name]}
+    check_parameters(group | members, (), f"override {override.pattern!r}: ")
 
 
-def _parse(pattern: str, value: object) -> Override:
+def _parse(position: int, pattern: str, value: object) -> Override:
     if not isinstance(value, str | Mapping):
         known = ", ".join(map(repr, ALGORITHMS))
         raise TypeError(f"override {pattern!r}: expected {known} or a mapping of group options, got {value!r}")
@@ -130,7 +95,7 @@ def _parse(pattern: str, value: object) -> Override:
     for key, flag in flags.items():
         if flag is not None and not isinstance(flag, bool):
             raise ValueError(f"override {pattern!r}: {key} must be True or False, got {flag!r}")
-    return Override(pattern, algorithm, **flags, options=options)
+    return Override(position, pattern, algorithm, **flags, options=options)
 
 
 def _why_no_effect(

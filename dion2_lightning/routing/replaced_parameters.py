@@ -18,14 +18,11 @@ from dion2_lightning.routing.model_tree import parameters_by_name
 def check_before_steps(optimizer: Optimizer, model: nn.Module) -> None:
     """Let every ``step()`` raise RuntimeError, before it changes anything, where the model has replaced parameters.
 
-    The check compares the identities of parameters. It waits for no device, and takes 0.4 ms for a Llama of 7 billion
-    parameters. Copies of the optimizer, which hold other parameters, are not checked.
-
-    Args:
-        optimizer: Its groups give the names of parameters as ``param_names``.
-        model: Kept by a weak reference. Parameters are not referred to: torch moves no sharded parameter that has a
-            weak reference, and frameworks may replace parameters in model and optimizer together.
+    It compares identities, waits for no device, and takes 1 ms for a Llama of 7 billion parameters. Copies of the
+    optimizer, which hold other parameters, are not checked.
     """
+    # Nothing refers to parameters: torch moves no sharded parameter that has a weak reference, and frameworks may
+    # replace parameters in model and optimizer together.
     reference = weakref.ref(model)
 
     def check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -37,7 +34,7 @@ def check_before_steps(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def _refuse_replaced(optimizer: Optimizer, model: nn.Module) -> None:
-    in_model = _identities(model)
+    in_model = set(map(id, model.parameters()))
     if all(id(parameter) in in_model for group in optimizer.param_groups for parameter in group["params"]):
         return
     present = parameters_by_name(model)
@@ -55,20 +52,6 @@ def _refuse_replaced(optimizer: Optimizer, model: nn.Module) -> None:
             "(configure_model) or changed after the optimizer was built; build the optimizer after that, in Lightning "
             "in configure_optimizers"
         )
-
-
-def _identities(model: nn.Module) -> set[int]:
-    """Of all parameters; ``named_parameters`` takes seven times as long, for the names."""
-    identities: set[int] = set()
-    seen: set[int] = set()
-    modules: list[nn.Module | None] = [model]
-    while modules:
-        module = modules.pop()
-        if module is not None and id(module) not in seen:
-            seen.add(id(module))
-            identities.update(map(id, module._parameters.values()))
-            modules.extend(module._modules.values())
-    return identities
 
 
 def _attribute(model: nn.Module, name: str) -> Any:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.routing.model_tree import collapse_numbers
 from dion2_lightning.routing.rules import OUTSIDE_BACKBONE, Role
 
@@ -43,15 +42,7 @@ def total_table(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> s
 def notes(
     decisions: Sequence["Decision"], backbone: str | None, matrices: str, rest: str, *, lora_as_matrices: bool
 ) -> tuple[str, ...]:
-    """Say what a user should know about how the model was read.
-
-    Args:
-        decisions: All of them.
-        backbone: Name of the transformers model, None if there is none.
-        matrices: Algorithm of what is trained as matrices.
-        rest: Algorithm of the rest.
-        lora_as_matrices: Whether the user asked for LoRA factors to be trained as matrices.
-    """
+    """Say what a user should know about how the model was read; ``backbone`` names its transformers model."""
     lines = []
     as_matrices = [each for each in decisions if each.as_matrices]
     if backbone is None and as_matrices:
@@ -61,10 +52,9 @@ def notes(
             f'`{last}` is one, pass overrides={{"{last}": "{rest}"}}.'
         )
     if backbone and any(each.reason.startswith(OUTSIDE_BACKBONE) for each in decisions):
-        example = next(name for name in (matrices, *ALGORITHMS) if ALGORITHMS[name].needs_matrices)
         lines.append(
             f"weights outside `{backbone}` were taken for heads. If one is an inner layer, pass "
-            f'overrides={{"<its name>": "{example}"}}.'
+            f'overrides={{"<its name>": "{matrices}"}}.'
         )
     if not lora_as_matrices and any(
         each.role in (Role.LORA_A, Role.LORA_B) and not each.as_matrices for each in decisions

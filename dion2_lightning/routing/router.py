@@ -1,34 +1,28 @@
-"""Which parameter goes to which algorithm, as which matrices, and why.
+"""Which parameter is trained as matrices, which with the rest, in which group, and why.
 
-The rules say what a parameter is (its role), a table which roles are trained as matrices, and overrides come last.
-Parameters with the same outcome share a group.
+The rules say what a parameter is (its role), and two tables which roles are trained as matrices; overrides come last.
+Which algorithm trains the matrices, and which the rest, is what the caller says.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from torch import Tensor, nn
 
-from dion2_lightning.algorithms import ALGORITHMS
-from dion2_lightning.routing.model_tree import ModelTree, ModulePath, read_model
-from dion2_lightning.routing.overrides import (
-    Override,
-    assign_overrides,
-    check_matrices,
-    check_options,
-    options_for,
-    parse_overrides,
-)
+from dion2_lightning.algorithms import ALGORITHMS, DEFAULT_MATRICES, DEFAULT_REST
+from dion2_lightning.algorithms.hyperparameters import one_of
+from dion2_lightning.routing.model_tree import ModulePath, read_model
+from dion2_lightning.routing.overrides import Override, assign_overrides, check_matrices, parse_overrides
 from dion2_lightning.routing.report import decision_table, notes, total_table
-from dion2_lightning.routing.rules import Role, classify, is_bias, storage_of
+from dion2_lightning.routing.rules import Role, Verdict, classify, is_bias, storage_of
 
 MATRIX_ROLES: Final = frozenset({Role.MATRIX, Role.EXPERTS})
 """The roles that are trained as matrices. All others are trained with the rest."""
 
 LORA_ROLES: Final[dict[str, frozenset[Role]]] = {
-    "adamw": frozenset(),
+    DEFAULT_REST: frozenset(),
     "B": frozenset({Role.LORA_B}),
     "both": frozenset({Role.LORA_A, Role.LORA_B}),
 }
@@ -41,27 +35,47 @@ class Decision:
 
     Attributes:
         name: Name in the model, without the prefixes of wrappers. A tied parameter goes by the first of its names.
-        shape: Shape of the whole parameter, also where it is sharded.
+        parameter: The parameter itself.
         role: What it is; an override does not change that.
-        as_matrices: Whether it is trained as a matrix or a stack of them, by its role or an override.
-        algorithm: Name of the algorithm, such as ``"dion2"`` or ``"adamw"``; ``"frozen"`` for one that is left out.
         reason: A few words for the report.
-        group: Name of its parameter group, None where frozen.
+        algorithm: Name of the algorithm that trains it; ``"frozen"`` for a parameter that is left out.
+        as_matrices: Whether it is trained as a matrix or a stack of them, by its role or an override.
         transposed: Whether a matrix is stored as (in, out).
         batched: Whether the leading axis counts matrices.
-        parameter: The parameter itself.
+        decays: Whether its group's weight decay applies to it.
+        override: The override that brings options for its group, None without one.
     """
 
     name: str
-    shape: tuple[int, ...]
-    role: Role
-    as_matrices: bool
-    algorithm: str
-    reason: str
-    group: str | None
-    transposed: bool
-    batched: bool
     parameter: nn.Parameter = field(repr=False, compare=False)
+    role: Role
+    reason: str
+    algorithm: str = "frozen"
+    as_matrices: bool = False
+    transposed: bool = False
+    batched: bool = False
+    decays: bool = False
+    override: Override | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter, also where it is sharded."""
+        return tuple(self.parameter.shape)
+
+    @property
+    def group(self) -> str | None:
+        """Name of its parameter group, None where frozen."""
+        if self.role is Role.FROZEN:
+            return None
+        flags = {
+            # An algorithm for any shape may train the rest too, so the group name says "matrices".
+            "matrices": self.as_matrices and not ALGORITHMS[self.algorithm].needs_matrices,
+            "experts": self.batched,
+            "transposed": self.transposed,
+            "no-decay": not self.decays,
+        }
+        name = "-".join([self.algorithm, *(flag for flag, is_set in flags.items() if is_set)])
+        return name if self.override is None else f"{name} [{self.override.pattern}]"
 
 
 @dataclass(frozen=True)
@@ -70,17 +84,13 @@ class Routing:
 
     Attributes:
         decisions: One for each parameter, in the order of ``model.named_parameters()``.
-        groups: The entries of each parameter group but its parameters, by name, in the order of the groups.
         notes: What a user should know about how the model was read.
-        matrices: Algorithm of what is trained as matrices.
-        rest: Algorithm of the rest.
+        algorithms: Those that the report gives totals of, also where they train nothing.
     """
 
     decisions: tuple[Decision, ...]
-    groups: Mapping[str, Mapping[str, Any]]
     notes: tuple[str, ...]
-    matrices: str
-    rest: str
+    algorithms: tuple[str, ...]
 
     def param_groups(
         self, only: Iterable[Tensor] | None = None, *, rest: Mapping[str, Any] | None = None
@@ -98,20 +108,15 @@ class Routing:
             where the parameters must not decay, and the options of an override.
         """
         kept = None if only is None else {id(parameter) for parameter in only}
-        members: dict[str, list[Decision]] = {name: [] for name in self.groups}
-        for each in self.decisions:
-            if each.group is not None and (kept is None or id(each.parameter) in kept):
-                members[each.group].append(each)
-        return [
-            {
-                **({} if decisions[0].as_matrices else rest or {}),
-                "params": [(each.name, each.parameter) for each in decisions],
-                "name": name,
-                **self.groups[name],
-            }
-            for name, decisions in members.items()
-            if decisions
-        ]
+        groups: dict[str, dict[str, Any]] = {}
+        for each in sorted(self.decisions, key=_rank):
+            if each.group is None or (kept is not None and id(each.parameter) not in kept):
+                continue
+            if each.group not in groups:
+                common = {} if each.as_matrices else rest or {}
+                groups[each.group] = {**common, "params": [], "name": each.group, **_group_entries(each)}
+            groups[each.group]["params"].append((each.name, each.parameter))
+        return list(groups.values())
 
     def report(self) -> str:
         """The decisions as a table, with layer numbers collapsed to ``*``, then totals and notes.
@@ -119,20 +124,20 @@ class Routing:
         Returns:
             Lines of text without a final newline.
         """
-        sections = [decision_table(self.decisions), total_table(self.decisions, [self.matrices, self.rest])]
-        sections += [f"Note: {note}" for note in self.notes]
-        return "\n\n".join(sections)
+        tables = [decision_table(self.decisions), total_table(self.decisions, self.algorithms)]
+        return "\n\n".join([*tables, *(f"Note: {note}" for note in self.notes)])
 
 
 def route_parameters(
     model: nn.Module,
     *,
     overrides: Mapping[str, str | Mapping[str, Any]] | None = None,
-    lora: str = "adamw",
-    matrices: str = "dion2",
-    rest: str = "adamw",
+    lora: str = DEFAULT_REST,
+    matrices: str = DEFAULT_MATRICES,
+    rest: str = DEFAULT_REST,
+    control: bool = False,
 ) -> Routing:
-    """Decide for every parameter of a model which algorithm trains it.
+    """Decide for every parameter of a model whether it is trained as matrices or with the rest.
 
     Weights of linear modules, attention projections and stacks of experts are trained as matrices. Embeddings, output
     embeddings, heads, routers, convolutions, biases, norms and all other parameters are the rest. In a transformers
@@ -147,10 +152,10 @@ def route_parameters(
             a trainable parameter that no earlier one has taken (default: None).
         lora: Which LoRA factors are trained as matrices: ``"adamw"`` for none, ``"B"``, or ``"both"``. Factors of
             embeddings and magnitude vectors never are (default: ``"adamw"``).
-        matrices: Algorithm of what is trained as matrices. With one that needs no matrices, ``"adamw"``, the routing is
-            that of a control: the same groups, here named ``adamw-matrices``, ..., and whatever overrides send to an
-            algorithm that needs matrices is trained by this one instead (default: ``"dion2"``).
-        rest: Algorithm of the rest (default: ``"adamw"``).
+        matrices: Algorithm of what is trained as matrices (default: ``"dion2"``).
+        rest: Algorithm of the rest, one that needs no matrices (default: ``"adamw"``).
+        control: Whether ``rest`` trains the matrices too, whatever overrides send to ``matrices`` included: the same
+            groups, named ``adamw-matrices``, ..., to compare ``matrices`` with (default: False).
 
     Returns:
         The decisions, from which come the parameter groups and a report.
@@ -161,100 +166,49 @@ def route_parameters(
             DeepSpeed ZeRO.
         TypeError: If an override is neither a string nor a mapping.
     """
-    check_lora(lora)
-    _check_choice("matrices", matrices, ALGORITHMS)
-    _check_choice("rest", rest, [name for name, algorithm in ALGORITHMS.items() if not algorithm.needs_matrices])
+    one_of(LORA_ROLES)("lora", lora)
+    one_of(ALGORITHMS)("matrices", matrices)
+    one_of(name for name, algorithm in ALGORITHMS.items() if not algorithm.needs_matrices)("rest", rest)
     parsed = parse_overrides(overrides or {})
     tree = read_model(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no trainable parameter; call requires_grad_() on some")
 
     override_of = assign_overrides(parsed, tree)
-    decisions: list[Decision] = []
-    groups: dict[str, _Group] = {}
-    for parameter in tree.paths:
-        decision, group = _decide(parameter, tree, override_of.get(parameter), lora, matrices, rest)
-        decisions.append(decision)
-        if group is not None:
-            groups.setdefault(group.name, group)
+    decisions = []
+    for parameter, verdict in classify(tree).items():
+        if verdict.role in LORA_ROLES[lora]:
+            verdict = verdict._replace(reason=f'LoRA factor, lora="{lora}"')
+        as_matrices = verdict.role in MATRIX_ROLES | LORA_ROLES[lora]
+        algorithm = matrices if as_matrices else rest
+        decisions.append(
+            _decide(parameter, tree.paths[parameter][0], verdict, as_matrices, algorithm, override_of.get(parameter))
+        )
     _check_coverage(model, decisions)
-    if ALGORITHMS[matrices].needs_matrices:  # a control ignores the settings of what it stands for
-        check_options(parsed, [(group.override, group.algorithm) for group in groups.values()])
-
-    ordered = sorted(groups.values(), key=lambda group: group.rank(parsed))
+    if control:
+        decisions = [replace(each, algorithm=rest) if each.as_matrices else each for each in decisions]
+    else:  # a control ignores the settings of what it stands for
+        for override in parsed:
+            override.check_options({each.algorithm for each in decisions if each.override is override})
     return Routing(
         tuple(decisions),
-        {group.name: group.entries() for group in ordered},
         notes(decisions, tree.backbone, matrices, rest, lora_as_matrices=bool(LORA_ROLES[lora])),
-        matrices,
-        rest,
+        (rest if control else matrices, rest),
     )
 
 
-def check_lora(lora: object) -> None:
-    """Check an argument ``lora``.
-
-    Raises:
-        ValueError: It is none of those that are known.
-    """
-    _check_choice("lora", lora, LORA_ROLES)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """What parameters must have in common to share a group. ``override`` is set where it brings options."""
-
-    algorithm: str
-    as_matrices: bool
-    batched: bool
-    transposed: bool
-    decays: bool
-    override: Override | None
-
-    @property
-    def needs_matrices(self) -> bool:
-        return ALGORITHMS[self.algorithm].needs_matrices
-
-    @property
-    def name(self) -> str:
-        flags = {
-            # In a control one algorithm trains the matrices and the rest, so its name does not tell them apart.
-            "matrices": self.as_matrices and not self.needs_matrices,
-            "experts": self.batched,
-            "transposed": self.transposed,
-            "no-decay": not self.decays,
-        }
-        base = "-".join([self.algorithm, *(flag for flag, is_set in flags.items() if is_set)])
-        return base if self.override is None else f"{base} [{self.override.pattern}]"
-
-    def rank(self, overrides: Sequence[Override]) -> tuple[bool, int, bool, bool, bool]:
-        """Sort key: matrices first, then groups without options, then the plainest storage."""
-        position = -1 if self.override is None else overrides.index(self.override)
-        return not self.as_matrices, position, self.batched, self.transposed, not self.decays
-
-    def entries(self) -> dict[str, Any]:
-        flags = {"batched": self.batched, "transposed": self.transposed} if self.needs_matrices else {}
-        entries: dict[str, Any] = {
-            "algorithm": self.algorithm,
-            **{name: True for name, is_set in flags.items() if is_set},
-        }
-        if not self.decays:
-            entries["weight_decay"] = 0.0
-        return entries if self.override is None else entries | options_for(self.algorithm, self.override)
-
-
 def _decide(
-    parameter: nn.Parameter, tree: ModelTree, override: Override | None, lora: str, matrices: str, rest: str
-) -> tuple[Decision, _Group | None]:
-    path, shape = tree.paths[parameter][0], tuple(parameter.shape)
-    role, reason = classify(parameter, tree)
+    parameter: nn.Parameter,
+    path: ModulePath,
+    verdict: Verdict,
+    as_matrices: bool,
+    algorithm: str,
+    override: Override | None,
+) -> Decision:
+    """Decide about one parameter; ``as_matrices`` and ``algorithm`` follow from its role."""
+    role, reason = verdict
     if role is Role.FROZEN:
-        return Decision(path.name, shape, role, False, "frozen", reason, None, False, False, parameter), None
-
-    as_matrices = role in MATRIX_ROLES | LORA_ROLES[lora]
-    algorithm = matrices if as_matrices else rest
-    if role in LORA_ROLES[lora]:
-        reason = f'LoRA factor, lora="{lora}"'
+        return Decision(path.name, parameter, role, reason)
     transposed, batched = storage_of(parameter, path)
     if override is not None:
         by = f"override `{override.pattern}`"
@@ -265,19 +219,21 @@ def _decide(
         transposed = transposed if override.transposed is None else override.transposed
         batched = batched if override.batched is None else override.batched
         if as_matrices:
-            check_matrices(parameter, path.name, batched, override, algorithm, rest)
-            if not ALGORITHMS[matrices].needs_matrices:
-                algorithm = matrices  # a control trains all matrices by one algorithm, also those of an override
-    if not as_matrices:
-        transposed = batched = False
-
-    options = override if override is not None and override.options else None
-    decays = _decays(parameter, path) or (options is not None and "weight_decay" in options.options)
-    group = _Group(algorithm, as_matrices, batched, transposed, decays, options)
-    decision = Decision(
-        path.name, shape, role, as_matrices, algorithm, reason, group.name, transposed, batched, parameter
+            check_matrices(parameter, path.name, batched, override, algorithm)
+        if not override.options:
+            override = None
+    return Decision(
+        path.name,
+        parameter,
+        role,
+        reason,
+        algorithm,
+        as_matrices,
+        transposed=transposed and as_matrices,
+        batched=batched and as_matrices,
+        decays=_decays(parameter, path) or (override is not None and "weight_decay" in override.options),
+        override=override,
     )
-    return decision, group
 
 
 def _decays(parameter: nn.Parameter, path: ModulePath) -> bool:
@@ -286,9 +242,20 @@ def _decays(parameter: nn.Parameter, path: ModulePath) -> bool:
     return parameter.ndim >= 2 and not is_bias(path) and not marked
 
 
-def _check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
-    if value not in list(choices):
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def _rank(decision: Decision) -> tuple[bool, int, bool, bool, bool]:
+    """Sort key of groups: matrices first, then groups without options, then the plainest storage."""
+    position = -1 if decision.override is None else decision.override.position
+    return not decision.as_matrices, position, decision.batched, decision.transposed, not decision.decays
+
+
+def _group_entries(member: Decision) -> dict[str, Any]:
+    """The entries of a member's group, as far as they follow from the decision."""
+    entries: dict[str, Any] = {"algorithm": member.algorithm}
+    if ALGORITHMS[member.algorithm].needs_matrices:
+        entries |= {name: True for name in ("batched", "transposed") if getattr(member, name)}
+    if not member.decays:
+        entries["weight_decay"] = 0.0
+    return entries if member.override is None else entries | member.override.options_for(member.algorithm)
 
 
 def _check_coverage(model: nn.Module, decisions: Sequence[Decision]) -> None:

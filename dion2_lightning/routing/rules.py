@@ -1,12 +1,11 @@
-"""What a parameter is (one function a rule), and how its matrices are stored.
+"""What a parameter is, and how its matrices are stored.
 
 Rules look at the module that owns a parameter, then at its shape; never at a fixed list of layer names alone.
 """
 
 import re
-from collections.abc import Callable
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 
@@ -45,16 +44,25 @@ _HIDDEN_SIZE_NAMES = ("hidden_size", "hidden_dim", "d_model", "embed_dim", "embe
 _FROM_HIDDEN = re.compile(r"gate|up|^w1$|^w3$|^v1$|^wi")
 _TO_HIDDEN = re.compile(r"down|^w2$|^wo$")
 _FUSED_PROJECTION = re.compile(r"qkv|query_key_value|c_attn|gate_up")
+_EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
+_CONVOLUTION = nn.modules.conv._ConvNd
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def classify(parameter: nn.Parameter, tree: ModelTree) -> Verdict:
-    """Say what a parameter of a model is, by the first rule that knows it."""
-    path = tree.paths[parameter][0]
-    for rule in RULES:
-        if (verdict := rule(parameter, path, tree)) is not None:
-            return verdict
-    return Verdict(Role.OTHER, "not a linear module's weight; opt in with an override")
+def classify(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
+    """Say what each parameter of a model is, by the first rule that knows it."""
+    embeddings = _find_embeddings(tree)
+    return {
+        parameter: _untrained_or_vector(parameter, path)
+        or _lora_factor(parameter, path)  # before embeddings and heads: factors of an adapted head are LoRA factors
+        or embeddings.get(parameter)
+        or _head(parameter, path, tree.backbone)
+        or _router(parameter, path)
+        or _expert_stack(parameter, path)
+        or _weight_of_layer(parameter, path)
+        or Verdict(Role.OTHER, "not a linear module's weight; opt in with an override")
+        for parameter, (path, *_) in tree.paths.items()
+    }
 
 
 def storage_of(parameter: nn.Parameter, path: ModulePath) -> tuple[bool, bool]:
@@ -72,60 +80,58 @@ def is_bias(path: ModulePath) -> bool:
 # The rules. Each returns a verdict, or None to leave the parameter to the next one.
 
 
-def _frozen(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdict | None:
-    return None if parameter.requires_grad else Verdict(Role.FROZEN, "requires no gradient")
-
-
-def _not_a_matrix(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdict | None:
+def _untrained_or_vector(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
+    if not parameter.requires_grad:
+        return Verdict(Role.FROZEN, "requires no gradient")
     if is_bias(path):
         return Verdict(Role.VECTOR, "bias")
     if parameter.ndim < 2:
         return Verdict(Role.VECTOR, "vector" if parameter.ndim else "scalar")
     if parameter.ndim == 2 and min(parameter.shape) < 2:
         return Verdict(Role.VECTOR, "not a matrix: a single row or column")
-    if not parameter.is_floating_point():
-        return Verdict(Role.OTHER, "not a real matrix")
+    return None if parameter.is_floating_point() else Verdict(Role.OTHER, "not a real matrix")
+
+
+def _lora_factor(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
+    for module, name in zip(path.modules, path.names, strict=True):
+        # A LoRA layer of peft, and its attribute that holds the parameter, e.g. lora_A.
+        if "lora_A" in getattr(type(module), "adapter_layer_names", ()) and name.startswith("lora_"):
+            if "embedding" in name:
+                return Verdict(Role.LORA_OTHER, "LoRA factor of an embedding")
+            roles = {"lora_A": Role.LORA_A, "lora_B": Role.LORA_B} if parameter.ndim == 2 else {}
+            return Verdict(roles.get(name, Role.LORA_OTHER), "LoRA factor: its shorter axis is the rank")
     return None
 
 
-def _lora_factor(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdict | None:
-    attribute = _attribute_of_lora_layer(path)
-    if attribute is None:
-        return None
-    if "embedding" in attribute:
-        return Verdict(Role.LORA_OTHER, "LoRA factor of an embedding")
-    roles = {"lora_A": Role.LORA_A, "lora_B": Role.LORA_B} if parameter.ndim == 2 else {}
-    return Verdict(roles.get(attribute, Role.LORA_OTHER), "LoRA factor: its shorter axis is the rank")
-
-
-def _embedding(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdict | None:
-    if parameter not in tree.embeddings:
-        return None
-    kind, tied_to = tree.embeddings[parameter]
-    role = Role.HEAD if kind == "output embedding" else Role.EMBEDDING
-    return Verdict(role, f"{kind}, tied to `{tied_to}`" if tied_to else kind)
-
-
-def _head(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdict | None:
+def _head(parameter: nn.Parameter, path: ModulePath, backbone: str | None) -> Verdict | None:
     model = path.transformers_model
     if model is None:
-        return None if tree.backbone is None else Verdict(Role.HEAD, f"{OUTSIDE_BACKBONE} `{tree.backbone}`")
+        return None if backbone is None else Verdict(Role.HEAD, f"{OUTSIDE_BACKBONE} `{backbone}`")
     base = getattr(model, "base_model", None)
     base = unwrap(base) if isinstance(base, nn.Module) else model
     if base is model:
-        return Verdict(Role.HEAD, "head: one row a label") if _is_label_layer(parameter, path, model) else None
+        # CLIPForImageClassification and others keep their body in several modules: none of them is the base model.
+        labels = getattr(getattr(model, "config", None), "num_labels", None)
+        is_label_layer = _is_linear_weight(parameter, path) and path.modules[-2:-1] == (model,)
+        return Verdict(Role.HEAD, "head: one row a label") if is_label_layer and parameter.shape[0] == labels else None
     if base in path.modules:
         return None
     return Verdict(Role.HEAD, f"head: outside base model `{getattr(model, 'base_model_prefix', '')}`")
 
 
-def _router(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdict | None:
-    if _is_router_by_name(path) or _is_router_by_structure(parameter, path):
+def _router(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
+    # The root and whole transformers models may have "Router" in their names for other reasons.
+    modules = (module for module in path.modules[1:] if not is_transformers_model(module))
+    if (
+        "router" in path.module_name(1).lower()
+        or any(_ROUTER_CLASS.search(type(module).__name__) for module in modules)
+        or _has_a_row_for_each_expert(parameter, path)
+    ):
         return Verdict(Role.ROUTER, "router: few rows, selection would starve experts")
     return None
 
 
-def _expert_stack(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdict | None:
+def _expert_stack(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
     if not _is_expert_stack(parameter, path) or min(parameter.shape[1:]) < 2:
         return None
     stored = {True: "stored (in, out)", False: "stored (out, in)", None: "taken as (out, in)"}
@@ -133,48 +139,79 @@ def _expert_stack(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) ->
     return Verdict(Role.EXPERTS, f"stack of {parameter.shape[0]} experts, {order}")
 
 
-def _attention_projection(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdict | None:
-    if not isinstance(path.owner, nn.MultiheadAttention) or path.names[-1] not in _ATTENTION_PROJECTIONS:
-        return None
-    fused = ", fused projections kept whole" if path.names[-1] == "in_proj_weight" else ""
-    return Verdict(Role.MATRIX, f"attention projection{fused}")
+def _weight_of_layer(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
+    name = path.names[-1]
+    if isinstance(path.owner, nn.MultiheadAttention) and name in _ATTENTION_PROJECTIONS:
+        kind, is_fused = "attention projection", name == "in_proj_weight"
+    elif _is_linear_weight(parameter, path):
+        kind = "linear, stored (in, out)" if _is_transformers_conv1d(path.owner) else "linear"
+        is_fused = bool(_FUSED_PROJECTION.search(path.module_name(1)))
+    else:
+        return Verdict(Role.CONVOLUTION, "convolution") if isinstance(path.owner, _CONVOLUTION) else None
+    return Verdict(Role.MATRIX, f"{kind}, fused projections kept whole" if is_fused else kind)
 
 
-def _linear(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdict | None:
-    if not _is_linear_weight(parameter, path):
-        return None
-    stored = ", stored (in, out)" if _is_transformers_conv1d(path.owner) else ""
-    fused = ", fused projections kept whole" if _FUSED_PROJECTION.search(path.module_name(1)) else ""
-    return Verdict(Role.MATRIX, f"linear{stored}{fused}")
+# Embeddings
 
 
-def _convolution(parameter: nn.Parameter, path: ModulePath, tree: ModelTree) -> Verdict | None:
-    return Verdict(Role.CONVOLUTION, "convolution") if _is_convolution(path.owner) else None
+def _find_embeddings(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
+    """The parameters that are embeddings, output embeddings or tied to one."""
+    inputs = _modules_from(tree.root, "get_input_embeddings")
+    outputs = _modules_from(tree.root, "get_output_embeddings")
+    found: dict[nn.Parameter, Verdict] = {}
+    tied_to: dict[nn.Parameter, str] = {}
+    first_in: dict[tuple[int, ...], nn.Parameter] = {}
+    for parameter, paths in tree.paths.items():
+        if any(not inputs.isdisjoint(path.modules) for path in paths):
+            found[parameter] = Verdict(Role.EMBEDDING, "input embedding")
+        elif any(isinstance(path.owner, _EMBEDDING_MODULES) for path in paths):
+            found[parameter] = Verdict(Role.EMBEDDING, "embedding")
+        elif any(not outputs.isdisjoint(path.modules) for path in paths):
+            found[parameter] = Verdict(Role.HEAD, "output embedding")
+        else:
+            continue
+        # The first other name under which its owner is not an embedding module: that of a tied head.
+        tied_to[parameter] = next(
+            (path.name for path in paths[1:] if not isinstance(path.owner, _EMBEDDING_MODULES)), ""
+        )
+        first_in.setdefault(_memory(parameter), parameter)
+
+    # Parameters that are other objects than an embedding but share its memory are tied to it as well.
+    for parameter in tree.paths:
+        first = first_in.get(_memory(parameter), parameter)
+        if first is not parameter:
+            found.setdefault(parameter, Verdict(Role.HEAD, "output embedding"))
+            tied_to[parameter] = tree.paths[first][0].name
+    return {
+        parameter: Verdict(role, f"{reason}, tied to `{tied_to[parameter]}`" if tied_to[parameter] else reason)
+        for parameter, (role, reason) in found.items()
+    }
 
 
-RULES: Final[tuple[Callable[[nn.Parameter, ModulePath, ModelTree], Verdict | None], ...]] = (
-    _frozen,
-    _not_a_matrix,
-    _lora_factor,  # before embeddings and heads: factors of an adapted head are LoRA factors
-    _embedding,
-    _head,
-    _router,
-    _expert_stack,
-    _attention_projection,
-    _linear,
-    _convolution,
-)
+def _modules_from(root: nn.Module, method: str) -> set[nn.Module]:
+    """What a method of every transformers model in the tree returns, where it returns a module."""
+    found = set()
+    for model in filter(is_transformers_model, root.modules()):
+        try:
+            module = getattr(model, method)()
+        except (NotImplementedError, AttributeError):
+            # It has none. Most models without text raise the first error; some look in a part that is optional.
+            continue
+        if isinstance(module, nn.Module):
+            found.add(unwrap(module))
+    return found
 
 
-# What the rules look for
+def _memory(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Identify the memory of a parameter; ``data_ptr()`` would be 0 on the meta device and for DTensors."""
+    try:
+        local: Any = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        return local.untyped_storage()._cdata, local.storage_offset(), local.numel()
+    except NotImplementedError:
+        return (id(parameter),)  # a sparse tensor has no storage that another could share
 
 
-def _attribute_of_lora_layer(path: ModulePath) -> str | None:
-    """The attribute of a peft LoRA layer that holds the parameter, e.g. ``lora_A``."""
-    for module, name in zip(path.modules, path.names, strict=True):
-        if "lora_A" in getattr(type(module), "adapter_layer_names", ()) and name.startswith("lora_"):
-            return name
-    return None
+# What the other rules look for
 
 
 def _is_linear_weight(parameter: nn.Parameter, path: ModulePath) -> bool:
@@ -189,30 +226,11 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
     return any(each.__name__ == "Conv1D" and each.__module__ == "transformers.pytorch_utils" for each in mro)
 
 
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
-
-
-def _is_label_layer(parameter: nn.Parameter, path: ModulePath, model: nn.Module) -> bool:
-    # CLIPForImageClassification and others keep their body in several modules, so that none of them is the base model.
-    labels = getattr(getattr(model, "config", None), "num_labels", None)
-    return path.modules[-2:-1] == (model,) and _is_linear_weight(parameter, path) and parameter.shape[0] == labels
-
-
-def _is_router_by_name(path: ModulePath) -> bool:
-    # The root and whole transformers models may have "Router" in their names for other reasons.
-    modules = (module for module in path.modules[1:] if not is_transformers_model(module))
-    return "router" in path.module_name(1).lower() or any(_ROUTER_CLASS.search(type(m).__name__) for m in modules)
-
-
-def _is_router_by_structure(parameter: nn.Parameter, path: ModulePath) -> bool:
+def _has_a_row_for_each_expert(parameter: nn.Parameter, path: ModulePath) -> bool:
     """Whether a linear weight has as many rows as there are experts next to it, or next to the gate that it is in."""
-    if not _is_linear_weight(parameter, path):
-        return False
-    blocks = [*path.modules[-2:-1]]
-    if re.search("gat|rout", path.module_name(2).lower()):
-        blocks += path.modules[-3:-2]
-    return any(parameter.shape[0] in _expert_counts(block) for block in blocks)
+    is_in_gate = re.search("gat|rout", path.module_name(2).lower())
+    blocks = path.modules[-3:-1] if is_in_gate else path.modules[-2:-1]
+    return _is_linear_weight(parameter, path) and any(parameter.shape[0] in _expert_counts(each) for each in blocks)
 
 
 def _expert_counts(block: nn.Module) -> set[int]:
@@ -232,9 +250,8 @@ def _names_experts(name: str, module: nn.Module) -> bool:
 
 
 def _is_expert_stack(parameter: nn.Parameter, path: ModulePath) -> bool:
-    if parameter.ndim != 3 or _is_convolution(path.owner):
-        return False
-    return _names_experts(path.module_name(1), path.owner)
+    is_stack = parameter.ndim == 3 and not isinstance(path.owner, _CONVOLUTION)
+    return is_stack and _names_experts(path.module_name(1), path.owner)
 
 
 def _experts_stored_in_out(experts: nn.Module) -> bool | None:

@@ -131,6 +131,7 @@ def test_sharded_parameters() -> None:
     fully_shard(sharded, mesh=mesh)
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
     assert decide(sharded) == decide(plain)
+    assert [each.shape for each in decide(sharded).values()] == [each.shape for each in decide(plain).values()]
 
 
 def test_a_module_set_up_by_fabric() -> None:

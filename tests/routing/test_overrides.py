@@ -80,9 +80,9 @@ class TestOverrides:
             ({"*.weight": {"batched": "yes"}}, "batched must be True or False, got 'yes'"),
             (
                 {"model.norm.weight": "dion2"},
-                r"sends 'model.norm.weight' of shape \(32,\) to dion2, but it is not a matrix",
+                r"^override 'model.norm.weight': parameter 'model.norm.weight' of shape \(32,\) is not a matrix, which",
             ),
-            ({"*.q_proj.weight": {"batched": True}}, "batched=True needs 3 axes"),
+            ({"*.q_proj.weight": {"batched": True}}, r"q_proj.weight' of shape \(32, 32\) is not a stack of matrices"),
         ],
     )
     def test_errors(self, overrides: dict[str, Any], message: str) -> None:
@@ -94,9 +94,12 @@ class TestOverrides:
     @pytest.mark.parametrize(
         ("parameter", "message"),
         [
-            (torch.zeros(3, 4, 5), "it has 3 axes; add batched=True"),
-            (torch.zeros(2, 3, 4, 5), "it is not a matrix"),
-            (torch.zeros(3, 4, dtype=torch.complex64), "torch.complex64 is not real"),
+            (
+                torch.zeros(3, 4, 5),
+                r"^override 'table': .* is not a matrix, .*; for a stack of matrices set batched=True",
+            ),
+            (torch.zeros(2, 3, 4, 5), r"^override 'table': parameter 'table' of shape \(2, 3, 4, 5\) is not a matrix"),
+            (torch.zeros(3, 4, dtype=torch.complex64), r"^override 'table': .* is torch.complex64; only real"),
         ],
     )
     def test_what_holds_no_matrix(self, parameter: torch.Tensor, message: str) -> None:

@@ -8,14 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dion2_lightning.routing.overrides import ALGORITHMS
+from dion2_lightning.algorithms import ALGORITHMS
+from dion2_lightning.algorithms.adamw import AdamWAlgorithm
+from dion2_lightning.algorithms.dion2 import Dion2Algorithm
 from dion2_lightning.routing.router import Routing, route_parameters
 from tests.routing import models
 from tests.routing.models import GOLDEN, build, groups
@@ -115,7 +116,7 @@ class TestControl:
     """One algorithm for everything, in the groups that the matrices and the rest would have had."""
 
     def test_groups(self) -> None:
-        assert entries(route_parameters(build("gpt_oss"), matrices="adamw")) == [
+        assert entries(route_parameters(build("gpt_oss"), control=True)) == [
             {"name": "adamw-matrices", "algorithm": "adamw"},
             {"name": "adamw-matrices-experts-transposed", "algorithm": "adamw"},
             {"name": "adamw", "algorithm": "adamw"},
@@ -135,8 +136,8 @@ class TestControl:
         """Also where an override sends a parameter to the algorithm that is compared with."""
         model = build(name)
         ours, control = (
-            route_parameters(model, overrides=overrides, lora="B", matrices=matrices).param_groups()
-            for matrices in ("dion2", "adamw")
+            route_parameters(model, overrides=overrides, lora="B", control=control).param_groups()
+            for control in (False, True)
         )
         assert [group["name"].replace("dion2", "adamw-matrices") for group in ours] == [
             group["name"] for group in control
@@ -150,7 +151,7 @@ class TestControl:
             assert other["algorithm"] == "adamw"
 
     def test_report(self) -> None:
-        report = route_parameters(models.mlp(), matrices="adamw").report()
+        report = route_parameters(models.mlp(), control=True).report()
         assert "\nadamw-matrices  0.weight " in report
         assert "\nadamw            6         484        100.0%\nfrozen " in report
         assert 'pass overrides={"4.weight": "adamw"}' in report
@@ -161,8 +162,10 @@ class TestAlgorithms:
 
     @pytest.fixture(autouse=True)
     def two_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(ALGORITHMS, "spectral", SimpleNamespace(needs_matrices=True))
-        monkeypatch.setitem(ALGORITHMS, "lion", SimpleNamespace(needs_matrices=False))
+        spectral, lion = Dion2Algorithm(), AdamWAlgorithm()
+        monkeypatch.setattr(spectral, "name", "spectral", raising=False)
+        monkeypatch.setitem(ALGORITHMS, "spectral", spectral)
+        monkeypatch.setitem(ALGORITHMS, "lion", lion)
 
     def test_of_the_two_kinds(self) -> None:
         routing = route_parameters(models.mlp(), matrices="spectral", rest="lion")
@@ -172,6 +175,19 @@ class TestAlgorithms:
             'An output layer belongs to lion: if `4.weight` is one, pass overrides={"4.weight": "lion"}.'
             in (routing.notes[0])
         )
+
+    def test_for_any_shape_as_that_of_the_matrices(self) -> None:
+        """It is no control: overrides go where they say, and their options count."""
+        overrides: dict[str, Any] = {"0.weight": {"betas": (0.8, 0.9)}, "2.weight": "dion2"}
+        routing = route_parameters(models.mlp(), matrices="lion", overrides=overrides)
+        assert [(group["name"], group["algorithm"], group.get("betas")) for group in routing.param_groups()] == [
+            ("dion2", "dion2", None),
+            ("lion-matrices", "lion", None),
+            ("lion-matrices [0.weight]", "lion", (0.8, 0.9)),
+            ("adamw-no-decay", "adamw", None),
+        ]
+        with pytest.raises(ValueError, match="'fraction' has no effect on what it matches, which is trained by 'lion'"):
+            route_parameters(models.mlp(), matrices="lion", overrides={"0.weight": {"fraction": 0.5}})
 
     def test_of_overrides(self) -> None:
         overrides = {"0.weight": "spectral", "2.*": "lion", "4.weight": "adamw"}
@@ -194,7 +210,7 @@ class TestAlgorithms:
         ]
 
     def test_that_need_matrices(self) -> None:
-        with pytest.raises(ValueError, match=r"'0.bias' of shape \(16,\) to spectral, but it is not a matrix"):
+        with pytest.raises(ValueError, match=r"'0.bias' of shape \(16,\) is not a matrix, which algorithm 'spectral'"):
             route_parameters(models.mlp(), overrides={"0.*": "spectral"})
 
     @pytest.mark.parametrize(

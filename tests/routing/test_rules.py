@@ -46,7 +46,7 @@ from tests.routing.models import algorithms, build, decide, on_meta
 def test_roles(name: str, roles: dict[str, Role]) -> None:
     """They say what a parameter is, whatever it is trained by."""
     model = build(name)
-    for arguments in ({}, {"lora": "both"}, {"matrices": "adamw"}, {"overrides": {"*": "adamw"}}):
+    for arguments in ({}, {"lora": "both"}, {"control": True}, {"overrides": {"*": "adamw"}}):
         decisions = decide(model, **arguments)
         assert {each: decisions[each].role for each in roles} == roles
 
