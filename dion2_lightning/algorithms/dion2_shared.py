@@ -221,11 +221,13 @@ def _reading_is_free(device: torch.device) -> bool:
 def _edges(update: MatrixUpdate, indices: Tensor) -> Tensor:
     """Where each rank's slices start and stop among the sorted selected ones, (count, ranks, 2), on the host."""
     positions = torch.searchsorted(indices, update.held.edges.expand(len(indices), -1).contiguous())
-    return positions.view(len(indices), -1, 2)
+    return positions.view(len(indices), len(update.held), 2)
 
 
 def _parts(update: MatrixUpdate, selected: Tensor, edges: Tensor | None, rank: int) -> Iterator[_Part]:
-    """This rank's parts of a parameter's matrices, given the selection (count, k)."""
+    """This rank's parts of a parameter's matrices, given the selection (count, k); none where others have them all."""
+    if not len(selected):
+        return
     first_slice = update.held[rank][0]
     if edges is None:
         yield _Part(update, 0, None, selected - first_slice)

@@ -236,6 +236,46 @@ def check_cubes() -> None:
                 train_and_compare(sharded(case), steps=3, share_replicas=True)
 
 
+def check_fewer_experts_than_ranks() -> None:
+    """Ranks that hold no matrix of a stack take part in the steps of the others; matrices beside it are updated too."""
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("first", "second"))
+    for placements in ((Replicate(), Shard(0)), (Shard(1), Shard(0))):
+        shapes = {"experts": ((1, 8, 12), placements), "matrix": ((12, 8), (placements[0], Replicate()))}
+        parameters, alone = {}, {}
+        for seed, (name, (shape, its_placements)) in enumerate(shapes.items()):
+            whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            its_placements = tuple(
+                Shard(0) if name == "matrix" and each.is_shard() else each for each in its_placements
+            )
+            parameters[name] = nn.Parameter(place(whole, mesh, its_placements))
+            alone[name] = nn.Parameter(whole)
+        optimizers = [
+            Dion2(
+                [
+                    {"params": [("experts", each["experts"])], "name": "experts", "batched": True},
+                    {"params": [("matrix", each["matrix"])], "name": "matrix"},
+                ],
+                lr=0.02,
+                orthonormalize_dtype="float32",
+                share_replicas=True,
+            )
+            for each in (parameters, alone)
+        ]
+        with naming(f"{placements}"):
+            for step in range(3):
+                for name, whole in alone.items():
+                    whole.grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(100 + step))
+                    parameter = parameters[name]
+                    parameter.grad = place(whole.grad, mesh, parameter.placements)
+                for optimizer in optimizers:
+                    optimizer.step()
+                for name in alone:
+                    compare_step(name, parameters[name], optimizers[0], alone[name], optimizers[1])
+            for name, whole in alone.items():
+                expected = part_of(whole.detach(), parameters[name])
+                torch.testing.assert_close(local(parameters[name]).detach(), expected, rtol=1e-5, atol=1e-6)
+
+
 def check_all(ranks: int) -> None:
     """Every layout that takes this many ranks, in one set of processes: starting some costs more than a case."""
     for name, case in CASES.items():
@@ -263,6 +303,10 @@ def test_layouts(ranks: int) -> None:
 
 def test_a_host_that_does_not_look() -> None:
     run_on_ranks(4, check_without_reading)
+
+
+def test_a_stack_of_fewer_experts_than_ranks() -> None:
+    run_on_ranks(4, check_fewer_experts_than_ranks)
 
 
 def test_meshes_of_three_dimensions() -> None:
