@@ -162,10 +162,10 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, labe
         )
     for entry, tensor in expected.items():
         if tensor.shape != ():  # a number is taken from wherever it is, in any form
-            _check_tensor(state[entry], tensor, entry, label)
+            _check_tensor(state[entry], tensor, entry, label, parameter)
 
 
-def _check_tensor(found: Any, expected: StateTensor, entry: str, label: str) -> None:
+def _check_tensor(found: Any, expected: StateTensor, entry: str, label: str, parameter: Any) -> None:
     if is_dtensor(found) != (expected.placements is not None):
         raise ValueError(
             f"{label} and the checkpoint's {entry!r} are not placed alike, one is a DTensor; load through "
@@ -175,6 +175,14 @@ def _check_tensor(found: Any, expected: StateTensor, entry: str, label: str) -> 
         raise ValueError(
             f"{label}: the checkpoint's {entry!r} has shape {tuple(found.shape)}, this optimizer's {expected.shape}"
         )
+    if expected.placements is not None:
+        mesh = parameter.device_mesh
+        if tuple(found.placements) != expected.placements or not torch.equal(found.device_mesh.mesh, mesh.mesh):
+            raise ValueError(
+                f"{label}: the checkpoint's {entry!r} is placed as {tuple(found.placements)} on {found.device_mesh}, "
+                f"this optimizer's as {expected.placements} on {mesh}; load through "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which places what it loads"
+            )
     if found.dtype == torch.float64 and not has_float64(expected.device):
         raise ValueError(
             f"{label} is on {expected.device.type!r}, which has no float64, and the checkpoint's {entry!r} is in "

@@ -15,7 +15,7 @@ from dion2_lightning.algorithms.hyperparameters import SharedSettings, check_val
 from dion2_lightning.distributed.overlap import WaitingStep
 from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import Layouts, is_dtensor, refuse_misplaced, zeros_like
+from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, placed, refuse_misplaced
 from dion2_lightning.matrices.views import Matrices
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
@@ -73,14 +73,16 @@ class StateTensor(NamedTuple):
         return cls(tuple(parameter.shape), dtype or parameter.dtype, parameter.device, placements)
 
     def zeros_for(self, parameter: Any) -> Tensor:
-        """Create it for the parameter that it was described for."""
+        """Create the zero tensor; ``parameter`` is the one given to :meth:`Algorithm.state`."""
+        # DTensor's own functions would do, but they make tensors on the mesh's type of device, not where CPU offload
+        # wants them, and torch 2.15 takes 0.1 s to plan them on a mesh of three dimensions, for every shape anew.
         if self.shape == tuple(parameter.shape) and self.placements == getattr(parameter, "placements", None):
-            return zeros_like(parameter, self.dtype)
+            return placed(torch.zeros_like(local(parameter), dtype=self.dtype, device=self.device), parameter)
         if self.placements is None:
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        from torch.distributed.tensor import zeros
-
-        return zeros(*self.shape, dtype=self.dtype, device_mesh=parameter.device_mesh, placements=self.placements)
+        part = local_shape(self.shape, parameter, self.placements)
+        zeros = torch.zeros(part, dtype=self.dtype, device=self.device)
+        return placed(zeros, parameter, self.placements, self.shape)
 
 
 class Member(NamedTuple):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dion2_lightning.kernels.precision import has_float64
-from dion2_lightning.matrices.layout import group_by, is_dtensor, local
+from dion2_lightning.matrices.layout import group_by, is_dtensor, local, placed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,14 +45,7 @@ def place_gradients(parameters: Iterable[Any]) -> None:
             dist.all_reduce(sums, group=mesh.get_group(dim))
         parts = torch.split(sums, [each.numel() for each in partial])
         for parameter, part, own in zip(members, parts, partial, strict=True):
-            parameter.grad = type(parameter.grad).from_local(
-                part.view(own.shape),
-                mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
+            parameter.grad = placed(part.view(own.shape), parameter)
 
 
 def _pending_sum(parameter: Any) -> tuple[Any, tuple[int, ...] | None, torch.dtype, torch.device]:

@@ -128,6 +128,13 @@ def check_training(folder: str) -> None:
         torch.testing.assert_close(whole(model.state_dict())[name], expected, rtol=1e-5, atol=1e-6)
     state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizers[1])}
     dcp.save(state, checkpoint_id=folder)
+    saved = copy.deepcopy(optimizers[1].state_dict())
+    entries = next(iter(saved["state"].values()))
+    entries["largest"] = entries["largest"].redistribute(placements=[Replicate()])
+    with pytest.raises(
+        ValueError, match=r"'largest' is placed as \(Replicate.* this optimizer's as \(Shard.*; load through"
+    ):
+        optimizers[1].load_state_dict(saved)
 
 
 def check_resuming(folder: str) -> None:
