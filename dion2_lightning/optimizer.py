@@ -334,7 +334,7 @@ class MatrixOptimizer(Optimizer):
         """Refuse parameters that cannot be updated as they are placed now, before ranks talk to each other."""
         for group, parameter, label in self._labelled():
             refuse_flattened(parameter, label)
-            ALGORITHMS[group["algorithm"]].check_placement(parameter, label, group)
+            ALGORITHMS[group["algorithm"]].check_parameter(parameter, label, group)
 
     def _check_gradients(self) -> None:
         """Refuse gradients that have no update, before weights or state are changed."""

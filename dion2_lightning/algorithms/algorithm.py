@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dion2_lightning.algorithms.hyperparameters import SharedSettings, check_values, checks_of, defaults_of, flag
 from dion2_lightning.distributed.overlap import WaitingStep
-from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, placed, refuse_misplaced
 from dion2_lightning.matrices.views import Matrices
@@ -106,7 +105,7 @@ class StepContext:
     """What is the same for all parameters of a step.
 
     Attributes:
-        settings_checksum: Of the settings of all groups; ranks that differ in it get an error.
+        settings_checksum: Of the settings of all groups, in [0, 2^32); see :meth:`Algorithm.step`.
         orthonormalize: Replaces the package's orthonormalization; None for none.
         process_group: The ranks that hold replicas of the plain parameters; None where no others do.
         share_replicas: Whether ranks that hold replicas share the work on them; None where it pays.
@@ -162,19 +161,18 @@ class Algorithm(ABC):
         check_values(values, {**checks_of(self.settings), **dict.fromkeys(self.entries(), flag)}, prefix)
 
     def check_parameter(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
-        """Raise an error about a parameter that cannot be updated, before it is added.
+        """Raise an error about a parameter that cannot be updated, when it is added, and before every step.
+
+        Between the two it may have been moved or sharded.
 
         Args:
             parameter: Dense and real.
             label: Its name for error messages.
             group: Complete.
         """
+        refuse_misplaced(parameter, label)
         if self.needs_matrices:
             check_matrix(parameter, label, group, self.name)
-
-    def check_placement(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
-        """Raise an error about a parameter that cannot be updated as it is placed now, before a step."""
-        refuse_misplaced(parameter, label)
 
     def sliced(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Matrices, int] | None:
         """Return a parameter's matrices and the axis from which a step selects slices; None if it does not."""
@@ -191,6 +189,12 @@ class Algorithm(ABC):
     @abstractmethod
     def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
         """Plan a step. Nothing may change before the work is done.
+
+        Where ranks talk to each other in it, their first message has to be that of
+        :func:`~dion2_lightning.distributed.collectives.sum_over_ranks`, with ``context.settings_checksum`` or a
+        checksum that contains it, and :func:`~dion2_lightning.distributed.collectives.refuse_disagreement` has to see
+        its header before the sizes of other messages follow from settings. After the first step nothing else notices
+        that the settings of ranks have drifted apart.
 
         Args:
             members: All parameters of its groups that require gradients, the same ones in the same order on every rank,
@@ -216,13 +220,3 @@ def check_matrix(parameter: Tensor, label: str, group: Mapping[str, Any], algori
         f"{label} is not {form}, which algorithm {algorithm!r} needs; put it into a group with algorithm='adamw', or "
         f"let build_optimizer(model, lr=...) split the model{hint}"
     )
-
-
-def refuse_float64(parameter: Tensor, label: str, group: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise an error where a setting asks for float64 on a device that has none."""
-    for name in names:
-        if group[name] == "float64" and not has_float64(parameter.device):
-            raise ValueError(
-                f"{label} is on {parameter.device.type!r}, which has no float64, and {name} is 'float64'; choose "
-                "'float32', or None, the default"
-            )
