@@ -14,7 +14,7 @@ from torch import Tensor
 from dion2_lightning.algorithms.hyperparameters import SharedSettings, check_values, checks_of, defaults_of, flag
 from dion2_lightning.distributed.overlap import WaitingStep
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, placed, refuse_misplaced
+from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, placed
 from dion2_lightning.matrices.views import Matrices
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
@@ -170,7 +170,6 @@ class Algorithm(ABC):
             label: Its name for error messages.
             group: Complete.
         """
-        refuse_misplaced(parameter, label)
         if self.needs_matrices:
             check_matrix(parameter, label, group, self.name)
 

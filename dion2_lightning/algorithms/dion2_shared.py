@@ -14,12 +14,13 @@ a submatrix travels inside its owner's replica, and the results are then gathere
 import itertools
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.algorithms.matrix_update import (
@@ -27,6 +28,7 @@ from dion2_lightning.algorithms.matrix_update import (
     Rescale,
     accumulate,
     apply,
+    concatenate,
     polar_factors,
     record_selection,
     select,
@@ -42,7 +44,7 @@ from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormalize import flops
 from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.kernels.selection import slice_sums
-from dion2_lightning.matrices.layout import Replicas, Span, group_by
+from dion2_lightning.matrices.layout import Replicas, group_by
 
 
 def split_by_ranks(
@@ -68,16 +70,10 @@ def split_by_ranks(
 
 
 def update_shared(updates: list[MatrixUpdate], context: StepContext, rescale: Rescale | None = None) -> WaitingStep:
-    """Take one step on matrices that the same ranks share in the same way.
+    """Take one step on matrices that the same ranks share in the same way: the same ones in the same order on each.
 
-    Args:
-        updates: The same parameters in the same order on every rank; this rank may lack gradients. A gradient that some
-            ranks of a group lack counts as zero there; what has none on any rank is left out.
-        context: Of the step.
-        rescale: What is done to O before it is applied (default: nothing).
-
-    Raises:
-        RuntimeError: The ranks' settings differ, or some replicas have a gradient that others lack.
+    A gradient that some ranks of a group lack counts as zero there; what has none on any rank is left out. Ranks whose
+    settings differ get an error, and so does a gradient that some replicas have and others lack.
     """
     group, device = updates[0].layout.group, updates[0].momentum.device
     replicas = updates[0].layout.replicas if context.share_replicas is not False else None
@@ -155,15 +151,20 @@ def _update_by_owners(
     selected: dict[MatrixUpdate, Tensor],
     context: StepContext,
     rescale: Rescale | None,
-) -> Iterator[None]:
+) -> Generator[None, object, None]:
     """Take S, have it orthonormalized by its owners and apply O, for parts of one precision."""
     submatrices = [submatrix for part in parts for submatrix in part.submatrices]
     update_of = [part.update for part in parts for _ in part.submatrices]
     exchange = OwnerExchange(submatrices, group, replicas, update_of[0].dtype, update_of[0].momentum.device)
 
     # S <- M[K], to the owners; M[K] <- mu M[K].
-    taken = [take(part.of_matrices(part.update.momentum), part.indices, part.update) for part in parts]
-    receive = exchange.to_owners([submatrix for stack in taken for submatrix in stack])
+    receive = exchange.to_owners(
+        [
+            submatrix
+            for part in parts
+            for submatrix in take(part.of_matrices(part.update.momentum), part.indices, part.update)
+        ]
+    )
     if group is not None:
         yield IN_FLIGHT
 
@@ -175,32 +176,34 @@ def _update_by_owners(
     if group is not None and replicas is not None:
         yield IN_FLIGHT
     receive = exchange.to_replicas(receive)
-    updates = list(dict.fromkeys(update_of))
-    shrink(updates)
+    shrink(list(dict.fromkeys(update_of)))
     yield IN_FLIGHT
 
     # X[K] <- X[K] - lr scale O.
     returned = iter(receive())
-    stacks = [_stack(list(itertools.islice(returned, len(part.submatrices)))) for part in parts]
-    factors: dict[MatrixUpdate, Tensor] = {}
-    if rescale is not None:
-        squares = [selected[update].new_zeros(selected[update].shape, dtype=torch.float64) for update in updates]
-        squares_of = dict(zip(updates, squares, strict=True))
-        for part, stack in zip(parts, stacks, strict=True):
-            part.of_selected(squares_of[part.update]).copy_(square_sums(stack))
-        if group is not None:
-            receive_sums = sum_over_ranks(group, 0, (), squares, squares[0].device)
-            yield IN_FLIGHT
-            _, squares = receive_sums()
-        for update, its_squares in zip(updates, squares, strict=True):
-            factors[update] = rescale(update, selected[update], its_squares.float())
-    for part, stack in zip(parts, stacks, strict=True):
+    results = [concatenate([next(returned).unsqueeze(0) for _ in part.submatrices]) for part in parts]
+    factors = {} if rescale is None else (yield from _factors(parts, results, group, selected, rescale))
+    for part, result in zip(parts, results, strict=True):
         its_factors = part.of_selected(factors[part.update]) if factors else None
-        apply(part.update, part.of_matrices(part.update.weight), part.indices, stack, its_factors, context)
+        apply(part.update, part.of_matrices(part.update.weight), part.indices, result, its_factors, context)
 
 
-def _stack(results: list[Tensor]) -> Tensor:
-    return results[0].unsqueeze(0) if len(results) == 1 else torch.stack(results)
+def _factors(
+    parts: Sequence[_Part],
+    results: Sequence[Tensor],
+    group: "dist.ProcessGroup | None",
+    selected: dict[MatrixUpdate, Tensor],
+    rescale: Rescale,
+) -> Generator[None, object, dict[MatrixUpdate, Tensor]]:
+    """The factors of every parameter's selected slices, (count, k), from the sums of squares over all ranks' parts."""
+    sums = {part.update: torch.zeros_like(selected[part.update], dtype=torch.float64) for part in parts}
+    for part, result in zip(parts, results, strict=True):
+        part.of_selected(sums[part.update]).copy_(square_sums(result))
+    if group is not None:
+        receive = sum_over_ranks(group, 0, (), list(sums.values()), results[0].device)
+        yield IN_FLIGHT
+        sums = dict(zip(sums, receive()[1], strict=True))
+    return {update: rescale(update, selected[update], its_sums.float()) for update, its_sums in sums.items()}
 
 
 def _partial_sums(updates: Sequence[MatrixUpdate], replicas: Replicas | None, rank: int) -> list[Tensor]:
@@ -210,19 +213,14 @@ def _partial_sums(updates: Sequence[MatrixUpdate], replicas: Replicas | None, ra
     of their gradients.
     """
     count, number = (1, 0) if replicas is None else (replicas.count, replicas.number)
-    return [
-        _among_all_slices(slice_sums(update.momentum), update.held[rank], update.slices)
-        if index % count == number
-        else update.momentum.new_zeros((len(update.momentum), update.slices), dtype=torch.float64)
-        for index, update in enumerate(updates)
-    ]
-
-
-def _among_all_slices(sums: Tensor, held: Span, slices: int) -> Tensor:
-    start, stop = held
-    whole = sums.new_zeros(len(sums), slices)
-    whole.narrow(1, start, stop - start).copy_(sums)
-    return whole
+    sums = []
+    for index, update in enumerate(updates):
+        start, stop = update.held[rank]
+        if index % count == number:
+            sums.append(pad(slice_sums(update.momentum), (start, update.slices - stop)))
+        else:
+            sums.append(update.momentum.new_zeros((len(update.momentum), update.slices), dtype=torch.float64))
+    return sums
 
 
 def _select(updates: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> dict[MatrixUpdate, Tensor]:

@@ -206,9 +206,9 @@ def polar_factors(stacks: Sequence[Tensor], context: StepContext) -> list[Tensor
     keys = [(stack.shape[1:], stack.stride(-1) != 1, stack.dtype, stack.device) for stack in stacks]
     for equal in group_by(range(len(stacks)), lambda index: keys[index]).values():
         for indices in _bounded(equal, lambda index: stacks[index].numel()):
-            batch = _concatenate([stacks[index] for index in indices])
+            batch = concatenate([stacks[index] for index in indices])
             size = max(1, BATCH_ELEMENTS // max(1, batch.shape[1:].numel()))  # one stack may be larger
-            factors = _concatenate([_polar_factors(part, context) for part in torch.split(batch, size)])
+            factors = concatenate([_polar_factors(part, context) for part in torch.split(batch, size)])
             counts = [len(stacks[index]) for index in indices]
             results.update(zip(indices, torch.split(factors, counts), strict=True))
     return [results[index] for index in range(len(stacks))]
@@ -268,8 +268,8 @@ def record_selection(update: MatrixUpdate, indices: Tensor, norms: Tensor, conte
     context.selections[update.parameter] = update.selection(indices)
 
 
-def _concatenate(stacks: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the batch, in the memory order the parts have."""
+def concatenate(stacks: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the batch, in the memory order that the stacks have."""
     if len(stacks) == 1:
         return stacks[0]
     if stacks[0].stride(-1) != 1:

@@ -39,9 +39,8 @@ def process_group_of(strategy: object | None) -> "ProcessGroup | None":
     """
     if strategy is None:
         return None
-    for kind in type(strategy).__mro__:
-        read = _READERS.get((kind.__name__, kind.__module__.split(".")[0]))
-        if read is not None:
+    for name, (packages, read) in _READERS.items():
+        if _is(strategy, name, *packages):
             return read(strategy)
     raise TypeError(
         "strategy must be a Lightning Trainer, Strategy or LightningModule, a Fabric, an Accelerator, "
@@ -211,20 +210,15 @@ def _of_several_ranks(group: "ProcessGroup | None") -> "ProcessGroup | None":
     return group if dist.get_world_size(group) > 1 else None
 
 
-_READERS: Final[dict[tuple[str, str], Callable[[Any], "ProcessGroup | None"]]] = {
-    ("ProcessGroup", "torch"): lambda group: group,
-    ("DeviceMesh", "torch"): _of_mesh,
-    ("Accelerator", "accelerate"): _of_accelerator,
-    ("AcceleratorState", "accelerate"): _of_accelerator,
-    ("TrainingArguments", "transformers"): _of_training_arguments,
-    ("Trainer", "lightning"): lambda trainer: _of_lightning_strategy(trainer.strategy),
-    ("Trainer", "pytorch_lightning"): lambda trainer: _of_lightning_strategy(trainer.strategy),
-    ("LightningModule", "lightning"): _of_lightning_module,
-    ("LightningModule", "pytorch_lightning"): _of_lightning_module,
-    ("Fabric", "lightning"): lambda fabric: _of_lightning_strategy(fabric.strategy),
-    ("Fabric", "lightning_fabric"): lambda fabric: _of_lightning_strategy(fabric.strategy),
-    ("Strategy", "lightning"): _of_lightning_strategy,
-    ("Strategy", "pytorch_lightning"): _of_lightning_strategy,
-    ("Strategy", "lightning_fabric"): _of_lightning_strategy,
+_READERS: Final[dict[str, tuple[tuple[str, ...], Callable[[Any], "ProcessGroup | None"]]]] = {
+    "ProcessGroup": (("torch",), lambda group: group),
+    "DeviceMesh": (("torch",), _of_mesh),
+    "Accelerator": (("accelerate",), _of_accelerator),
+    "AcceleratorState": (("accelerate",), _of_accelerator),
+    "TrainingArguments": (("transformers",), _of_training_arguments),
+    "Trainer": (_LIGHTNING, lambda trainer: _of_lightning_strategy(trainer.strategy)),
+    "LightningModule": (_LIGHTNING, _of_lightning_module),
+    "Fabric": (_LIGHTNING, lambda fabric: _of_lightning_strategy(fabric.strategy)),
+    "Strategy": (_LIGHTNING, _of_lightning_strategy),
 }
-"""What ``strategy`` takes, by class and package, and how its group is read."""
+"""What ``strategy`` takes: the name of its class, the packages that have such a class, and how its group is read."""

@@ -363,7 +363,7 @@ def check_first_steps_that_differ() -> None:
     one_less = parameters_of(mesh)
     optimizer = Dion2([one_less["wide"]] if is_second else [one_less["wide"], one_less["tall"]])
     set_gradients(one_less, whole(seed=1))
-    with pytest.raises(RuntimeError, match=f"this rank has {1 if is_second else 2} parameters there"):
+    with pytest.raises(RuntimeError, match=f"this rank has {1 if is_second else 2} parameters on that mesh"):
         optimizer.step()
     check_first_step_without_lr_on_one_rank()
 

@@ -239,16 +239,16 @@ def check_cubes() -> None:
 def check_fewer_experts_than_ranks() -> None:
     """Ranks that hold no matrix of a stack take part in the steps of the others; matrices beside it are updated too."""
     mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("first", "second"))
-    for placements in ((Replicate(), Shard(0)), (Shard(1), Shard(0))):
-        shapes = {"experts": ((1, 8, 12), placements), "matrix": ((12, 8), (placements[0], Replicate()))}
-        parameters, alone = {}, {}
-        for seed, (name, (shape, its_placements)) in enumerate(shapes.items()):
-            whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            its_placements = tuple(
-                Shard(0) if name == "matrix" and each.is_shard() else each for each in its_placements
-            )
-            parameters[name] = nn.Parameter(place(whole, mesh, its_placements))
-            alone[name] = nn.Parameter(whole)
+    for of_experts in ((Replicate(), Shard(0)), (Shard(1), Shard(0))):
+        of_matrix = (Shard(0) if of_experts[0].is_shard() else Replicate(), Replicate())
+        alone = {
+            name: nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+            for name, shape in (("experts", (1, 8, 12)), ("matrix", (12, 8)))
+        }
+        parameters = {
+            "experts": nn.Parameter(place(alone["experts"].detach(), mesh, of_experts)),
+            "matrix": nn.Parameter(place(alone["matrix"].detach(), mesh, of_matrix)),
+        }
         optimizers = [
             Dion2(
                 [
@@ -261,7 +261,7 @@ def check_fewer_experts_than_ranks() -> None:
             )
             for each in (parameters, alone)
         ]
-        with naming(f"{placements}"):
+        with naming(f"{of_experts}"):
             for step in range(3):
                 for name, whole in alone.items():
                     whole.grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(100 + step))
