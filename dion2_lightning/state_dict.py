@@ -18,14 +18,9 @@ Group = Mapping[str, Any]
 
 
 def match_state_dict(saved: StateDict, groups: Sequence[Group]) -> StateDict:
-    """Return a saved state dict with its groups and parameters in the order of ``groups``, and nothing missing.
+    """Return a saved state dict with its groups and parameters in the order of an optimizer's, and nothing missing.
 
-    Args:
-        saved: With numbers or names as parameter ids. Not changed.
-        groups: The groups of the optimizer that is to load it.
-
-    Raises:
-        ValueError: It does not fit; the message says what differs.
+    Its parameter ids are numbers or names; it is not changed. One that does not fit gets an error that says why.
     """
     for key in ("state", "param_groups"):
         if key not in saved:
@@ -61,11 +56,8 @@ def shares_memory(saved: StateDict, state: Mapping[Tensor, Mapping[str, Tensor]]
 def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
     """Copy again what ``Optimizer.load_state_dict`` has rounded, and put step counts where they belong.
 
-    It rounds every floating-point state to the dtype of its parameter.
-
-    Args:
-        optimizer: After loading ``saved``.
-        saved: What :func:`match_state_dict` returned.
+    It rounds every floating-point state to the dtype of its parameter. ``saved`` is what :func:`match_state_dict`
+    returned.
     """
     for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         for key, parameter in zip(old["params"], new["params"], strict=True):

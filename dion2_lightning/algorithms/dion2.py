@@ -163,12 +163,9 @@ class Dion2Algorithm(Algorithm):
 
 
 def plan_step(updates: Sequence[MatrixUpdate], context: StepContext, rescale: Rescale | None = None) -> StepWork:
-    """Plan a step of this update, or of one that rescales the orthonormal slices before they are applied.
+    """Plan a step of this update, or of one that rescales the orthonormal slices: see :data:`Rescale`.
 
-    Args:
-        updates: Of all parameters, the same ones in the same order on every rank.
-        context: Of the step.
-        rescale: See :data:`~dion2_lightning.algorithms.matrix_update.Rescale` (default: None).
+    An algorithm that does is a subclass of :class:`Dion2Algorithm` with a state of its own and this call in ``step``.
     """
     alone, shared = split_by_ranks(updates, context.share_replicas)
     present = [update for update in alone if update.gradient is not None]

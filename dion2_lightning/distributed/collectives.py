@@ -23,10 +23,7 @@ def place_gradients(parameters: Iterable[Any]) -> None:
     """Place every gradient like its parameter.
 
     Under TP the gradients of replicated parameters, such as norms under sequence parallelism, are partial: still to be
-    summed over the ranks. All of a mesh take one all-reduce; every rank must have the same ones.
-
-    Args:
-        parameters: Plain, or DTensors. Their gradients are replaced where they are placed otherwise.
+    summed over the ranks. All of a mesh take one all-reduce; every rank must have the same ones. Plain parameters stay.
     """
     misplaced = [
         parameter
@@ -64,12 +61,9 @@ def _pending_sum(parameter: Any) -> tuple[Any, tuple[int, ...] | None, torch.dty
 def on_any_rank(
     flags: Sequence[Tensor], parameters: Sequence[Tensor], process_group: "ProcessGroup | None"
 ) -> list[bool]:
-    """Return for each parameter whether its flag is set on any rank that holds a part or a replica of it.
+    """Return for each parameter whether its flag, boolean and 0-d, is set on any rank that holds a part or a replica.
 
-    Args:
-        flags: Boolean, 0-d, one for each parameter; every rank gives them for the same parameters.
-        parameters: Plain, or DTensors.
-        process_group: The ranks that hold replicas of the plain ones.
+    Every rank gives the same parameters; ``process_group`` are the ranks that hold replicas of the plain ones.
     """
     result = [False] * len(flags)
     key_of = [(getattr(each, "device_mesh", None), each.device) for each in parameters]
@@ -88,11 +82,6 @@ def check_agreement(
     """Raise an error on every rank where ranks that hold the same parameters describe them differently.
 
     A number for each mesh, whatever the descriptions: what differs must not make the collectives differ.
-
-    Args:
-        descriptions: Of each parameter and its settings.
-        parameters: Plain, or DTensors.
-        process_group: The ranks that hold replicas of the plain ones.
     """
     meshes = group_by(range(len(parameters)), lambda i: getattr(parameters[i], "device_mesh", None))
     for mesh, positions in meshes.items():
@@ -129,22 +118,15 @@ def _groups_around(mesh: Any, process_group: "ProcessGroup | None") -> list["Pro
 def sum_over_ranks(
     group: "ProcessGroup", checksum: int, flags: Sequence[bool], sums: Sequence[Tensor], device: torch.device
 ) -> Callable[[], tuple[Tensor, list[Tensor]]]:
-    """Start to add up numbers over ranks, in one all-reduce that also tells whether these agree.
+    """Start to add up float64 ``sums`` over ranks, in one all-reduce that also tells whether these agree.
 
     Every algorithm whose ranks talk to each other in a step begins with it, with or without sums; it is the one place
-    where ranks notice that their settings have drifted apart after the first step.
+    where ranks notice that their settings have drifted apart after the first step. So ``checksum``, in [0, 2^32), is of
+    what all must have in common. ``flags`` are counted, such as whether this rank has a parameter's gradient.
 
-    Args:
-        group: The ranks to sum over.
-        checksum: Of what all ranks must have in common, in [0, 2^32).
-        flags: To be counted, such as whether this rank has a parameter's gradient.
-        sums: Of any shape, float64.
-        device: Where the group communicates.
-
-    Returns:
-        What to call when they have arrived. It returns the header, int64, for :func:`refuse_disagreement`, followed by
-        on how many ranks each flag is set; and the sums, rounded to float32. Rounded, they do not depend on their
-        order, so every rank and every layout sees the same numbers. The host does not wait.
+    What is returned waits, not the host, and returns a header, int64, for :func:`refuse_disagreement`: a sum of
+    checksums, then on how many ranks each flag is set; and the sums, rounded to float32. Rounded, they do not depend on
+    their order, so every rank and every layout sees the same numbers.
     """
     shapes, size = [each.shape for each in sums], 1 + len(flags)
     header = torch.tensor([checksum, *flags], dtype=torch.float64).to(device, non_blocking=True)

@@ -165,14 +165,10 @@ def all_gather(
     shapes: Sequence[tuple[int, int]],
     nothing: Tensor,
 ) -> Receive:
-    """Send results from the rank of the group that has each to all others, in one all-gather, padded to one length.
+    """Send the results that this rank has to all others of the group, in one all-gather, padded to one length.
 
-    Args:
-        results: Those that this rank has, in their order.
-        group: The ranks.
-        sources: Of all results, the rank in the group that has each.
-        shapes: Of all results.
-        nothing: An empty tensor of their dtype and device.
+    ``sources`` and ``shapes`` say of all results which rank of the group has each, and its shape; ``nothing`` is an
+    empty tensor of their dtype and device.
     """
     by_source = _by_rank(enumerate(sources), group.size())
     sizes = [rows * columns for rows, columns in shapes]

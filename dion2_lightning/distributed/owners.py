@@ -40,14 +40,10 @@ def assign_owners(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
 def plan_owners(
     costs: tuple[int, ...], nbytes: tuple[int, ...], ranks: int, replicas: int, share_replicas: bool | None
 ) -> tuple[Owner, ...]:
-    """Return the owner of each matrix, the same on every rank.
+    """Return the owner of each matrix, given the FLOPs of the work on each and the size of its result in bytes.
 
-    Args:
-        costs: FLOPs of the work on each matrix.
-        nbytes: Size of the result of each.
-        ranks: How many share each matrix by parts.
-        replicas: How many hold each part.
-        share_replicas: Whether replicas share the work; None where that saves more than gathering the results costs.
+    Each matrix is shared by parts among ``ranks``, and each part held by ``replicas`` ranks. These share the work where
+    ``share_replicas`` says so; None: where that saves more than gathering the results costs.
     """
     if replicas > 1 and share_replicas is not False:
         # Owners go round the replicas: each gathers as much as the one with the most results has.

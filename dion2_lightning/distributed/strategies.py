@@ -27,16 +27,7 @@ ALTERNATIVE: Final = "flattens matrices into vectors, so no matrix is left to up
 
 
 def process_group_of(strategy: object | None) -> "ProcessGroup | None":
-    """Return the ranks that hold replicas of the plain parameters; None where there is one rank or DTensors say it.
-
-    Args:
-        strategy: A Lightning Trainer, Strategy or LightningModule, a Fabric, an Accelerator, TrainingArguments, a
-            ProcessGroup, a DeviceMesh, or None.
-
-    Raises:
-        TypeError: It is of another kind.
-        ValueError: It is FSDP1, DeepSpeed or another strategy under which no matrix is left.
-    """
+    """Return the ranks that hold replicas of the plain parameters; None where there is one rank or DTensors say it."""
     if strategy is None:
         return None
     for name, (packages, read) in _READERS.items():
@@ -51,11 +42,7 @@ def process_group_of(strategy: object | None) -> "ProcessGroup | None":
 def strategy_of(model: Any) -> Any | None:
     """Return the strategy of the Lightning Trainer or Fabric that runs a model, or None where none does.
 
-    Args:
-        model: As it is given to :func:`~dion2_lightning.build_optimizer`.
-
-    Raises:
-        ValueError: It is a LightningModule that has yet to make its parameters in ``configure_model``.
+    A LightningModule that has yet to make its parameters in ``configure_model`` gets an error.
     """
     model = _unwrapped(model)
     if _is(model, "_FabricModule", *_LIGHTNING):
@@ -72,11 +59,7 @@ def strategy_of(model: Any) -> Any | None:
 
 
 def trainer_of(known: Any) -> Any | None:
-    """Return the Lightning Trainer that something is or belongs to, or None where there is none.
-
-    Args:
-        known: Anything; a Trainer, a LightningModule, or a Strategy that a Trainer has set up, may know one.
-    """
+    """Return the Lightning Trainer of a Trainer, a LightningModule or a Strategy, or None where there is none."""
     known = _unwrapped(known)
     if _is(known, "Trainer", *_LIGHTNING):
         return known

@@ -128,18 +128,10 @@ def layout_of(
     process_group: "ProcessGroup | None",
     known: Layouts,
 ) -> Layout:
-    """Read a parameter's layout from its mesh and placements, as they are now.
+    """Read a parameter's layout from its mesh and placements, as they are now; ``known`` are those read in this step.
 
-    Args:
-        parameter: Plain, or a DTensor.
-        label: Its name for error messages.
-        batched: Whether its first axis counts matrices.
-        process_group: The ranks that hold replicas of it, where it is plain.
-        known: What was read in this step, taken from and added to.
-
-    Raises:
-        ValueError: It is sharded in a way that leaves no rectangle of a matrix on each rank, or not summed up yet, or
-            this rank is not in its mesh.
+    ``batched`` says whether its first axis counts matrices, ``process_group`` who holds replicas where it is plain. A
+    layout that leaves no rectangle of a matrix on each rank gets an error.
     """
     key = None
     if is_dtensor(parameter):
@@ -162,13 +154,9 @@ def local(tensor: Tensor) -> Tensor:
 def placed(
     part: Tensor, like: Any, placements: tuple[Any, ...] | None = None, shape: tuple[int, ...] | None = None
 ) -> Tensor:
-    """Return a DTensor of which this rank holds ``part``; the part itself where ``like`` is plain.
+    """Return a DTensor of which this rank holds ``part``, placed like another one; the part itself where that is plain.
 
-    Args:
-        part: Contiguous, or laid out like what this rank holds of ``like``.
-        like: Has the mesh, and whatever is not given.
-        placements: On the mesh (default: those of ``like``).
-        shape: Of the whole tensor, in row-major order (default: that of ``like``, in its order).
+    A ``shape`` that is given is that of a whole tensor in row-major order.
     """
     if not is_dtensor(like):
         return part
@@ -217,11 +205,7 @@ def placed_like_stack(rows: Tensor, parameter: Any, count: int) -> Tensor:
 
 
 def stack_placements(stack: Any) -> tuple[Any, ...] | None:
-    """Return how to place what every rank has whole of each of its matrices; None for a plain stack.
-
-    Args:
-        stack: Of matrices, on the first axis.
-    """
+    """Return how to place a tensor that every rank of a stack's matrix has whole; None where the stack is plain."""
     if not is_dtensor(stack):
         return None
     from torch.distributed.tensor import Replicate
