@@ -167,8 +167,8 @@ def plan_step(updates: Sequence[MatrixUpdate], context: StepContext, rescale: Re
 
     An algorithm that does is a subclass of :class:`Dion2Algorithm` with a state of its own and this call in ``step``.
     """
-    alone, shared = split_by_ranks(updates, context.share_replicas)
-    present = [update for update in alone if update.gradient is not None]
+    unshared, shared = split_by_ranks(updates, context.share_replicas)
+    present = [update for update in unshared if update.gradient is not None]
     return StepWork(
         [update_shared(part, context, rescale) for part in shared], [partial(update_alone, present, context, rescale)]
     )

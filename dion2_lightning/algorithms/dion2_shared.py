@@ -56,7 +56,7 @@ def split_by_ranks(
         replicas = update.layout.replicas if share_replicas is not False else None
         return update.layout.group, None if replicas is None else replicas.group
 
-    alone = [update for update in updates if ranks_of(update) == (None, None)]
+    unshared = [update for update in updates if ranks_of(update) == (None, None)]
     shared = [update for update in updates if ranks_of(update) != (None, None)]
     for update in shared:
         device = update.momentum.device
@@ -66,7 +66,7 @@ def split_by_ranks(
                 f"{update.label} is on {device.type!r} and shared by {ranks} ranks, which add up norms in float64, and "
                 "there is none on this device; train in one process, or on CUDA or the CPU"
             )
-    return alone, list(group_by(shared, lambda each: (*ranks_of(each), each.momentum.device)).values())
+    return unshared, list(group_by(shared, lambda each: (*ranks_of(each), each.momentum.device)).values())
 
 
 def update_shared(updates: list[MatrixUpdate], context: StepContext, rescale: Rescale | None = None) -> WaitingStep:

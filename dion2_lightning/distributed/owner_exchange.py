@@ -51,21 +51,17 @@ class SharedSubmatrix:
 
     def size_on(self, rank: int) -> int:
         """Return the number of entries that a rank holds."""
-        (start, stop), (left, right) = self._rows(rank), self.columns[rank]
+        (start, stop), (left, right) = self._rows[rank], self.columns[rank]
         return (stop - start) * (right - left)
 
     def part(self, submatrix: Tensor, rank: int) -> Tensor:
         """View the part of the (k, m) submatrix that a rank holds."""
-        (start, stop), (left, right) = self._rows(rank), self.columns[rank]
+        (start, stop), (left, right) = self._rows[rank], self.columns[rank]
         return submatrix.narrow(0, start, stop - start).narrow(1, left, right - left)
 
-    def _rows(self, rank: int) -> Span:
-        return (0, self.shape[0]) if self.edges is None else self._all_rows[rank]
-
     @cached_property
-    def _all_rows(self) -> list[Span]:
-        assert self.edges is not None
-        return [(start, stop) for start, stop in self.edges.tolist()]
+    def _rows(self) -> Sequence[Span]:
+        return [(0, self.shape[0])] * len(self.columns) if self.edges is None else self.edges.tolist()
 
 
 class OwnerExchange:
@@ -90,9 +86,13 @@ class OwnerExchange:
         self._submatrices, self._group, self._replicas = submatrices, group, replicas
         self._nothing = torch.empty(0, dtype=dtype, device=device)
         own_replica = None if replicas is None else replicas.number
-        here = [index for index, each in enumerate(submatrices) if each.owner.replica in (None, own_replica)]
+        owners = [
+            (index, each.owner.rank)
+            for index, each in enumerate(submatrices)
+            if each.owner.replica in (None, own_replica)
+        ]
         size = 1 if group is None else group.size()
-        self._by_owner = _by_rank([(index, submatrices[index].owner.rank) for index in here], size)
+        self._by_owner = _by_rank(owners, size)
         self.owned = self._by_owner[0 if group is None else dist.get_rank(group)]
         self._to_owners = [sum(submatrices[index].own_size for index in owned) for owned in self._by_owner]
         self._from_ranks = [sum(submatrices[index].size_on(rank) for index in self.owned) for rank in range(size)]
