@@ -23,8 +23,8 @@ def run_side_by_side(steps: Sequence[WaitingStep], local: Sequence[Callable[[], 
     """Run steps that pause, each to its next pause in turn, and local work while all messages are in flight.
 
     What the steps want to read comes to the host in one synchronisation. Local work is not done at such a pause: the
-    host would wait for it too. The steps are in the same order on every rank. At each other pause one piece of ``local``
-    is done, and whatever is left at the end.
+    host would wait for it too. The steps are in the same order on every rank. At each other pause one piece of
+    ``local`` is done, and whatever is left at the end.
     """
     work = iter(local)
     paused = _advance([(step, None) for step in steps])
