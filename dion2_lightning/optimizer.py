@@ -20,7 +20,7 @@ from dion2_lightning.distributed.collectives import (
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import is_dtensor, local_gradient
+from dion2_lightning.matrices.layout import is_dtensor, local_gradient, refuse_misplaced
 from dion2_lightning.matrices.views import SlicedParameter
 from dion2_lightning.parameter_groups import (
     Group,
@@ -335,7 +335,8 @@ class MatrixOptimizer(Optimizer):
         """Refuse parameters that cannot be updated as they are placed now, before ranks talk to each other."""
         for group, parameter, label in self._labelled():
             refuse_flattened(parameter, label)
-            ALGORITHMS[group["algorithm"]].check_placement(parameter, label, group)
+            refuse_misplaced(parameter, label)
+            ALGORITHMS[group["algorithm"]].check_parameter(parameter, label, group)
 
     def _check_gradients(self) -> None:
         """Refuse gradients that have no update, before weights or state are changed."""

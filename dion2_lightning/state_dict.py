@@ -18,14 +18,9 @@ Group = Mapping[str, Any]
 
 
 def match_state_dict(saved: StateDict, groups: Sequence[Group]) -> StateDict:
-    """Return a saved state dict with its groups and parameters in the order of ``groups``, and nothing missing.
+    """Return a saved state dict with its groups and parameters in the order of an optimizer's, and nothing missing.
 
-    Args:
-        saved: With numbers or names as parameter ids. Not changed.
-        groups: The groups of the optimizer that is to load it.
-
-    Raises:
-        ValueError: It does not fit; the message says what differs.
+    Its parameter ids are numbers or names; it is not changed. One that does not fit gets an error that says why.
     """
     for key in ("state", "param_groups"):
         if key not in saved:
@@ -61,11 +56,8 @@ def shares_memory(saved: StateDict, state: Mapping[Tensor, Mapping[str, Tensor]]
 def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
     """Copy again what ``Optimizer.load_state_dict`` has rounded, and put step counts where they belong.
 
-    It rounds every floating-point state to the dtype of its parameter.
-
-    Args:
-        optimizer: After loading ``saved``.
-        saved: What :func:`match_state_dict` returned.
+    It rounds every floating-point state to the dtype of its parameter. ``saved`` is what :func:`match_state_dict`
+    returned.
     """
     for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         for key, parameter in zip(old["params"], new["params"], strict=True):
@@ -162,10 +154,10 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, labe
         )
     for entry, tensor in expected.items():
         if tensor.shape != ():  # a number is taken from wherever it is, in any form
-            _check_tensor(state[entry], tensor, entry, label)
+            _check_tensor(state[entry], tensor, entry, label, parameter)
 
 
-def _check_tensor(found: Any, expected: StateTensor, entry: str, label: str) -> None:
+def _check_tensor(found: Any, expected: StateTensor, entry: str, label: str, parameter: Any) -> None:
     if is_dtensor(found) != (expected.placements is not None):
         raise ValueError(
             f"{label} and the checkpoint's {entry!r} are not placed alike, one is a DTensor; load through "
@@ -175,6 +167,14 @@ def _check_tensor(found: Any, expected: StateTensor, entry: str, label: str) -> 
         raise ValueError(
             f"{label}: the checkpoint's {entry!r} has shape {tuple(found.shape)}, this optimizer's {expected.shape}"
         )
+    if expected.placements is not None:
+        mesh = parameter.device_mesh
+        if tuple(found.placements) != expected.placements or not torch.equal(found.device_mesh.mesh, mesh.mesh):
+            raise ValueError(
+                f"{label}: the checkpoint's {entry!r} is placed as {tuple(found.placements)} on {found.device_mesh}, "
+                f"this optimizer's as {expected.placements} on {mesh}; load through "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which places what it loads"
+            )
     if found.dtype == torch.float64 and not has_float64(expected.device):
         raise ValueError(
             f"{label} is on {expected.device.type!r}, which has no float64, and the checkpoint's {entry!r} is in "

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.statistics import size_of, tensors_of
 from dion2_lightning import Dion2, SelectionTracker
 from dion2_lightning.algorithms import dion2_shared as sharing
-from dion2_lightning.distributed.collectives import NormAllReduce
+from dion2_lightning.distributed import collectives
 from dion2_lightning.matrices import layout
 from dion2_lightning.monitoring.history import SelectionHistory
 from tests.every_kind import SLICES, groups_of_every_kind, parameters_of
@@ -239,8 +239,15 @@ def reads(ranks: None, monkeypatch: pytest.MonkeyPatch) -> FakeReads:
     monkeypatch.setattr("dion2_lightning.distributed.overlap.read_together", reads)
     edges = on_host(sharing._edges)
     monkeypatch.setattr("dion2_lightning.algorithms.dion2_shared._edges", lambda *read: OnHost(edges(*read)))
-    monkeypatch.setattr(NormAllReduce, "_agree", lambda self, header: (header == header).all())
-    monkeypatch.setattr(NormAllReduce, "gradient_counts", on_host(NormAllReduce.gradient_counts))
+    monkeypatch.setattr(collectives, "_agree", lambda header, *_: (header == header).all())
+    refuse = collectives.refuse_disagreement
+    of_host = on_host(refuse)
+    monkeypatch.setattr(
+        sharing,
+        "refuse_disagreement",
+        lambda header, *others: (of_host if header.device.type == "cpu" else refuse)(header, *others),
+    )
+    monkeypatch.setattr(sharing, "_with_gradient", on_host(sharing._with_gradient))
     monkeypatch.setattr("dion2_lightning.algorithms.matrix_update.layout_of", on_host(layout.layout_of))
     monkeypatch.setattr("dion2_lightning.optimizer.check_agreement", lambda *_: None)  # waits, at the first step
     return reads

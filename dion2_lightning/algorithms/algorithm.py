@@ -13,9 +13,8 @@ from torch import Tensor
 
 from dion2_lightning.algorithms.hyperparameters import SharedSettings, check_values, checks_of, defaults_of, flag
 from dion2_lightning.distributed.overlap import WaitingStep
-from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import Layouts, is_dtensor, refuse_misplaced, zeros_like
+from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, placed
 from dion2_lightning.matrices.views import Matrices
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
@@ -73,14 +72,16 @@ class StateTensor(NamedTuple):
         return cls(tuple(parameter.shape), dtype or parameter.dtype, parameter.device, placements)
 
     def zeros_for(self, parameter: Any) -> Tensor:
-        """Create it for the parameter that it was described for."""
+        """Create the zero tensor; ``parameter`` is the one given to :meth:`Algorithm.state`."""
+        # DTensor's own functions would do, but they make tensors on the mesh's type of device, not where CPU offload
+        # wants them, and torch 2.15 takes 0.1 s to plan them on a mesh of three dimensions, for every shape anew.
         if self.shape == tuple(parameter.shape) and self.placements == getattr(parameter, "placements", None):
-            return zeros_like(parameter, self.dtype)
+            return placed(torch.zeros_like(local(parameter), dtype=self.dtype, device=self.device), parameter)
         if self.placements is None:
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        from torch.distributed.tensor import zeros
-
-        return zeros(*self.shape, dtype=self.dtype, device_mesh=parameter.device_mesh, placements=self.placements)
+        part = local_shape(self.shape, parameter, self.placements)
+        zeros = torch.zeros(part, dtype=self.dtype, device=self.device)
+        return placed(zeros, parameter, self.placements, self.shape)
 
 
 class Member(NamedTuple):
@@ -104,7 +105,7 @@ class StepContext:
     """What is the same for all parameters of a step.
 
     Attributes:
-        settings_checksum: Of the settings of all groups; ranks that differ in it get an error.
+        settings_checksum: Of the settings of all groups, in [0, 2^32); see :meth:`Algorithm.step`.
         orthonormalize: Replaces the package's orthonormalization; None for none.
         process_group: The ranks that hold replicas of the plain parameters; None where no others do.
         share_replicas: Whether ranks that hold replicas share the work on them; None where it pays.
@@ -160,7 +161,9 @@ class Algorithm(ABC):
         check_values(values, {**checks_of(self.settings), **dict.fromkeys(self.entries(), flag)}, prefix)
 
     def check_parameter(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
-        """Raise an error about a parameter that cannot be updated, before it is added.
+        """Raise an error about a parameter that cannot be updated, when it is added, and before every step.
+
+        Between the two it may have been moved or sharded.
 
         Args:
             parameter: Dense and real.
@@ -169,10 +172,6 @@ class Algorithm(ABC):
         """
         if self.needs_matrices:
             check_matrix(parameter, label, group, self.name)
-
-    def check_placement(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
-        """Raise an error about a parameter that cannot be updated as it is placed now, before a step."""
-        refuse_misplaced(parameter, label)
 
     def sliced(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Matrices, int] | None:
         """Return a parameter's matrices and the axis from which a step selects slices; None if it does not."""
@@ -189,6 +188,12 @@ class Algorithm(ABC):
     @abstractmethod
     def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
         """Plan a step. Nothing may change before the work is done.
+
+        Where ranks talk to each other in it, their first message has to be that of
+        :func:`~dion2_lightning.distributed.collectives.sum_over_ranks`, with ``context.settings_checksum`` or a
+        checksum that contains it, and :func:`~dion2_lightning.distributed.collectives.refuse_disagreement` has to see
+        its header before the sizes of other messages follow from settings. After the first step nothing else notices
+        that the settings of ranks have drifted apart.
 
         Args:
             members: All parameters of its groups that require gradients, the same ones in the same order on every rank,
@@ -214,13 +219,3 @@ def check_matrix(parameter: Tensor, label: str, group: Mapping[str, Any], algori
         f"{label} is not {form}, which algorithm {algorithm!r} needs; put it into a group with algorithm='adamw', or "
         f"let build_optimizer(model, lr=...) split the model{hint}"
     )
-
-
-def refuse_float64(parameter: Tensor, label: str, group: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise an error where a setting asks for float64 on a device that has none."""
-    for name in names:
-        if group[name] == "float64" and not has_float64(parameter.device):
-            raise ValueError(
-                f"{label} is on {parameter.device.type!r}, which has no float64, and {name} is 'float64'; choose "
-                "'float32', or None, the default"
-            )

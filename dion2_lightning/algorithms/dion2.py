@@ -28,7 +28,6 @@ from dion2_lightning.algorithms.algorithm import (
     StepContext,
     StepWork,
     matrices_of,
-    refuse_float64,
 )
 from dion2_lightning.algorithms.dion2_shared import split_by_ranks, update_shared
 from dion2_lightning.algorithms.hyperparameters import (
@@ -39,20 +38,24 @@ from dion2_lightning.algorithms.hyperparameters import (
     setting,
     share,
 )
+from dion2_lightning.algorithms.learning_rates import update_scale
 from dion2_lightning.algorithms.matrix_update import (
     MatrixUpdate,
+    Rescale,
     accumulate,
     apply,
     batches,
-    orthonormalization_dtype,
     polar_factors,
     record_selection,
     select,
     show_result,
     shrink,
+    square_sums,
     take,
 )
-from dion2_lightning.kernels.selection import slice_sums
+from dion2_lightning.kernels.orthonormalize import default_dtype
+from dion2_lightning.kernels.precision import has_float64
+from dion2_lightning.kernels.selection import selected_count, slice_sums
 from dion2_lightning.matrices.views import Matrices
 
 
@@ -106,14 +109,14 @@ class Dion2Algorithm(Algorithm):
     needs_matrices: ClassVar[bool] = True
 
     def check_parameter(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
-        """Raise an error about what is no matrix, or in a precision that its device lacks."""
-        refuse_float64(parameter, label, group, ("orthonormalize_dtype", "state_dtype"))
+        """Raise an error about what is no matrix, or asks for a precision that its device lacks."""
+        for name in ("orthonormalize_dtype", "state_dtype"):
+            if group[name] == "float64" and not has_float64(parameter.device):
+                raise ValueError(
+                    f"{label} is on {parameter.device.type!r}, which has no float64, and {name} is 'float64'; choose "
+                    "'float32', or None, the default"
+                )
         super().check_parameter(parameter, label, group)
-
-    def check_placement(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
-        """Raise an error about what has moved to a device that lacks its precision, too."""
-        super().check_placement(parameter, label, group)
-        refuse_float64(parameter, label, group, ("orthonormalize_dtype", "state_dtype"))
 
     def sliced(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Matrices, int]:
         """Return a parameter's matrices, and the axis of the slices."""
@@ -122,7 +125,7 @@ class Dion2Algorithm(Algorithm):
 
     def agreement(self, parameter: Tensor, group: Mapping[str, Any]) -> object:
         """Return the precision of the orthonormalization, which may depend on the hardware."""
-        return orthonormalization_dtype(parameter, group["orthonormalize_dtype"])
+        return _orthonormalization_dtype(parameter, group)
 
     def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
         """Return the momentum."""
@@ -130,29 +133,59 @@ class Dion2Algorithm(Algorithm):
         own = torch.float32 if parameter.dtype in HALF_PRECISION else parameter.dtype
         return {"momentum": StateTensor.like(parameter, own if asked is None else getattr(torch, asked))}
 
+    def update_of(self, member: Member, context: StepContext) -> MatrixUpdate:
+        """Read a parameter and its settings, as they are now."""
+        parameter, _, group, _ = member
+        matrices = matrices_of(parameter, group)
+        axis = matrices.selection_axis(group["select"])
+        slices = matrices.shape[axis]
+        k = selected_count(slices, group["fraction"])
+        scale = update_scale(matrices.shape, slices, k, group["adjust_lr_fn"], group["scale_lr_by_fraction"])
+        return MatrixUpdate.of(
+            member,
+            context,
+            axis=axis,
+            k=k,
+            momentum_factor=group["momentum"],
+            step_size=group["lr"] * scale,
+            shrink=1.0 - group["lr"] * group["weight_decay"],
+            dtype=_orthonormalization_dtype(parameter, group),
+        )
+
     def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
         """Plan a step: the matrices of this rank alone, and those that it shares."""
-        updates = [MatrixUpdate.of(member, context) for member in members]
-        alone, shared = split_by_ranks(updates, context.share_replicas)
-        present = [update for update in alone if update.gradient is not None]
-        return StepWork([update_shared(part, context) for part in shared], [partial(update_alone, present, context)])
+        return plan_step([self.update_of(member, context) for member in members], context)
 
 
-def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
-    """Take one step on matrices that are whole on this rank, equal shapes together.
+def plan_step(updates: Sequence[MatrixUpdate], context: StepContext, rescale: Rescale | None = None) -> StepWork:
+    """Plan a step of this update, or of one that rescales the orthonormal slices: see :data:`Rescale`.
 
-    Args:
-        updates: Parameters that have a gradient.
-        context: Of the step.
+    An algorithm that does is a subclass of :class:`Dion2Algorithm` with a state of its own and this call in ``step``.
     """
+    unshared, shared = split_by_ranks(updates, context.share_replicas)
+    present = [update for update in unshared if update.gradient is not None]
+    return StepWork(
+        [update_shared(part, context, rescale) for part in shared], [partial(update_alone, present, context, rescale)]
+    )
+
+
+def update_alone(updates: Sequence[MatrixUpdate], context: StepContext, rescale: Rescale | None = None) -> None:
+    """Take one step on matrices that are whole on this rank and have a gradient, equal shapes together."""
     for batch in batches(updates):
         accumulate(batch)
         norms = [slice_sums(update.momentum).float() for update in batch]
         selected = select(batch, norms)
         submatrices = [take(update.momentum, indices, update) for update, indices in zip(batch, selected, strict=True)]
-        results = torch.split(polar_factors(submatrices, context), [len(indices) for indices in selected])
+        results = polar_factors(submatrices, context)
         shrink(batch)
         for update, indices, its_norms, result in zip(batch, selected, norms, results, strict=True):
-            show_result(update, result)
-            apply(update, update.weight, indices, result)
+            show_result(update, result, context)
+            factors = None if rescale is None else rescale(update, indices, square_sums(result).float())
+            apply(update, update.weight, indices, result, factors, context)
             record_selection(update, indices, its_norms, context)
+
+
+def _orthonormalization_dtype(parameter: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """The precision that a group asks for, or else the fastest of the parameter's device."""
+    asked = group["orthonormalize_dtype"]
+    return default_dtype(parameter.device) if asked is None else getattr(torch, asked)

@@ -46,14 +46,7 @@ def update_scale(
 
     With ``scale_lr_by_fraction``, sqrt(slices / selected) makes up for the slices that are left out, so that one
     learning rate fits every fraction (the rule of Dion3, arXiv 2608.11612); without it the rule of the Dion2 paper
-    (arXiv 2512.16928) is literal.
-
-    Args:
-        shape: Of the whole matrix, (out, in), whichever way round it is stored.
-        slices: The matrix's slices along the selection axis.
-        selected: How many of them are updated.
-        adjust_lr_fn: A key of :data:`ADJUST_LR_FN`.
-        scale_lr_by_fraction: Whether to multiply by sqrt(slices / selected).
+    (arXiv 2512.16928) is literal. ``shape`` is (out, in) of the whole matrix, whichever way round it is stored.
     """
     scale = ADJUST_LR_FN[adjust_lr_fn](*shape)
     return scale * math.sqrt(slices / selected) if scale_lr_by_fraction else scale

@@ -1,17 +1,20 @@
-"""What one parameter brings to a step on matrices, and the lines of the Dion2 box: one function each."""
+"""What one parameter brings to a step on matrices, and the lines of the Dion2 box: one function each.
+
+Settings are read by the algorithm (``update_of`` in dion2.py); here are numbers.
+"""
 
 import zlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
 
-from dion2_lightning.algorithms.algorithm import Member, Observer, StepContext, matrices_of
-from dion2_lightning.algorithms.learning_rates import update_scale
-from dion2_lightning.kernels.orthonormalize import default_dtype, orthonormalize
-from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest, selected_count
+from dion2_lightning.algorithms.algorithm import Member, StepContext, matrices_of
+from dion2_lightning.kernels.orthonormalize import orthonormalize
+from dion2_lightning.kernels.precision import sum_dtype
+from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest
 from dion2_lightning.matrices.layout import (
     Layout,
     Spans,
@@ -27,6 +30,9 @@ BATCH_ELEMENTS: Final = 2**24
 """Submatrix entries that are orthonormalized at once: enough to fill a GPU, few enough to bound the working memory."""
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, eq=False)
 class MatrixUpdate:
     """One parameter in a step: its matrices as (count, n, m) views, n slices of m entries each, and its numbers.
@@ -39,13 +45,13 @@ class MatrixUpdate:
         weight: X, this rank's part, updated in place.
         gradient: G, this rank's part; None where only other ranks have it.
         momentum: M, this rank's part, updated in place.
+        state: The parameter's state, M in it.
         axis: What a slice is: 0 output, 1 input.
         k: Slices to select in each matrix.
         momentum_factor: mu.
         step_size: lr times the scale rule.
         shrink: 1 - lr * weight_decay.
         dtype: Precision of the orthonormalization.
-        observer: What receives the events of the step.
     """
 
     parameter: Tensor
@@ -55,45 +61,47 @@ class MatrixUpdate:
     weight: Tensor
     gradient: Tensor | None
     momentum: Tensor
+    state: Mapping[str, Tensor]
     axis: int
     k: int
     momentum_factor: float
     step_size: float
     shrink: float
     dtype: torch.dtype
-    observer: Observer | None
 
     @classmethod
-    def of(cls, member: Member, context: StepContext) -> "MatrixUpdate":
-        """Read a parameter, its momentum, its group and its layout, as they are now."""
+    def of(
+        cls,
+        member: Member,
+        context: StepContext,
+        *,
+        axis: int,
+        k: int,
+        momentum_factor: float,
+        step_size: float,
+        shrink: float,
+        dtype: torch.dtype,
+    ) -> "MatrixUpdate":
+        """Read a parameter, the ``"momentum"`` of its state and its layout, as they are now; see the attributes."""
         parameter, state, group, label = member
-        matrices = matrices_of(parameter, group)
-        axis = matrices.selection_axis(group["select"])
-        slices = matrices.shape[axis]
-        k = selected_count(slices, group["fraction"])
-        scale = update_scale(matrices.shape, slices, k, group["adjust_lr_fn"], group["scale_lr_by_fraction"])
-        gradient = local_gradient(parameter)
+        matrices, gradient = matrices_of(parameter, group), local_gradient(parameter)
         return cls(
             parameter=parameter,
             label=label,
             matrices=matrices,
             layout=layout_of(
-                parameter,
-                label,
-                batched=group["batched"],
-                process_group=context.process_group,
-                known=context.layouts,
+                parameter, label, batched=group["batched"], process_group=context.process_group, known=context.layouts
             ),
             weight=matrices.slices(local(parameter), axis),
             gradient=None if gradient is None else matrices.slices(gradient, axis),
             momentum=matrices.slices(local(state["momentum"]), axis),
+            state=state,
             axis=axis,
             k=k,
-            momentum_factor=group["momentum"],
-            step_size=group["lr"] * scale,
-            shrink=1.0 - group["lr"] * group["weight_decay"],
-            dtype=orthonormalization_dtype(parameter, group["orthonormalize_dtype"]),
-            observer=context.observer,
+            momentum_factor=momentum_factor,
+            step_size=step_size,
+            shrink=shrink,
+            dtype=dtype,
         )
 
     @property
@@ -122,7 +130,7 @@ class MatrixUpdate:
 
     @property
     def is_split(self) -> bool:
-        """Whether ranks hold different slices: how many of the selected ones each holds depends on the selection."""
+        """Whether ranks hold different slices, so that message sizes depend on the selection."""
         return not self.held.are_equal
 
     def selection(self, indices: Tensor) -> Selection:
@@ -137,22 +145,39 @@ class MatrixUpdate:
         return zlib.crc32(repr((self.matrices, self.axis, numbers)).encode())
 
 
-def orthonormalization_dtype(parameter: Tensor, asked: str | None) -> torch.dtype:
-    """Return the precision that a group asks for, or else the fastest of the parameter's device."""
-    return default_dtype(parameter.device) if asked is None else getattr(torch, asked)
+Rescale = Callable[[MatrixUpdate, Tensor, Tensor], Tensor]
+"""What an algorithm may do to O before it is applied: return a factor for every selected slice, (count, k).
+
+It is given the parameter, K (count, k), and the sums of squares of the slices of O, (count, k) in float32. Every rank
+that holds a part or a replica of the matrices calls it with the same numbers, so a state that it reads and writes, such
+as a variance for each slice, belongs on all of them: placed by ``stack_placements``, or replicated where there is one
+matrix.
+"""
 
 
 def batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
-    """Group updates that can be selected and orthonormalized together, at most ``BATCH_ELEMENTS`` entries at a time."""
+    """Group updates that can be selected together, ``BATCH_ELEMENTS`` at a time unless one parameter has more."""
 
     def key(update: MatrixUpdate) -> Hashable:
         momentum = update.momentum
         return momentum.shape[1:], update.k, momentum.stride(-1) != 1, momentum.device, momentum.dtype, update.dtype
 
     for batch in group_by(updates, key).values():
-        size = max(1, BATCH_ELEMENTS // max(1, len(batch[0].momentum) * batch[0].k * batch[0].entries))
-        for start in range(0, len(batch), size):
-            yield batch[start : start + size]
+        yield from _bounded(batch, lambda update: len(update.momentum) * update.k * update.entries)
+
+
+def _bounded(items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Cut a list into runs of at most ``BATCH_ELEMENTS`` together, or of one item."""
+    run: list[T] = []
+    total = 0
+    for item in items:
+        if run and total + size_of(item) > BATCH_ELEMENTS:
+            yield run
+            run, total = [], 0
+        run.append(item)
+        total += size_of(item)
+    if run:
+        yield run
 
 
 def accumulate(updates: Sequence[MatrixUpdate]) -> None:
@@ -175,9 +200,21 @@ def take(momentum: Tensor, indices: Tensor, update: MatrixUpdate) -> Tensor:
     return submatrices.to(update.dtype)
 
 
-def polar_factors(submatrices: Sequence[Tensor], context: StepContext) -> Tensor:
-    """O: the polar factors of stacks of equal submatrices, (count, k, m) each, in one batch."""
-    stack = _concatenate(submatrices)
+def polar_factors(stacks: Sequence[Tensor], context: StepContext) -> list[Tensor]:
+    """O: the polar factors of stacks of submatrices, (count, k, m) each; those of one (k, m) together."""
+    results: dict[int, Tensor] = {}
+    keys = [(stack.shape[1:], stack.stride(-1) != 1, stack.dtype, stack.device) for stack in stacks]
+    for equal in group_by(range(len(stacks)), lambda index: keys[index]).values():
+        for indices in _bounded(equal, lambda index: stacks[index].numel()):
+            batch = concatenate([stacks[index] for index in indices])
+            size = max(1, BATCH_ELEMENTS // max(1, batch.shape[1:].numel()))  # one stack may be larger
+            factors = concatenate([_polar_factors(part, context) for part in torch.split(batch, size)])
+            counts = [len(stacks[index]) for index in indices]
+            results.update(zip(indices, torch.split(factors, counts), strict=True))
+    return [results[index] for index in range(len(stacks))]
+
+
+def _polar_factors(stack: Tensor, context: StepContext) -> Tensor:
     if context.orthonormalize is None:
         return orthonormalize(stack, stack.dtype)
     result = context.orthonormalize(stack.contiguous())
@@ -188,6 +225,11 @@ def polar_factors(submatrices: Sequence[Tensor], context: StepContext) -> Tensor
     return result.to(stack.dtype)
 
 
+def square_sums(result: Tensor) -> Tensor:
+    """Return the sums of squares of the slices of O, (count, k), in float64 where there is one."""
+    return result.to(sum_dtype(result.device)).square().sum(-1)
+
+
 def shrink(updates: Sequence[MatrixUpdate]) -> None:
     """X <- (1 - lr weight_decay) X."""
     decaying = [update for update in updates if update.shrink != 1.0]
@@ -195,30 +237,39 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
         torch._foreach_mul_([update.weight for update in decaying], [update.shrink for update in decaying])
 
 
-def apply(update: MatrixUpdate, weight: Tensor, indices: Tensor, result: Tensor) -> None:
-    """X[K] <- X[K] - lr scale O."""
+def apply(
+    update: MatrixUpdate,
+    weight: Tensor,
+    indices: Tensor,
+    result: Tensor,
+    factors: Tensor | None,
+    context: StepContext,
+) -> None:
+    """X[K] <- X[K] - lr scale O, each slice times its factor where there are any, of shape (count, k)."""
     precise = torch.promote_types(weight.dtype, torch.float32)
     change = result.to(precise) * -update.step_size
+    if factors is not None:
+        change *= factors.unsqueeze(-1)
     add_(weight, indices, change)
-    if update.observer is not None and update.observer.wants_results:
-        update.observer.moved(update.parameter, change)
+    if context.observer is not None and context.observer.wants_results:
+        context.observer.moved(update.parameter, change)
 
 
-def show_result(update: MatrixUpdate, result: Tensor) -> None:
+def show_result(update: MatrixUpdate, result: Tensor, context: StepContext) -> None:
     """Show the observer whole orthonormal submatrices (count, k, m), if it wants them."""
-    if update.observer is not None and update.observer.wants_results:
-        update.observer.orthonormalized(update.parameter, result)
+    if context.observer is not None and context.observer.wants_results:
+        context.observer.orthonormalized(update.parameter, result)
 
 
 def record_selection(update: MatrixUpdate, indices: Tensor, norms: Tensor, context: StepContext) -> None:
     """Keep what was selected, indices (count, k), and show the observer that and the norms (count, n)."""
-    if update.observer is not None:
-        update.observer.selected(update.parameter, indices, norms)
+    if context.observer is not None:
+        context.observer.selected(update.parameter, indices, norms)
     context.selections[update.parameter] = update.selection(indices)
 
 
-def _concatenate(stacks: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the batch, in the memory order the parts have."""
+def concatenate(stacks: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the batch, in the memory order that the stacks have."""
     if len(stacks) == 1:
         return stacks[0]
     if stacks[0].stride(-1) != 1:

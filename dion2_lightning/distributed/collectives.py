@@ -1,21 +1,20 @@
-"""What ranks find out together: gradients, flags, whether they agree, and the norms of slices."""
+"""What ranks find out together: gradients, flags, sums, and whether they agree."""
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dion2_lightning.kernels.precision import has_float64
-from dion2_lightning.matrices.layout import group_by, is_dtensor, local
+from dion2_lightning.matrices.layout import group_by, is_dtensor, local, placed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 DISAGREE: Final = (
-    "ranks share parameters but disagree about their settings (lr, fraction, momentum, weight_decay, dtypes, ...), "
+    "ranks share parameters but disagree about their settings (lr, weight_decay, dtypes, ...), "
     "their number or their order; give all ranks the same groups"
 )
 
@@ -24,10 +23,7 @@ def place_gradients(parameters: Iterable[Any]) -> None:
     """Place every gradient like its parameter.
 
     Under TP the gradients of replicated parameters, such as norms under sequence parallelism, are partial: still to be
-    summed over the ranks. All of a mesh take one all-reduce; every rank must have the same ones.
-
-    Args:
-        parameters: Plain, or DTensors. Their gradients are replaced where they are placed otherwise.
+    summed over the ranks. All of a mesh take one all-reduce; every rank must have the same ones. Plain parameters stay.
     """
     misplaced = [
         parameter
@@ -45,14 +41,7 @@ def place_gradients(parameters: Iterable[Any]) -> None:
             dist.all_reduce(sums, group=mesh.get_group(dim))
         parts = torch.split(sums, [each.numel() for each in partial])
         for parameter, part, own in zip(members, parts, partial, strict=True):
-            parameter.grad = type(parameter.grad).from_local(
-                part.view(own.shape),
-                mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
+            parameter.grad = placed(part.view(own.shape), parameter)
 
 
 def _pending_sum(parameter: Any) -> tuple[Any, tuple[int, ...] | None, torch.dtype, torch.device]:
@@ -72,12 +61,9 @@ def _pending_sum(parameter: Any) -> tuple[Any, tuple[int, ...] | None, torch.dty
 def on_any_rank(
     flags: Sequence[Tensor], parameters: Sequence[Tensor], process_group: "ProcessGroup | None"
 ) -> list[bool]:
-    """Return for each parameter whether its flag is set on any rank that holds a part or a replica of it.
+    """Return for each parameter whether its flag, boolean and 0-d, is set on any rank that holds a part or a replica.
 
-    Args:
-        flags: Boolean, 0-d, one for each parameter; every rank gives them for the same parameters.
-        parameters: Plain, or DTensors.
-        process_group: The ranks that hold replicas of the plain ones.
+    Every rank gives the same parameters; ``process_group`` are the ranks that hold replicas of the plain ones.
     """
     result = [False] * len(flags)
     key_of = [(getattr(each, "device_mesh", None), each.device) for each in parameters]
@@ -96,11 +82,6 @@ def check_agreement(
     """Raise an error on every rank where ranks that hold the same parameters describe them differently.
 
     A number for each mesh, whatever the descriptions: what differs must not make the collectives differ.
-
-    Args:
-        descriptions: Of each parameter and its settings.
-        parameters: Plain, or DTensors.
-        process_group: The ranks that hold replicas of the plain ones.
     """
     meshes = group_by(range(len(parameters)), lambda i: getattr(parameters[i], "device_mesh", None))
     for mesh, positions in meshes.items():
@@ -110,21 +91,15 @@ def check_agreement(
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
         largest, smallest = extremes.tolist()
         if largest != -smallest:
-            raise RuntimeError(f"{DISAGREE}; this rank has {len(positions)} parameters there")
+            raise RuntimeError(f"{DISAGREE}; this rank has {len(positions)} parameters on that mesh")
 
 
 def refuse_unreachable(parameter: Tensor, label: str, process_group: "ProcessGroup | None") -> None:
     """Raise an error where ranks share a parameter on a device that their group does not communicate from.
 
-    CPU offload under FSDP2 leaves parameters and gradients on the CPU, and NCCL alone does not reach them. Apple's GPUs
-    have no float64, in which :class:`NormAllReduce` adds up the norms.
+    CPU offload under FSDP2 leaves parameters and gradients on the CPU, and NCCL alone does not reach them.
     """
     for group in _groups_around(getattr(parameter, "device_mesh", None), process_group):
-        if not has_float64(parameter.device):
-            raise ValueError(
-                f"{label} is on {parameter.device.type!r} and shared by {group.size()} ranks, which add up norms in "
-                "float64, and there is none on this device; train in one process, or on CUDA or the CPU"
-            )
         reached = [device.type for device in group._device_types]
         if parameter.device.type not in reached:
             raise ValueError(
@@ -140,73 +115,44 @@ def _groups_around(mesh: Any, process_group: "ProcessGroup | None") -> list["Pro
     return [group for group in groups if group is not None and group.size() > 1]
 
 
-class NormAllReduce:
-    """The sums of all slices' norms over the ranks that share matrices, in one all-reduce.
+def sum_over_ranks(
+    group: "ProcessGroup", checksum: int, flags: Sequence[bool], sums: Sequence[Tensor], device: torch.device
+) -> Callable[[], tuple[Tensor, list[Tensor]]]:
+    """Start to add up float64 ``sums`` over ranks, in one all-reduce that also tells whether these agree.
 
-    The buffer is float64: a checksum of the settings, a flag for each parameter that says whether this rank has its
-    gradient, then the sums of |M| over the part of each matrix that this rank holds.
+    Every algorithm whose ranks talk to each other in a step begins with it, with or without sums; it is the one place
+    where ranks notice that their settings have drifted apart after the first step. So ``checksum``, in [0, 2^32), is of
+    what all must have in common. ``flags`` are counted, such as whether this rank has a parameter's gradient.
+
+    What is returned waits, not the host, and returns a header, int64, for :func:`refuse_disagreement`: a sum of
+    checksums, then on how many ranks each flag is set; and the sums, rounded to float32. Rounded, they do not depend on
+    their order, so every rank and every layout sees the same numbers.
     """
+    shapes, size = [each.shape for each in sums], 1 + len(flags)
+    header = torch.tensor([checksum, *flags], dtype=torch.float64).to(device, non_blocking=True)
+    buffer = torch.cat([header, *(each.flatten() for each in sums)])
+    work = dist.all_reduce(buffer, group=group, async_op=True)
 
-    def __init__(
-        self,
-        group: "ProcessGroup",
-        checksum: int,
-        has_gradient: Sequence[bool],
-        sums: Sequence[Tensor],
-        device: torch.device,
-    ) -> None:
-        """Start the all-reduce.
+    def receive() -> tuple[Tensor, list[Tensor]]:
+        assert work is not None
+        work.wait()
+        header, rest = torch.split(buffer, [size, len(buffer) - size])
+        parts = torch.split(rest.float(), [shape.numel() for shape in shapes])
+        return header.long(), [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-        Args:
-            group: The ranks to sum over.
-            checksum: Of the settings that all ranks must share, in [0, 2^32).
-            has_gradient: For each parameter.
-            sums: Of any shape, float64.
-            device: Where the group communicates.
-        """
-        self._group, self._checksum, self._shapes = group, checksum, [each.shape for each in sums]
-        header = [checksum, *has_gradient]
-        self._header_size = len(header)
-        start = torch.tensor(header, dtype=torch.float64).to(device, non_blocking=True)
-        self._buffer = torch.cat([start, *(each.flatten() for each in sums)])
-        self._work = dist.all_reduce(self._buffer, group=group, async_op=True)
+    return receive
 
-    def wait(self) -> tuple[Tensor, list[Tensor]]:
-        """Return the header, int64, and the sums over all ranks, rounded to float32; the host does not wait.
 
-        Rounded, sums do not depend on their order, so every rank and every layout sees the same numbers.
-        """
-        assert self._work is not None
-        self._work.wait()
-        header = self._buffer.narrow(0, 0, self._header_size)
-        rest = self._buffer.narrow(0, self._header_size, len(self._buffer) - self._header_size).float()
-        parts = torch.split(rest, [shape.numel() for shape in self._shapes])
-        return header.long(), [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+def refuse_disagreement(header: Tensor, group: "ProcessGroup", checksum: int) -> None:
+    """Raise an error on every rank where their checksums differ; where the header is on a device, there, and later."""
+    agree = _agree(header, group, checksum)
+    message = f"ranks {dist.get_process_group_ranks(group)}: {DISAGREE}"
+    if header.device.type != "cpu":
+        torch._assert_async(agree, message)
+    elif not agree:
+        raise RuntimeError(message)
 
-    def gradient_counts(self, header: Tensor) -> list[int]:
-        """Return for each parameter how many ranks have its gradient.
 
-        Args:
-            header: As :meth:`wait` returned it, on the host.
-
-        Raises:
-            RuntimeError: The ranks' settings differ.
-        """
-        if not bool(self._agree(header)):
-            raise RuntimeError(self._disagreement)
-        counts: list[int] = header[1:].tolist()
-        return counts
-
-    def check_on_device(self, header: Tensor, replicas: int) -> None:
-        """Fail on the device, later, where settings differ or some replicas lack gradients; the host does not wait."""
-        torch._assert_async(self._agree(header), self._disagreement)
-        counts = header.narrow(0, 1, len(header) - 1)
-        torch._assert_async((counts % replicas == 0).all(), "some replicas lack gradients that others have")
-
-    def _agree(self, header: Tensor) -> Tensor:
-        # Exact: a checksum has 32 bits, and an integer in float64 53. All ranks compared everything at the first step.
-        return (header.narrow(0, 0, 1) == self._group.size() * self._checksum).all()
-
-    @property
-    def _disagreement(self) -> str:
-        return f"ranks {dist.get_process_group_ranks(self._group)}: {DISAGREE}"
+def _agree(header: Tensor, group: "ProcessGroup", checksum: int) -> Tensor:
+    # Exact: a checksum has 32 bits, and an integer in float64 53. All ranks compared everything at the first step.
+    return (header.narrow(0, 0, 1) == group.size() * checksum).all()

@@ -9,7 +9,8 @@ from torch import Tensor
 from dion2_lightning.matrices.layout import group_by
 
 WaitingStep = Generator[Sequence[Tensor] | None, Sequence[Tensor], None]
-"""A step that pauses: ``yield IN_FLIGHT`` while messages are, ``on_host = yield tensors`` to read integer tensors.
+"""A step that pauses: ``yield IN_FLIGHT`` while messages are in flight; ``on_host = yield tensors`` to read integer
+tensors on the host.
 
 Every rank has to pause at the same places. The list of tensors may be empty, as on a rank that need not read.
 """
@@ -22,17 +23,14 @@ def run_side_by_side(steps: Sequence[WaitingStep], local: Sequence[Callable[[], 
     """Run steps that pause, each to its next pause in turn, and local work while all messages are in flight.
 
     What the steps want to read comes to the host in one synchronisation. Local work is not done at such a pause: the
-    host would wait for it too.
-
-    Args:
-        steps: In the same order on every rank.
-        local: Work without communication, one piece a pause; whatever is left when the steps are over is done then.
+    host would wait for it too. The steps are in the same order on every rank. At each other pause one piece of
+    ``local`` is done, and whatever is left at the end.
     """
     work = iter(local)
     paused = _advance([(step, None) for step in steps])
     while paused:
         if all(wanted is None for _, wanted in paused):
-            next(work, _nothing)()
+            next(work, lambda: None)()
         tensors = [tensor for _, wanted in paused for tensor in wanted or ()]
         on_host = iter(read_together(tensors) if tensors else ())
         paused = _advance([(step, [next(on_host) for _ in wanted or ()]) for step, wanted in paused])
@@ -40,12 +38,11 @@ def run_side_by_side(steps: Sequence[WaitingStep], local: Sequence[Callable[[], 
         piece()
 
 
-Paused = tuple[WaitingStep, Sequence[Tensor] | None]
-
-
-def _advance(steps: Sequence[Paused]) -> list[Paused]:
+def _advance(
+    steps: Sequence[tuple[WaitingStep, Sequence[Tensor] | None]],
+) -> list[tuple[WaitingStep, Sequence[Tensor] | None]]:
     """Send each step what it has read, None to begin; return those that pause again, with what they want to read."""
-    paused: list[Paused] = []
+    paused = []
     for step, answer in steps:
         try:
             paused.append((step, next(step) if answer is None else step.send(answer)))
@@ -62,7 +59,3 @@ def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
         parts = torch.split(flat, [tensors[position].numel() for position in positions])
         on_host.update(zip(positions, parts, strict=True))
     return [on_host[position].view(tensor.shape) for position, tensor in enumerate(tensors)]
-
-
-def _nothing() -> None:
-    """Do nothing."""

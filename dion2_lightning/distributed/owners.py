@@ -1,7 +1,7 @@
 """Which rank works on which of the matrices that ranks share: every rank about as much as the others.
 
-Whole matrices are dealt out, so how even it can be depends on the matrices: with few large ones for each rank, on
-whether the number of ranks divides theirs.
+Matrices are assigned whole, so balance depends on their sizes: with few large ones for each rank, on whether the
+number of ranks divides theirs.
 """
 
 import heapq
@@ -9,7 +9,8 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 FLOPS_PER_BYTE: Final = 4000
-"""Work on replicas is worth sharing from here on: what a GPU multiplies in the time a byte takes between nodes."""
+"""Share replicated work if it saves at least this many FLOPs per byte received: what a GPU multiplies in the time a
+byte takes between nodes."""
 
 
 class Owner(NamedTuple):
@@ -24,14 +25,8 @@ class Owner(NamedTuple):
     rank: int
 
 
-@lru_cache(maxsize=256)
 def assign_owners(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Return which rank owns each matrix: the costliest first, each to the rank that has the least to do.
-
-    Args:
-        costs: Of each matrix, the same on every rank.
-        ranks: How many share them.
-    """
+    """Return which rank owns each matrix: the costliest first, each to the rank that has the least to do."""
     owners = [0] * len(costs)
     loads = [(0, rank) for rank in range(ranks)]
     for matrix in sorted(range(len(costs)), key=lambda matrix: -costs[matrix]):
@@ -45,14 +40,10 @@ def assign_owners(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
 def plan_owners(
     costs: tuple[int, ...], nbytes: tuple[int, ...], ranks: int, replicas: int, share_replicas: bool | None
 ) -> tuple[Owner, ...]:
-    """Return the owner of each matrix, the same on every rank.
+    """Return the owner of each matrix, given the FLOPs of the work on each and the size of its result in bytes.
 
-    Args:
-        costs: FLOPs of the work on each matrix.
-        nbytes: Size of the result of each.
-        ranks: How many share each matrix by parts.
-        replicas: How many hold each part.
-        share_replicas: Whether replicas share the work; None where that saves more than gathering the results costs.
+    Each matrix is shared by parts among ``ranks``, and each part held by ``replicas`` ranks. These share the work where
+    ``share_replicas`` says so; None: where that saves more than gathering the results costs.
     """
     if replicas > 1 and share_replicas is not False:
         # Owners go round the replicas: each gathers as much as the one with the most results has.

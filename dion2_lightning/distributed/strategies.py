@@ -27,21 +27,11 @@ ALTERNATIVE: Final = "flattens matrices into vectors, so no matrix is left to up
 
 
 def process_group_of(strategy: object | None) -> "ProcessGroup | None":
-    """Return the ranks that hold replicas of the plain parameters; None where there is one rank or DTensors say it.
-
-    Args:
-        strategy: A Lightning Trainer, Strategy or LightningModule, a Fabric, an Accelerator, TrainingArguments, a
-            ProcessGroup, a DeviceMesh, or None.
-
-    Raises:
-        TypeError: It is of another kind.
-        ValueError: It is FSDP1, DeepSpeed or another strategy under which no matrix is left.
-    """
+    """Return the ranks that hold replicas of the plain parameters; None where there is one rank or DTensors say it."""
     if strategy is None:
         return None
-    for kind in type(strategy).__mro__:
-        read = _READERS.get((kind.__name__, kind.__module__.split(".")[0]))
-        if read is not None:
+    for name, (packages, read) in _READERS.items():
+        if _is(strategy, name, *packages):
             return read(strategy)
     raise TypeError(
         "strategy must be a Lightning Trainer, Strategy or LightningModule, a Fabric, an Accelerator, "
@@ -52,11 +42,7 @@ def process_group_of(strategy: object | None) -> "ProcessGroup | None":
 def strategy_of(model: Any) -> Any | None:
     """Return the strategy of the Lightning Trainer or Fabric that runs a model, or None where none does.
 
-    Args:
-        model: As it is given to :func:`~dion2_lightning.build_optimizer`.
-
-    Raises:
-        ValueError: It is a LightningModule that has yet to make its parameters in ``configure_model``.
+    A LightningModule that has yet to make its parameters in ``configure_model`` gets an error.
     """
     model = _unwrapped(model)
     if _is(model, "_FabricModule", *_LIGHTNING):
@@ -73,11 +59,7 @@ def strategy_of(model: Any) -> Any | None:
 
 
 def trainer_of(known: Any) -> Any | None:
-    """Return the Lightning Trainer that something is or belongs to, or None where there is none.
-
-    Args:
-        known: Anything; a Trainer, a LightningModule, or a Strategy that a Trainer has set up, may know one.
-    """
+    """Return the Lightning Trainer of a Trainer, a LightningModule or a Strategy, or None where there is none."""
     known = _unwrapped(known)
     if _is(known, "Trainer", *_LIGHTNING):
         return known
@@ -211,20 +193,15 @@ def _of_several_ranks(group: "ProcessGroup | None") -> "ProcessGroup | None":
     return group if dist.get_world_size(group) > 1 else None
 
 
-_READERS: Final[dict[tuple[str, str], Callable[[Any], "ProcessGroup | None"]]] = {
-    ("ProcessGroup", "torch"): lambda group: group,
-    ("DeviceMesh", "torch"): _of_mesh,
-    ("Accelerator", "accelerate"): _of_accelerator,
-    ("AcceleratorState", "accelerate"): _of_accelerator,
-    ("TrainingArguments", "transformers"): _of_training_arguments,
-    ("Trainer", "lightning"): lambda trainer: _of_lightning_strategy(trainer.strategy),
-    ("Trainer", "pytorch_lightning"): lambda trainer: _of_lightning_strategy(trainer.strategy),
-    ("LightningModule", "lightning"): _of_lightning_module,
-    ("LightningModule", "pytorch_lightning"): _of_lightning_module,
-    ("Fabric", "lightning"): lambda fabric: _of_lightning_strategy(fabric.strategy),
-    ("Fabric", "lightning_fabric"): lambda fabric: _of_lightning_strategy(fabric.strategy),
-    ("Strategy", "lightning"): _of_lightning_strategy,
-    ("Strategy", "pytorch_lightning"): _of_lightning_strategy,
-    ("Strategy", "lightning_fabric"): _of_lightning_strategy,
+_READERS: Final[dict[str, tuple[tuple[str, ...], Callable[[Any], "ProcessGroup | None"]]]] = {
+    "ProcessGroup": (("torch",), lambda group: group),
+    "DeviceMesh": (("torch",), _of_mesh),
+    "Accelerator": (("accelerate",), _of_accelerator),
+    "AcceleratorState": (("accelerate",), _of_accelerator),
+    "TrainingArguments": (("transformers",), _of_training_arguments),
+    "Trainer": (_LIGHTNING, lambda trainer: _of_lightning_strategy(trainer.strategy)),
+    "LightningModule": (_LIGHTNING, _of_lightning_module),
+    "Fabric": (_LIGHTNING, lambda fabric: _of_lightning_strategy(fabric.strategy)),
+    "Strategy": (_LIGHTNING, _of_lightning_strategy),
 }
-"""What ``strategy`` takes, by class and package, and how its group is read."""
+"""What ``strategy`` takes: the name of its class, the packages that have such a class, and how its group is read."""

@@ -112,7 +112,7 @@ class Layout:
 
     @cached_property
     def fingerprint(self) -> int:
-        """A number in which what each rank holds is mixed; replicas may order their ranks differently."""
+        """A number made of what all ranks hold; replicas may order their ranks differently."""
         return hash(tuple(sorted(self.blocks)))
 
 
@@ -126,36 +126,24 @@ def layout_of(
     *,
     batched: bool,
     process_group: "ProcessGroup | None",
-    known: Layouts | None = None,
+    known: Layouts,
 ) -> Layout:
-    """Read a parameter's layout from its mesh and placements, as they are now.
+    """Read a parameter's layout from its mesh and placements, as they are now; ``known`` are those read in this step.
 
-    Args:
-        parameter: Plain, or a DTensor.
-        label: Its name for error messages.
-        batched: Whether its first axis counts matrices.
-        process_group: The ranks that hold replicas of it, where it is plain.
-        known: What was read in this step, taken from and added to (default: None).
-
-    Raises:
-        ValueError: It is sharded in a way that leaves no rectangle of a matrix on each rank, or not summed up yet, or
-            this rank is not in its mesh.
+    ``batched`` says whether its first axis counts matrices, ``process_group`` who holds replicas where it is plain. A
+    layout that leaves no rectangle of a matrix on each rank gets an error.
     """
     key = None
     if is_dtensor(parameter):
         key = parameter.device_mesh, parameter.placements, parameter.shape, batched  # type: ignore[attr-defined]
-    known = {} if known is None else known
     if key not in known:
-        known[key] = _read_layout(parameter, label, batched, process_group)
+        if key is not None:
+            known[key] = _layout_of_dtensor(parameter, label, batched)
+        elif process_group is None or process_group.size() == 1:
+            known[key] = Layout()
+        else:
+            known[key] = Layout(replicas=Replicas(process_group, tuple(range(process_group.size())), process_group))
     return known[key]
-
-
-def _read_layout(parameter: Tensor, label: str, batched: bool, process_group: "ProcessGroup | None") -> Layout:
-    if is_dtensor(parameter):
-        return _layout_of_dtensor(parameter, label, batched)
-    if process_group is None or process_group.size() == 1:
-        return Layout()
-    return Layout(replicas=Replicas(process_group, tuple(range(process_group.size())), process_group))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -163,28 +151,32 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def zeros_like(parameter: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """Return zeros that are laid out and placed like a parameter.
+def placed(
+    part: Tensor, like: Any, placements: tuple[Any, ...] | None = None, shape: tuple[int, ...] | None = None
+) -> Tensor:
+    """Return a DTensor of which this rank holds ``part``, placed like another one; the part itself where that is plain.
 
-    They are made of this rank's part. ``torch.zeros_like`` of a DTensor would do, but torch 2.15 takes a tenth of a
-    second to plan it on a mesh of three dimensions, for every shape anew.
-
-    Args:
-        parameter: Plain, or a DTensor.
-        dtype: Of the zeros (default: the parameter's).
+    A ``shape`` that is given is that of a whole tensor in row-major order.
     """
-    zeros = torch.zeros_like(local(parameter), dtype=dtype, memory_format=torch.preserve_format)
-    if not is_dtensor(parameter):
-        return zeros
-    like_parameter: Tensor = type(parameter).from_local(
-        zeros,
-        parameter.device_mesh,
-        parameter.placements,
+    if not is_dtensor(like):
+        return part
+    stride = like.stride() if shape is None else torch.empty(shape, device="meta").stride()
+    whole: Tensor = type(like).from_local(
+        part,
+        like.device_mesh,
+        like.placements if placements is None else placements,
         run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=like.shape if shape is None else torch.Size(shape),
+        stride=stride,
     )
-    return like_parameter
+    return whole
+
+
+def local_shape(shape: tuple[int, ...], like: Any, placements: tuple[Any, ...]) -> tuple[int, ...]:
+    """Return the shape of what this rank holds of a tensor that is placed on the mesh of another one."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return tuple(compute_local_shape_and_global_offset(shape, like.device_mesh, placements)[0])
 
 
 def refuse_misplaced(parameter: Any, label: str) -> None:
@@ -207,16 +199,18 @@ def local_gradient(parameter: Any) -> Tensor | None:
 
 def placed_like_stack(rows: Tensor, parameter: Any, count: int) -> Tensor:
     """Place one row for each matrix of a stack like the matrices: a DTensor where ranks hold different ones."""
-    dims = spread_dims(parameter)
-    if not dims:
+    if not spread_dims(parameter):
         return rows
-    from torch.distributed.tensor import DTensor, Replicate
+    return placed(rows.contiguous(), parameter, stack_placements(parameter), (count, rows.shape[1]))
 
-    placements = [each if dim in dims else Replicate() for dim, each in enumerate(parameter.placements)]
-    shape = torch.Size((count, rows.shape[1]))
-    stride = (rows.shape[1], 1)
-    mesh = parameter.device_mesh
-    return DTensor.from_local(rows.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
+
+def stack_placements(stack: Any) -> tuple[Any, ...] | None:
+    """Return how to place a tensor that every rank of a stack's matrix has whole; None where the stack is plain."""
+    if not is_dtensor(stack):
+        return None
+    from torch.distributed.tensor import Replicate
+
+    return tuple(each if _counts_matrices(each) else Replicate() for each in stack.placements)
 
 
 def spread_dims(stack: Any) -> list[int]:
@@ -251,7 +245,9 @@ def _layout_of_dtensor(parameter: Any, label: str, batched: bool) -> Layout:
     group = _group_of(mesh, shared)
     if group is None:
         raise ValueError(f"{label} is sharded over two dimensions of a mesh without mesh_dim_names; name them")
-    blocks = _blocks(tuple(parameter.shape), tuple(mesh.shape), tuple(placements), tuple(shared), _coordinate(mesh))
+    blocks = _blocks(
+        tuple(parameter.shape), tuple(mesh.shape), tuple(placements), tuple(shared), tuple(mesh.get_coordinate() or ())
+    )
     return Layout(group, _in_order_of(group, mesh, shared, blocks), replicas)
 
 
@@ -300,19 +296,13 @@ def _in_order_of(group: "ProcessGroup", mesh: "DeviceMesh", dims: Sequence[int],
 
     Torch sorts the ranks of a group, whatever the order of the mesh.
     """
-    coordinate = _coordinate(mesh)
-    index = tuple(slice(None) if dim in dims else coordinate[dim] for dim in range(mesh.ndim))
+    coordinate = mesh.get_coordinate() or ()
+    index = tuple(slice(None) if dim in dims else each for dim, each in enumerate(coordinate))
     in_mesh, in_group = mesh.mesh[index].flatten().tolist(), torch.distributed.get_process_group_ranks(group)
     if in_mesh == in_group:
         return tuple(each)
     by_rank = dict(zip(in_mesh, each, strict=True))
     return tuple(by_rank[rank] for rank in in_group)
-
-
-def _coordinate(mesh: "DeviceMesh") -> tuple[int, ...]:
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a rank steps only parameters of meshes that it belongs to"
-    return tuple(coordinate)
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from dion2_lightning import Dion2, SelectionTracker, build_optimizer, clip_grad_norm_
-from dion2_lightning.distributed.owner_exchange import ReplicaAllGather
+from dion2_lightning.distributed.owner_exchange import all_gather
 from dion2_lightning.distributed.torch_versions import all_gather_single
 from dion2_lightning.matrices.layout import Block, Layout
 from tests.device.host_sync import no_host_sync
@@ -116,10 +116,8 @@ def check_collectives_of_one(device: str) -> None:
                 optimizer.step()
 
     results = [torch.randn(shape, device=device).bfloat16() for shape in ((3, 5), (1, 7))]
-    all_gather = ReplicaAllGather(dist.group.WORLD, [0, 0], [(3, 5), (1, 7)], torch.bfloat16, torch.device(device))
     with no_host_sync(device):
-        all_gather.send(results)
-        gathered = all_gather.receive()
+        gathered = all_gather(results, dist.group.WORLD, [0, 0], [(3, 5), (1, 7)], results[0].new_empty(0))()
     for found, expected in zip(gathered, results, strict=True):
         assert torch.equal(found, expected)
 

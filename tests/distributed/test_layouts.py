@@ -241,6 +241,46 @@ def check_meshes_of_three_dimensions() -> None:
                 train_and_compare(sharded(case), steps=3, share_replicas=True)
 
 
+def check_fewer_experts_than_ranks() -> None:
+    """Ranks that hold no matrix of a stack take part in the steps of the others; matrices beside it are updated too."""
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("first", "second"))
+    for of_experts in ((Replicate(), Shard(0)), (Shard(1), Shard(0))):
+        of_matrix = (Shard(0) if of_experts[0].is_shard() else Replicate(), Replicate())
+        alone = {
+            name: nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+            for name, shape in (("experts", (1, 8, 12)), ("matrix", (12, 8)))
+        }
+        parameters = {
+            "experts": nn.Parameter(place(alone["experts"].detach(), mesh, of_experts)),
+            "matrix": nn.Parameter(place(alone["matrix"].detach(), mesh, of_matrix)),
+        }
+        optimizers = [
+            Dion2(
+                [
+                    {"params": [("experts", each["experts"])], "name": "experts", "batched": True},
+                    {"params": [("matrix", each["matrix"])], "name": "matrix"},
+                ],
+                lr=0.02,
+                orthonormalize_dtype="float32",
+                share_replicas=True,
+            )
+            for each in (parameters, alone)
+        ]
+        with errors_name_case(f"{of_experts}"):
+            for step in range(3):
+                for name, whole in alone.items():
+                    whole.grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(100 + step))
+                    parameter = parameters[name]
+                    parameter.grad = place(whole.grad, mesh, parameter.placements)
+                for optimizer in optimizers:
+                    optimizer.step()
+                for name in alone:
+                    compare_step(name, parameters[name], optimizers[0], alone[name], optimizers[1])
+            for name, whole in alone.items():
+                expected = part_of(whole.detach(), parameters[name])
+                torch.testing.assert_close(local(parameters[name]).detach(), expected, rtol=1e-5, atol=1e-6)
+
+
 def check_all_layouts(ranks: int) -> None:
     """Every layout of this many ranks, in one set of processes: starting them takes longer than a layout."""
     for name, case in CASES.items():
@@ -268,6 +308,10 @@ def test_layouts(ranks: int) -> None:
 
 def test_without_reading_from_the_device() -> None:
     run_on_ranks(4, check_without_reading_from_the_device)
+
+
+def test_a_stack_of_fewer_experts_than_ranks() -> None:
+    run_on_ranks(4, check_fewer_experts_than_ranks)
 
 
 def test_meshes_of_three_dimensions() -> None:

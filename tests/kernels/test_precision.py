@@ -278,12 +278,20 @@ def test_a_float64_momentum_in_a_checkpoint_is_refused(monkeypatch: pytest.Monke
 
 
 def test_several_ranks_are_refused(cpu_without_float64: None) -> None:
+    """They add up norms in float64. AdamW adds up nothing, nor do replicas that do not share the work."""
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
     try:
-        for shape, algorithm in (((4, 6), "dion2"), ((4,), "adamw")):
+        for shape, algorithm, share_replicas in (
+            ((4, 6), "dion2", None),
+            ((4,), "adamw", None),
+            ((4, 6), "dion2", False),
+        ):
             groups = [{"params": [("w", with_gradient(*shape, device=CPU))], "algorithm": algorithm}]
-            optimizer = Dion2(groups, lr=0.1, process_group=dist.group.WORLD)
-            with pytest.raises(ValueError, match=r"'w' is on 'cpu' and shared by 4 ranks, .* train in one process"):
+            optimizer = Dion2(groups, lr=0.1, process_group=dist.group.WORLD, share_replicas=share_replicas)
+            if algorithm == "dion2" and share_replicas is None:
+                with pytest.raises(ValueError, match=r"'w' is on 'cpu' and shared by 4 ranks, .* train in one process"):
+                    optimizer.step()
+            else:
                 optimizer.step()
     finally:
         dist.destroy_process_group()

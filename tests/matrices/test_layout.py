@@ -16,7 +16,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dion2_lightning.matrices.layout import Block, Layout, Replicas, layout_of, local, placed_like_stack, zeros_like
+from dion2_lightning.algorithms.algorithm import StateTensor
+from dion2_lightning.matrices.layout import Block, Layout, Replicas, layout_of, local, placed_like_stack
 
 RANKS = 8
 RANK = 5
@@ -45,7 +46,7 @@ def fake_dtensor(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Any
 
 
 def layout(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Any, ...], batched: bool = False) -> Layout:
-    return layout_of(fake_dtensor(shape, mesh, placements), "the weight", batched=batched, process_group=None)
+    return layout_of(fake_dtensor(shape, mesh, placements), "the weight", batched=batched, process_group=None, known={})
 
 
 def part_at(tensor: Tensor, coordinate: list[int], mesh: DeviceMesh, placements: tuple[Any, ...]) -> Tensor:
@@ -191,10 +192,10 @@ def test_plain_parameters_are_replicas_of_a_group() -> None:
     weight = torch.ones(4, 6)
     group = dist.group.WORLD
     replicas = Replicas(group, tuple(range(8)), group)
-    assert layout_of(weight, "w", batched=False, process_group=group) == Layout(replicas=replicas)
-    assert layout_of(weight, "w", batched=False, process_group=None) == Layout()
+    assert layout_of(weight, "w", batched=False, process_group=group, known={}) == Layout(replicas=replicas)
+    assert layout_of(weight, "w", batched=False, process_group=None, known={}) == Layout()
     alone = dist.new_group([RANK])
-    assert layout_of(weight, "w", batched=False, process_group=alone) == Layout()
+    assert layout_of(weight, "w", batched=False, process_group=alone, known={}) == Layout()
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_zeros_are_placed_like_their_parameter_and_torch_plans_nothing(
     )
     expected = torch.zeros_like(parameter, dtype=dtype)
     with DTensorOperations() as operations, torch.no_grad():
-        zeros = zeros_like(parameter, dtype)
+        zeros = StateTensor.like(parameter, dtype).zeros_for(parameter)
     assert operations.seen == []
     assert type(zeros) is type(expected)
     assert not zeros.requires_grad
@@ -272,3 +273,17 @@ def test_zeros_are_placed_like_their_parameter_and_torch_plans_nothing(
     assert zeros.stride() == expected.stride()
     assert torch.equal(local(zeros), local(expected))
     assert local(zeros).stride() == local(expected).stride()
+
+
+@pytest.mark.parametrize("placements", [(Replicate(), Replicate(), Shard(0)), (Shard(0), Replicate(), Replicate())])
+def test_zeros_of_another_shape_are_where_the_parameter_is(placements: tuple[Any, ...]) -> None:
+    """Under CPU offload the mesh is of GPUs and parameters are on the CPU; states must be beside them."""
+    mesh = mesh_of(2, 2, 2)
+    parameter = fake_dtensor((37, 53), mesh, placements)
+    state = StateTensor((37, 1), torch.float32, torch.device("meta"), placements)
+    with DTensorOperations() as operations:
+        zeros: Any = state.zeros_for(parameter)
+    assert operations.seen == []
+    assert local(zeros).device.type == "meta"  # the mesh is of CPUs
+    expected = part_at(torch.ones(37, 1), mesh.get_coordinate(), mesh, placements)
+    assert (zeros.shape, zeros.placements, local(zeros).shape) == ((37, 1), placements, expected.shape)
