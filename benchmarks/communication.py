@@ -87,7 +87,7 @@ class Traffic:
         return self.sent["all-to-all"] + self.sent["all-gather"]
 
 
-class Count(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):
     """Counts the traffic of this rank in a ``with`` block. A collective that it does not know is an error."""
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ def mesh_of(case: Case, ranks: int) -> DeviceMesh:
 
 
 def traffic_of(case: Case, mesh: DeviceMesh) -> Traffic:
-    """Count this rank's traffic."""
+    """CollectiveCounter this rank's traffic."""
     placements = PLACEMENTS[case.layout]
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(placed) for placed in random_tensors(case, mesh, generator)]
@@ -154,7 +154,7 @@ def traffic_of(case: Case, mesh: DeviceMesh) -> Traffic:
         process_group=mesh.get_group() if placements is None else None,
         share_replicas=True,
     )
-    count = Count()
+    count = CollectiveCounter()
     for step in range(case.steps + 1):
         for parameter, gradient in zip(parameters, random_tensors(case, mesh, generator), strict=True):
             parameter.grad = gradient

@@ -81,19 +81,19 @@ IMBALANCE = 0.05
 MAX_WEIGHTING = 100
 """Weightings of matrices that are tried to prove that owners cannot be balanced; the first few do it."""
 
-MATRICES_A_RANK = 4
+MATRICES_PER_RANK = 4
 """The owners must do the same work up to ``IMBALANCE`` wherever there are this many matrices for each."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread.
+    """How a model is distributed.
 
     Attributes:
         name: For the table.
         ranks: How many shard each matrix, by its stored rows.
         experts_by_rows: Whether stacks are sharded likewise, not by experts.
-        replicas: How many groups of so many ranks hold the same.
+        replicas: How many groups of ``ranks`` ranks hold the same.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Submatrix:
-    """What is selected of a matrix that is sharded by rows.
+    """The selected slices of a matrix that is sharded by rows.
 
     Attributes:
         cost: FLOPs of its orthonormalization.
@@ -125,8 +125,8 @@ class Step:
 
     Attributes:
         shared: FLOPs of orthonormalizing each matrix that the ranks share.
-        owned: FLOPs of orthonormalizing what a rank owns of them.
-        flops: All FLOPs: what it owns, its experts, and the elementwise work on its shards.
+        owned: FLOPs of orthonormalizing the matrices that each rank owns.
+        flops: All FLOPs of each rank: matrices it owns, its experts, and elementwise work on its shards.
         sent: Bytes of submatrices to other ranks.
     """
 
@@ -243,7 +243,7 @@ def imbalance(work: Sequence[int]) -> float:
 
 
 def is_ruled_out(costs: Sequence[int], ranks: int, excess: float) -> bool:
-    """Return whether no assignment of whole matrices keeps every rank within the mean and so much more.
+    """Return whether no assignment of whole matrices keeps every rank within the mean plus ``excess`` of it.
 
     Proved by weights. Let x be a matrix's share of what a rank may do, and its weight for some whole number j the
     integer part of (j + 1) x, over j; or x itself, where (j + 1) x is whole. Whatever adds up to at most 1 in x has a
@@ -264,9 +264,9 @@ def weight(share: Fraction, j: int) -> Fraction:
 
 
 def verdict(step: Step) -> str:
-    """Return whether owners are balanced, where there are matrices enough to ask for it."""
+    """Return whether owners are balanced; "-" where there are too few matrices to ask for it."""
     ranks = len(step.owned)
-    if len(step.shared) < MATRICES_A_RANK * ranks:
+    if len(step.shared) < MATRICES_PER_RANK * ranks:
         return "-"
     if imbalance(step.owned) <= IMBALANCE:
         return "yes"
@@ -274,7 +274,7 @@ def verdict(step: Step) -> str:
 
 
 def layouts(shapes: Sequence[Shape], ranks: Sequence[int], groups: Sequence[int]) -> Iterator[Layout]:
-    """Yield how a model is spread: FSDP2 on all numbers of ranks, HSDP on the largest; experts by rows on many."""
+    """Yield the layouts of a model: FSDP2 on all numbers of ranks, HSDP on the largest; experts by rows on many."""
     for number in ranks:
         yield Layout(f"FSDP2 {number}", number)
     for group in groups:

@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.malloc:
         keep_memory()
-    warnings.simplefilter("ignore", SelectionWarning)  # random gradients leave slices out for long
+    warnings.simplefilter("ignore", SelectionWarning)  # with random gradients some slices wait long
     print(f"torch {torch.__version__}, {platform.machine()}, {arguments.device}, {torch.get_num_threads()} threads")
     heads = f"{'calls':>8}{'of fastest':>12}{'of medians':>12}{'median ratio':>14}"
     print(f"{'':14}{'ms without':>12}{'with':>9}{heads}{'integers a slice':>18}")
@@ -60,12 +60,12 @@ def main() -> None:
 
 
 def keep_memory() -> None:
-    """Let freed memory stay with the process, where the C library is glibc; elsewhere say that it may not."""
+    """Keep freed memory in the process if the C library is glibc; print a warning if it is not."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     most = 2**31 - 1
     # glibc takes a threshold for blocks up to half a heap's size, 32 MiB, and answers 0 to more.
     if mallopt is None or not (mallopt(M_TRIM_THRESHOLD, most) and mallopt(M_MMAP_THRESHOLD, 2**25)):
-        print("this C library has no say in where freed memory goes; the ratios of blocks may differ by a third")
+        print("this C library cannot be told to keep freed memory; the ratios of blocks may differ by a third")
 
 
 def compare(shapes: str, arguments: argparse.Namespace) -> None:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.convergence pretraining classification
 
-Every run is appended to a file in --results as soon as it ends, and none that stands there is made again: a call that
-was cut off goes on where it stopped. Several calls can train different tasks at once.
+Every run is appended to a file in --results as soon as it ends and never repeated, so an interrupted call resumes.
+Several calls can train different tasks at once.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What is compared: the methods, and what a search may change of each."""
+"""The methods that are compared, and the hyperparameters that are searched for each."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +12,7 @@ class Method:
     """A way to train the matrices of a model.
 
     Attributes:
-        name: What records and tables call it.
+        name: In records and tables.
         algorithm: For `build_optimizer`.
         fraction: Of each matrix.
         lora: Which LoRA factors count as matrices.

@@ -1,4 +1,4 @@
-"""Tables and pictures of what was measured, made from the records alone.
+"""Tables and pictures of the runs, made from the records alone.
 
     python -m benchmarks.convergence.report
 
@@ -31,7 +31,7 @@ BEGIN, END = "<!-- {name}: written by benchmarks.convergence -->", "<!-- {name}:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method reached with some settings, over the seeds.
+    """The runs of one method with the same settings, over the seeds.
 
     Attributes:
         method: What was run.
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def read_studies(folder: Path, full: bool = False) -> dict[str, tuple[Task, list[Record]]]:
-    """Returns the tasks that have been run at a size, with all their runs, once their steps are timed."""
+    """Returns the tasks that have been run at a size, with their records; only those whose steps have been timed."""
     tasks, end = (FULL, "-full") if full else (SMALL, "")
     studies = {name: (task, read_records(folder / f"{name}{end}.jsonl")) for name, task in tasks.items()}
     return {name: study for name, study in studies.items() if time_ratios(study[1])}
@@ -118,7 +118,7 @@ def section(name: str, task: Task, records: list[Record]) -> str:
 
 
 def outcomes(task: Task, records: list[Record]) -> list[Outcome]:
-    """Returns what has been run of a task, in the order of its methods, the best settings of each first."""
+    """Returns the outcomes of a task in the order of its methods, the best settings of each first."""
     ratios = time_ratios(records)
     found = []
     for method in task.methods:
@@ -126,11 +126,11 @@ def outcomes(task: Task, records: list[Record]) -> list[Outcome]:
         kinds: dict[tuple[Candidate, int], list[Record]] = {}
         for run in sorted(runs, key=lambda run: int(run["seed"])):
             kinds.setdefault((_candidate(run), run["steps"]), []).append(run)
-        its_ratio = ratios.get(method.name)
-        own = [Outcome(method, *kind, tuple(its_runs), its_ratio, is_best=False) for kind, its_runs in kinds.items()]
+        ratio = ratios.get(method.name)
+        own = [Outcome(method, *kind, tuple(kind_runs), ratio, is_best=False) for kind, kind_runs in kinds.items()]
         whole = [each for each in own if each.steps == task.steps]
         seeds = max((len(each.records) for each in whole), default=0)
-        # What the search chose by one seed need not be the best of what was run with all of them.
+        # The best in the search, by one seed, need not be the best over all seeds.
         best = min(
             (each for each in whole if len(each.records) == seeds),
             key=lambda each: statistics.fmean(each.last("loss")),
@@ -142,7 +142,7 @@ def outcomes(task: Task, records: list[Record]) -> list[Outcome]:
 
 
 def table(task: Task, records: list[Record]) -> str:
-    """Returns the Markdown table of the runs that count."""
+    """Returns the Markdown table of the final runs."""
     rows = outcomes(task, records)
     measures = [name for name in rows[0].records[0]["curve"][-1] if name != "step"]
     target = best_loss(rows)

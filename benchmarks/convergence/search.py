@@ -1,7 +1,6 @@
-"""The search: every method's learning rates and momentum by the same rule, then the seeds that count.
+"""The search: every method's learning rates and momentum by the same rule, then the final runs with all seeds.
 
-Every run is appended to a file as soon as it ends, and none that stands there is made again: a search that was cut off
-goes on where it stopped.
+Every run is appended to a file as soon as it ends and never repeated, so an interrupted search resumes.
 """
 
 import json
@@ -17,28 +16,28 @@ from benchmarks.convergence.tasks import Task
 from benchmarks.convergence.training import Record, time_steps, train
 
 SEARCH_SEED = 100
-"""Takes no part in the runs that count."""
+"""Seed of the search; the final runs have others."""
 
 FACTOR = 1.5
-"""Between neighbouring learning rates."""
+"""Ratio of neighbouring learning rates."""
 
 MARGIN = 0.005
-"""By which a shorter memory has to be better; seeds differ by more."""
+"""How much lower the loss at a shorter memory has to be; losses of different seeds differ by more."""
 
 PATIENCE = 2
-"""Shorter memories in a row that may be no better."""
+"""The search ends after this many shorter memories in a row that are no better."""
 
 TIMING = "step times"
 
 
 class Study:
-    """All runs of a task, made or yet to make.
+    """All runs of a task, finished or not.
 
     Args:
         task: What is trained.
         results: File with a line for each run.
         device: Where to train.
-        seeds: Of the runs that count.
+        seeds: Of the final runs.
     """
 
     def __init__(self, task: Task, results: Path, device: torch.device, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
@@ -49,11 +48,11 @@ class Study:
 
     @property
     def records(self) -> list[Record]:
-        """All runs that stand in the file by now, those of other processes too."""
+        """All runs in the file, those of other processes too."""
         return read_records(self.results)
 
     def run(self, names: list[str] | None = None) -> None:
-        """Makes what is missing: the search, the runs that count, and the times of a step.
+        """Makes the missing runs of the search, the final runs, and the step times.
 
         Args:
             names: Of the methods to run (default: None, all).
@@ -68,7 +67,7 @@ class Study:
         for method in sorted(self.task.methods, key=lambda method: method.like is not None):
             if names is not None and method.name not in names:
                 continue
-            self._refuse_too_early(method, names)
+            self._check_order(method, names)
             candidates = self.search(method)
             chosen[method.name] = candidates[0]
             for seed in self.seeds:
@@ -85,7 +84,7 @@ class Study:
             self._write({"method": TIMING, **time_steps(self.task, by_method, self.device)})
 
     def search(self, method: Method) -> list[Candidate]:
-        """Returns the candidates of a method that get all seeds: the best, then perhaps those of the usual momenta.
+        """Returns the candidates of a method that get all seeds: the best, then perhaps those of the common momenta.
 
         The memory of the momentum is shortened until two lengths in a row are no better than the best one, by a
         margin; for each the learning rate of the matrices climbs, from where it was best before. In the end the
@@ -94,24 +93,24 @@ class Study:
         if method.like is not None:
             [model] = [each for each in self.task.methods if each.name == method.like]
             best = self._climb(method, self.search(model)[0], "lr")
-            # A rate that had no effect on the other is not yet searched.
+            # If adamw_lr had no effect for the other method, it has not been searched yet.
             return [best if model.has_rest else self._climb(method, best, "adamw_lr")]
         best_of: list[Candidate] = []
-        in_vain = 0
+        without_progress = 0
         for rule in method.momenta:
             origin = best_of[-1] if best_of else self.task.starts[method.algorithm]
-            shorter = self._climb(method, replace(origin, momentum=rule), "lr")
-            if not best_of or self.loss(method, shorter) <= self.loss(method, best_of[-1]) - MARGIN:
-                best_of.append(shorter)
-                in_vain = 0
+            candidate = self._climb(method, replace(origin, momentum=rule), "lr")
+            if not best_of or self.loss(method, candidate) <= self.loss(method, best_of[-1]) - MARGIN:
+                best_of.append(candidate)
+                without_progress = 0
                 continue
-            in_vain += 1
-            if in_vain == PATIENCE:
+            without_progress += 1
+            if without_progress == PATIENCE:
                 break
         best = self._climb(method, best_of[-1], "adamw_lr") if method.has_rest else best_of[-1]
         first_two = list(method.momenta)[:2] if method.in_depth else []
-        usual = [each for each in best_of if each.momentum in first_two]
-        return [best, *(replace(each, adamw_lr=best.adamw_lr) for each in usual if each.momentum != best.momentum)]
+        common = [each for each in best_of if each.momentum in first_two]
+        return [best, *(replace(each, adamw_lr=best.adamw_lr) for each in common if each.momentum != best.momentum)]
 
     def loss(self, method: Method, candidate: Candidate) -> float:
         """Returns the held-out loss at the end of a run of the search."""
@@ -119,25 +118,24 @@ class Study:
 
     def record(self, method: Method, candidate: Candidate, seed: int, steps: int) -> Record:
         """Returns the record of a run, and makes the run if there is none."""
-        wanted = {"method": method.name, **candidate.as_dict(), "seed": seed, "steps": steps}
+        arguments = {"method": method.name, **candidate.as_dict(), "seed": seed, "steps": steps}
         for record in self.records:
-            if wanted.items() <= record.items():
+            if arguments.items() <= record.items():
                 return record
         measure_every = steps if seed == SEARCH_SEED else self.task.measure_every
         return self._write(train(self.task, method, candidate, seed, steps, measure_every, self.device))
 
-    def _refuse_too_early(self, method: Method, names: list[str] | None) -> None:
-        """Keeps two calls from making the same search."""
-        made = {record["method"] for record in self.records if record.get("seed") in self.seeds}
-        if names is not None and method.like is not None and method.like not in {*names, *made}:
+    def _check_order(self, method: Method, names: list[str] | None) -> None:
+        """Raises an error where the method needs the search of another, which this call would make a second time."""
+        finished = {record["method"] for record in self.records if record.get("seed") in self.seeds}
+        if names is not None and method.like is not None and method.like not in {*names, *finished}:
             raise ValueError(f"--methods: {method.name} begins with the settings of {method.like}; run that first")
 
     def _climb(self, method: Method, candidate: Candidate, name: str) -> Candidate:
         """Moves one learning rate by factors while the loss falls."""
-
         start = self.task.starts[method.algorithm].as_dict()
 
-        def moved(steps: int) -> Candidate:
+        def neighbour(steps: int) -> Candidate:
             rates = {"lr": candidate.lr, "adamw_lr": candidate.adamw_lr}
             rates[name] = moved_rate(rates[name], steps, start[name])
             return replace(candidate, lr=rates["lr"], adamw_lr=rates["adamw_lr"])
@@ -145,8 +143,8 @@ class Study:
         best, last = 0, None
         while best != last:
             last = best
-            best = min((last, last - 1, last + 1), key=lambda each: self.loss(method, moved(each)))
-        return moved(best)
+            best = min((last, last - 1, last + 1), key=lambda each: self.loss(method, neighbour(each)))
+        return neighbour(best)
 
     def _write(self, record: Record) -> Record:
         self.results.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +155,7 @@ class Study:
 
 
 def time_ratios(records: list[Record]) -> dict[str, float]:
-    """Returns the time of a step of each method next to the first one's, as measured last; nothing if it was not."""
+    """Returns the ratio of each method's step time to the first one's, as measured last; {} if it was not measured."""
     timed = [record["ratios"] for record in records if record["method"] == TIMING]
     return timed[-1] if timed else {}
 
@@ -169,16 +167,13 @@ def last_loss(record: Record) -> float:
 
 
 def moved_rate(rate: float, steps: int, start: float) -> float:
-    """Returns a learning rate some factors away, on the grid around a start: two climbs meet the same rates.
-
-    Rates have two digits.
-    """
+    """Returns a learning rate some factors away, with two digits, on a grid that all climbs from a start share."""
     position = round(math.log(rate / start, FACTOR)) + steps
     return float(f"{start * FACTOR**position:.2g}")
 
 
 def read_records(results: Path) -> list[Record]:
-    """Returns what stands in a file of runs, nothing if there is none."""
+    """Returns the records of a file, [] if there is no file."""
     lines = results.read_text().splitlines() if results.exists() else []
     return [json.loads(line) for line in lines]
 

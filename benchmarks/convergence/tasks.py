@@ -54,21 +54,21 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Task(abc.ABC):
-    """Something to train, to be trained by every method from the same start on the same batches.
+    """A model and its data; every method trains it from the same weights on the same batches.
 
     Attributes:
         name: For the command line and file names.
         title: For tables and pictures.
-        steps: Of a run that counts.
-        search_steps: Of a run that is made to find learning rates.
-        short_steps: Of a run that has to do with fewer steps, its schedule included.
-        long_steps: Of a run that has more, with the settings found for fewer; None for no such run.
-        measure_every: Steps between two looks at the held-out data.
-        batch_size: Rows of a step.
-        weight_decay: Decoupled, of all that decays.
+        steps: Of a final run.
+        search_steps: Of a run of the search.
+        short_steps: Of a final run with fewer steps and a shorter schedule.
+        long_steps: Of a final run with more steps and the same settings; None for no such run.
+        measure_every: Steps between two measurements on the held-out data.
+        batch_size: Rows per step.
+        weight_decay: Decoupled; of all parameters that decay.
         betas: AdamW's, also where it trains the rest.
-        methods: What is compared.
-        starts: Where the search of learning rates begins, by algorithm.
+        methods: The methods that are compared.
+        starts: First learning rates of the search, by algorithm.
     """
 
     name: ClassVar[str]
@@ -87,11 +87,11 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def model(self) -> nn.Module:
-        """Returns the model to begin with; what is random in it follows torch's seed."""
+        """Returns the initial model; random weights depend on torch's seed."""
 
     @abc.abstractmethod
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
-        """Yields as many batches, in the order of a seed."""
+        """Yields ``steps`` batches in an order that depends on the seed."""
 
     @abc.abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

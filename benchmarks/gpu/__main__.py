@@ -4,10 +4,10 @@
     python -m benchmarks.gpu --device cpu --tiny      # try it without one
     python -m benchmarks.gpu --only machine 'step-*'  # some sections
 
-Every section runs in a process of its own, within a time of its own. What it finds is in results.jsonl and report.md at
-once; one that fails or takes too long leaves the others' results alone. The exit code is 0 if every section passed or
-was skipped for want of something, 1 if one failed or was stopped, 2 if nothing was run, 3 if there was no time left for
-some and the others passed.
+Every section runs in a process of its own, within its own time limit. Its results are in results.jsonl and report.md at
+once, so one that fails or takes too long does not harm the others. The exit code is 0 if every section passed or was
+skipped because a package or a GPU is missing, 1 if one failed or was stopped, 2 if nothing was run, 3 if there was no
+time left for some and the others passed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from benchmarks.gpu.sections import SECTIONS
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "lightning", "datasets", "trl", "peft", "numpy")
 FILES = ("results.jsonl", "report.md", "log.txt")
 FOLDERS = ("work", "packages")
-"""What a check makes in the folder of its output; folders are removed at its end."""
+"""Files and folders that a check writes to its output folder; the folders are removed at its end."""
 
 NO_TIME = "no time left"
 
@@ -52,16 +52,18 @@ def main(arguments: Sequence[str] | None = None, sections: Sequence[Section] = S
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU can do; for trying the check")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder, emptied (default: runs/gpu)")
     parser.add_argument("--commit", help="what the report calls the code, where git does not know (default: git's)")
-    given = parser.parse_args(arguments)
-    if given.minutes <= 0:
-        parser.error(f"--minutes must be over 0, got {given.minutes:g}")
-    if given.device == "cuda" and not torch.cuda.is_available():
+    options = parser.parse_args(arguments)
+    if options.minutes <= 0:
+        parser.error(f"--minutes must be over 0, got {options.minutes:g}")
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, f"error: torch finds no GPU here; without one, try {parser.prog} --device cpu --tiny\n")
-    for pattern in given.only or ():
+    for pattern in options.only or ():
         if not any(fnmatchcase(name, pattern) for name in names):
-            parser.error(f"--only {pattern}: no section is called so; there are {', '.join(names)}")
-    chosen = [each for each in sections if not given.only or any(fnmatchcase(each.name, only) for only in given.only)]
-    return check(chosen, given.device, given.tiny, 60 * given.minutes, given.output, given.commit)
+            parser.error(f"--only {pattern}: no such section; there are {', '.join(names)}")
+    chosen = [
+        each for each in sections if not options.only or any(fnmatchcase(each.name, only) for only in options.only)
+    ]
+    return check(chosen, options.device, options.tiny, 60 * options.minutes, options.output, options.commit)
 
 
 def check(
@@ -74,29 +76,29 @@ def check(
         device: "cuda" or "cpu".
         tiny: Whether sizes are for a CPU.
         seconds: For all together.
-        output: Folder for the report; what an earlier check left there is removed.
+        output: Folder for the report; results of an earlier check are removed.
         commit: What the report calls the code (default: what git says).
     """
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was found is written down
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that results so far are written
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _empty(output)
-        return _check(sections, device, tiny, time.monotonic() + seconds, output, commit)
+        _remove_earlier_results(output)
+        return _run_sections(sections, device, tiny, time.monotonic() + seconds, output, commit)
     finally:
         for folder in FOLDERS:
             shutil.rmtree(output / folder, ignore_errors=True)
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _empty(output: Path) -> None:
-    """Remove what an earlier check left, also one that was killed, whose models may be of other sizes."""
+def _remove_earlier_results(output: Path) -> None:
+    """Remove the results of an earlier check, and models left by one that was killed, which may have other sizes."""
     for file in FILES:
         (output / file).unlink(missing_ok=True)
     for folder in FOLDERS:
         shutil.rmtree(output / folder, ignore_errors=True)
 
 
-def _check(
+def _run_sections(
     sections: Sequence[Section], device: str, tiny: bool, deadline: float, output: Path, commit: str | None
 ) -> int:
     results, report, log = (output / name for name in FILES)
@@ -104,47 +106,47 @@ def _check(
     add_line(results, describe(device, commit, packages))
     not_passed: list[str] = []
     without_time: list[str] = []
-    writing, ending = Lock(), Event()
+    write_lock, stop = Lock(), Event()
 
     def run(section: Section) -> None:
-        if ending.is_set():
+        if stop.is_set():
             return
         start = time.monotonic()
         own, left = 60 * section.minutes, deadline - start
-        if left > section.at_least:
-            options = Options(device, tiny, min(own, left), str(results), section.name)
-            status, why = run_section(section, options, log, packages, ending)
+        if left > section.min_seconds:
+            section_options = Options(device, tiny, min(own, left), str(results), section.name)
+            status, why = run_section(section, section_options, log, packages, stop)
         else:
             status, why = "skipped", ""
-        lacked_time = left <= section.at_least or (status == "stopped" and left < own and not ending.is_set())
-        if lacked_time:
+        ran_out_of_time = left <= section.min_seconds or (status == "stopped" and left < own and not stop.is_set())
+        if ran_out_of_time:
             why = "; ".join(filter(None, [NO_TIME, why]))
-        took = round(time.monotonic() - start, 1)
-        end = {"section": section.name, "title": section.title, "status": status, "seconds": took, "why": why}
-        with writing:
+        elapsed = round(time.monotonic() - start, 1)
+        end = {"section": section.name, "title": section.title, "status": status, "seconds": elapsed, "why": why}
+        with write_lock:
             add_line(results, end)
             write_report(results, report)
-        print(f"{section.name:<24}{status:<8} {took:6.1f} s  {why}", flush=True)
-        if lacked_time:
+        print(f"{section.name:<24}{status:<8} {elapsed:6.1f} s  {why}", flush=True)
+        if ran_out_of_time:
             without_time.append(section.name)
         elif status in ("failed", "stopped"):
             not_passed.append(section.name)
 
-    # On a CPU nothing is measured if tiny, so two may run side by side.
+    # Times do not matter with --tiny on a CPU, so two sections may run side by side.
     with ThreadPoolExecutor(2 if tiny and device == "cpu" else 1) as pool:
         try:
             list(pool.map(run, sections))
-        except BaseException:  # a signal, above all
-            ending.set()
+        except BaseException:  # above all SystemExit, from SIGTERM
+            stop.set()
             raise
-    said = [("not passed", not_passed), (NO_TIME, without_time)]
-    ends = "; ".join(f"{what}: {', '.join(names)}" for what, names in said if names)
-    print(f"{report}; {ends or 'all passed'}" + (f" (details in {log.name})" if not_passed else ""))
+    kinds = [("not passed", not_passed), (NO_TIME, without_time)]
+    summary = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds if names)
+    print(f"{report}; {summary or 'all passed'}" + (f" (details in {log.name})" if not_passed else ""))
     return 1 if not_passed else 3 if without_time else 0
 
 
 def describe(device: str, commit: str | None, packages: Packages) -> Row:
-    """Return the first line of the results: what was run, where, and with what, carried packages among it."""
+    """Return the first line of the results: command, commit, date, machine, and versions of packages."""
     machine = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
         "CPU cores": os.cpu_count(),
@@ -155,13 +157,13 @@ def describe(device: str, commit: str | None, packages: Packages) -> Row:
     }
     return {
         "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
-        "commit": commit or checked_out(),
+        "commit": commit or git_commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine,
     }
 
 
-def checked_out() -> str:
+def git_commit() -> str:
     """Return the commit that is checked out, and whether files differ from it; "unknown" outside a repository."""
     try:
         described = subprocess.run(

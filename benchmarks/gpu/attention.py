@@ -1,4 +1,4 @@
-"""The attentions that supervised fine-tuning can be told to use, on packed rows: whether they agree, and how fast."""
+"""The attention backends of supervised fine-tuning on packed rows: whether they agree, and how fast they are."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,14 +23,14 @@ Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "
 REFERENCE: Final[Attention] = "eager"
 OTHERS: Final[tuple[Attention, ...]] = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-"""What some of them need."""
+"""Packages that some backends need."""
 
 TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}
-"""Of the largest logit, the loss and the norm of the gradients; a GPU takes products in bfloat16."""
+"""Relative to the largest logit, the loss and the norm of the gradients; a GPU computes in bfloat16."""
 
 
 class Outcome(NamedTuple):
-    """What a model with one of them makes of a batch, in which time and how much memory (GB; None on a CPU)."""
+    """Results of a model with one attention on a batch, its time, and its memory in GB (None on a CPU)."""
 
     logits: Tensor
     loss: float
@@ -55,7 +55,7 @@ def compare(options: Options) -> Iterator[Row]:
         "rows": len(rows),
         "of tokens": settings.length,
         "conversations": rows.packed,
-        "ok": rows.packed > len(rows),  # else there is nothing to keep apart
+        "ok": rows.packed > len(rows),  # else no row holds several conversations
     }
     device = torch.device(options.device)
     tolerance = TOLERANCE[device.type]
@@ -68,7 +68,7 @@ def compare(options: Options) -> Iterator[Row]:
             continue
         try:
             outcome = run(replace(settings, attention=attention), rows, device, 2 if options.tiny else REPEATS)
-        except Exception as error:  # whatever a kernel raises, the next is still to be tried
+        except Exception as error:  # whatever one kernel raises, the next is tried
             found = f"{type(error).__name__}: {error}"[:500]
             yield row_of(attention, None, reference, tolerance) | {"ok": False, "found": found}
         else:
@@ -76,7 +76,7 @@ def compare(options: Options) -> Iterator[Row]:
 
 
 def run(settings: Settings, rows: PackedConversations, device: torch.device, repeats: int) -> Outcome:
-    """Let a model read rows forward and backward, as the recipe does."""
+    """Run rows forward and backward, as the recipe does."""
     cuda = device.type == "cuda"
     free_memory(device)
     if cuda:
@@ -103,7 +103,7 @@ def run(settings: Settings, rows: PackedConversations, device: torch.device, rep
 
 
 def row_of(attention: Attention, outcome: Outcome | None, reference: Outcome, tolerance: float) -> Row:
-    """Return a row of the report; None is an attention that is not there."""
+    """Return a row of the report; ``outcome`` is None where the attention could not run."""
     names = ("ms", "peak GB", "logits off by", "loss off by", "gradients off by")
     if outcome is None:
         return {"attention": attention, **dict.fromkeys(names), "ok": True, "found": ""}

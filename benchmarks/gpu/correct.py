@@ -1,4 +1,4 @@
-"""Whether the package does on the device what its tests say: ``tests/device``, a row for each test function."""
+"""The tests in ``tests/device`` on the device, a row for each test function."""
 
 import json
 import os
@@ -15,14 +15,14 @@ import pytest
 from benchmarks.gpu.section import Options, Row
 
 SECONDS: Final = 90
-"""For one test."""
+"""Time limit of a test."""
 
 WORKERS: Final = {"cpu": 2, "cuda": 6}
 """Processes that run tests side by side."""
 
 
 def run_tests(options: Options, *, tests: Sequence[str] = ("tests/device",)) -> Iterator[Row]:
-    """Yield a row for each test function, as soon as all its tests are through, and for each file without any.
+    """Yield a row for each test function, as soon as all its tests are done, and for each file that has none.
 
     Args:
         options: Of the section.
@@ -33,8 +33,8 @@ def run_tests(options: Options, *, tests: Sequence[str] = ("tests/device",)) -> 
         *tests,
         f"--device={options.device}",
         f"--numprocesses={workers}",
-        "--dist=worksteal",  # loadfile runs a test that ends its process again and again
-        # A process that waits for a GPU cannot be interrupted. It is ended, and only the test that it ran fails.
+        "--dist=worksteal",  # loadfile would repeat a test that ends its process again and again
+        # A process that waits for a GPU cannot be interrupted; this method ends it, and only its present test fails.
         f"--timeout={SECONDS}",
         "--timeout-method=thread",
         f"--basetemp={options.folder / 'pytest'}",
@@ -53,16 +53,16 @@ def run_tests(options: Options, *, tests: Sequence[str] = ("tests/device",)) -> 
             all_ok &= row["ok"]
             yield row
     code = process.wait()
-    said = code == pytest.ExitCode.OK or (code == pytest.ExitCode.TESTS_FAILED and not all_ok)
-    if not said:  # by a row
+    is_explained = code == pytest.ExitCode.OK or (code == pytest.ExitCode.TESTS_FAILED and not all_ok)
+    if not is_explained:
         yield {"what": "pytest", "ok": False, "found": f"ended with code {code}; see log.txt"}
 
 
-class RowOfEachFunction:
-    """A plugin of pytest that writes a row, as a line of JSON, when all tests of a function are through.
+class RowPerFunction:
+    """A pytest plugin that writes a row, as a line of JSON, when all tests of a function are done.
 
     Args:
-        rows: What it writes to.
+        rows: File to write to.
     """
 
     def __init__(self, rows: TextIO) -> None:
@@ -74,11 +74,11 @@ class RowOfEachFunction:
         self._reasons: dict[str, str] = {}
 
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
-        """Learn what will be run: every worker collects the same, and so does one that replaces another."""
+        """Count the tests of each function: all workers collect the same, replacements of crashed ones too."""
         self._left = self._left or Counter(map(function_of, ids))
 
     def pytest_collectreport(self, report: Any) -> None:
-        """Write a row of a file whose tests cannot be had: it raises an error, or skips itself."""
+        """Write a row for a file that cannot be imported or skips itself."""
         if report.passed:
             return
         file = name_of(report.nodeid)
@@ -90,7 +90,7 @@ class RowOfEachFunction:
         self._write(file)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Take note of what became of a test's setup, call or teardown."""
+        """Record the outcome of a test's setup, call or teardown."""
         function = function_of(report.nodeid)
         outcomes = self._outcomes.setdefault(function, {})
         if report.when == "call" or not report.passed:
@@ -101,13 +101,13 @@ class RowOfEachFunction:
             self._errors.setdefault(function, f"{test}: {error_of(report.longrepr)}")
         elif report.skipped:
             self._reasons.setdefault(function, report.longrepr[-1])
-        if report.when not in ("setup", "call"):  # where a worker has died, it is neither teardown
+        if report.when not in ("setup", "call"):  # teardown, or the report of a crashed worker
             self._left[function] -= 1
             if not self._left[function]:
                 self._write(function)
 
     def pytest_sessionfinish(self) -> None:
-        """Write rows of what was left."""
+        """Write rows for functions whose tests were not all run."""
         for function, left in self._left.items():
             if left:
                 self._errors.setdefault(function, f"{left} were not run")
@@ -126,27 +126,27 @@ class RowOfEachFunction:
 
 
 def function_of(test: str) -> str:
-    """Return what the report calls a test's function: ``"update: small matrices"``."""
+    """Return the name of a test's function in the report: ``"update: small matrices"``."""
     path, name = test.split("[")[0].split("::", 1)
     return f"{name_of(path)}: {name_of(name)}"
 
 
 def name_of(path: str) -> str:
-    """Return what the report calls a file or a function: ``"small matrices"``."""
+    """Return the name of a file or a function in the report: ``"small matrices"``."""
     return Path(path).stem.removeprefix("test_").replace("_", " ")
 
 
 def error_of(raised: Any) -> str:
-    """Return the line that says what was raised, in the test, where it was imported, or in a process of its own."""
+    """Return the line that names the error: of the test, of its import, or of a child process."""
     crash = getattr(raised, "reprcrash", None)
     lines = str(raised if crash is None else crash.message).strip().splitlines() or [""]
     while_importing = [line.removeprefix("E").strip() for line in lines if line.startswith("E   ")]
     if while_importing:
         return while_importing[-1][:300]
-    of_child = [line for line in lines[1:] if re.match(r"[A-Za-z_][\w.]*(Error|Exception)\b", line)]
-    return (of_child[-1] if "-- Process" in "".join(lines) and of_child else lines[0])[:300]
+    child_errors = [line for line in lines[1:] if re.match(r"[A-Za-z_][\w.]*(Error|Exception)\b", line)]
+    return (child_errors[-1] if "-- Process" in "".join(lines) and child_errors else lines[0])[:300]
 
 
 if __name__ == "__main__":
     with open(int(sys.argv[1]), "w") as rows:
-        sys.exit(pytest.main(sys.argv[2:], plugins=[RowOfEachFunction(rows)]))
+        sys.exit(pytest.main(sys.argv[2:], plugins=[RowPerFunction(rows)]))

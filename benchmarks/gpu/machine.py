@@ -1,4 +1,4 @@
-"""What the machine can do: the rates that a step is held against."""
+"""The machine's memory bandwidth and matrix rates, to which a step is compared."""
 
 import statistics
 import time
@@ -46,7 +46,7 @@ def product_rate(device: torch.device, dtype: torch.dtype, tiny: bool) -> float:
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """Return the median time of a call on a device, after three that do not count."""
+    """Return the median time of a call on a device, after three warm-up calls."""
     times = [Timer(device) for _ in range(repeats + 3)]
     for timer in times:
         with timer:
@@ -55,29 +55,29 @@ def median_seconds(call: Callable[[], object], device: torch.device, repeats: in
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Timer:
-    """Takes the time of what a device does in a ``with`` block, without making it wait."""
+    """Times the work of a device in a ``with`` block, without synchronizing."""
 
     def __init__(self, device: torch.device) -> None:
-        """Stands still until the block begins."""
+        """Prepare the events of a GPU."""
         self._events = None
         if device.type == "cuda":
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._times: list[float] = []
 
     def __enter__(self) -> "Timer":
-        self._look(0)
+        self._record(0)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._look(1)
+        self._record(1)
 
-    def _look(self, index: int) -> None:
+    def _record(self, index: int) -> None:
         if self._events is None:
             self._times.append(time.perf_counter())
         else:

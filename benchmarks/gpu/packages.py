@@ -1,4 +1,4 @@
-"""What the sections may import: the packages of this Python, and those that were carried along with the project."""
+"""Packages that the sections may import: those of this Python, and wheels brought along with the project."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from typing import Final
 from benchmarks.gpu.processes import end, wait_for
 
 WHEELS = Path(".gpu-wheels")
-"""Where ``make gpu-wheels`` puts what the recipes need."""
+"""Where ``make gpu-wheels`` puts packages that the recipes need."""
 
 SECONDS: Final = 100
-"""For importing packages."""
+"""Time limit for importing packages."""
 
-LOOK: Final = """
+IMPORT_EACH: Final = """
 import importlib, json, sys
 for name in sys.argv[1:]:
     problem = ""
@@ -32,41 +32,41 @@ for name in sys.argv[1:]:
         problem = f"cannot be imported ({type(error).__name__}: {error})"
     print("\\n" + json.dumps([name, problem]), flush=True)
 """
-"""Imports packages, and prints a line about each."""
+"""Imports packages and prints for each a line with its problem."""
 
 
 class Packages:
-    """What can be imported, which is tried once for every package.
+    """Which packages can be imported; each is tried once.
 
     Args:
-        folder: Of packages besides those of this Python, if any.
-        advice: What to do about those that cannot be imported.
+        folder: Additional packages, besides those of this Python.
+        advice: Added to the explanation of missing packages.
     """
 
     def __init__(self, folder: Path | None = None, advice: str = "") -> None:
         self.folder, self._advice = folder, advice
         self._problems: dict[str, str] = {}
-        self._looking = Lock()
+        self._lock = Lock()
 
     def environment(self) -> dict[str, str]:
-        """Return the environment of a process that is to import them, and this project."""
+        """Return the environment of a process that imports them and this project."""
         folders = [os.getcwd(), *([str(self.folder)] if self.folder else []), os.environ.get("PYTHONPATH", "")]
         return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
-    def what_is_missing(self, names: Sequence[str], environment: Mapping[str, str], ending: Event) -> str:
-        """Say which packages cannot be imported, why, and what to do about it; nothing if all can.
+    def explain_missing(self, names: Sequence[str], environment: Mapping[str, str], stop: Event) -> str:
+        """Return which packages cannot be imported, why, and what to do about it; "" if all can.
 
-        A package that is there may want another that is not, so all of them are imported, in a process of their own.
+        An installed package may lack a dependency, so all of them are imported, in another process.
 
         Args:
-            names: What they are imported as.
+            names: Module names.
             environment: Of that process.
-            ending: Set when it is to be ended.
+            stop: Set to stop the process.
         """
-        with self._looking:
-            unknown = [name for name in names if name not in self._problems]
-            if unknown:
-                self._problems.update(_problems(unknown, environment, ending))
+        with self._lock:
+            untried = [name for name in names if name not in self._problems]
+            if untried:
+                self._problems.update(_problems(untried, environment, stop))
         problems = [f"{name} {self._problems[name]}" for name in names if self._problems[name]]
         return "; ".join([*problems, self._advice]) if problems else ""
 
@@ -77,11 +77,11 @@ class Packages:
         return {name: each.version if each else None for name, each in found.items()}
 
 
-def _problems(names: Sequence[str], environment: Mapping[str, str], ending: Event) -> dict[str, str]:
-    """What keeps packages from being imported, "" for none."""
+def _problems(names: Sequence[str], environment: Mapping[str, str], stop: Event) -> dict[str, str]:
+    """Why packages cannot be imported, "" for those that can."""
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
         process = subprocess.Popen(
-            [sys.executable, "-c", LOOK, *names],
+            [sys.executable, "-c", IMPORT_EACH, *names],
             env=environment,
             stdout=printed,
             stderr=subprocess.DEVNULL,
@@ -89,17 +89,17 @@ def _problems(names: Sequence[str], environment: Mapping[str, str], ending: Even
             start_new_session=True,
         )
         try:
-            code = wait_for(process, SECONDS, ending)
+            code = wait_for(process, SECONDS, stop)
         finally:
             end(process)
         printed.seek(0)
-        said = dict(json.loads(line) for line in printed if line.startswith('["'))
-    without_word = f"cannot be imported within {SECONDS} s" if code is None else f"ends Python with code {code}"
-    return {name: said.get(name, without_word) for name in names}
+        problems = dict(json.loads(line) for line in printed if line.startswith('["'))
+    no_answer = f"cannot be imported within {SECONDS} s" if code is None else f"ends Python with code {code}"
+    return {name: problems.get(name, no_answer) for name in names}
 
 
 def install_wheels(output: Path, log: Path) -> Packages:
-    """Install what was carried along and is not here into a folder of its own, if there is any.
+    """Install the wheels of packages that are missing here into a folder of its own, if there are any.
 
     Args:
         output: Where the folder is made.
@@ -107,21 +107,21 @@ def install_wheels(output: Path, log: Path) -> Packages:
     """
     wheels = [wheel for wheel in sorted(WHEELS.glob("*.whl")) if not is_installed(wheel.name.split("-")[0])]
     if not wheels:
-        return Packages(advice="make gpu-wheels collects what can be carried along")
-    target = (output / "packages").resolve()  # for processes wherever they run
+        return Packages(advice="make gpu-wheels collects wheels to bring along")
+    target = (output / "packages").resolve()  # absolute, for processes in other folders
     shutil.rmtree(target, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     command = [*pip, "--disable-pip-version-check", "--target", str(target), *map(str, wheels)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    pip_run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     with log.open("a") as file:
-        file.write(ended.stdout)
-    if ended.returncode:
+        file.write(pip_run.stdout)
+    if pip_run.returncode:
         shutil.rmtree(target, ignore_errors=True)
-        said = [line for line in ended.stdout.splitlines() if line.startswith("ERROR")] or ["see log.txt"]
-        return Packages(advice=f"the wheels in {WHEELS} could not be installed: {said[0]}"[:300])
-    return Packages(target, f"the wheels in {WHEELS} do not bring it")
+        errors = [line for line in pip_run.stdout.splitlines() if line.startswith("ERROR")] or ["see log.txt"]
+        return Packages(advice=f"the wheels in {WHEELS} could not be installed: {errors[0]}"[:300])
+    return Packages(target, f"the wheels in {WHEELS} do not include it")
 
 
 def is_installed(package: str) -> bool:
-    """Say whether this Python has a package."""
+    """Return whether this Python has a package."""
     return any(metadata.distributions(name=package))

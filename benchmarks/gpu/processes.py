@@ -1,4 +1,4 @@
-"""Processes that the check starts: waiting for them, and ending them with all that they started."""
+"""Waits for processes that the check starts, and ends them with their child processes."""
 
 import os
 import signal
@@ -7,26 +7,26 @@ import time
 from threading import Event
 
 GRACE = 5.0
-"""Seconds between asking a process to end and ending it."""
+"""Seconds between asking a process to end and killing it."""
 
 
-def wait_for(process: "subprocess.Popen[bytes]", seconds: float, ending: Event) -> int | None:
-    """Return the code that a process ends with; None where its time is up before, or it is to be ended.
+def wait_for(process: "subprocess.Popen[bytes]", seconds: float, stop: Event) -> int | None:
+    """Return the exit code of a process; None if its time is up first, or ``stop`` is set.
 
     Args:
         process: What to wait for.
-        seconds: How long.
-        ending: Set when the process is to be ended.
+        seconds: Time limit.
+        stop: Set to stop waiting.
     """
     deadline = time.monotonic() + seconds
     while process.poll() is None:
-        if time.monotonic() > deadline or ending.wait(0.05):
+        if time.monotonic() > deadline or stop.wait(0.05):
             return None
     return process.returncode
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and those that it started: all of the session that was made for it."""
+    """End a process and its child processes: all of the session that was made for it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

@@ -1,4 +1,4 @@
-"""Models with random weights and files of texts, made without a network: what the recipes are tried with."""
+"""Models with random weights and files of texts for the recipes, made without a network."""
 
 import fcntl
 import json
@@ -12,18 +12,19 @@ CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LONGEST = 2048
+MAX_LENGTH = 2048
 
 DECODER, ENCODER, VISION_TRANSFORMER = "decoder", "encoder", "vision-transformer"
 TEXTS, CONVERSATIONS = "texts.txt", "conversations.jsonl"
 
 
 def shared_files(options: Options) -> Path:
-    """Return a folder of models and texts that all sections read; the first that asks for it makes it.
+    """Return a folder of models and texts for all sections; the first section that calls this writes it.
 
     Returns:
-        Where there are DECODER, ENCODER and, unless tiny, VISION_TRANSFORMER, as ``save_pretrained`` writes them, with
-        what prepares their inputs; TEXTS, a blank line between documents; and CONVERSATIONS, prompts and completions.
+        The folder. It holds DECODER, ENCODER and, unless tiny, VISION_TRANSFORMER, as ``save_pretrained`` writes them,
+        with their tokenizer or processor; TEXTS, with blank lines between documents; and CONVERSATIONS, prompts and
+        completions.
     """
     folder = options.folder.parent / "shared"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -57,10 +58,10 @@ def _save_models(options: Options, folder: Path) -> None:
 
     sizes = {"hidden_size": 384, "intermediate_size": 1536}
     bert = {**sizes, "num_hidden_layers": 6, **(TINY if options.tiny else {})}
-    decoder = make_model("smollm2-135m", replace(options, device="cpu"), LONGEST, torch.float32)
+    decoder = make_model("smollm2-135m", replace(options, device="cpu"), MAX_LENGTH, torch.float32)
     decoder.save_pretrained(folder / DECODER)
-    BertModel(BertConfig(**bert, max_position_embeddings=LONGEST)).save_pretrained(folder / ENCODER)
-    if not options.tiny:  # the recipe has a small one of its own
+    BertModel(BertConfig(**bert, max_position_embeddings=MAX_LENGTH)).save_pretrained(folder / ENCODER)
+    if not options.tiny:  # the recipe has its own small model
         vit = ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=6))
         vit.save_pretrained(folder / VISION_TRANSFORMER)
         processor = {"image_processor_type": "ViTImageProcessor"}
@@ -68,7 +69,7 @@ def _save_models(options: Options, folder: Path) -> None:
 
 
 def _save_tokenizer(texts: list[str], options: Options, folder: Path) -> None:
-    """Save a tokenizer of the bytes in texts and what is frequent among them, which can write conversations."""
+    """Train and save a byte-level BPE tokenizer with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -83,7 +84,7 @@ def _save_tokenizer(texts: list[str], options: Options, folder: Path) -> None:
         ),
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=end, pad_token=end, model_max_length=LONGEST, chat_template=CHAT
+        tokenizer_object=tokenizer, eos_token=end, pad_token=end, model_max_length=MAX_LENGTH, chat_template=CHAT
     )
     for model in (DECODER, ENCODER):
         fast.save_pretrained(folder / model)

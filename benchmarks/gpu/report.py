@@ -1,4 +1,4 @@
-"""The report: what the lines of a results file say, as Markdown."""
+"""The report: the lines of a results file as Markdown."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from benchmarks.gpu.section import Row
 
 
 def write_report(results: Path, report: Path) -> None:
-    """Write the report of all lines so far; one that a section is about to write is not among them."""
+    """Write the report of all complete lines so far; a section may be writing another."""
     lines = [json.loads(line) for line in results.read_text().splitlines(keepends=True) if line.endswith("\n")]
     report.write_text("\n".join(_report(lines)) + "\n")
 
@@ -18,11 +18,11 @@ def _report(lines: Sequence[Row]) -> list[str]:
     head = lines[0]
     text = ["# The package on a GPU", "", f"`{head['command']}`, commit {head['commit']}, {head['date']}", ""]
     text += _table([{"": name, "found": value} for name, value in head["machine"].items()])
-    ends = [line for line in lines if "status" in line]
+    finished = [line for line in lines if "status" in line]
     overview = ("section", "status", "seconds", "why")
-    text += ["", "## Sections", "", *_table([{name: line[name] for name in overview} for line in ends])]
+    text += ["", "## Sections", "", *_table([{name: line[name] for name in overview} for line in finished])]
     names = dict.fromkeys(line["section"] for line in lines[1:])
-    titles = {line["section"]: line["title"] for line in ends}
+    titles = {line["section"]: line["title"] for line in finished}
     for name in names:
         rows = [line["row"] for line in lines[1:] if line["section"] == name and "row" in line]
         if rows:

@@ -1,7 +1,7 @@
-"""One section of the check: what it is given, and how it runs, in a process of its own and within its time.
+"""One section of the check: its options, and how it runs in a process of its own, within its time limit.
 
-A section yields rows, plain data. A row with ``"ok": False`` makes it a failed one. Each row is in the results file as
-soon as it is there, so a section that fails or is stopped keeps those before.
+A section yields rows of plain data; one with ``"ok": False`` makes it fail. Each row is written to the results file at
+once, so a section that fails or is stopped keeps the rows before.
 """
 
 import importlib
@@ -25,17 +25,17 @@ Row = dict[str, Any]
 Status = Literal["passed", "failed", "stopped", "skipped"]
 
 ENDED: Final = "the check was ended"
-"""Why a section was stopped that had time left."""
+"""The reason given for a section that was stopped before its time was up."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every section is given.
+    """The options of every section.
 
     Attributes:
         device: "cuda" or "cpu".
-        tiny: Whether sizes are such that a CPU does it in seconds: for trying the check, not for measuring.
-        seconds: Within which the section has to end.
+        tiny: Whether sizes are so small that a CPU takes seconds: for trying the check, not for measuring.
+        seconds: Time limit.
         results: The file that rows are added to.
         section: Name of the section.
     """
@@ -48,7 +48,7 @@ class Options:
 
     @property
     def folder(self) -> Path:
-        """Folder for what a section leaves behind; emptied when the check begins."""
+        """Folder for temporary files of a section; removed when it ends."""
         return Path(self.results).parent / "work" / self.section
 
 
@@ -61,10 +61,10 @@ class Section:
         title: For the report.
         function: "module:function"; called as ``function(options, **arguments)``, it yields rows.
         minutes: Its time budget.
-        arguments: More for the function.
-        needs: Packages without which it is skipped.
+        arguments: Keyword arguments for the function.
+        needs: Packages; it is skipped if one cannot be imported.
         cuda_only: Whether it is skipped on a CPU.
-        at_least: Seconds without which it is not begun.
+        min_seconds: It is skipped if fewer are left.
     """
 
     name: str
@@ -74,18 +74,18 @@ class Section:
     arguments: dict[str, Any] = field(default_factory=dict)
     needs: Sequence[str] = ()
     cuda_only: bool = False
-    at_least: float = 0.0
+    min_seconds: float = 0.0
 
 
-def run_section(section: Section, options: Options, log: Path, packages: Packages, ending: Event) -> tuple[Status, str]:
-    """Run a section in a process of its own; end it, and all that it started, when its time is up.
+def run_section(section: Section, options: Options, log: Path, packages: Packages, stop: Event) -> tuple[Status, str]:
+    """Run a section in a process of its own; end it and its child processes when its time is up.
 
     Args:
         section: What to run.
-        options: What it is given.
+        options: Its options.
         log: File that its output is added to.
-        packages: What it may import.
-        ending: Set when the section is to be ended.
+        packages: The packages that it may import.
+        stop: Set to stop the section.
 
     Returns:
         How it ended, and why if it did not pass.
@@ -96,9 +96,9 @@ def run_section(section: Section, options: Options, log: Path, packages: Package
     environment = packages.environment()
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     if options.device == "cpu":
-        environment["OMP_NUM_THREADS"] = "1"  # threads that wait for each other cost more than tiny sizes do
-    missing = packages.what_is_missing(section.needs, environment, ending)
-    if ending.is_set():
+        environment["OMP_NUM_THREADS"] = "1"  # threads cost more than they save at tiny sizes
+    missing = packages.explain_missing(section.needs, environment, stop)
+    if stop.is_set():
         return "stopped", ENDED
     if missing:
         return "skipped", missing
@@ -115,19 +115,19 @@ def run_section(section: Section, options: Options, log: Path, packages: Package
             start_new_session=True,
         )
         try:
-            code = wait_for(process, deadline - time.monotonic(), ending)
+            code = wait_for(process, deadline - time.monotonic(), stop)
         finally:
             end(process)
             shutil.rmtree(options.folder, ignore_errors=True)
     if code is None:
-        return "stopped", ENDED if ending.is_set() else f"not through after {options.seconds:.0f} s"
+        return "stopped", ENDED if stop.is_set() else f"not through after {options.seconds:.0f} s"
     if code == 0:
         return "passed", ""
     return "failed", "" if code == 1 else f"its process ended with code {code}; see {log.name}"
 
 
 def add_line(results: str | Path, line: Row) -> None:
-    """Add a line of JSON to a file, on the disk when this returns."""
+    """Append a line of JSON to a file and flush it to the disk."""
     with open(results, "a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -139,7 +139,7 @@ def rows_of(function: str, options: Options, arguments: dict[str, Any]) -> Itera
     module, name = function.split(":")
     try:
         imported = importlib.import_module(module)
-        if "torch" in sys.modules:  # some sections leave it to other processes
+        if "torch" in sys.modules:  # some sections use it in other processes only
             sys.modules["torch"].manual_seed(0)
         yield from getattr(imported, name)(options, **arguments)
     except Exception as error:
@@ -148,11 +148,11 @@ def rows_of(function: str, options: Options, arguments: dict[str, Any]) -> Itera
 
 
 def main(function: str, options: str, arguments: str) -> int:
-    """Run one section in this process; return 1 if a row of it says that something is wrong."""
-    given = Options(**json.loads(options))
+    """Run one section in this process; return 1 if one of its rows is not ok."""
+    section_options = Options(**json.loads(options))
     all_ok = True
-    for row in rows_of(function, given, json.loads(arguments)):
-        add_line(given.results, {"section": given.section, "row": row})
+    for row in rows_of(function, section_options, json.loads(arguments)):
+        add_line(section_options.results, {"section": section_options.section, "row": row})
         print(row)
         all_ok &= row.get("ok", True)
     return 0 if all_ok else 1

@@ -14,7 +14,7 @@ FRAMEWORKS: Final = (
     "matplotlib",
     "rich",
 )
-"""What the recipes need."""
+"""Packages that the recipes need."""
 
 SECTIONS: Final = (
     Section("machine", "What the machine can do", "benchmarks.gpu.machine:measure", minutes=0.5),
@@ -83,11 +83,11 @@ SECTIONS: Final = (
     ),
     Section(
         "pretraining",
-        "Pretraining at GPT-2-small's size: held-out loss, the same time for every method",
+        "Pretraining at GPT-2-small's size: validation loss, the same time for every method",
         "benchmarks.gpu.pretraining:pretrain",
-        minutes=10,  # all that is left
+        minutes=10,  # or what is left
         arguments={"rows": 64, "length": 1024},
         needs=("transformers", "lightning"),
-        at_least=75,  # in less there is nothing to compare: 35 s are needed besides
+        min_seconds=75,  # 35 s of them are not training
     ),
 )

@@ -1,4 +1,4 @@
-"""The time of an optimizer step of matrices alone, where it goes, and how far it is from what the machine allows."""
+"""The time of an optimizer step of matrices alone, by phase, and compared with the least the machine allows."""
 
 import statistics
 from collections import defaultdict
@@ -21,7 +21,7 @@ from dion2_lightning.kernels.selection import selected_count
 
 ROUNDS = 12
 TINY = 128
-"""Rows or columns of the largest matrix in two layers for a CPU."""
+"""Rows or columns of the largest matrix with --tiny, which has two layers."""
 
 PHASES = {
     "accumulate": "accumulate",
@@ -32,20 +32,19 @@ PHASES = {
     "shrink": "weight decay",
     "apply": "apply",
 }
-"""Functions that ``algorithms/dion2.py`` calls, and what the report calls them."""
+"""Functions that ``algorithms/dion2.py`` calls, and their names in the report."""
 
 BYTES = {"AdamW": 28, "Dion2": 20}
-"""What has to be moved for a float32 parameter: weight, gradient and state read, weight and state written. Muon is like
-Dion2."""
+"""Bytes moved per float32 parameter: weight, gradient and state read, weight and state written. Muon is like Dion2."""
 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "hipLaunchKernel")
 
 
 def time_steps(options: Options, *, shapes: str, layers: int) -> Iterator[Row]:
-    """Yield a row for each optimizer: the median time of a step, against AdamW's and the floor, and where it goes.
+    """Yield a row for each optimizer: the median time of a step, against AdamW's and the floor, and by phase.
 
-    All step the same float32 parameters, in turn, on the same gradients. Each step begins on an idle device: its time
-    must not depend on how far the host had got ahead during the one before.
+    All step the same float32 parameters, in turn, on the same gradients. Each step begins on an idle device, so that
+    its time does not depend on how far ahead of the device the host was.
 
     Args:
         options: Of the section.
@@ -60,23 +59,23 @@ def time_steps(options: Options, *, shapes: str, layers: int) -> Iterator[Row]:
     parameters = weights(sizes, device)
     count = sum(each.numel() for each in parameters)
     yield {"matrices": len(sizes), "parameters": count, "shapes": shapes, "layers": len(sizes) // len(LAYERS[shapes])}
-    chosen = {name: build(parameters) for name, build in optimizers(shapes, None) if "foreach" not in name}
-    times = _times(chosen, device, rounds=3 if options.tiny else ROUNDS)
+    compared = {name: build(parameters) for name, build in optimizers(shapes, None) if "foreach" not in name}
+    times = _median_times(compared, device, rounds=3 if options.tiny else ROUNDS)
     bandwidth, rate = copy_bandwidth(device, options.tiny), product_rate(device, default_dtype(device), options.tiny)
     adamw = times["torch.optim.AdamW, fused"]
-    for name, optimizer in chosen.items():
+    for name, optimizer in compared.items():
         floor = _floor_bytes(name) * count / bandwidth + _product_flops(optimizer, sizes) / rate
         row = {"optimizer": name, "ms": 1e3 * times[name], "of AdamW": times[name] / adamw, "floor, ms": 1e3 * floor}
         yield {**row, **_launches(optimizer, device), "extra memory, MB": _extra_memory(optimizer, device)}
-    for name, optimizer in chosen.items():
+    for name, optimizer in compared.items():
         if isinstance(optimizer, Dion2):
             yield {"share of the phases": name, **_phase_shares(optimizer, device)}
 
 
-def _times(chosen: Mapping[str, torch.optim.Optimizer], device: torch.device, rounds: int) -> dict[str, float]:
-    """The median seconds of a step of each, in turn, after two that make the state and fill caches."""
+def _median_times(compared: Mapping[str, torch.optim.Optimizer], device: torch.device, rounds: int) -> dict[str, float]:
+    """The median seconds of each optimizer's step, in turn, after two that create state and fill caches."""
     timers: dict[str, list[Timer]] = defaultdict(list)
-    turns = list(chosen.items())
+    turns = list(compared.items())
     for number in range(rounds + 2):
         turn = number % len(turns)
         for name, optimizer in turns[turn:] + turns[:turn]:
@@ -92,7 +91,7 @@ def _floor_bytes(name: str) -> int:
 
 
 def _product_flops(optimizer: torch.optim.Optimizer, sizes: Sizes) -> int:
-    """What the orthonormalization multiplies in a step."""
+    """FLOPs of the orthonormalization in a step."""
     if isinstance(optimizer, torch.optim.AdamW):
         return 0
     fraction = optimizer.param_groups[0].get("fraction", 1.0)
@@ -107,11 +106,11 @@ def _launches(optimizer: torch.optim.Optimizer, device: torch.device) -> Row:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         optimizer.step()
         synchronize(device)
-    return _counted(profiler.events())
+    return _count_launches(profiler.events())
 
 
-def _counted(events: Sequence[Any]) -> Row:
-    """What a profiler has seen; None where it has seen nothing, as where it may not ask the driver."""
+def _count_launches(events: Sequence[Any]) -> Row:
+    """Launches and GPU time among a profiler's events; None where there are none: it may lack access to the driver."""
     kernels = [e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
     return {
         "launches": sum(event.name.startswith(LAUNCHES) for event in events) or None,
@@ -120,7 +119,7 @@ def _counted(events: Sequence[Any]) -> Row:
 
 
 def _extra_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> float | None:
-    """The most that a step needs besides weights, gradients and state, in MB."""
+    """Peak memory of a step besides weights, gradients and state, in MB."""
     if device.type == "cpu":
         return None
     synchronize(device)
@@ -132,7 +131,7 @@ def _extra_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> flo
 
 
 def _phase_shares(optimizer: Dion2, device: torch.device) -> dict[str, float]:
-    """The share of a step that each line of the update takes, in percent; "rest" is what is left."""
+    """The share of each phase in the time of a step, in percent; "rest" is what remains."""
     timers: dict[str, list[Timer]] = defaultdict(list)
     whole = Timer(device)
     with _timed_phases(timers, device):

@@ -44,7 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 TINY = {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
-"""What a CPU gets of every model."""
+"""Sizes of every model with --tiny."""
 
 Build = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -56,22 +56,22 @@ OPTIMIZERS: dict[str, Build] = {
     "Dion2 at 1/8 and AdamW": lambda model: build_optimizer(model, lr=1e-4, fraction=1 / 8),
 }
 IN_BFLOAT16 = ("torch.optim.AdamW, fused", "Dion2 at 1/4 and AdamW")
-"""Those that also train bfloat16 weights."""
+"""Optimizers that also train bfloat16 weights."""
 
-EVERY = 10
-"""Steps between two looks of the statistics."""
+METRICS_EVERY = 10
+"""Steps between two steps with metrics."""
 
 
 def train(options: Options, *, name: str, rows: int, length: int) -> Iterator[Row]:
-    """Yield a row for each optimizer: what a training step takes.
+    """Yield a row for each optimizer: speed, time and memory of a training step.
 
     Products are in bfloat16 (autocast), weights in float32; some optimizers also train bfloat16 weights.
 
     Args:
         options: Of the section.
-        name: Of a model in ``MODELS``.
-        rows: Of a batch.
-        length: Tokens of a row.
+        name: A key of ``MODELS``.
+        rows: Per batch.
+        length: Tokens per row.
     """
     device = torch.device(options.device)
     if options.tiny:
@@ -108,36 +108,36 @@ def train(options: Options, *, name: str, rows: int, length: int) -> Iterator[Ro
 def measure_statistics(options: Options, *, name: str, rows: int, length: int) -> Iterator[Row]:
     """Yield what statistics of the selection add to a training step with Dion2 at a quarter.
 
-    The same training takes blocks of steps with them and without, in turn.
+    The same training takes blocks of steps with and without a tracker, in turn.
     """
-    warnings.simplefilter("ignore", SelectionWarning)  # a random batch, again and again, leaves slices out
+    warnings.simplefilter("ignore", SelectionWarning)  # with one random batch some slices are never selected
     device = torch.device(options.device)
     if options.tiny:
         rows, length = 2, 32
     model = make_model(name, options, length, torch.float32)
     optimizer = build_optimizer(model, lr=1e-4)
     tokens = torch.randint(model.config.vocab_size, (rows, length), device=device)
-    observed = SelectionTracker(every=EVERY)
+    tracker = SelectionTracker(every=METRICS_EVERY)
     times: dict[bool, list[float]] = {True: [], False: []}
     for number in range(3 if options.tiny else 9):
         for with_statistics in (True, False) if number % 2 else (False, True):
             if with_statistics:
-                observed.attach(optimizer)
+                tracker.attach(optimizer)
             timer = Timer(device)
             with timer:
-                for _ in range(EVERY):
+                for _ in range(METRICS_EVERY):
                     timed_step(model, optimizer, tokens)
-                    observed.pop_metrics()
-            observed.detach()
-            if number > 0:  # the first makes the state
-                times[with_statistics].append(timer.seconds() / EVERY)
+                    tracker.pop_metrics()
+            tracker.detach()
+            if number > 0:  # the first step creates the state
+                times[with_statistics].append(timer.seconds() / METRICS_EVERY)
     without, with_ = (statistics.median(times[each]) for each in (False, True))
     ratio = statistics.median(b / a for a, b in zip(times[False], times[True], strict=True))
     yield {"steps of": name, "ms without": 1e3 * without, "with": 1e3 * with_, "median ratio of neighbours": ratio}
 
 
 def make_model(name: str, options: Options, length: int, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Return a Llama with random weights on the device, the same for a name."""
+    """Return a Llama with random weights on the device, the same whenever it is made."""
     sizes = {**MODELS[name], "tie_word_embeddings": True, "max_position_embeddings": length, "use_cache": False}
     if options.tiny:
         heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
@@ -148,7 +148,7 @@ def make_model(name: str, options: Options, length: int, dtype: torch.dtype) -> 
 
 
 def timed_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> tuple[Timer, Timer, Tensor]:
-    """Take a training step; return the timers of all of it and of the optimizer alone, and the loss."""
+    """Take a training step; return the timers of the whole step and of the optimizer, and the loss."""
     whole, own = Timer(tokens.device), Timer(tokens.device)
     with whole:
         with autocast(tokens.device):
@@ -162,12 +162,12 @@ def timed_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tenso
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return what lets products be taken in bfloat16, as one trains on a GPU; a CPU takes them in float32."""
+    """Return bfloat16 autocast on a GPU; a CPU computes in float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what no object holds any more."""
+    """Free unused memory of the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Tests that cannot be collected, for the check that runs tests on a GPU."""
+"""A test file that cannot be imported, for the tests of the GPU check."""
 
 import a_package_that_is_not_there  # type: ignore[import-not-found]
 

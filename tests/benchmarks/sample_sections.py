@@ -1,4 +1,4 @@
-"""Sections for the tests of the check: one that is fine, and several that are not."""
+"""Sections for the tests of the check: some pass, others fail in several ways."""
 
 import os
 import subprocess
@@ -10,9 +10,9 @@ from pathlib import Path
 from benchmarks.gpu.section import Options, Row
 
 
-def fine(options: Options, *, figure: int = 1) -> Iterator[Row]:
+def fine(options: Options, *, number: int = 1) -> Iterator[Row]:
     (options.folder / "left behind").touch()
-    yield {"what": "a figure", "found": figure, "ok": True}
+    yield {"what": "a number", "found": number, "ok": True}
 
 
 def wrong(options: Options) -> Iterator[Row]:
@@ -22,7 +22,7 @@ def wrong(options: Options) -> Iterator[Row]:
 
 def raises(options: Options) -> Iterator[Row]:
     yield {"what": "before", "ok": True}
-    raise ValueError("planted")
+    raise ValueError("injected")
 
 
 def dies(options: Options) -> Iterator[Row]:
@@ -33,21 +33,21 @@ def dies(options: Options) -> Iterator[Row]:
 def takes_too_long(options: Options) -> Iterator[Row]:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     yield {"what": "before", "ok": True}
-    say(options, child.pid)
+    write_process_id(options, child.pid)
     time.sleep(60)
 
 
 def waits(options: Options) -> Iterator[Row]:
-    say(options, os.getpid())
+    write_process_id(options, os.getpid())
     time.sleep(60)
     yield {}
 
 
-def sees_work(options: Options) -> Iterator[Row]:
+def sees_no_earlier_files(options: Options) -> Iterator[Row]:
     yield {"what": "left by an earlier check", "ok": not (options.folder.parent / "shared").exists()}
 
 
-def say(options: Options, process: int) -> None:
+def write_process_id(options: Options, process: int) -> None:
     unfinished = Path(options.results).with_name("unfinished")
     unfinished.write_text(str(process))
     unfinished.rename(unfinished.with_name(f"process of {options.section}"))

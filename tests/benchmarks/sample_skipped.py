@@ -1,4 +1,4 @@
-"""A file that skips itself, for the check that runs tests on a GPU."""
+"""A test file that skips itself, for the tests of the GPU check."""
 
 import pytest
 

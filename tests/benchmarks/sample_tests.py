@@ -1,4 +1,4 @@
-"""Tests that pass, fail, are skipped, take too long and end their process, for the check that runs tests on a GPU."""
+"""Tests that pass, fail, are skipped, take too long or end their process, for the tests of the GPU check."""
 
 import os
 import time

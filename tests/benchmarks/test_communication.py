@@ -1,4 +1,4 @@
-"""What a step sends, counted on 2 and 4 ranks."""
+"""The traffic of a step, counted on 2 and 4 ranks."""
 
 from dataclasses import replace
 
@@ -11,20 +11,20 @@ from benchmarks.step import LAYERS
 WHOLE = Case("fsdp2", layers=2, fraction=1.0, steps=1)
 PARTS = [replace(WHOLE, fraction=fraction) for fraction in (0.5, 0.25, 0.125)]
 QUARTER = PARTS[1]
-LONG = replace(QUARTER, layers=6)
+MORE_LAYERS = replace(QUARTER, layers=6)
 TENSOR_PARALLEL = replace(QUARTER, layout="tp")
 REPLICATED = replace(QUARTER, layout="ddp")
 HYBRID = replace(QUARTER, layout="hsdp")
 HYBRID_WHOLE = replace(WHOLE, layout="hsdp", dtype="bfloat16")
 HALF_PRECISION = replace(WHOLE, dtype="bfloat16")
-FEW_SLICES = replace(HALF_PRECISION, fraction=0.125)  # 24 of a key's 192 rows, which are not multiplied in bfloat16
+FEW_SLICES = replace(HALF_PRECISION, fraction=0.125)  # 24 of a key's 192 rows: too few for products in bfloat16
 
 Measured = dict[Case, list[Traffic]]
 
 
 @pytest.fixture(scope="module")
 def on_2() -> Measured:
-    cases = [WHOLE, *PARTS, LONG, TENSOR_PARALLEL, REPLICATED]
+    cases = [WHOLE, *PARTS, MORE_LAYERS, TENSOR_PARALLEL, REPLICATED]
     return dict(zip(cases, measure(2, cases), strict=True))
 
 
@@ -45,7 +45,7 @@ def test_submatrices_shrink_with_the_fraction(case: Case, measured: str, request
     assert submatrices(traffic[case]) <= 1.05 * case.fraction * submatrices(traffic[WHOLE])
 
 
-def test_few_slices_travel_in_half_precision_too(on_4: Measured) -> None:
+def test_few_slices_are_sent_in_half_precision_too(on_4: Measured) -> None:
     assert submatrices(on_4[FEW_SLICES]) <= 1.05 * 0.125 * submatrices(on_4[HALF_PRECISION])
     assert all(traffic.calls == {"all-reduce": 1, "all-to-all": 2} for traffic in on_4[FEW_SLICES])
 
@@ -56,27 +56,27 @@ def test_norms_do_not_grow_with_the_ranks(on_2: Measured, on_4: Measured) -> Non
 
 
 def test_collectives_do_not_grow_with_the_layers(on_2: Measured) -> None:
-    for traffic in (*on_2[QUARTER], *on_2[LONG]):
+    for traffic in (*on_2[QUARTER], *on_2[MORE_LAYERS]):
         assert traffic.calls == {"all-reduce": 1, "all-to-all": 2}
 
 
-def test_tensor_parallelism_shares_one_exchange(on_2: Measured) -> None:
+def test_tensor_parallelism_takes_one_owner_round_trip(on_2: Measured) -> None:
     for traffic in on_2[TENSOR_PARALLEL]:
         assert traffic.calls == {"all-reduce": 1, "all-to-all": 2}
 
 
-def test_replicas_share_one_gathering(on_2: Measured) -> None:
+def test_replicas_take_one_all_gather(on_2: Measured) -> None:
     for traffic in on_2[REPLICATED]:
         assert traffic.calls == {"all-reduce": 1, "all-gather": 1}
 
 
-def test_replicas_of_parts_gather_once_more(on_4: Measured) -> None:
+def test_replicas_of_shards_take_one_more_all_gather(on_4: Measured) -> None:
     for traffic in on_4[HYBRID]:
         assert traffic.calls == {"all-reduce": 1, "all-to-all": 2, "all-gather": 1}
         assert traffic.norms == on_4[QUARTER][0].norms
 
 
-def test_replicas_agree_about_their_selection(on_2: Measured) -> None:
+def test_replicas_sum_norms_like_shards(on_2: Measured) -> None:
     assert on_2[REPLICATED][0].norms == on_2[QUARTER][0].norms
 
 

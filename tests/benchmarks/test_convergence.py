@@ -83,7 +83,7 @@ def study(task: Regression, tmp_path: Path) -> Study:
 
 
 def record_of(method: str, seed: int, losses: list[float], momentum: str = "0.9", accuracy: float = 0.5) -> Record:
-    """A record with a look every two steps."""
+    """A record with a measurement every two steps."""
     curve = [{"step": 2 * n, "loss": loss, "accuracy": accuracy} for n, loss in enumerate(losses, start=1)]
     settings = {"lr": 0.01, "adamw_lr": 0.02, "momentum": momentum}
     return {"method": method, **settings, "seed": seed, "steps": 6, "curve": curve, "seconds": 30.0, **MACHINE}
@@ -119,7 +119,7 @@ class TestMethods:
 
 
 class TestTraining:
-    def test_every_method_starts_alike_and_sees_the_same(
+    def test_every_method_starts_with_the_same_weights_and_sees_the_same_batches(
         self, task: Regression, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: dict[str, list[Tensor]] = {}
@@ -141,7 +141,7 @@ class TestTraining:
             assert len(seen[name]) == 5
             assert all(torch.equal(*pair) for pair in zip(seen["AdamW"], seen[name], strict=True))
 
-    def test_a_run_is_the_same_again(self, task: Regression) -> None:
+    def test_a_repeated_run_is_identical(self, task: Regression) -> None:
         runs = [train(task, DION2_QUARTER, Candidate(0.01, 0.01, "0.95"), 3, 4, 2, CPU) for _ in range(2)]
         assert runs[0]["curve"] == runs[1]["curve"]
         assert [point["step"] for point in runs[0]["curve"]] == [2, 4]
@@ -152,7 +152,7 @@ class TestTraining:
         assert last_loss(record) == math.inf
         json.loads(json.dumps(record, allow_nan=False))
 
-    def test_times_are_of_all_methods_next_to_the_first(self, task: Regression) -> None:
+    def test_ratios_of_step_times_are_to_the_first_method(self, task: Regression) -> None:
         candidates = {method: Candidate(0.01, 0.01, next(iter(method.momenta))) for method in (ADAMW, MUON)}
         timing = time_steps(task, candidates, CPU, rounds=2, steps=1)
         assert list(timing["milliseconds"]) == list(timing["ratios"]) == ["AdamW", "Muon"]
@@ -207,9 +207,7 @@ class TestSearch:
         assert {rate for name, rate in by_name.items() if "lora_B" in name} == {1.0}
         assert {rate for name, rate in by_name.items() if "lora_A" in name} == {2.0 if method.has_rest else 1.0}
 
-    def test_only_the_usual_momenta_are_shown_besides_the_best(
-        self, study: Study, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_common_momenta_get_all_seeds_besides_the_best(self, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
         """The second of them may be no better than the first, and a shorter one better than both."""
         losses = {"0.95": 0.0, "0.95^(n/k)": 1.0, "0.9^(n/k)": -1.0, "0.8^(n/k)": -2.0, "0.7^(n/k)": 1.0}
         monkeypatch.setattr(Study, "loss", lambda self, method, each: losses.get(each.momentum, 9.0))
@@ -217,7 +215,7 @@ class TestSearch:
         assert best.momentum == "0.8^(n/k)"
         assert [each.momentum for each in others] == ["0.95"]
 
-    def test_a_study_has_every_run_and_one_that_was_cut_off_makes_the_rest(
+    def test_a_study_has_every_run_and_an_interrupted_one_resumes(
         self, study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         study.run()
@@ -238,8 +236,8 @@ class TestSearch:
 
         study.results.write_text("\n".join(whole[:-4]) + "\n")
         study.run()
-        made = capsys.readouterr().out.splitlines()
-        assert len(made) == 4
+        printed = capsys.readouterr().out.splitlines()
+        assert len(printed) == 4
         again = study.records
         assert [r.get("curve") for r in again] == [r.get("curve") for r in records]
 
@@ -247,7 +245,7 @@ class TestSearch:
         monkeypatch.setattr(search, "time_steps", lambda *_: pytest.fail("times were taken again"))
         study.run()
 
-    def test_methods_can_be_run_apart(self, study: Study) -> None:
+    def test_methods_can_be_run_separately(self, study: Study) -> None:
         study.run(["Muon"])
         assert {record["method"] for record in study.records} == {"Muon"}
         study.run(["AdamW", "Muon"])
@@ -259,12 +257,12 @@ class TestSearch:
             study.run(["Lion", "Muon"])
         assert not study.results.exists()
 
-    def test_a_method_waits_for_the_one_it_begins_with(self, study: Study) -> None:
+    def test_a_method_needs_the_search_of_the_one_it_begins_with(self, study: Study) -> None:
         with pytest.raises(ValueError, match="Dion2 1/2 begins with the settings of Dion2 1/4; run that first"):
             study.run(["Dion2 1/2"])
         assert not study.results.exists()
 
-    def test_rates_meet_when_climbing_up_and_down(self) -> None:
+    def test_climbing_up_and_down_meets_the_same_rates(self) -> None:
         below = moved_rate(2e-3, -1, start=2e-3)
         assert below == 0.0013
         assert moved_rate(below, 1, start=2e-3) == 2e-3
@@ -350,9 +348,9 @@ class TestTables:
 
 
 class TestCommittedResults:
-    """What README and the page of results say is what the committed runs give."""
+    """README and the page of results show what the committed runs give."""
 
-    def test_they_are_there(self) -> None:
+    def test_all_tasks_have_results(self) -> None:
         assert STUDIES.keys() == SMALL.keys()
 
     def test_rates_without_effect_are_not_shown(self) -> None:
@@ -379,8 +377,8 @@ class TestCommittedResults:
             )
 
     @pytest.mark.parametrize("name", STUDIES)
-    def test_no_search_ended_at_the_edge_of_what_it_tried(self, name: str) -> None:
-        """Momenta have no edge: they are offered down to none."""
+    def test_no_search_ended_at_its_lowest_or_highest_rate(self, name: str) -> None:
+        """Momenta are not checked: they are tried down to 0, if need be."""
         task, records = STUDIES[name]
         for method in task.methods:
             own = [r for r in records if r["method"] == method.name and r["seed"] == SEARCH_SEED]
@@ -389,7 +387,7 @@ class TestCommittedResults:
             assert min(rates) < best["lr"] < max(rates)
 
     @pytest.mark.parametrize("name", STUDIES)
-    def test_what_the_search_found_best_has_been_run_with_all_seeds(self, name: str) -> None:
+    def test_the_best_of_the_search_has_been_run_with_all_seeds(self, name: str) -> None:
         task, records = STUDIES[name]
         for method in task.methods:
             own = [r for r in records if r["method"] == method.name and r["seed"] == SEARCH_SEED]
@@ -422,15 +420,15 @@ class TestRealTasks:
         assert FULL[name].steps > SMALL[name].steps
 
     def test_the_full_pretraining_reads_a_data_set_of_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked = []
+        calls = []
 
         def load(*arguments: str, **options: str) -> dict[str, list[str]]:
-            asked.append((arguments, options))
+            calls.append((arguments, options))
             return {"text": ["a line of text, " * 20, "", "another, " * 40]}
 
         monkeypatch.setattr(tasks, "load_dataset", load)
         whole: Any = FULL["pretraining"]
         task = replace(whole, batch_size=2, length=16, hidden_size=16, layers=1, heads=2)
         record = train(task, ADAMW, Candidate(1e-3, 1e-3, "0.9"), 0, 1, 1, CPU)
-        assert asked == [(("Salesforce/wikitext", "wikitext-103-raw-v1"), {"split": "train"})]
+        assert calls == [(("Salesforce/wikitext", "wikitext-103-raw-v1"), {"split": "train"})]
         assert 0 < record["curve"][-1]["loss"] < 8

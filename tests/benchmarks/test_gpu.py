@@ -1,4 +1,4 @@
-"""The check for GPUs: sections that fail, raise, die or take too long leave the others' results alone."""
+"""The GPU check: sections that fail, raise, crash or take too long do not harm the others' results."""
 
 import json
 import os
@@ -23,19 +23,19 @@ from tests.integrations.test_docs import ROOT
 BEFORE = signal.getsignal(signal.SIGTERM)
 
 
-def planted(name: str, minutes: float = 1, **options: Any) -> Section:
-    return Section(name, f"Title of {name}", f"tests.benchmarks.gpu_sections:{name}", minutes, **options)
+def sample(name: str, minutes: float = 1, **options: Any) -> Section:
+    return Section(name, f"Title of {name}", f"tests.benchmarks.sample_sections:{name}", minutes, **options)
 
 
 ALL = (
-    planted("wrong"),
-    planted("raises"),
-    planted("dies"),
-    planted("takes_too_long", minutes=5 / 60),
-    planted("fine", arguments={"figure": 7}),
-    Section("unpaid", "", "tests.benchmarks.gpu_sections:fine", 1, needs=("a_package_that_is_not_there",)),
-    Section("elsewhere", "", "tests.benchmarks.gpu_sections:fine", 1, cuda_only=True),
-    planted("sees_work"),
+    sample("wrong"),
+    sample("raises"),
+    sample("dies"),
+    sample("takes_too_long", minutes=5 / 60),
+    sample("fine", arguments={"number": 7}),
+    Section("missing_package", "", "tests.benchmarks.sample_sections:fine", 1, needs=("a_package_that_is_not_there",)),
+    Section("on_a_gpu", "", "tests.benchmarks.sample_sections:fine", 1, cuda_only=True),
+    sample("sees_no_earlier_files"),
 )
 
 
@@ -59,48 +59,48 @@ def has_ended(process: int) -> bool:
 def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     folder = tmp_path_factory.mktemp("check")
     (folder / "results.jsonl").write_text("of an earlier check")
-    (folder / "work" / "shared").mkdir(parents=True)  # it was killed
+    (folder / "work" / "shared").mkdir(parents=True)  # of a check that was killed
     (folder / "packages").mkdir()
     return run(folder), folder
 
 
 def test_every_section_ends_in_its_own_way(checked: tuple[int, Path]) -> None:
     code, folder = checked
-    ends = {line["section"]: (line["status"], line["why"]) for line in lines(folder) if "status" in line}
+    outcomes = {line["section"]: (line["status"], line["why"]) for line in lines(folder) if "status" in line}
     assert code == 1
-    assert ends == {
+    assert outcomes == {
         "wrong": ("failed", ""),
         "raises": ("failed", ""),
         "dies": ("failed", "its process ended with code 9; see log.txt"),
         "takes_too_long": ("stopped", "not through after 5 s"),
         "fine": ("passed", ""),
-        "unpaid": (
+        "missing_package": (
             "skipped",
-            "a_package_that_is_not_there not installed; make gpu-wheels collects what can be carried along",
+            "a_package_that_is_not_there not installed; make gpu-wheels collects wheels to bring along",
         ),
-        "elsewhere": ("skipped", "needs a GPU"),
-        "sees_work": ("passed", ""),
+        "on_a_gpu": ("skipped", "needs a GPU"),
+        "sees_no_earlier_files": ("passed", ""),
     }
 
 
-def test_what_was_found_before_is_kept(checked: tuple[int, Path]) -> None:
+def test_rows_before_a_failure_are_kept(checked: tuple[int, Path]) -> None:
     _, folder = checked
     rows: dict[str, list[Any]] = {}
     for line in lines(folder):
         if "row" in line:
             rows.setdefault(line["section"], []).append(line["row"])
     assert [row["what"] for row in rows["wrong"]] == ["the first", "the second"]
-    assert rows["raises"][1] == {"what": "error", "ok": False, "found": "ValueError: planted"}
+    assert rows["raises"][1] == {"what": "error", "ok": False, "found": "ValueError: injected"}
     assert rows["dies"] == rows["takes_too_long"] == [{"what": "before", "ok": True}]
-    assert rows["fine"] == [{"what": "a figure", "found": 7, "ok": True}]
+    assert rows["fine"] == [{"what": "a number", "found": 7, "ok": True}]
     report = (folder / "report.md").read_text()
     assert "| takes_too_long | stopped |" in report
     assert "## Title of fine" in report
-    assert "| a figure | 7 | yes |" in report
-    assert "ValueError: planted" in (folder / "log.txt").read_text()
+    assert "| a number | 7 | yes |" in report
+    assert "ValueError: injected" in (folder / "log.txt").read_text()
 
 
-def test_nothing_is_left_running_or_lying_about(checked: tuple[int, Path]) -> None:
+def test_no_process_and_no_file_is_left(checked: tuple[int, Path]) -> None:
     _, folder = checked
     child = int((folder / "process of takes_too_long").read_text())
     wait_until(partial(has_ended, child), 10)
@@ -113,7 +113,7 @@ def test_nothing_is_left_running_or_lying_about(checked: tuple[int, Path]) -> No
     ]
 
 
-def test_the_report_says_on_what(checked: tuple[int, Path]) -> None:
+def test_the_report_names_commit_and_versions(checked: tuple[int, Path]) -> None:
     _, folder = checked
     head = lines(folder)[0]
     assert head["machine"]["torch"] == torch.__version__
@@ -128,21 +128,21 @@ def test_all_passed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("minutes", [1e-4, 1], ids=["for any", "for one that needs more"])
 def test_no_time_left(minutes: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sections = (planted("fine", at_least=100),)
+    sections = (sample("fine", min_seconds=100),)
     assert run(tmp_path, "--minutes", str(minutes), sections=sections) == 3
     assert (lines(tmp_path)[-1]["status"], lines(tmp_path)[-1]["why"]) == ("skipped", "no time left")
     assert "no time left: fine" in capsys.readouterr().out
 
 
-def test_a_section_that_had_less_than_its_own_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, "--minutes", "0.05", sections=(planted("takes_too_long"),)) == 3
+def test_a_section_with_less_than_its_own_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "--minutes", "0.05", sections=(sample("takes_too_long"),)) == 3
     assert lines(tmp_path)[-1]["status"] == "stopped"
     assert re.fullmatch(r"no time left; not through after [123] s", lines(tmp_path)[-1]["why"])
     assert "no time left: takes_too_long" in capsys.readouterr().out
 
 
-def test_what_fails_counts_for_more_than_what_had_no_time(tmp_path: Path) -> None:
-    assert run(tmp_path, sections=(planted("wrong"), planted("fine", at_least=1000))) == 1
+def test_a_failure_decides_the_exit_code(tmp_path: Path) -> None:
+    assert run(tmp_path, sections=(sample("wrong"), sample("fine", min_seconds=1000))) == 1
 
 
 CHECK = """
@@ -151,47 +151,47 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.section import Section
 
 names = ("takes_too_long", "fine", "waits", "fine")
-sections = [Section(name, f"Title of {name}", f"tests.benchmarks.gpu_sections:{name}", 1) for name in names]
+sections = [Section(name, f"Title of {name}", f"tests.benchmarks.sample_sections:{name}", 1) for name in names]
 sys.exit(main(["--device", "cpu", "--output", *sys.argv[1:]], sections))
 """
 
 
 @pytest.mark.parametrize("tiny", [True, False], ids=["two side by side", "one after the other"])
-def test_ended_from_outside(tiny: bool, tmp_path: Path) -> None:
-    """The report has what was running, and nothing runs on."""
+def test_terminated(tiny: bool, tmp_path: Path) -> None:
+    """The report names the sections that were running, and no process is left."""
     command = [sys.executable, "-c", CHECK, str(tmp_path), *(["--tiny"] if tiny else [])]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         try:
-            awaited = ["waits", "takes_too_long"] if tiny else ["takes_too_long"]
-            wait_until(lambda: all((tmp_path / f"process of {name}").exists() for name in awaited), 60)
+            running = ["waits", "takes_too_long"] if tiny else ["takes_too_long"]
+            wait_until(lambda: all((tmp_path / f"process of {name}").exists() for name in running), 60)
             process.terminate()
             assert process.wait(30) == 143
         finally:
             process.kill()
-    for name in awaited:
+    for name in running:
         wait_until(partial(has_ended, int((tmp_path / f"process of {name}").read_text())), 10)
-    ends = [(line["section"], line["status"], line["why"]) for line in lines(tmp_path) if "status" in line]
-    stopped = sorted((name, "stopped", "the check was ended") for name in awaited)
-    assert sorted(ends) == sorted([*stopped, *([("fine", "passed", "")] if tiny else [])])
+    outcomes = [(line["section"], line["status"], line["why"]) for line in lines(tmp_path) if "status" in line]
+    stopped = sorted((name, "stopped", "the check was ended") for name in running)
+    assert sorted(outcomes) == sorted([*stopped, *([("fine", "passed", "")] if tiny else [])])
     report = (tmp_path / "report.md").read_text()
     assert "| takes_too_long | stopped |" in report
     assert "## Title of takes_too_long" in report
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []
 
 
-def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def test_without_a_gpu_one_line_says_how_to_try_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_the_error_says_how_to_try_it(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as raised:
         main([])
-    assert ended.value.code == 2
+    assert raised.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "no GPU here" in error
@@ -201,14 +201,14 @@ def test_without_a_gpu_one_line_says_how_to_try_it(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "stpe-*"], "--only stpe-*: no section is called so; there are machine, correct, step-smollm2-135m"),
+        (["--only", "stpe-*"], "--only stpe-*: no such section; there are machine, correct, step-smollm2-135m"),
         (["--minutes", "0"], "--minutes must be over 0, got 0"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as raised:
         main(["--device", "cpu", *arguments])
-    assert ended.value.code == 2
+    assert raised.value.code == 2
     assert message in capsys.readouterr().err
 
 
@@ -221,5 +221,5 @@ def test_a_real_section(tmp_path: Path) -> None:
     assert all(row["rate"] > 0 for row in rows)
 
 
-def test_names_differ() -> None:
+def test_names_of_sections_differ() -> None:
     assert len({section.name for section in SECTIONS}) == len(SECTIONS)

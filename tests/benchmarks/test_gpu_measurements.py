@@ -1,4 +1,4 @@
-"""The check for GPUs: what is measured of a step and of training, as far as a CPU can tell."""
+"""The GPU check: timing of steps and of training, as far as a CPU can show it."""
 
 import math
 from types import SimpleNamespace
@@ -19,19 +19,19 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the host does with the device, one after the other."""
+    """Steps and waits for the device, in their order."""
     seen: list[str] = []
     monkeypatch.setattr(step, "synchronize", lambda _: seen.append("wait"))
     return seen
 
 
 def test_every_step_that_is_timed_begins_on_an_idle_device(seen: list[str]) -> None:
-    chosen: Any = {name: SimpleNamespace(step=lambda name=name: seen.append(name)) for name in ("one", "other")}
-    step._times(chosen, CPU, rounds=1)
+    optimizers: Any = {name: SimpleNamespace(step=lambda name=name: seen.append(name)) for name in ("one", "other")}
+    step._median_times(optimizers, CPU, rounds=1)
     assert seen == ["wait", "one", "wait", "other", "wait", "other", "wait", "one", "wait", "one", "wait", "other"]
 
 
-def test_so_does_the_step_whose_phases_are_timed(seen: list[str]) -> None:
+def test_a_step_whose_phases_are_timed_begins_on_an_idle_device(seen: list[str]) -> None:
     weight = torch.nn.Parameter(torch.ones(8, 8))
     weight.grad = torch.ones(8, 8)
     optimizer = Dion2([weight])
@@ -40,17 +40,17 @@ def test_so_does_the_step_whose_phases_are_timed(seen: list[str]) -> None:
     assert seen == ["step", "wait", "step"]
 
 
-def test_a_profiler_that_sees_nothing_counts_nothing() -> None:
-    assert step._counted([]) == {"launches": None, "GPU busy, ms": None}
+def test_launches_of_a_profiler_without_events_are_unknown() -> None:
+    assert step._count_launches([]) == {"launches": None, "GPU busy, ms": None}
     seen = [
         SimpleNamespace(name="cudaLaunchKernel", device_type=DeviceType.CPU),
         SimpleNamespace(name="add", device_type=DeviceType.CUDA, time_range=SimpleNamespace(elapsed_us=lambda: 500.0)),
     ]
-    assert step._counted(seen) == {"launches": 1, "GPU busy, ms": 0.5}
+    assert step._count_launches(seen) == {"launches": 1, "GPU busy, ms": 0.5}
 
 
 @pytest.mark.parametrize("loss", [2.0, math.inf, math.nan], ids=str)
-def test_a_loss_that_is_no_number_is_wrong(loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_fails(loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def timed_step(*_: Any) -> tuple[Timer, Timer, Tensor]:
         whole, own = Timer(CPU), Timer(CPU)
         with whole, own:

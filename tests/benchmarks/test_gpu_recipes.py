@@ -1,4 +1,4 @@
-"""How the check for GPUs calls the recipes, what it reads out of their logs, and when something is wrong with that."""
+"""How the GPU check calls the recipes, what it reads from their logs, and which problems it finds there."""
 
 import json
 import math
@@ -16,11 +16,11 @@ from benchmarks.gpu.recipes import (
     Recipe,
     calls_of,
     command_line,
-    figures,
     make_call,
+    problem_of,
     read_log,
+    summary_of,
     texts_per_second,
-    wrong,
 )
 from benchmarks.gpu.section import Options
 from recipes.image_classification.settings import Settings as ImageSettings
@@ -54,10 +54,10 @@ LOG = [
 ]
 
 
-def test_figures_are_the_last_that_were_logged() -> None:
+def test_the_summary_has_the_last_values() -> None:
     expected = {"losses": 2, "first loss": 3.0, "last loss": 2.0, "a second": 500.0, "unit": "tokens", "MFU": 0.4}
-    assert figures(LOG) == {**expected, "peak GB": 7.0}
-    assert figures([])["last loss"] is None
+    assert summary_of(LOG) == {**expected, "peak GB": 7.0}
+    assert summary_of([])["last loss"] is None
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_logs_of_every_framework(name: str, text: str, tmp_path: Path) -> None:
     assert read_log(tmp_path) == LOG
 
 
-def test_the_mean_at_the_end_of_the_trainer_is_no_step() -> None:
+def test_the_mean_that_the_trainer_logs_at_its_end_is_no_loss_of_a_step() -> None:
     log = [{"step": 4, "loss": 3.0}, {"step": 8, "loss": 2.0}, {"step": 8, "train_loss": 2.6}]
-    assert figures(log)["last loss"] == 2.0
+    assert summary_of(log)["last loss"] == 2.0
 
 
 def test_a_run_without_a_log(tmp_path: Path) -> None:
@@ -94,18 +94,18 @@ def test_a_run_without_a_log(tmp_path: Path) -> None:
         (LOG[:1], [], False, "training losses: [3.0]"),
         ([LOG[0], {"train_loss": 3.0}], [], False, "training losses: [3.0, 3.0]"),
         ([LOG[0], {"train_loss": math.nan}], [], False, "training losses: [3.0, nan]"),
-        ([{"train_loss": 2.9}, {"train_loss": 2.8}], LOG, False, "it went on with a loss of 2.9"),
+        ([{"train_loss": 2.9}, {"train_loss": 2.8}], LOG, False, "it resumed with a loss of 2.9"),
         ([{"train_loss": 3.0}, {"train_loss": 2.95}], [{"train_loss": 3.0}, {"train_loss": 2.98}], False, ""),
-        ([LOG[0], {"train_loss": 2.0}], [], True, "it has not been on a GPU"),
+        ([LOG[0], {"train_loss": 2.0}], [], True, "it did not run on a GPU"),
     ],
 )
-def test_what_is_wrong(log: list[dict[str, Any]], before: list[dict[str, Any]], on_gpu: bool, message: str) -> None:
-    found = wrong(log, before, on_gpu)
+def test_problems(log: list[dict[str, Any]], before: list[dict[str, Any]], on_gpu: bool, message: str) -> None:
+    found = problem_of(log, before, on_gpu)
     assert found.startswith(message)
     assert bool(found) == bool(message)
 
 
-def test_the_speed_of_text_classification_is_made_of_its_table() -> None:
+def test_the_speed_of_text_classification_comes_from_its_table() -> None:
     table = "            held-out loss   a step\nDion2    0.5   32 ms\nAdamW    0.6   16 ms\n"
     assert texts_per_second(table, "dion2", 64) == 2000
     assert texts_per_second(table, "adamw", 64) == 4000
@@ -126,13 +126,13 @@ def test_the_recipes_take_their_arguments(
     monkeypatch.setattr(recipes, "shared_files", lambda _: tmp_path)
     calls = calls_of(RECIPES[name], options(tmp_path, "cuda", tiny))
     settings = [read_settings(SETTINGS[name], command_line(call.arguments)) for call in calls]
-    first_alone = tiny and not name.startswith("sft")
-    assert [each.resume for each in settings] == ([False] if first_alone else [False, True])
+    first_only = tiny and not name.startswith("sft")
+    assert [each.resume for each in settings] == ([False] if first_only else [False, True])
     assert [call.interrupted for call in calls] == [not each.resume for each in settings]
     assert all(each.checkpoint_every == CHECKPOINT for each in settings)
     assert all(
         WINDOW + 1 < CHECKPOINT and each.steps - CHECKPOINT > WINDOW + 1 for each in settings
-    )  # both have a speed
+    )  # both log a speed
 
 
 class TestMakeCall:
@@ -140,17 +140,17 @@ class TestMakeCall:
         recipe = Recipe(["-c", script], "step-*", lambda _: [])
         return make_call(recipe, Call("", {"seconds": seconds}, interrupted), folder / "run", options(folder))
 
-    def test_is_ended_when_a_checkpoint_is_there(self, tmp_path: Path) -> None:
+    def test_is_interrupted_after_its_checkpoint(self, tmp_path: Path) -> None:
         start = time.monotonic()
         assert self.make(tmp_path, WRITES_A_CHECKPOINT, 60, interrupted=True)[1] == ""
         assert time.monotonic() - start < 30
 
-    def test_is_left_alone_otherwise(self, tmp_path: Path) -> None:
+    def test_is_not_interrupted_otherwise(self, tmp_path: Path) -> None:
         printed, problem = self.make(tmp_path, WRITES_A_CHECKPOINT + "print('through')", 0, interrupted=False)
         assert printed.endswith("through\n")
         assert problem == ""
 
-    def test_one_that_fails_right_after_its_checkpoint_was_not_ended(self, tmp_path: Path) -> None:
+    def test_one_that_fails_right_after_its_checkpoint_was_not_interrupted(self, tmp_path: Path) -> None:
         script = WRITES_A_CHECKPOINT + "sys.exit('error: the last file')"
         _, problem = self.make(tmp_path, script, 0.05, interrupted=True)
         assert problem == "ended by itself with code 1: error: the last file"

@@ -16,11 +16,11 @@ def stacks(model: str) -> int:
 
 @pytest.mark.parametrize("fraction", [0.25, 1.0])
 @pytest.mark.parametrize("model", [model for model in MODELS if not stacks(model)])
-def test_owners_are_balanced_where_there_are_4_matrices_a_rank(model: str, fraction: float) -> None:
+def test_owners_are_balanced_with_4_matrices_per_rank(model: str, fraction: float) -> None:
     shapes = parameters(model)
-    asked = [ranks for ranks in RANKS if len(shapes) >= 4 * ranks]
-    assert asked
-    for ranks in asked:
+    rank_counts = [ranks for ranks in RANKS if len(shapes) >= 4 * ranks]
+    assert rank_counts
+    for ranks in rank_counts:
         assert verdict(simulate(shapes, Layout("", ranks), fraction)) == "yes", ranks
 
 
@@ -62,15 +62,15 @@ def test_what_is_ruled_out_is_impossible(seed: int) -> None:
 
 
 def test_most_of_what_is_impossible_is_ruled_out() -> None:
-    """One large matrix; three equal ones on two ranks; one beside which none of ten others finds a place."""
+    """One large matrix; three equal ones on two ranks; one that leaves no room for any of ten others."""
     assert is_ruled_out([6, 1, 1], 2, 0.49)
     assert is_ruled_out([3, 3, 3], 2, 0.32)
     assert is_ruled_out([17] + [5] * 10 + [1] * 9, 4, 0.05)
     assert not is_ruled_out([2, 2], 2, 0.0)
 
 
-def test_replicas_share_the_work_and_talk_less_inside_a_group() -> None:
-    """Owners are dealt out over all replicas; the parts of an eighth of the matrices travel in each."""
+def test_replicas_share_the_work_and_send_less_within_a_group() -> None:
+    """Owners are spread over all replicas; each of these sends the parts of its matrices alone."""
     shapes = parameters("llama-3-8b")
     group, hybrid = simulate(shapes, Layout("", 8), 0.25), simulate(shapes, Layout("", 8, replicas=4), 0.25)
     assert len(hybrid.owned) == 32

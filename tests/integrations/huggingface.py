@@ -1,4 +1,4 @@
-"""What the tests of Accelerate, the Trainer and TRL share."""
+"""Shared by the tests of Accelerate, the Trainer and TRL."""
 
 import functools
 import warnings
@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from dion2_lightning import Dion2
 
 STATE_DICTS: Final = {"FSDP2, sharded": "SHARDED_STATE_DICT", "FSDP2, full": "FULL_STATE_DICT"}
-"""How a checkpoint is kept, by layout."""
+"""Accelerate's type of state dict, by layout."""
 
 
 def fsdp2_on_cpu() -> None:
     """Let Accelerate prepare FSDP2 on several CPU processes, in this process from here on.
 
-    Stock Accelerate turns FSDP on for several GPUs only, and falls back to DDP on CPUs without a word. So the world is
-    said to be one of GPUs while the state is built; device and backend remain the CPU's.
+    Accelerate turns FSDP on for several GPUs only, and falls back to DDP on CPUs without a warning. So the distributed
+    type is set to GPUs while the state is built; device and backend remain those of the CPU.
     """
     build = state.AcceleratorState.__init__
 
@@ -60,7 +60,7 @@ def fsdp_plugin(**settings: Any) -> FullyShardedDataParallelPlugin:
         "transformer_cls_names_to_wrap": ["LlamaDecoderLayer"],
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about what FSDP1 calls otherwise
+        warnings.simplefilter("ignore")  # about names that FSDP1 has for arguments
         return FullyShardedDataParallelPlugin(**{**chosen, **settings})
 
 
@@ -76,7 +76,7 @@ def whole(model: nn.Module, optimizer: Dion2 | None = None) -> dict[str, Tensor]
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Both of :func:`whole`, bit for bit."""
+    """Compare two results of :func:`whole`, bit for bit."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name

@@ -59,7 +59,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 class Llama(L.LightningModule):
-    """The fixture: Llama, the sequences in order, clipping, and a list of this rank's losses.
+    """The common training: Llama, the sequences in order, clipping, and a list of this rank's losses.
 
     Args:
         kind: Which optimizer, see ``make_optimizer``.
@@ -90,13 +90,13 @@ class Llama(L.LightningModule):
         return loss
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        if "TP" in self.layout:  # gradients on several meshes, where torch's own clipping fails
+        if "TP" in self.layout:  # torch cannot clip gradients on several meshes
             dion2_lightning.clip_grad_norm_(self.parameters(), MAX_NORM)
         else:
             self.clip_gradients(optimizer, *args, **kwargs)
 
     def train_dataloader(self) -> DataLoader:
-        done = self.trainer.global_step  # a resumed run goes on where the batches were
+        done = self.trainer.global_step  # a resumed run skips the batches it has seen
         pieces = Subset(self.sequences, range(done * BATCH, len(self.sequences)))
         replicas = RANKS[self.layout][0]
         # Lightning's own sampler shuffles.
@@ -160,7 +160,7 @@ def fit(
         checkpoint: To resume from.
         config: Of the model, see ``make_model``.
         settings: Of the optimizer.
-        change: What is done to the model before.
+        change: Called with the model before training.
         arguments: Of ``make_trainer``.
     """
     model = make_model(seed, **(config or {}))

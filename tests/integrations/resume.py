@@ -1,4 +1,4 @@
-"""Train, save, kill, resume in a new process, compare: what every framework has to pass under every layout.
+"""Train, save, kill, resume in a new process, compare: the test of every framework under every layout.
 
 The control is ``torch.optim.AdamW``. Both must resume bit for bit: a control that does not would say that the framework
 itself is not deterministic, and so far every one is.
@@ -28,7 +28,7 @@ OPTIMIZERS: Final = ("AdamW", "Dion2")
 
 
 class Phase(Enum):
-    """What one call of a training does."""
+    """What a call of a training does."""
 
     UNINTERRUPTED = "uninterrupted"
     """``STEPS`` steps."""
@@ -84,11 +84,11 @@ def check_resume(
     """Run one cell of the table: both optimizers, all phases, no difference."""
     differences = {}
     for kind in OPTIMIZERS:
-        its_folder = folder / kind
-        its_folder.mkdir(parents=True)
+        kind_folder = folder / kind
+        kind_folder.mkdir(parents=True)
         for phase in Phase:
-            run_like_torchrun(ranks, training, layout, kind, phase, its_folder, killed=phase is Phase.KILLED)
-        differences[kind] = max(_difference(its_folder, rank) for rank in range(ranks))
+            run_like_torchrun(ranks, training, layout, kind, phase, kind_folder, killed=phase is Phase.KILLED)
+        differences[kind] = max(_difference(kind_folder, rank) for rank in range(ranks))
     record_property("resume", [framework, layout, ranks, *(differences[kind] for kind in OPTIMIZERS)])
     assert differences == {"AdamW": 0, "Dion2": 0}
 

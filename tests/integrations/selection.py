@@ -1,4 +1,4 @@
-"""What the tests of the selection callbacks share: a training small enough to compute by hand, and comparisons."""
+"""Shared by the tests of the selection callbacks: a training small enough to compute by hand, and comparisons."""
 
 import math
 import warnings
@@ -20,7 +20,7 @@ WINDOW: Final = 2
 
 
 def gradients() -> list[Tensor]:
-    """The gradient of each step; in the last, another row has one too, a third as large."""
+    """The gradient of each step: of one row; in the last step also of another, a third as large."""
     found = []
     for row in ROWS:
         gradient = torch.zeros(4, 8)
@@ -31,7 +31,7 @@ def gradients() -> list[Tensor]:
 
 
 class ByHand(nn.Module):
-    """One matrix, whose gradient is the batch: its mean over several."""
+    """One matrix, whose gradient is the batch, or the mean over its items."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class ByHand(nn.Module):
 
 
 def optimizer_by_hand(module: ByHand, **group: Any) -> Dion2:
-    """No memory; a selected row moves by its direction, times the root of n / k = 2."""
+    """Momentum 0; a selected row moves by its direction times sqrt(n / k) = 2."""
     settings: dict[str, Any] = {
         "momentum": 0.0,
         "weight_decay": 0.0,
@@ -73,7 +73,7 @@ METRICS: Final[list[dict[str, float]]] = [
 
 
 def named(step: int, *prefixes: str) -> dict[str, Any]:
-    """The metrics of a step, from 0, under the names that loggers get; to compare with."""
+    """The expected metrics of a step (from 0) under the names that loggers get."""
     return {
         f"{prefix}/{name}": pytest.approx(value, rel=1e-6)
         for prefix in prefixes
@@ -89,12 +89,12 @@ EACH: Final = (*ALL, "dion2/dion2/weight")
 
 
 def points(history: SelectionHistory) -> list[Any]:
-    """Everything that a history says of each of its steps."""
+    """Steps and metrics of a history."""
     return list(zip(history.steps, history.overall, history.groups, history.parameters, strict=True))
 
 
 def assert_same_metrics(found: Any, expected: Any) -> None:
-    """Both of :func:`points`: what is counted is the same, what is computed the same to rounding."""
+    """Compare two results of :func:`points`: counts exactly, floats to rounding."""
     assert len(found) == len(expected) > 0
     for its, other in zip(found, expected, strict=True):
         assert its[0] == other[0]
@@ -114,14 +114,14 @@ def pictures_in(folder: Path) -> dict[str, list[int]]:
 
 
 def assert_dead_layer_is_named_once(caught: list[warnings.WarningMessage], name: str = "dead.weight") -> None:
-    """What a training of the next module warns of, with metrics at every step."""
+    """Check the warnings of training :class:`WithDeadLayer` with metrics at every step."""
     messages = [str(each.message) for each in caught if each.category is SelectionWarning]
     assert len(messages) == 1
     assert messages[0].startswith(f"step 2, all-zero momentum: {name} (1 of 1 matrices); their gradients")
 
 
 class WithDeadLayer(nn.Module):
-    """Two layers, of which one has no part in the loss but for a factor of 0."""
+    """Two layers, of which the loss multiplies one by 0."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -131,25 +131,25 @@ def test_a_step_with_infinite_gradients_is_skipped_by_the_scaler() -> None:
     wrapped = AcceleratedOptimizer(optimizer, scaler=scaler)
     batches = list(loader_of(accelerator, 3))
 
-    def step(is_planted: bool) -> None:
+    def step(has_inf: bool) -> None:
         scaler.scale(model(**batches[0]).loss).backward()
-        if is_planted:
+        if has_inf:
             model.model.layers[0].mlp.up_proj.weight.grad[3, 5] = float("inf")
         scaler.unscale_(optimizer)
         wrapped.step()
         wrapped.zero_grad()
 
     untouched = whole(model)
-    step(is_planted=True)
+    step(has_inf=True)
     assert wrapped.step_was_skipped
     assert_same(whole(model, optimizer), untouched)  # no state either
 
-    step(is_planted=False)
+    step(has_inf=False)
     assert not wrapped.step_was_skipped
     trained = whole(model, optimizer)
     assert not torch.equal(trained["lm_head.weight"], untouched["lm_head.weight"])
 
-    step(is_planted=True)
+    step(has_inf=True)
     assert wrapped.step_was_skipped
     assert_same(whole(model, optimizer), trained)
     assert scaler.get_scale() == 0.5
@@ -163,15 +163,15 @@ def check_ranks_skip_together() -> None:
     wrapped = AcceleratedOptimizer(optimizer, scaler=scaler)
     batch = next(iter(accelerator.prepare(loader_of(accelerator, 1))))
     before = whole(model)
-    for is_planted in (True, False):
+    for has_inf in (True, False):
         scaler.scale(model(**batch).loss).backward()
-        if is_planted and accelerator.process_index == 1:
+        if has_inf and accelerator.process_index == 1:
             model.model.layers[0].mlp.up_proj.weight.grad.to_local()[3, 5] = float("inf")
         scaler.unscale_(optimizer)
         wrapped.step()
         wrapped.zero_grad()
-        assert wrapped.step_was_skipped == is_planted
-        if is_planted:
+        assert wrapped.step_was_skipped == has_inf
+        if has_inf:
             assert_same(whole(model, optimizer), before)
     assert not torch.equal(whole(model)["lm_head.weight"], before["lm_head.weight"])
 

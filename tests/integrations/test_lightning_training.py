@@ -111,7 +111,7 @@ class ScaledFloat32(MixedPrecision):
         return torch.autocast("cpu", enabled=False)
 
 
-class PlantInf(L.Callback):
+class InjectInf(L.Callback):
     """Makes one gradient infinite at one step, and looks whether anything changes in it."""
 
     def __init__(self, step: int) -> None:
@@ -141,9 +141,9 @@ class PlantInf(L.Callback):
 
 def test_a_step_that_the_grad_scaler_skips_changes_nothing() -> None:
     plugin = ScaledFloat32("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
-    planted = PlantInf(step=3)
-    module, trainer = fit("one device", steps=8, plugins=[plugin], callbacks=[planted])
-    assert planted.before
+    injection = InjectInf(step=3)
+    module, trainer = fit("one device", steps=8, plugins=[plugin], callbacks=[injection])
+    assert injection.before
     assert plugin.scaler.get_scale() == 2.0
     assert trainer.optimizers[0].state[module.model.lm_head.weight]["step"] == 7
     assert module.losses[:4] == pytest.approx(test_plain_loop.loss_curve(8)[:4], rel=1e-5)
@@ -155,9 +155,9 @@ def check_precision_under_ddp(expected: list[float]) -> None:
     assert mean_over_ranks(module.losses) == pytest.approx(expected, rel=0.02)
 
     plugin = ScaledFloat32("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
-    planted = PlantInf(step=3)
-    module, trainer = fit("DDP", steps=8, plugins=[plugin], callbacks=[planted])
-    assert planted.before
+    injection = InjectInf(step=3)
+    module, trainer = fit("DDP", steps=8, plugins=[plugin], callbacks=[injection])
+    assert injection.before
     assert plugin.scaler.get_scale() == 2.0
     assert trainer.optimizers[0].state[module.model.lm_head.weight]["step"] == 7
     assert mean_over_ranks(module.losses[:4]) == pytest.approx(expected[:4], rel=1e-4)

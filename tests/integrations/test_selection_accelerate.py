@@ -123,7 +123,7 @@ def test_pictures_are_written_and_sent(tmp_path: Path) -> None:
                 optimizer.zero_grad()
                 selection.log()
             if fails:
-                raise ArithmeticError("planted")
+                raise ArithmeticError("injected")
         accelerator.end_training()
         assert (folder / "dion2_selection.json").exists()
         assert {path.stem for path in (folder / "pictures").glob("*.png")} == (set() if fails else set(PICTURES))

@@ -35,7 +35,7 @@ from tests.integrations.selection import (
     points,
 )
 from tests.integrations.test_lightning_checkpoints import FILE, Saving
-from tests.integrations.test_lightning_training import Pair, PlantInf, ScaledFloat32
+from tests.integrations.test_lightning_training import InjectInf, Pair, ScaledFloat32
 
 STEPS = 8
 
@@ -144,7 +144,7 @@ def test_steps_that_the_grad_scaler_skips_are_not_logged(tmp_path: Path) -> None
     """The fourth of eight is skipped; the metrics stay on the steps of the Trainer."""
     plugin = ScaledFloat32("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
     logger, monitor = CSVLogger(tmp_path), SelectionMonitor()
-    callbacks = [PlantInf(step=3), monitor]
+    callbacks = [InjectInf(step=3), monitor]
     fit("one device", steps=8, plugins=[plugin], callbacks=callbacks, logger=logger, log_every_n_steps=2)
     assert plugin.scaler.get_scale() == 2.0
     assert list(rows_of(logger)) == [1, 5, 7]
@@ -277,7 +277,7 @@ def test_the_optimizers_state_holds_none_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_another_fit_starts_anew_and_one_without_it_computes_nothing() -> None:
+def test_another_fit_starts_new_metrics_and_one_without_the_monitor_computes_none() -> None:
     monitor = SelectionMonitor(window=WINDOW)
     for _ in range(2):
         trainer = fit_by_hand(monitor)
@@ -289,12 +289,12 @@ def test_another_fit_starts_anew_and_one_without_it_computes_nothing() -> None:
 class Fails(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         assert trainer.optimizers[0].observer is not None
-        raise ArithmeticError("planted")
+        raise ArithmeticError("injected")
 
 
 def test_it_is_detached_after_an_exception() -> None:
     trainer = make_trainer("one device", 3, gradient_clip_val=None, callbacks=[SelectionMonitor(), Fails()])
-    with pytest.raises(ArithmeticError, match="planted"):
+    with pytest.raises(ArithmeticError, match="injected"):
         trainer.fit(Module())
     assert trainer.optimizers[0].observer is None
 
@@ -315,8 +315,8 @@ class WithItsOptimizer(Module):
         return self.optimizer
 
 
-def test_another_monitor_replaces_one_that_was_not_told_of_the_end() -> None:
-    """Callbacks that come later are not told of an exception if telling an earlier one fails."""
+def test_another_monitor_replaces_one_that_was_left_attached() -> None:
+    """An error in a callback's on_exception keeps later callbacks from detaching."""
     module, monitor, other = WithItsOptimizer(), SelectionMonitor(), SelectionMonitor(every=1)
     optimizer = module.optimizer
     arguments: dict[str, Any] = {"gradient_clip_val": None, "enable_progress_bar": False}
@@ -329,7 +329,7 @@ def test_another_monitor_replaces_one_that_was_not_told_of_the_end() -> None:
 
 
 def test_a_wrapped_optimizer_is_unwrapped() -> None:
-    """Lightning's wrapper passes for the optimizer; what is set on it does not reach it."""
+    """Lightning's wrapper is an instance of the optimizer's class; attributes set on it do not reach the optimizer."""
     optimizer = optimizer_by_hand(ByHand())
     wrapper = LightningOptimizer(optimizer)
     assert isinstance(wrapper, Dion2)

@@ -156,7 +156,7 @@ def test_intervals(tmp_path: Path) -> None:
         assert [entry["step"] for entry in entries if "dion2/coverage" in entry and "loss" in entry] == steps
 
 
-class PlantInf(TrainerCallback):
+class InjectInf(TrainerCallback):
     """Makes a gradient infinite at one step."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -167,7 +167,7 @@ class PlantInf(TrainerCallback):
 def test_steps_that_the_grad_scaler_skips_are_not_logged(tmp_path: Path) -> None:
     callback = SelectionCallback()
     trainer = make_trainer(arguments(tmp_path, steps=STEPS, logging_steps=2), make_model(), callbacks=[callback])
-    trainer.add_callback(PlantInf())
+    trainer.add_callback(InjectInf())
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     trainer.train()
     assert trainer.accelerator.scaler.get_scale() == 2.0
@@ -407,7 +407,7 @@ class Crash(TrainerCallback):
     """Ends the training by an exception."""
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        raise ArithmeticError("planted")
+        raise ArithmeticError("injected")
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
@@ -415,7 +415,7 @@ def test_after_a_crash_another_callback_replaces_the_one_that_was_left(tmp_path:
     """A Trainer tells its callbacks of no exception, so the callback stays attached."""
     crashed, after = SelectionCallback(), SelectionCallback(window=WINDOW)
     trainer = trainer_by_hand(tmp_path, [crashed, Crash()])
-    with pytest.raises(ArithmeticError, match="planted"):
+    with pytest.raises(ArithmeticError, match="injected"):
         trainer.train()
     assert unwrapped(trainer.optimizer).observer is crashed.tracker
     for each in (crashed, Crash):
