@@ -165,17 +165,28 @@ class SelectionHistory:
         self._bin_sizes = None
 
     def _check(self) -> None:
-        """Raise an error where parts of a file do not fit together."""
-        lists = {name: len(getattr(self, name)) for name in ("steps", "overall", "groups", "parameters", "_shares")}
-        if len(set(lists.values())) > 1:
-            raise ValueError("numbers of points differ: " + ", ".join(f"{name} {n}" for name, n in lists.items()))
-        parts: list[Any] = [*self.parameters, *self._shares, self.counts, self._hits]
-        if any(len(each) != len(self.infos) for each in parts):
+        """Raise an error where a file holds what no run leaves, or its parts do not fit together."""
+        if not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"window is {self.window!r}")
+        if self.steps != sorted({int(step) for step in self.steps if step > 0}):
+            raise ValueError("steps do not count up from 1 or later")
+        if any(info.axis not in (0, 1) or info.slices < 1 or info.matrices < 1 for info in self.infos):
+            raise ValueError("a kind has an axis other than 0 and 1, or no slices or matrices")
+        points = {name: len(getattr(self, name)) for name in ("steps", "overall", "groups", "parameters", "_shares")}
+        if len(set(points.values())) > 1:
+            raise ValueError("numbers of points differ: " + ", ".join(f"{name} {n}" for name, n in points.items()))
+        if any(len(point) != len(self.infos) for point in self.parameters):
             raise ValueError(f"parameters and kinds differ in number, {len(self.infos)} kinds")
+        for name, tensors in {"shares": self._shares, "counts": [self.counts], "hits": [self._hits]}.items():
+            if any(each.shape != (len(self.infos), BINS) for each in tensors):
+                raise ValueError(f"{name} has another shape than {len(self.infos)} kinds of {BINS} bins")
         of_groups = [metrics for point in self.groups for metrics in point.values()]
-        of_parameters = [metrics for point in self.parameters for metrics in point]
-        if unknown := {name for each in (*self.overall, *of_groups, *of_parameters) for name in each} - MEANINGS.keys():
-            raise ValueError(f"there is no metric {min(unknown)!r}")
+        of_parameters = [metrics for point in self.parameters for metrics in point if metrics]  # {} before it came
+        for metrics in (*self.overall, *of_groups, *of_parameters):
+            if unknown := metrics.keys() - MEANINGS.keys():
+                raise ValueError(f"there is no metric {min(unknown)!r}")
+            if "selected_fraction" not in metrics:
+                raise ValueError(f"selected_fraction is missing beside {sorted(metrics)}")
 
     def _set_infos(self, infos: Sequence[ParameterInfo]) -> None:
         """Bring everything into the order of these parameters; a new one was never selected before."""

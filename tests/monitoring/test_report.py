@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from dion2_lightning.monitoring.history import SelectionHistory
+from dion2_lightning.monitoring.history import SelectionHistory, to_plain
 from dion2_lightning.monitoring.metrics import MEANINGS
 from dion2_lightning.monitoring.plots import save_pictures
 from dion2_lightning.monitoring.report import HEALTHY, LOOK, UNKNOWN, main, render_report, verdicts
@@ -363,11 +364,20 @@ def test_a_truncated_file(statistics: Path, capsys: pytest.CaptureFixture[str]) 
     ("part", "value", "message"),
     [
         ("steps", [10], "numbers of points differ: steps 1, overall 5"),
+        ("steps", [10, 20, 20, 30, 40], "steps do not count up"),
+        ("steps", [50, 40, 30, 20, 10], "steps do not count up"),
+        ("steps", [0, 10, 20, 30, 40], "steps do not count up"),
         ("kinds", [["dion2", "a", 1, 4, 0]], "parameters and kinds differ in number"),
+        ("kinds", 5 * [["dion2", "a", 1, 4, 7]], "a kind has an axis other than 0 and 1"),
+        ("kinds", 5 * [["dion2", "a", 1, 0, 1]], "a kind has an axis other than 0 and 1, or no slices"),
+        ("window", None, "window is nan"),
         ("overall", 5 * [{"loss": 1.0}], "there is no metric 'loss'"),
+        ("overall", 5 * [{"coverage": 1.0}], "selected_fraction is missing beside ['coverage']"),
         ("shares", {"dtype": "uint8", "shape": [1, 1, 64], "base64": "AAAA"}, "RuntimeError"),
+        ("shares", to_plain(torch.zeros(5, 5, 32, dtype=torch.uint8)), "shares has another shape"),
+        ("counts", to_plain(torch.zeros(5, 32)), "counts has another shape than 5 kinds of 64 bins"),
+        ("hits", to_plain(torch.zeros(4, 64)), "hits has another shape than 5 kinds of 64 bins"),
     ],
-    ids=["steps", "kinds", "metrics", "shares"],
 )
 def test_a_damaged_file(
     part: str, value: Any, message: str, statistics: Path, capsys: pytest.CaptureFixture[str]
