@@ -142,7 +142,7 @@ def compute_metrics(rows: Sequence[ParameterSums]) -> dict[str, float]:
 
 
 class HealthCheck(NamedTuple):
-    """Something to warn of."""
+    """A condition that triggers a :class:`~dion2_lightning.SelectionWarning`."""
 
     name: str
     is_failed: Callable[[ParameterSums, int], bool]  # given the sums of a parameter and the window
@@ -161,7 +161,7 @@ HEALTH_CHECKS: Final = (
         "slices never selected",
         _has_left_out,
         lambda row: f"{row.never_selected:.0f} of {row.info.total_slices}",
-        "a lower momentum or a higher fraction selects more of them; a slice without any gradient is never selected",
+        "select more slices a step, or keep less momentum; a slice without any gradient is never selected",
     ),
     HealthCheck(
         "all-zero momentum",
@@ -180,7 +180,7 @@ HEALTH_CHECKS: Final = (
         "update far from orthonormal",
         lambda row, _: row.measured > 0 and row.orthogonality_error / row.measured > MAX_ORTHOGONALITY_ERROR,
         lambda row: f"error {row.orthogonality_error / row.measured:.2g}",
-        "try orthonormalize_dtype='float32'; slices that are nearly multiples of each other have such errors too",
+        "try orthonormalizing in float32; slices that are nearly multiples of each other have such errors too",
     ),
 )
 """What :class:`~dion2_lightning.SelectionWarning` warns of, once for each parameter."""

@@ -104,9 +104,9 @@ def _verdict(name: str, value: float, subset: _Subset) -> Verdict:
     if not math.isfinite(value):
         return Verdict(LOOK, "not a finite number: weights are damaged, go back to a checkpoint")
     if name == "selected_fraction":
-        return Verdict(UNKNOWN, "what fraction asks for, a little more for small matrices: k is rounded up")
+        return Verdict(UNKNOWN, "what the settings ask for; a little more for small matrices, because k is rounded up")
     if name == "update_rms":
-        return Verdict(UNKNOWN, "follows the learning rate; about 0.2 lr with match_rms_adamw")
+        return Verdict(UNKNOWN, "follows the learning rate")
     if name == "orthogonality_error":
         reason = f"healthy under {ORTHONORMAL:g}, worth a look over {MAX_ORTHOGONALITY_ERROR:g}"
         is_between = ORTHONORMAL < value <= MAX_ORTHOGONALITY_ERROR
@@ -151,13 +151,13 @@ def _verdict(name: str, value: float, subset: _Subset) -> Verdict:
 
 
 def render_report(
-    history: SelectionHistory, *, title: str = "What Dion2 selected", pictures: Sequence[Path] | None = None
+    history: SelectionHistory, *, title: str = "What was selected", pictures: Sequence[Path] | None = None
 ) -> str:
     """Make the page.
 
     Args:
         history: What to report.
-        title: Heading of the page (default: ``"What Dion2 selected"``).
+        title: Heading of the page (default: ``"What was selected"``).
         pictures: What ``plots.save_pictures`` returned for this history (default: None, pictures are drawn, which takes
             a second or two).
 
@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-o", "--output", type=Path, help="page to write (default: beside the statistics, with the ending .html)"
     )
-    parser.add_argument("--title", default="What Dion2 selected", help="heading of the page (default: %(default)s)")
+    parser.add_argument("--title", default="What was selected", help="heading of the page (default: %(default)s)")
     options = parser.parse_args(arguments)
     output: Path = options.output or options.statistics.with_suffix(".html")
     try:

@@ -297,7 +297,7 @@ def test_parameters_that_stand_out_are_counted_and_marked() -> None:
 def test_the_command_writes_beside_the_statistics(statistics: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(statistics)]) == 0
     assert capsys.readouterr().out == f"{statistics.with_suffix('.html')}\n"
-    assert "What Dion2 selected" in Page(statistics.with_suffix(".html").read_text()).texts
+    assert "What was selected" in Page(statistics.with_suffix(".html").read_text()).texts
 
 
 def test_the_command_is_a_module_too(statistics: Path, tmp_path: Path) -> None:
