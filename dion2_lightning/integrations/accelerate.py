@@ -24,7 +24,7 @@ class SelectionLogger(SelectionRecorder):
         accelerator: Its trackers get the metrics, and ``save_to=True`` is its ``project_dir``.
         optimizer: A :class:`~dion2_lightning.Dion2`, prepared or not.
         every: Steps of the optimizer between metrics (default: 10).
-        **settings: As follows.
+        **settings: The fields of :class:`SelectionRecorder`.
 
     Raises:
         ImportError: ``pictures`` needs matplotlib, which is missing.

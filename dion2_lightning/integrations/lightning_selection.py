@@ -32,7 +32,7 @@ class SelectionMonitor(SelectionRecorder, Callback):
     Args:
         every: Steps between metrics (default: None, the Trainer's ``log_every_n_steps``).
         progress: Show ``coverage`` in the progress bar (default: True).
-        **settings: As follows.
+        **settings: The fields of :class:`SelectionRecorder`.
 
     Attributes:
         metrics: The last ones; None before the first.

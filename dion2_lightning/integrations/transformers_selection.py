@@ -44,7 +44,7 @@ class SelectionCallback(SelectionRecorder, TrainerCallback, ExportableState):
         every: Steps between metrics; the Trainer then logs at these steps too (default: None, the steps at which the
             Trainer logs).
         progress: Show ``coverage`` beside the loss in the progress bar (default: True).
-        **settings: As follows.
+        **settings: The fields of :class:`SelectionRecorder`.
 
     Attributes:
         metrics: The last ones; None before the first.

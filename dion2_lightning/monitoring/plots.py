@@ -76,11 +76,7 @@ def draw(history: SelectionHistory, name: str) -> Figure:
 
 
 def draw_pictures(history: SelectionHistory) -> dict[str, bytes]:
-    """Return every picture by its name, as the bytes of a PNG file.
-
-    Raises:
-        ValueError: The history has no metrics.
-    """
+    """Return every picture by its name, as the bytes of a PNG file."""
     pictures = {}
     for name in PICTURES:
         file = io.BytesIO()
@@ -207,7 +203,7 @@ def _heatmap(history: SelectionHistory) -> Figure:
 
 def _staleness(history: SelectionHistory) -> Figure:
     """How many steps ago slices were last selected, the mean and the longest wait; and how the selection changes."""
-    figure = Figure(figsize=(12.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(12.5, 4.0), layout="constrained")
     first, second, third = figure.subplots(1, 3)
     fraction, last = _fraction(history.overall), history.steps[-1]
     _draw_curve(first, history, "staleness_mean")
@@ -337,7 +333,7 @@ def _draw_curve(axes: Axes, history: SelectionHistory, name: str) -> None:
     axes.set(xlabel="step", xlim=(0, steps[-1] if len(steps) > 1 else 1.1 * steps[-1]))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     if name.startswith("staleness"):
-        axes.set(ylabel="steps", ylim=(0, max(1.0, 1.35 * axes.dataLim.y1)))  # room for the legend
+        axes.set(ylabel="steps", ylim=(0, max(1.0, 1.6 * axes.dataLim.y1)))  # room for the legend
     else:
         _show_percent(axes)
 

@@ -50,28 +50,16 @@ _FORMATS: Final[dict[str, str]] = {
 
 
 class Verdict(NamedTuple):
-    """Whether a metric looks healthy.
+    """Whether a metric looks healthy, and why, with the threshold."""
 
-    Attributes:
-        state: ``"healthy"``, ``"look"`` (worth a look) or ``"no verdict"``.
-        reason: Why, with the threshold.
-    """
-
-    state: str
+    state: str  # HEALTHY, LOOK (worth a look) or UNKNOWN
     reason: str
 
 
 def verdicts(history: SelectionHistory) -> dict[str, Verdict]:
-    """Judge every metric of the last step, over all matrices; docs/statistics.md says how to read them.
-
-    Args:
-        history: With one point at least.
-    """
-    longest, shortest = _steps_of(history)
-    fraction = _fraction(history)
-    return {
-        name: _verdict(name, value, history, fraction, longest, shortest) for name, value in history.overall[-1].items()
-    }
+    """Judge every metric of the last step, over all matrices; docs/statistics.md says how to read them."""
+    fraction, steps = _fraction(history), _steps_of(history)
+    return {name: _verdict(name, value, history, fraction, steps) for name, value in history.overall[-1].items()}
 
 
 def _fraction(history: SelectionHistory) -> float:
@@ -82,17 +70,17 @@ def _fraction(history: SelectionHistory) -> float:
     return selected / max(1, sum(slices for slices, _ in with_gradients))
 
 
-def _steps_of(history: SelectionHistory) -> tuple[int, int]:
-    """How many steps the oldest and the newest parameter have been there for."""
+def _steps_of(history: SelectionHistory) -> list[int]:
+    """How many steps each parameter has been there for."""
     steps = []
     for member in range(len(history.infos)):
         # Of a parameter that came late, only the steps since the first point that knows of it are certain.
         first = next((point for point, each in enumerate(history.parameters) if each[member]), 0)
         steps.append(history.steps[-1] - (history.steps[first] - 1 if first else 0))
-    return max(steps, default=0), min(steps, default=0)
+    return steps
 
 
-def _verdict(name: str, value: float, history: SelectionHistory, fraction: float, steps: int, shortest: int) -> Verdict:
+def _verdict(name: str, value: float, history: SelectionHistory, fraction: float, steps: Sequence[int]) -> Verdict:
     def healthy_if(is_healthy: bool, reason: str) -> Verdict:
         return Verdict(HEALTHY if is_healthy else LOOK, reason)
 
@@ -113,8 +101,9 @@ def _verdict(name: str, value: float, history: SelectionHistory, fraction: float
         left_out = f"over {limit:.1%} the slices left out have under a tenth of their share of the momentum"
         return healthy_if(value <= limit, f"{left_out}; {fraction:.0%} is that of slices all alike")
     needed = math.ceil(4 / fraction)
+    longest, shortest = max(steps), min(steps)
     if shortest < needed:
-        which = "" if shortest == steps else " with every parameter, of which some came late"
+        which = "" if shortest == longest else " with every parameter, of which some came late"
         return Verdict(UNKNOWN, f"too early: judged after 4 / fraction = {needed} steps{which}")
     if name == "coverage" and history.window < needed:
         return Verdict(UNKNOWN, f"a window of {history.window} steps is too short: 4 / fraction = {needed} are needed")
@@ -128,13 +117,13 @@ def _verdict(name: str, value: float, history: SelectionHistory, fraction: float
         # Drawn by chance, one of all the slices waits longer than this in one run of a thousand.
         slices = sum(info.total_slices for info in history.infos)
         by_chance = math.log(1000 * slices) / -math.log1p(-fraction)
-        if steps <= by_chance:
+        if longest <= by_chance:
             return Verdict(UNKNOWN, f"too early: of so many slices one may wait {by_chance:.0f} steps by chance")
         limit, rule = max(
             (by_chance, "of so many slices one may wait as long by chance"),
-            min((steps / 2, "half of all"), (100 / fraction, "100 / fraction")),
+            min((longest / 2, "half of all"), (100 / fraction, "100 / fraction")),
         )
-        reason = f"healthy up to {limit:.0f} steps: {rule}; {steps} is a slice that was never selected"
+        reason = f"healthy up to {limit:.0f} steps: {rule}; {longest} is a slice that was never selected"
         return healthy_if(value <= limit, reason)
     if name == "turnover":
         limit = 0.1 * (1 - fraction)
@@ -270,14 +259,7 @@ def _show(name: str, value: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: Of the command line (default: those of the process).
-
-    Returns:
-        0, or 1 where the file cannot be read, drawn or written; wrong arguments exit with 2.
-    """
+    """Run the command; return 0, or 1 if the file cannot be read, drawn or written. Wrong arguments exit with 2."""
     parser = argparse.ArgumentParser(
         prog="dion2-report",
         description="Turn a file of selection statistics into one HTML page with pictures, which opens from disk.",
