@@ -91,7 +91,7 @@ class SelectionLogger(SelectionRecorder):
         self.tracker.detach()
         if self.accelerator.is_main_process:
             step = self.tracker.step if self._step is None else self._step
-            self._finish(self._path, self.accelerator.trackers, step)
+            self._finish(self.accelerator.trackers, step)
 
     def __enter__(self) -> "SelectionLogger":
         return self
@@ -125,4 +125,4 @@ class SelectionLogger(SelectionRecorder):
     def _save_history(self) -> None:
         # A closed one has saved its history, and another one may save to the same place by now.
         if self.accelerator.is_main_process and self.tracker.is_attached:
-            self._save(self._path)
+            self._save()

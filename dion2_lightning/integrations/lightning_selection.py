@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +60,6 @@ class SelectionMonitor(SelectionRecorder, Callback):
         super().__post_init__()
         self.metrics: SelectionMetrics | None = None
         self._interval = 0
-        self._path: Path | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -109,7 +107,7 @@ class SelectionMonitor(SelectionRecorder, Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the history."""
         if trainer.is_global_zero:
-            self._save(self._path)
+            self._save()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,13 +115,13 @@ class SelectionMonitor(SelectionRecorder, Callback):
         self.tracker.detach()
         if trainer.is_global_zero:
             last = max(0, _logged_step(trainer) - 1)  # by now the step is that of the next batch
-            self._finish(self._path, trainer.loggers, last)
+            self._finish(trainer.loggers, last)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the history, and detach, so that another fit without this callback computes nothing for it."""
         if trainer.is_global_zero:
-            self._save(self._path)
+            self._save()
         self.tracker.detach()
 
     @override

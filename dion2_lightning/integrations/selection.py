@@ -63,6 +63,7 @@ class SelectionRecorder:
         if self.pictures:
             import dion2_lightning.monitoring.plots  # noqa: F401 - fails at once if matplotlib is missing
         self.tracker = self._new_tracker()
+        self._path: Path | None = None
         self._announced: Path | None = None
 
     def _new_tracker(self) -> SelectionTracker:
@@ -113,8 +114,9 @@ class SelectionRecorder:
             warnings.warn(message, SelectionWarning, stacklevel=2)
         return None
 
-    def _save(self, path: Path | None) -> None:
+    def _save(self) -> None:
         """Save the history, if it has metrics, and log where it is; called on one rank."""
+        path = self._path
         if path is not None and len(self.tracker.history) > 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.tracker.history.save(path)
@@ -122,17 +124,17 @@ class SelectionRecorder:
                 logging.getLogger(self._log).info("%s: the history of the selection is in %s", self.tracker.name, path)
                 self._announced = path
 
-    def _finish(self, path: Path | None, loggers: Iterable[Any], step: int) -> None:
+    def _finish(self, loggers: Iterable[Any], step: int) -> None:
         """Save the history; if asked for, save pictures beside it and send them to loggers. Called on one rank."""
-        self._save(path)
+        self._save()
         history = self.tracker.history
         if not self.pictures or not len(history):
             return
         from dion2_lightning.monitoring.plots import log_pictures, save_pictures
 
-        if path is not None:
-            save_pictures(history, path.parent / "pictures")
-        if not log_pictures(history, loggers, step) and path is None:
+        if self._path is not None:
+            save_pictures(history, self._path.parent / "pictures")
+        if not log_pictures(history, loggers, step) and self._path is None:
             message = (
                 f"{self.tracker.name}: no pictures were made, because the history has no file and no logger takes "
                 "images; pass save_to=, or call save_pictures(callback.tracker.history, folder)"

@@ -72,7 +72,6 @@ class SelectionCallback(SelectionRecorder, TrainerCallback, ExportableState):
         check_bool("progress", self.progress)
         super().__post_init__()
         self.metrics: SelectionMetrics | None = None
-        self._path: Path | None = None
         self._not_logged: dict[str, float] = {}
         self._gathered: str | None = None
         self._gathered_at = 0
@@ -167,7 +166,7 @@ class SelectionCallback(SelectionRecorder, TrainerCallback, ExportableState):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the history."""
         if state.is_world_process_zero:
-            self._save(self._path)
+            self._save()
 
     @override
     def on_train_end(
@@ -176,7 +175,7 @@ class SelectionCallback(SelectionRecorder, TrainerCallback, ExportableState):
         """Save the history and pictures, and detach. Reporters, which come next, still take pictures."""
         self.tracker.detach()
         if state.is_world_process_zero and self._handler is not None:
-            self._finish(self._path, list(_image_loggers(self._handler)), state.global_step)
+            self._finish(list(_image_loggers(self._handler)), state.global_step)
         self._handler = None
 
     @override
