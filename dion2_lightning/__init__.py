@@ -14,7 +14,6 @@ from dion2_lightning.settings import OptimizerSettings
 
 if TYPE_CHECKING:
     from dion2_lightning.integrations.accelerate import SelectionLogger as SelectionLogger
-    from dion2_lightning.integrations.lightning import BackboneRates as BackboneRates
     from dion2_lightning.integrations.lightning import NamedOptimizerStates as NamedOptimizerStates
     from dion2_lightning.integrations.lightning_hooks import with_parameter_names as with_parameter_names
     from dion2_lightning.integrations.lightning_selection import SelectionMonitor as SelectionMonitor
@@ -39,7 +38,6 @@ __all__ = [
 ]
 
 _INTEGRATIONS: Final = {
-    "BackboneRates": "lightning",
     "Dion2Factory": "transformers",
     "NamedOptimizerStates": "lightning",
     "SelectionCallback": "transformers_selection",

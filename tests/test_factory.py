@@ -274,7 +274,7 @@ def test_a_model_is_asked_for():
 
 def test_names_of_integrations_are_listed():
     """For completion; they are imported on first use, and not by a star."""
-    lazy = {"BackboneRates", "Dion2Factory", "NamedOptimizerStates", "with_parameter_names"}
+    lazy = {"Dion2Factory", "NamedOptimizerStates", "with_parameter_names"}
     assert lazy <= set(dir(dion2_lightning))
     assert lazy.isdisjoint(dion2_lightning.__all__)
     assert {"build_optimizer", "Dion2", "__version__"} <= set(dir(dion2_lightning))

@@ -1,33 +1,30 @@
 """A logger of what is selected, for your own loop under Accelerate."""
 
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
+from dion2_lightning.algorithms.hyperparameters import described
 from dion2_lightning.integrations.selection import SelectionRecorder
 from dion2_lightning.monitoring.metrics import SelectionMetrics
-from dion2_lightning.monitoring.tracker import SelectionTracker, without_wrapper
+from dion2_lightning.monitoring.tracker import check_steps, without_wrapper
 
 
-class SelectionLogger:
+@described(SelectionRecorder)
+@dataclass(eq=False, repr=False)
+class SelectionLogger(SelectionRecorder):
     """Log what Dion2 selects, to every tracker of Accelerate: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
 
     :class:`~dion2_lightning.SelectionMetrics` defines the metrics. ``accelerator.save_state`` and ``load_state`` save
     and load the state with everything else. Every rank must make it and call it alike.
 
     Args:
-        accelerator: Its trackers get the metrics.
+        accelerator: Its trackers get the metrics, and ``save_to=True`` is its ``project_dir``.
         optimizer: A :class:`~dion2_lightning.Dion2`, prepared or not.
         every: Steps of the optimizer between metrics (default: 10).
-        window: Steps that ``coverage`` looks back (default: 100).
-        per_matrix: Also log every parameter, as ``dion2/<group>/<parameter>/coverage`` (default: False).
-        orthogonality: Also measure how far updates are from orthonormal (default: False).
-        save_to: Where the history is saved, with every checkpoint and at :meth:`close`: a folder, or a file ending in
-            ``.json``. True: the accelerator's ``project_dir``, if it has one; False: nowhere (default: True).
-        pictures: At :meth:`close`, save pictures of the history in a folder ``pictures`` beside it, and send two of
-            them to trackers that take images, as TensorBoard's and W&B's do; needs matplotlib (default: False).
+        **settings: The fields of :class:`SelectionRecorder`.
 
     Raises:
         ImportError: ``pictures`` needs matplotlib, which is missing.
@@ -44,31 +41,21 @@ class SelectionLogger:
                 selection.log()
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        optimizer: Optimizer,
-        *,
-        every: int = 10,
-        window: int = 100,
-        per_matrix: bool = False,
-        orthogonality: bool = False,
-        save_to: str | Path | bool = True,
-        pictures: bool = False,
-    ) -> None:
-        tracker = SelectionTracker(every=every, window=window, orthogonality=orthogonality)
-        self._recorder = SelectionRecorder(type(self).__name__, "accelerate", tracker, per_matrix, save_to, pictures)
-        self._accelerator = accelerator
-        self._step: int | None = None
-        self._path = self._recorder.path(accelerator.project_dir)
-        self._recorder.attach([optimizer])
-        self._optimizer = without_wrapper(optimizer)
-        self._register()
+    _log = "accelerate"
 
-    @property
-    def tracker(self) -> SelectionTracker:
-        """Counts what is selected, and holds the history."""
-        return self._recorder.tracker
+    accelerator: Accelerator
+    optimizer: Optimizer
+    every: int = field(default=10, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the arguments, attach to the optimizer, and register for checkpoints."""
+        check_steps("every", self.every)
+        super().__post_init__()
+        self.tracker.every = self.every
+        self._step: int | None = None
+        self._path = self._path_in(self.accelerator.project_dir)
+        self._attach([self.optimizer])
+        self._register()
 
     def log(self, step: int | None = None) -> SelectionMetrics | None:
         """Log the metrics of the optimizer's last step, if it has some. Call it after every batch, on every rank.
@@ -84,14 +71,14 @@ class SelectionLogger:
         """
         if not self.tracker.is_attached:
             raise RuntimeError(
-                f"{self._recorder.name}: it was closed, or another observer has replaced it at the optimizer; call "
+                f"{self.tracker.name}: it was closed, or another observer has replaced it at the optimizer; call "
                 "log() of the newest one"
             )
         self._step = step
         metrics = self.tracker.pop_metrics()
         if metrics is not None:
-            named = metrics.named(per_matrix=self._recorder.per_matrix)
-            self._accelerator.log(named, step=metrics.step if step is None else step)
+            named = metrics.named(per_matrix=self.per_matrix)
+            self.accelerator.log(named, step=metrics.step if step is None else step)
         return metrics
 
     def close(self) -> None:
@@ -102,9 +89,9 @@ class SelectionLogger:
         if not self.tracker.is_attached:
             return
         self.tracker.detach()
-        if self._accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             step = self.tracker.step if self._step is None else self._step
-            self._recorder.finish(self._path, self._accelerator.trackers, step)
+            self._finish(self.accelerator.trackers, step)
 
     def __enter__(self) -> "SelectionLogger":
         return self
@@ -114,12 +101,12 @@ class SelectionLogger:
         if exception is None:
             self.close()
         else:
-            self._save()
+            self._save_history()
             self.tracker.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tracker's state, and save the history; ``save_state`` calls this on every rank."""
-        self._save()
+        self._save_history()
         return self.tracker.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -128,14 +115,14 @@ class SelectionLogger:
 
     def _register(self) -> None:
         """Register for checkpoints, in the place of an older one of the same optimizer."""
-        objects = self._accelerator._custom_objects
+        objects, optimizer = self.accelerator._custom_objects, without_wrapper(self.optimizer)
         for place, other in enumerate(objects):
-            if isinstance(other, SelectionLogger) and other._optimizer is self._optimizer:
+            if isinstance(other, SelectionLogger) and without_wrapper(other.optimizer) is optimizer:
                 objects[place] = self
                 return
-        self._accelerator.register_for_checkpointing(self)
+        self.accelerator.register_for_checkpointing(self)
 
-    def _save(self) -> None:
+    def _save_history(self) -> None:
         # A closed one has saved its history, and another one may save to the same place by now.
-        if self._accelerator.is_main_process and self.tracker.is_attached:
-            self._recorder.save(self._path)
+        if self.accelerator.is_main_process and self.tracker.is_attached:
+            self._save()

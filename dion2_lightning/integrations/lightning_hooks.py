@@ -1,16 +1,17 @@
-"""What Lightning's Trainer and Fabric need to be told: names in checkpoints, and rates of groups that were split.
+"""Hooks for Lightning's Trainer and Fabric: names in checkpoints, and equal rates of groups that were split.
 
 Lightning comes as ``lightning`` and as ``pytorch_lightning``, with classes of their own, and a Trainer takes callbacks
 of its own package alone. So this file holds the hooks and imports neither; ``lightning.py`` and
-``pytorch_lightning.py`` make callbacks of them.
+``pytorch_lightning.py`` make a callback of them.
 
 ``torch.optim`` numbers parameters in the order of its groups. ``ModelParallelStrategy`` reads the numbers of a
 checkpoint file in the order of the model (``_rekey_optimizer_state_if_needed`` in
 ``lightning/fabric/strategies/model_parallel.py``): with several groups a momentum then goes to another parameter,
-unnoticed where shapes are equal. It leaves names as they are, and so does
+unnoticed where shapes are equal. It leaves names alone, and so does
 :meth:`dion2_lightning.Dion2.load_state_dict`; so a checkpoint with names loads under every strategy.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -20,13 +21,41 @@ from dion2_lightning.optimizer import MatrixOptimizer
 from dion2_lightning.routing.model_tree import parameters_by_name
 
 
-class NamesInCheckpoints:
-    """Keep the states of :class:`~dion2_lightning.Dion2` optimizers in checkpoints by the names of parameters.
+class OptimizerHooks:
+    """Keep the states of :class:`~dion2_lightning.Dion2` optimizers by name, and the rates of a thawed backbone equal.
+
+    In checkpoints, states go by the names of parameters. And ``BackboneFinetuning`` adds one group and changes the rate
+    of the last one; Dion2 splits that group into several, for matrices, biases and norms, and this keeps their rates
+    equal.
 
     Every Trainer has it where ``dion2-lightning`` is installed, by an entry point of Lightning's; it concerns no other
     optimizer. Where the package is only on the path, :func:`~dion2_lightning.build_optimizer` adds it to the Trainer
     that it knows, and elsewhere ``Trainer(callbacks=[NamedOptimizerStates()])`` does. It has no state of its own.
     """
+
+    _rates: Sequence[float] = ()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Move to the front, to see rates before ``BackboneFinetuning`` changes one."""
+        _put_first(trainer, self)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Remember the rates of the last groups, if ``BackboneFinetuning`` may change them."""
+        kinds = {kind.__name__ for each in trainer.callbacks for kind in type(each).__mro__}
+        if "BackboneFinetuning" in kinds:
+            self._rates = [optimizer.param_groups[-1]["lr"] for optimizer in trainer.optimizers]
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Change the rates of the backbone's other groups where that of the last one has changed."""
+        if not self._rates:  # not the first batch of an epoch
+            return
+        backbone = set(pl_module.backbone.parameters())
+        for optimizer, before in zip(trainer.optimizers, self._rates, strict=True):
+            for group in optimizer.param_groups:
+                is_of_backbone = isinstance(optimizer, MatrixOptimizer) and backbone.issuperset(group["params"])
+                if is_of_backbone and group["lr"] == before:
+                    group["lr"] = optimizer.param_groups[-1]["lr"]
+        self._rates = ()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Replace numbers by names, where the module has a name for every parameter of the optimizer."""
@@ -64,7 +93,7 @@ class NamesInCheckpoints:
 def with_parameter_names(state_dict: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
     """Return an optimizer's state dict with names of parameters instead of numbers.
 
-    For Fabric, which has no hook in between: ``fabric.save(path, {"model": model, "optimizer":
+    For Fabric, which has no such hook: ``fabric.save(path, {"model": model, "optimizer":
     with_parameter_names(optimizer.state_dict(), optimizer, model)})`` loads under every strategy.
 
     Args:
@@ -96,53 +125,20 @@ def with_parameter_names(state_dict: dict[str, Any], optimizer: Optimizer, modul
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-class RatesOfTheBackbone:
-    """Give every group of the backbone the learning rate that ``BackboneFinetuning`` gives the last group.
-
-    That callback adds one group and steps the rate of the last; of the one, Dion2 makes several, for matrices, biases
-    and norms. :func:`~dion2_lightning.build_optimizer` adds this callback where that one is, in the Trainer that it
-    knows; elsewhere it has to stand before that one in ``Trainer(callbacks=[...])``.
-    """
-
-    def __init__(self) -> None:
-        self._before: list[float] = []
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Remember the rates of the last groups: it stands before ``BackboneFinetuning``."""
-        self._before = [optimizer.param_groups[-1]["lr"] for optimizer in trainer.optimizers]
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Change the other groups' rates where the last one's has changed."""
-        if not self._before:  # not the first batch of an epoch
-            return
-        backbone = set(pl_module.backbone.parameters())
-        for optimizer, before in zip(trainer.optimizers, self._before, strict=True):
-            for group in optimizer.param_groups:
-                is_of_backbone = isinstance(optimizer, MatrixOptimizer) and backbone.issuperset(group["params"])
-                if is_of_backbone and group["lr"] == before:
-                    group["lr"] = optimizer.param_groups[-1]["lr"]
-        self._before = []
-
-
 def add_callbacks(trainer: Any) -> None:
-    """Add the callbacks that a Trainer needs and does not have."""
-    if _is_of(trainer, "pytorch_lightning"):
+    """Add the callback that a Trainer needs, unless it has it."""
+    if any(kind.__module__.split(".")[0] == "pytorch_lightning" for kind in type(trainer).__mro__):
         from dion2_lightning.integrations import pytorch_lightning
 
-        classes: Any = pytorch_lightning
+        made: Any = pytorch_lightning.callbacks()
     else:
         from dion2_lightning.integrations import lightning
 
-        classes = lightning
-    needed = [classes.NamedOptimizerStates]
-    if any(kind.__name__ == "BackboneFinetuning" for each in trainer.callbacks for kind in type(each).__mro__):
-        needed.append(classes.BackboneRates)
-    missing = [kind() for kind in needed if not any(isinstance(each, kind) for each in trainer.callbacks)]
-    # In front: Lightning wants ModelCheckpoint last, and BackboneRates looks before BackboneFinetuning changes a rate.
+        made = lightning.callbacks()
+    if not any(isinstance(each, type(made[0])) for each in trainer.callbacks):
+        _put_first(trainer, made[0])
+
+
+def _put_first(trainer: Any, callback: Any) -> None:
     # A new list, because Lightning may be going through the old one.
-    trainer.callbacks = [*missing, *trainer.callbacks]
-
-
-def _is_of(trainer: Any, package: str) -> bool:
-    """Whether a Trainer, which may be of a user's subclass, is that of a package."""
-    return any(kind.__module__.split(".")[0] == package for kind in type(trainer).__mro__)
+    trainer.callbacks = [callback, *(each for each in trainer.callbacks if each is not callback)]

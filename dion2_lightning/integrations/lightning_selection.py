@@ -1,39 +1,37 @@
 """A callback that logs what is selected, for Lightning."""
 
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from typing_extensions import override
 
+from dion2_lightning.algorithms.hyperparameters import described
 from dion2_lightning.integrations.selection import SelectionRecorder
 from dion2_lightning.monitoring.metrics import SelectionMetrics
-from dion2_lightning.monitoring.tracker import SelectionTracker, check_bool, check_steps
+from dion2_lightning.monitoring.tracker import check_bool, check_steps
 
 if TYPE_CHECKING or find_spec("lightning") is not None:
     from lightning.pytorch import Callback, LightningModule, Trainer
-else:  # the same classes, under the package's other name
+else:  # the same classes in the other package
     from pytorch_lightning import Callback, LightningModule, Trainer
 
 
-class SelectionMonitor(Callback):
+@described(SelectionRecorder)
+@dataclass(kw_only=True, eq=False, repr=False)
+class SelectionMonitor(SelectionRecorder, Callback):
     """Log what Dion2 selects, to every logger: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
 
     :class:`~dion2_lightning.SelectionMetrics` defines the metrics. They are also in ``trainer.callback_metrics``, for
     ``ModelCheckpoint`` and ``EarlyStopping``. The state is saved in checkpoints, and a resumed fit continues from it.
+    ``save_to=True`` is the folder of the first logger's run, or where Lightning keeps its checkpoints
+    (``<save_dir>/<name>/<version>``).
 
     Args:
         every: Steps between metrics (default: None, the Trainer's ``log_every_n_steps``).
-        window: Steps that ``coverage`` looks back (default: 100).
-        per_matrix: Also log every parameter, as ``dion2/<group>/<parameter>/coverage`` (default: False).
-        orthogonality: Also measure how far updates are from orthonormal (default: False).
-        save_to: Where the history is saved, with every checkpoint and when training ends: a folder, or a file ending in
-            ``.json``. True: the folder of the first logger's run, or where Lightning keeps its checkpoints
-            (``<save_dir>/<name>/<version>``), if there is a logger; False: nowhere (default: True).
         progress: Show ``coverage`` in the progress bar (default: True).
-        pictures: When training ends, save pictures of the history in a folder ``pictures`` beside it, and send two of
-            them to loggers that take images, as TensorBoard's and W&B's do; needs matplotlib (default: False).
+        **settings: The fields of :class:`SelectionRecorder`.
 
     Attributes:
         metrics: The last ones; None before the first.
@@ -49,38 +47,25 @@ class SelectionMonitor(Callback):
         trainer = Trainer(callbacks=[SelectionMonitor()])
     """
 
-    def __init__(
-        self,
-        *,
-        every: int | None = None,
-        window: int = 100,
-        per_matrix: bool = False,
-        orthogonality: bool = False,
-        save_to: str | Path | bool = True,
-        progress: bool = True,
-        pictures: bool = False,
-    ) -> None:
-        if every is not None:
-            check_steps("every", every)
-        check_bool("progress", progress)
-        log = Trainer.__module__.removesuffix(".trainer.trainer")
-        tracker = SelectionTracker(every=None, window=window, orthogonality=orthogonality)
-        self._recorder = SelectionRecorder(type(self).__name__, log, tracker, per_matrix, save_to, pictures)
-        self.every, self.progress = every, progress
+    _log = Trainer.__module__.removesuffix(".trainer.trainer")
+
+    every: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.every is not None:
+            check_steps("every", self.every)
+        check_bool("progress", self.progress)
+        super().__post_init__()
         self.metrics: SelectionMetrics | None = None
         self._interval = 0
-        self._path: Path | None = None
-
-    @property
-    def tracker(self) -> SelectionTracker:
-        """Counts what is selected, and holds the history; every training from the start has a new one."""
-        return self._recorder.tracker
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start anew, unless a fit is continued; under every strategy this comes before a checkpoint is loaded."""
+        """Start anew, unless a fit is continued; under every strategy a checkpoint is loaded after this."""
         if stage == "fit" and trainer.global_step == 0:
-            self._recorder.restart()
+            self._restart()
             self.metrics = None
 
     @override
@@ -89,11 +74,11 @@ class SelectionMonitor(Callback):
         self._interval = self.every or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._interval < 1:
             raise ValueError(
-                f"{self._recorder.name}: every=None follows the Trainer, whose log_every_n_steps is {self._interval}; "
+                f"{self.tracker.name}: every=None follows the Trainer, whose log_every_n_steps is {self._interval}; "
                 "pass every=..."
             )
-        self._path = self._recorder.path(_run_folder(trainer))
-        self._recorder.attach(trainer.optimizers)
+        self._path = self._path_in(_run_folder(trainer))
+        self._attach(trainer.optimizers)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -105,12 +90,12 @@ class SelectionMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log at the step at which the loss of this batch is logged. Every rank takes part."""
+        """Log at the step at which the loss of this batch is logged; called on every rank."""
         metrics = self.tracker.pop_metrics()
         if metrics is None:
             return
         self.metrics = metrics
-        named = metrics.named(per_matrix=self._recorder.per_matrix)
+        named = metrics.named(per_matrix=self.per_matrix)
         for logger in trainer.loggers:
             logger.log_metrics(named, step=_logged_step(trainer))
         values = torch.tensor(list(named.values()), device=trainer.strategy.root_device)
@@ -122,7 +107,7 @@ class SelectionMonitor(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the history."""
         if trainer.is_global_zero:
-            self._recorder.save(self._path)
+            self._save()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,13 +115,13 @@ class SelectionMonitor(Callback):
         self.tracker.detach()
         if trainer.is_global_zero:
             last = max(0, _logged_step(trainer) - 1)  # by now the step is that of the next batch
-            self._recorder.finish(self._path, trainer.loggers, last)
+            self._finish(trainer.loggers, last)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the history, and detach, so that another fit without this callback computes nothing for it."""
         if trainer.is_global_zero:
-            self._recorder.save(self._path)
+            self._save()
         self.tracker.detach()
 
     @override

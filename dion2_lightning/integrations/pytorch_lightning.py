@@ -1,16 +1,12 @@
-"""The callbacks that ``lightning_hooks.py`` describes, for Trainers of the package ``pytorch_lightning``."""
+"""The callback that ``lightning_hooks.py`` describes, for Trainers of the package ``pytorch_lightning``."""
 
 from pytorch_lightning import Callback
 
-from dion2_lightning.integrations.lightning_hooks import NamesInCheckpoints, RatesOfTheBackbone
+from dion2_lightning.integrations.lightning_hooks import OptimizerHooks
 
 
-class NamedOptimizerStates(NamesInCheckpoints, Callback):
-    """Keep optimizers' states in checkpoints by the names of parameters; see :class:`NamesInCheckpoints`."""
-
-
-class BackboneRates(RatesOfTheBackbone, Callback):
-    """Give a backbone's groups the rate of ``BackboneFinetuning``; see :class:`RatesOfTheBackbone`."""
+class NamedOptimizerStates(OptimizerHooks, Callback):
+    """Keep states in checkpoints by name, and rates of a thawed backbone equal; see :class:`OptimizerHooks`."""
 
 
 def callbacks() -> list[Callback]:

@@ -1,15 +1,18 @@
-"""What the callbacks of all frameworks have in common: attaching a tracker, the file of its history, and pictures."""
+"""What the callbacks of all frameworks have in common: arguments, a tracker, the file of its history, and pictures."""
 
 import logging
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
+from dion2_lightning.algorithms.hyperparameters import check_values, checks_of, described, setting
 from dion2_lightning.monitoring.tracker import (
     SelectionTracker,
     SelectionWarning,
     check_bool,
+    check_steps,
     is_first_rank,
     without_wrapper,
 )
@@ -19,86 +22,84 @@ FILE_NAME: Final = "dion2_selection.json"
 """Name of the file with a run's history, unless ``save_to`` gives it another."""
 
 
+def _check_place(name: str, value: object) -> None:
+    if not isinstance(value, str | Path | bool):
+        raise TypeError(f"{name} must be a folder, a file, True or False, got {value!r}")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
 class SelectionRecorder:
-    """The tracker of one training, the file of its history, and pictures of it.
+    """The arguments that all callbacks take, and what they do alike. A framework's callback inherits it.
 
     Args:
-        name: Name of the callback, for messages.
-        log: Name of the logger by which the framework tells its user where files are.
-        tracker: Tracker of the first training.
-        per_matrix: Whether metrics are logged for every parameter.
-        save_to: A folder, a file whose name ends in ``.json``, True for the framework's folder, or False for none.
-        pictures: Whether pictures are made when training ends.
+        **settings: As follows.
 
     Attributes:
-        tracker: Tracker of the training that runs or ran last.
-
-    Raises:
-        ImportError: ``pictures`` needs matplotlib, which is missing.
-        TypeError: An argument has the wrong type.
+        tracker: Counts what is selected, and holds the history; every training from the start has a new one.
     """
 
-    def __init__(
-        self,
-        name: str,
-        log: str,
-        tracker: SelectionTracker,
-        per_matrix: bool,
-        save_to: str | Path | bool,
-        pictures: bool,
-    ) -> None:
-        check_bool("per_matrix", per_matrix)
-        check_bool("pictures", pictures)
-        if not isinstance(save_to, str | Path | bool):
-            raise TypeError(f"save_to must be a folder, a file, True or False, got {save_to!r}")
-        if pictures:
-            import dion2_lightning.monitoring.plots  # noqa: F401 - fails at once if matplotlib is missing
-        self.name, self.log, self.tracker = name, log, tracker
-        self.per_matrix, self.save_to, self.pictures = per_matrix, save_to, pictures
-        self._announced: Path | None = None
-        tracker.name = name
+    window: int = setting(100, check_steps, "Steps that ``coverage`` looks back.")
+    per_matrix: bool = setting(False, check_bool, "Also log each parameter, as ``dion2/<group>/<parameter>/coverage``.")
+    orthogonality: bool = setting(False, check_bool, "Also measure how far updates are from orthonormal.")
+    save_to: str | Path | bool = setting(
+        True,
+        _check_place,
+        "Where the history is saved, with every checkpoint and at the end: a folder, or a file ending in ``.json``. "
+        "True: the framework's folder of this run, if it has one; False: nowhere.",
+    )
+    pictures: bool = setting(
+        False,
+        check_bool,
+        "At the end, save pictures of the history in a folder ``pictures`` beside it, and send two of them to loggers "
+        "that take images, as TensorBoard's and W&B's do; needs matplotlib.",
+    )
 
-    def restart(self) -> None:
+    # Name of the logger by which the framework tells its user where files are.
+    _log: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_values(vars(self), checks_of(SelectionRecorder))
+        if self.pictures:
+            import dion2_lightning.monitoring.plots  # noqa: F401 - fails at once if matplotlib is missing
+        self.tracker = self._new_tracker()
+        self._path: Path | None = None
+        self._announced: Path | None = None
+
+    def _new_tracker(self) -> SelectionTracker:
+        tracker = SelectionTracker(every=None, window=self.window, orthogonality=self.orthogonality)
+        tracker.name = type(self).__name__
+        return tracker
+
+    def _restart(self) -> None:
         """Make a new tracker, for another training."""
-        old = self.tracker
-        old.detach()
-        self.tracker = SelectionTracker(every=old.every, window=old.window, orthogonality=old.orthogonality)
-        self.tracker.name = self.name
+        self.tracker.detach()
+        self.tracker = self._new_tracker()
         self._announced = None
 
-    def attach(self, optimizers: Iterable[Any]) -> None:
-        """Attach the tracker to the one Dion2 among a training's optimizers.
-
-        Raises:
-            ValueError: There is none, or several.
-        """
+    def _attach(self, optimizers: Iterable[Any]) -> None:
+        """Attach the tracker to the one Dion2 among a training's optimizers."""
         unwrapped = [without_wrapper(optimizer) for optimizer in optimizers]
         found = [optimizer for optimizer in unwrapped if isinstance(optimizer, MatrixOptimizer)]
+        name = self.tracker.name
         if not found:
             others = ", ".join(type(optimizer).__name__ for optimizer in unwrapped) or "none at all"
             raise ValueError(
-                f"{self.name}: no Dion2 optimizer; found {others}. Make it with "
+                f"{name}: no Dion2 optimizer; found {others}. Make it with "
                 "dion2_lightning.build_optimizer(model, lr=...), or leave the callback out"
             )
         if len(found) > 1:
             raise ValueError(
-                f"{self.name}: tracks one Dion2 optimizer, found {len(found)}; leave it out, and attach a "
+                f"{name}: tracks one Dion2 optimizer, found {len(found)}; leave it out, and attach a "
                 "dion2_lightning.SelectionTracker to each"
             )
         if not found[0].sliced_parameters():
-            message = f"{self.name}: the optimizer selects from no parameter, so there is nothing to show"
+            message = f"{name}: the optimizer selects from no parameter, so there is nothing to show"
             warnings.warn(message, SelectionWarning, stacklevel=2)
         self.tracker.attach(found[0])
 
-    def path(self, folder: str | Path | None) -> Path | None:
-        """Return the path of the history's file; None where it is not to be saved.
-
-        Args:
-            folder: The framework's. If it is no local folder, nothing is saved, and a warning says so.
-
-        Raises:
-            ValueError: ``save_to`` is no local folder.
-        """
+    def _path_in(self, folder: str | Path | None) -> Path | None:
+        """Return the path of the history's file, by default in the framework's folder; None where it is not saved."""
         chosen = folder if self.save_to is True else self.save_to
         if chosen is None or chosen is False:
             return None
@@ -107,40 +108,38 @@ class SelectionRecorder:
             return path if path.suffix == ".json" else path / FILE_NAME
         reason = f"{str(chosen)!r}, which is no local folder; pass one, or save_to=False"
         if self.save_to is not True:
-            raise ValueError(f"{self.name}: save_to is {reason}")
+            raise ValueError(f"{self.tracker.name}: save_to is {reason}")
         if is_first_rank():
-            message = f"{self.name}: the history is not saved, because save_to=True is {reason}"
+            message = f"{self.tracker.name}: the history is not saved, because save_to=True is {reason}"
             warnings.warn(message, SelectionWarning, stacklevel=2)
         return None
 
-    def save(self, path: Path | None) -> None:
+    def _save(self) -> None:
         """Save the history, if it has metrics, and log where it is; called on one rank."""
+        path = self._path
         if path is not None and len(self.tracker.history) > 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.tracker.history.save(path)
             if path != self._announced:
-                logging.getLogger(self.log).info("%s: the history of the selection is in %s", self.name, path)
+                logging.getLogger(self._log).info("%s: the history of the selection is in %s", self.tracker.name, path)
                 self._announced = path
 
-    def finish(self, path: Path | None, loggers: Iterable[Any], step: int) -> None:
-        """Save the history; if asked for, save pictures beside it and send them to loggers. Called on one rank.
-
-        Args:
-            path: Path of the history's file.
-            loggers: See :func:`~dion2_lightning.monitoring.plots.log_pictures`.
-            step: Step that pictures are logged under.
-        """
-        self.save(path)
+    def _finish(self, loggers: Iterable[Any], step: int) -> None:
+        """Save the history; if asked for, save pictures beside it and send them to loggers. Called on one rank."""
+        self._save()
         history = self.tracker.history
         if not self.pictures or not len(history):
             return
         from dion2_lightning.monitoring.plots import log_pictures, save_pictures
 
-        if path is not None:
-            save_pictures(history, path.parent / "pictures")
-        if not log_pictures(history, loggers, step) and path is None:
+        if self._path is not None:
+            save_pictures(history, self._path.parent / "pictures")
+        if not log_pictures(history, loggers, step) and self._path is None:
             message = (
-                f"{self.name}: no pictures were made, because the history has no file and no logger takes images; pass "
-                "save_to=, or call save_pictures(callback.tracker.history, folder)"
+                f"{self.tracker.name}: no pictures were made, because the history has no file and no logger takes "
+                "images; pass save_to=, or call save_pictures(callback.tracker.history, folder)"
             )
             warnings.warn(message, SelectionWarning, stacklevel=2)
+
+
+described(SelectionRecorder)(SelectionRecorder)

@@ -6,6 +6,7 @@ import json
 import warnings
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from transformers.trainer_utils import IntervalStrategy
 from typing_extensions import override
 
+from dion2_lightning.algorithms.hyperparameters import described
 from dion2_lightning.integrations.selection import SelectionRecorder
 from dion2_lightning.monitoring.history import SelectionHistory, from_plain, to_plain
 from dion2_lightning.monitoring.metrics import SelectionMetrics
@@ -26,7 +28,9 @@ _MAX_ENTRIES: Final = 25_000
 _MIN_POINTS: Final = 16
 
 
-class SelectionCallback(TrainerCallback, ExportableState):
+@described(SelectionRecorder)
+@dataclass(kw_only=True, eq=False, repr=False)
+class SelectionCallback(SelectionRecorder, TrainerCallback, ExportableState):
     """Log what Dion2 selects, with the loss: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
 
     :class:`~dion2_lightning.SelectionMetrics` defines the metrics. They are in the Trainer's ``log_history`` and go to
@@ -34,17 +38,13 @@ class SelectionCallback(TrainerCallback, ExportableState):
     from it, with ``restore_callback_states_from_checkpoint`` or without; with it, the Trainer replaces this callback by
     a new one that has the saved arguments.
 
+    ``save_to=True`` is ``args.output_dir``. Of the reporters, TensorBoard and W&B take pictures.
+
     Args:
         every: Steps between metrics; the Trainer then logs at these steps too (default: None, the steps at which the
             Trainer logs).
-        window: Steps that ``coverage`` looks back (default: 100).
-        per_matrix: Also log every parameter, as ``dion2/<group>/<parameter>/coverage`` (default: False).
-        orthogonality: Also measure how far updates are from orthonormal (default: False).
-        save_to: Where the history is saved, with every checkpoint and when training ends: a folder, or a file ending in
-            ``.json``. True: ``args.output_dir``; False: nowhere (default: True).
         progress: Show ``coverage`` beside the loss in the progress bar (default: True).
-        pictures: When training ends, save pictures of the history in a folder ``pictures`` beside it, and send two of
-            them to TensorBoard and W&B, if ``report_to`` names them; needs matplotlib (default: False).
+        **settings: The fields of :class:`SelectionRecorder`.
 
     Attributes:
         metrics: The last ones; None before the first.
@@ -60,34 +60,22 @@ class SelectionCallback(TrainerCallback, ExportableState):
         Trainer(..., optimizer_cls_and_kwargs=(Dion2Factory, {"lr": 3e-4}), callbacks=[SelectionCallback()])
     """
 
-    def __init__(
-        self,
-        *,
-        every: int | None = None,
-        window: int = 100,
-        per_matrix: bool = False,
-        orthogonality: bool = False,
-        save_to: str | Path | bool = True,
-        progress: bool = True,
-        pictures: bool = False,
-    ) -> None:
-        if every is not None:
-            check_steps("every", every)
-        check_bool("progress", progress)
-        tracker = SelectionTracker(every=None, window=window, orthogonality=orthogonality)
-        self._recorder = SelectionRecorder(type(self).__name__, "transformers", tracker, per_matrix, save_to, pictures)
-        self.every, self.progress = every, progress
+    _log = "transformers"
+
+    every: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.every is not None:
+            check_steps("every", self.every)
+        check_bool("progress", self.progress)
+        super().__post_init__()
         self.metrics: SelectionMetrics | None = None
-        self._path: Path | None = None
         self._not_logged: dict[str, float] = {}
         self._gathered: str | None = None
         self._gathered_at = 0
         self._handler: CallbackHandler | None = None
-
-    @property
-    def tracker(self) -> SelectionTracker:
-        """Counts what is selected, and holds the history; every training has a new one."""
-        return self._recorder.tracker
 
     @override
     def on_train_begin(
@@ -96,22 +84,22 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """Attach, and continue from the checkpoint's state, if one was loaded."""
         if self.every is None and args.logging_strategy != IntervalStrategy.STEPS:
             raise ValueError(
-                f"{self._recorder.name}: every=None follows logging_steps, but logging_strategy is "
+                f"{self.tracker.name}: every=None follows logging_steps, but logging_strategy is "
                 f"{str(args.logging_strategy.value)!r}; pass every=..."
             )
-        self._path = self._recorder.path(args.output_dir)
+        self._path = self._path_in(args.output_dir)
         self._handler = _calling_handler()
         self._move_before_reporters(self._handler)
-        self._recorder.restart()
+        self._restart()
         self.metrics = self._gathered = None
         self._not_logged, self._gathered_at = {}, 0
         name = type(self).__name__
         if state.global_step > 0 and isinstance(saved := state.stateful_callbacks.get(name), dict):
             self.saved = saved["attributes"]["saved"]
-        # The Trainer takes an entry for granted, also after a checkpoint that was saved without this callback.
+        # The Trainer expects an entry, also after a checkpoint that was saved without this callback.
         if name not in state.stateful_callbacks:
             state.stateful_callbacks[name] = self.state()
-        self._recorder.attach([kwargs["optimizer"]])
+        self._attach([kwargs["optimizer"]])
 
     @override
     def on_pre_optimizer_step(
@@ -130,12 +118,12 @@ class SelectionCallback(TrainerCallback, ExportableState):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Take the metrics, on every rank, and have the Trainer log."""
+        """Pop the metrics, on every rank, and have the Trainer log."""
         self._not_logged = {}
         metrics = self.tracker.pop_metrics()
         if metrics is not None:
             self.metrics = metrics
-            self._not_logged = metrics.named(per_matrix=self._recorder.per_matrix)
+            self._not_logged = metrics.named(per_matrix=self.per_matrix)
             control.should_log = True
         self._gather(control.should_save)
         return control
@@ -178,7 +166,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the history."""
         if state.is_world_process_zero:
-            self._recorder.save(self._path)
+            self._save()
 
     @override
     def on_train_end(
@@ -187,36 +175,28 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """Save the history and pictures, and detach. Reporters, which come next, still take pictures."""
         self.tracker.detach()
         if state.is_world_process_zero and self._handler is not None:
-            self._recorder.finish(self._path, list(_image_loggers(self._handler)), state.global_step)
+            self._finish(list(_image_loggers(self._handler)), state.global_step)
         self._handler = None
 
     @override
     def state(self) -> dict[str, Any]:
         """Return arguments and state as the Trainer saves them in ``trainer_state.json``, on one rank."""
-        recorder, tracker = self._recorder, self.tracker
+        tracker = self.tracker
         if tracker.state_is_spread and tracker.is_attached and self._gathered_at != tracker.step:
             message = (
                 f"step {tracker.step}: a checkpoint is saved that was not planned when the step ended, so it holds the "
                 f"counts of step {self._gathered_at}; set control.should_save in a callback that stands before "
-                f"{recorder.name}"
+                f"{tracker.name}"
             )
             warnings.warn(message, SelectionWarning, stacklevel=2)
-        return {
-            "args": {
-                "every": self.every,
-                "window": tracker.window,
-                "per_matrix": recorder.per_matrix,
-                "orthogonality": tracker.orthogonality,
-                "save_to": recorder.save_to if isinstance(recorder.save_to, bool) else str(recorder.save_to),
-                "progress": self.progress,
-                "pictures": recorder.pictures,
-            },
-            "attributes": {"saved": self.saved},
-        }
+        arguments = {each.name: getattr(self, each.name) for each in fields(self)}
+        if isinstance(self.save_to, Path):
+            arguments["save_to"] = str(self.save_to)
+        return {"args": arguments, "attributes": {"saved": self.saved}}
 
     @property
     def saved(self) -> str:
-        """The tracker's state as text. The Trainer restores it by setting it."""
+        """The tracker's state as text. The Trainer restores it by setting this."""
         if self.tracker.state_is_spread:
             return self._gathered or _packed(SelectionTracker())
         return _packed(self.tracker)
@@ -226,7 +206,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         self.tracker.load_state_dict(from_plain(json.loads(zlib.decompress(base64.b64decode(text)))))
 
     def _gather(self, is_needed: bool) -> None:
-        """Gather the state, on all ranks, where they hold different experts: the Trainer asks one rank alone for it."""
+        """Gather the state on all ranks, if they hold different experts: the Trainer asks one rank alone for it."""
         if is_needed and self.tracker.state_is_spread:
             self._gathered, self._gathered_at = _packed(self.tracker), self.tracker.step
 
@@ -263,7 +243,11 @@ def _image_loggers(handler: CallbackHandler) -> Iterator[Any]:
 
 
 def _calling_handler() -> CallbackHandler:
-    """The handler that calls the present event, from the frames of its callers: callbacks are given all but it."""
+    """Find the handler that calls the present event.
+
+    It is looked up in the frames of the callers, because the Trainer gives callbacks no reference to it, nor to the
+    other callbacks, before which this one has to stand.
+    """
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
@@ -274,7 +258,7 @@ def _calling_handler() -> CallbackHandler:
 
 
 def _packed(tracker: SelectionTracker) -> str:
-    """The state as text, a fraction as long as its JSON; for a large model with fewer points of the history."""
+    """Return the state as compressed text; for a large model with fewer points of the history."""
     state = tracker.state_dict()
     history = SelectionHistory()
     history.load_state_dict(state["history"])

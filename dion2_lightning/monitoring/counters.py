@@ -1,7 +1,7 @@
-"""What is counted on the device: when each slice was last selected, and how often.
+"""Counters on the device: when each slice was last selected, and how often.
 
-The matrices with equally many slices share counters, so a step costs a few operations however many matrices there are.
-At a step with metrics the counters leave a table, a row for each parameter, from which the host computes the metrics.
+Matrices with the same number of slices share counters, so a step costs a few operations however many matrices there
+are. At a step with metrics they yield a table, one row for each parameter, from which the host computes the metrics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,26 +21,27 @@ from dion2_lightning.monitoring.metrics import COLUMNS, ParameterInfo
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Behind the columns of COLUMNS, the table has how often the slices of each bin were selected, and the sorted counts.
+# After COLUMNS, the table has the number of selections in each bin, and the sorted counts.
 HITS: Final = len(COLUMNS)
 COUNTS: Final = HITS + BINS
 _WIDTH: Final = COUNTS + BINS
 
 
 class TrackedParameter:
-    """A parameter, where its counters are, and which ranks hold what of it.
+    """A parameter, its counters, and how ranks share it.
 
     Attributes:
         parameter: The parameter itself.
-        row: Its row in the table.
+        row: Its row of the table.
         info: Its names and its matrices.
         count: How many of its matrices this rank holds a part of.
         mesh: The ranks that hold it; None for a plain parameter.
         is_sharded: Whether ranks hold different parts of it.
-        spread_over: Over how many ranks the matrices of a stack are spread, each whole on one or with parts on others.
-        spread_index: Which of these ranks this one is.
-        counters: Its counters, among those of other parameters.
-        first_row: The row of its first matrix there.
+        spread_over: Number of ranks over which the matrices of a stack are spread.
+        spread_index: Number of this rank among them.
+        counters: The counters that it shares with other parameters.
+        first_row: The row of its first matrix in them.
+        key: What identifies it when the optimizer's parameters change: its names, or itself if it has none.
     """
 
     counters: "SelectionCounters"
@@ -52,6 +53,7 @@ class TrackedParameter:
         is_stack = parameter.ndim == 3
         self.parameter, self.row = parameter, row
         self.info = ParameterInfo(sliced.group, sliced.name, matrices.count, matrices.shape[axis], axis)
+        self.key = self.info.key if sliced.is_named else parameter
         self.count = local(parameter).shape[0] if is_stack else 1
         self.mesh = mesh = getattr(parameter, "device_mesh", None)
         self.is_sharded, self.spread_over, self.spread_index = False, 1, 0
@@ -88,10 +90,10 @@ class TrackedParameter:
 
 
 class SelectionCounters:
-    """When each slice was last selected, and how often, for all matrices of n slices on a device.
+    """The counters of all matrices with n slices on a device.
 
     Attributes:
-        last: Step of the last selection; of a slice that never was, the step before the first; int32 (rows, n).
+        last: Step of the last selection; if there was none, the step before the first; int32 (rows, n).
         hits: How often it was selected; int32 (rows, n).
         selected: The selections of the present step: parameter, indices (count, k) and norms of all slices (count, n).
     """
@@ -107,7 +109,7 @@ class SelectionCounters:
         self.selected: list[tuple[TrackedParameter, Tensor, Tensor]] = []
 
     def update(self, step: int, record: "StepRecord | None") -> None:
-        """Count the selections of a step; where it has metrics, add the rows of the table to its record."""
+        """Count the selections of a step; if it has metrics, add the rows of the table to its record."""
         before = None if record is None else (self.last == step - 1) & (self.hits > 0)
         if self.selected:
             flat = torch.cat(
@@ -168,13 +170,13 @@ class SelectionCounters:
 
 @dataclass
 class StepRecord:
-    """What a step with metrics leaves on the device.
+    """What a step with metrics keeps on the device.
 
     Attributes:
         window: Steps that coverage looks back.
-        rows: The parameters of each of the counters, and the rows of the table, one for each matrix.
-        squares: Sums of the squares of what is added to parts of parameters, (1,) each.
-        errors: Sums of the orthogonality errors of matrices, and how many were measured, (2,) each.
+        rows: The parameters of each counters, and one row of the table for each matrix.
+        squares: Sums of the squared changes of parts of parameters, (1,) each.
+        errors: Sum of orthogonality errors, and number of matrices measured, (2,) each.
     """
 
     window: int
@@ -183,7 +185,7 @@ class StepRecord:
     errors: list[tuple[TrackedParameter, Tensor]] = field(default_factory=list)
 
     def table(self, parameters: int) -> Tensor:
-        """Return the table, in ``sum_dtype``, a row for each parameter, of what this rank holds."""
+        """Return this rank's table, in ``sum_dtype``, one row for each parameter."""
         device = self.rows[0][1].device
         table = torch.zeros((parameters, _WIDTH), dtype=sum_dtype(device), device=device)
         longest = table.select(1, COLUMNS["staleness_max"])
@@ -209,18 +211,15 @@ def sum_over_ranks(
 ) -> Tensor:
     """Add up what ranks hold different parts of, in one all-reduce; what every rank has in full stays bit for bit.
 
-    Args:
-        table: Of what this rank holds.
-        parameters: Its rows.
-        process_group: The ranks that hold replicas of plain parameters.
-        with_errors: Whether orthogonality errors were measured, each by the rank that orthonormalized the matrix.
+    The process group is that of the replicas of plain parameters. With errors, ranks have different parts of those,
+    because each was measured by the rank that orthonormalized the matrix.
     """
     has_process_group = process_group is not None
     partial = [p for p in parameters if p.is_sharded or (with_errors and (p.mesh is not None or has_process_group))]
     group = _group_of(partial, process_group)
     if group is None:
         return table
-    # A maximum is no sum: each of the ranks that hold different experts writes its own into a column of its own.
+    # A sum finds no maximum, so ranks that hold different experts write theirs into columns of their own.
     width = max(each.spread_over for each in parameters)
     column = _to_device([[each.spread_index] for each in parameters], table.device)
     longest = table.new_zeros(len(parameters), width)
@@ -229,21 +228,21 @@ def sum_over_ranks(
     mine = torch.cat([table, longest, held], dim=1)
     sums = mine.clone()
     dist.all_reduce(sums, group=group)
-    # Replicas add the same numbers: how many do follows from how often the matrices and the elements were added.
+    # Replicas add the same numbers. How many there are shows in the sums of matrices and of elements.
     matrices = _to_device([[each.info.matrices] for each in parameters], table.device)
     elements = _to_device([each.parameter.numel() for each in parameters], table.device)
     copies = (sums.narrow(1, COLUMNS["matrices"], 1) / matrices).repeat(1, sums.shape[1])
     copies.select(1, COLUMNS["squared_update"]).copy_(sums.select(1, -1) / elements)
-    copies.narrow(1, COLUMNS["orthogonality_error"], 2).fill_(1.0)  # of it and of measured, the ratio counts
+    copies.narrow(1, COLUMNS["orthogonality_error"], 2).fill_(1.0)  # only the ratio of errors and measured is used
     whole = torch.where(copies == group.size(), mine, sums / copies)
     whole.select(1, COLUMNS["staleness_max"]).copy_(whole.narrow(1, _WIDTH, width).amax(1))
     return whole.narrow(1, 0, _WIDTH)
 
 
 def orthogonality_errors(orthonormal: Tensor) -> Tensor:
-    """Return the sum of the errors of a stack (count, k, m) and how many matrices it is of, (2,).
+    """Return the sum of the errors of a stack (count, k, m), and how many matrices were measured, (2,).
 
-    The update of momentum that is zero throughout is zero itself, and has no error.
+    Momentum that is all zero has a zero update, which is not measured.
     """
     precise = orthonormal.to(torch.promote_types(orthonormal.dtype, torch.float32))
     if precise.shape[1] > precise.shape[2]:
@@ -258,7 +257,7 @@ def orthogonality_errors(orthonormal: Tensor) -> Tensor:
 
 
 def _group_of(parameters: Sequence[TrackedParameter], process_group: "ProcessGroup | None") -> "ProcessGroup | None":
-    """The ranks that hold something of the parameters; all there are, where these are on several meshes."""
+    """The ranks that hold parts of the parameters; all ranks if the parameters are on several meshes."""
     meshes = {each.mesh for each in parameters}
     if len(meshes) != 1:
         return dist.group.WORLD if meshes else None
@@ -272,7 +271,7 @@ def _group_of(parameters: Sequence[TrackedParameter], process_group: "ProcessGro
 
 
 def _flat_indices(indices: Tensor, slices: int) -> Tensor:
-    """Positions among all slices of a stack, given those in each of its matrices (count, k)."""
+    """Turn positions in each matrix of a stack (count, k) into positions among all its slices."""
     count = len(indices)
     if count == 1:
         return indices
@@ -280,5 +279,5 @@ def _flat_indices(indices: Tensor, slices: int) -> Tensor:
 
 
 def _to_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """Send numbers to a device, without waiting for it; none at all are whole numbers too."""
+    """Send numbers to a device, without waiting for it; an empty list becomes int64."""
     return torch.tensor(numbers, dtype=None if len(numbers) else torch.int64).to(device, non_blocking=True)

@@ -1,7 +1,7 @@
-"""The history of a run's selection, small enough to keep in a checkpoint; what plots.py draws.
+"""The history of a run's selection, small enough to keep in a checkpoint. plots.py draws it.
 
-Its file is JSON: the metrics at every step that had some, and how often each part of each parameter was selected from
-one such step to the next.
+It holds the metrics of every step with metrics, and how often each part of each parameter was selected between two
+such steps. Its file is JSON.
 """
 
 import base64
@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,8 +55,6 @@ class SelectionHistory:
         self.parameters: list[list[dict[str, float]]] = []
         self.infos: list[ParameterInfo] = []
         self._shares: list[Tensor] = []
-        self._bin_sizes: Tensor | None = None
-        self._shown_bins: Tensor | None = None
         self.counts = torch.zeros((0, BINS), dtype=torch.float64)
         self._hits = torch.zeros((0, BINS), dtype=torch.float64)
 
@@ -64,9 +63,9 @@ class SelectionHistory:
 
     @property
     def shares(self) -> Tensor:
-        """How often each part was selected in the interval that ends at each step, uint8 (steps, parameters, bins).
+        """How often each bin was selected in the interval that ends at each step, uint8 (steps, parameters, bins).
 
-        A share is that of the interval's steps in which the slices of a bin were selected; 255 is every step.
+        255 means in every step of the interval.
         """
         return torch.stack(self._shares) if self._shares else torch.zeros((0, 0, BINS), dtype=torch.uint8)
 
@@ -77,14 +76,14 @@ class SelectionHistory:
             metrics: Of the step.
             infos: The parameters; some may have come or gone since the last step.
             hits: How often the slices of each bin were selected since the start, (parameters, bins).
-            counts: See the attribute.
+            counts: How often slices were selected since the start, sorted; see the attribute.
         """
         self._set_infos(infos)
-        assert self._bin_sizes is not None
-        assert self._shown_bins is not None
         steps = metrics.step - (self.steps[-1] if self.steps else 0)
-        shares = ((hits - self._hits) / (self._bin_sizes * steps).clamp(min=1)).clamp(0, 1)
-        self._shares.append(shares.gather(1, self._shown_bins).mul(255).round().to(torch.uint8))
+        sizes = torch.stack([_bin_sizes(info.slices) * info.matrices for info in infos])
+        shares = ((hits - self._hits) / (sizes * steps).clamp(min=1)).clamp(0, 1)
+        shown = torch.stack([_shown_bins(info.slices) for info in infos])
+        self._shares.append(shares.gather(1, shown).mul(255).round().to(torch.uint8))
         self.steps.append(metrics.step)
         self.overall.append(dict(metrics.overall))
         self.groups.append({name: dict(each) for name, each in metrics.groups.items()})
@@ -162,24 +161,34 @@ class SelectionHistory:
         self.infos = [ParameterInfo(*info) for info in state_dict["kinds"]]
         self._shares = [each.clone() for each in state_dict["shares"]]
         self.counts, self._hits = state_dict["counts"].clone(), state_dict["hits"].clone()
-        self._bin_sizes = None
 
     def _check(self) -> None:
-        """Raise an error where parts of a file do not fit together."""
-        lists = {name: len(getattr(self, name)) for name in ("steps", "overall", "groups", "parameters", "_shares")}
-        if len(set(lists.values())) > 1:
-            raise ValueError("numbers of points differ: " + ", ".join(f"{name} {n}" for name, n in lists.items()))
-        parts: list[Any] = [*self.parameters, *self._shares, self.counts, self._hits]
-        if any(len(each) != len(self.infos) for each in parts):
+        """Raise an error where a file holds what no run leaves, or its parts do not fit together."""
+        if not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"window is {self.window!r}")
+        if self.steps != sorted({int(step) for step in self.steps if step > 0}):
+            raise ValueError("steps do not count up from 1 or later")
+        if any(info.axis not in (0, 1) or info.slices < 1 or info.matrices < 1 for info in self.infos):
+            raise ValueError("a kind has an axis other than 0 and 1, or no slices or matrices")
+        points = {name: len(getattr(self, name)) for name in ("steps", "overall", "groups", "parameters", "_shares")}
+        if len(set(points.values())) > 1:
+            raise ValueError("numbers of points differ: " + ", ".join(f"{name} {n}" for name, n in points.items()))
+        if any(len(point) != len(self.infos) for point in self.parameters):
             raise ValueError(f"parameters and kinds differ in number, {len(self.infos)} kinds")
+        for name, tensors in {"shares": self._shares, "counts": [self.counts], "hits": [self._hits]}.items():
+            if any(each.shape != (len(self.infos), BINS) for each in tensors):
+                raise ValueError(f"{name} has another shape than {len(self.infos)} kinds of {BINS} bins")
         of_groups = [metrics for point in self.groups for metrics in point.values()]
-        of_parameters = [metrics for point in self.parameters for metrics in point]
-        if unknown := {name for each in (*self.overall, *of_groups, *of_parameters) for name in each} - MEANINGS.keys():
-            raise ValueError(f"there is no metric {min(unknown)!r}")
+        of_parameters = [metrics for point in self.parameters for metrics in point if metrics]  # {} before it came
+        for metrics in (*self.overall, *of_groups, *of_parameters):
+            if unknown := metrics.keys() - MEANINGS.keys():
+                raise ValueError(f"there is no metric {min(unknown)!r}")
+            if "selected_fraction" not in metrics:
+                raise ValueError(f"selected_fraction is missing beside {sorted(metrics)}")
 
     def _set_infos(self, infos: Sequence[ParameterInfo]) -> None:
         """Bring everything into the order of these parameters; a new one was never selected before."""
-        if self._bin_sizes is not None and self.infos == list(infos):
+        if self.infos == list(infos):
             return
         known = {info: position for position, info in enumerate(self.infos)}
         index = torch.tensor([known.get(info, len(self.infos)) for info in infos], dtype=torch.int64)
@@ -187,16 +196,23 @@ class SelectionHistory:
         self._hits = torch.cat([self._hits, self._hits.new_zeros((1, BINS))])[index]
         self.parameters = [[(*point, {})[position] for position in index.tolist()] for point in self.parameters]
         self.infos = list(infos)
-        bins = [bin_of(info.slices) for info in infos]
-        sizes = [torch.bincount(each, minlength=BINS) * info.matrices for each, info in zip(bins, infos, strict=True)]
-        self._bin_sizes = torch.stack(sizes)
-        # With fewer slices than bins, bins between two slices show the one before.
-        self._shown_bins = torch.stack([each[torch.arange(BINS) * len(each) // BINS] for each in bins])
 
 
 def bin_of(slices: int, device: torch.device | None = None) -> Tensor:
     """Return the bin that each slice falls into."""
     return torch.arange(slices, device=device) * BINS // slices
+
+
+@cache
+def _bin_sizes(slices: int) -> Tensor:
+    """Return how many slices fall into each bin."""
+    return torch.bincount(bin_of(slices), minlength=BINS)
+
+
+@cache
+def _shown_bins(slices: int) -> Tensor:
+    """Return which bin is shown for each: with fewer slices than bins, those between two slices show the one before."""
+    return bin_of(slices)[torch.arange(BINS) * slices // BINS]
 
 
 def to_plain(value: Any) -> Any:

@@ -16,14 +16,14 @@ MEANINGS: Final[dict[str, str]] = {
     "update_rms": "root mean square of the change of a whole matrix, weight decay left out",
     "orthogonality_error": "Frobenius norm of O O^T - 1, over the root of k: how far the update is from orthonormal",
 }
-"""Every metric by its name, in a line; docs/statistics.md says how it is computed and how to read it."""
+"""Every metric and its meaning; docs/statistics.md says how it is computed and how to read it."""
 
 MAX_ORTHOGONALITY_ERROR: Final = 0.5
 """Singular values within [0.85, 1.15] give at most 0.32."""
 
 
 class ParameterInfo(NamedTuple):
-    """The names of a parameter, and what its matrices are.
+    """The names and the shape of a parameter.
 
     Attributes:
         group: Name of its parameter group.
@@ -41,7 +41,7 @@ class ParameterInfo(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str]:
-        """The names of its group and its own, by which it is known."""
+        """Names of its group and of itself, which identify it."""
         return self.group, self.name
 
     @property
@@ -88,7 +88,7 @@ class SelectionMetrics:
 
 
 class ParameterSums(NamedTuple):
-    """What a step leaves of one parameter, summed over its matrices; metrics are computed from it."""
+    """Sums over the matrices of one parameter at one step, from which metrics are computed."""
 
     info: ParameterInfo
     elements: int  # entries of all its matrices
@@ -105,7 +105,7 @@ class ParameterSums(NamedTuple):
     never_selected: float  # slices of updated matrices that no step has selected
     squared_update: float  # squares of all changes, weight decay left out
     orthogonality_error: float
-    measured: float  # matrices whose error was measured; counters.py relies on its place behind the error
+    measured: float  # matrices whose error was measured; counters.py relies on its place after the error
     staleness_max: float  # of the slice that waits longest: a maximum, not a sum
 
 
@@ -134,7 +134,7 @@ def compute_metrics(rows: Sequence[ParameterSums]) -> dict[str, float]:
             metrics["captured_mass"] = total("captured_mass", updated) / with_momentum
         metrics["update_rms"] = math.sqrt(total("squared_update", updated) / total("elements", updated))
     if measured := [row for row in rows if row.measured and row.updated > row.zero_momentum]:
-        # Replicas that do not share the work have measured the same matrix several times.
+        # Replicas that do not share work have measured the same matrix several times.
         weights = [(row.updated - row.zero_momentum) / row.measured for row in measured]
         errors = sum(row.orthogonality_error * weight for row, weight in zip(measured, weights, strict=True))
         metrics["orthogonality_error"] = errors / (total("updated", measured) - total("zero_momentum", measured))
@@ -142,7 +142,7 @@ def compute_metrics(rows: Sequence[ParameterSums]) -> dict[str, float]:
 
 
 class HealthCheck(NamedTuple):
-    """Something to warn of."""
+    """A condition that triggers a :class:`~dion2_lightning.SelectionWarning`."""
 
     name: str
     is_failed: Callable[[ParameterSums, int], bool]  # given the sums of a parameter and the window
@@ -151,7 +151,7 @@ class HealthCheck(NamedTuple):
 
 
 def _has_left_out(row: ParameterSums, window: int) -> bool:
-    """Whether some slice has waited the window and 4 / fraction steps: a fair draw could miss some for that long."""
+    """Whether a slice has waited longer than the window and 4 / fraction steps, for which a fair draw may miss one."""
     fraction = row.selected / (row.updated * row.info.slices) if row.updated else 1.0
     return row.never_selected > 0 and row.staleness_max >= max(window, 4 / fraction)
 
@@ -161,11 +161,11 @@ HEALTH_CHECKS: Final = (
         "slices never selected",
         _has_left_out,
         lambda row: f"{row.never_selected:.0f} of {row.info.total_slices}",
-        "a lower momentum or a higher fraction selects more of them; a slice without any gradient is never selected",
+        "select more slices a step, or keep less momentum; a slice without any gradient is never selected",
     ),
     HealthCheck(
         "all-zero momentum",
-        # At a parameter's first step, what lies behind a factor that starts at zero has no gradient yet.
+        # At a parameter's first step, whatever is multiplied by a factor that starts at zero has no gradient yet.
         lambda row, _: row.zero_again > 0,
         lambda row: f"{row.zero_again:.0f} of {row.matrices:.0f} matrices",
         "their gradients have been zero so far: does the loss depend on them?",
@@ -180,7 +180,7 @@ HEALTH_CHECKS: Final = (
         "update far from orthonormal",
         lambda row, _: row.measured > 0 and row.orthogonality_error / row.measured > MAX_ORTHOGONALITY_ERROR,
         lambda row: f"error {row.orthogonality_error / row.measured:.2g}",
-        "try orthonormalize_dtype='float32'; slices that are nearly multiples of each other have such errors too",
+        "try orthonormalizing in float32; slices that are nearly multiples of each other have such errors too",
     ),
 )
 """What :class:`~dion2_lightning.SelectionWarning` warns of, once for each parameter."""

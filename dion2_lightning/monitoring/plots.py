@@ -6,9 +6,12 @@ user's settings of matplotlib, so no window or figure is left behind, with or wi
 
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from dion2_lightning.matrices.layout import group_by
 from dion2_lightning.monitoring.history import BINS, SelectionHistory
 from dion2_lightning.monitoring.metrics import ParameterInfo
 
@@ -52,7 +55,7 @@ _STYLE: Final[dict[str, Any]] = {
 
 
 def draw(history: SelectionHistory, name: str) -> Figure:
-    """Draw a picture, in a style of its own, whatever the user's is.
+    """Draw a picture, in its own style whatever the user's is.
 
     Args:
         history: What to draw.
@@ -73,11 +76,7 @@ def draw(history: SelectionHistory, name: str) -> Figure:
 
 
 def draw_pictures(history: SelectionHistory) -> dict[str, bytes]:
-    """Return every picture by its name, as the bytes of a PNG file.
-
-    Raises:
-        ValueError: The history has no metrics.
-    """
+    """Return every picture by its name, as the bytes of a PNG file."""
     pictures = {}
     for name in PICTURES:
         file = io.BytesIO()
@@ -106,10 +105,8 @@ def save_pictures(history: SelectionHistory, folder: str | Path) -> list[Path]:
     return list(pictures)
 
 
-def log_pictures(
-    history: SelectionHistory, loggers: Iterable[Any], step: int, *, names: Sequence[str] = ("overview", "heatmap")
-) -> list[Any]:
-    """Send pictures to loggers that take images, as ``dion2/overview``, ``dion2/heatmap``, ...
+def log_pictures(history: SelectionHistory, loggers: Iterable[Any], step: int) -> list[Any]:
+    """Send two pictures to loggers that take images, as ``dion2/overview`` and ``dion2/heatmap``.
 
     A logger takes images if it has ``log_image`` (Lightning's ``WandbLogger``), or if it, its ``experiment``
     (Lightning's ``TensorBoardLogger``) or its ``tracker`` (Accelerate's ``TensorBoardTracker``) has ``add_figure``
@@ -119,33 +116,34 @@ def log_pictures(
         history: What to draw.
         loggers: Any; those that take no images are left alone.
         step: Step that the pictures are logged under.
-        names: Which of ``PICTURES`` (default: ``("overview", "heatmap")``).
 
     Returns:
         The loggers that took them.
 
     Raises:
-        ValueError: The history has no metrics, or there is no picture of a name.
+        ValueError: The history has no metrics.
     """
-    if unknown := [name for name in names if name not in PICTURES]:
-        raise ValueError(f"names: there is no picture {unknown[0]!r}; choose from {', '.join(PICTURES)}")
     senders = [(logger, send) for logger in loggers if (send := _sender(logger)) is not None]
     for _, send in senders:
-        for name in names:
+        for name in ("overview", "heatmap"):
             send(f"dion2/{name}", draw(history, name), step)
     return [logger for logger, _ in senders]
 
 
 def _sender(logger: Any) -> Callable[[str, Figure, int], Any] | None:
-    """How a logger takes a figure; None where it does not."""
-    if callable(log_image := getattr(logger, "log_image", None)):
-        return lambda name, figure, step: log_image(key=name, images=[_pixels(figure)], step=step)
+    """Return the function that sends a figure to a logger; None where it takes none."""
+    if hasattr(logger, "log_image"):
+        return lambda name, figure, step: logger.log_image(key=name, images=[_pixels(figure)], step=step)
     for writer in (logger, getattr(logger, "experiment", None), getattr(logger, "tracker", None)):
-        if callable(add_figure := getattr(writer, "add_figure", None)):
-            return lambda name, figure, step, add=add_figure: add(name, figure, global_step=step)  # type: ignore[misc]
-    if callable(log_images := getattr(logger, "log_images", None)):
-        return lambda name, figure, step: log_images({name: [_pixels(figure)]}, step=step)
+        if hasattr(writer, "add_figure"):
+            return partial(_add_figure, writer)
+    if hasattr(logger, "log_images"):
+        return lambda name, figure, step: logger.log_images({name: [_pixels(figure)]}, step=step)
     return None
+
+
+def _add_figure(writer: Any, name: str, figure: Figure, step: int) -> None:
+    writer.add_figure(name, figure, global_step=step)
 
 
 def _pixels(figure: Figure) -> NDArray[np.uint8]:
@@ -174,10 +172,7 @@ def _overview(history: SelectionHistory) -> Figure:
     _selection_colorbar(figure, mesh, [first])
     _draw_counts(second, history)
     _draw_coverage(third, history)
-    series = _draw_captured_mass(fourth, history)
-    fourth.legend(loc="upper left", ncols=2, fontsize=7.5 if series <= 8 else 5.5, handlelength=1.8)
-    fourth.set_ylim(0, 1.6 * fourth.dataLim.y1)
-    fourth.set_yticks([tick for tick in fourth.get_yticks() if tick <= 1.0])
+    _draw_captured_mass(fourth, history)
     return figure
 
 
@@ -187,9 +182,7 @@ def _heatmap(history: SelectionHistory) -> Figure:
     White is the fair share, ``fraction`` of the steps; slices lie in their own order from top to bottom.
     """
     families = _families(history.infos)
-    # Columns that leave the fewest empty places in a grid of up to four; the wider of equals.
-    most = min(len(families), 4)
-    columns = min(range(most, min(most, 3) - 1, -1), key=lambda columns: -len(families) % columns)
+    columns = min(len(families), 3 if len(families) in (5, 6, 9) else 4)  # few empty places
     rows = -(-len(families) // columns)
     tallest = [max(len(each.members) for each in families[row * columns :][:columns]) for row in range(rows)]
     heights = [float(np.clip(0.6 + 0.26 * count, 1.6, 4.2)) for count in tallest]
@@ -209,31 +202,23 @@ def _heatmap(history: SelectionHistory) -> Figure:
 
 
 def _staleness(history: SelectionHistory) -> Figure:
-    """How many steps ago slices were last selected: the mean, and the slice that waits longest."""
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    expected = 1 / max(_fraction(history.overall), 1e-9) - 1
-    _draw_curve(left, history, "staleness_mean")
-    left.axhline(expected, label=f"slices take turns: {expected:.3g} steps", **_DASHED)
-    left.legend(loc="upper left")
-    left.set_title("Staleness: steps since a slice was last selected, mean")
-    _draw_curve(right, history, "staleness_max")
-    last = history.steps[-1]
-    right.plot([0, last], [0, last], label="a slice never selected", **_DASHED)
-    right.legend(loc="upper left")
-    right.set_title("The slice that waits longest")
+    """How many steps ago slices were last selected, the mean and the longest wait; and how the selection changes."""
+    figure = Figure(figsize=(12.5, 4.0), layout="constrained")
+    first, second, third = figure.subplots(1, 3)
+    fraction, last = _fraction(history.overall), history.steps[-1]
+    _draw_curve(first, history, "staleness_mean")
+    turns = 1 / max(fraction, 1e-9) - 1
+    first.axhline(turns, label=f"slices take turns: {turns:.3g} steps", **_DASHED)
+    first.set_title("Staleness: steps since a slice was selected, mean")
+    _draw_curve(second, history, "staleness_max")
+    second.plot([0, last], [0, last], label="a slice never selected", **_DASHED)
+    second.set_title("The slice that waits longest")
+    _draw_curve(third, history, "turnover")
+    third.axhline(1 - fraction, label=f"random selection: {1 - fraction:.0%}", **_DASHED)
+    third.set_title("Turnover: new in the selection since the step before")
+    for axes, place in ((first, "upper left"), (second, "upper left"), (third, "lower right")):
+        axes.legend(loc=place)
     return figure
-
-
-def _alone(panel: Callable[[Axes, SelectionHistory], None]) -> Callable[[SelectionHistory], Figure]:
-    """Make a picture of one panel."""
-
-    def picture(history: SelectionHistory) -> Figure:
-        figure = Figure(figsize=(7.2, 4.0), layout="constrained")
-        panel(figure.subplots(), history)
-        return figure
-
-    return picture
 
 
 def _draw_coverage(axes: Axes, history: SelectionHistory) -> None:
@@ -245,17 +230,8 @@ def _draw_coverage(axes: Axes, history: SelectionHistory) -> None:
     axes.set_title(f"Coverage: share of slices selected {when}")
 
 
-def _draw_turnover(axes: Axes, history: SelectionHistory) -> None:
-    """Which share of the selection the step before had not selected: overall, by group, and the spread."""
-    _draw_curve(axes, history, "turnover")
-    expected = 1 - _fraction(history.overall)
-    axes.axhline(expected, label=f"random selection: {expected:.0%}", **_DASHED)
-    axes.legend(loc="lower right")
-    axes.set_title("Turnover: share of the selection that is new since the step before")
-
-
-def _draw_captured_mass(axes: Axes, history: SelectionHistory) -> int:
-    """Which share of the momentum's L1 norm the selected slices hold, by layer; returns the number of lines.
+def _draw_captured_mass(axes: Axes, history: SelectionHistory) -> None:
+    """Which share of the momentum's L1 norm the selected slices hold, by layer.
 
     A line is a kind of matrix, its values means over the last quarter of the steps. Matrices without a layer come last.
     """
@@ -288,12 +264,9 @@ def _draw_captured_mass(axes: Axes, history: SelectionHistory) -> int:
     axes.set(title=f"Captured mass: what the selected slices hold, {steps}", xlim=(-0.5, len(ticks) - 0.5))
     axes.set(xlabel="layer" if layers else "", ylabel="share of the momentum's L1 norm")
     _show_percent(axes)
-    return series
-
-
-def _draw_captured_mass_alone(axes: Axes, history: SelectionHistory) -> None:
-    series = _draw_captured_mass(axes, history)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=8.5 if series <= 12 else 6.5, handlelength=1.8)
+    axes.legend(loc="upper left", ncols=2, fontsize=7.5 if series <= 8 else 5.5, handlelength=1.8)
+    axes.set_ylim(0, 1.6 * axes.dataLim.y1)  # room for the legend
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 1.0])
 
 
 def _draw_counts(axes: Axes, history: SelectionHistory) -> None:
@@ -331,19 +304,15 @@ PICTURES: Final[Mapping[str, Callable[[SelectionHistory], Figure]]] = {
     "overview": _overview,
     "heatmap": _heatmap,
     "staleness": _staleness,
-    "coverage": _alone(_draw_coverage),
-    "turnover": _alone(_draw_turnover),
-    "captured_mass": _alone(_draw_captured_mass_alone),
-    "counts": _alone(_draw_counts),
 }
-"""Every picture by its name: that of its file, and the end of its name in a logger."""
+"""Every picture by its name in files and loggers."""
 
 
 # Panels
 
 
 def _draw_curve(axes: Axes, history: SelectionHistory, name: str) -> None:
-    """Draw a metric over time: overall, of each group where there are several, and what 80% of the parameters have."""
+    """Draw a metric over time: overall, by group if there are several, and the range of 80% of the parameters."""
     steps = history.steps
     marker = "o" if len(steps) == 1 else None
     values = _of_parameters(history, name)
@@ -364,7 +333,7 @@ def _draw_curve(axes: Axes, history: SelectionHistory, name: str) -> None:
     axes.set(xlabel="step", xlim=(0, steps[-1] if len(steps) > 1 else 1.1 * steps[-1]))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     if name.startswith("staleness"):
-        axes.set(ylabel="steps", ylim=(0, max(1.0, 1.35 * axes.dataLim.y1)))  # room for the legend
+        axes.set(ylabel="steps", ylim=(0, max(1.0, 1.6 * axes.dataLim.y1)))  # room for the legend
     else:
         _show_percent(axes)
 
@@ -403,7 +372,7 @@ def _heat(history: SelectionHistory, members: Sequence[int], rows: int) -> tuple
     """
     lengths = np.diff([0, *history.steps])
     size = -(-len(lengths) // _MAX_COLUMNS)
-    # Equally many each but for the first, or the last ones would look noisier than the others.
+    # All but the first have equally many steps, or the last would look noisier than the others.
     parts = np.split(np.arange(len(lengths)), np.arange(len(lengths) % size or size, len(lengths), size))
     edges = np.asarray([0, *(history.steps[part[-1]] for part in parts)])
     blocks = []
@@ -436,7 +405,7 @@ def _selection_colorbar(figure: Figure, mesh: QuadMesh, panels: Sequence[Axes], 
 
 
 def _values(points: Sequence[Mapping[str, float]], name: str) -> Array:
-    """A metric over time; NaN where there was none."""
+    """A metric over time; NaN where it is missing."""
     return np.asarray([point.get(name, np.nan) for point in points], dtype=np.float64)
 
 
@@ -446,7 +415,7 @@ def _of_parameters(history: SelectionHistory, name: str) -> Array:
 
 
 def _mean(values: Array) -> float:
-    """The mean of what is finite; NaN where nothing is."""
+    """The mean of the finite values; NaN if there is none."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")
 
@@ -459,7 +428,7 @@ def _fraction(points: Sequence[Mapping[str, float]]) -> float:
 
 
 def _literal(name: str) -> str:
-    """A name for matplotlib: there a dollar sign begins a formula, and legends leave out what begins with _."""
+    """Escape a name for matplotlib: a dollar sign begins a formula, and legends leave out names that begin with _."""
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
@@ -472,7 +441,7 @@ class _Family(NamedTuple):
     Attributes:
         title: Their common name, without what all parameters of the model have in common.
         members: Their positions in the history, in the order of the layers.
-        labels: What tells them apart: the number of the layer, or the name where they have no role in common.
+        labels: Number of the layer of each, or its name if they have no role in common.
         depths: The layer of each; None without layers.
     """
 
@@ -485,28 +454,25 @@ class _Family(NamedTuple):
 def _families(infos: Sequence[ParameterInfo]) -> list[_Family]:
     """Sort parameters by their role in a layer; those that occur once come last, together."""
     names = _name_parts(infos)
-    by_role: dict[tuple[str, ...], list[int]] = {}
-    for position, parts in enumerate(names):
-        by_role.setdefault(tuple("*" if part.isdecimal() else part for part in parts), []).append(position)
-    roles = [role for role, members in by_role.items() if len(members) > 1]
-    start = _common_length(roles)
+    roles = group_by(range(len(names)), lambda m: tuple("*" if part.isdecimal() else part for part in names[m]))
+    repeated = {role: members for role, members in roles.items() if len(members) > 1}
+    start = _common_length(list(repeated))
     families = []
-    for role in roles:
-        places = [place for place, part in enumerate(role) if part == "*"]
-        numbers = {member: [int(names[member][place]) for place in places] for member in by_role[role]}
-        varying = [i for i in range(len(places)) if len({each[i] for each in numbers.values()}) > 1]
-        members = sorted(numbers, key=numbers.__getitem__)
-        labels = [".".join(str(numbers[member][i]) for i in varying) for member in members]
-        depths = [numbers[member][varying[0]] for member in members]
-        families.append(_Family(".".join(role if role[start:] == ("*",) else role[start:]), members, labels, depths))
-    singles = [members[0] for members in by_role.values() if len(members) == 1]
+    for role, members in repeated.items():
+        numbers = {m: [int(part) for part in names[m] if part.isdecimal()] for m in members}
+        varying = [place for place, values in enumerate(zip(*numbers.values(), strict=True)) if len(set(values)) > 1]
+        members = sorted(members, key=numbers.__getitem__)
+        labels = [".".join(str(numbers[m][place]) for place in varying) for m in members]
+        title = ".".join(role if role[start:] == ("*",) else role[start:])
+        families.append(_Family(title, members, labels, [numbers[m][varying[0]] for m in members]))
+    singles = [members[0] for members in roles.values() if len(members) == 1]
     start = _common_length(names)
-    titles = [".".join(names[member][start:]) for member in singles]
+    titles = [".".join(names[m][start:]) for m in singles]
     if len(singles) == 1:
         return [*families, _Family(titles[0], singles, [""], [None])]
     for first in range(0, len(singles), _MAX_SINGLES):
         members, labels = singles[first : first + _MAX_SINGLES], titles[first : first + _MAX_SINGLES]
-        families.append(_Family("other matrices" if roles else "", members, labels, [None] * len(members)))
+        families.append(_Family("other matrices" if repeated else "", members, labels, [None] * len(members)))
     return families
 
 
@@ -521,8 +487,6 @@ def _name_parts(infos: Sequence[ParameterInfo]) -> list[tuple[str, ...]]:
 
 def _common_length(names: Sequence[tuple[str, ...]]) -> int:
     """How many parts all names begin with, at least one part of each left out."""
-    length = 0
-    shortest = min(map(len, names), default=0)
-    while length + 1 < shortest and len({each[length] for each in names}) == 1:
-        length += 1
-    return length
+    shortest = min(map(len, names), default=1)
+    common = takewhile(lambda parts: len(set(parts)) == 1, zip(*(each[: shortest - 1] for each in names), strict=True))
+    return len(list(common))

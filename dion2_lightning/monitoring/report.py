@@ -2,13 +2,14 @@
 
 ::
 
-    dion2-report statistics.json -o report.html --title "MiniLM, fraction 1/4"
+    dion2-report statistics.json -o report.html
 """
 
 import argparse
 import base64
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -22,23 +23,22 @@ from dion2_lightning.monitoring.metrics import MAX_ORTHOGONALITY_ERROR, MEANINGS
 HEALTHY, LOOK, UNKNOWN = "healthy", "look", "no verdict"
 
 CAPTIONS: Final[dict[str, str]] = {
-    "overview": "The four panels that tell most. The heatmap shows the kind of matrix that is selected least evenly.",
+    "overview": (
+        "Where and when slices were selected, in the kind of matrix that is selected least evenly. How evenly the work "
+        "is shared: a flat line is even, 0% was never trained. Coverage: healthy is a curve that comes near 100% and "
+        "stays there. Captured mass: on the dashed line any selection would do as well; near 100% the slices left out "
+        "have next to no momentum."
+    ),
     "heatmap": (
         "Slices of every matrix against steps. White is the fair share, orange more, purple less. Rows that stay "
         "purple are not trained; rows that stay orange are trained all the time."
     ),
-    "coverage": "Healthy is a curve that comes near 100% and stays there.",
-    "staleness": "How long slices wait. A longest wait on the dashed diagonal is a slice that was never selected.",
-    "turnover": "At 0% the same slices win every step; at the dashed line selections are as good as random.",
-    "captured_mass": (
-        "On the dashed line any selection would do as well. Near 100% the slices left out have next to no momentum."
+    "staleness": (
+        "How long slices wait; a longest wait on the dashed diagonal is a slice that was never selected. Turnover: at "
+        "0% the same slices win every step; at the dashed line selections are as good as random."
     ),
-    "counts": "A flat line shares the work evenly. Where a line lies at 0%, slices have never been trained.",
 }
 """What the pictures of plots.py show, by their names."""
-
-ORTHONORMAL: Final = 0.35
-"""Singular values within [0.85, 1.15] give at most 0.32."""
 
 _FORMATS: Final[dict[str, str]] = {
     **dict.fromkeys(("selected_fraction", "coverage", "turnover", "captured_mass"), "{:.1%}"),
@@ -50,67 +50,48 @@ _FORMATS: Final[dict[str, str]] = {
 
 
 class Verdict(NamedTuple):
-    """Whether a metric looks healthy.
+    """Whether a metric looks healthy, and why, with the threshold."""
 
-    Attributes:
-        state: ``"healthy"``, ``"look"`` (worth a look) or ``"no verdict"``.
-        reason: Why, with the threshold.
-    """
-
-    state: str
+    state: str  # HEALTHY, LOOK (worth a look) or UNKNOWN
     reason: str
 
 
-class _Subset(NamedTuple):
-    """Some parameters, and what their metrics are judged by."""
-
-    history: SelectionHistory
-    fraction: float  # share of the slices that a step selects, where the last step had gradients; 0 if it had none
-    steps: int  # since the first of the parameters came
-    shortest: int  # since the last of them came
-
-    @classmethod
-    def of(cls, history: SelectionHistory, members: Sequence[int]) -> "_Subset":
-        """Describe some parameters, by their positions."""
-        selected = slices = 0.0
-        steps = []
-        for member in members:
-            info, metrics = history.infos[member], history.parameters[-1][member]
-            if "turnover" in metrics:
-                slices += info.total_slices
-                selected += info.total_slices * metrics["selected_fraction"]
-            # Of a parameter that came late, only the steps since the first point that knows of it are certain.
-            first = next((point for point, each in enumerate(history.parameters) if each[member]), 0)
-            steps.append(history.steps[-1] - (history.steps[first] - 1 if first else 0))
-        return cls(history, selected / slices if slices else 0.0, max(steps, default=0), min(steps, default=0))
-
-
 def verdicts(history: SelectionHistory) -> dict[str, Verdict]:
-    """Judge every metric of the last step, over all matrices; docs/statistics.md says how to read them.
-
-    Args:
-        history: With one point at least.
-    """
-    subset = _Subset.of(history, range(len(history.infos)))
-    return {name: _verdict(name, value, subset) for name, value in history.overall[-1].items()}
+    """Judge every metric of the last step, over all matrices; docs/statistics.md says how to read them."""
+    fraction, steps = _fraction(history), _steps_of(history)
+    return {name: _verdict(name, value, history, fraction, steps) for name, value in history.overall[-1].items()}
 
 
-def _verdict(name: str, value: float, subset: _Subset) -> Verdict:
-    history, fraction, steps, shortest = subset
+def _fraction(history: SelectionHistory) -> float:
+    """The share of the slices that the last step selected, of the parameters with gradients; 0 if none had any."""
+    points = zip(history.infos, history.parameters[-1], strict=True)
+    with_gradients = [(info.total_slices, metrics) for info, metrics in points if "turnover" in metrics]
+    selected = sum(slices * metrics["selected_fraction"] for slices, metrics in with_gradients)
+    return selected / max(1, sum(slices for slices, _ in with_gradients))
 
+
+def _steps_of(history: SelectionHistory) -> list[int]:
+    """How many steps each parameter has been there for."""
+    steps = []
+    for member in range(len(history.infos)):
+        # Of a parameter that came late, only the steps since the first point that knows of it are certain.
+        first = next((point for point, each in enumerate(history.parameters) if each[member]), 0)
+        steps.append(history.steps[-1] - (history.steps[first] - 1 if first else 0))
+    return steps
+
+
+def _verdict(name: str, value: float, history: SelectionHistory, fraction: float, steps: Sequence[int]) -> Verdict:
     def healthy_if(is_healthy: bool, reason: str) -> Verdict:
         return Verdict(HEALTHY if is_healthy else LOOK, reason)
 
     if not math.isfinite(value):
         return Verdict(LOOK, "not a finite number: weights are damaged, go back to a checkpoint")
     if name == "selected_fraction":
-        return Verdict(UNKNOWN, "what fraction asks for, a little more for small matrices: k is rounded up")
+        return Verdict(UNKNOWN, "what the settings ask for; a little more for small matrices, because k is rounded up")
     if name == "update_rms":
-        return Verdict(UNKNOWN, "follows the learning rate; about 0.2 lr with match_rms_adamw")
+        return Verdict(UNKNOWN, "follows the learning rate")
     if name == "orthogonality_error":
-        reason = f"healthy under {ORTHONORMAL:g}, worth a look over {MAX_ORTHOGONALITY_ERROR:g}"
-        is_between = ORTHONORMAL < value <= MAX_ORTHOGONALITY_ERROR
-        return Verdict(UNKNOWN, reason) if is_between else healthy_if(value <= ORTHONORMAL, reason)
+        return healthy_if(value <= MAX_ORTHOGONALITY_ERROR, f"healthy up to {MAX_ORTHOGONALITY_ERROR:g}")
     if fraction == 0:
         return Verdict(UNKNOWN, "the last step selected nothing: it had no gradients")
     if fraction == 1:
@@ -120,8 +101,9 @@ def _verdict(name: str, value: float, subset: _Subset) -> Verdict:
         left_out = f"over {limit:.1%} the slices left out have under a tenth of their share of the momentum"
         return healthy_if(value <= limit, f"{left_out}; {fraction:.0%} is that of slices all alike")
     needed = math.ceil(4 / fraction)
+    longest, shortest = max(steps), min(steps)
     if shortest < needed:
-        which = "" if shortest == steps else " with every parameter, of which some came late"
+        which = "" if shortest == longest else " with every parameter, of which some came late"
         return Verdict(UNKNOWN, f"too early: judged after 4 / fraction = {needed} steps{which}")
     if name == "coverage" and history.window < needed:
         return Verdict(UNKNOWN, f"a window of {history.window} steps is too short: 4 / fraction = {needed} are needed")
@@ -135,13 +117,13 @@ def _verdict(name: str, value: float, subset: _Subset) -> Verdict:
         # Drawn by chance, one of all the slices waits longer than this in one run of a thousand.
         slices = sum(info.total_slices for info in history.infos)
         by_chance = math.log(1000 * slices) / -math.log1p(-fraction)
-        if steps <= by_chance:
+        if longest <= by_chance:
             return Verdict(UNKNOWN, f"too early: of so many slices one may wait {by_chance:.0f} steps by chance")
         limit, rule = max(
             (by_chance, "of so many slices one may wait as long by chance"),
-            min((steps / 2, "half of all"), (100 / fraction, "100 / fraction")),
+            min((longest / 2, "half of all"), (100 / fraction, "100 / fraction")),
         )
-        reason = f"healthy up to {limit:.0f} steps: {rule}; {steps} is a slice that was never selected"
+        reason = f"healthy up to {limit:.0f} steps: {rule}; {longest} is a slice that was never selected"
         return healthy_if(value <= limit, reason)
     if name == "turnover":
         limit = 0.1 * (1 - fraction)
@@ -151,13 +133,13 @@ def _verdict(name: str, value: float, subset: _Subset) -> Verdict:
 
 
 def render_report(
-    history: SelectionHistory, *, title: str = "What Dion2 selected", pictures: Sequence[Path] | None = None
+    history: SelectionHistory, *, title: str = "What was selected", pictures: Sequence[Path] | None = None
 ) -> str:
     """Make the page.
 
     Args:
         history: What to report.
-        title: Heading of the page (default: ``"What Dion2 selected"``).
+        title: Heading of the page (default: ``"What was selected"``).
         pictures: What ``plots.save_pictures`` returned for this history (default: None, pictures are drawn, which takes
             a second or two).
 
@@ -176,67 +158,47 @@ def render_report(
         images = {path.stem: path.read_bytes() for path in pictures}
     infos, overall, parameters = history.infos, history.overall[-1], history.parameters[-1]
     names = [name for name in MEANINGS if any(name in point for point in (overall, *parameters))]
-    everything = _Subset.of(history, range(len(infos)))
-    singles = [_Subset.of(history, [member]) for member in range(len(infos))]
-    members = {group: [m for m, info in enumerate(infos) if info.group == group] for group in history.groups[-1]}
-    by_group = [
-        _row([group, len(members[group])], metrics, _Subset.of(history, members[group]), names)
-        for group, metrics in history.groups[-1].items()
-    ]
+    counts = Counter(info.group for info in infos)
+    by_group = [_row([group, counts[group]], metrics, names) for group, metrics in history.groups[-1].items()]
     if len(by_group) > 1:
-        by_group.append(_row(["all", len(infos)], overall, everything, names))
+        by_group.append(_row(["all", len(infos)], overall, names))
     by_parameter = [
-        _row([info.name, info.group, info.matrices, info.slices, ("outputs", "inputs")[info.axis]], values, each, names)
-        for info, values, each in zip(infos, parameters, singles, strict=True)
+        _row([info.name, info.group, info.matrices, info.slices, ("outputs", "inputs")[info.axis]], values, names)
+        for info, values in zip(infos, parameters, strict=True)
     ]
-    judged = verdicts(history)
-    standing_out = {
-        name: [m for m, point in enumerate(parameters) if name in point and _is_worth_a_look(name, point, singles[m])]
-        for name in overall
-    }
     facts = {
         "steps": f"{history.steps[-1]:,}",
         "parameters": f"{len(infos):,}",
         "matrices": f"{sum(info.matrices for info in infos):,}",
         "slices": f"{sum(info.total_slices for info in infos):,}",
-        "selected a step": f"{everything.fraction:.1%}",
-        "groups" if len(members) > 1 else "group": ", ".join(dict.fromkeys(info.group for info in infos)),
+        "selected a step": f"{_fraction(history):.1%}",
+        "groups" if len(counts) > 1 else "group": ", ".join(counts),
     }
+    judged = verdicts(history)
+    looks = ", ".join(_words(name) for name, verdict in judged.items() if verdict.state == LOOK)
     page = Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     return page.substitute(
         title=escape(title),
         facts="".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
         points=len(history),
         step=history.steps[-1],
-        summary=_summary(judged, standing_out if len(infos) > 1 else {}),
-        headline="".join(_headline_row(history, name, *judged[name], len(standing_out[name])) for name in judged),
+        summary=f"Worth a look: {looks}." if looks else "Nothing stands out over all matrices.",
+        headline="".join(_headline_row(history, name, *judged[name]) for name in judged),
         pictures="\n".join(_picture(name, image) for name, image in images.items()),
         groups=_table(["group", "parameters"], names, by_group),
         parameters=_table(["parameter", "group", "matrices", "slices", "which are"], names, by_parameter),
-        meanings="".join(f"<dt>{_words(name)}</dt><dd>{escape(MEANINGS[name])}</dd>" for name in names),
     )
 
 
-def _summary(judged: Mapping[str, Verdict], standing_out: Mapping[str, Sequence[int]]) -> str:
-    looks = ", ".join(_words(name) for name, verdict in judged.items() if verdict.state == LOOK)
-    text = f"Worth a look: {looks}." if looks else "Nothing stands out over all matrices."
-    if named := ", ".join(_words(name) for name, members in standing_out.items() if members):
-        text += f" Single parameters stand out in {named}; they are marked in the table below."
-    return text
-
-
-def _headline_row(history: SelectionHistory, name: str, state: str, reason: str, standing_out: int) -> str:
+def _headline_row(history: SelectionHistory, name: str, state: str, reason: str) -> str:
     """A metric over all matrices: its meaning, its value, its verdict and the parameter to look at first."""
     meaning = MEANINGS[name].replace("the last steps of the window", f"the last {history.window} steps")
     points = zip((point.get(name, math.nan) for point in history.parameters[-1]), history.infos, strict=True)
-    known = [(value, info) for value, info in points if math.isfinite(value)]
+    known = [(value, info.name) for value, info in points if math.isfinite(value)]
     worst = ""
-    if known and len(history.infos) > 1 and name not in ("selected_fraction", "update_rms"):
-        pick = min if name in ("coverage", "turnover") else max
-        value, info = pick(known, key=lambda each: each[0])
-        worst = f"{_show(name, value)}<small>{_breakable(info.name)}</small>"
-        if standing_out:
-            worst += f"<small>{standing_out} of {len(history.infos)} parameters worth a look</small>"
+    if len(known) > 1 and name not in ("selected_fraction", "update_rms"):
+        value, parameter = (min if name in ("coverage", "turnover") else max)(known)
+        worst = f"{_show(name, value)}<small>{_breakable(parameter)}</small>"
     return (
         f'<tr><th scope="row">{_words(name)}<small>{escape(meaning)}</small></th>'
         f'<td class="number">{_show(name, history.overall[-1][name])}</td>'
@@ -267,7 +229,7 @@ _TEXT_COLUMNS: Final = ("group", "parameter", "which are")
 _NUMBER: Final = ' class="number"'
 
 
-def _row(description: Sequence[str | int], metrics: Mapping[str, float], subset: _Subset, names: Sequence[str]) -> str:
+def _row(description: Sequence[str | int], metrics: Mapping[str, float], names: Sequence[str]) -> str:
     """A row of a table; cells carry the plain number to sort by."""
     cells = [
         f'<td class="number" data-value="{value}">{value:,}</td>'
@@ -278,14 +240,9 @@ def _row(description: Sequence[str | int], metrics: Mapping[str, float], subset:
     for name in names:
         value = metrics.get(name, math.nan)
         number = f' data-value="{value!r}"' if math.isfinite(value) else ""
-        marked = " look" if name in metrics and _is_worth_a_look(name, metrics, subset) else ""
         text = _show(name, value).removesuffix(" steps") if name in metrics else "-"
-        cells.append(f'<td class="number{marked}"{number}>{text}</td>')
+        cells.append(f'<td class="number"{number}>{text}</td>')
     return f"<tr>{''.join(cells)}</tr>"
-
-
-def _is_worth_a_look(name: str, metrics: Mapping[str, float], subset: _Subset) -> bool:
-    return _verdict(name, metrics[name], subset).state == LOOK
 
 
 def _breakable(name: str) -> str:
@@ -302,14 +259,7 @@ def _show(name: str, value: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: Of the command line (default: those of the process).
-
-    Returns:
-        0, or 1 where the file cannot be read, drawn or written; wrong arguments exit with 2.
-    """
+    """Run the command; return 0, or 1 if the file cannot be read, drawn or written. Wrong arguments exit with 2."""
     parser = argparse.ArgumentParser(
         prog="dion2-report",
         description="Turn a file of selection statistics into one HTML page with pictures, which opens from disk.",
@@ -319,17 +269,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-o", "--output", type=Path, help="page to write (default: beside the statistics, with the ending .html)"
     )
-    parser.add_argument("--title", default="What Dion2 selected", help="heading of the page (default: %(default)s)")
     options = parser.parse_args(arguments)
     output: Path = options.output or options.statistics.with_suffix(".html")
     try:
-        if output.is_dir():
-            raise ValueError(f"--output {output} is a folder; name a file in it: -o {output / 'report.html'}")
         if not output.parent.is_dir():
             raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
         if output.exists() and output.samefile(options.statistics):
             raise ValueError(f"--output {output} would overwrite the statistics; choose another name with -o")
-        page = render_report(SelectionHistory.load(options.statistics), title=options.title)
+        page = render_report(SelectionHistory.load(options.statistics))
         output.write_text(page, encoding="utf-8")
     except FileNotFoundError as error:
         message = f"there is no file {error.filename}; SelectionMonitor(save_to=...) writes one"

@@ -1,4 +1,4 @@
-"""Tracks what an optimizer selects: is every part of every matrix trained, or does a quarter do all the work?
+"""Tracks which slices an optimizer selects: is every part of every matrix trained, or does a quarter do all the work?
 
 :class:`SelectionTracker` observes the steps of an optimizer. It keeps two integers for every slice, on the device
 (counters.py): when the slice was last selected, and how often. Every few steps it computes metrics from them
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
 
 
 class SelectionWarning(UserWarning):
-    """Something about the selection that a user should look at."""
+    """A finding about the selection that a user should look at."""
 
 
 class ObservableOptimizer(Protocol):
-    """What a tracker needs of an optimizer; :class:`~dion2_lightning.Dion2` has it."""
+    """An optimizer that sends events to an observer, as :class:`~dion2_lightning.Dion2` does."""
 
     observer: Any
     process_group: "ProcessGroup | None"
 
     def sliced_parameters(self) -> list[SlicedParameter]:
-        """Return the parameters of whose matrices steps select slices."""
+        """Return the parameters from whose matrices steps select slices."""
 
 
 class SelectionTracker:
-    """Tracks what an optimizer selects. Without a tracker, an optimizer computes nothing for it.
+    """Tracks which slices an optimizer selects. Without a tracker, the optimizer computes nothing for it.
 
-    Every rank must make its tracker alike and pop metrics after the same steps. Metrics are those of whole matrices,
-    the same under every layout. Steps that an optimizer does not take are not counted: those that a GradScaler skips,
-    and those by which ``torch.distributed.checkpoint`` makes an optimizer create its state.
+    Every rank must make its tracker with the same arguments and pop metrics after the same steps. Metrics are those of
+    whole matrices, the same under every layout. Steps that are not taken are not counted: those that a GradScaler
+    skips, and those by which ``torch.distributed.checkpoint`` makes an optimizer create its state.
 
     Args:
         every: Steps between metrics. None: only at steps before which :meth:`request` was called (default: 10).
@@ -102,10 +102,10 @@ class SelectionTracker:
     # Observing
 
     def attach(self, optimizer: Any) -> None:
-        """Observe every step of an optimizer from now on, in the place of its present observer, if it has one.
+        """Observe every step of an optimizer from now on; a present observer is replaced, with a warning.
 
         Args:
-            optimizer: A :class:`~dion2_lightning.Dion2`, or what a framework has wrapped around one.
+            optimizer: A :class:`~dion2_lightning.Dion2`, or a framework's wrapper around one.
 
         Raises:
             TypeError: It is another optimizer.
@@ -172,14 +172,14 @@ class SelectionTracker:
     def request(self) -> None:
         """Request metrics of the next step, whatever ``every`` says; :meth:`pop_metrics` ends the request.
 
-        So a framework's own count of steps, which includes those that a GradScaler skips, can decide.
+        With it a framework's own count of steps, which includes those that a GradScaler skips, can decide.
         """
         self._is_requested = True
 
     def pop_metrics(self) -> SelectionMetrics | None:
-        """Return the metrics of the last step, once; None where none are due.
+        """Return the metrics of the last step, once; None if it has none.
 
-        Waits for the device. Where ranks hold different parts of matrices, all of them have to call it.
+        Waits for the device. If ranks hold different parts of matrices, all of them have to call it.
         """
         record, self._record, self._is_requested = self._record, None, False
         if record is None or not self._parameters or not self.is_attached:
@@ -225,7 +225,7 @@ class SelectionTracker:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: tensors on the host, and plain data.
 
-        Where ``state_is_spread``, it gathers, and all ranks have to call it.
+        If ``state_is_spread``, it gathers, and all ranks have to call it.
         """
         counts = {}
         for each in self._parameters.values():
@@ -233,7 +233,10 @@ class SelectionTracker:
             counts["/".join(each.info.key)] = {"last": last, "hits": hits}
         return {
             "step": self.step,
-            "counts": {**self._loaded, **counts},  # also what was loaded for parameters that have not come yet
+            "counts": {
+                **self._loaded,
+                **counts,
+            },  # also of parameters that are yet to come
             "history": self.history.state_dict(),
             "warned": sorted([check, *key] for check, key in self._warned),
         }
@@ -254,7 +257,7 @@ class SelectionTracker:
     # Parameters
 
     def _find_parameters(self) -> None:
-        """Make counters for the parameters of the optimizer, where these are others than in the last step."""
+        """Make new counters if the optimizer's parameters have changed since the last step."""
         assert self._optimizer is not None
         found = self._optimizer.sliced_parameters()
         # The tracked parameters are kept alive, so an id stands for one of them.
@@ -262,29 +265,25 @@ class SelectionTracker:
         if signature == self._signature:
             return
         self._signature = signature
-        known = {p: tuple(part.clone() for part in each.counts()) for p, each in self._parameters.items()}
-        known_by_name = {self._parameters[parameter].info.key: counts for parameter, counts in known.items()}
+        known = {each.key: [part.clone() for part in each.counts()] for each in self._parameters.values()}
         tracked = [TrackedParameter(row, each) for row, each in enumerate(found)]
         self._counters = [
             SelectionCounters(members, slices, device, self.step)
             for (slices, device), members in group_by(tracked, lambda p: (p.info.slices, p.parameter.device)).items()
         ]
         self._parameters = {each.parameter: each for each in tracked}
-        for each, sliced in zip(tracked, found, strict=True):
-            counts = known.get(each.parameter)
-            # Frameworks replace parameters; one without a name cannot be found again.
-            if counts is None and sliced.is_named:
-                counts = known_by_name.get(each.info.key)
+        for each in tracked:
+            counts = known.get(each.key)
             saved = self._loaded.pop("/".join(each.info.key), None) if counts is None else None
             if saved is not None and saved["last"].shape == (each.info.matrices, each.info.slices):
-                counts = tuple(each.own_rows(saved[part]) for part in ("last", "hits"))
+                counts = [each.own_rows(saved[part]) for part in ("last", "hits")]
             if counts is not None and counts[0].shape == (each.count, each.info.slices):
                 for own, value in zip(each.counts(), counts, strict=True):
                     own.copy_(value)
 
 
 def check_steps(name: str, value: object) -> None:
-    """Raise an error where an argument is no number of steps."""
+    """Raise an error unless an argument is a number of steps."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number of steps, got {value!r}")
     if value < 1:
@@ -292,7 +291,7 @@ def check_steps(name: str, value: object) -> None:
 
 
 def check_bool(name: str, value: object) -> None:
-    """Raise an error where an argument is neither True nor False."""
+    """Raise an error unless an argument is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 

@@ -1,6 +1,7 @@
 """SelectionMonitor in real fits: names, values and steps by hand, every strategy, resuming, and what is refused."""
 
 import csv
+import inspect
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -9,13 +10,22 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dion2_lightning import Dion2, SelectionMonitor, SelectionTracker, SelectionWarning, build_optimizer
+from dion2_lightning import (
+    Dion2,
+    SelectionCallback,
+    SelectionLogger,
+    SelectionMonitor,
+    SelectionTracker,
+    SelectionWarning,
+    build_optimizer,
+)
 from dion2_lightning.monitoring.history import SelectionHistory
 from dion2_lightning.monitoring.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
@@ -400,6 +410,22 @@ def test_the_control_without_matrices_has_nothing_to_show() -> None:
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SelectionMonitor(**arguments)
+
+
+@pytest.mark.parametrize("callback", [SelectionMonitor, SelectionCallback, SelectionLogger])
+def test_every_argument_is_in_signature_and_docstring(callback: type) -> None:
+    arguments = list(inspect.signature(callback).parameters)
+    assert {"every", "window", "per_matrix", "orthogonality", "save_to", "pictures"} <= set(arguments)
+    described = inspect.getdoc(callback) or ""
+    assert [name for name in arguments if f"    {name}: " not in described] == []
+
+
+def test_configuration_files_set_the_arguments() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=L.Callback)
+    options = ["--callback=dion2_lightning.SelectionMonitor", "--callback.every=5", "--callback.save_to=folder"]
+    arguments = parser.parse_args(options).callback.init_args
+    assert (arguments.every, arguments.save_to, arguments.window) == (5, "folder", 100)
 
 
 def test_a_dead_layer_is_named_once() -> None:

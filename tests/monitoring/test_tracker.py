@@ -346,7 +346,7 @@ def test_warnings_name_parameters_once() -> None:
     )
     assert messages[8][0].startswith("step 8, slices never selected: square (")
     assert messages[16][0].startswith("step 16, slices never selected: wide (")
-    assert "; a lower momentum or a higher fraction" in messages[16][0]
+    assert "; select more slices a step, or keep less momentum;" in messages[16][0]
     assert messages[17][0].startswith("step 17, non-finite update: wide (sum of squares nan); weights are damaged")
 
 
