@@ -175,8 +175,8 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
     (:func:`~dion2_lightning.route_parameters`). The decisions are logged once, on rank zero, at level INFO to the
     logger ``dion2_lightning``.
 
-    A Lightning Trainer that runs the model, or is the ``strategy``, gets the callbacks that this optimizer needs in it
-    (:class:`~dion2_lightning.NamedOptimizerStates`, :class:`~dion2_lightning.BackboneRates`).
+    A Lightning Trainer that runs the model, or is the ``strategy``, gets the callback that this optimizer needs in it,
+    :class:`~dion2_lightning.NamedOptimizerStates`.
 
     Args:
         model: Any module; ``self`` in Lightning's ``configure_optimizers``.

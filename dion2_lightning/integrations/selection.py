@@ -11,7 +11,6 @@ from dion2_lightning.algorithms.hyperparameters import check_values, checks_of, 
 from dion2_lightning.monitoring.tracker import (
     SelectionTracker,
     SelectionWarning,
-    check_bool,
     check_steps,
     is_first_rank,
     without_wrapper,
@@ -38,18 +37,17 @@ class SelectionRecorder:
         tracker: Counts what is selected, and holds the history; every training from the start has a new one.
     """
 
-    window: int = setting(100, check_steps, "Steps that ``coverage`` looks back.")
-    per_matrix: bool = setting(False, check_bool, "Also log each parameter, as ``dion2/<group>/<parameter>/coverage``.")
-    orthogonality: bool = setting(False, check_bool, "Also measure how far updates are from orthonormal.")
+    window: int = setting(100, "Steps that ``coverage`` looks back.", check_steps)
+    per_matrix: bool = setting(False, "Also log each parameter, as ``dion2/<group>/<parameter>/coverage``.")
+    orthogonality: bool = setting(False, "Also measure how far updates are from orthonormal.")
     save_to: str | Path | bool = setting(
         True,
-        _check_place,
         "Where the history is saved, with every checkpoint and at the end: a folder, or a file ending in ``.json``. "
         "True: the framework's folder of this run, if it has one; False: nowhere.",
+        _check_place,
     )
     pictures: bool = setting(
         False,
-        check_bool,
         "At the end, save pictures of the history in a folder ``pictures`` beside it, and send two of them to loggers "
         "that take images, as TensorBoard's and W&B's do; needs matplotlib.",
     )
