@@ -47,16 +47,9 @@ EVALUATION_BATCH = 64
 
 
 class ImageTrainer(Trainer):
-    """A Trainer whose log says how fast it goes, and whose refusals name the recipe's argument."""
+    """A Trainer whose log says how fast it goes."""
 
     speedometer: Speedometer
-
-    @override
-    def create_optimizer(self, *arguments: Any) -> Any:
-        try:
-            return super().create_optimizer(*arguments)
-        except ValueError as error:
-            raise InputError(f"--{error}") from error
 
     @override
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
@@ -137,6 +130,16 @@ def fine_tune(settings: Settings) -> list[Result]:
 def train(settings: Settings, split: Split, progress: bool = True) -> Result:
     """Makes one run: trains, measures, and saves the checkpoint, the log and the model in its folder."""
     arguments = training_arguments(settings)
+    try:
+        factory = Dion2Factory.from_arguments(
+            arguments,
+            algorithm=settings.algorithm,
+            fraction=settings.fraction,
+            momentum=settings.momentum,
+            adamw_lr=settings.adamw_lr,
+        )
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
     checkpoint = _checkpoint_to_start_from(settings, arguments)
     set_seed(settings.seed)
     model, processor = load_model(settings.model, split.classes)
@@ -155,13 +158,7 @@ def train(settings: Settings, split: Split, progress: bool = True) -> Result:
         processing_class=processor,
         compute_metrics=_accuracy_and_loss,
         callbacks=[timer, *selection],
-        optimizer_cls_and_kwargs=Dion2Factory.from_arguments(
-            arguments,
-            algorithm=settings.algorithm,
-            fraction=settings.fraction,
-            momentum=settings.momentum,
-            adamw_lr=settings.adamw_lr,
-        ),
+        optimizer_cls_and_kwargs=factory,
     )
     trainer.speedometer = timer.speedometer
     trainer.remove_callback(ProgressCallback)
