@@ -30,6 +30,8 @@ from dion2_lightning.parameter_groups import (
     parameter_names,
     refuse_flattened,
     unique_name,
+    unwrapped_names,
+    warn_of_lost_decay,
     with_listed_parameters,
 )
 from dion2_lightning.state_dict import match_state_dict, restore_exactly, shares_memory
@@ -115,6 +117,7 @@ class MatrixOptimizer(Optimizer):
         # Only what all algorithms have: schedulers that cycle momentum or betas look for them here, and refuse.
         lr = self._settings.get("lr", ALGORITHMS[self.default_algorithm].defaults()["lr"])
         super().__init__(groups, {"lr": lr})
+        warn_of_lost_decay(self.param_groups)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, checked before anything changes.
@@ -325,9 +328,10 @@ class MatrixOptimizer(Optimizer):
     def _members(self, skipped: Collection[Tensor]) -> dict[Algorithm, list[Member]]:
         """The parameters of a step by algorithm, also those without a gradient: other ranks may have it."""
         members: dict[Algorithm, list[Member]] = {}
-        for group, parameter, label in self._labelled():
+        names = [name for group in self.param_groups for name in unwrapped_names(group)]
+        for (group, parameter, label), name in zip(self._labelled(), names, strict=True):
             if parameter.requires_grad and parameter not in skipped:
-                member = Member(parameter, self.state[parameter], group, label)
+                member = Member(parameter, self.state[parameter], group, label, name)
                 members.setdefault(ALGORITHMS[group["algorithm"]], []).append(member)
         return members
 

@@ -4,6 +4,7 @@ Every check comes before anything is changed, and its error names the argument o
 do.
 """
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
@@ -13,11 +14,15 @@ from torch import Tensor
 from dion2_lightning.algorithms import ALGORITHMS, algorithms_with
 from dion2_lightning.algorithms.algorithm import Algorithm
 from dion2_lightning.algorithms.hyperparameters import did_you_mean, one_of
+from dion2_lightning.kernels.rounding import HALF_PRECISION
 
 Group = dict[str, Any]
 
 ENTRIES: Final = ("params", "param_names", "name", "algorithm", "initial_lr")
 """What every group may hold besides what its algorithm asks for; ``initial_lr`` is the schedulers'."""
+
+WRAPPED_NAMES: Final = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
+"""Names of the wrapped module: in torch.compile, activation checkpointing, FSDP1 and Fabric."""
 
 
 def algorithm_of(group: Mapping[str, Any], prefix: str = "") -> Algorithm:
@@ -66,6 +71,36 @@ def parameter_names(group: Mapping[str, Any]) -> Sequence[str]:
     if given is not None:
         return [f"parameter {name!r}" for name in given]
     return [f"parameter {index}" for index in range(len(group["params"]))]
+
+
+def unwrapped_names(group: Mapping[str, Any]) -> Sequence[str]:
+    """Return the names of a group's parameters without the prefixes of wrappers; without names, places in the group."""
+    given = group.get("param_names")
+    if given is None:
+        return [f"{group['name']} {index}" for index in range(len(group["params"]))]
+    # DataParallel and DistributedDataParallel call what they wrap "module".
+    parts = [[part for part in name.split(".") if part not in WRAPPED_NAMES] for name in given]
+    return [".".join(each).removeprefix("module.") for each in parts]
+
+
+def warn_of_lost_decay(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn, once for all groups, where half-precision weights that are rounded to nearest are too coarse to decay."""
+    lost = []
+    for group in groups:
+        decay = group["lr"] * group["weight_decay"]
+        for dtype in {parameter.dtype for parameter in group["params"]}.intersection(HALF_PRECISION):
+            largest = torch.finfo(dtype).eps / 2  # half of the last bit, of a weight just over a power of two
+            if group.get("rounding") == "nearest" and 0 < decay < largest:
+                lost.append(
+                    f"in group {group['name']!r} lr x weight_decay is {decay:.2g}, and {str(dtype).split('.')[-1]} "
+                    f"weights stay where they change by less than {largest / 2:.1g} to {largest:.1g} of themselves"
+                )
+    if lost:
+        warnings.warn(
+            f'rounding="nearest" loses the weight decay: {"; ".join(lost)}. Updates as small are lost too; pass '
+            'rounding="stochastic", the default, or keep the weights in float32',
+            stacklevel=4,  # the caller of the optimizer's constructor
+        )
 
 
 def refuse_flattened(parameter: Tensor, label: str) -> None:

@@ -64,11 +64,15 @@ def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
             expected = algorithm_of(new).state(parameter, new)
             for entry, value in saved["state"].get(key, {}).items():
                 state = optimizer.state[parameter]
+                if entry not in expected:
+                    continue  # it is optional
                 if expected[entry].shape == ():
                     number = torch.as_tensor(value, dtype=expected[entry].dtype)
                     state[entry] = number.to(expected[entry].device, copy=True)
-                elif value.dtype != state[entry].dtype:
-                    state[entry] = value.to(parameter.device)
+                else:
+                    dtype = torch.promote_types(value.dtype, expected[entry].dtype)
+                    if dtype != state[entry].dtype:
+                        state[entry] = value.to(parameter.device, dtype)
 
 
 def _match_order(saved: StateDict, groups: Sequence[Group]) -> Sequence[Group]:
@@ -146,14 +150,15 @@ def _in_order(old: Group, new: Group, prefix: str) -> list[Any]:
 
 
 def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, label: str) -> None:
-    expected = algorithm_of(group).state(parameter, group)
-    if set(state) != set(expected):
+    algorithm = algorithm_of(group)
+    expected = algorithm.state(parameter, group)
+    if not set(state) ^ set(expected) <= algorithm.optional_state:
         raise ValueError(
             f"{label}: the checkpoint holds {sorted(state)} for it, algorithm {group['algorithm']!r} needs "
             f"{sorted(expected)}"
         )
     for entry, tensor in expected.items():
-        if tensor.shape != ():  # a number is taken from wherever it is, in any form
+        if entry in state and tensor.shape != ():  # a number is taken from wherever it is, in any form
             _check_tensor(state[entry], tensor, entry, label, parameter)
 
 

@@ -6,7 +6,7 @@ The optimizer, checkpoints, checks and statistics ask these objects and name no 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
 
 Orthonormalize = Callable[[Tensor], Tensor]
-
-HALF_PRECISION: Final = (torch.bfloat16, torch.float16)
 
 
 class Observer(Protocol):
@@ -92,12 +90,15 @@ class Member(NamedTuple):
         state: Its state, complete.
         group: Its settings.
         label: Its name for error messages.
+        name: Its name without the prefixes of wrappers, or without one its place in its group: the same whatever the
+            layout.
     """
 
     parameter: Tensor
     state: dict[str, Tensor]
     group: Mapping[str, Any]
     label: str
+    name: str
 
 
 @dataclass
@@ -142,11 +143,14 @@ class Algorithm(ABC):
         name: What a group's ``algorithm`` says.
         settings: Its hyperparameters.
         needs_matrices: Whether it updates matrices, or parameters of any shape.
+        optional_state: Entries of the state that parameters of some dtypes lack. They begin anew where a checkpoint, of
+            another dtype, has none.
     """
 
     name: ClassVar[str]
     settings: ClassVar[type[SharedSettings]]
     needs_matrices: ClassVar[bool] = False
+    optional_state: ClassVar[frozenset[str]] = frozenset()
 
     def entries(self) -> dict[str, Any]:
         """Return the entries of a group that say how its parameters are stored, with their defaults."""

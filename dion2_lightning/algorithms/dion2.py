@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import (
-    HALF_PRECISION,
     Algorithm,
     Member,
     StateTensor,
@@ -32,6 +31,7 @@ from dion2_lightning.algorithms.algorithm import (
 from dion2_lightning.algorithms.dion2_shared import split_by_ranks, update_shared
 from dion2_lightning.algorithms.hyperparameters import (
     DType,
+    RoundingSettings,
     SharedSettings,
     decay_rate,
     dtype,
@@ -45,6 +45,8 @@ from dion2_lightning.algorithms.matrix_update import (
     accumulate,
     apply,
     batches,
+    count_step,
+    draw_bits,
     polar_factors,
     record_selection,
     select,
@@ -55,12 +57,13 @@ from dion2_lightning.algorithms.matrix_update import (
 )
 from dion2_lightning.kernels.orthonormalize import default_dtype
 from dion2_lightning.kernels.precision import has_float64
+from dion2_lightning.kernels.rounding import HALF_PRECISION
 from dion2_lightning.kernels.selection import selected_count, slice_sums
 from dion2_lightning.matrices.views import Matrices
 
 
 @dataclass(kw_only=True)
-class Dion2Settings(SharedSettings):
+class Dion2Settings(RoundingSettings):
     """The hyperparameters of Dion2."""
 
     fraction: float = setting(
@@ -107,6 +110,7 @@ class Dion2Algorithm(Algorithm):
     name: ClassVar[str] = "dion2"
     settings: ClassVar[type[SharedSettings]] = Dion2Settings
     needs_matrices: ClassVar[bool] = True
+    optional_state: ClassVar[frozenset[str]] = frozenset({"step"})
 
     def check_parameter(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
         """Raise an error about what is no matrix, or asks for a precision that its device lacks."""
@@ -128,14 +132,20 @@ class Dion2Algorithm(Algorithm):
         return _orthonormalization_dtype(parameter, group)
 
     def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
-        """Return the momentum."""
+        """Return the momentum, and, where the weight or the momentum is in half precision, the number of steps.
+
+        The random bits of a step depend on it.
+        """
         asked = group["state_dtype"]
         own = torch.float32 if parameter.dtype in HALF_PRECISION else parameter.dtype
-        return {"momentum": StateTensor.like(parameter, own if asked is None else getattr(torch, asked))}
+        momentum = StateTensor.like(parameter, own if asked is None else getattr(torch, asked))
+        if not {parameter.dtype, momentum.dtype}.intersection(HALF_PRECISION):
+            return {"momentum": momentum}
+        return {"momentum": momentum, "step": StateTensor((), torch.float32, parameter.device)}
 
     def update_of(self, member: Member, context: StepContext) -> MatrixUpdate:
         """Read a parameter and its settings, as they are now."""
-        parameter, _, group, _ = member
+        parameter, group = member.parameter, member.group
         matrices = matrices_of(parameter, group)
         axis = matrices.selection_axis(group["select"])
         slices = matrices.shape[axis]
@@ -171,18 +181,23 @@ def plan_step(updates: Sequence[MatrixUpdate], context: StepContext, rescale: Re
 
 def update_alone(updates: Sequence[MatrixUpdate], context: StepContext, rescale: Rescale | None = None) -> None:
     """Take one step on matrices that are whole on this rank and have a gradient, equal shapes together."""
+    draw_bits(updates)
     for batch in batches(updates):
         accumulate(batch)
         norms = [slice_sums(update.momentum).float() for update in batch]
         selected = select(batch, norms)
-        submatrices = [take(update.momentum, indices, update) for update, indices in zip(batch, selected, strict=True)]
+        submatrices = [
+            take(update.momentum, indices, update, update.bits.get("decay"))
+            for update, indices in zip(batch, selected, strict=True)
+        ]
         results = polar_factors(submatrices, context)
         shrink(batch)
         for update, indices, its_norms, result in zip(batch, selected, norms, results, strict=True):
             show_result(update, result, context)
             factors = None if rescale is None else rescale(update, indices, square_sums(result).float())
-            apply(update, update.weight, indices, result, factors, context)
+            apply(update, update.weight, indices, result, factors, update.bits.get("apply"), context)
             record_selection(update, indices, its_norms, context)
+    count_step(updates)
 
 
 def _orthonormalization_dtype(parameter: Tensor, group: Mapping[str, Any]) -> torch.dtype:

@@ -29,6 +29,8 @@ from dion2_lightning.algorithms.matrix_update import (
     accumulate,
     apply,
     concatenate,
+    count_step,
+    draw_bits,
     polar_factors,
     record_selection,
     select,
@@ -43,6 +45,7 @@ from dion2_lightning.distributed.owner_exchange import OwnerExchange, SharedSubm
 from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormalize import flops
 from dion2_lightning.kernels.precision import has_float64
+from dion2_lightning.kernels.rounding import RandomBits
 from dion2_lightning.kernels.selection import slice_sums
 from dion2_lightning.matrices.layout import Replicas, group_by
 
@@ -80,6 +83,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext, rescale: Re
     rank = 0 if group is None else dist.get_rank(group)
 
     # M <- M + G, and the norms of the slices of M, summed over the ranks.
+    draw_bits(updates)
     accumulate(updates)
     everyone = group if replicas is None else replicas.everyone
     assert everyone is not None
@@ -115,6 +119,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext, rescale: Re
         yield IN_FLIGHT
     for update in updates:
         record_selection(update, selected[update], norms_of[update], context)
+    count_step(updates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +144,11 @@ class _Part:
         """View its matrices' part of a tensor that has all of the parameter's."""
         return tensor.narrow(0, self.first, len(self.indices))
 
+    def bits(self, line: str) -> RandomBits | None:
+        """Return its matrices' random bits for a line of the box; None where it does not round by any."""
+        bits = self.update.bits.get(line)
+        return None if bits is None else bits.of_matrices(self.first, len(self.indices))
+
     def of_selected(self, tensor: Tensor) -> Tensor:
         """View its part (count, r) of a tensor about all selected slices of the parameter's matrices."""
         return self.of_matrices(tensor).narrow(1, self.start, self.indices.shape[1])
@@ -162,7 +172,7 @@ def _update_by_owners(
         [
             submatrix
             for part in parts
-            for submatrix in take(part.of_matrices(part.update.momentum), part.indices, part.update)
+            for submatrix in take(part.of_matrices(part.update.momentum), part.indices, part.update, part.bits("decay"))
         ]
     )
     if group is not None:
@@ -185,7 +195,8 @@ def _update_by_owners(
     factors = {} if rescale is None else (yield from _factors(parts, results, group, selected, rescale))
     for part, result in zip(parts, results, strict=True):
         its_factors = part.of_selected(factors[part.update]) if factors else None
-        apply(part.update, part.of_matrices(part.update.weight), part.indices, result, its_factors, context)
+        weight = part.of_matrices(part.update.weight)
+        apply(part.update, weight, part.indices, result, its_factors, part.bits("apply"), context)
 
 
 def _factors(

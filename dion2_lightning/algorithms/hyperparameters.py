@@ -251,3 +251,15 @@ class SharedSettings:
     def __post_init__(self) -> None:
         """Check every value."""
         check_values(vars(self), checks_of(type(self)))
+
+
+@dataclass(kw_only=True)
+class RoundingSettings(SharedSettings):
+    """The hyperparameters of algorithms that keep weights or state in half precision."""
+
+    rounding: Literal["stochastic", "nearest"] = setting(
+        "stochastic",
+        'How bfloat16 and float16 weights, and a momentum in bfloat16, are rounded after every step: "stochastic", up '
+        'or down at random, so that small steps count on average; "nearest", where steps of less than half a last bit '
+        "are lost. Nothing else is rounded.",
+    )

@@ -4,8 +4,8 @@ Settings are read by the algorithm (``update_of`` in dion2.py); here are numbers
 """
 
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor
 from dion2_lightning.algorithms.algorithm import Member, StepContext, matrices_of
 from dion2_lightning.kernels.orthonormalize import orthonormalize
 from dion2_lightning.kernels.precision import sum_dtype
-from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest
+from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits
+from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest, put_
 from dion2_lightning.matrices.layout import (
     Layout,
     Spans,
     group_by,
+    held_coordinates,
     layout_of,
     local,
     local_gradient,
@@ -29,6 +31,9 @@ from dion2_lightning.matrices.views import Matrices
 BATCH_ELEMENTS: Final = 2**24
 """Submatrix entries that are orthonormalized at once: enough to fill a GPU, few enough to bound the working memory."""
 
+_ROUNDED: Final = {"accumulate": "momentum", "decay": "momentum", "apply": "weight"}
+"""The lines of the box that change what may be in half precision. Each is rounded by random bits of its own: a second
+rounding by the same bits would not be exact on average."""
 
 T = TypeVar("T")
 
@@ -40,6 +45,7 @@ class MatrixUpdate:
     Attributes:
         parameter: The parameter itself.
         label: Its name for error messages.
+        name: Its name, the same whatever the layout.
         matrices: Its matrices, on all ranks together.
         layout: Which ranks hold which part of them.
         weight: X, this rank's part, updated in place.
@@ -52,22 +58,27 @@ class MatrixUpdate:
         step_size: lr times the scale rule.
         shrink: 1 - lr * weight_decay.
         dtype: Precision of the orthonormalization.
+        rounds_at_random: Whether what is in half precision is rounded stochastically.
+        bits: The random bits for that, by the line of the box that they round: see :func:`draw_bits`.
     """
 
     parameter: Tensor
     label: str
+    name: str
     matrices: Matrices
     layout: Layout
     weight: Tensor
     gradient: Tensor | None
     momentum: Tensor
-    state: Mapping[str, Tensor]
+    state: dict[str, Tensor]
     axis: int
     k: int
     momentum_factor: float
     step_size: float
     shrink: float
     dtype: torch.dtype
+    rounds_at_random: bool
+    bits: dict[str, RandomBits] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -83,11 +94,12 @@ class MatrixUpdate:
         dtype: torch.dtype,
     ) -> "MatrixUpdate":
         """Read a parameter, the ``"momentum"`` of its state and its layout, as they are now; see the attributes."""
-        parameter, state, group, label = member
+        parameter, state, group, label, name = member
         matrices, gradient = matrices_of(parameter, group), local_gradient(parameter)
         return cls(
             parameter=parameter,
             label=label,
+            name=name,
             matrices=matrices,
             layout=layout_of(
                 parameter, label, batched=group["batched"], process_group=context.process_group, known=context.layouts
@@ -102,6 +114,7 @@ class MatrixUpdate:
             step_size=step_size,
             shrink=shrink,
             dtype=dtype,
+            rounds_at_random=group["rounding"] == "stochastic",
         )
 
     @property
@@ -163,10 +176,10 @@ def batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
         return momentum.shape[1:], update.k, momentum.stride(-1) != 1, momentum.device, momentum.dtype, update.dtype
 
     for batch in group_by(updates, key).values():
-        yield from _bounded(batch, lambda update: len(update.momentum) * update.k * update.entries)
+        yield from bounded(batch, lambda update: len(update.momentum) * update.k * update.entries)
 
 
-def _bounded(items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+def bounded(items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
     """Cut a list into runs of at most ``BATCH_ELEMENTS`` together, or of one item."""
     run: list[T] = []
     total = 0
@@ -180,12 +193,50 @@ def _bounded(items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T
         yield run
 
 
+def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
+    """Draw the random bits of a step, for all tensors that one line of the box rounds together."""
+    for line, rounded in _ROUNDED.items():
+        drawn = [each for each in updates if each.rounds_at_random and getattr(each, rounded).dtype in HALF_PRECISION]
+        for equal in group_by(drawn, lambda each: each.weight.device).values():
+            bits = random_bits(
+                [held_coordinates(each.parameter) for each in equal],
+                [zlib.crc32(f"{line} {each.name}".encode()) for each in equal],
+                [_step_of(each) for each in equal],
+            )
+            for each, its_bits in zip(equal, bits, strict=True):
+                if each.matrices.slices_are_rows(each.axis):
+                    each.bits[line] = its_bits.shaped(each.weight.shape)
+                else:
+                    each.bits[line] = its_bits.shaped(each.weight.mT.shape).mT
+
+
+def _step_of(update: MatrixUpdate) -> Tensor:
+    """The number of steps before this one, beside the weight: frameworks move or cast that after the state was made."""
+    state, device = update.state, update.weight.device
+    if "step" not in state:
+        state["step"] = torch.zeros((), device=device)
+    elif state["step"].device != device:
+        state["step"] = state["step"].to(device)
+    return state["step"]
+
+
+def count_step(updates: Sequence[MatrixUpdate]) -> None:
+    """Count the step, where random bits depend on it."""
+    steps = [update.state["step"] for update in updates if "step" in update.state]
+    if steps:
+        torch._foreach_add_(steps, 1)
+
+
 def accumulate(updates: Sequence[MatrixUpdate]) -> None:
     """M <- M + G, where there is a G."""
-    present = [(update.momentum, update.gradient) for update in updates if update.gradient is not None]
-    if present:
-        momenta, gradients = zip(*present, strict=True)
+    present = [(update, update.gradient) for update in updates if update.gradient is not None]
+    added = [(update.momentum, gradient) for update, gradient in present if "accumulate" not in update.bits]
+    if added:
+        momenta, gradients = zip(*added, strict=True)
         torch._foreach_add_(momenta, gradients)
+    for update, gradient in present:
+        if "accumulate" in update.bits:
+            multiply_add_(update.momentum, 1.0, gradient, update.bits["accumulate"])
 
 
 def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -193,10 +244,15 @@ def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[T
     return torch.split(largest(torch.cat(list(norms)), batch[0].k), [len(each) for each in norms])
 
 
-def take(momentum: Tensor, indices: Tensor, update: MatrixUpdate) -> Tensor:
+def take(momentum: Tensor, indices: Tensor, update: MatrixUpdate, bits: RandomBits | None) -> Tensor:
     """S <- M[K], then M[K] <- mu M[K]; S in the precision of the orthonormalization."""
     submatrices = gather(momentum, indices)
-    decay_(momentum, indices, submatrices, update.momentum_factor)
+    if bits is None:
+        decay_(momentum, indices, submatrices, update.momentum_factor)
+    else:
+        decayed = submatrices.clone()
+        multiply_add_(decayed, update.momentum_factor, None, bits.of_slices(indices))
+        put_(momentum, indices, decayed)
     return submatrices.to(update.dtype)
 
 
@@ -205,7 +261,7 @@ def polar_factors(stacks: Sequence[Tensor], context: StepContext) -> list[Tensor
     results: dict[int, Tensor] = {}
     keys = [(stack.shape[1:], stack.stride(-1) != 1, stack.dtype, stack.device) for stack in stacks]
     for equal in group_by(range(len(stacks)), lambda index: keys[index]).values():
-        for indices in _bounded(equal, lambda index: stacks[index].numel()):
+        for indices in bounded(equal, lambda index: stacks[index].numel()):
             batch = concatenate([stacks[index] for index in indices])
             size = max(1, BATCH_ELEMENTS // max(1, batch.shape[1:].numel()))  # one stack may be larger
             factors = concatenate([_polar_factors(part, context) for part in torch.split(batch, size)])
@@ -231,8 +287,8 @@ def square_sums(result: Tensor) -> Tensor:
 
 
 def shrink(updates: Sequence[MatrixUpdate]) -> None:
-    """X <- (1 - lr weight_decay) X."""
-    decaying = [update for update in updates if update.shrink != 1.0]
+    """X <- (1 - lr weight_decay) X, but for what is in half precision: :func:`apply` does both, and rounds once."""
+    decaying = [each for each in updates if each.shrink != 1.0 and each.weight.dtype not in HALF_PRECISION]
     if decaying:
         torch._foreach_mul_([update.weight for update in decaying], [update.shrink for update in decaying])
 
@@ -243,6 +299,7 @@ def apply(
     indices: Tensor,
     result: Tensor,
     factors: Tensor | None,
+    bits: RandomBits | None,
     context: StepContext,
 ) -> None:
     """X[K] <- X[K] - lr scale O, each slice times its factor where there are any, of shape (count, k)."""
@@ -250,7 +307,14 @@ def apply(
     change = result.to(precise) * -update.step_size
     if factors is not None:
         change *= factors.unsqueeze(-1)
-    add_(weight, indices, change)
+    if weight.dtype in HALF_PRECISION:
+        moved = gather(weight, indices)
+        multiply_add_(moved, update.shrink, change, None if bits is None else bits.of_slices(indices))
+        if update.shrink != 1.0:
+            multiply_add_(weight, update.shrink, None, bits)
+        put_(weight, indices, moved)
+    else:
+        add_(weight, indices, change)
     if context.observer is not None and context.observer.wants_results:
         context.observer.moved(update.parameter, change)
 

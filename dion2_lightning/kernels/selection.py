@@ -55,10 +55,18 @@ def gather(slices: Tensor, indices: Tensor) -> Tensor:
     return slices.mT.gather(-1, _across(indices, slices)).mT
 
 
+def put_(slices: Tensor, indices: Tensor, gathered: Tensor) -> None:
+    """Write what :func:`gather` has returned back to the slices at ``indices``, in place."""
+    if _runs_along_slices(slices):
+        slices.flatten(0, 1).index_copy_(0, _flat(indices, slices), gathered.flatten(0, 1))
+    else:
+        slices.mT.scatter_(-1, _across(indices, slices), gathered.mT)
+
+
 def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float) -> None:
     """Multiply the slices at ``indices``, which :func:`gather` has just returned, by ``factor``, in place."""
     if _runs_along_slices(slices):
-        slices.flatten(0, 1).index_copy_(0, _flat(indices, slices), gathered.flatten(0, 1) * factor)
+        put_(slices, indices, gathered * factor)
     else:
         # Writing single columns costs more than a pass over the whole, which is in cache. Above, a momentum in half
         # precision is multiplied by the factor itself; so must it be here.

@@ -172,6 +172,19 @@ def placed(
     return whole
 
 
+def held_coordinates(parameter: Any) -> tuple[Tensor, Tensor]:
+    """Return the numbers, in the whole parameter, of the rows and of the columns that this rank holds.
+
+    The last axis counts columns, all others together rows: row ``e R + r`` is row r of matrix e of a stack (E, R, C). A
+    number is a row with one column. The part that this rank holds has all of these rows, and of each all these columns.
+    """
+    rows = torch.zeros(1, dtype=torch.int64, device=local(parameter).device)
+    *leading, columns = [_held_along(parameter, axis) for axis in range(parameter.ndim)] or [rows]
+    for held, size in zip(leading, parameter.shape, strict=False):
+        rows = (rows.unsqueeze(-1) * size + held).flatten()
+    return rows, columns
+
+
 def local_shape(shape: tuple[int, ...], like: Any, placements: tuple[Any, ...]) -> tuple[int, ...]:
     """Return the shape of what this rank holds of a tensor that is placed on the mesh of another one."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -226,6 +239,26 @@ def _counts_matrices(placement: Any) -> bool:
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is spread over a mesh; told without importing ``torch.distributed.tensor``, half a second."""
     return hasattr(tensor, "device_mesh")
+
+
+def _held_along(parameter: Any, axis: int) -> Tensor:
+    """Which indices along an axis this rank holds, in order; also where a strided placement scatters them."""
+    held = torch.arange(parameter.shape[axis], device=local(parameter).device)
+    if not is_dtensor(parameter):
+        return held
+    mesh = parameter.device_mesh
+    for dim, (placement, index) in enumerate(zip(parameter.placements, mesh.get_coordinate() or (), strict=True)):
+        if not placement.is_replicate() and placement.dim == axis:
+            # A strided placement cuts into its factor of pieces first, and takes a part of each.
+            pieces = _chunks(held, getattr(placement, "split_factor", 1))
+            held = torch.cat([_chunks(piece, mesh.size(dim))[index] for piece in pieces])
+    return held
+
+
+def _chunks(held: Tensor, count: int) -> list[Tensor]:
+    """Cut as torch's placements do: into pieces of one length, the last ones shorter or empty."""
+    size = -(-len(held) // count)
+    return [held[index * size : (index + 1) * size] for index in range(count)]
 
 
 def _layout_of_dtensor(parameter: Any, label: str, batched: bool) -> Layout:

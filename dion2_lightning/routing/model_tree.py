@@ -11,10 +11,7 @@ from typing import Final
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from dion2_lightning.parameter_groups import refuse_flattened
-
-_WRAPPED_NAMES: Final = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
-"""Names of the wrapped module: in torch.compile, activation checkpointing, FSDP1 and Fabric."""
+from dion2_lightning.parameter_groups import WRAPPED_NAMES, refuse_flattened
 
 _DATA_PARALLEL_CLASSES: Final = ("DistributedDataParallel", "DataParallel")
 
@@ -87,7 +84,7 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the module that wrappers such as torch.compile hold, or the module itself."""
     children = dict(module.named_children())
-    wrapped = next((children[name] for name in _WRAPPED_NAMES if name in children), None)
+    wrapped = next((children[name] for name in WRAPPED_NAMES if name in children), None)
     return module if wrapped is None else unwrap(wrapped)
 
 

@@ -16,7 +16,7 @@ from dion2_lightning.algorithms.hyperparameters import one_of
 from dion2_lightning.routing.model_tree import ModulePath, read_model
 from dion2_lightning.routing.overrides import Override, assign_overrides, check_matrices, parse_overrides
 from dion2_lightning.routing.report import decision_table, notes, total_table
-from dion2_lightning.routing.rules import Role, Verdict, classify, is_bias, storage_of
+from dion2_lightning.routing.rules import Role, Verdict, classify, has_two_axes, is_bias, storage_of
 
 MATRIX_ROLES: Final = frozenset({Role.MATRIX, Role.EXPERTS})
 """The roles that are trained as matrices. All others are trained with the rest."""
@@ -239,7 +239,7 @@ def _decide(
 def _decays(parameter: nn.Parameter, path: ModulePath) -> bool:
     # Mamba marks parameters that must not decay with this attribute.
     marked = getattr(parameter, "_no_weight_decay", False)
-    return parameter.ndim >= 2 and not is_bias(path) and not marked
+    return has_two_axes(parameter) and not is_bias(path) and not marked
 
 
 def _rank(decision: Decision) -> tuple[bool, int, bool, bool, bool]:

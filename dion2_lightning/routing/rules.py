@@ -72,6 +72,11 @@ def storage_of(parameter: nn.Parameter, path: ModulePath) -> tuple[bool, bool]:
     return _is_linear_weight(parameter, path) and _is_transformers_conv1d(path.owner), False
 
 
+def has_two_axes(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has two axes of several entries: (1, d) and (d, 1, 1) have one, and are vectors."""
+    return sum(size > 1 for size in parameter.shape) > 1
+
+
 def is_bias(path: ModulePath) -> bool:
     """Whether a parameter is a bias, of whatever shape."""
     return path.names[-1] == "bias" or path.names[-1].endswith("_bias")
@@ -87,7 +92,7 @@ def _untrained_or_vector(parameter: nn.Parameter, path: ModulePath) -> Verdict |
         return Verdict(Role.VECTOR, "bias")
     if parameter.ndim < 2:
         return Verdict(Role.VECTOR, "vector" if parameter.ndim else "scalar")
-    if parameter.ndim == 2 and min(parameter.shape) < 2:
+    if not has_two_axes(parameter):
         return Verdict(Role.VECTOR, "not a matrix: a single row or column")
     return None if parameter.is_floating_point() else Verdict(Role.OTHER, "not a real matrix")
 

@@ -17,7 +17,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dion2_lightning.algorithms.algorithm import StateTensor
-from dion2_lightning.matrices.layout import Block, Layout, Replicas, layout_of, local, placed_like_stack
+from dion2_lightning.matrices.layout import (
+    Block,
+    Layout,
+    Replicas,
+    held_coordinates,
+    layout_of,
+    local,
+    placed_like_stack,
+)
 
 RANKS = 8
 RANK = 5
@@ -52,7 +60,7 @@ def layout(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Any, ...]
 def part_at(tensor: Tensor, coordinate: list[int], mesh: DeviceMesh, placements: tuple[Any, ...]) -> Tensor:
     """What the rank at a coordinate holds; under a strided shard the inner mesh dimension is split first."""
     dims = list(range(mesh.ndim))
-    if isinstance(placements[0], _StridedShard):
+    if any(isinstance(placement, _StridedShard) for placement in placements):
         dims.reverse()
     for dim in dims:
         if not isinstance(placements[dim], Replicate):
@@ -227,6 +235,46 @@ def test_selections_of_stacks_are_placed_like_the_stacks() -> None:
     assert torch.equal(placed.to_local(), rows)
     assert placed_like_stack(rows, fake_dtensor((2, 10, 14), mesh, (Replicate(), Shard(1))), 2) is rows
     assert placed_like_stack(rows, torch.ones(2, 3, 4), 2) is rows
+
+
+@pytest.mark.parametrize("shape", [(37,), (37, 53), (3, 64), (64, 3), (5, 12, 20), (9, 4, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh_shape", "placements"),
+    [
+        ((8,), (Shard(0),)),
+        ((2, 4), (Replicate(), Shard(0))),
+        ((4, 2), (Shard(0), Shard(1))),
+        ((4, 2), (Shard(1), Shard(0))),
+        ((4, 2), (Shard(0), Shard(0))),
+        ((4, 2), FSDP_OVER_TP),
+        ((2, 2, 2), (Replicate(), *FSDP_OVER_TP)),
+        ((8,), (Replicate(),)),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_coordinates(shape: tuple[int, ...], mesh_shape: Any, placements: Any) -> None:
+    """Row and column numbers of what each rank holds, read off a tensor whose entries are numbered."""
+    if placements is not None and any(each.is_shard(1) for each in placements) and len(shape) < 2:
+        pytest.skip("a vector has one axis")
+    numbered = torch.arange(torch.Size(shape).numel()).view(shape)
+    mesh = None if mesh_shape is None else mesh_of(*mesh_shape)
+    part = numbered if mesh is None else part_at(numbered, mesh.get_coordinate(), mesh, placements)
+    parameter = numbered if mesh is None else fake_dtensor(shape, mesh, placements)
+    rows, columns = held_coordinates(parameter)
+    assert torch.equal((rows.unsqueeze(-1) * shape[-1] + columns).flatten(), part.flatten())
+
+
+def test_coordinates_of_scattered_rows() -> None:
+    """A strided placement without the one that it stands behind: a rank holds a part of each of its pieces."""
+    mesh = mesh_of(2, 4)
+    rows, columns = held_coordinates(fake_dtensor((20, 3), mesh, (Replicate(), _StridedShard(0, split_factor=2))))
+    assert rows.tolist() == [3, 4, 5, 13, 14, 15]  # the second of four in each half of twenty, cut as 3, 3, 3, 1
+    assert columns.tolist() == [0, 1, 2]
+
+
+def test_coordinates_of_a_number() -> None:
+    assert [each.tolist() for each in held_coordinates(torch.tensor(3.0))] == [[0], [0]]
 
 
 def test_local_shares_memory() -> None:

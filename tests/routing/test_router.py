@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -105,6 +106,42 @@ class TestGroups:
             "adamw": ["table"],
             "adamw-no-decay": ["bias", "attention_bias", "marked"],
         }
+
+    def test_what_is_no_matrix_does_not_decay(self) -> None:
+        """Rows, columns and gains of whatever shape, also those that weight_norm and IA3 make."""
+        model = nn.ModuleDict(
+            {
+                "linear": nn.utils.parametrizations.weight_norm(nn.Linear(4, 6, bias=False)),
+                "convolution": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3, bias=False)),
+                "one_output": nn.Linear(4, 1, bias=False),
+                "gains": nn.ParameterList(
+                    [torch.ones(6, 1, 1), torch.ones(1, 6), torch.ones(1, 1, 6), torch.ones(1, 1)]
+                ),
+                "positions": nn.ParameterList([torch.ones(1, 5, 6)]),
+            }
+        )
+        for control in (False, True):
+            routing = route_parameters(model, control=control)
+            names = {name: [each for each, _ in group["params"]] for name, group in groups(routing).items()}
+            assert names == {
+                "adamw": [
+                    "linear.parametrizations.weight.original1",
+                    "convolution.parametrizations.weight.original1",
+                    "positions.0",
+                ],
+                "adamw-no-decay": [
+                    "linear.parametrizations.weight.original0",
+                    "convolution.parametrizations.weight.original0",
+                    "one_output.weight",
+                    *(f"gains.{index}" for index in range(4)),
+                ],
+            }
+
+    def test_ia3_does_not_decay(self) -> None:
+        config = peft.IA3Config(target_modules=["0", "2"], feedforward_modules=["2"])
+        model = peft.get_peft_model(models.mlp(), config)
+        [group] = route_parameters(model).param_groups()
+        assert (group["name"], group["weight_decay"], len(group["params"])) == ("adamw-no-decay", 0.0, 2)
 
     def test_matrices_can_be_marked_too(self) -> None:
         model: Any = nn.Linear(4, 4, bias=False)

@@ -1,0 +1,174 @@
+"""Rounding to half precision: a float32 result is stored once, as the nearest number or as one of the two around it.
+
+bfloat16 has 8 significant bits. Rounded to the nearest number, a weight that should change by less than 1/512 of itself
+does not change, at this step and at every other one. Rounded stochastically it becomes the number above or below it,
+with probabilities that make its expectation exact (Gupta et al., arXiv 1502.02551).
+
+The random bits are a hash of what is rounded, not the output of a generator. There is no generator's state to save, and
+an entry is rounded alike on whatever rank it is.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+HALF_PRECISION: Final = (torch.bfloat16, torch.float16)
+
+BLOCK: Final = 2**17
+"""Entries that a CPU's thread rounds at once: the working memory, 8 bytes an entry, stays in its cache."""
+
+BATCH: Final = 2**24
+"""The same for other devices, where it is to bound the working memory alone."""
+
+_SPARE_BITS: Final = {torch.bfloat16: 16, torch.float16: 13}
+"""The lowest bits of a float32 number that a dtype has no room for."""
+
+_SCALES: Final = {torch.bfloat16: 1.0, torch.float16: 2.0**-112}
+"""What a number is multiplied by first: float16 loses further bits below 2^-14, float32 below 2^-126."""
+
+_COLUMN: Final = 0x9E3779B9
+"""Tells the hashes of columns from those of rows."""
+
+
+class RandomBits(NamedTuple):
+    """Random bits for every entry of a tensor: the upper bits of the product of two hashes, of its row and its column.
+
+    Hashes have 32 bits, and those of rows are odd, so a product is uniform, and those of any two entries independent.
+    A sum would be so as well; but as a matrix it is nearly of rank one, and what rounding adds would be, too.
+
+    Attributes:
+        rows: int32, broadcasts with ``columns`` to the shape of the tensor.
+        columns: int32.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def mT(self) -> "RandomBits":
+        """Those of the tensor's ``mT``."""
+        return RandomBits(self.rows.mT, self.columns.mT)
+
+    def shaped(self, shape: Sequence[int]) -> "RandomBits":
+        """Return those of a tensor, of at least one axis, from one number for each of its rows and of its columns.
+
+        Leading axes count as rows.
+        """
+        *leading, last = shape
+        return RandomBits(self.rows.view(*leading, 1), self.columns.view(*[1] * len(leading), last))
+
+    def of_matrices(self, first: int, count: int) -> "RandomBits":
+        """Return those of consecutive matrices of a (count, n, m) tensor."""
+        return RandomBits(*(each if len(each) == 1 else each.narrow(0, first, count) for each in self))
+
+    def of_slices(self, indices: Tensor) -> "RandomBits":
+        """Return those of some slices of a (count, n, m) tensor, which ``indices`` (count, k) name."""
+        _, n, _ = torch.broadcast_shapes(self.rows.shape, self.columns.shape)
+        at = indices.unsqueeze(-1)
+        return RandomBits(*(each if each.shape[-1] != 1 else each.expand(len(at), n, 1).gather(1, at) for each in self))
+
+
+def random_bits(
+    coordinates: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int], steps: Sequence[Tensor]
+) -> list[RandomBits]:
+    """Return the random bits of several tensors on one device, each a function of seed, step, row and column alone.
+
+    Args:
+        coordinates: The numbers of the rows of each tensor, and of its columns, in the whole that it may be a part of.
+        seeds: One for each tensor, in [0, 2^32).
+        steps: One for each tensor, 0-d. The host does not read it.
+
+    Returns:
+        For each tensor one number a row and one a column.
+    """
+    numbers = [
+        held ^ (salt - 2**31)
+        for (rows, columns), seed in zip(coordinates, seeds, strict=True)
+        for held, salt in ((rows, seed), (columns, seed ^ _COLUMN))
+    ]
+    hashed = _hash(torch.cat(numbers).to(torch.int32))
+    at_steps = [
+        step.to(hashed.device, non_blocking=True).expand(len(rows) + len(columns))
+        for step, (rows, columns) in zip(steps, coordinates, strict=True)
+    ]
+    hashes = _hash(hashed ^ torch.cat(at_steps).to(torch.int32)).split([len(each) for each in numbers])
+    return [RandomBits(rows | 1, columns) for rows, columns in zip(hashes[::2], hashes[1::2], strict=True)]
+
+
+def multiply_add_(tensor: Tensor, factor: float, addend: Tensor | None, bits: RandomBits | None) -> None:
+    """``tensor <- factor * tensor + addend`` in half precision, computed in float32 and rounded once, in place.
+
+    Args:
+        tensor: In half precision.
+        factor: Of float32's precision.
+        addend: Of the tensor's shape; None for none.
+        bits: To round stochastically; None rounds to the nearest number.
+    """
+    addends = [] if addend is None else [addend]
+    for (part, *its_addends), its_bits in blocks([tensor, *addends], bits):
+        wide = part.float().mul_(factor)
+        for each in its_addends:
+            wide.add_(each)
+        _store(part, wide, its_bits)
+
+
+def store_(tensor: Tensor, values: Tensor, bits: RandomBits | None) -> None:
+    """``tensor <- values``, float32 numbers rounded to half precision; without ``bits`` to the nearest numbers."""
+    for (part, its_values), its_bits in blocks([tensor, values], bits):
+        _store(part, its_values, its_bits)
+
+
+def blocks(
+    tensors: Sequence[Tensor], bits: RandomBits | None, entries: int | None = None
+) -> Iterator[tuple[Sequence[Tensor], RandomBits | None]]:
+    """Cut tensors of one shape, and its random bits, into blocks.
+
+    Args:
+        tensors: The memory order of the first one decides how to cut.
+        bits: Those of a tensor of this shape; None for none.
+        entries: How many a block has at most (default: None, what is fast to round on their device).
+    """
+    first = tensors[0]
+    if entries is None:
+        entries = BLOCK * torch.get_num_threads() if first.device.type == "cpu" else BATCH
+    if first.numel() <= entries:
+        yield tensors, bits
+        return
+    dim = max((dim for dim, size in enumerate(first.shape) if size > 1), key=first.stride)
+    size = max(1, entries * first.shape[dim] // first.numel())
+    factors = () if bits is None else tuple(each.expand_as(first) for each in bits)
+    for pieces in zip(*(each.split(size, dim) for each in (*tensors, *factors)), strict=True):
+        its_tensors, its_factors = pieces[: len(tensors)], pieces[len(tensors) :]
+        yield from blocks(its_tensors, RandomBits(*its_factors) if its_factors else None, entries)
+
+
+def _store(part: Tensor, values: Tensor, bits: RandomBits | None) -> None:
+    """Round a block; stochastically by adding a random number to the bits that are then cut off.
+
+    It is uniform on all that these bits can be, so it carries over into the last one that is kept with the probability
+    that is wanted, and a number that the dtype has stays as it is. Infinite numbers become NaN.
+    """
+    if bits is None:
+        part.copy_(values)
+        return
+    spare, scale = _SPARE_BITS[part.dtype], _SCALES[part.dtype]
+    values = values if scale == 1.0 else values * scale
+    noise = torch.empty_like(values, dtype=torch.int32)
+    torch.mul(bits.rows, bits.columns, out=noise).bitwise_right_shift_(32 - spare).bitwise_and_(2**spare - 1)
+    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(2**spare)).view(torch.float32)
+    rounded.add_(values, alpha=0)  # the bits of NaN, with noise added, may be those of a number
+    part.copy_(rounded if scale == 1.0 else rounded / scale)
+
+
+def _hash(numbers: Tensor) -> Tensor:
+    """A bijection of int32 that looks random (Murmur3's final mix)."""
+    numbers = (numbers ^ _shifted(numbers, 16)) * -0x7A143595
+    numbers = (numbers ^ _shifted(numbers, 13)) * -0x3D4D51CB
+    return numbers ^ _shifted(numbers, 16)
+
+
+def _shifted(numbers: Tensor, shift: int) -> Tensor:
+    """``numbers >> shift``, with zeros from the left also where they are negative."""
+    return numbers.bitwise_right_shift(shift).bitwise_and_(2 ** (32 - shift) - 1)
