@@ -46,6 +46,12 @@ NOT_COPIED: Final = {
 }
 """What a copy or an unpickled optimizer lacks: a process group cannot be copied, a callable not always."""
 
+NOT_COMPILED: Final = (
+    "step() of Dion2 runs as it is, with a graph break: it reads groups and placements anew and may wait for other "
+    "ranks; compile without fullgraph=True"
+)
+"""What torch.compile says of a step where it was asked for one graph."""
+
 
 class MatrixOptimizer(Optimizer):
     """An optimizer whose groups say which algorithm updates them.
@@ -289,6 +295,16 @@ class MatrixOptimizer(Optimizer):
             self.__dict__.setdefault(name, None)
         for group in self.param_groups:
             group.update(self._with_settings(ALGORITHMS[group["algorithm"]], group))
+
+    def _patch_step_function(self) -> None:
+        """Wrap ``step`` in its hooks, as torch does, and have ``torch.compile`` leave both alone.
+
+        What is compiled inside, such as the model that a closure calls, stays compiled.
+        """
+        super()._patch_step_function()
+        kind = type(self)
+        if not hasattr(kind.step, "_torchdynamo_disable"):
+            kind.step = torch.compiler.disable(kind.step, reason=NOT_COMPILED)  # type: ignore[method-assign]
 
     def _checked(self, group: Group) -> Group:
         """A group with all settings, checked with its parameters."""
