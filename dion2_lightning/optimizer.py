@@ -1,8 +1,9 @@
 """The optimizer: parameter groups, their state, ``step()`` and checkpoints. It names no algorithm."""
 
+import math
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast, overload
 
 import torch
@@ -15,12 +16,14 @@ from dion2_lightning.algorithms.hyperparameters import flag, plain
 from dion2_lightning.distributed.collectives import (
     check_agreement,
     on_any_rank,
+    on_every_rank,
     place_gradients,
     refuse_unreachable,
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
+from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import is_dtensor, local_gradient, refuse_misplaced
+from dion2_lightning.matrices.layout import group_by, is_dtensor, local_gradient, refuse_misplaced
 from dion2_lightning.matrices.views import SlicedParameter
 from dion2_lightning.parameter_groups import (
     Group,
@@ -108,6 +111,7 @@ class MatrixOptimizer(Optimizer):
         self.route_parameters = None
         self._settings = plain(settings)
         self._selections: dict[Tensor, Selection] = {}
+        self._skipped_steps: Tensor | int = 0
         self._failure: str | None = None
         self._is_agreed = False
         if isinstance(params, Tensor):
@@ -176,6 +180,7 @@ class MatrixOptimizer(Optimizer):
         self._check_placements()
         self._check_agreement()
         self._check_gradients()
+        gates = self._gates()
         is_first = not self.state
         self._create_state()
         self._selections = {}
@@ -187,6 +192,7 @@ class MatrixOptimizer(Optimizer):
             share_replicas=self.share_replicas,
             observer=None if skipped else self.observer,
             selections=self._selections,
+            gates=gates,
         )
         if context.observer is not None:
             context.observer.begin_step()
@@ -221,6 +227,11 @@ class MatrixOptimizer(Optimizer):
                 f"parameter of shape {tuple(parameter.shape)} is in no group whose algorithm selects slices of matrices"
             )
         return None
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``check_finite="skip"`` has skipped since the optimizer was made; waits for the device."""
+        return int(self._skipped_steps)
 
     def sliced_parameters(self) -> list[SlicedParameter]:
         """Return the parameters of whose matrices steps select slices, in the order of the groups."""
@@ -289,7 +300,7 @@ class MatrixOptimizer(Optimizer):
                 stacklevel=2,
             )
         super().__setstate__(state)
-        self._selections = {}
+        self._selections, self._skipped_steps = {}, 0
         self._is_agreed = False
         for name in ("_failure", "orthonormalize", "process_group", "share_replicas", "observer", "route_parameters"):
             self.__dict__.setdefault(name, None)
@@ -364,7 +375,7 @@ class MatrixOptimizer(Optimizer):
         checked = [
             (label, parameter, ~_on_every_entry(parameter, torch.isfinite).all())
             for group, parameter, label in everything
-            if group["check_finite"]
+            if group["check_finite"] is True
         ]
         if not checked:
             return
@@ -372,6 +383,19 @@ class MatrixOptimizer(Optimizer):
         for label, is_broken in zip(labels, on_any_rank(flags, parameters, self.process_group), strict=True):
             if is_broken:
                 raise FloatingPointError(f"{label} has a gradient with NaN or Inf; no weight and no state was changed")
+
+    def _gates(self) -> dict[torch.device, Gate]:
+        """What lets the step through on each device, where ``check_finite`` asks to skip it for a bad gradient.
+
+        All ranks decide alike, and all groups are skipped together.
+        """
+        checked = [parameter for group, parameter, _ in self._labelled() if group["check_finite"] == "skip"]
+        if not checked:
+            return {}
+        parameters = [parameter for _, parameter, _ in self._labelled()]
+        is_open = on_every_rank(_have_finite_gradients(checked), parameters, self.process_group)
+        self._skipped_steps = self._skipped_steps + is_open.logical_not()
+        return {device: Gate(is_open.to(device)) for device in dict.fromkeys(each.device for each in parameters)}
 
     def _check_agreement(self) -> None:
         """Compare parameters and settings with the other ranks: at the first step, after loads and added groups."""
@@ -430,6 +454,16 @@ class MatrixOptimizer(Optimizer):
 def _settings_of(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What a group says about the update, which ranks that share parameters must have in common."""
     return [(name, value) for name, value in group.items() if name not in NOT_SETTINGS]
+
+
+def _have_finite_gradients(parameters: Sequence[Tensor]) -> Tensor:
+    """Whether no gradient on this rank holds NaN or Inf: boolean, 0-d, on the device of the first parameter."""
+    gradients = [gradient for each in parameters if (gradient := local_gradient(each)) is not None and gradient.numel()]
+    finite = torch.ones((), dtype=torch.bool, device=parameters[0].device)
+    for alike in group_by(gradients, lambda gradient: (gradient.device, gradient.dtype)).values():
+        largest = torch.stack(torch._foreach_norm(alike, math.inf))  # NaN where there is one
+        finite = finite & (largest < math.inf).all().to(finite.device)
+    return finite
 
 
 def _on_every_entry(parameter: Tensor, test: Callable[[Tensor], Tensor]) -> Tensor:

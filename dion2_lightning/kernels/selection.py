@@ -55,15 +55,24 @@ def gather(slices: Tensor, indices: Tensor) -> Tensor:
     return slices.mT.gather(-1, _across(indices, slices)).mT
 
 
-def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float) -> None:
+def multiplied(values: Tensor, factor: float | Tensor) -> Tensor:
+    """Return values times a factor, in their precision; half precision is multiplied in float32 and rounded."""
+    if not isinstance(factor, Tensor):
+        return values * factor
+    precise = torch.promote_types(values.dtype, torch.float32)  # torch would round a factor that is a tensor
+    return (values.to(precise) * factor).to(values.dtype)
+
+
+def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float | Tensor) -> None:
     """Multiply the slices at ``indices``, which :func:`gather` has just returned, by ``factor``, in place."""
     if _runs_along_slices(slices):
-        slices.flatten(0, 1).index_copy_(0, _flat(indices, slices), gathered.flatten(0, 1) * factor)
+        slices.flatten(0, 1).index_copy_(0, _flat(indices, slices), multiplied(gathered.flatten(0, 1), factor))
     else:
         # Writing single columns costs more than a pass over the whole, which is in cache. Above, a momentum in half
         # precision is multiplied by the factor itself; so must it be here.
         precise = torch.promote_types(slices.dtype, torch.float32)
         factors = torch.ones(slices.shape[:2], dtype=precise, device=slices.device)
+        factor = factor.expand(indices.shape) if isinstance(factor, Tensor) else factor
         slices.mul_(factors.scatter_(-1, indices, factor).unsqueeze(-1))
 
 
