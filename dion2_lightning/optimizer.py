@@ -1,6 +1,5 @@
 """The optimizer: parameter groups, their state, ``step()`` and checkpoints. It names no algorithm."""
 
-import math
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from dion2_lightning.distributed.collectives import (
     refuse_unreachable,
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
-from dion2_lightning.kernels.gate import Gate
+from dion2_lightning.kernels.gate import Gate, are_finite
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import group_by, is_dtensor, local_gradient, refuse_misplaced
 from dion2_lightning.matrices.views import SlicedParameter
@@ -372,14 +371,11 @@ class MatrixOptimizer(Optimizer):
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(f"{label} has a gradient stored as {parameter.grad.layout}; use sparse=False")
         place_gradients(parameter for _, parameter, _ in everything)
-        checked = [
-            (label, parameter, ~_on_every_entry(parameter, torch.isfinite).all())
-            for group, parameter, label in everything
-            if group["check_finite"] is True
-        ]
+        checked = [(label, parameter) for group, parameter, label in everything if group["check_finite"] is True]
         if not checked:
             return
-        labels, parameters, flags = zip(*checked, strict=True)
+        labels, parameters = zip(*checked, strict=True)
+        flags = [is_finite.logical_not() for is_finite in _have_finite_gradients(parameters)]
         for label, is_broken in zip(labels, on_any_rank(flags, parameters, self.process_group), strict=True):
             if is_broken:
                 raise FloatingPointError(f"{label} has a gradient with NaN or Inf; no weight and no state was changed")
@@ -393,7 +389,9 @@ class MatrixOptimizer(Optimizer):
         if not checked:
             return {}
         parameters = [parameter for _, parameter, _ in self._labelled()]
-        is_open = on_every_rank(_have_finite_gradients(checked), parameters, self.process_group)
+        by_device = group_by(_have_finite_gradients(checked), lambda is_finite: is_finite.device).values()
+        of_devices = [torch.stack(flags).all().to(checked[0].device) for flags in by_device]
+        is_open = on_every_rank(torch.stack(of_devices).all(), parameters, self.process_group)
         self._skipped_steps = self._skipped_steps + is_open.logical_not()
         return {device: Gate(is_open.to(device)) for device in dict.fromkeys(each.device for each in parameters)}
 
@@ -456,14 +454,15 @@ def _settings_of(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in group.items() if name not in NOT_SETTINGS]
 
 
-def _have_finite_gradients(parameters: Sequence[Tensor]) -> Tensor:
-    """Whether no gradient on this rank holds NaN or Inf: boolean, 0-d, on the device of the first parameter."""
-    gradients = [gradient for each in parameters if (gradient := local_gradient(each)) is not None and gradient.numel()]
-    finite = torch.ones((), dtype=torch.bool, device=parameters[0].device)
-    for alike in group_by(gradients, lambda gradient: (gradient.device, gradient.dtype)).values():
-        largest = torch.stack(torch._foreach_norm(alike, math.inf))  # NaN where there is one
-        finite = finite & (largest < math.inf).all().to(finite.device)
-    return finite
+def _have_finite_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Which gradients, as far as this rank has them, hold neither NaN nor Inf: boolean, 0-d, on their devices."""
+    flags = [torch.ones((), dtype=torch.bool, device=parameter.device) for parameter in parameters]
+    gradients = [(index, local_gradient(parameter)) for index, parameter in enumerate(parameters)]
+    present = [(index, gradient) for index, gradient in gradients if gradient is not None and gradient.numel()]
+    for alike in group_by(present, lambda pair: (pair[1].device, pair[1].dtype)).values():
+        for (index, _), is_finite in zip(alike, are_finite([gradient for _, gradient in alike]), strict=True):
+            flags[index] = is_finite
+    return flags
 
 
 def _on_every_entry(parameter: Tensor, test: Callable[[Tensor], Tensor]) -> Tensor:

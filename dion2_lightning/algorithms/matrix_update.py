@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
-from dion2_lightning.algorithms.algorithm import Member, StepContext, matrices_of
+from dion2_lightning.algorithms.algorithm import HALF_PRECISION, Member, StepContext, matrices_of
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.orthonormalize import orthonormalize
 from dion2_lightning.kernels.precision import sum_dtype
@@ -251,8 +251,13 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
     if ungated:
         torch._foreach_mul_([update.weight for update in ungated], [update.shrink for update in ungated])
     for update in decaying:
-        if update.gate is not None:
-            update.weight.copy_(multiplied(update.weight, update.number(update.shrink, 1.0, update.weight)))
+        if update.gate is None:
+            continue
+        factor = update.number(update.shrink, 1.0, update.weight)
+        if update.weight.dtype in HALF_PRECISION:
+            update.weight.copy_(multiplied(update.weight, factor))
+        else:
+            update.weight.mul_(factor)
 
 
 def apply(

@@ -1,5 +1,7 @@
-"""A step that the device itself takes or skips, so that the host need not wait to know."""
+"""A step that the device itself takes or skips, so that the host need not wait to know; and what decides it."""
 
+import math
+from collections.abc import Sequence
 from functools import cached_property, partial
 
 import torch
@@ -33,3 +35,17 @@ class Gate:
     def found_inf(self) -> Tensor:
         """What torch's fused optimizers ask for: 0 where open, 1 where closed, in float32."""
         return self.is_open.logical_not().float()
+
+
+def are_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return which tensors hold neither NaN nor Inf: boolean, (count,).
+
+    Args:
+        tensors: Not empty, of one device and dtype. Each is read once.
+    """
+    # The largest of |x|, and NaN where there is one. A CPU takes 7 times as long for norms as for both extremes.
+    if tensors[0].device.type == "cpu":
+        largest = torch.stack([torch.stack(torch.aminmax(tensor)).abs().amax() for tensor in tensors])
+    else:
+        largest = torch.stack(torch._foreach_norm(tensors, math.inf))
+    return largest < math.inf

@@ -56,11 +56,8 @@ def gather(slices: Tensor, indices: Tensor) -> Tensor:
 
 
 def multiplied(values: Tensor, factor: float | Tensor) -> Tensor:
-    """Return values times a factor, in their precision; half precision is multiplied in float32 and rounded."""
-    if not isinstance(factor, Tensor):
-        return values * factor
-    precise = torch.promote_types(values.dtype, torch.float32)  # torch would round a factor that is a tensor
-    return (values.to(precise) * factor).to(values.dtype)
+    """Return values times a factor, in their precision; torch alone would first round a factor in a tensor to that."""
+    return (values.to(factor.dtype) * factor).to(values.dtype) if isinstance(factor, Tensor) else values * factor
 
 
 def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float | Tensor) -> None:

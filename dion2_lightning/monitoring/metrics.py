@@ -182,7 +182,8 @@ HEALTH_CHECKS: Final = (
         "non-finite update",
         lambda row, _: not math.isfinite(row.squared_update),
         lambda row: f"sum of squares {row.squared_update}",
-        "weights are damaged; go back to a checkpoint, and let check_finite=True name bad gradients in time",
+        "weights are damaged; go back to a checkpoint, and let check_finite=True name bad gradients in time, or "
+        '"skip" leave such steps out',
     ),
     HealthCheck(
         "update far from orthonormal",

@@ -83,6 +83,6 @@ def _message(names: Collection[str]) -> str:
     shown = ", ".join(map(repr, list(names)[:3]))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"parameter {shown}{more} of the model: gradients arrive, but no optimizer trains it. It was frozen when this "
-        f"optimizer was built, or was not in the model. To train it: {ADD_THEM}"
+        f"parameter {shown}{more} of the model gets gradients, and no optimizer trains it: it was frozen when this one "
+        f"was built, or not in the model yet. To train it: {ADD_THEM}"
     )

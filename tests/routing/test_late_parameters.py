@@ -18,7 +18,7 @@ from dion2_lightning import Dion2, build_optimizer
 from dion2_lightning.routing.late_parameters import ADD_THEM
 from tests.distributed.ranks import run_on_ranks
 
-LATE = "^parameter '0.weight', '0.bias' of the model: gradients arrive, but no optimizer trains it"
+LATE = "^parameter '0.weight', '0.bias' of the model gets gradients, and no optimizer trains it: it was frozen when"
 
 
 def make_model() -> Any:
