@@ -28,6 +28,7 @@ from dion2_lightning.distributed.strategies import (
     trainer_of,
 )
 from dion2_lightning.optimizer import MatrixOptimizer
+from dion2_lightning.routing.late_parameters import check_after_steps
 from dion2_lightning.routing.replaced_parameters import check_before_steps
 from dion2_lightning.routing.router import route_parameters
 
@@ -192,7 +193,8 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
             strategy or wrapper that leaves no matrices, such as FSDP1 and DeepSpeed ZeRO; or a LightningModule that
             has yet to make its parameters in ``configure_model``.
 
-    A step of the optimizer raises RuntimeError where the model has replaced parameters since.
+    A step of the optimizer raises RuntimeError where the model has replaced parameters since, and warns of parameters
+    that get gradients and that nothing trains, such as those that were frozen when it was built.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -238,6 +240,8 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
 
     optimizer.route_parameters = route_added
     check_before_steps(optimizer, model)
+    if _is_rank_zero():
+        check_after_steps(optimizer, model)
     trainer = trainer_of(model) or trainer_of(arguments.strategy)
     if trainer is not None:
         for prepare in TRAINER_HOOKS:

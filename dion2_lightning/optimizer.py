@@ -2,7 +2,7 @@
 
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast, overload
 
 import torch
@@ -15,12 +15,14 @@ from dion2_lightning.algorithms.hyperparameters import flag, plain
 from dion2_lightning.distributed.collectives import (
     check_agreement,
     on_any_rank,
+    on_every_rank,
     place_gradients,
     refuse_unreachable,
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
+from dion2_lightning.kernels.gate import Gate, are_finite
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import is_dtensor, local_gradient, refuse_misplaced
+from dion2_lightning.matrices.layout import group_by, is_dtensor, local_gradient, refuse_misplaced
 from dion2_lightning.matrices.views import SlicedParameter
 from dion2_lightning.parameter_groups import (
     Group,
@@ -45,6 +47,12 @@ NOT_COPIED: Final = {
     "orthonormalize": "its custom orthonormalization, so it uses the package's own",
 }
 """What a copy or an unpickled optimizer lacks: a process group cannot be copied, a callable not always."""
+
+NOT_COMPILED: Final = (
+    "step() of Dion2 runs as it is, with a graph break: it reads groups and placements anew and may wait for other "
+    "ranks; compile without fullgraph=True"
+)
+"""What torch.compile says of a step where it was asked for one graph."""
 
 
 class MatrixOptimizer(Optimizer):
@@ -102,6 +110,7 @@ class MatrixOptimizer(Optimizer):
         self.route_parameters = None
         self._settings = plain(settings)
         self._selections: dict[Tensor, Selection] = {}
+        self._skipped_steps: Tensor | int = 0
         self._failure: str | None = None
         self._is_agreed = False
         if isinstance(params, Tensor):
@@ -170,6 +179,7 @@ class MatrixOptimizer(Optimizer):
         self._check_placements()
         self._check_agreement()
         self._check_gradients()
+        gates = self._gates()
         is_first = not self.state
         self._create_state()
         self._selections = {}
@@ -181,6 +191,7 @@ class MatrixOptimizer(Optimizer):
             share_replicas=self.share_replicas,
             observer=None if skipped else self.observer,
             selections=self._selections,
+            gates=gates,
         )
         if context.observer is not None:
             context.observer.begin_step()
@@ -215,6 +226,11 @@ class MatrixOptimizer(Optimizer):
                 f"parameter of shape {tuple(parameter.shape)} is in no group whose algorithm selects slices of matrices"
             )
         return None
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``check_finite="skip"`` has skipped since the optimizer was made; waits for the device."""
+        return int(self._skipped_steps)
 
     def sliced_parameters(self) -> list[SlicedParameter]:
         """Return the parameters of whose matrices steps select slices, in the order of the groups."""
@@ -283,12 +299,22 @@ class MatrixOptimizer(Optimizer):
                 stacklevel=2,
             )
         super().__setstate__(state)
-        self._selections = {}
+        self._selections, self._skipped_steps = {}, 0
         self._is_agreed = False
         for name in ("_failure", "orthonormalize", "process_group", "share_replicas", "observer", "route_parameters"):
             self.__dict__.setdefault(name, None)
         for group in self.param_groups:
             group.update(self._with_settings(ALGORITHMS[group["algorithm"]], group))
+
+    def _patch_step_function(self) -> None:
+        """Wrap ``step`` in its hooks, as torch does, and have ``torch.compile`` leave both alone.
+
+        What is compiled inside, such as the model that a closure calls, stays compiled.
+        """
+        super()._patch_step_function()
+        kind = type(self)
+        if not hasattr(kind.step, "_torchdynamo_disable"):
+            kind.step = torch.compiler.disable(kind.step, reason=NOT_COMPILED)  # type: ignore[method-assign]
 
     def _checked(self, group: Group) -> Group:
         """A group with all settings, checked with its parameters."""
@@ -345,17 +371,29 @@ class MatrixOptimizer(Optimizer):
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(f"{label} has a gradient stored as {parameter.grad.layout}; use sparse=False")
         place_gradients(parameter for _, parameter, _ in everything)
-        checked = [
-            (label, parameter, ~_on_every_entry(parameter, torch.isfinite).all())
-            for group, parameter, label in everything
-            if group["check_finite"]
-        ]
+        checked = [(label, parameter) for group, parameter, label in everything if group["check_finite"] is True]
         if not checked:
             return
-        labels, parameters, flags = zip(*checked, strict=True)
+        labels, parameters = zip(*checked, strict=True)
+        flags = [is_finite.logical_not() for is_finite in _have_finite_gradients(parameters)]
         for label, is_broken in zip(labels, on_any_rank(flags, parameters, self.process_group), strict=True):
             if is_broken:
                 raise FloatingPointError(f"{label} has a gradient with NaN or Inf; no weight and no state was changed")
+
+    def _gates(self) -> dict[torch.device, Gate]:
+        """What lets the step through on each device, where ``check_finite`` asks to skip it for a bad gradient.
+
+        All ranks decide alike, and all groups are skipped together.
+        """
+        checked = [parameter for group, parameter, _ in self._labelled() if group["check_finite"] == "skip"]
+        if not checked:
+            return {}
+        parameters = [parameter for _, parameter, _ in self._labelled()]
+        by_device = group_by(_have_finite_gradients(checked), lambda is_finite: is_finite.device).values()
+        of_devices = [torch.stack(flags).all().to(checked[0].device) for flags in by_device]
+        is_open = on_every_rank(torch.stack(of_devices).all(), parameters, self.process_group)
+        self._skipped_steps = self._skipped_steps + is_open.logical_not()
+        return {device: Gate(is_open.to(device)) for device in dict.fromkeys(each.device for each in parameters)}
 
     def _check_agreement(self) -> None:
         """Compare parameters and settings with the other ranks: at the first step, after loads and added groups."""
@@ -414,6 +452,17 @@ class MatrixOptimizer(Optimizer):
 def _settings_of(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What a group says about the update, which ranks that share parameters must have in common."""
     return [(name, value) for name, value in group.items() if name not in NOT_SETTINGS]
+
+
+def _have_finite_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Which gradients, as far as this rank has them, hold neither NaN nor Inf: boolean, 0-d, on their devices."""
+    flags = [torch.ones((), dtype=torch.bool, device=parameter.device) for parameter in parameters]
+    gradients = [(index, local_gradient(parameter)) for index, parameter in enumerate(parameters)]
+    present = [(index, gradient) for index, gradient in gradients if gradient is not None and gradient.numel()]
+    for alike in group_by(present, lambda pair: (pair[1].device, pair[1].dtype)).values():
+        for (index, _), is_finite in zip(alike, are_finite([gradient for _, gradient in alike]), strict=True):
+            flags[index] = is_finite
+    return flags
 
 
 def _on_every_entry(parameter: Tensor, test: Callable[[Tensor], Tensor]) -> Tensor:

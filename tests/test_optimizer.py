@@ -520,6 +520,36 @@ def test_schedulers_that_cycle_momentum_are_refused_by_torch(scheduler):
         scheduler(Dion2(groups_of(model_of()), lr=0.1))
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer, rates: torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=rates, total_steps=10, cycle_momentum=False
+        ),
+        lambda optimizer, rates: torch.optim.lr_scheduler.CyclicLR(
+            optimizer, base_lr=[rate / 10 for rate in rates], max_lr=rates, step_size_up=4, cycle_momentum=False
+        ),
+        lambda optimizer, rates: torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, patience=0, min_lr=[rate / 10 for rate in rates]
+        ),
+    ],
+    ids=["one cycle", "cyclic", "plateau"],
+)
+def test_schedulers_of_absolute_rates_take_one_for_each_group(scheduler):
+    """One number would be the rate of all groups."""
+    model = model_of()
+    matrices, rest = groups_of(model)
+    optimizer = Dion2([matrices, {**rest, "lr": 0.02}], lr=0.1)
+    schedule = scheduler(optimizer, [group["lr"] for group in optimizer.param_groups])
+    rates = []
+    for step in range(8):
+        train(model, optimizer, range(step, step + 1))
+        schedule.step(*([1.0] if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert len({first for first, _ in rates}) > 1
+    assert all(second == pytest.approx(first / 5) for first, second in rates)
+
+
 def _from_transformers(
     name: str, optimizer: torch.optim.Optimizer, options: dict
 ) -> torch.optim.lr_scheduler.LRScheduler:

@@ -62,6 +62,12 @@ SECTIONS: Final = (
         arguments={"name": "smollm2-135m", "rows": 16, "length": 1024},
         needs=("transformers", "lightning"),
     ),
+    Section(
+        "compiled",
+        "Compiled training steps, CUDA graphs among them: two models in turn, at changing learning rates",
+        "benchmarks.gpu.compiled:compare",
+        minutes=1.5,
+    ),
     Section("attention", "Attentions on packed rows", "benchmarks.gpu.attention:compare", 1.5, needs=FRAMEWORKS),
     *(
         Section(

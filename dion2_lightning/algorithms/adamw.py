@@ -12,6 +12,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from dion2_lightning.algorithms.algorithm import Algorithm, Member, StateTensor, StepContext, StepWork
 from dion2_lightning.algorithms.hyperparameters import SharedSettings, not_negative, setting, two_decay_rates
+from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.matrices.layout import group_by, local, local_gradient
 
 
@@ -39,10 +40,10 @@ class AdamWAlgorithm(Algorithm):
 
     def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
         """Plan a step on the parameters that have a gradient."""
-        return StepWork(local=[partial(_update, members)])
+        return StepWork(local=[partial(_update, members, context.gates)])
 
 
-def _update(members: Sequence[Member]) -> None:
+def _update(members: Sequence[Member], gates: Mapping[torch.device, Gate]) -> None:
     """Take one step; the fused kernel takes one group, device and dtype at a time."""
     present = [member for member in members if member.parameter.grad is not None]
 
@@ -53,6 +54,9 @@ def _update(members: Sequence[Member]) -> None:
         weights = [local(parameter) for parameter, _, _, _ in bucket]
         gradients = [local_gradient(parameter) for parameter, _, _, _ in bucket]
         states, group = [state for _, state, _, _ in bucket], bucket[0].group
+        gate, is_fused = gates.get(weights[0].device), _is_fused(weights)
+        if gate is not None and not is_fused and not gate.is_open:  # only the fused kernel skips by itself
+            continue
         _place_steps(states, _step_device(bucket[0].parameter))
         adamw(
             weights,
@@ -61,7 +65,8 @@ def _update(members: Sequence[Member]) -> None:
             [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
-            fused=_is_fused(weights) or None,  # None: torch chooses between foreach and a loop
+            fused=is_fused or None,  # None: torch chooses between foreach and a loop
+            found_inf=gate.found_inf if gate is not None and is_fused else None,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

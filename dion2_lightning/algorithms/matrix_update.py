@@ -11,10 +11,11 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
-from dion2_lightning.algorithms.algorithm import Member, StepContext, matrices_of
+from dion2_lightning.algorithms.algorithm import HALF_PRECISION, Member, StepContext, matrices_of
+from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.orthonormalize import orthonormalize
 from dion2_lightning.kernels.precision import sum_dtype
-from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest
+from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest, multiplied
 from dion2_lightning.matrices.layout import (
     Layout,
     Spans,
@@ -52,6 +53,7 @@ class MatrixUpdate:
         step_size: lr times the scale rule.
         shrink: 1 - lr * weight_decay.
         dtype: Precision of the orthonormalization.
+        gate: What decides on the device whether the step is taken; None where every step is.
     """
 
     parameter: Tensor
@@ -68,6 +70,7 @@ class MatrixUpdate:
     step_size: float
     shrink: float
     dtype: torch.dtype
+    gate: Gate | None
 
     @classmethod
     def of(
@@ -102,7 +105,14 @@ class MatrixUpdate:
             step_size=step_size,
             shrink=shrink,
             dtype=dtype,
+            gate=context.gates.get(local(parameter).device),
         )
+
+    def number(self, value: float, neutral: float, of: Tensor) -> float | Tensor:
+        """Return a number that the update multiplies a tensor by; the neutral one in a step that is skipped."""
+        if self.gate is None:
+            return value
+        return self.gate.number(value, neutral, torch.promote_types(of.dtype, torch.float32))
 
     @property
     def slices(self) -> int:
@@ -151,7 +161,7 @@ Rescale = Callable[[MatrixUpdate, Tensor, Tensor], Tensor]
 It is given the parameter, K (count, k), and the sums of squares of the slices of O, (count, k) in float32. Every rank
 that holds a part or a replica of the matrices calls it with the same numbers, so a state that it reads and writes, such
 as a variance for each slice, belongs on all of them: placed by ``stack_placements``, or replicated where there is one
-matrix.
+matrix. Where ``update.gate`` is closed, such a state must stay as it is.
 """
 
 
@@ -182,10 +192,14 @@ def _bounded(items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T
 
 def accumulate(updates: Sequence[MatrixUpdate]) -> None:
     """M <- M + G, where there is a G."""
-    present = [(update.momentum, update.gradient) for update in updates if update.gradient is not None]
-    if present:
-        momenta, gradients = zip(*present, strict=True)
+    present = [(update.momentum, update.gradient, update.gate) for update in updates if update.gradient is not None]
+    ungated = [(momentum, gradient) for momentum, gradient, gate in present if gate is None]
+    if ungated:
+        momenta, gradients = zip(*ungated, strict=True)
         torch._foreach_add_(momenta, gradients)
+    for momentum, gradient, gate in present:
+        if gate is not None:  # one at a time, as each takes the memory of a gradient
+            momentum.add_(gate.gradient(gradient))
 
 
 def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -196,7 +210,7 @@ def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[T
 def take(momentum: Tensor, indices: Tensor, update: MatrixUpdate) -> Tensor:
     """S <- M[K], then M[K] <- mu M[K]; S in the precision of the orthonormalization."""
     submatrices = gather(momentum, indices)
-    decay_(momentum, indices, submatrices, update.momentum_factor)
+    decay_(momentum, indices, submatrices, update.number(update.momentum_factor, 1.0, momentum))
     return submatrices.to(update.dtype)
 
 
@@ -233,8 +247,17 @@ def square_sums(result: Tensor) -> Tensor:
 def shrink(updates: Sequence[MatrixUpdate]) -> None:
     """X <- (1 - lr weight_decay) X."""
     decaying = [update for update in updates if update.shrink != 1.0]
-    if decaying:
-        torch._foreach_mul_([update.weight for update in decaying], [update.shrink for update in decaying])
+    ungated = [update for update in decaying if update.gate is None]
+    if ungated:
+        torch._foreach_mul_([update.weight for update in ungated], [update.shrink for update in ungated])
+    for update in decaying:
+        if update.gate is None:
+            continue
+        factor = update.number(update.shrink, 1.0, update.weight)
+        if update.weight.dtype in HALF_PRECISION:
+            update.weight.copy_(multiplied(update.weight, factor))
+        else:
+            update.weight.mul_(factor)
 
 
 def apply(
@@ -247,7 +270,7 @@ def apply(
 ) -> None:
     """X[K] <- X[K] - lr scale O, each slice times its factor where there are any, of shape (count, k)."""
     precise = torch.promote_types(weight.dtype, torch.float32)
-    change = result.to(precise) * -update.step_size
+    change = result.to(precise) * update.number(-update.step_size, 0.0, weight)
     if factors is not None:
         change *= factors.unsqueeze(-1)
     add_(weight, indices, change)

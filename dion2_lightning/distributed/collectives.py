@@ -76,6 +76,20 @@ def on_any_rank(
     return result
 
 
+def on_every_rank(flag: Tensor, parameters: Sequence[Tensor], process_group: "ProcessGroup | None") -> Tensor:
+    """Return whether a flag, boolean and 0-d, is set on every rank that holds a part or a replica of a parameter.
+
+    It is the same flag on all of them, on the device, and the host does not wait for it.
+    """
+    meshes = {getattr(each, "device_mesh", None): each.device for each in parameters}
+    devices = {group: device for mesh, device in meshes.items() for group in _groups_around(mesh, process_group)}
+    for group, device in devices.items():
+        is_set = flag.to(device, torch.int32)
+        dist.all_reduce(is_set, op=dist.ReduceOp.MIN, group=group)
+        flag = is_set.bool()
+    return flag
+
+
 def check_agreement(
     descriptions: Sequence[str], parameters: Sequence[Tensor], process_group: "ProcessGroup | None"
 ) -> None:

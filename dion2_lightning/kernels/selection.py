@@ -55,15 +55,21 @@ def gather(slices: Tensor, indices: Tensor) -> Tensor:
     return slices.mT.gather(-1, _across(indices, slices)).mT
 
 
-def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float) -> None:
+def multiplied(values: Tensor, factor: float | Tensor) -> Tensor:
+    """Return values times a factor, in their precision; torch alone would first round a factor in a tensor to that."""
+    return (values.to(factor.dtype) * factor).to(values.dtype) if isinstance(factor, Tensor) else values * factor
+
+
+def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float | Tensor) -> None:
     """Multiply the slices at ``indices``, which :func:`gather` has just returned, by ``factor``, in place."""
     if _runs_along_slices(slices):
-        slices.flatten(0, 1).index_copy_(0, _flat(indices, slices), gathered.flatten(0, 1) * factor)
+        slices.flatten(0, 1).index_copy_(0, _flat(indices, slices), multiplied(gathered.flatten(0, 1), factor))
     else:
         # Writing single columns costs more than a pass over the whole, which is in cache. Above, a momentum in half
         # precision is multiplied by the factor itself; so must it be here.
         precise = torch.promote_types(slices.dtype, torch.float32)
         factors = torch.ones(slices.shape[:2], dtype=precise, device=slices.device)
+        factor = factor.expand(indices.shape) if isinstance(factor, Tensor) else factor
         slices.mul_(factors.scatter_(-1, indices, factor).unsqueeze(-1))
 
 

@@ -191,7 +191,8 @@ class SelectionTracker:
         host = table.cpu()  # the one wait for the device
         sums = host[:, :HITS].tolist()
         rows = [ParameterSums(p.info, p.parameter.numel(), *row) for p, row in zip(tracked, sums, strict=True)]
-        self._check_health(rows)
+        # What is frozen by now is in a group too, and is meant to have no gradient.
+        self._check_health([row for row, p in zip(rows, tracked, strict=True) if p.parameter.requires_grad])
         metrics = SelectionMetrics(
             step=self.step,
             overall=compute_metrics(rows),

@@ -1,4 +1,4 @@
-"""The examples of README.md and of the frameworks' pages run as they stand there, TRL's on a CPU and shortened."""
+"""The examples of README.md, the guide and the frameworks' pages run as they stand, TRL's on a CPU and shortened."""
 
 import re
 import warnings
@@ -138,6 +138,21 @@ class TestReadme:
         groups = unwrapped(trainer.optimizer).param_groups
         assert [group["algorithm"] for group in groups] == ["dion2"]
         assert all("lora" in name for group in groups for name in group["param_names"])
+
+
+def test_rates_of_schedules_and_searches(tmp_path: Path) -> None:
+    """Both examples of the guide keep the ratio of the two rates."""
+    schedule, search = examples("docs/fine-tuning.md")
+    optimizer = build_optimizer(make_model(), lr=3e-3, adamw_lr=1e-3)
+    for example, names in ((schedule, {"optimizer": optimizer}), (search, {"model": make_model()})):
+        names = run(example, "docs/fine-tuning.md", names | {"torch": torch, "build_optimizer": build_optimizer})
+        seen = []
+        for _ in range(100):
+            names["optimizer"].step()
+            names["scheduler"].step()
+            seen.append([group["lr"] for group in names["optimizer"].param_groups])
+        assert seen[0][0] < seen[-1][0]
+        assert all(rest == pytest.approx([matrices / 3] * 2) for matrices, *rest in seen)
 
 
 @pytest.mark.parametrize("example", examples("docs/huggingface.md"), ids=range(len(examples("docs/huggingface.md"))))
