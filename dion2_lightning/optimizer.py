@@ -101,6 +101,7 @@ class MatrixOptimizer(Optimizer):
         self.observer = None
         self.route_parameters = None
         self._settings = plain(settings)
+        self._given: dict[str, Group] = {}
         self._selections: dict[Tensor, Selection] = {}
         self._failure: str | None = None
         self._is_agreed = False
@@ -136,7 +137,9 @@ class MatrixOptimizer(Optimizer):
         checked = [self._checked(each) for each in ([group] if "algorithm" in group else self._route(group))]
         self._is_agreed = False
         for each in checked:
-            super().add_param_group({**each, "name": unique_name(each, self.param_groups)})
+            name = unique_name(each, self.param_groups)
+            super().add_param_group({**each, "name": name})
+            self._given[name] = {setting: each[setting] for setting in algorithm_of(each).defaults()}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -231,8 +234,9 @@ class MatrixOptimizer(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore state and groups, exactly: a momentum wider than its parameter is not rounded.
 
-        Parameters are matched by name where both sides know the names, else by position. Settings that the checkpoint
-        does not know keep their present values.
+        Parameters are matched by name where both sides know the names, else by position. The checkpoint's settings
+        replace those that this optimizer was given, and a warning names the ones that differ; settings that the
+        checkpoint does not know keep their present values.
 
         Args:
             state_dict: What :meth:`state_dict` returned; ``state`` and ``params`` may hold names instead of numbers.
@@ -246,7 +250,8 @@ class MatrixOptimizer(Optimizer):
 
         def match(_: Optimizer, incoming: StateDict) -> StateDict:
             try:
-                matched.update(match_state_dict(incoming, self.param_groups))
+                given = [self._given.get(group["name"], {}) for group in self.param_groups]
+                matched.update(match_state_dict(incoming, self.param_groups, given))
             except ValueError:
                 if shares_memory(incoming, self.state):
                     self._failure = "load_state_dict() failed"
@@ -271,7 +276,7 @@ class MatrixOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied, and remember that it was there."""
         lost = [name for name in NOT_COPIED if getattr(self, name) is not None]
-        kept = {name: getattr(self, name) for name in ("_failure", "_settings", "share_replicas")}
+        kept = {name: getattr(self, name) for name in ("_failure", "_given", "_settings", "share_replicas")}
         return {**super().__getstate__(), **kept, "_lost": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -287,6 +292,7 @@ class MatrixOptimizer(Optimizer):
         self._is_agreed = False
         for name in ("_failure", "orthonormalize", "process_group", "share_replicas", "observer", "route_parameters"):
             self.__dict__.setdefault(name, None)
+        self.__dict__.setdefault("_given", {})
         for group in self.param_groups:
             group.update(self._with_settings(ALGORITHMS[group["algorithm"]], group))
 
