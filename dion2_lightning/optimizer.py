@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
-from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StepContext
+from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StateTensor, StepContext
 from dion2_lightning.algorithms.hyperparameters import flag, plain
 from dion2_lightning.distributed.collectives import (
     check_agreement,
@@ -20,7 +20,7 @@ from dion2_lightning.distributed.collectives import (
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import is_dtensor, local_gradient, refuse_misplaced
+from dion2_lightning.matrices.layout import is_dtensor, local, local_gradient, placed, refuse_misplaced
 from dion2_lightning.matrices.views import SlicedParameter
 from dion2_lightning.parameter_groups import (
     Group,
@@ -174,7 +174,7 @@ class MatrixOptimizer(Optimizer):
         self._check_agreement()
         self._check_gradients()
         is_first = not self.state
-        self._create_state()
+        self._prepare_state()
         self._selections = {}
         skipped = self._skipped_on_init_step() if is_first else set()
         context = StepContext(
@@ -386,16 +386,31 @@ class MatrixOptimizer(Optimizer):
         check_agreement(descriptions, [parameter for _, parameter, _ in shared], self.process_group)
         self._is_agreed = True
 
-    def _create_state(self) -> None:
-        """Create the state of every trainable parameter, gradient or not.
+    def _prepare_state(self) -> None:
+        """Create the state of every trainable parameter, gradient or not, and let what there is follow its parameter.
 
-        A checkpoint that lacks some cannot be loaded by ``torch.distributed.checkpoint``.
+        A checkpoint that lacks some cannot be loaded by ``torch.distributed.checkpoint``. And ``model.to(...)`` moves
+        and casts parameters, which leaves their state behind.
         """
         for group in self.param_groups:
+            algorithm = ALGORITHMS[group["algorithm"]]
+            # Of one parameter for each device and dtype: to ask for every parameter takes longer than to compare.
+            expected: dict[tuple[torch.device, torch.dtype], dict[str, StateTensor]] = {}
             for parameter in group["params"]:
-                if parameter.requires_grad and not self.state[parameter]:
-                    state = ALGORITHMS[group["algorithm"]].state(parameter, group)
-                    self.state[parameter] = {name: tensor.zeros_for(parameter) for name, tensor in state.items()}
+                if not parameter.requires_grad:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    whole = algorithm.state(parameter, group).items()
+                    self.state[parameter] = {name: tensor.zeros_for(parameter) for name, tensor in whole}
+                    continue
+                key = parameter.device, parameter.dtype
+                if key not in expected:
+                    expected[key] = algorithm.state(parameter, group)
+                for name, like in expected[key].items():
+                    tensor = state[name]
+                    if like.shape and (tensor.device != like.device or tensor.dtype != like.dtype):
+                        state[name] = placed(local(tensor).to(like.device, like.dtype), tensor)
 
     def _skipped_on_init_step(self) -> set[Tensor]:
         """What a first step leaves out: everything, where every gradient is zero and lr is 0, on every rank.
