@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
-from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StepContext
+from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StateTensor, StepContext
 from dion2_lightning.algorithms.hyperparameters import flag, plain
 from dion2_lightning.distributed.collectives import (
     check_agreement,
@@ -22,7 +22,7 @@ from dion2_lightning.distributed.collectives import (
 from dion2_lightning.distributed.overlap import run_side_by_side
 from dion2_lightning.kernels.gate import Gate, are_finite
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import group_by, is_dtensor, local_gradient, refuse_misplaced
+from dion2_lightning.matrices.layout import group_by, is_dtensor, local, local_gradient, placed, refuse_misplaced
 from dion2_lightning.matrices.views import SlicedParameter
 from dion2_lightning.parameter_groups import (
     Group,
@@ -109,6 +109,7 @@ class MatrixOptimizer(Optimizer):
         self.observer = None
         self.route_parameters = None
         self._settings = plain(settings)
+        self._given: dict[str, Group] = {}
         self._selections: dict[Tensor, Selection] = {}
         self._skipped_steps: Tensor | int = 0
         self._failure: str | None = None
@@ -145,7 +146,9 @@ class MatrixOptimizer(Optimizer):
         checked = [self._checked(each) for each in ([group] if "algorithm" in group else self._route(group))]
         self._is_agreed = False
         for each in checked:
-            super().add_param_group({**each, "name": unique_name(each, self.param_groups)})
+            name = unique_name(each, self.param_groups)
+            super().add_param_group({**each, "name": name})
+            self._given[name] = {setting: each[setting] for setting in algorithm_of(each).defaults()}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -181,7 +184,7 @@ class MatrixOptimizer(Optimizer):
         self._check_gradients()
         gates = self._gates()
         is_first = not self.state
-        self._create_state()
+        self._prepare_state()
         self._selections = {}
         skipped = self._skipped_on_init_step() if is_first else set()
         context = StepContext(
@@ -247,8 +250,9 @@ class MatrixOptimizer(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore state and groups, exactly: a momentum wider than its parameter is not rounded.
 
-        Parameters are matched by name where both sides know the names, else by position. Settings that the checkpoint
-        does not know keep their present values.
+        Parameters are matched by name where both sides know the names, else by position. The checkpoint's settings
+        replace those that this optimizer was given, and a warning names the ones that differ; settings that the
+        checkpoint does not know keep their present values.
 
         Args:
             state_dict: What :meth:`state_dict` returned; ``state`` and ``params`` may hold names instead of numbers.
@@ -262,7 +266,8 @@ class MatrixOptimizer(Optimizer):
 
         def match(_: Optimizer, incoming: StateDict) -> StateDict:
             try:
-                matched.update(match_state_dict(incoming, self.param_groups))
+                given = [self._given.get(group["name"], {}) for group in self.param_groups]
+                matched.update(match_state_dict(incoming, self.param_groups, given))
             except ValueError:
                 if shares_memory(incoming, self.state):
                     self._failure = "load_state_dict() failed"
@@ -287,7 +292,7 @@ class MatrixOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied, and remember that it was there."""
         lost = [name for name in NOT_COPIED if getattr(self, name) is not None]
-        kept = {name: getattr(self, name) for name in ("_failure", "_settings", "share_replicas")}
+        kept = {name: getattr(self, name) for name in ("_failure", "_given", "_settings", "share_replicas")}
         return {**super().__getstate__(), **kept, "_lost": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -303,6 +308,7 @@ class MatrixOptimizer(Optimizer):
         self._is_agreed = False
         for name in ("_failure", "orthonormalize", "process_group", "share_replicas", "observer", "route_parameters"):
             self.__dict__.setdefault(name, None)
+        self.__dict__.setdefault("_given", {})
         for group in self.param_groups:
             group.update(self._with_settings(ALGORITHMS[group["algorithm"]], group))
 
@@ -418,16 +424,31 @@ class MatrixOptimizer(Optimizer):
         check_agreement(descriptions, [parameter for _, parameter, _ in shared], self.process_group)
         self._is_agreed = True
 
-    def _create_state(self) -> None:
-        """Create the state of every trainable parameter, gradient or not.
+    def _prepare_state(self) -> None:
+        """Create the state of every trainable parameter, gradient or not, and let what there is follow its parameter.
 
-        A checkpoint that lacks some cannot be loaded by ``torch.distributed.checkpoint``.
+        A checkpoint that lacks some cannot be loaded by ``torch.distributed.checkpoint``. And ``model.to(...)`` moves
+        and casts parameters, which leaves their state behind.
         """
         for group in self.param_groups:
+            algorithm = ALGORITHMS[group["algorithm"]]
+            # Of one parameter for each device and dtype: to ask for every parameter takes longer than to compare.
+            expected: dict[tuple[torch.device, torch.dtype], dict[str, StateTensor]] = {}
             for parameter in group["params"]:
-                if parameter.requires_grad and not self.state[parameter]:
-                    state = ALGORITHMS[group["algorithm"]].state(parameter, group)
-                    self.state[parameter] = {name: tensor.zeros_for(parameter) for name, tensor in state.items()}
+                if not parameter.requires_grad:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    whole = algorithm.state(parameter, group).items()
+                    self.state[parameter] = {name: tensor.zeros_for(parameter) for name, tensor in whole}
+                    continue
+                key = parameter.device, parameter.dtype
+                if key not in expected:
+                    expected[key] = algorithm.state(parameter, group)
+                for name, like in expected[key].items():
+                    tensor = state[name]
+                    if like.shape and (tensor.device != like.device or tensor.dtype != like.dtype):
+                        state[name] = placed(local(tensor).to(like.device, like.dtype), tensor)
 
     def _skipped_on_init_step(self) -> set[Tensor]:
         """What a first step leaves out: everything, where every gradient is zero and lr is 0, on every rank.

@@ -94,8 +94,11 @@ class WithoutCuda(TorchFunctionMode):
             return arguments[0].logical_not()
         if function is Tensor.copy_:
             return aten.copy_.default(*arguments, **keywords)
-        if function is Tensor.to and isinstance(arguments[-1], torch.device) and arguments[0].device != arguments[-1]:
-            return aten._to_copy.default(arguments[0], device=arguments[-1], **keywords)
+        if function is Tensor.to:
+            device = next((each for each in arguments if isinstance(each, torch.device)), None)
+            dtype = next((each for each in arguments if isinstance(each, torch.dtype)), None)
+            if device not in (None, arguments[0].device):
+                return aten._to_copy.default(arguments[0], device=device, dtype=dtype, **keywords)
         return function(*arguments, **keywords)
 
 
@@ -146,16 +149,17 @@ def test_a_step_on_one_device_neither_waits_nor_sends_anything(check_finite: Any
     assert optimizer.selection_of(matrix).indices.device.type == "cuda"
 
 
-@pytest.mark.parametrize("left_on", ["cpu", "cuda"])
-def test_a_step_count_follows_its_parameter(left_on: str) -> None:
-    """Lightning moves parameters and moments to the device and, after training, back to the CPU, but no step counts."""
-    optimizer = Dion2(groups_of_every_kind("cuda" if left_on == "cpu" else "cpu")[-1:], lr=0.1)
+@pytest.mark.parametrize(("left_on", "groups"), [("cpu", slice(None)), ("cuda", slice(-1, None))], ids=["cpu", "cuda"])
+def test_the_state_follows_its_parameter(left_on: str, groups: slice) -> None:
+    """``model.to(device)`` moves parameters alone, Lightning moments as well, but no step counts."""
+    optimizer = Dion2(groups_of_every_kind("cuda" if left_on == "cpu" else "cpu")[groups], lr=0.1)
     optimizer.step()
     for state in optimizer.state.values():
-        state["step"] = torch.zeros((), device=left_on)
+        for name, tensor in state.items():
+            state[name] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=left_on)
     optimizer.step()
     for parameter, state in optimizer.state.items():
-        assert state["step"].device == parameter.device
+        assert {tensor.device for tensor in state.values()} == {parameter.device}
 
 
 def test_counters_follow_their_parameters() -> None:

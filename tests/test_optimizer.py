@@ -160,6 +160,34 @@ def test_state_dtype_is_kept(state_dtype):
     assert optimizer.state[parameter]["momentum"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("after", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_state_follows_a_parameter_that_is_cast(before, after):
+    """``model.to(dtype)`` knows nothing of it. It trains on as an optimizer does whose state was cast by hand."""
+    model = model_of(before)
+    optimizer = Dion2(groups_of(model), lr=0.05)
+    train(model, optimizer, range(3))
+    other_model = copy.deepcopy(model).to(after)
+    other = Dion2(groups_of(other_model), lr=0.05)
+    for parameter in other_model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    other.param_groups[0]["lr"] = other.param_groups[1]["lr"] = 0.0
+    other.step()  # creates the state, as one for this dtype, and does nothing else
+    other.param_groups[0]["lr"] = other.param_groups[1]["lr"] = 0.05
+    for parameter, twin in zip(model.parameters(), other_model.parameters(), strict=True):
+        for name, tensor in optimizer.state[parameter].items():
+            other.state[twin][name].copy_(tensor)
+
+    model.to(after)
+    train(model, optimizer, range(3, 6))
+    train(other_model, other, range(3, 6))
+    assert_identical(snapshot(model), snapshot(other_model))
+    for parameter, twin in zip(model.parameters(), other_model.parameters(), strict=True):
+        for name, tensor in other.state[twin].items():
+            assert optimizer.state[parameter][name].dtype == tensor.dtype
+            assert torch.equal(optimizer.state[parameter][name], tensor)
+
+
 def test_gradients_are_not_kept_as_state():
     """DDP reuses the memory of gradients."""
     parameter = torch.nn.Parameter(torch.ones(4, 8))

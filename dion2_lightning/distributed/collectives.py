@@ -1,5 +1,6 @@
 """What ranks find out together: gradients, flags, sums, and whether they agree."""
 
+import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +18,13 @@ DISAGREE: Final = (
     "ranks share parameters but disagree about their settings (lr, weight_decay, dtypes, ...), "
     "their number or their order; give all ranks the same groups"
 )
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the one that speaks for all of them; before they are connected, by ``RANK``."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def place_gradients(parameters: Iterable[Any]) -> None:

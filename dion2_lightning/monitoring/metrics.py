@@ -77,11 +77,14 @@ class SelectionMetrics:
     def named(self, *, per_matrix: bool = False) -> dict[str, float]:
         """Return the metrics under the names that loggers get: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
 
+        A group that is the only one has no names of its own: its metrics are those of all matrices.
+
         Args:
             per_matrix: Also ``dion2/<group>/<parameter>/coverage``, for every parameter (default: False).
         """
         parts: dict[str, Mapping[str, float]] = {"dion2": self.overall}
-        parts |= {f"dion2/{group}": metrics for group, metrics in self.groups.items()}
+        if len(self.groups) > 1:
+            parts |= {f"dion2/{group}": metrics for group, metrics in self.groups.items()}
         if per_matrix:
             parts |= {f"dion2/{group}/{name}": metrics for (group, name), metrics in self.parameters.items()}
         return {f"{prefix}/{name}": value for prefix, metrics in parts.items() for name, value in metrics.items()}

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.matrices.layout import group_by
 from dion2_lightning.matrices.views import SlicedParameter
@@ -295,11 +295,6 @@ def check_bool(name: str, value: object) -> None:
     """Raise an error unless an argument is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that warns for all of them."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def without_wrapper(optimizer: Any) -> Any:
