@@ -64,7 +64,7 @@ gpu-check: $(VENV)/.test
 gpu-wheels: $(VENV)/.created constraints.txt
 	@rm -rf .gpu-wheels
 	@$(PIP:install=download) --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d .gpu-wheels \
-		datasets dill docstring-parser gguf jsonargparse multiprocess pandas peft trl typeshed-client xxhash
+		datasets dill docstring-parser gguf jsonargparse multiprocess pandas peft torchdata trl typeshed-client xxhash
 	@echo "The wheels are in .gpu-wheels: take the folder along with the project"
 
 dist: $(VENV)/.build
