@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes.inputs import InputError
-from recipes.python_texts import SHORTEST_ANSWER, read_functions
+from recipes.offline_data import SHORTEST_ANSWER, read_functions
 from recipes.supervised_fine_tuning.settings import COLUMNS, FILES, OFFLINE_DATASET, Settings
 from recipes.tables import place_of_held_out, read_table
 

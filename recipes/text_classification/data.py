@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipes.batches import RemainingBatches
 from recipes.inputs import InputError
-from recipes.python_texts import MODULES, read_docstrings
+from recipes.offline_data import MODULES, read_docstrings
 from recipes.tables import place_of_held_out, read_table
 from recipes.text_classification.settings import OFFLINE_DATASET, Settings
 

@@ -41,7 +41,7 @@ from dion2_lightning.monitoring.history import SelectionHistory
 from recipes import selection_page
 from recipes.inputs import InputError
 from recipes.offline import SMOLLM2, model_source
-from recipes.python_texts import read_functions
+from recipes.offline_data import read_functions
 from recipes.supervised_fine_tuning import command, conversations, with_accelerate, with_lightning, with_trainer
 from recipes.supervised_fine_tuning import model as recipe_model
 from recipes.supervised_fine_tuning.conversations import Conversation, Message, load_conversations

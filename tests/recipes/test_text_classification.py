@@ -17,7 +17,7 @@ from dion2_lightning.monitoring.history import SelectionHistory
 from recipes.comparison import Result, planned_runs, run_folder
 from recipes.inputs import InputError
 from recipes.offline import MINILM, model_source
-from recipes.python_texts import MODULES
+from recipes.offline_data import MODULES
 from recipes.text_classification import train as recipe
 from recipes.text_classification.__main__ import main
 from recipes.text_classification.data import Batch, ShuffledBatches, Split, collate_with, load_split

@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 from typing import NamedTuple
 
 MODULES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
-"""The packages that a docstring is to be told from."""
+"""The packages that a docstring is classified into."""
 
 SHORTEST_ANSWER = 40
 LONGEST_SOURCE = 2000
