@@ -30,7 +30,8 @@ help:
 	@echo "The first call installs what it needs into .venv. PYTHON=python3.12 picks another interpreter (3.11 or later)."
 
 demo: $(VENV)/.recipes
-	@$(OFFLINE) $(BIN)/python -m recipes.text_classification $(ARGS)
+	@$(OFFLINE) $(BIN)/python -m recipes.text_classification.train $(ARGS)
+	@echo "(dion2-report is in $(BIN))"
 
 # One thread each: the two workers share the cores, and torch's own threads would only get in each other's way.
 test: $(VENV)/.test
