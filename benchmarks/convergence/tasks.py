@@ -38,7 +38,7 @@ from benchmarks.convergence.methods import (
 from dion2_lightning import Dion2
 from recipes.pretraining.data import PackedTokens, pack, split_documents
 from recipes.pretraining.model import build_model
-from recipes.python_texts import read_prose
+from recipes.offline_data import read_prose
 from recipes.supervised_fine_tuning import settings as supervised_fine_tuning
 from recipes.supervised_fine_tuning.conversations import Conversation, load_conversations
 from recipes.supervised_fine_tuning.data import PackedConversations, pack_held_out_rows, pack_training_rows

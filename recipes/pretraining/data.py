@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipes.inputs import InputError
 from recipes.pretraining.settings import OFFLINE_DATASET, Settings
-from recipes.python_texts import read_prose
+from recipes.offline_data import read_prose
 from recipes.tables import place_of_held_out, read_table
 
 SPLIT_SEED = 0
