@@ -16,7 +16,7 @@ class OptimizerArguments:
     fraction: float = field(default=0.25, metadata={"help": "Share of each matrix that a step of Dion2 updates."})
     momentum: float = field(default=0.95, metadata={"help": "Of the matrices; runs of some hundred steps want less."})
     adamw_lr: float | None = field(default=None, metadata={"help": "Learning rate of all other parameters."})
-    lora: Literal["adamw", "B", "both"] = field(default="adamw", metadata={"help": "LoRA factors that Dion2 trains."})
+    lora: Literal["adamw", "B", "both"] = field(default="both", metadata={"help": "LoRA factors that Dion2 trains."})
 
     def factory(self, args: TrainingArguments) -> tuple[type[Dion2Factory], dict[str, Any]]:
         """Return what a Trainer takes as ``optimizer_cls_and_kwargs``."""

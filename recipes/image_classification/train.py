@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, concatenate_datasets, load_dataset
@@ -31,7 +31,8 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from dion2_lightning import Dion2Factory, SelectionCallback
+from dion2_lightning import SelectionCallback
+from recipes.trainer_arguments import OptimizerArguments
 
 
 def argument(default: Any, text: str) -> Any:
@@ -40,7 +41,7 @@ def argument(default: Any, text: str) -> Any:
 
 @dataclass
 class RecipeArguments:
-    """What the recipe adds to TrainingArguments, whose `learning_rate` is that of the matrices."""
+    """What the recipe adds to TrainingArguments."""
 
     model: str = argument("small-vit", "small-vit (0.2M parameters, from scratch), a name on the hub, or a folder.")
     dataset: str = argument("digits", "digits (scikit-learn's), a name on the hub, or a folder of images.")
@@ -49,10 +50,6 @@ class RecipeArguments:
     validation_split: str | None = argument(None, "Split to validate on, such as test.")
     validation_rows: int = argument(397, "Rows of the training split to validate on, without a validation_split.")
     shift: float = argument(0.125, "Farthest random shift of a training image, as a share of its sides.")
-    algorithm: Literal["dion2", "muon", "adamw"] = argument("dion2", "What trains the matrices.")
-    fraction: float = argument(0.25, "Share of each matrix that a step of Dion2 updates.")
-    momentum: float = argument(0.8, "Momentum of the matrices: 0.8 for runs of some hundred steps, 0.95 for long ones.")
-    adamw_lr: float = argument(2e-3, "Learning rate of what is no matrix.")
 
 
 class ImageTrainer(Trainer):
@@ -132,14 +129,16 @@ def accuracy_and_loss(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> Trainer:
-    parser = HfArgumentParser((TrainingArguments, RecipeArguments), description=__doc__)
+    parser = HfArgumentParser((TrainingArguments, RecipeArguments, OptimizerArguments), description=__doc__)
     has_gpu = torch.cuda.is_available()
     parser.set_defaults(output_dir="runs/images", use_cpu=not has_gpu, bf16=has_gpu and torch.cuda.is_bf16_supported())
     parser.set_defaults(num_train_epochs=14, per_device_train_batch_size=64, per_device_eval_batch_size=64)
-    parser.set_defaults(learning_rate=8e-3, weight_decay=0.01, lr_scheduler_type="cosine", warmup_steps=0.1)
+    parser.set_defaults(
+        learning_rate=8e-3, adamw_lr=2e-3, momentum=0.8, weight_decay=0.01, lr_scheduler_type="cosine", warmup_steps=0.1
+    )
     parser.set_defaults(eval_strategy="epoch", save_strategy="epoch", save_total_limit=1, logging_steps=20)
     parser.set_defaults(remove_unused_columns=False)  # `prepare` makes the model's inputs of them
-    args, recipe = parser.parse_args_into_dataclasses(arguments)
+    args, recipe, optimizer = parser.parse_args_into_dataclasses(arguments)
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dion2_lightning").setLevel(logging.INFO)  # which parameters Dion2 trains, and which AdamW
@@ -153,9 +152,6 @@ def main(arguments: list[str] | None = None) -> Trainer:
         images = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")
         return {**images, "labels": rows["label"]}
 
-    optimizer = Dion2Factory.from_arguments(
-        args, algorithm=recipe.algorithm, fraction=recipe.fraction, momentum=recipe.momentum, adamw_lr=recipe.adamw_lr
-    )
     trainer = ImageTrainer(
         model,
         args,
@@ -163,13 +159,13 @@ def main(arguments: list[str] | None = None) -> Trainer:
         eval_dataset=validation.with_transform(prepare),
         processing_class=processor,
         compute_metrics=accuracy_and_loss,
-        callbacks=[SelectionCallback()] if recipe.algorithm == "dion2" else [],
-        optimizer_cls_and_kwargs=optimizer,
+        callbacks=[SelectionCallback()] if optimizer.algorithm == "dion2" else [],
+        optimizer_cls_and_kwargs=optimizer.factory(args),
     )
     trainer.shift = recipe.shift
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    if recipe.algorithm == "dion2" and trainer.is_world_process_zero():
+    if optimizer.algorithm == "dion2" and trainer.is_world_process_zero():
         print(f"What was selected: dion2-report {args.output_dir}/dion2_selection.json")
     return trainer
 
