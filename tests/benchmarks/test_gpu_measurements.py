@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from benchmarks.gpu import step, training
+from benchmarks.gpu import compiled, step, training
 from benchmarks.gpu.machine import Timer
 from benchmarks.gpu.section import Options
 from dion2_lightning import Dion2
@@ -63,3 +63,12 @@ def test_a_loss_that_is_not_finite_fails(loss: float, monkeypatch: pytest.Monkey
     options = Options("cpu", True, 60, "", "train")
     (row,) = training.train(options, name="smollm2-135m", rows=2, length=32)
     assert row["ok"] == (loss == 2.0)
+
+
+@pytest.mark.parametrize(("tolerance", "ok"), [(compiled.TOLERANCE, True), (-1.0, False)])
+def test_compiled_training_is_compared(tolerance: float, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "TOLERANCE", tolerance)
+    plain, *rows = compiled.compare(Options("cpu", True, 60, "", "compiled"))
+    assert [(row["compiled"], row["graph breaks at step()"]) for row in rows] == [("model", 0), ("training step", 2)]
+    assert [row["loss"] for row in rows] == [plain["loss"]] * 2
+    assert [row["ok"] for row in rows] == [ok] * 2
