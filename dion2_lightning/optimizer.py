@@ -432,8 +432,8 @@ class MatrixOptimizer(Optimizer):
         """
         for group in self.param_groups:
             algorithm = ALGORITHMS[group["algorithm"]]
-            # Of one parameter for each device and dtype: to ask for every parameter takes longer than to compare.
-            expected: dict[tuple[torch.device, torch.dtype], dict[str, StateTensor]] = {}
+            # Asked for where device or dtype are others than the last parameter's: to compare is all that most need.
+            device, dtype, expected = None, None, dict[str, StateTensor]()
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     continue
@@ -442,12 +442,12 @@ class MatrixOptimizer(Optimizer):
                     whole = algorithm.state(parameter, group).items()
                     self.state[parameter] = {name: tensor.zeros_for(parameter) for name, tensor in whole}
                     continue
-                key = parameter.device, parameter.dtype
-                if key not in expected:
-                    expected[key] = algorithm.state(parameter, group)
-                for name, like in expected[key].items():
+                if parameter.device != device or parameter.dtype != dtype:
+                    device, dtype = parameter.device, parameter.dtype
+                    expected = algorithm.state(parameter, group)
+                for name, like in expected.items():
                     tensor = state[name]
-                    if like.shape and (tensor.device != like.device or tensor.dtype != like.dtype):
+                    if tensor.device != like.device or tensor.dtype != like.dtype:
                         state[name] = placed(local(tensor).to(like.device, like.dtype), tensor)
 
     def _skipped_on_init_step(self) -> set[Tensor]:

@@ -165,6 +165,8 @@ def test_state_dtype_is_kept(state_dtype):
 def test_the_state_follows_a_parameter_that_is_cast(before, after):
     """``model.to(dtype)`` knows nothing of it. It trains on as an optimizer does whose state was cast by hand."""
     model = model_of(before)
+    model[0].register_parameter("gain", nn.Parameter(torch.ones((), dtype=before)))
+    model[0].register_forward_hook(lambda module, _, output: module.gain * output)
     optimizer = Dion2(groups_of(model), lr=0.05)
     train(model, optimizer, range(3))
     other_model = copy.deepcopy(model).to(after)

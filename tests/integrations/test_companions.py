@@ -117,7 +117,7 @@ def test_a_batch_size_that_lightning_finds(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "the checkpoint")
         size = Tuner(trainer).scale_batch_size(module, steps_per_trial=2, init_val=2, max_trials=2)
-    assert module.batch_size == size > 2
+    assert size is not None and module.batch_size == size > 2
     started = copy.deepcopy(module.net)
     assert_same_weights(started, make_network())
     trainer.fit(module)
