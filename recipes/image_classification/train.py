@@ -1,7 +1,7 @@
 """Train a Vision Transformer to classify images, with Dion2 in the Hugging Face Trainer.
 
 Without arguments: a small one from scratch, on scikit-learn's handwritten digits, without network or GPU.
-`--algorithm adamw --learning_rate 2e-3 --output_dir runs/images-adamw` is the AdamW control.
+`--algorithm adamw --learning_rate 2.8e-3 --output_dir runs/images-adamw` is the AdamW control.
 """
 
 import logging

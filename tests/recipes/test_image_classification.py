@@ -98,6 +98,7 @@ def test_saves_what_it_trained(algorithm: str, fractions: set[float], tmp_path: 
     assert not selection.exists() or SelectionHistory.load(selection).steps == [1, 2, 3, 4]
 
 
+@pytest.mark.timeout(300)
 def test_two_processes_train_and_measure_like_one(model: Path, pets: Path, tmp_path: Path) -> None:
     """Started by torchrun, offline, model and data by their names on the hub; a step in two parts on each process."""
     same = {"shift": 0, "validation_split": "test", "learning_rate": 1e-3}
@@ -115,7 +116,7 @@ def test_two_processes_train_and_measure_like_one(model: Path, pets: Path, tmp_p
     subprocess.run(
         command + options(tmp_path / "two", **names, **same, **parts),
         env=os.environ | environment | {"HF_HOME": str(tmp_path / "home")},
-        timeout=100,
+        timeout=240,
         check=True,
     )
     two = json.loads((tmp_path / "two" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
