@@ -11,8 +11,8 @@ FRAMEWORKS: Final = (
     "peft",
     "datasets",
     "jsonargparse",
-    "matplotlib",
-    "rich",
+    "torchdata",
+    "trl",
 )
 """Packages that the recipes need."""
 
@@ -83,6 +83,8 @@ SECTIONS: Final = (
             ("sft-trainer", "supervised fine-tuning with the Trainer", ()),
             ("sft-lightning", "supervised fine-tuning with Lightning", ()),
             ("sft-accelerate", "supervised fine-tuning with Accelerate", ()),
+            ("dpo", "preferences (DPO)", ()),
+            ("grpo", "reinforcement (GRPO)", ()),
             ("text", "text classification", ()),
             ("images", "image classification", ("PIL", "sklearn")),
         )
