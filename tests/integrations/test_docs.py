@@ -4,6 +4,7 @@ import copy
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -48,6 +49,7 @@ def names_in_examples(tmp_path: Path) -> dict[str, Any]:
         "Trainer": Trainer,
         "TrainingArguments": TrainingArguments,
         "args": TrainingArguments("runs", report_to=[]),
+        "trainer": SimpleNamespace(),
         "accelerator": Accelerator(),  # after the arguments, which reset the state that all Accelerators share
         "build_optimizer": build_optimizer,
         "dion2_lightning": dion2_lightning,
