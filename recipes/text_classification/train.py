@@ -5,29 +5,25 @@
 
 import logging
 import math
-import random
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
-from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
 from jsonargparse import auto_cli
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dion2_lightning import OptimizerSettings, SelectionMonitor
-from recipes.offline_data import read_docstrings
 from recipes.offline_models import model_folder
+from recipes.text_classification.data import load_texts, make_loaders
 
 DION2 = OptimizerSettings(lr=2.4e-3, adamw_lr=1.6e-3, fraction=0.25, momentum=0.24)
 ADAMW = OptimizerSettings(lr=4e-4, adamw_lr=1.6e-3, algorithm="adamw")
@@ -41,7 +37,6 @@ TRAINER = {  # defaults other than Lightning's, which would pick a Mac's GPU, wh
     "val_check_interval": 50,
     "log_every_n_steps": 5,
 }
-FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 class TextClassifier(LightningModule):
@@ -70,70 +65,6 @@ class TextClassifier(LightningModule):
         optimizer = self.optimizer_settings.build(self)
         schedule = transformers.get_cosine_schedule_with_warmup(optimizer, round(0.1 * self.steps), self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class ResumableLoader(DataLoader[Any]):
-    """Continues in the middle of an epoch: Lightning keeps its state in checkpoints."""
-
-    start = 0
-    position = 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        start, self.start = self.start, 0
-        for self.position, batch in enumerate(super().__iter__(), 1):
-            if self.position > start:
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.start = state["position"] % len(self)
-
-
-def load_rows(source: str, subset: str | None, split: str, text_column: str, label_column: str) -> Dataset:
-    """Return the docstrings, the rows of a file, or those of a split on the hub."""
-    if source == "docstrings":
-        texts, modules = zip(*read_docstrings(), strict=True)
-        return Dataset.from_dict({"text": texts, "label": modules})
-    if Path(source).suffix in FILES:
-        rows = load_dataset(FILES[Path(source).suffix], data_files=source, split="train")
-    else:
-        rows = load_dataset(source, subset, split=split)
-    return rows.select_columns([text_column, label_column]).rename_columns({text_column: "text", label_column: "label"})
-
-
-def split_rows(rows: Dataset, validation: Dataset | int) -> tuple[Dataset, Dataset]:
-    """Return the rows to train on, each text once, and those for validation, whose texts are not among them."""
-    given = 0 if isinstance(validation, int) else len(validation)
-    if given:
-        rows = concatenate_datasets([validation, rows])  # together, so that a label has one number
-    if not isinstance(rows.features["label"], ClassLabel):
-        rows = rows.class_encode_column("label")
-    places: dict[str, int] = {}
-    for place, text in enumerate(rows["text"]):
-        places.setdefault(" ".join(text.lower().split()), place)
-    train, chosen = [place for place in places.values() if place >= given], list(range(given))
-    if isinstance(validation, int):
-        shuffled = random.Random(0).sample(train, len(train))  # the same rows for every seed of a run
-        train, chosen = shuffled[validation:], shuffled[:validation]
-    if not train or not chosen:
-        raise ValueError(f"validation: it has {len(chosen)} rows and leaves {len(train)} to train on; change it")
-    return rows.select(train), rows.select(chosen)
-
-
-def make_loaders(
-    trainer: Trainer, train: Dataset, validation: Dataset, collate: Any, batch_size: int, seed: int
-) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return the batches of an epoch and of a validation; with several devices, this one's share."""
-    rank, devices = trainer.global_rank, trainer.world_size
-    # On one device too: its order follows from seed and epoch alone, so a resumed run has the same.
-    order: DistributedSampler[Any] = DistributedSampler(train, devices, rank, seed=seed)
-    loader = ResumableLoader(train, batch_size, sampler=order, collate_fn=collate)
-    # Each row once, in as many batches on each device, as DDP needs. A DistributedSampler would repeat rows.
-    count = devices * math.ceil(len(validation) / (devices * 64))
-    batches = [rows.tolist() for rows in torch.arange(len(validation)).tensor_split(count)[rank::devices]]
-    return loader, DataLoader(validation, batch_sampler=batches, collate_fn=collate)
 
 
 def main(
@@ -178,21 +109,12 @@ def main(
     if resume and not any(output.glob("*/last.ckpt")):
         raise ValueError(f"resume: there is no checkpoint in {output}; correct output, or leave resume out")
 
-    chosen: Dataset | int | str = validation
-    if isinstance(chosen, str):
-        source = chosen if Path(chosen).suffix in FILES else dataset
-        chosen = load_rows(source, subset, chosen, text_column, label_column)
-    train, measured = split_rows(load_rows(dataset, subset, "train", text_column, label_column), chosen)
+    train, measured = load_texts(dataset, subset, text_column, label_column, validation)
     classes = train.features["label"].names
     say(f"{len(train)} texts to train on, {len(measured)} for validation, {len(classes)} classes")
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder(model))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        texts = [row["text"] for row in rows]
-        inputs = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-        return {**inputs, "labels": torch.tensor([row["label"] for row in rows])}
 
     results = {}
     for settings in runs:
@@ -213,13 +135,13 @@ def main(
         trainer = Trainer(
             callbacks=[saver, *monitors],
             logger=CSVLogger(output, name=settings.algorithm, version=""),
-            check_val_every_n_epoch=None,  # val_check_interval counts steps, whatever the epochs
+            check_val_every_n_epoch=None,  # val_check_interval counts batches, whatever the epochs
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             enable_model_summary=False,
             **trainer_arguments,
         )
-        loaders = make_loaders(trainer, train, measured, collate, batch_size, seed)
+        loaders = make_loaders(trainer, train, measured, tokenizer, max_length, batch_size, seed)
         # Lightning's own estimate would load the data before a checkpoint restores its place in them.
         by_epochs = (trainer.max_epochs or 0) * math.ceil(len(loaders[0]) / trainer.accumulate_grad_batches)
         steps = min(limit for limit in (trainer.max_steps, by_epochs) if limit > 0)
