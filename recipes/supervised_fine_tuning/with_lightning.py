@@ -118,14 +118,15 @@ def main() -> None:
     train, validation = load_rows(settings.conversations, tokenizer)
     validation = pad_rows(validation, settings.batch_size * trainer.world_size)
     collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
-    sampler = DistributedSampler(train, trainer.world_size, trainer.global_rank, shuffle=False)  # shuffled already
+    rank, ranks = trainer.global_rank, trainer.world_size
+    sampler: DistributedSampler[Any] = DistributedSampler(train, ranks, rank, shuffle=False)  # shuffled already
     # It resumes in the middle of an epoch.
     loader = StatefulDataLoader(train, settings.batch_size, sampler=sampler, collate_fn=collate)
     validation_loader = DataLoader(validation, settings.batch_size, collate_fn=collate)
     if settings.ckpt_path is None:
         trainer.validate(cli.model, validation_loader)
     trainer.fit(cli.model, loader, validation_loader, ckpt_path=settings.ckpt_path)
-    folder = Path(trainer.log_dir) / "model"
+    folder = Path(str(trainer.log_dir)) / "model"
     weights = get_model_state_dict(cli.model.net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if trainer.is_global_zero:
         cli.model.net.save_pretrained(folder, state_dict=weights)

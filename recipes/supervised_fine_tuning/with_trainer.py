@@ -51,6 +51,8 @@ DEFAULTS: dict[str, Any] = {
 class FineTuner(SFTTrainer):
     """SFTTrainer with a validation loss that is the mean over all tokens, not over batches."""
 
+    control: Any
+
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         metrics = {"eval_loss": validation_loss(self.model_wrapped, self.get_eval_dataloader(), self.accelerator)}
         self.log(metrics)

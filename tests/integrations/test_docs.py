@@ -49,7 +49,7 @@ def names_in_examples(tmp_path: Path) -> dict[str, Any]:
         "Trainer": Trainer,
         "TrainingArguments": TrainingArguments,
         "args": TrainingArguments("runs", report_to=[]),
-        "trainer": SimpleNamespace(),
+        "dpo_trainer": SimpleNamespace(),
         "accelerator": Accelerator(),  # after the arguments, which reset the state that all Accelerators share
         "build_optimizer": build_optimizer,
         "dion2_lightning": dion2_lightning,
@@ -202,7 +202,7 @@ class TestLightning:
 
     def test_all_are_here(self) -> None:
         assert len(examples(self.page)) == 6
-        assert len(examples("docs/huggingface.md")) == 3
+        assert len(examples("docs/huggingface.md")) == 4
 
     def test_a_module_and_its_clipping(self, tmp_path: Path) -> None:
         module, clipping, *_ = examples(self.page)

@@ -120,7 +120,7 @@ class TestOfflineRun:
         printed = demo[1].stdout + demo[1].stderr
         assert "texts to train on, 70 for validation, 8 classes" in printed
         assert f"dion2-report {demo[0] / 'dion2' / 'selection.json'}" in printed
-        assert demo[1].stderr.count(" for TextClassifier\n") == 1, "the routing is reported once"
+        assert demo[1].stderr.count("Dion2 and AdamW for TextClassifier: ") == 1, "it is said once"
         for word in ("warn", "hint", "tip:", "http", "Seed set", "GPU available", "callbacks"):
             assert word.lower() not in printed.lower()
 
