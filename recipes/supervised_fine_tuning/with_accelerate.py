@@ -90,7 +90,6 @@ def fine_tune(
     if resume:
         accelerator.load_state()
     done = schedule.last_epoch
-    accelerator.project_configuration.iteration = done // checkpoint_every
     batches = endless(loader, done * accumulation)
     progress = tqdm(range(done + 1, steps + 1))
 
@@ -121,6 +120,7 @@ def fine_tune(
         if step % validate_every == 0 or step == steps:
             log(step, val_loss=validation_loss(net, validation_loader, accelerator))
         if step % checkpoint_every == 0 or step == steps:
+            accelerator.project_configuration.iteration = step  # names the folder
             accelerator.save_state()
 
     selection.close()

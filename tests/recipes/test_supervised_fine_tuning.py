@@ -218,12 +218,19 @@ class TestRun:
             [checkpoint] = whole.glob("version_0/checkpoints/*step=3.ckpt")
             options += [f"--ckpt_path={checkpoint}"]
         else:
-            shutil.copytree(whole / "checkpoints" / "checkpoint_0", rest / "checkpoints" / "checkpoint_0")
+            shutil.copytree(whole / "checkpoints" / "checkpoint_3", rest / "checkpoints" / "checkpoint_3")
             options += ["--resume=true"]
         fine_tune(framework, *options)
         expected, found = weights(framework, whole), weights(framework, rest)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+    def test_a_finished_run_takes_more_steps(self, chat_model: Path, data: Path, tmp_path: Path) -> None:
+        """Under Accelerate, whose folders are named by the program: also after a last checkpoint between two others."""
+        options = arguments("accelerate", chat_model, data, tmp_path)
+        fine_tune("accelerate", *options, "--checkpoint_every=4")
+        fine_tune("accelerate", *options, "--checkpoint_every=4", "--steps=9", "--resume=true")
+        assert {each.name for each in (tmp_path / "checkpoints").iterdir()} == {"checkpoint_8", "checkpoint_9"}
 
     @pytest.mark.parametrize("framework", FRAMEWORKS)
     def test_accumulation_changes_nothing(
