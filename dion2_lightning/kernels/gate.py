@@ -47,5 +47,5 @@ def are_finite(tensors: Sequence[Tensor]) -> Tensor:
     if tensors[0].device.type == "cpu":
         largest = torch.stack([torch.stack(torch.aminmax(tensor)).abs().amax() for tensor in tensors])
     else:
-        largest = torch.stack(torch._foreach_norm(tensors, math.inf))
+        largest = torch.stack(torch._foreach_norm(list(tensors), math.inf))
     return largest < math.inf
