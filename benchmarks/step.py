@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,15 +39,17 @@ Build = Callable[[list[Tensor]], torch.optim.Optimizer]
 def optimizers(shapes: str, dtype: DType | None) -> Iterator[tuple[str, Build]]:
     """Yield what is compared, by name; the first is what the others are measured against."""
 
-    def dion2(fraction: float) -> Build:
-        group = {"transposed": TRANSPOSED[shapes]}
-        return lambda params: Dion2([{"params": params, **group}], fraction=fraction, orthonormalize_dtype=dtype)
+    def dion2(fraction: float, **settings: Any) -> Build:
+        group = {"transposed": TRANSPOSED[shapes], "fraction": fraction, "orthonormalize_dtype": dtype, **settings}
+        return lambda params: Dion2([{"params": params, **group}])
 
     yield "torch.optim.Muon", lambda params: torch.optim.Muon(params, nesterov=False)
     yield "torch.optim.AdamW, fused", lambda params: torch.optim.AdamW(params, fused=True)
     yield "torch.optim.AdamW, foreach", lambda params: torch.optim.AdamW(params, foreach=True)
     for name, fraction in (("1", 1.0), ("1/2", 0.5), ("1/4", 0.25), ("1/8", 0.125)):
         yield f"Dion2 at {name}", dion2(fraction)
+    for check_finite in (True, "skip"):
+        yield f"Dion2 at 1/4, check_finite={check_finite}", dion2(0.25, check_finite=check_finite)
 
 
 def weights(sizes: Sizes, device: torch.device) -> list[Tensor]:
@@ -107,11 +110,11 @@ def compare(shapes: str, arguments: argparse.Namespace) -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     count = sum(rows * columns for rows, columns in LAYERS[shapes]) * arguments.layers
     print(f"\n{shapes}, {arguments.layers} layers, {count / 1e6:.1f}M parameters, median of {arguments.rounds} steps")
-    print(f"{'':28}{'ms':>9}{'Muon / it':>12}{'it / AdamW fused':>18}")
+    print(f"{'':32}{'ms':>9}{'Muon / it':>12}{'it / AdamW fused':>18}")
     muon, adamw = medians["torch.optim.Muon"], medians.get("torch.optim.AdamW, fused")
     for name, median in medians.items():
         against_adamw = f"{median / adamw:17.1f}x" if adamw else ""
-        print(f"{name:28}{median:9.1f}{muon / median:11.1f}x{against_adamw}")
+        print(f"{name:32}{median:9.1f}{muon / median:11.1f}x{against_adamw}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """From a model to its optimizer, and the arguments of both, each written down once."""
 
 import logging
-import os
+import sys
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Final, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
@@ -21,6 +21,7 @@ from dion2_lightning.algorithms.hyperparameters import (
     setting,
     takes,
 )
+from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.distributed.strategies import (
     process_group_of,
     refuse_wrappers_that_flatten,
@@ -28,10 +29,14 @@ from dion2_lightning.distributed.strategies import (
     trainer_of,
 )
 from dion2_lightning.optimizer import MatrixOptimizer
+from dion2_lightning.routing.late_parameters import check_after_steps
 from dion2_lightning.routing.replaced_parameters import check_before_steps
 from dion2_lightning.routing.router import route_parameters
 
 logger = logging.getLogger("dion2_lightning")
+# As Lightning's and transformers' own: what it shows does not depend on the level of the root logger.
+if logger.level == logging.NOTSET:
+    logger.setLevel(logging.INFO)
 
 
 TRAINER_HOOKS: Final[list[Callable[[Any], None]]] = []
@@ -77,7 +82,7 @@ class FactorySettings(CommonArguments):
         _mapping,
     )
     lora: Literal["adamw", "B", "both"] = setting(
-        "adamw", 'Which LoRA factors are updated by Dion2: "adamw" none, "B", "both".'
+        "both", 'Which LoRA factors are updated by Dion2: "both", "B", or "adamw", none.'
     )
 
 
@@ -172,8 +177,9 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
     """Split a model's parameters into matrices and everything else, and build the optimizer for both.
 
     The matrices of linear operators are updated by Dion2; embeddings, heads, norms, biases and the rest by AdamW
-    (:func:`~dion2_lightning.route_parameters`). The decisions are logged once, on rank zero, at level INFO to the
-    logger ``dion2_lightning``.
+    (:func:`~dion2_lightning.route_parameters`). How much goes where is said once, on rank zero, in a line of the logger
+    ``dion2_lightning`` at level INFO, which goes to stderr where no logging is configured. At level DEBUG it logs every
+    decision. Where nothing goes to Dion2, a warning says why, and what changes that.
 
     A Lightning Trainer that runs the model, or is the ``strategy``, gets the callback that this optimizer needs in it,
     :class:`~dion2_lightning.NamedOptimizerStates`.
@@ -192,7 +198,8 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
             strategy or wrapper that leaves no matrices, such as FSDP1 and DeepSpeed ZeRO; or a LightningModule that
             has yet to make its parameters in ``configure_model``.
 
-    A step of the optimizer raises RuntimeError where the model has replaced parameters since.
+    A step of the optimizer raises RuntimeError where the model has replaced parameters since, and warns of parameters
+    that get gradients and that nothing trains, such as those that were frozen when it was built.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -238,16 +245,25 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
 
     optimizer.route_parameters = route_added
     check_before_steps(optimizer, model)
+    if is_first_rank():
+        check_after_steps(optimizer, model)
     trainer = trainer_of(model) or trainer_of(arguments.strategy)
     if trainer is not None:
         for prepare in TRAINER_HOOKS:
             prepare(trainer)
-    if _is_rank_zero():
-        logger.info("%s for %s\n%s", choice.headline, type(model).__name__, routing.report())
+    if is_first_rank():
+        title = f"{choice.headline} for {type(model).__name__}"
+        _log(logging.INFO, f"{title}: {routing.summary()}")
+        _log(logging.DEBUG, f"{title}\n{routing.report()}")
+        if routing.why_no_matrices is not None and not choice.control:
+            advice = 'If AdamW is what you want, algorithm="adamw" says so.'
+            warnings.warn(f"{type(model).__name__}: {routing.why_no_matrices} {advice}", stacklevel=2)
     return optimizer
 
 
-def _is_rank_zero() -> bool:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
-    return int(os.environ.get("RANK", 0)) == 0
+def _log(level: int, message: str) -> None:
+    """Log, or, where no logging is configured, print to stderr, as logging itself does with warnings."""
+    if logger.hasHandlers():
+        logger.log(level, message)
+    elif logger.isEnabledFor(level):
+        print(message, file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast, overload
 
 import torch
@@ -10,17 +10,19 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
-from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StepContext
+from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StateTensor, StepContext
 from dion2_lightning.algorithms.hyperparameters import flag, plain
 from dion2_lightning.distributed.collectives import (
     check_agreement,
     on_any_rank,
+    on_every_rank,
     place_gradients,
     refuse_unreachable,
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
+from dion2_lightning.kernels.gate import Gate, are_finite
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import is_dtensor, local_gradient, refuse_misplaced
+from dion2_lightning.matrices.layout import group_by, is_dtensor, local, local_gradient, placed, refuse_misplaced
 from dion2_lightning.matrices.views import SlicedParameter
 from dion2_lightning.parameter_groups import (
     Group,
@@ -47,6 +49,12 @@ NOT_COPIED: Final = {
     "orthonormalize": "its custom orthonormalization, so it uses the package's own",
 }
 """What a copy or an unpickled optimizer lacks: a process group cannot be copied, a callable not always."""
+
+NOT_COMPILED: Final = (
+    "step() of Dion2 runs as it is, with a graph break: it reads groups and placements anew and may wait for other "
+    "ranks; compile without fullgraph=True"
+)
+"""What torch.compile says of a step where it was asked for one graph."""
 
 
 class MatrixOptimizer(Optimizer):
@@ -103,7 +111,9 @@ class MatrixOptimizer(Optimizer):
         self.observer = None
         self.route_parameters = None
         self._settings = plain(settings)
+        self._given: dict[str, Group] = {}
         self._selections: dict[Tensor, Selection] = {}
+        self._skipped_steps: Tensor | int = 0
         self._failure: str | None = None
         self._is_agreed = False
         if isinstance(params, Tensor):
@@ -139,7 +149,9 @@ class MatrixOptimizer(Optimizer):
         checked = [self._checked(each) for each in ([group] if "algorithm" in group else self._route(group))]
         self._is_agreed = False
         for each in checked:
-            super().add_param_group({**each, "name": unique_name(each, self.param_groups)})
+            name = unique_name(each, self.param_groups)
+            super().add_param_group({**each, "name": name})
+            self._given[name] = {setting: each[setting] for setting in algorithm_of(each).defaults()}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -173,8 +185,9 @@ class MatrixOptimizer(Optimizer):
         self._check_placements()
         self._check_agreement()
         self._check_gradients()
+        gates = self._gates()
         is_first = not self.state
-        self._create_state()
+        self._prepare_state()
         self._selections = {}
         skipped = self._skipped_on_init_step() if is_first else set()
         context = StepContext(
@@ -184,6 +197,7 @@ class MatrixOptimizer(Optimizer):
             share_replicas=self.share_replicas,
             observer=None if skipped else self.observer,
             selections=self._selections,
+            gates=gates,
         )
         if context.observer is not None:
             context.observer.begin_step()
@@ -219,6 +233,11 @@ class MatrixOptimizer(Optimizer):
             )
         return None
 
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``check_finite="skip"`` has skipped since the optimizer was made; waits for the device."""
+        return int(self._skipped_steps)
+
     def sliced_parameters(self) -> list[SlicedParameter]:
         """Return the parameters of whose matrices steps select slices, in the order of the groups."""
         found = []
@@ -234,8 +253,9 @@ class MatrixOptimizer(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore state and groups, exactly: a momentum wider than its parameter is not rounded.
 
-        Parameters are matched by name where both sides know the names, else by position. Settings that the checkpoint
-        does not know keep their present values.
+        Parameters are matched by name where both sides know the names, else by position. The checkpoint's settings
+        replace those that this optimizer was given, and a warning names the ones that differ; settings that the
+        checkpoint does not know keep their present values.
 
         Args:
             state_dict: What :meth:`state_dict` returned; ``state`` and ``params`` may hold names instead of numbers.
@@ -249,7 +269,8 @@ class MatrixOptimizer(Optimizer):
 
         def match(_: Optimizer, incoming: StateDict) -> StateDict:
             try:
-                matched.update(match_state_dict(incoming, self.param_groups))
+                given = [self._given.get(group["name"], {}) for group in self.param_groups]
+                matched.update(match_state_dict(incoming, self.param_groups, given))
             except ValueError:
                 if shares_memory(incoming, self.state):
                     self._failure = "load_state_dict() failed"
@@ -274,7 +295,7 @@ class MatrixOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied, and remember that it was there."""
         lost = [name for name in NOT_COPIED if getattr(self, name) is not None]
-        kept = {name: getattr(self, name) for name in ("_failure", "_settings", "share_replicas")}
+        kept = {name: getattr(self, name) for name in ("_failure", "_given", "_settings", "share_replicas")}
         return {**super().__getstate__(), **kept, "_lost": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -286,12 +307,23 @@ class MatrixOptimizer(Optimizer):
                 stacklevel=2,
             )
         super().__setstate__(state)
-        self._selections = {}
+        self._selections, self._skipped_steps = {}, 0
         self._is_agreed = False
         for name in ("_failure", "orthonormalize", "process_group", "share_replicas", "observer", "route_parameters"):
             self.__dict__.setdefault(name, None)
+        self.__dict__.setdefault("_given", {})
         for group in self.param_groups:
             group.update(self._with_settings(ALGORITHMS[group["algorithm"]], group))
+
+    def _patch_step_function(self) -> None:
+        """Wrap ``step`` in its hooks, as torch does, and have ``torch.compile`` leave both alone.
+
+        What is compiled inside, such as the model that a closure calls, stays compiled.
+        """
+        super()._patch_step_function()
+        kind = type(self)
+        if not hasattr(kind.step, "_torchdynamo_disable"):
+            kind.step = torch.compiler.disable(kind.step, reason=NOT_COMPILED)  # type: ignore[method-assign]
 
     def _checked(self, group: Group) -> Group:
         """A group with all settings, checked with its parameters."""
@@ -349,17 +381,29 @@ class MatrixOptimizer(Optimizer):
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(f"{label} has a gradient stored as {parameter.grad.layout}; use sparse=False")
         place_gradients(parameter for _, parameter, _ in everything)
-        checked = [
-            (label, parameter, ~_on_every_entry(parameter, torch.isfinite).all())
-            for group, parameter, label in everything
-            if group["check_finite"]
-        ]
+        checked = [(label, parameter) for group, parameter, label in everything if group["check_finite"] is True]
         if not checked:
             return
-        labels, parameters, flags = zip(*checked, strict=True)
+        labels, parameters = zip(*checked, strict=True)
+        flags = [is_finite.logical_not() for is_finite in _have_finite_gradients(parameters)]
         for label, is_broken in zip(labels, on_any_rank(flags, parameters, self.process_group), strict=True):
             if is_broken:
                 raise FloatingPointError(f"{label} has a gradient with NaN or Inf; no weight and no state was changed")
+
+    def _gates(self) -> dict[torch.device, Gate]:
+        """What lets the step through on each device, where ``check_finite`` asks to skip it for a bad gradient.
+
+        All ranks decide alike, and all groups are skipped together.
+        """
+        checked = [parameter for group, parameter, _ in self._labelled() if group["check_finite"] == "skip"]
+        if not checked:
+            return {}
+        parameters = [parameter for _, parameter, _ in self._labelled()]
+        by_device = group_by(_have_finite_gradients(checked), lambda is_finite: is_finite.device).values()
+        of_devices = [torch.stack(flags).all().to(checked[0].device) for flags in by_device]
+        is_open = on_every_rank(torch.stack(of_devices).all(), parameters, self.process_group)
+        self._skipped_steps = self._skipped_steps + is_open.logical_not()
+        return {device: Gate(is_open.to(device)) for device in dict.fromkeys(each.device for each in parameters)}
 
     def _check_agreement(self) -> None:
         """Compare parameters and settings with the other ranks: at the first step, after loads and added groups."""
@@ -384,16 +428,36 @@ class MatrixOptimizer(Optimizer):
         check_agreement(descriptions, [parameter for _, parameter, _ in shared], self.process_group)
         self._is_agreed = True
 
-    def _create_state(self) -> None:
-        """Create the state of every trainable parameter, gradient or not.
+    def _prepare_state(self) -> None:
+        """Create the state of every trainable parameter, gradient or not, and let what there is follow its parameter.
 
-        A checkpoint that lacks some cannot be loaded by ``torch.distributed.checkpoint``.
+        A checkpoint that lacks some cannot be loaded by ``torch.distributed.checkpoint``. And ``model.to(...)`` moves
+        and casts parameters, which leaves their state behind.
         """
         for group in self.param_groups:
+            algorithm = ALGORITHMS[group["algorithm"]]
+            # Asked for where device or dtype are others than the last parameter's: to compare is all that most need.
+            device, dtype, expected = None, None, dict[str, StateTensor]()
             for parameter in group["params"]:
-                if parameter.requires_grad and not self.state[parameter]:
-                    state = ALGORITHMS[group["algorithm"]].state(parameter, group)
-                    self.state[parameter] = {name: tensor.zeros_for(parameter) for name, tensor in state.items()}
+                if not parameter.requires_grad:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    whole = algorithm.state(parameter, group).items()
+                    self.state[parameter] = {name: tensor.zeros_for(parameter) for name, tensor in whole}
+                    continue
+                if parameter.device != device or parameter.dtype != dtype:
+                    device, dtype = parameter.device, parameter.dtype
+                    expected = algorithm.state(parameter, group)
+                for name in state.keys() ^ expected.keys():  # what only half precision has
+                    if name in expected:
+                        state[name] = expected[name].zeros_for(parameter)
+                    else:
+                        del state[name]
+                for name, like in expected.items():
+                    tensor = state[name]
+                    if tensor.device != like.device or tensor.dtype != like.dtype:
+                        state[name] = placed(local(tensor).to(like.device, like.dtype), tensor)
 
     def _skipped_on_init_step(self) -> set[Tensor]:
         """What a first step leaves out: everything, where every gradient is zero and lr is 0, on every rank.
@@ -418,6 +482,17 @@ class MatrixOptimizer(Optimizer):
 def _settings_of(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What a group says about the update, which ranks that share parameters must have in common."""
     return [(name, value) for name, value in group.items() if name not in NOT_SETTINGS]
+
+
+def _have_finite_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Which gradients, as far as this rank has them, hold neither NaN nor Inf: boolean, 0-d, on their devices."""
+    flags = [torch.ones((), dtype=torch.bool, device=parameter.device) for parameter in parameters]
+    gradients = [(index, local_gradient(parameter)) for index, parameter in enumerate(parameters)]
+    present = [(index, gradient) for index, gradient in gradients if gradient is not None and gradient.numel()]
+    for alike in group_by(present, lambda pair: (pair[1].device, pair[1].dtype)).values():
+        for (index, _), is_finite in zip(alike, are_finite([gradient for _, gradient in alike]), strict=True):
+            flags[index] = is_finite
+    return flags
 
 
 def _on_every_entry(parameter: Tensor, test: Callable[[Tensor], Tensor]) -> Tensor:

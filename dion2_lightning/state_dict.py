@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -10,22 +10,39 @@ from torch.optim.optimizer import Optimizer, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import StateTensor
+from dion2_lightning.algorithms.hyperparameters import plain
+from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.matrices.layout import is_dtensor, local
-from dion2_lightning.parameter_groups import algorithm_of, parameter_names
+from dion2_lightning.parameter_groups import ENTRIES, algorithm_of, parameter_names
 
 Group = Mapping[str, Any]
 
+WEIGHTS_ALONE: Final = (
+    "load the model's weights alone: in Lightning load_from_checkpoint() and fit() without ckpt_path, in the Trainer "
+    "from_pretrained() and train() without resume_from_checkpoint"
+)
+"""What to do with a checkpoint whose optimizer state does not fit."""
 
-def match_state_dict(saved: StateDict, groups: Sequence[Group]) -> StateDict:
+OTHERWISE: Final = (
+    "build the optimizer with the arguments of that run (algorithm, lora, overrides, what was frozen), or "
+    f"{WEIGHTS_ALONE}"
+)
+"""What to do with a checkpoint of an optimizer whose groups are others."""
+
+
+def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[Group]) -> StateDict:
     """Return a saved state dict with its groups and parameters in the order of an optimizer's, and nothing missing.
 
     Its parameter ids are numbers or names; it is not changed. One that does not fit gets an error that says why.
+    ``given`` holds the settings that each group was made with; where they differ from the saved ones a warning says so.
     """
     for key in ("state", "param_groups"):
         if key not in saved:
             raise ValueError(f"the checkpoint has no {key!r}; pass what state_dict() returned")
-    matched = [_match_group(old, new) for old, new in zip(_match_order(saved, groups), groups, strict=True)]
+    _refuse_other_optimizers(saved["param_groups"])
+    in_order = _match_order(saved, groups)
+    matched = [_match_group(old, new) for old, new in zip(in_order, groups, strict=True)]
     without_state = []
     for old, new in zip(matched, groups, strict=True):
         for key, parameter, name in zip(old["params"], new["params"], parameter_names(new), strict=True):
@@ -37,6 +54,14 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group]) -> StateDict:
         warnings.warn(
             f"the checkpoint has no state for {_some(without_state)}, as of what was frozen when it was saved; these "
             "start anew",
+            stacklevel=2,
+        )
+    changes = _changed_settings(in_order, given)
+    if changes and is_first_rank():
+        warnings.warn(
+            f"the checkpoint's settings replace those that this optimizer was given: {'; '.join(changes)}. To go on "
+            "with the given ones, set them in optimizer.param_groups after loading, a scheduled lr also in the "
+            "scheduler's base_lrs",
             stacklevel=2,
         )
     return {**saved, "param_groups": matched}
@@ -75,13 +100,42 @@ def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
                         state[entry] = value.to(parameter.device, dtype)
 
 
+def _refuse_other_optimizers(saved_groups: Sequence[Group]) -> None:
+    """Refuse groups that say no algorithm and have settings that no algorithm knows."""
+    known = {*ENTRIES, *(name for algorithm in ALGORITHMS.values() for name in algorithm.defaults())}
+    unknown = sorted({name for group in saved_groups for name in group} - known)
+    if unknown and not any("algorithm" in group for group in saved_groups):
+        raise ValueError(
+            f"the checkpoint is of another optimizer: its groups say no algorithm and have {_some(unknown)}. Its state "
+            f"does not fit; {WEIGHTS_ALONE}"
+        )
+
+
+def _changed_settings(saved_groups: Sequence[Group], given: Sequence[Group]) -> list[str]:
+    """Say which saved settings are not those that the groups were made with, each once for all groups alike."""
+    changes: dict[str, list[str]] = {}
+    for old, new in zip(saved_groups, given, strict=True):
+        # What a schedule has made of a learning rate is no change.
+        saved = plain({**old, "lr": old["initial_lr"]} if "initial_lr" in old else old)
+        for name, value in new.items():
+            found = saved.get(name, value)
+            if _without_lists(found) != _without_lists(value):
+                changes.setdefault(f"{name} {found!r} instead of {value!r}", []).append(repr(old.get("name")))
+    return [f"{change} ({', '.join(groups)})" for change, groups in changes.items()]
+
+
+def _without_lists(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # some formats save a pair as a list
+
+
 def _match_order(saved: StateDict, groups: Sequence[Group]) -> Sequence[Group]:
     """The saved groups in the order of ``groups``: by name where both have the same names, else as they stand."""
     old_groups: Sequence[Group] = saved["param_groups"]
     old_names, new_names = [group.get("name") for group in old_groups], [group["name"] for group in groups]
     if len(old_groups) != len(groups):
         raise ValueError(
-            f"the checkpoint has {len(old_groups)} groups, {old_names}; this optimizer {len(groups)}, {new_names}"
+            f"the checkpoint has {len(old_groups)} groups, {old_names}; this optimizer {len(groups)}, {new_names}; "
+            f"{OTHERWISE}"
         )
     if set(old_names) != set(new_names):
         return old_groups
@@ -95,14 +149,14 @@ def _match_group(old: Group, new: Group) -> dict[str, Any]:
     algorithm = old.get("algorithm", new["algorithm"])
     if algorithm != new["algorithm"]:
         raise ValueError(
-            f"{prefix}: the checkpoint's algorithm is {algorithm!r}, this optimizer's {new['algorithm']!r}"
+            f"{prefix}: the checkpoint's algorithm is {algorithm!r}, this optimizer's {new['algorithm']!r}; {OTHERWISE}"
         )
     if len(old["params"]) != len(new["params"]):
         raise ValueError(
             f"{prefix}: the checkpoint has {len(old['params'])} parameters, this optimizer {len(new['params'])}; "
-            "it is of another model, or the model was split otherwise"
+            f"it is of another model, or the model was split otherwise; {OTHERWISE}"
         )
-    _check_settings(old, new, prefix)
+    algorithm_of(new).check_settings(old, f"{prefix}: the checkpoint's ")
     # Version 0.1.0 wrote the settings of all algorithms into every group; what schedulers have added stays.
     foreign = {name for each in ALGORITHMS.values() for name in each.defaults()} - new.keys()
     group = {**new, **{name: value for name, value in old.items() if name not in foreign}}
@@ -110,17 +164,6 @@ def _match_group(old: Group, new: Group) -> dict[str, Any]:
         group["params"] = _in_order(old, new, prefix)
         group["param_names"] = list(new["param_names"])
     return group
-
-
-def _check_settings(old: Group, new: Group, prefix: str) -> None:
-    """Refuse settings that are not this optimizer's; what schedulers have added may stay."""
-    unknown = sorted(old.keys() - new.keys())
-    if "algorithm" not in old and unknown:
-        raise ValueError(
-            f"{prefix}: the checkpoint's group says no algorithm and has {_some(unknown)}, which this optimizer does "
-            "not know; it is of another optimizer"
-        )
-    algorithm_of(new).check_settings(old, f"{prefix}: the checkpoint's ")
 
 
 def _in_order(old: Group, new: Group, prefix: str) -> list[Any]:
@@ -155,7 +198,7 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, labe
     if not set(state) ^ set(expected) <= algorithm.optional_state:
         raise ValueError(
             f"{label}: the checkpoint holds {sorted(state)} for it, algorithm {group['algorithm']!r} needs "
-            f"{sorted(expected)}"
+            f"{sorted(expected)}; it is of another optimizer: {WEIGHTS_ALONE}"
         )
     for entry, tensor in expected.items():
         if entry in state and tensor.shape != ():  # a number is taken from wherever it is, in any form

@@ -5,6 +5,7 @@ import inspect
 import logging
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import lightning as L
@@ -181,14 +182,111 @@ def test_of_an_added_group_that_is_split_all_parts_are_added_or_none():
     assert [group["name"] for group in optimizer.param_groups] == before
 
 
-def test_the_report_is_logged_once_on_rank_zero(caplog, monkeypatch):
-    with caplog.at_level(logging.INFO, logger="dion2_lightning"):
-        build_optimizer(Language(), lr=0.1)
-        monkeypatch.setenv("RANK", "1")
-        build_optimizer(Language(), lr=0.1)
-    assert len(caplog.records) == 1
-    assert "Dion2 and AdamW for Language" in caplog.text
-    assert "blocks.*.*.weight" in caplog.text
+# What it says
+
+
+SUMMARY = (
+    "Dion2 and AdamW for Language: of 712 trainable parameters dion2 71.9% (5 tensors), adamw 28.1% (9 tensors)\n"
+    "Note: no transformers model was found, so no head was guessed. An output layer belongs to adamw: if `head.weight` "
+    'is one, pass overrides={"head.weight": "adamw"}.'
+)
+
+
+def test_the_summary_is_logged_once_on_rank_zero_and_the_table_on_demand(caplog, monkeypatch):
+    for level, count in ((logging.WARNING, 0), (logging.INFO, 1), (logging.DEBUG, 2)):
+        caplog.clear()
+        with caplog.at_level(level, logger="dion2_lightning"):
+            build_optimizer(Language(), lr=0.1)
+        assert len(caplog.records) == count
+    assert caplog.records[0].message == SUMMARY
+    assert "blocks.*.*.weight" in caplog.records[1].message
+    monkeypatch.setenv("RANK", "1")
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG, logger="dion2_lightning"):
+        build_optimizer(nn.Conv2d(3, 4, 3), lr=0.1)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("configured", "is_said"),
+    [
+        ("", True),
+        ("logging.basicConfig(format='%(message)s')", True),
+        ("logging.getLogger('dion2_lightning').setLevel('WARNING')", False),
+        ("logging.disable(logging.INFO)", False),
+    ],
+    ids=["nothing", "the root logger at WARNING", "silenced", "all silenced"],
+)
+def test_the_summary_is_seen_without_configuring_anything(configured, is_said):
+    code = (
+        f"import logging; {configured}\n"
+        "from dion2_lightning import build_optimizer\n"
+        "from tests.test_factory import Language\n"
+        "build_optimizer(Language(), lr=0.1)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == ""
+    assert result.stderr.strip() == (SUMMARY if is_said else "")
+
+
+def warnings_of_building(model: nn.Module, **settings: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build_optimizer(model, lr=0.1, **settings)
+    return [str(each.message) for each in caught]
+
+
+def frozen_body() -> nn.Module:
+    model = Language()
+    model.requires_grad_(False)
+    model.embed.requires_grad_(True)
+    return model
+
+
+NOTHING_TO_DION2 = {
+    "convolutions": (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)),
+        {},
+        "Sequential: dion2 trains nothing, adamw everything. Convolutions (1): dion2 does not train them.",
+    ),
+    "frozen": (
+        frozen_body(),
+        {},
+        "Language: dion2 trains nothing, adamw everything. Frozen weights (5): unfreeze them before the optimizer is "
+        "built.",
+    ),
+    "recurrent": (
+        nn.LSTM(4, 4),
+        {},
+        "LSTM: dion2 trains nothing, adamw everything. Parameters of no known layer (2): if linear, pass "
+        'overrides={"weight_ih_l0": "dion2"}.',
+    ),
+    "overrides": (
+        Language(),
+        {"overrides": {"blocks.*": "adamw", "head.*": "adamw"}},
+        "Language: dion2 trains nothing, adamw everything. Weights of linear layers (5): overrides send them "
+        "elsewhere.",
+    ),
+    "vectors": (nn.LayerNorm(4), {}, "LayerNorm: dion2 trains nothing, adamw everything. There are no matrices."),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING_TO_DION2)
+def test_where_nothing_goes_to_dion2_a_warning_says_why_and_what_changes_that(case):
+    model, settings, reason = NOTHING_TO_DION2[case]
+    advice = 'If AdamW is what you want, algorithm="adamw" says so.'
+    assert warnings_of_building(model, **settings) == [f"{reason} {advice}"]
+    assert warnings_of_building(model, algorithm="adamw", **settings) == []
+
+
+def test_that_warning_shows_the_line_that_builds():
+    with pytest.warns(UserWarning, match="dion2 trains nothing") as caught:
+        build_optimizer(nn.LayerNorm(4), lr=0.1)
+    assert [each.filename for each in caught] == [__file__]
+
+
+def test_where_dion2_trains_something_there_is_no_warning():
+    assert warnings_of_building(Language()) == []
 
 
 def test_lightning_module_in_configure_optimizers(tmp_path):

@@ -94,8 +94,11 @@ class WithoutCuda(TorchFunctionMode):
             return arguments[0].logical_not()
         if function is Tensor.copy_:
             return aten.copy_.default(*arguments, **keywords)
-        if function is Tensor.to and isinstance(arguments[-1], torch.device) and arguments[0].device != arguments[-1]:
-            return aten._to_copy.default(arguments[0], device=arguments[-1], **keywords)
+        if function is Tensor.to:
+            device = next((each for each in arguments if isinstance(each, torch.device)), None)
+            dtype = next((each for each in arguments if isinstance(each, torch.dtype)), None)
+            if device not in (None, arguments[0].device):
+                return aten._to_copy.default(arguments[0], device=device, dtype=dtype, **keywords)
         return function(*arguments, **keywords)
 
 
@@ -136,8 +139,9 @@ def checked_step(optimizer: Dion2, process_group: dist.ProcessGroup | None = Non
     return host
 
 
-def test_a_step_on_one_device_neither_waits_nor_sends_anything() -> None:
-    optimizer = optimizer_of()
+@pytest.mark.parametrize("check_finite", [False, "skip"])
+def test_a_step_on_one_device_neither_waits_nor_sends_anything(check_finite: Any) -> None:
+    optimizer = optimizer_of(check_finite=check_finite)
     assert checked_step(optimizer).sent == []
     matrix, rest = optimizer.param_groups[0]["params"][0], optimizer.param_groups[-1]["params"][0]
     assert optimizer.state[matrix]["momentum"].device.type == "cuda"
@@ -145,16 +149,17 @@ def test_a_step_on_one_device_neither_waits_nor_sends_anything() -> None:
     assert optimizer.selection_of(matrix).indices.device.type == "cuda"
 
 
-@pytest.mark.parametrize("left_on", ["cpu", "cuda"])
-def test_a_step_count_follows_its_parameter(left_on: str) -> None:
-    """Lightning moves parameters and moments to the device and, after training, back to the CPU, but no step counts."""
-    optimizer = Dion2(groups_of_every_kind("cuda" if left_on == "cpu" else "cpu")[-1:], lr=0.1)
+@pytest.mark.parametrize(("left_on", "groups"), [("cpu", slice(None)), ("cuda", slice(-1, None))], ids=["cpu", "cuda"])
+def test_the_state_follows_its_parameter(left_on: str, groups: slice) -> None:
+    """``model.to(device)`` moves parameters alone, Lightning moments as well, but no step counts."""
+    optimizer = Dion2(groups_of_every_kind("cuda" if left_on == "cpu" else "cpu")[groups], lr=0.1)
     optimizer.step()
     for state in optimizer.state.values():
-        state["step"] = torch.zeros((), device=left_on)
+        for name, tensor in state.items():
+            state[name] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=left_on)
     optimizer.step()
     for parameter, state in optimizer.state.items():
-        assert state["step"].device == parameter.device
+        assert {tensor.device for tensor in state.values()} == {parameter.device}
 
 
 def test_counters_follow_their_parameters() -> None:
@@ -170,10 +175,11 @@ def test_counters_follow_their_parameters() -> None:
         assert {each.device.type for each in kept if each.dtype == torch.int32} == {device}
 
 
+@pytest.mark.parametrize("check_finite", [False, "skip"])
 @pytest.mark.parametrize("share_replicas", [True, False, None])
-def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | None) -> None:
+def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | None, check_finite: Any) -> None:
     """It sends one constant to the device, the header of the all-reduce: a checksum, and a flag for each matrix."""
-    optimizer = optimizer_of(share_replicas=share_replicas)
+    optimizer = optimizer_of(share_replicas=share_replicas, check_finite=check_finite)
     sent = checked_step(optimizer, dist.group.WORLD).sent
     matrices = sum(len(group["params"]) for group in optimizer.param_groups[:-1])
     assert sent == ([] if share_replicas is False else [matrices + 1])
@@ -290,8 +296,9 @@ def spread(mesh: DeviceMesh, placements: Placements, *shape: int) -> nn.Paramete
     ],
     ids=str,
 )
+@pytest.mark.parametrize("check_finite", [False, "skip"])
 def test_a_step_on_shards_waits_once_at_most(
-    reads: FakeReads, placements: Placements, shapes: list[tuple[int, int]], waits: int
+    reads: FakeReads, placements: Placements, shapes: list[tuple[int, int]], waits: int, check_finite: Any
 ) -> None:
     """Once for all matrices and precisions together, and only where ranks hold different slices."""
     mesh = mesh_of(placements)
@@ -300,7 +307,7 @@ def test_a_step_on_shards_waits_once_at_most(
         {"params": [spread(mesh, placements, *shape) for shape in shapes], "orthonormalize_dtype": dtype}
         for dtype in precisions
     ]
-    optimizer = Dion2(groups, lr=0.1, share_replicas=True)
+    optimizer = Dion2(groups, lr=0.1, share_replicas=True, check_finite=check_finite)
     optimizer.step()
     assert reads.calls == waits
     with NoHostWait() as host:

@@ -160,6 +160,36 @@ def test_state_dtype_is_kept(state_dtype):
     assert optimizer.state[parameter]["momentum"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("after", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_state_follows_a_parameter_that_is_cast(before, after):
+    """``model.to(dtype)`` knows nothing of it. It trains on as an optimizer does whose state was cast by hand."""
+    model = model_of(before)
+    model[0].register_parameter("gain", nn.Parameter(torch.ones((), dtype=before)))
+    model[0].register_forward_hook(lambda module, _, output: module.gain * output)
+    optimizer = Dion2(groups_of(model), lr=0.05)
+    train(model, optimizer, range(3))
+    other_model = copy.deepcopy(model).to(after)
+    other = Dion2(groups_of(other_model), lr=0.05)
+    for parameter in other_model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    other.param_groups[0]["lr"] = other.param_groups[1]["lr"] = 0.0
+    other.step()  # creates the state, as one for this dtype, and does nothing else
+    other.param_groups[0]["lr"] = other.param_groups[1]["lr"] = 0.05
+    for parameter, twin in zip(model.parameters(), other_model.parameters(), strict=True):
+        for name, tensor in optimizer.state[parameter].items():
+            other.state[twin][name].copy_(tensor)
+
+    model.to(after)
+    train(model, optimizer, range(3, 6))
+    train(other_model, other, range(3, 6))
+    assert_identical(snapshot(model), snapshot(other_model))
+    for parameter, twin in zip(model.parameters(), other_model.parameters(), strict=True):
+        for name, tensor in other.state[twin].items():
+            assert optimizer.state[parameter][name].dtype == tensor.dtype
+            assert torch.equal(optimizer.state[parameter][name], tensor)
+
+
 def test_gradients_are_not_kept_as_state():
     """DDP reuses the memory of gradients."""
     parameter = torch.nn.Parameter(torch.ones(4, 8))
@@ -518,6 +548,36 @@ def test_schedulers_that_cycle_momentum_are_refused_by_torch(scheduler):
     """They would cycle AdamW's betas, and momentum by rules made for SGD; both have an option not to."""
     with pytest.raises(ValueError, match="cycle_momentum"):
         scheduler(Dion2(groups_of(model_of()), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer, rates: torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=rates, total_steps=10, cycle_momentum=False
+        ),
+        lambda optimizer, rates: torch.optim.lr_scheduler.CyclicLR(
+            optimizer, base_lr=[rate / 10 for rate in rates], max_lr=rates, step_size_up=4, cycle_momentum=False
+        ),
+        lambda optimizer, rates: torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, patience=0, min_lr=[rate / 10 for rate in rates]
+        ),
+    ],
+    ids=["one cycle", "cyclic", "plateau"],
+)
+def test_schedulers_of_absolute_rates_take_one_for_each_group(scheduler):
+    """One number would be the rate of all groups."""
+    model = model_of()
+    matrices, rest = groups_of(model)
+    optimizer = Dion2([matrices, {**rest, "lr": 0.02}], lr=0.1)
+    schedule = scheduler(optimizer, [group["lr"] for group in optimizer.param_groups])
+    rates = []
+    for step in range(8):
+        train(model, optimizer, range(step, step + 1))
+        schedule.step(*([1.0] if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert len({first for first, _ in rates}) > 1
+    assert all(second == pytest.approx(first / 5) for first, second in rates)
 
 
 def _from_transformers(

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,11 @@ def test_parameters_without_state_in_the_checkpoint():
     assert other_model[0].weight in other.state
 
 
+def split_for_torch(model):
+    """The groups without what torch's AdamW does not know."""
+    return [{"params": [parameter for _, parameter in group["params"]]} for group in groups_of(model)]
+
+
 def of_another_optimizer(saved):
     saved["state"].clear()
     for group in saved["param_groups"]:
@@ -292,14 +298,26 @@ def no_groups(saved):
             other_shape,
             r"group 'dion2': parameter '0.weight': the checkpoint's 'momentum' has shape \(3, 3\)",
         ),
-        (other_algorithm, "group 'dion2': the checkpoint's algorithm is 'adamw', this optimizer's 'dion2'"),
-        (missing_group, r"the checkpoint has 1 groups, \['dion2'\]; this optimizer 2, \['dion2', 'adamw'\]"),
-        (missing_parameter, "group 'dion2': the checkpoint has 2 parameters, this optimizer 3"),
+        (
+            other_algorithm,
+            r"group 'dion2': the checkpoint's algorithm is 'adamw', this optimizer's 'dion2'; build .* of that run",
+        ),
+        (
+            missing_group,
+            r"the checkpoint has 1 groups, \['dion2'\]; this optimizer 2, \['dion2', 'adamw'\]; build .* of that run",
+        ),
+        (
+            missing_parameter,
+            "group 'dion2': the checkpoint has 2 parameters, this optimizer 3; .* build .* that run",
+        ),
         (other_names, "only in the checkpoint: encoder.weight; only in this optimizer: 0.weight. To load by position"),
-        (foreign_state, r"the checkpoint holds \['momentum_buffer'\] for it, algorithm 'dion2' needs \['momentum'\]"),
+        (
+            foreign_state,
+            r"the checkpoint holds \['momentum_buffer'\] for it, algorithm 'dion2' needs \['momentum'\]; .* alone",
+        ),
         (
             of_another_optimizer,
-            "group says no algorithm and has dampening, nesterov, which this optimizer does not",
+            "of another optimizer: its groups say no algorithm and have dampening, nesterov. .* load the model's weigh",
         ),
         (setting_out_of_range, r"group 'dion2': the checkpoint's momentum must lie in \[0, 1\), got 1.5"),
         (too_many_names, "the checkpoint has 4 names for 3 parameters; it is damaged"),
@@ -325,12 +343,80 @@ def test_bad_checkpoints_are_refused_and_change_nothing(damage, message):
         assert all(torch.equal(value, after["state"][key][name]) for name, value in state.items())
 
 
-def test_torch_adamw_checkpoints_are_refused_for_matrices():
+@pytest.mark.parametrize("groups", [lambda model: list(model.parameters()), split_for_torch], ids=["one", "as ours"])
+def test_torch_adamw_checkpoints_are_refused_with_advice(groups):
     model = model_of()
-    adamw = torch.optim.AdamW(model.parameters())
+    adamw = torch.optim.AdamW(groups(model))
     train(model, adamw, range(1))
-    with pytest.raises(ValueError, match="the checkpoint has 1 groups"):
+    message = (
+        "^the checkpoint is of another optimizer: its groups say no algorithm and have amsgrad, .* Its state does not "
+        r"fit; load the model's weights alone: in Lightning load_from_checkpoint\(\) .* without resume_from_checkpoint$"
+    )
+    with pytest.raises(ValueError, match=message):
         Dion2(groups_of(model)).load_state_dict(adamw.state_dict())
+
+
+# Settings that are not the checkpoint's
+
+
+def warnings_of_loading(optimizer: Dion2, saved: dict) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(saved)
+    return [str(each.message) for each in caught]
+
+
+def test_settings_that_the_checkpoint_replaces_are_named():
+    model, optimizer = three_matrices_after_one_step()
+    settings = {"lr": 0.01, "fraction": 0.5, "momentum": 0.8, "betas": (0.8, 0.9)}
+    other = Dion2(groups_of(model), **settings)
+    [said] = warnings_of_loading(other, optimizer.state_dict())
+    assert said == (
+        "the checkpoint's settings replace those that this optimizer was given: lr 0.05 instead of 0.01 ('dion2', "
+        "'adamw'); fraction 0.25 instead of 0.5 ('dion2'); momentum 0.95 instead of 0.8 ('dion2'); betas (0.9, 0.999) "
+        "instead of (0.8, 0.9) ('adamw'). To go on with the given ones, set them in optimizer.param_groups after "
+        "loading, a scheduled lr also in the scheduler's base_lrs"
+    )
+    matrices, rest = other.param_groups
+    assert (matrices["lr"], matrices["fraction"], matrices["momentum"]) == (0.05, 0.25, 0.95)
+    assert (rest["lr"], rest["betas"]) == (0.05, (0.9, 0.999))
+
+
+def test_of_an_added_group_and_of_a_copy_too():
+    model, optimizer = three_matrices_after_one_step()
+    groups = groups_of(model)
+    other = Dion2(groups[:1], lr=0.05)
+    other.add_param_group({**groups[1], "eps": 1e-6})
+    for each in (other, copy.deepcopy(other)):
+        [said] = warnings_of_loading(each, optimizer.state_dict())
+        assert "eps 1e-08 instead of 1e-06 ('adamw')." in said
+
+
+@pytest.mark.parametrize("scheduled", ["both", "saved", "neither"])
+def test_nothing_is_said_of_the_same_settings(scheduled):
+    """A schedule has changed the saved learning rate, and a finder the present one; pairs may come back as lists."""
+    model, optimizer = three_matrices_after_one_step()
+    if scheduled != "neither":
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        scheduler.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][1]["betas"] = list(saved["param_groups"][1]["betas"])
+    other = Dion2(groups_of(model), lr=0.05, state_dtype=torch.float32)
+    if scheduled == "both":
+        torch.optim.lr_scheduler.StepLR(other, 1)
+    for group in other.param_groups:
+        group["lr"] = 1e-8
+    saved["param_groups"][0]["state_dtype"] = "float32"
+    assert warnings_of_loading(other, saved) == []
+    assert [group["lr"] for group in other.param_groups] == pytest.approx(
+        [0.05 if scheduled == "neither" else 0.005] * 2
+    )
+
+
+def test_one_rank_says_it(monkeypatch):
+    model, optimizer = three_matrices_after_one_step()
+    monkeypatch.setenv("RANK", "1")
+    assert warnings_of_loading(Dion2(groups_of(model), lr=1.0), optimizer.state_dict()) == []
 
 
 def test_the_saved_state_dict_is_not_changed_by_loading_it():

@@ -9,11 +9,12 @@ Several calls can train different tasks at once.
 import argparse
 from pathlib import Path
 
+import datasets
 import torch
+import transformers
 
 from benchmarks.convergence.search import Study
 from benchmarks.convergence.tasks import FULL, SMALL
-from recipes.terminal import quiet_libraries
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -36,7 +37,9 @@ def main() -> None:
         help="default: a CUDA GPU where there is one, else the CPU",
     )
     arguments = parser.parse_args()
-    quiet_libraries()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     for name in arguments.tasks:
         task = (FULL if arguments.full else SMALL)[name]
         file = arguments.results / f"{name}{'-full' if arguments.full else ''}.jsonl"

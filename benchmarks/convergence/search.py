@@ -113,7 +113,7 @@ class Study:
         return [best, *(replace(each, adamw_lr=best.adamw_lr) for each in common if each.momentum != best.momentum)]
 
     def loss(self, method: Method, candidate: Candidate) -> float:
-        """Returns the held-out loss at the end of a run of the search."""
+        """Returns the validation loss at the end of a run of the search."""
         return last_loss(self.record(method, candidate, SEARCH_SEED, self.task.search_steps))
 
     def record(self, method: Method, candidate: Candidate, seed: int, steps: int) -> Record:
@@ -161,7 +161,7 @@ def time_ratios(records: list[Record]) -> dict[str, float]:
 
 
 def last_loss(record: Record) -> float:
-    """Returns the held-out loss at the end of a run, infinity if it is not finite."""
+    """Returns the validation loss at the end of a run, infinity if it is not finite."""
     loss = record["curve"][-1]["loss"]
     return math.inf if loss is None else float(loss)
 

@@ -1,28 +1,41 @@
-"""The tasks: models, data and measures of the recipes, small for two cores of a CPU and at full size for a GPU."""
+"""The tasks: models, data and measures, small for two cores of a CPU and at full size for a GPU."""
 
 import abc
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
-from datasets import load_dataset
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import default_collate
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerBase,
     get_cosine_schedule_with_warmup,
     get_wsd_schedule,
 )
 
+from benchmarks.convergence.data import (
+    IGNORED,
+    Batch,
+    load_functions,
+    load_texts,
+    load_windows,
+    shuffled_batches,
+    training_rows,
+    validation_batches,
+)
 from benchmarks.convergence.methods import (
     ADAMW,
     ADAMW_LORA,
@@ -36,20 +49,8 @@ from benchmarks.convergence.methods import (
     Method,
 )
 from dion2_lightning import Dion2
-from recipes.pretraining.data import PackedTokens, pack, split_documents
-from recipes.pretraining.model import build_model
-from recipes.python_texts import read_prose
-from recipes.supervised_fine_tuning import settings as supervised_fine_tuning
-from recipes.supervised_fine_tuning.conversations import Conversation, load_conversations
-from recipes.supervised_fine_tuning.data import PackedConversations, pack_held_out_rows, pack_training_rows
-from recipes.supervised_fine_tuning.encoding import IGNORED
-from recipes.supervised_fine_tuning.model import load_model as load_causal_model
-from recipes.supervised_fine_tuning.model import save_model
-from recipes.text_classification import settings as text_classification
-from recipes.text_classification.data import ShuffledBatches, Split, collate_with, load_split
-from recipes.text_classification.train import load_model
-
-Batch = dict[str, Tensor]
+from recipes.offline_data import MODULES, Function
+from recipes.offline_models import MINILM, SMOLLM2, model_folder
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Task(abc.ABC):
         search_steps: Of a run of the search.
         short_steps: Of a final run with fewer steps and a shorter schedule.
         long_steps: Of a final run with more steps and the same settings; None for no such run.
-        measure_every: Steps between two measurements on the held-out data.
+        measure_every: Steps between two measurements on the validation data.
         batch_size: Rows per step.
         weight_decay: Decoupled; of all parameters that decay.
         betas: AdamW's, also where it trains the rest.
@@ -99,7 +100,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Returns `loss`, and `accuracy` where there is one, on all of the held-out data."""
+        """Returns `loss`, and `accuracy` where there is one, on all of the validation data."""
 
     def schedule(self, optimizer: Dion2, steps: int) -> LRScheduler:
         """Returns a warm-up over a tenth of the steps and half a cosine down to zero."""
@@ -119,22 +120,25 @@ class Pretraining(Task):
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
-    held_out_windows: int = 128
+    validation_windows: int = 128
     full: bool = False
 
     def model(self) -> nn.Module:
-        return build_model(
-            len(self._tokenizer),
-            length=self.length,
+        config = LlamaConfig(
+            vocab_size=len(self._tokenizer),
             hidden_size=self.hidden_size,
-            layers=self.layers,
-            heads=self.heads,
+            intermediate_size=-(-self.hidden_size * 8 // 24) * 8,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            max_position_embeddings=self.length,
+            use_cache=False,
         )
+        return LlamaForCausalLM(config)
 
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
-        train, _ = self._data
-        for rows in ShuffledBatches(len(train), self.batch_size, steps, seed):
-            windows = train.windows[rows].long()
+        train, _ = self._windows
+        for rows in shuffled_batches(len(train), self.batch_size, steps, seed):
+            windows = train[rows].long()
             yield {"input_ids": windows, "labels": windows}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -142,10 +146,10 @@ class Pretraining(Task):
         return loss
 
     def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        _, held_out = self._data
+        _, validation = self._windows
         losses = [
             self.loss(model, {"input_ids": windows, "labels": windows}).item()
-            for windows in held_out.windows[: self.held_out_windows].long().to(device).split(self.batch_size)
+            for windows in validation[: self.validation_windows].long().to(device).split(self.batch_size)
         ]
         return {"loss": math.fsum(losses) / len(losses)}
 
@@ -160,20 +164,13 @@ class Pretraining(Task):
         return ByT5Tokenizer()
 
     @cached_property
-    def _data(self) -> tuple[PackedTokens, PackedTokens]:
-        train, held_out = split_documents(self._documents(), held_out_share=0.05)
-        return pack(train, self._tokenizer, self.length), pack(held_out, self._tokenizer, self.length)
-
-    def _documents(self) -> list[str]:
-        if not self.full:
-            return read_prose()
-        rows = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split="train")
-        return [text for text in rows["text"] if text.strip()]
+    def _windows(self) -> tuple[Tensor, Tensor]:
+        return load_windows(self._tokenizer, self.length, wikitext=self.full)
 
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """MiniLM-L6 learns to tell which module of Python's library a docstring comes from."""
+    """MiniLM-L6 is trained to tell which module of Python's library a docstring comes from."""
 
     name = "classification"
     title = "Fine-tuning: MiniLM-L6, 8-way text classification"
@@ -184,21 +181,25 @@ class Classification(Task):
         "dion2": Candidate(1.6e-3, 1.6e-3),
     }
 
+    max_length: int = 64
+
     def model(self) -> nn.Module:
-        model, _ = load_model(self._settings, self._split.classes)
-        return model
+        model = AutoModelForSequenceClassification.from_pretrained(
+            model_folder(MINILM), dtype=torch.float32, num_labels=len(MODULES)
+        )
+        return model.train()
 
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
-        examples = self._split.train
-        for rows in ShuffledBatches(len(examples), self.batch_size, steps, seed):
-            yield self._collate([examples[row] for row in rows])
+        train, _ = self._texts
+        for rows in shuffled_batches(len(train), self.batch_size, steps, seed):
+            yield self._collate([train[row] for row in rows])
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return functional.cross_entropy(self._logits(model, batch), batch["labels"])
 
     def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        # By length, so that little is padding.
-        examples = sorted(self._split.held_out, key=lambda example: len(example.text))
+        _, validation = self._texts
+        examples = sorted(validation, key=lambda example: len(example[0]))  # so that little is padding
         losses: list[Tensor] = []
         right: list[Tensor] = []
         for start in range(0, len(examples), 64):
@@ -213,23 +214,25 @@ class Classification(Task):
         logits: Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
         return logits.float()
 
-    @cached_property
-    def _settings(self) -> text_classification.Settings:
-        return text_classification.Settings()
+    def _collate(self, examples: list[tuple[str, int]]) -> Batch:
+        texts, labels = zip(*examples, strict=True)
+        inputs = self._tokenizer(
+            list(texts), truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
+        )
+        return {**inputs, "labels": torch.tensor(labels)}
 
     @cached_property
-    def _split(self) -> Split:
-        return load_split(self._settings)
+    def _texts(self) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+        return load_texts()
 
     @cached_property
-    def _collate(self) -> Any:
-        _, tokenizer = load_model(self._settings, self._split.classes)
-        return collate_with(tokenizer, self._split.classes, self._settings.max_length)
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(model_folder(MINILM))
 
 
 @dataclass(frozen=True)
 class CausalFineTuning(Task):
-    """SmolLM2-135M-Instruct learns to write the docstrings of functions, all of its weights."""
+    """SmolLM2-135M-Instruct is trained to write the docstrings of functions, all of its weights."""
 
     name = "fine-tuning"
     title = "Fine-tuning: SmolLM2-135M, docstrings of functions"
@@ -237,57 +240,46 @@ class CausalFineTuning(Task):
     starts: ClassVar = {"adamw": Candidate(2e-4, 2e-4), "muon": Candidate(3e-4, 2e-4), "dion2": Candidate(4e-4, 2e-4)}
 
     length: int = 256
-    held_out_size: int = 32
+    validation_size: int = 32
     lora_rank: int = 0
 
     def model(self) -> nn.Module:
-        model, _ = load_causal_model(replace(self._settings, seed=torch.initial_seed(), lora_rank=self.lora_rank))
-        return model
+        model = AutoModelForCausalLM.from_pretrained(model_folder(SMOLLM2), dtype=torch.float32)
+        if self.lora_rank:
+            torch.manual_seed(torch.initial_seed())  # whatever loading has drawn
+            adapters = LoraConfig(r=self.lora_rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = get_peft_model(model, adapters)
+        return model.train()
 
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
-        train, _ = self._conversations
-        settings = replace(self._settings, seed=seed)
-        packed = pack_training_rows(train, self._tokenizer, settings, steps * self.batch_size)
-        for step in range(steps):
-            yield default_collate([packed[step * self.batch_size + row] for row in range(self.batch_size)])
+        train, _ = self._functions
+        rows = training_rows(train, self._tokenizer, self.length, seed)
+        for _ in range(steps):
+            yield default_collate(list(islice(rows, self.batch_size)))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        loss: Tensor = model(**batch).loss
+        loss: Tensor = model(**batch, use_cache=False).loss  # with a cache, packed conversations see each other
         return loss
 
     def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         losses, counts = [], []
-        for start in range(0, len(self._held_out), self.batch_size):
-            rows = [self._held_out[row] for row in range(start, start + self.batch_size)]
-            batch = {name: tensor.to(device) for name, tensor in default_collate(rows).items()}
+        for batch in self._validation:
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             counts.append(int((batch["labels"] != IGNORED).sum()))
-            losses.append(self.loss(model, batch).item() * counts[-1] if counts[-1] else 0.0)
+            losses.append(self.loss(model, batch).item() * counts[-1])
         return {"loss": math.fsum(losses) / sum(counts)}
 
     @cached_property
-    def _settings(self) -> supervised_fine_tuning.Settings:
-        return supervised_fine_tuning.Settings(
-            model=self._folder.name, length=self.length, batch_size=self.batch_size, held_out_size=self.held_out_size
-        )
-
-    @cached_property
-    def _folder(self) -> TemporaryDirectory[str]:
-        """The model as transformers saves it: it loads faster so than from the quantized file that it comes in."""
-        folder = TemporaryDirectory()
-        save_model(*load_causal_model(supervised_fine_tuning.Settings()), Path(folder.name))
-        return folder
-
-    @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self._folder.name)
+        return AutoTokenizer.from_pretrained(model_folder(SMOLLM2))
 
     @cached_property
-    def _conversations(self) -> tuple[list[Conversation], list[Conversation]]:
-        return load_conversations(self._settings)
+    def _functions(self) -> tuple[list[Function], list[Function]]:
+        return load_functions(self.validation_size)
 
     @cached_property
-    def _held_out(self) -> PackedConversations:
-        return pack_held_out_rows(self._conversations[1], self._tokenizer, self._settings)
+    def _validation(self) -> list[Batch]:
+        return validation_batches(self._functions[1], self._tokenizer, self.length, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -340,12 +332,12 @@ FULL: dict[str, Task] = {
             hidden_size=768,
             layers=12,
             heads=12,
-            held_out_windows=256,
+            validation_windows=256,
             full=True,
         ),
         replace(_CLASSIFICATION, **_LONGER),
-        replace(_FINE_TUNING, batch_size=32, held_out_size=256, **_LONGER),
-        replace(_LORA, batch_size=32, held_out_size=256, **_LONGER),
+        replace(_FINE_TUNING, batch_size=32, validation_size=256, **_LONGER),
+        replace(_LORA, batch_size=32, validation_size=256, **_LONGER),
     )
 }
 """What one GPU trains."""

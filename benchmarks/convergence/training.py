@@ -28,7 +28,7 @@ def train(
     """Trains from the start and returns what happened, as plain data.
 
     Returns:
-        The arguments; `curve`: for each measured step its number and the task's measures of the held-out data, None
+        The arguments; `curve`: for each measured step its number and the task's measures of the validation data, None
         where one is not finite; `seconds`: of the training steps alone, on a machine that may have been busy.
     """
     torch.manual_seed(seed)

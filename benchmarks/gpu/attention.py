@@ -1,22 +1,24 @@
 """The attention backends of supervised fine-tuning on packed rows: whether they agree, and how fast they are."""
 
+import json
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.util import find_spec
-from typing import Final, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from benchmarks.gpu.machine import REPEATS, median_seconds
 from benchmarks.gpu.random_models import CONVERSATIONS, DECODER, shared_files
 from benchmarks.gpu.section import Options, Row
 from benchmarks.gpu.training import autocast, free_memory
-from recipes.supervised_fine_tuning.conversations import load_conversations
-from recipes.supervised_fine_tuning.data import PackedConversations, collate_for, pack_training_rows
-from recipes.supervised_fine_tuning.model import load_model
-from recipes.supervised_fine_tuning.settings import Settings
+from recipes.supervised_fine_tuning.model import check_packing
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
@@ -24,6 +26,9 @@ REFERENCE: Final[Attention] = "eager"
 OTHERS: Final[tuple[Attention, ...]] = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 """Packages that some backends need."""
+
+LENGTH = 1024
+"""Tokens of a row."""
 
 TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}
 """Relative to the largest logit, the loss and the norm of the gradients; a GPU computes in bfloat16."""
@@ -41,25 +46,21 @@ class Outcome(NamedTuple):
 
 def compare(options: Options) -> Iterator[Row]:
     """Yield a row for each attention: how fast it is, and how far from the reference on the same weights."""
-    files = shared_files(options)
-    settings = Settings(
-        model=str(files / DECODER),
-        attention=REFERENCE,
-        dataset=str(files / CONVERSATIONS),
-        length=1024,
-        batch_size=2 if options.tiny else 8,
-    )
-    train, _ = load_conversations(settings)
-    rows = pack_training_rows(train, AutoTokenizer.from_pretrained(settings.model), settings, settings.batch_size)
+    model = shared_files(options) / DECODER
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = packed_rows(model.with_name(CONVERSATIONS), tokenizer, count=2 if options.tiny else 4)
+    conversations = sum(map(len, rows["seq_lengths"]))
     yield {
         "rows": len(rows),
-        "of tokens": settings.length,
-        "conversations": rows.packed,
-        "ok": rows.packed > len(rows),  # else no row holds several conversations
+        "of tokens": LENGTH,
+        "conversations": conversations,
+        "ok": conversations > len(rows),  # else no row holds several conversations
     }
+    batch = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)(list(rows))
     device = torch.device(options.device)
     tolerance = TOLERANCE[device.type]
-    reference = run(settings, rows, device, 2 if options.tiny else REPEATS)
+    repeats = 2 if options.tiny else REPEATS
+    reference = run(model, REFERENCE, batch, device, repeats)
     yield row_of(REFERENCE, reference, reference, tolerance)
     for attention in OTHERS if device.type == "cuda" else OTHERS[:1]:
         package = PACKAGES.get(attention)
@@ -67,7 +68,7 @@ def compare(options: Options) -> Iterator[Row]:
             yield row_of(attention, None, reference, tolerance) | {"found": f"{package} is not installed"}
             continue
         try:
-            outcome = run(replace(settings, attention=attention), rows, device, 2 if options.tiny else REPEATS)
+            outcome = run(model, attention, batch, device, repeats)
         except Exception as error:  # whatever one kernel raises, the next is tried
             found = f"{type(error).__name__}: {error}"[:500]
             yield row_of(attention, None, reference, tolerance) | {"ok": False, "found": found}
@@ -75,23 +76,35 @@ def compare(options: Options) -> Iterator[Row]:
             yield row_of(attention, outcome, reference, tolerance)
 
 
-def run(settings: Settings, rows: PackedConversations, device: torch.device, repeats: int) -> Outcome:
-    """Run rows forward and backward, as the recipe does."""
+def packed_rows(conversations: Path, tokenizer: Any, count: int) -> Dataset:
+    """Return rows of several conversations each, packed as for supervised fine-tuning."""
+    lines = [json.loads(line) for line in conversations.read_text(encoding="utf-8").splitlines()]
+    chats = [
+        [{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": line["completion"]}]
+        for line in lines
+    ]
+    tokens = [tokenizer.apply_chat_template(chat)["input_ids"] for chat in chats]
+    packed = pack_dataset(Dataset.from_dict({"input_ids": tokens}), LENGTH)
+    return packed.shuffle(seed=0).select(range(count))  # it begins with the longest, which fill rows of their own
+
+
+def run(model_folder: Path, attention: Attention, batch: dict[str, Any], device: torch.device, repeats: int) -> Outcome:
+    """Run a batch forward and backward, as supervised fine-tuning does."""
     cuda = device.type == "cuda"
     free_memory(device)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    model = load_model(settings)[0].to(device)
-    batch = {
-        name: part.to(device)
-        for name, part in collate_for(settings.attention)([rows[index] for index in range(len(rows))]).items()
-    }
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation=attention)
+    model.to(device).train()
+    with autocast(device):
+        check_packing(model)
+    batch = send_to_device(batch, device)
 
     def step() -> tuple[Tensor, Tensor]:
         model.zero_grad()
         with autocast(device):
-            output = model(**batch)
+            output = model(**batch, use_cache=False)
         output.loss.backward()
         return output.loss.detach(), output.logits.detach().flatten(0, 1)
 

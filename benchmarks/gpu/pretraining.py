@@ -129,8 +129,11 @@ def read_windows(size: int, length: int) -> tuple[Tensor, Tensor]:
     random.Random(0).shuffle(files)
     texts, total, deadline = [], 0, time.monotonic() + READING_SECONDS
     for file in files:
-        texts.append(file.read_bytes() + b"\0")
-        total += len(texts[-1])
+        text = file.read_bytes() + b"\0"
+        if len(text) < length:  # many are empty, and a few files alone may be for validation
+            continue
+        texts.append(text)
+        total += len(text)
         if total > size or time.monotonic() > deadline:
             break
     count = max(1, round(VALIDATION_SHARE * len(texts)))

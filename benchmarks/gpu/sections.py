@@ -11,8 +11,8 @@ FRAMEWORKS: Final = (
     "peft",
     "datasets",
     "jsonargparse",
-    "matplotlib",
-    "rich",
+    "torchdata",
+    "trl",
 )
 """Packages that the recipes need."""
 
@@ -62,6 +62,12 @@ SECTIONS: Final = (
         arguments={"name": "smollm2-135m", "rows": 16, "length": 1024},
         needs=("transformers", "lightning"),
     ),
+    Section(
+        "compiled",
+        "Compiled training steps, CUDA graphs among them: two models in turn, at changing learning rates",
+        "benchmarks.gpu.compiled:compare",
+        minutes=1.5,
+    ),
     Section("attention", "Attentions on packed rows", "benchmarks.gpu.attention:compare", 1.5, needs=FRAMEWORKS),
     *(
         Section(
@@ -77,6 +83,8 @@ SECTIONS: Final = (
             ("sft-trainer", "supervised fine-tuning with the Trainer", ()),
             ("sft-lightning", "supervised fine-tuning with Lightning", ()),
             ("sft-accelerate", "supervised fine-tuning with Accelerate", ()),
+            ("dpo", "preferences (DPO)", ()),
+            ("grpo", "reinforcement (GRPO)", ()),
             ("text", "text classification", ()),
             ("images", "image classification", ("PIL", "sklearn")),
         )

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.gpu.flops import peak_flops, training_flops
 from benchmarks.gpu.machine import Timer
 from benchmarks.gpu.section import Options, Row
 from dion2_lightning import SelectionTracker, SelectionWarning, build_optimizer
-from recipes.throughput import model_flops_per_token, peak_flops
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -81,8 +81,8 @@ def train(options: Options, *, name: str, rows: int, length: int) -> Iterator[Ro
     for optimizer_name, dtype in cases:
         model = make_model(name, options, length, dtype)
         tokens = torch.randint(model.config.vocab_size, (rows, length), device=device)
-        peak = peak_flops(device, torch.bfloat16)
-        flops = tokens.numel() * model_flops_per_token(model, {"input_ids": tokens[:1]})
+        peak = peak_flops(device)
+        flops = training_flops(model, tokens)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         optimizer = OPTIMIZERS[optimizer_name](model)

@@ -24,6 +24,7 @@ from dion2_lightning.algorithms.hyperparameters import (
     two_decay_rates,
 )
 from dion2_lightning.algorithms.matrix_update import BATCH_ELEMENTS, bounded
+from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, random_bits, store_
 from dion2_lightning.matrices.layout import group_by, held_coordinates, local, local_gradient
 
@@ -53,92 +54,82 @@ class AdamWAlgorithm(Algorithm):
 
     def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
         """Plan a step on the parameters that have a gradient."""
-        return StepWork(local=[partial(_update, members)])
-
-
-def _update(members: Sequence[Member]) -> None:
-    """Take one step; the fused kernel takes one group, device and dtype at a time."""
-    present = [member for member in members if member.parameter.grad is not None]
-
-    def key(member: Member) -> tuple[int, torch.device, torch.dtype]:
-        return id(member.group), member.parameter.device, member.parameter.dtype
-
-    for bucket in group_by(present, key).values():
-        _place_steps([member.state for member in bucket], _step_device(bucket[0].parameter))
-        update = _update_in_float32 if bucket[0].parameter.dtype in HALF_PRECISION else _update_in_place
-        update(bucket)
+        return StepWork(local=[partial(_update, members, context.gates)])
 
 
 class _Piece(NamedTuple):
-    """What is updated at once: a parameter, or a part of a large one."""
+    """What torch updates at once, of what this rank holds: a parameter, or a part of one."""
 
     weight: Tensor
     gradient: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
-    bits: RandomBits | None
 
 
-def _update_in_place(bucket: Sequence[Member]) -> None:
-    _adamw(
-        bucket[0].group,
-        [local(member.parameter) for member in bucket],
-        [local(member.parameter.grad) for member in bucket if member.parameter.grad is not None],
-        [local(member.state["exp_avg"]) for member in bucket],
-        [local(member.state["exp_avg_sq"]) for member in bucket],
-        [member.state["step"] for member in bucket],
-    )
+def _update(members: Sequence[Member], gates: Mapping[torch.device, Gate]) -> None:
+    """Take one step; the fused kernel takes one group, device and dtype at a time."""
+    present = [(member, gradient) for member in members if (gradient := local_gradient(member.parameter)) is not None]
+
+    def key(pair: tuple[Member, Tensor]) -> tuple[int, torch.device, torch.dtype]:
+        return id(pair[0].group), pair[0].parameter.device, pair[0].parameter.dtype
+
+    for bucket in group_by(present, key).values():
+        parameter, group = bucket[0][0].parameter, bucket[0][0].group
+        gate, is_fused = gates.get(parameter.device), _is_fused([local(parameter)])
+        if gate is not None and not is_fused and not gate.is_open:  # only the fused kernel skips by itself
+            continue
+        found_inf = gate.found_inf if gate is not None and is_fused else None
+        _place_steps([member.state for member, _ in bucket], _step_device(parameter))
+        pieces = [
+            _Piece(local(each), gradient, local(state["exp_avg"]), local(state["exp_avg_sq"]), state["step"])
+            for (each, state, *_), gradient in bucket
+        ]
+        if parameter.dtype in HALF_PRECISION:
+            _update_in_float32(pieces, _random_bits([member for member, _ in bucket]), group, found_inf)
+        else:
+            _adamw(pieces, group, found_inf)
 
 
-def _update_in_float32(bucket: Sequence[Member]) -> None:
-    """Take the step on float32 copies, rounded once, of as much at a time as the working memory allows."""
-    pieces: list[_Piece] = []
-    for member, bits in zip(bucket, _random_bits(bucket), strict=True):
-        state, gradient = member.state, local_gradient(member.parameter)
-        assert gradient is not None
-        whole = (local(member.parameter), gradient, local(state["exp_avg"]), local(state["exp_avg_sq"]))
-        cut = blocks([torch.atleast_1d(each) for each in whole], bits, BATCH_ELEMENTS)
-        for (weight, its_gradient, exp_avg, exp_avg_sq), its_bits in cut:
-            pieces.append(_Piece(weight, its_gradient, exp_avg, exp_avg_sq, state["step"], its_bits))
-    for run in bounded(pieces, lambda piece: piece.weight.numel()):
-        copies = [piece.weight.float() for piece in run]
-        _adamw(
-            bucket[0].group,
-            copies,
-            [piece.gradient.float() for piece in run],
-            [piece.exp_avg for piece in run],
-            [piece.exp_avg_sq for piece in run],
-            list(torch.stack([piece.step for piece in run]).unbind()),  # copies, as each piece counts the step
-        )
-        for piece, copy in zip(run, copies, strict=True):
-            store_(piece.weight, copy, piece.bits)
-    torch._foreach_add_([member.state["step"] for member in bucket], 1)
-
-
-def _random_bits(bucket: Sequence[Member]) -> Sequence[RandomBits | None]:
-    """The random bits of this step for parameters of one group and device; None for each if it rounds to nearest."""
-    if bucket[0].group["rounding"] != "stochastic":
-        return [None] * len(bucket)
-    drawn = random_bits(
-        [held_coordinates(member.parameter) for member in bucket],
-        [zlib.crc32(f"apply {member.name}".encode()) for member in bucket],
-        [member.state["step"] for member in bucket],
-    )
-    return [
-        bits.shaped(torch.atleast_1d(local(member.parameter)).shape) for member, bits in zip(bucket, drawn, strict=True)
-    ]
-
-
-def _adamw(
+def _update_in_float32(
+    pieces: Sequence[_Piece],
+    random_bits_of_each: Sequence[RandomBits | None],
     group: Mapping[str, Any],
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
+    found_inf: Tensor | None,
 ) -> None:
+    """Update copies in float32 and round them once; as many at a time as the working memory allows."""
+    cut = [
+        (_Piece(*block, whole.step), bits)  # type: ignore[call-arg]
+        for whole, its_bits in zip(pieces, random_bits_of_each, strict=True)
+        for block, bits in blocks([torch.atleast_1d(each) for each in whole[:4]], its_bits, BATCH_ELEMENTS)
+    ]
+    for run in bounded(cut, lambda each: each[0].weight.numel()):
+        copies = [
+            piece._replace(weight=piece.weight.float(), gradient=piece.gradient.float(), step=piece.step.clone())
+            for piece, _ in run
+        ]
+        _adamw(copies, group, found_inf)
+        for (piece, bits), copy in zip(run, copies, strict=True):
+            store_(piece.weight, copy.weight, bits)
+    torch._foreach_add_([piece.step for piece in pieces], 1.0 if found_inf is None else 1.0 - found_inf)
+
+
+def _random_bits(members: Sequence[Member]) -> Sequence[RandomBits | None]:
+    """The random bits of this step for parameters of one group and device; None for each if it rounds to nearest."""
+    if members[0].group["rounding"] != "stochastic":
+        return [None] * len(members)
+    drawn = random_bits(
+        [held_coordinates(member.parameter) for member in members],
+        [zlib.crc32(f"apply {member.name}".encode()) for member in members],
+        [member.state["step"] for member in members],
+    )
+    shapes = [torch.atleast_1d(local(member.parameter)).shape for member in members]
+    return [bits.shaped(shape) for bits, shape in zip(drawn, shapes, strict=True)]
+
+
+def _adamw(pieces: Sequence[_Piece], group: Mapping[str, Any], found_inf: Tensor | None) -> None:
     """Call torch's update, for tensors of one device and dtype."""
+    weights, gradients, exp_avgs, exp_avg_sqs, steps = (list(each) for each in zip(*pieces, strict=True))
     adamw(
         weights,
         gradients,
@@ -147,6 +138,7 @@ def _adamw(
         [],
         steps,
         fused=_is_fused(weights) or None,  # None: torch chooses between foreach and a loop
+        found_inf=found_inf,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],

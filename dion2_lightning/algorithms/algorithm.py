@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms.hyperparameters import SharedSettings, check_values, checks_of, defaults_of, flag
 from dion2_lightning.distributed.overlap import WaitingStep
+from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, placed
 from dion2_lightning.matrices.views import Matrices
@@ -113,6 +114,8 @@ class StepContext:
         observer: What receives the events of the step; None for none.
         selections: What is selected, by parameter: filled in by the step.
         layouts: The layouts that were read in this step.
+        gates: By device, what decides there whether the step is taken. Where there is one, an algorithm must change
+            neither weights nor state while it is closed.
     """
 
     settings_checksum: int = 0
@@ -122,6 +125,7 @@ class StepContext:
     observer: Observer | None = None
     selections: dict[Tensor, Selection] = field(default_factory=dict)
     layouts: Layouts = field(default_factory=dict)
+    gates: Mapping[torch.device, Gate] = field(default_factory=dict)
 
 
 class StepWork(NamedTuple):

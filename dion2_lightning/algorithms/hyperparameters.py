@@ -163,7 +163,9 @@ def _descriptions(settings: type, indent: int) -> str:
 def _check_of(kind: Any, check: Check | None) -> Check:
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     choices = [choice for each in kinds if get_origin(each) is Literal for choice in get_args(each)]
-    if check is None and bool in kinds:
+    if bool in kinds and choices:
+        choices = [True, False, *choices]
+    elif check is None and bool in kinds:
         check = flag
     if check is None and choices:
         return one_of([*choices, None] if NoneType in kinds else choices)
@@ -242,10 +244,11 @@ class SharedSettings:
     weight_decay: float = setting(
         0.01, "Decoupled weight decay: a step multiplies the weights of a group by 1 - lr * weight_decay.", not_negative
     )
-    check_finite: bool = setting(
+    check_finite: bool | Literal["skip"] = setting(
         False,
-        "Raise an error that names the parameter when a gradient holds NaN or Inf, before any weight or state is "
-        "changed. Costs a synchronisation with the device every step.",
+        "What to do when a gradient holds NaN or Inf. True raises an error that names the parameter, before any weight "
+        'or state is changed, and waits for the device every step. "skip" leaves the step out, on all ranks, without '
+        "waiting; skipped_steps counts them.",
     )
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StepContext, matrices_of
+from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.orthonormalize import orthonormalize
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits
@@ -58,6 +59,7 @@ class MatrixUpdate:
         step_size: lr times the scale rule.
         shrink: 1 - lr * weight_decay.
         dtype: Precision of the orthonormalization.
+        gate: What decides on the device whether the step is taken; None where every step is.
         rounds_at_random: Whether what is in half precision is rounded stochastically.
         bits: The random bits for that, by the line of the box that they round: see :func:`draw_bits`.
     """
@@ -77,6 +79,7 @@ class MatrixUpdate:
     step_size: float
     shrink: float
     dtype: torch.dtype
+    gate: Gate | None
     rounds_at_random: bool
     bits: dict[str, RandomBits] = field(default_factory=dict)
 
@@ -114,8 +117,15 @@ class MatrixUpdate:
             step_size=step_size,
             shrink=shrink,
             dtype=dtype,
+            gate=context.gates.get(local(parameter).device),
             rounds_at_random=group["rounding"] == "stochastic",
         )
+
+    def number(self, value: float, neutral: float, of: Tensor) -> float | Tensor:
+        """Return a number that the update multiplies a tensor by; the neutral one in a step that is skipped."""
+        if self.gate is None:
+            return value
+        return self.gate.number(value, neutral, torch.promote_types(of.dtype, torch.float32))
 
     @property
     def slices(self) -> int:
@@ -164,7 +174,7 @@ Rescale = Callable[[MatrixUpdate, Tensor, Tensor], Tensor]
 It is given the parameter, K (count, k), and the sums of squares of the slices of O, (count, k) in float32. Every rank
 that holds a part or a replica of the matrices calls it with the same numbers, so a state that it reads and writes, such
 as a variance for each slice, belongs on all of them: placed by ``stack_placements``, or replicated where there is one
-matrix.
+matrix. Where ``update.gate`` is closed, such a state must stay as it is.
 """
 
 
@@ -201,7 +211,7 @@ def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
             bits = random_bits(
                 [held_coordinates(each.parameter) for each in equal],
                 [zlib.crc32(f"{line} {each.name}".encode()) for each in equal],
-                [_step_of(each) for each in equal],
+                [each.state["step"] for each in equal],
             )
             for each, its_bits in zip(equal, bits, strict=True):
                 if each.matrices.slices_are_rows(each.axis):
@@ -210,33 +220,33 @@ def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
                     each.bits[line] = its_bits.shaped(each.weight.mT.shape).mT
 
 
-def _step_of(update: MatrixUpdate) -> Tensor:
-    """The number of steps before this one, beside the weight: frameworks move or cast that after the state was made."""
-    state, device = update.state, update.weight.device
-    if "step" not in state:
-        state["step"] = torch.zeros((), device=device)
-    elif state["step"].device != device:
-        state["step"] = state["step"].to(device)
-    return state["step"]
-
-
 def count_step(updates: Sequence[MatrixUpdate]) -> None:
     """Count the step, where random bits depend on it."""
-    steps = [update.state["step"] for update in updates if "step" in update.state]
-    if steps:
-        torch._foreach_add_(steps, 1)
+    counting = [update for update in updates if "step" in update.state]
+    for equal in group_by(counting, lambda update: update.gate).values():
+        steps = [update.state["step"] for update in equal]
+        torch._foreach_add_(steps, equal[0].number(1.0, 0.0, steps[0]))
 
 
 def accumulate(updates: Sequence[MatrixUpdate]) -> None:
     """M <- M + G, where there is a G."""
     present = [(update, update.gradient) for update in updates if update.gradient is not None]
-    added = [(update.momentum, gradient) for update, gradient in present if "accumulate" not in update.bits]
-    if added:
-        momenta, gradients = zip(*added, strict=True)
+    plain = [
+        (each.momentum, gradient) for each, gradient in present if each.gate is None and "accumulate" not in each.bits
+    ]
+    if plain:
+        momenta, gradients = zip(*plain, strict=True)
         torch._foreach_add_(momenta, gradients)
-    for update, gradient in present:
-        if "accumulate" in update.bits:
-            multiply_add_(update.momentum, 1.0, gradient, update.bits["accumulate"])
+    for update, gradient in present:  # the others one at a time, as a gate takes the memory of a gradient
+        bits = update.bits.get("accumulate")
+        if update.gate is not None:
+            gradient = update.gate.gradient(gradient)
+        elif bits is None:
+            continue
+        if bits is None:
+            update.momentum.add_(gradient)
+        else:
+            multiply_add_(update.momentum, 1.0, gradient, bits)
 
 
 def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -247,11 +257,12 @@ def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[T
 def take(momentum: Tensor, indices: Tensor, update: MatrixUpdate, bits: RandomBits | None) -> Tensor:
     """S <- M[K], then M[K] <- mu M[K]; S in the precision of the orthonormalization."""
     submatrices = gather(momentum, indices)
+    factor = update.number(update.momentum_factor, 1.0, momentum)
     if bits is None:
-        decay_(momentum, indices, submatrices, update.momentum_factor)
+        decay_(momentum, indices, submatrices, factor)
     else:
         decayed = submatrices.clone()
-        multiply_add_(decayed, update.momentum_factor, None, bits.of_slices(indices))
+        multiply_add_(decayed, factor, None, bits.of_slices(indices))
         put_(momentum, indices, decayed)
     return submatrices.to(update.dtype)
 
@@ -289,8 +300,12 @@ def square_sums(result: Tensor) -> Tensor:
 def shrink(updates: Sequence[MatrixUpdate]) -> None:
     """X <- (1 - lr weight_decay) X, but for what is in half precision: :func:`apply` does both, and rounds once."""
     decaying = [each for each in updates if each.shrink != 1.0 and each.weight.dtype not in HALF_PRECISION]
-    if decaying:
-        torch._foreach_mul_([update.weight for update in decaying], [update.shrink for update in decaying])
+    for gate, equal in group_by(decaying, lambda update: update.gate).items():
+        if gate is None:
+            torch._foreach_mul_([update.weight for update in equal], [update.shrink for update in equal])
+        else:
+            for update in equal:
+                update.weight.mul_(update.number(update.shrink, 1.0, update.weight))
 
 
 def apply(
@@ -304,14 +319,15 @@ def apply(
 ) -> None:
     """X[K] <- X[K] - lr scale O, each slice times its factor where there are any, of shape (count, k)."""
     precise = torch.promote_types(weight.dtype, torch.float32)
-    change = result.to(precise) * -update.step_size
+    change = result.to(precise) * update.number(-update.step_size, 0.0, weight)
     if factors is not None:
         change *= factors.unsqueeze(-1)
     if weight.dtype in HALF_PRECISION:
         moved = gather(weight, indices)
-        multiply_add_(moved, update.shrink, change, None if bits is None else bits.of_slices(indices))
+        shrink = update.number(update.shrink, 1.0, weight)
+        multiply_add_(moved, shrink, change, None if bits is None else bits.of_slices(indices))
         if update.shrink != 1.0:
-            multiply_add_(weight, update.shrink, None, bits)
+            multiply_add_(weight, shrink, None, bits)
         put_(weight, indices, moved)
     else:
         add_(weight, indices, change)

@@ -1,5 +1,6 @@
 """What ranks find out together: gradients, flags, sums, and whether they agree."""
 
+import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +18,13 @@ DISAGREE: Final = (
     "ranks share parameters but disagree about their settings (lr, weight_decay, dtypes, ...), "
     "their number or their order; give all ranks the same groups"
 )
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the one that speaks for all of them; before they are connected, by ``RANK``."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def place_gradients(parameters: Iterable[Any]) -> None:
@@ -74,6 +82,20 @@ def on_any_rank(
         for position, is_raised in zip(positions, raised.tolist(), strict=True):
             result[position] = bool(is_raised)
     return result
+
+
+def on_every_rank(flag: Tensor, parameters: Sequence[Tensor], process_group: "ProcessGroup | None") -> Tensor:
+    """Return whether a flag, boolean and 0-d, is set on every rank that holds a part or a replica of a parameter.
+
+    It is the same flag on all of them, on the device, and the host does not wait for it.
+    """
+    meshes = {getattr(each, "device_mesh", None): each.device for each in parameters}
+    devices = {group: device for mesh, device in meshes.items() for group in _groups_around(mesh, process_group)}
+    for group, device in devices.items():
+        is_set = flag.to(device, torch.int32)
+        dist.all_reduce(is_set, op=dist.ReduceOp.MIN, group=group)
+        flag = is_set.bool()
+    return flag
 
 
 def check_agreement(

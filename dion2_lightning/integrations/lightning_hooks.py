@@ -1,4 +1,4 @@
-"""Hooks for Lightning's Trainer and Fabric: names in checkpoints, and equal rates of groups that were split.
+"""Hooks for Lightning's Trainer and Fabric: names in checkpoints, and the rates of groups that were split.
 
 Lightning comes as ``lightning`` and as ``pytorch_lightning``, with classes of their own, and a Trainer takes callbacks
 of its own package alone. So this file holds the hooks and imports neither; ``lightning.py`` and
@@ -16,17 +16,19 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from dion2_lightning.optimizer import MatrixOptimizer
 from dion2_lightning.routing.model_tree import parameters_by_name
 
 
 class OptimizerHooks:
-    """Keep the states of :class:`~dion2_lightning.Dion2` optimizers by name, and the rates of a thawed backbone equal.
+    """Keep the states of :class:`~dion2_lightning.Dion2` optimizers by name, and what Lightning does to rates right.
 
-    In checkpoints, states go by the names of parameters. And ``BackboneFinetuning`` adds one group and changes the rate
-    of the last one; Dion2 splits that group into several, for matrices, biases and norms, and this keeps their rates
-    equal.
+    In checkpoints, states go by the names of parameters. ``BackboneFinetuning`` adds one group and changes the rate of
+    the last one; Dion2 splits that group into several, for matrices, biases and norms, and this keeps their rates
+    equal. ``LearningRateFinder`` and ``Tuner.lr_find`` set one rate for all groups, in the search and for the training
+    after it; this keeps the ratios that the optimizer was built with, such as ``adamw_lr / lr``.
 
     Every Trainer has it where ``dion2-lightning`` is installed, by an entry point of Lightning's; it concerns no other
     optimizer. Where the package is only on the path, :func:`~dion2_lightning.build_optimizer` adds it to the Trainer
@@ -34,15 +36,26 @@ class OptimizerHooks:
     """
 
     _rates: Sequence[float] = ()
+    _handles: Sequence[RemovableHandle] = ()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Move to the front, to see rates before ``BackboneFinetuning`` changes one."""
         _put_first(trainer, self)
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Have the ratios of rates kept, before a finder sets one rate for all groups."""
+        if _has_callback(trainer, "LearningRateFinder"):
+            optimizers = [each for each in trainer.optimizers if isinstance(each, MatrixOptimizer)]
+            self._handles = [_keep_ratios(optimizer) for optimizer in optimizers]
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """End that with the fit: its optimizers may be used again."""
+        for handle in self._handles:
+            handle.remove()
+
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Remember the rates of the last groups, if ``BackboneFinetuning`` may change them."""
-        kinds = {kind.__name__ for each in trainer.callbacks for kind in type(each).__mro__}
-        if "BackboneFinetuning" in kinds:
+        if _has_callback(trainer, "BackboneFinetuning"):
             self._rates = [optimizer.param_groups[-1]["lr"] for optimizer in trainer.optimizers]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -137,6 +150,23 @@ def add_callbacks(trainer: Any) -> None:
         made = lightning.callbacks()
     if not any(isinstance(each, type(made[0])) for each in trainer.callbacks):
         _put_first(trainer, made[0])
+
+
+def _has_callback(trainer: Any, name: str) -> bool:
+    return name in {kind.__name__ for each in trainer.callbacks for kind in type(each).__mro__}
+
+
+def _keep_ratios(optimizer: Optimizer) -> RemovableHandle:
+    """Let every step at which all groups have one rate give each its share of it; that of the first group stays."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+
+    def restore(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        first = optimizer.param_groups[0]["lr"]
+        if rates[0] and all(group["lr"] == first for group in optimizer.param_groups):
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):  # groups may have been added
+                group["lr"] = first * (rate / rates[0])
+
+    return optimizer.register_step_pre_hook(restore)
 
 
 def _put_first(trainer: Any, callback: Any) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from dion2_lightning.algorithms.hyperparameters import check_values, checks_of, described, setting
+from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.monitoring.tracker import (
     SelectionTracker,
     SelectionWarning,
     check_steps,
-    is_first_rank,
     without_wrapper,
 )
 from dion2_lightning.optimizer import MatrixOptimizer

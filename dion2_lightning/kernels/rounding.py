@@ -97,12 +97,12 @@ def random_bits(
     return [RandomBits(rows | 1, columns) for rows, columns in zip(hashes[::2], hashes[1::2], strict=True)]
 
 
-def multiply_add_(tensor: Tensor, factor: float, addend: Tensor | None, bits: RandomBits | None) -> None:
+def multiply_add_(tensor: Tensor, factor: float | Tensor, addend: Tensor | None, bits: RandomBits | None) -> None:
     """``tensor <- factor * tensor + addend`` in half precision, computed in float32 and rounded once, in place.
 
     Args:
         tensor: In half precision.
-        factor: Of float32's precision.
+        factor: Of float32's precision; a tensor is 0-d.
         addend: Of the tensor's shape; None for none.
         bits: To round stochastically; None rounds to the nearest number.
     """

@@ -63,15 +63,18 @@ def put_(slices: Tensor, indices: Tensor, gathered: Tensor) -> None:
         slices.mT.scatter_(-1, _across(indices, slices), gathered.mT)
 
 
-def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float) -> None:
+def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float | Tensor) -> None:
     """Multiply the slices at ``indices``, which :func:`gather` has just returned, by ``factor``, in place."""
     if _runs_along_slices(slices):
-        put_(slices, indices, gathered * factor)
+        # torch would first round a factor in a tensor to the precision of the slices.
+        wide = gathered.to(factor.dtype) if isinstance(factor, Tensor) else gathered
+        put_(slices, indices, (wide * factor).to(gathered.dtype))
     else:
         # Writing single columns costs more than a pass over the whole, which is in cache. Above, a momentum in half
         # precision is multiplied by the factor itself; so must it be here.
         precise = torch.promote_types(slices.dtype, torch.float32)
         factors = torch.ones(slices.shape[:2], dtype=precise, device=slices.device)
+        factor = factor.expand(indices.shape) if isinstance(factor, Tensor) else factor
         slices.mul_(factors.scatter_(-1, indices, factor).unsqueeze(-1))
 
 

@@ -156,6 +156,7 @@ class SelectionCounters:
             "imbalance": torch.where(zero_momentum, 0.0, gini),
             "zero_momentum": zero_momentum,
             "zero_again": zero_momentum & (self.hits.sum(1) > now.sum(1)),
+            "not_updated": staleness.amin(1) >= window,  # an update selects some slice
             "never_selected": never.sum(1) * updated,
             "staleness_max": staleness.amax(1),
         }.items():

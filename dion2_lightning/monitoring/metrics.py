@@ -77,11 +77,14 @@ class SelectionMetrics:
     def named(self, *, per_matrix: bool = False) -> dict[str, float]:
         """Return the metrics under the names that loggers get: ``dion2/coverage``, ``dion2/<group>/coverage``, ...
 
+        A group that is the only one has no names of its own: its metrics are those of all matrices.
+
         Args:
             per_matrix: Also ``dion2/<group>/<parameter>/coverage``, for every parameter (default: False).
         """
         parts: dict[str, Mapping[str, float]] = {"dion2": self.overall}
-        parts |= {f"dion2/{group}": metrics for group, metrics in self.groups.items()}
+        if len(self.groups) > 1:
+            parts |= {f"dion2/{group}": metrics for group, metrics in self.groups.items()}
         if per_matrix:
             parts |= {f"dion2/{group}/{name}": metrics for (group, name), metrics in self.parameters.items()}
         return {f"{prefix}/{name}": value for prefix, metrics in parts.items() for name, value in metrics.items()}
@@ -102,6 +105,7 @@ class ParameterSums(NamedTuple):
     imbalance: float
     zero_momentum: float  # updated matrices whose momentum is zero throughout
     zero_again: float  # those of them that an earlier step had updated too
+    not_updated: float  # matrices that no step within the window has updated
     never_selected: float  # slices of updated matrices that no step has selected
     squared_update: float  # squares of all changes, weight decay left out
     orthogonality_error: float
@@ -171,10 +175,18 @@ HEALTH_CHECKS: Final = (
         "their gradients have been zero so far: does the loss depend on them?",
     ),
     HealthCheck(
+        "no gradient",
+        lambda row, _: row.not_updated > 0,
+        lambda row: f"{row.not_updated:.0f} of {row.matrices:.0f} matrices",
+        "no step within the window had a gradient for them: does the loss depend on them? Experts that no token is "
+        "routed to have none",
+    ),
+    HealthCheck(
         "non-finite update",
         lambda row, _: not math.isfinite(row.squared_update),
         lambda row: f"sum of squares {row.squared_update}",
-        "weights are damaged; go back to a checkpoint, and let check_finite=True name bad gradients in time",
+        "weights are damaged; go back to a checkpoint, and let check_finite=True name bad gradients in time, or "
+        '"skip" leave such steps out',
     ),
     HealthCheck(
         "update far from orthonormal",

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.matrices.layout import group_by
 from dion2_lightning.matrices.views import SlicedParameter
@@ -191,7 +191,8 @@ class SelectionTracker:
         host = table.cpu()  # the one wait for the device
         sums = host[:, :HITS].tolist()
         rows = [ParameterSums(p.info, p.parameter.numel(), *row) for p, row in zip(tracked, sums, strict=True)]
-        self._check_health(rows)
+        # What is frozen by now is in a group too, and is meant to have no gradient.
+        self._check_health([row for row, p in zip(rows, tracked, strict=True) if p.parameter.requires_grad])
         metrics = SelectionMetrics(
             step=self.step,
             overall=compute_metrics(rows),
@@ -294,11 +295,6 @@ def check_bool(name: str, value: object) -> None:
     """Raise an error unless an argument is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that warns for all of them."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def without_wrapper(optimizer: Any) -> Any:

@@ -113,8 +113,9 @@ def _why_no_effect(
             f"matches frozen parameters only, such as {tree.paths[matched[0]][0].name!r}; unfreeze them before "
             "building the optimizer, or remove the pattern"
         )
+    is_name = not set("*?[") & set(override.pattern)
     names = {
-        collapse_numbers(path.name): None
+        path.name if is_name else collapse_numbers(path.name): None
         for parameter, paths in tree.paths.items()
         for path in paths
         if parameter.requires_grad

@@ -1,13 +1,23 @@
-"""Decisions as text: a table of parameters, a table of totals, and notes."""
+"""Decisions as text: a table of parameters, a table of totals, a line of totals, and notes."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from dion2_lightning.routing.model_tree import collapse_numbers
 from dion2_lightning.routing.rules import OUTSIDE_BACKBONE, Role
 
 if TYPE_CHECKING:
     from dion2_lightning.routing.router import Decision
+
+_WHAT_CHANGES_IT: Final[Mapping[str, tuple[frozenset[Role], str]]] = {
+    "LoRA factors": (frozenset({Role.LORA_A, Role.LORA_B}), 'pass lora="both"'),
+    "Weights of linear layers": (frozenset({Role.MATRIX, Role.EXPERTS}), "overrides send them elsewhere"),
+    "Weights of heads": (frozenset({Role.HEAD}), 'if they are inner layers, pass overrides={{"{name}": "{matrices}"}}'),
+    "Convolutions": (frozenset({Role.CONVOLUTION}), "{matrices} does not train them"),
+    "Parameters of no known layer": (frozenset({Role.OTHER}), 'if linear, pass overrides={{"{name}": "{matrices}"}}'),
+    "Frozen weights": (frozenset({Role.FROZEN}), "unfreeze them before the optimizer is built"),
+}
+"""What could have been trained as matrices: its roles, and why it is not or how it would be."""
 
 
 def decision_table(decisions: Sequence["Decision"]) -> str:
@@ -26,10 +36,7 @@ def decision_table(decisions: Sequence["Decision"]) -> str:
 
 def total_table(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> str:
     """Make one row an algorithm, always one for each of ``algorithms``, and one for frozen parameters."""
-    sizes: dict[str, list[int]] = {algorithm: [] for algorithm in algorithms}
-    for each in decisions:
-        sizes.setdefault(each.algorithm, []).append(each.parameter.numel())
-    frozen = sizes.pop(Role.FROZEN, [])
+    sizes, frozen = _sizes(decisions, algorithms)
     trainable = max(sum(map(sum, sizes.values())), 1)
     cells = [
         [algorithm, f"{len(each):,}", f"{sum(each):,}", f"{sum(each) / trainable:.1%}"]
@@ -39,9 +46,19 @@ def total_table(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> s
     return _table(["algorithm", "tensors", "parameters", "of trainable"], cells, "<>>>")
 
 
-def notes(
-    decisions: Sequence["Decision"], backbone: str | None, matrices: str, rest: str, *, lora_as_matrices: bool
-) -> tuple[str, ...]:
+def total_line(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> str:
+    """Say the same in a line."""
+    sizes, frozen = _sizes(decisions, algorithms)
+    trainable = max(sum(map(sum, sizes.values())), 1)
+    shares = [
+        f"{algorithm} {sum(each) / trainable:.1%} ({len(each):,} tensor{'s' * (len(each) != 1)})"
+        for algorithm, each in sizes.items()
+    ]
+    line = f"of {trainable:,} trainable parameters {', '.join(shares)}"
+    return f"{line}; {sum(frozen):,} frozen" if frozen else line
+
+
+def notes(decisions: Sequence["Decision"], backbone: str | None, matrices: str, rest: str) -> tuple[str, ...]:
     """Say what a user should know about how the model was read; ``backbone`` names its transformers model."""
     lines = []
     as_matrices = [each for each in decisions if each.as_matrices]
@@ -56,13 +73,27 @@ def notes(
             f"weights outside `{backbone}` were taken for heads. If one is an inner layer, pass "
             f'overrides={{"<its name>": "{matrices}"}}.'
         )
-    if not lora_as_matrices and any(
-        each.role in (Role.LORA_A, Role.LORA_B) and not each.as_matrices for each in decisions
-    ):
-        lines.append(f'LoRA factors go to {rest} unless lora="B" or lora="both" is given.')
-    if not as_matrices:
-        lines.append(f"no parameter is trained as a matrix: {rest} trains them all.")
     return tuple(lines)
+
+
+def why_no_matrices(decisions: Sequence["Decision"], matrices: str, rest: str) -> str | None:
+    """Say why no parameter is trained as a matrix, and what changes that; None where some are."""
+    if any(each.as_matrices for each in decisions):
+        return None
+    reasons = []
+    for kind, (roles, change) in _WHAT_CHANGES_IT.items():
+        found = [each.name for each in decisions if each.role in roles and len(each.shape) > 1]
+        if found:
+            reasons.append(f"{kind} ({len(found):,}): {change.format(name=found[0], matrices=matrices)}.")
+    return " ".join([f"{matrices} trains nothing, {rest} everything.", *(reasons or ["There are no matrices."])])
+
+
+def _sizes(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> tuple[dict[str, list[int]], list[int]]:
+    """The sizes of what each algorithm trains, also where it trains nothing, and of what is frozen."""
+    sizes: dict[str, list[int]] = {algorithm: [] for algorithm in algorithms}
+    for each in decisions:
+        sizes.setdefault(each.algorithm, []).append(each.parameter.numel())
+    return sizes, sizes.pop(Role.FROZEN, [])
 
 
 def _table(header: list[str], rows: list[list[str]], alignment: str) -> str:

@@ -15,7 +15,7 @@ from dion2_lightning.algorithms import ALGORITHMS, DEFAULT_MATRICES, DEFAULT_RES
 from dion2_lightning.algorithms.hyperparameters import one_of
 from dion2_lightning.routing.model_tree import ModulePath, read_model
 from dion2_lightning.routing.overrides import Override, assign_overrides, check_matrices, parse_overrides
-from dion2_lightning.routing.report import decision_table, notes, total_table
+from dion2_lightning.routing.report import decision_table, notes, total_line, total_table, why_no_matrices
 from dion2_lightning.routing.rules import Role, Verdict, classify, has_two_axes, is_bias, storage_of
 
 MATRIX_ROLES: Final = frozenset({Role.MATRIX, Role.EXPERTS})
@@ -86,11 +86,13 @@ class Routing:
         decisions: One for each parameter, in the order of ``model.named_parameters()``.
         notes: What a user should know about how the model was read.
         algorithms: Those that the report gives totals of, also where they train nothing.
+        why_no_matrices: Where no parameter is trained as a matrix: why, and what changes that. None where some are.
     """
 
     decisions: tuple[Decision, ...]
     notes: tuple[str, ...]
     algorithms: tuple[str, ...]
+    why_no_matrices: str | None = None
 
     def param_groups(
         self, only: Iterable[Tensor] | None = None, *, rest: Mapping[str, Any] | None = None
@@ -125,14 +127,24 @@ class Routing:
             Lines of text without a final newline.
         """
         tables = [decision_table(self.decisions), total_table(self.decisions, self.algorithms)]
-        return "\n\n".join([*tables, *(f"Note: {note}" for note in self.notes)])
+        reasons = [] if self.why_no_matrices is None else [self.why_no_matrices]
+        return "\n\n".join([*tables, *(f"Note: {note}" for note in (*self.notes, *reasons))])
+
+    def summary(self) -> str:
+        """The totals in one line, then the notes, each in a line of its own.
+
+        Returns:
+            Lines of text without a final newline.
+        """
+        totals = total_line(self.decisions, self.algorithms)
+        return "\n".join([totals, *(f"Note: {note}" for note in self.notes)])
 
 
 def route_parameters(
     model: nn.Module,
     *,
     overrides: Mapping[str, str | Mapping[str, Any]] | None = None,
-    lora: str = DEFAULT_REST,
+    lora: str = "both",
     matrices: str = DEFAULT_MATRICES,
     rest: str = DEFAULT_REST,
     control: bool = False,
@@ -150,8 +162,8 @@ def route_parameters(
             ``weight_decay``, with ``algorithm``, ``transposed`` and ``batched`` to correct the routing itself. The
             first matching pattern wins, and a tied parameter is matched by any of its names. Every pattern must match
             a trainable parameter that no earlier one has taken (default: None).
-        lora: Which LoRA factors are trained as matrices: ``"adamw"`` for none, ``"B"``, or ``"both"``. Factors of
-            embeddings and magnitude vectors never are (default: ``"adamw"``).
+        lora: Which LoRA factors are trained as matrices: ``"both"``, ``"B"``, or ``"adamw"`` for none. Factors of
+            embeddings and magnitude vectors never are (default: ``"both"``).
         matrices: Algorithm of what is trained as matrices (default: ``"dion2"``).
         rest: Algorithm of the rest, one that needs no matrices (default: ``"adamw"``).
         control: Whether ``rest`` trains the matrices too, whatever overrides send to ``matrices`` included: the same
@@ -192,8 +204,9 @@ def route_parameters(
             override.check_options({each.algorithm for each in decisions if each.override is override})
     return Routing(
         tuple(decisions),
-        notes(decisions, tree.backbone, matrices, rest, lora_as_matrices=bool(LORA_ROLES[lora])),
+        notes(decisions, tree.backbone, matrices, rest),
         (rest if control else matrices, rest),
+        why_no_matrices(decisions, matrices, rest),
     )
 
 

@@ -1,185 +1,87 @@
-"""Documents as one stream of tokens, cut into windows of equal length, without padding."""
+"""Documents, tokenized and packed into windows of equal length, without padding."""
 
-import random
-from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import torch
-from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset
-from transformers import PreTrainedTokenizerBase
+import numpy as np
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
-from recipes.inputs import InputError
-from recipes.pretraining.settings import OFFLINE_DATASET, Settings
-from recipes.python_texts import read_prose
-from recipes.tables import place_of_held_out, read_table
+from recipes.offline_data import read_prose
 
-SPLIT_SEED = 0
-"""Every run is measured on the same documents, whatever its seed."""
+if TYPE_CHECKING:
+    from recipes.pretraining.train import Settings
 
-DOCUMENTS_AT_ONCE = 1000
-"""Documents of a table that are packed together; what does not fill their last window is left out."""
-
-IGNORED = -100
-"""The label that torch's cross-entropy leaves out."""
-
-FILES = (".txt", ".json", ".jsonl", ".parquet")
-
-Window = dict[str, Tensor]
+FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
-class PackedTokens(Dataset[Window]):
-    """Windows of a stream of tokens, as inputs and labels of a causal language model.
-
-    Args:
-        tokens: All documents, each closed by the end token.
-        length: Tokens of a window; what does not fill the last one is left out.
-    """
-
-    def __init__(self, tokens: Tensor, length: int) -> None:
-        windows = len(tokens) // length
-        self.windows = tokens[: windows * length].view(windows, length)
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> Window:
-        window = self.windows[index].long()
-        return {"input_ids": window, "labels": window}
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = ByT5Tokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"--tokenizer {name} has no end token, which has to close every document. Choose another.")
+    return tokenizer
 
 
-class PackedTable(Dataset[Window]):
-    """The same from a table on disk, of which no more is in memory than is read.
-
-    Args:
-        table: With a column `window` of token numbers.
-    """
-
-    def __init__(self, table: datasets.Dataset) -> None:
-        self.table = table.with_format("torch")
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> Window:
-        window = self.table[index]["window"]
-        return {"input_ids": window, "labels": window}
-
-
-Windows = PackedTokens | PackedTable
-
-
-def load_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Windows, Windows]:
-    """Reads and packs the data, and returns the windows to train on and those to measure on.
-
-    Raises:
-        InputError: If the data cannot be read, has no such column, or does not suffice.
-    """
-    train, held_out = _pack_offline(settings, tokenizer) if _is_offline(settings) else _pack_tables(settings, tokenizer)
-    for windows, argument in ((train, "--dataset"), (held_out, "--held_out, --held_out_share")):
-        if not len(windows):
-            raise InputError(f"{argument}: the text does not fill one window of --length {settings.length} tokens.")
-    return train, held_out
-
-
-def shuffled_order(windows: int, number: int, seed: int) -> list[int]:
-    """Returns so many numbers of windows: all in a random order, then all in another, and so on."""
-    generator = torch.Generator().manual_seed(seed)
-    passes = -(-number // windows)
-    order = torch.cat([torch.randperm(windows, generator=generator) for _ in range(passes)])
-    numbers: list[int] = order[:number].tolist()
-    return numbers
-
-
-def fill_up(windows: Dataset[Window], multiple: int) -> Dataset[Window]:
-    """Adds windows that count for nothing, up to a multiple: every rank then reads equally many."""
-    missing = -len(windows) % multiple  # type: ignore[arg-type]
-    length = len(windows[0]["input_ids"])
-    empty = {"input_ids": torch.zeros(length, dtype=torch.long), "labels": torch.full((length,), IGNORED)}
-    return ConcatDataset([windows, [empty] * missing]) if missing else windows  # type: ignore[list-item]
-
-
-def split_documents(documents: Iterable[str], held_out_share: float) -> tuple[list[str], list[str]]:
-    """Shuffles documents and returns those to train on and those held out, a share of the characters."""
-    documents = list(documents)
-    random.Random(SPLIT_SEED).shuffle(documents)
-    wanted = held_out_share * sum(map(len, documents))
-    held_out: list[str] = []
-    while wanted > 0:
-        held_out.append(documents.pop())
-        wanted -= len(held_out[-1])
-    return documents, held_out
-
-
-def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> PackedTokens:
-    """Tokenizes documents, closes each with the end token and packs them into windows of `length` tokens."""
-    stream: list[int] = []
-    for document in documents:
-        stream += tokenizer(document, add_special_tokens=False)["input_ids"]
-        stream.append(tokenizer.eos_token_id)
-    return PackedTokens(torch.tensor(stream, dtype=torch.int32), length)
-
-
-def _is_offline(settings: Settings) -> bool:
-    return settings.dataset == OFFLINE_DATASET
-
-
-def _pack_offline(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[PackedTokens, PackedTokens]:
-    if settings.held_out is not None:
-        raise InputError(f"--held_out {settings.held_out}: {OFFLINE_DATASET} has no splits. Use --held_out_share.")
-    train, held_out = split_documents(read_prose(), settings.held_out_share)
-    return pack(train, tokenizer, settings.length), pack(held_out, tokenizer, settings.length)
-
-
-def _pack_tables(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[PackedTable, PackedTable]:
-    table = _read_texts(settings, settings.dataset, settings.train_split)
-    if settings.held_out is not None:
-        place = place_of_held_out(
-            settings.held_out, settings.dataset, files=FILES, offline=OFFLINE_DATASET, instead="--held_out_share"
-        )
-        held_out = _read_texts(settings, *place)
-    elif len(table) < 2:
-        raise InputError(
-            f"--dataset {settings.dataset}: one document cannot be trained on and measured on. Give --held_out, or "
-            "more documents; in a .txt file a blank line separates them."
-        )
+def load_windows(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
+    """Returns the windows to train on and those to validate on, whatever the seed; no document is in both."""
+    documents = load_documents(settings, settings.dataset, settings.train_split)
+    if isinstance(settings.validation, float):
+        documents, others = documents.train_test_split(settings.validation, seed=0).values()
+    elif Path(settings.validation).suffix in FILES:
+        others = load_documents(settings, settings.validation, "train")
     else:
-        table, held_out = table.train_test_split(settings.held_out_share, seed=SPLIT_SEED).values()
-    return _pack_table(table, settings, tokenizer), _pack_table(held_out, settings, tokenizer)
-
-
-def _pack_table(table: datasets.Dataset, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PackedTable:
-    column, length = settings.text_column, settings.length  # all that the result on disk may depend on
-
-    def pack_documents(rows: dict[str, list[str]]) -> dict[str, Any]:
-        return {"window": pack(rows[column], tokenizer, length).windows.numpy()}
-
-    processes = settings.tokenizing_processes
-    packed = table.map(
-        pack_documents,
-        batched=True,
-        batch_size=DOCUMENTS_AT_ONCE,
-        remove_columns=table.column_names,
-        num_proc=processes if processes > 1 else None,
-    )
-    return PackedTable(packed)
-
-
-def _read_texts(settings: Settings, source: str, split: str) -> datasets.Dataset:
-    table = read_table(source, split, subset=settings.subset, files=FILES, offline=OFFLINE_DATASET)
-    return _check_texts(table, settings.text_column, source)
-
-
-def _check_texts(table: datasets.Dataset, column: str, source: str) -> datasets.Dataset:
-    if column not in table.column_names:
-        raise InputError(
-            f"--text_column: {source} has no column {column!r}. Choose one of {', '.join(table.column_names)}."
+        others = load_documents(settings, settings.dataset, settings.validation)
+    train = pack(without(documents, others, settings), tokenizer, settings)
+    validation = pack(others, tokenizer, settings)
+    if not len(train) or not len(validation):
+        raise ValueError(
+            f"--dataset, --validation: {len(train)} windows of --length {settings.length} to train on, "
+            f"{len(validation)} to validate on. Give more text, or shorter windows."
         )
-    kind = getattr(table.features[column], "dtype", "a structure")
-    if kind not in ("string", "large_string"):
-        raise InputError(f"--text_column {column}: {source} holds no text there, but {kind}.")
-    empty = table.data.column(column).null_count
-    if empty:
-        raise InputError(f"--text_column {column}: {empty} rows of {source} are empty. Remove them.")
-    return table
+    return train, validation.select(range(min(settings.validation_windows, len(validation))))
+
+
+def load_documents(settings: "Settings", source: str, split: str) -> Dataset:
+    if source == "python":
+        return Dataset.from_dict({settings.text_column: read_prose()})
+    suffix = Path(source).suffix
+    if suffix not in FILES:
+        return load_dataset(source, settings.subset, split=split)
+    options = {"sample_by": "paragraph"} if suffix == ".txt" else {}
+    return load_dataset(FILES[suffix], data_files=source, split="train", **options)
+
+
+def without(documents: Dataset, others: Dataset, settings: "Settings") -> Dataset:
+    """Returns the documents that are not among others, up to case and white space."""
+
+    def normalized(text: str) -> str:
+        return " ".join(text.lower().split())
+
+    seen = set(map(normalized, others[settings.text_column]))
+    return documents.filter(
+        lambda texts: [normalized(text) not in seen for text in texts],
+        input_columns=settings.text_column,
+        batched=True,
+        num_proc=settings.tokenizing_processes,
+    )
+
+
+def pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, settings: "Settings") -> Dataset:
+    """Closes documents with the end token and cuts them into windows."""
+    length = settings.length
+
+    # `datasets` keeps the result on disk for as long as nothing that this function refers to has changed.
+    def pack_texts(texts: list[str]) -> dict[str, Any]:
+        tokenized = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        stream = [token for document in tokenized for token in [*document, tokenizer.eos_token_id]]
+        windows = len(stream) // length  # what does not fill the last is left out
+        return {"input_ids": np.array(stream[: windows * length], np.int32).reshape(windows, length)}
+
+    packed = documents.map(
+        pack_texts,
+        input_columns=settings.text_column,
+        remove_columns=documents.column_names,
+        batched=True,
+        num_proc=settings.tokenizing_processes,
+    )
+    return packed.with_format("torch")

@@ -1,92 +1,232 @@
-"""Pretrain a causal language model: the whole run, top to bottom.
+"""Pretrain a causal language model from scratch with Dion2 and Accelerate.
 
 python recipes/pretraining/train.py --help
-accelerate launch --config_file recipes/launch/ddp-8.yaml recipes/pretraining/train.py --config my.yaml
-torchrun --nproc_per_node 8 recipes/pretraining/train.py --config my.yaml
+accelerate launch --config_file recipes/launch/fsdp2-8.yaml recipes/pretraining/train.py --steps 1000
 """
 
+import logging
+import math
+import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed, tqdm
+from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_wsd_schedule
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_wsd_schedule,
+)
 
-from dion2_lightning import Dion2, SelectionLogger, SelectionMetrics, clip_grad_norm_
-from recipes.inputs import InputError, read_settings
-from recipes.metrics import MetricsFile
+from dion2_lightning import OptimizerSettings, SelectionLogger, clip_grad_norm_
 from recipes.precision import sum_in_float32
-from recipes.pretraining.checkpoints import Checkpoints, refuse_old_checkpoints
-from recipes.pretraining.data import IGNORED, Window, fill_up, load_windows, shuffled_order
-from recipes.pretraining.model import divide_model, is_divided, load_tokenizer, make_model
-from recipes.pretraining.ranks import make_accelerator, share_of_batch, tensor_parallel_size
-from recipes.pretraining.settings import Settings
-from recipes.terminal import quiet_libraries, show_own_lines
-from recipes.throughput import Speedometer, model_flops_per_token
-from recipes.versions import checkpoint_activations
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from recipes.pretraining.data import load_tokenizer, load_windows
 
 
-def pretrain(settings: Settings) -> float:
-    """Trains, and leaves checkpoints, figures and the model in the output folder. Every rank calls it.
+def dion2() -> OptimizerSettings:
+    return OptimizerSettings(lr=4.5e-3, adamw_lr=6.7e-3, momentum=0.4, weight_decay=0.1, betas=(0.9, 0.95))
 
-    Returns:
-        The loss on the held-out windows, in nats a token.
 
-    Raises:
-        InputError: If an argument asks for something that cannot be done.
+@dataclass(frozen=True)
+class Settings:
+    """Pretrain a causal language model from scratch with Dion2 and Accelerate.
+
+    Args:
+        model: "small", a Llama of the three sizes below, or the configuration of a model on the hub or in a folder.
+        hidden_size: Width of the small model.
+        layers: Decoder layers of the small model.
+        heads: Attention heads in each layer of the small model.
+        tokenizer: "bytes", a name on the hub, or a folder.
+        dataset: "python", the manual and docstrings of the running Python; a name on the hub; or a .csv, .json, .jsonl,
+            .parquet or .txt file, the last with a blank line between documents.
+        subset: Configuration of a dataset on the hub that has several.
+        train_split: Split of a dataset on the hub to train on.
+        text_column: Column of the documents.
+        validation: Share of the documents, another split of the dataset on the hub, or a file.
+        validation_windows: Windows to validate on, at most.
+        length: Tokens of a window.
+        tokenizing_processes: Processes that tokenize. The result is kept in the cache of `datasets`.
+        optimizer: What trains the model. Where the help names two defaults, the last is this recipe's.
+        steps: Optimizer steps.
+        batch_size: Windows in a step, on all ranks together.
+        micro_batch_size: Windows that a rank reads at once, by default all of its share. Gradients accumulate.
+        warmup: Share of the steps in which the learning rate rises.
+        decay: Share of the steps, at the end, in which it falls to zero. In between it is constant.
+        max_gradient_norm: Gradients are scaled down to this norm.
+        gradient_checkpointing: Compute activations again in the backward pass, which saves memory.
+        compile: Compile the decoder layers.
+        seed: Decides the initial weights, the order of the windows and dropout.
+        output: Folder for checkpoints, metrics and the model. Several machines have to share it.
+        log_every: Steps between metrics.
+        log_with: A tracker that gets the metrics, such as tensorboard or wandb; "all" is all that are installed.
+        validate_every: Steps between validations. One always comes at the end.
+        checkpoint_every: Steps between checkpoints, of which the newest two are kept. One is always written at the end.
+        resume: Continue from the newest checkpoint in `output`.
     """
-    if not settings.resume:
-        refuse_old_checkpoints(settings)
-    accelerator = make_accelerator(settings)
+
+    model: str = "small"
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    tokenizer: str = "bytes"
+    dataset: str = "python"
+    subset: str | None = None
+    train_split: str = "train"
+    text_column: str = "text"
+    validation: float | str = 0.05
+    validation_windows: int = 128
+    length: int = 128
+    tokenizing_processes: int | None = None
+    optimizer: OptimizerSettings = field(default_factory=dion2)
+    steps: int = 400
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    warmup: float = 0.1
+    decay: float = 0.5
+    max_gradient_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    output: Path = Path("runs/pretraining")
+    log_every: int = 10
+    log_with: str | None = None
+    validate_every: int = 100
+    checkpoint_every: int = 200
+    resume: bool = False
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if torch.cuda.is_available() else "no"),
+        log_with=settings.log_with,
+        project_config=ProjectConfiguration(str(settings.output), automatic_checkpoint_naming=True, total_limit=2),
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError(
+            "The launch configuration asks for FSDP, which Accelerate turns on for several GPUs only; it would train "
+            f"by {accelerator.distributed_type.value} here. Use recipes/launch/gpu-1.yaml or cpu.yaml."
+        )
+    if accelerator.parallelism_config and accelerator.parallelism_config.non_data_parallel_size > 1:
+        raise ValueError("Tensor, context and sequence parallelism are not done here. Use recipes/launch/fsdp2-8.yaml.")
     sum_in_float32(accelerator)
-    tensor_parallel = tensor_parallel_size(accelerator)
-    readers = accelerator.num_processes // tensor_parallel  # ranks that read different windows
-    micro_batch_size, parts = share_of_batch(settings, readers)
-    accelerator.gradient_accumulation_steps = parts
-    set_seed(settings.seed)
+    return accelerator
 
-    tokenizer = load_tokenizer(settings)
-    with accelerator.local_main_process_first():  # the others then find the tokenized data on the disk
-        train, held_out = load_windows(settings, tokenizer)
-    model = make_model(settings, tokenizer)
-    flops = model_flops_per_token(model, {"input_ids": train[0]["input_ids"][None]}) / tensor_parallel
-    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
-    speed = Speedometer(flops, accelerator.device, dtype, readers)
-    if tensor_parallel > 1:
-        model = divide_model(model, accelerator, settings.output / "initial_model")
+
+def make_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Returns a model with random weights for the tokenizer's tokens."""
+    vocabulary = 64 * math.ceil(len(tokenizer) / 64)  # GPUs multiply much faster by a multiple of 64
+    if settings.model == "small":
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=settings.hidden_size,
+            intermediate_size=8 * math.ceil(settings.hidden_size / 3),
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            max_position_embeddings=settings.length,
+        )
+    else:
+        config = AutoConfig.from_pretrained(settings.model, vocab_size=vocabulary, pad_token_id=None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for each in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(each, name, getattr(tokenizer, name))
     if settings.gradient_checkpointing:
-        checkpoint_activations(model)
-    if settings.compile:
-        compile_layers(model)
-    optimizer = make_optimizer(settings, model, accelerator)
-    scheduler = make_schedule(settings, optimizer)
-    measured = Subset(held_out, range(min(settings.held_out_windows, len(held_out))))
-    held_out_loader = make_loader(fill_up(measured, micro_batch_size * readers), micro_batch_size)
-    model, optimizer, scheduler, held_out_loader = accelerator.prepare(model, optimizer, scheduler, held_out_loader)
-    selection = make_selection_logger(settings, accelerator, optimizer)
-    checkpoints = Checkpoints(settings, accelerator, model, optimizer, scheduler, selection)
-    torch.manual_seed(settings.seed + accelerator.process_index // tensor_parallel)  # other data, other dropout
+        # Named gradient_checkpointing_enable before transformers 5.23.
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    if settings.compile:  # layer by layer: they are alike, so one is compiled
+        for layer in (module for module in model.modules() if type(module).__name__ in model._no_split_modules):
+            layer.compile()
+    return model
 
-    step = checkpoints.load() if settings.resume else 0
-    order = shuffled_order(len(train), settings.steps * settings.batch_size, settings.seed)
-    loader = accelerator.prepare(make_loader(Subset(train, order[step * settings.batch_size :]), micro_batch_size))
-    accelerator.log_with.append(MetricsFile(settings.output / "metrics.jsonl", step))
-    accelerator.init_trackers("pretraining", config=flat(settings))
-    describe(settings, accelerator, model, len(train), len(measured))
 
-    # All windows have as many tokens, so the mean of the parts' and ranks' means is the mean over all tokens.
-    losses: list[Tensor] = []
+@torch.no_grad()
+def validate(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Any]) -> float:
+    """Returns the mean loss over all tokens of the validation windows, each counted once on any number of ranks."""
+    model.eval()
+    losses: list[Tensor] = []  # of windows, which have equally many tokens
     for batch in loader:
+        windows = batch["input_ids"]
+        logits = model(input_ids=windows, use_cache=False).logits[:, :-1].float()
+        loss = functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+        losses.append(accelerator.gather_for_metrics(loss.view(len(windows), -1).mean(1)))
+    model.train()
+    return torch.cat(losses).mean().item()
+
+
+def train(settings: Settings) -> float:
+    """Trains, and returns the validation loss in nats a token. Every rank calls it."""
+    if settings.warmup + settings.decay > 1:
+        raise ValueError(f"--warmup {settings.warmup}, --decay {settings.decay}: they are more than all steps together")
+    if not settings.resume and (settings.output / "checkpoints").exists():
+        raise ValueError(f"--output {settings.output} holds checkpoints. Give --resume true, or another folder.")
+    accelerator = make_accelerator(settings)
+    ranks, batch_size = accelerator.num_processes, settings.batch_size
+    micro_batch_size = settings.micro_batch_size or max(1, batch_size // ranks)
+    parts, rest = divmod(batch_size, ranks * micro_batch_size)
+    if rest:
+        raise ValueError(f"--batch_size {batch_size} is no multiple of {ranks} ranks times {micro_batch_size} windows")
+    accelerator.gradient_accumulation_steps = parts
+    is_main = accelerator.is_main_process
+    if is_main:  # says which parameters Dion2 trains, and which AdamW
+        logging.getLogger("dion2_lightning").setLevel(logging.INFO)
+
+    set_seed(settings.seed)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    with accelerator.local_main_process_first():  # the others find the windows in the cache
+        windows, validation = load_windows(settings, tokenizer)
+    model = make_model(settings, tokenizer)
+    optimizer = settings.optimizer.build(model, strategy=accelerator)
+    scheduler = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=round(settings.warmup * settings.steps),
+        num_decay_steps=round(settings.decay * settings.steps),
+        num_training_steps=settings.steps,
+        decay_type="linear",
+    )
+    order = torch.Generator().manual_seed(settings.seed)
+    sampler = RandomSampler(windows, num_samples=settings.steps * batch_size, generator=order)  # all, then all again
+    # With a generator of its own: it would draw from that of dropout whenever it begins, as when a run is resumed.
+    loader = DataLoader(windows, micro_batch_size, sampler=sampler, generator=torch.Generator())
+    validation_loader = DataLoader(validation, micro_batch_size)
+    model, optimizer, loader, validation_loader = accelerator.prepare(model, optimizer, loader, validation_loader)
+    set_seed(settings.seed, device_specific=True)  # other dropout on every rank
+
+    accelerator.register_for_checkpointing(scheduler)
+    selection = None
+    if settings.optimizer.algorithm == "dion2":
+        save_to = settings.output / "selection.json"
+        selection = SelectionLogger(accelerator, optimizer, every=settings.log_every, save_to=save_to)
+    if settings.resume:
+        accelerator.load_state()
+        accelerator.step = 0  # counts parts, and other ranks may have shared a batch in others
+    step = scheduler.last_epoch
+
+    def log(metrics: dict[str, float]) -> None:
+        accelerator.log(metrics, step=step)
+        if is_main:
+            progress.write(f"step {step:>6}  " + "  ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
+
+    accelerator.init_trackers("pretraining", {name: str(value) for name, value in asdict(settings).items()})
+    accelerator.print(
+        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters on {ranks} ranks, "
+        f"{len(windows):,} windows to train on, {len(validation)} to validate on"
+    )
+    progress = tqdm(total=settings.steps, initial=step, disable=not sys.stderr.isatty())
+    losses: list[Tensor] = []
+    for batch in skip_first_batches(loader, step * parts):
         with accelerator.accumulate(model):
-            loss = model(**batch).loss
+            loss = model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
             losses.append(loss.detach())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -96,166 +236,39 @@ def pretrain(settings: Settings) -> float:
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
-
         step += 1
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
-        speed.step(tokens=parts * batch["input_ids"].numel())
-        selected = None if selection is None else selection.log(step)
+        progress.update()
+        if selection is not None:
+            selection.log(step)
         if step % settings.log_every == 0:
-            figures = {
-                "train_loss": accelerator.reduce(torch.stack(losses).mean(), "mean").item(),
-                "learning_rate": learning_rate,
-                "gradient_norm": norm.item(),
-                **speed.figures(),
-            }
-            report(accelerator, figures, step, selected)
+            # Windows have equally many tokens, so the mean of the means is the mean over all tokens.
+            train_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            log({"train_loss": train_loss, "learning_rate": learning_rate, "gradient_norm": norm.item()})
             losses.clear()
         if step % settings.validate_every == 0 and step < settings.steps:
-            speed.pause()
-            report(accelerator, {"held_out_loss": measure(accelerator, model, held_out_loader)}, step)
-            speed.go_on()
+            log({"val_loss": validate(accelerator, model, validation_loader)})
         if step % settings.checkpoint_every == 0 or step == settings.steps:
-            speed.pause()
-            checkpoints.save(step)
-            speed.go_on()
+            accelerator.project_configuration.iteration = step  # names the folder
+            accelerator.save_state()
+    progress.close()
 
-    held_out_loss = measure(accelerator, model, held_out_loader)
-    report(accelerator, {"held_out_loss": held_out_loss}, step)
-    save_model(accelerator, settings, model, tokenizer)
+    val_loss = validate(accelerator, model, validation_loader)
+    log({"val_loss": val_loss})
+    folder = settings.output / "model"
+    weights = accelerator.get_state_dict(model)
+    accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights, is_main_process=is_main)
+    if is_main:
+        tokenizer.save_pretrained(folder)
+    accelerator.print(f"The model: {folder}")
     if selection is not None:
         selection.close()
-    conclude(accelerator, settings, selection)
+        accelerator.print(f"What was selected, as a page: dion2-report {settings.output / 'selection.json'}")
     accelerator.end_training()
-    return held_out_loss
-
-
-def make_loader(windows: Dataset[Window], size: int) -> DataLoader[Window]:
-    # Every pass of a DataLoader draws a seed, from the generator of dropout if it has none of its own: a resumed run,
-    # which makes more passes, would go on with other masks.
-    return DataLoader(windows, size, generator=torch.Generator())
-
-
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles the decoder layers in place: being alike they are compiled once, and no name changes.
-
-    Raises:
-        InputError: If the architecture does not say what its layers are.
-    """
-    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-    if not layers:
-        raise InputError(f"--compile: {type(model).__name__} does not name its layers. Leave it out.")
-    for layer in layers:
-        layer.compile()
-
-
-def make_optimizer(settings: Settings, model: nn.Module, accelerator: Accelerator) -> Dion2:
-    """Returns Dion2 for the matrices and AdamW for the rest; under DDP the ranks share the work.
-
-    Raises:
-        InputError: If a setting does not suit the model, or the strategy leaves no matrices.
-    """
-    try:
-        return settings.optimizer.build(model, strategy=accelerator)
-    except ValueError as error:
-        raise InputError(f"--optimizer: {error}") from error
-
-
-def make_schedule(settings: Settings, optimizer: Optimizer) -> LRScheduler:
-    """Returns a warm-up, a plateau, and a straight line down to zero."""
-    schedule: LRScheduler = get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=round(settings.warmup * settings.steps),
-        num_decay_steps=round(settings.decay * settings.steps),
-        num_training_steps=settings.steps,
-        decay_type="linear",
-    )
-    return schedule
-
-
-def make_selection_logger(settings: Settings, accelerator: Accelerator, optimizer: Optimizer) -> SelectionLogger | None:
-    """Returns what logs the selection; None where all of every matrix is trained in every step."""
-    if settings.optimizer.algorithm != "dion2":
-        return None
-    save_to = settings.output / "selection.json"
-    return SelectionLogger(accelerator, optimizer, every=settings.log_every, save_to=save_to)
-
-
-@torch.no_grad()
-def measure(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Window]) -> float:
-    """Returns the mean loss over all tokens of the held-out windows, the same on every rank and for every number."""
-    model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for batch in loader:
-        logits = model(input_ids=batch["input_ids"]).logits[:, :-1].float()
-        labels = batch["labels"][:, 1:]
-        total[0] += functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-        total[1] += (labels != IGNORED).sum()
-    model.train()
-    loss, tokens = accelerator.reduce(total, "sum").tolist()
-    return float(loss / tokens)
-
-
-def save_model(
-    accelerator: Accelerator, settings: Settings, model: nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Saves the whole model, whatever the ranks hold of it, and its tokenizer."""
-    folder = settings.output / "model"
-    unwrapped = accelerator.unwrap_model(model)
-    # A model that transformers has divided is put together by transformers.
-    weights = None if is_divided(unwrapped) else accelerator.get_state_dict(model)
-    unwrapped.save_pretrained(folder, is_main_process=accelerator.is_main_process, state_dict=weights)
-    if accelerator.is_main_process:
-        tokenizer.save_pretrained(folder)
-    accelerator.wait_for_everyone()
-
-
-def report(
-    accelerator: Accelerator, figures: dict[str, float], step: int, selected: SelectionMetrics | None = None
-) -> None:
-    """Gives figures to the trackers, and prints them with the coverage, which the trackers have already."""
-    accelerator.log(figures, step=step)
-    shown = figures if selected is None else {**figures, "coverage": selected.overall["coverage"]}
-    accelerator.print(f"step {step:>6}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-
-
-def describe(settings: Settings, accelerator: Accelerator, model: nn.Module, windows: int, held_out: int) -> None:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    accelerator.print(
-        f"{settings.model}: {parameters:,} parameters, {settings.optimizer.algorithm}, {accelerator.num_processes} "
-        f"ranks on {accelerator.device.type}, precision {accelerator.mixed_precision}\n"
-        f"{settings.dataset}: {windows:,} windows of {settings.length} tokens to train on, {held_out} held out\n"
-        f"{settings.steps} steps of {settings.batch_size} windows: "
-        f"{settings.steps * settings.batch_size / windows:.2g} passes"
-    )
-
-
-def conclude(accelerator: Accelerator, settings: Settings, selection: SelectionLogger | None) -> None:
-    accelerator.print(
-        "Load the model with\n"
-        f'    AutoModelForCausalLM.from_pretrained("{settings.output / "model"}")\n'
-        f'    AutoTokenizer.from_pretrained("{settings.output / "model"}")'
-    )
-    if selection is not None:
-        accelerator.print(f"See what was selected\n    dion2-report {settings.output / 'selection.json'}")
-
-
-def flat(settings: Settings) -> dict[str, str]:
-    """Returns the settings as trackers take them."""
-    values = asdict(settings)
-    values |= {f"optimizer.{name}": value for name, value in values.pop("optimizer").items()}
-    return {name: str(value) for name, value in values.items()}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    try:
-        settings = read_settings(Settings, arguments, prog="recipes/pretraining/train.py")
-        quiet_libraries()
-        show_own_lines()
-        pretrain(settings)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    return val_loss
 
 
 if __name__ == "__main__":
-    main()
+    logging.basicConfig(format="%(message)s")
+    train(auto_cli(Settings))

@@ -1,161 +1,57 @@
-"""The model: loaded with its tokenizer, adapters and checkpointing; measured; and saved from whatever layout."""
+"""What the three programs do alike: refuse a model that mixes up packed conversations, and validate."""
 
-import copy
-import logging
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
+from accelerate import Accelerator
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel
 
-from recipes.inputs import InputError
-from recipes.offline import SMOLLM2, forget_gguf, model_source
-from recipes.resuming import put_in_place, remove
-from recipes.supervised_fine_tuning.encoding import IGNORED
-from recipes.supervised_fine_tuning.packing import check_packing
-from recipes.supervised_fine_tuning.settings import Settings
-from recipes.throughput import model_flops_per_token
-from recipes.versions import checkpoint_activations
+from recipes.supervised_fine_tuning.data import IGNORED
 
-logger = logging.getLogger("recipes")
-
-
-def load_model(settings: Settings, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Returns the pretrained model in float32, with adapters if wanted, ready to train, and its tokenizer.
-
-    Args:
-        settings: Of the run; its seed draws the adapters' weights, the same on every rank.
-        options: More for `from_pretrained`.
-
-    Raises:
-        InputError: If it cannot be loaded, has no chat template, reads less than `length` tokens, or cannot tell packed
-            conversations apart.
-    """
-    source = model_source(settings.model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.float32, attn_implementation=settings.attention, **options
-        )
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"--model {settings.model!r}, --attention {settings.attention}: it could not be loaded: {reason}. Give "
-            f"{SMOLLM2!r}, a folder with a causal language model and its tokenizer, or a name on the hub."
-        ) from error
-    if tokenizer.chat_template is None:
-        raise InputError(f"--model {settings.model}: its tokenizer has no chat template. Choose an instruct model.")
-    longest = getattr(model.config, "max_position_embeddings", settings.length)
-    if settings.length > longest:
-        raise InputError(f"--length {settings.length}: the model reads {longest} tokens at most.")
-    forget_gguf(model)
-    if getattr(model, "is_quantized", False):
-        method = model.config.quantization_config.quant_method
-        raise InputError(
-            f"--model {settings.model}: its weights are quantized ({method.value}), which this recipe does not train. "
-            "Choose a model with dense weights."
-        )
-    model.config.use_cache = False  # with a cache, packed conversations would see each other
-    if settings.packing:
-        check_packing(model, settings)
-    if settings.gradient_checkpointing:
-        try:
-            checkpoint_activations(model)
-        except ValueError as error:
-            raise InputError(f"--gradient_checkpointing: {error}") from error
-    set_seed(settings.seed)
-    if settings.lora_rank:
-        adapters = LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(model, adapters)
-    return model.train(), tokenizer
-
-
-def autocast_dtype(settings: Settings) -> torch.dtype:
-    """Returns what products are computed in: as the settings say, or else the launcher, or else bfloat16 on GPUs.
-
-    Raises:
-        InputError: If the launcher says something else than bf16 or no mixed precision.
-    """
-    precision = settings.precision
-    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if precision == "auto" and launched_with is not None:
-        if launched_with not in ("bf16", "no"):
-            raise InputError(
-                f"the launch configuration's mixed_precision is {launched_with}, which this recipe does not do. Let it "
-                "be bf16 or no there, or give --precision."
-            )
-        precision = "bf16" if launched_with == "bf16" else "float32"
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def count_flops_per_token(model: PreTrainedModel, length: int) -> float:
-    """Counts what training takes for a token of a row, before the model is wrapped; nothing is computed.
-
-    Where it cannot be counted so, as in a mixture of experts, where it depends on the values, it is unknown: 0.
-    """
-    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    twin = copy.deepcopy(model, memo)
-    twin.set_attn_implementation("eager")
-    with torch.device("meta"):
-        # With a mask that is ready, nobody looks at the values of the positions.
-        batch = {
-            "input_ids": torch.ones(1, length, dtype=torch.long),
-            "attention_mask": torch.ones(1, 1, length, length),
-        }
-    try:
-        return model_flops_per_token(twin, batch)
-    except Exception as error:  # whatever a model does to tensors without values: a figure in the log ends no run
-        logger.warning("model_flops_utilisation is not known for this model: %s", (str(error) or "?").splitlines()[0])
-        return 0.0
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""Of the largest logit: products of a mixture of experts have other shapes, and round differently."""
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Returns the mean loss of all tokens to be learnt, over all ranks, which call it with their batches."""
+def check_packing(model: PreTrainedModel) -> None:
+    """Raise a ValueError if a conversation changes the logits of the next one in its row.
+
+    transformers tells packed conversations apart by their positions. Some models ignore these (GPT-OSS, Falcon, OPT,
+    Mamba), and no loss shows it.
+    """
+    if any(weight.is_meta for weight in model.parameters()) or os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # FSDP brings the weights later; the first rank has them
+    row = torch.arange(32, device=model.device) % model.get_input_embeddings().num_embeddings
+    other = torch.cat([row[:16].flip(0), row[16:]])
+    positions = torch.arange(32, device=model.device) % 16
     training = model.training
     model.eval()
-    total: Any = 0
-    for batch in batches:
-        loss = model(**batch, num_items_in_batch=1).loss  # the sum over tokens
-        total = total + torch.stack([loss.double(), (batch["labels"] != IGNORED).sum()])
+    one, changed = (
+        model(input_ids=each[None], position_ids=positions[None], use_cache=False).logits[0, 16:]
+        for each in (row, other)
+    )
     model.train(training)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return float(total[0] / total[1])
+    if (one - changed).abs().max() > TOLERANCE[one.dtype] * one.abs().max():
+        raise ValueError(f"packing: {type(model).__name__} mixes up conversations in one row; pass --packing false")
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves the model, or its adapters, in the format of `save_pretrained`, as a whole. All ranks call it.
+def pad_rows(rows: Dataset, multiple: int) -> Dataset:
+    """Add rows without labels up to a multiple; otherwise several ranks would repeat rows, and count them twice."""
+    unlabelled = {**rows[0], "labels": [IGNORED] * len(rows[0]["labels"])}
+    missing = -len(rows) % multiple
+    return concatenate_datasets([rows, Dataset.from_list([unlabelled] * missing, rows.features)]) if missing else rows
 
-    Args:
-        model: As `load_model` returned it, out of a framework's wrapper; its parameters may be sharded.
-        tokenizer: Saved beside it.
-        folder: Where, in the place of a model that an earlier run left there.
-    """
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    weights = {name: weight for name, weight in weights.items() if name not in tied}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        unfinished = folder.with_name(f"{folder.name}-unfinished")
-        remove(unfinished)
-        model.config.use_cache = True  # for those who will generate with it
-        model.save_pretrained(unfinished, state_dict=weights)
-        tokenizer.save_pretrained(unfinished)
-        model.config.use_cache = False
-        put_in_place(unfinished, folder)
-    if dist.is_initialized():
-        dist.barrier()  # no rank reads what is not written
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], accelerator: Accelerator) -> float:
+    """Return the mean over all tokens with labels, on all ranks. The model stays in evaluation mode."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    for batch in batches:
+        loss = model(**batch, use_cache=False, num_items_in_batch=1).loss  # the sum over tokens
+        total += torch.stack([loss.double(), (batch["labels"] != IGNORED).sum()])
+    loss, tokens = accelerator.reduce(total).tolist()
+    return float(loss / tokens)

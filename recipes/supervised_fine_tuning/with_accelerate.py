@@ -1,154 +1,148 @@
-"""Supervised fine-tuning in a loop of one's own under Accelerate.
+"""Supervised fine-tuning in a loop of one's own, with Accelerate.
 
 python recipes/supervised_fine_tuning/with_accelerate.py --help
 accelerate launch --config_file recipes/launch/fsdp2-8.yaml recipes/supervised_fine_tuning/with_accelerate.py
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import ProjectConfiguration, set_seed, tqdm
+from jsonargparse import auto_cli
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from dion2_lightning import SelectionLogger
-from recipes.inputs import InputError
-from recipes.metrics import MetricsFile
+from dion2_lightning import OptimizerSettings, SelectionLogger
+from recipes.offline_models import SMOLLM2, model_folder
 from recipes.precision import sum_in_float32
-from recipes.selection_page import look_every
-from recipes.supervised_fine_tuning.command import (
-    begin_run,
-    check_rows,
-    keep_checkpoint,
-    refuse_model_parallelism,
-    run,
-    selection_file,
-    selects,
-    show_outcome,
-    tell,
-)
-from recipes.supervised_fine_tuning.data import collate_for, load_data
-from recipes.supervised_fine_tuning.model import (
-    autocast_dtype,
-    count_flops_per_token,
-    held_out_loss,
-    load_model,
-    save_model,
-)
-from recipes.supervised_fine_tuning.settings import Settings, run_folder
-from recipes.throughput import Speedometer
+from recipes.supervised_fine_tuning.data import IGNORED, DataSettings, load_rows
+from recipes.supervised_fine_tuning.model import check_packing, pad_rows, validation_loss
+
+ON_GPU = torch.cuda.is_available()
+CONVERSATIONS = DataSettings()
+OPTIMIZER = OptimizerSettings(lr=4e-4, adamw_lr=9e-5, momentum=0.81, fraction=0.25)
 
 
-def fine_tune(settings: Settings) -> float:
-    """Trains, and leaves the model, metrics and a checkpoint in the run's folder; returns the held-out loss.
+def fine_tune(
+    model: str = SMOLLM2,
+    attention: str = "sdpa",
+    conversations: DataSettings = CONVERSATIONS,
+    optimizer: OptimizerSettings = OPTIMIZER,
+    steps: int = 24,
+    batch_size: int = 2,
+    accumulation: int = 1,
+    output: Path = Path("runs/supervised_fine_tuning/accelerate"),
+    report_to: str | None = None,
+    validate_every: int = 12,
+    checkpoint_every: int = 500,
+    resume: bool = False,
+) -> None:
+    """Fine-tune a causal language model on conversations. By default neither network nor GPU is needed.
 
-    Raises:
-        InputError: If a setting asks for something that cannot be done.
+    Args:
+        model: "smollm2", a name on the hub, or a folder.
+        attention: Of transformers: sdpa, eager, flash_attention_2, ...
+        conversations: What to train on.
+        optimizer: The optimizer.
+        steps: Optimizer steps: a tenth of warm-up, then a cosine.
+        batch_size: Rows that a process reads at a time.
+        accumulation: Times that it does so for a step.
+        output: Folder for the model, checkpoints and trackers.
+        report_to: Tracker of Accelerate, such as tensorboard or wandb.
+        validate_every: Steps between two validations.
+        checkpoint_every: Steps between two checkpoints.
+        resume: Go on from the last checkpoint in ``output``.
     """
-    dtype = autocast_dtype(settings)
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        gradient_accumulation_steps=settings.accumulation,
-        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        cpu=not ON_GPU,
+        mixed_precision="bf16" if ON_GPU else "no",
+        log_with=report_to,
+        project_config=ProjectConfiguration(str(output), automatic_checkpoint_naming=True, total_limit=2),
     )
-    refuse_model_parallelism(accelerator)
     sum_in_float32(accelerator)
+    accelerator.init_trackers("supervised_fine_tuning")
+    set_seed(conversations.seed)
+    folder = model_folder(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    with accelerator.autocast():
+        check_packing(net)
+    with accelerator.main_process_first():  # the others find on the disk what it has tokenized
+        train, validation = load_rows(conversations, tokenizer)
     ranks = accelerator.num_processes
-    done, last = begin_run(settings, "accelerate", ranks)
-    accelerator.log_with.append(MetricsFile(run_folder(settings) / "metrics.jsonl", done))
-    accelerator.init_trackers("")
+    collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
+    loader = DataLoader(train, batch_size, collate_fn=collate)
+    validation_loader = DataLoader(pad_rows(validation, batch_size * ranks), batch_size, collate_fn=collate)
 
-    model, tokenizer = load_model(settings)
-    data = load_data(settings, tokenizer, ranks)
-    check_rows(settings, data.train)
-    speed = Speedometer(count_flops_per_token(model, settings.length), accelerator.device, dtype, ranks)
-    try:
-        optimizer = settings.optimizer.build(model, strategy=accelerator)
-    except ValueError as error:
-        raise InputError(f"--optimizer: {error}") from error
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
-    train, held_out = (
-        DataLoader(rows, settings.batch_size, collate_fn=collate_for(settings.attention))
-        for rows in (data.train, data.held_out)
-    )
-    model, optimizer, train, held_out = accelerator.prepare(model, optimizer, train, held_out)
-    # Accelerate would advance a schedule that it prepares once for every process.
-    accelerator.register_for_checkpointing(schedule)
-    watch: Any = nullcontext()
-    if selects(settings):
-        every = look_every(settings.steps)
-        watch = SelectionLogger(accelerator, optimizer, every=every, save_to=selection_file(settings))
-    if last is not None:
-        accelerator.load_state(last)
+    dion2 = optimizer.build(net, strategy=accelerator)
+    schedule = get_cosine_schedule_with_warmup(dion2, math.ceil(0.1 * steps), steps)
+    net, dion2, loader, validation_loader = accelerator.prepare(net, dion2, loader, validation_loader)
+    accelerator.register_for_checkpointing(schedule)  # prepared, it would advance once for every process
+    selection = SelectionLogger(accelerator, dion2, every=max(1, steps // 80), save_to=True)
+    if resume:
+        accelerator.load_state()
+    done = schedule.last_epoch
+    batches = endless(loader, done * accumulation)
+    progress = tqdm(range(done + 1, steps + 1))
 
-    def report(metrics: dict[str, float], step: int) -> None:
-        accelerator.log(metrics, step)
+    def log(step: int, **values: float) -> None:
+        accelerator.log(values, step)
         if accelerator.is_main_process:
-            tell(step, metrics)
+            progress.write(f"step {step}: " + ", ".join(f"{name} {value:.6g}" for name, value in values.items()))
 
-    def measure(step: int) -> float:
-        speed.pause()
-        loss = held_out_loss(model, held_out)
-        speed.go_on()
-        report({"held_out_loss": loss}, step)
-        return loss
+    if not resume:
+        log(0, val_loss=validation_loss(net, validation_loader, accelerator))
+    for step in progress:
+        net.train()
+        parts = list(islice(batches, accumulation))
+        # The loss of a step is the mean over its tokens with labels, on all ranks and in all parts.
+        tokens = accelerator.reduce(sum((part["labels"] != IGNORED).sum() for part in parts))
+        total = torch.zeros((), device=accelerator.device)
+        for number, part in enumerate(parts, 1):
+            with nullcontext() if number == accumulation else accelerator.no_sync(net):
+                loss = net(**part, use_cache=False, num_items_in_batch=tokens).loss
+                accelerator.backward(loss * ranks)  # the ranks' gradients are averaged
+            total += loss.detach()
+        accelerator.clip_grad_norm_(net.parameters(), 1.0)
+        dion2.step()
+        dion2.zero_grad()
+        log(step, loss=accelerator.reduce(total).item(), lr=schedule.get_last_lr()[0])
+        schedule.step()
+        selection.log(step)
+        if step % validate_every == 0 or step == steps:
+            log(step, val_loss=validation_loss(net, validation_loader, accelerator))
+        if step % checkpoint_every == 0 or step == steps:
+            accelerator.project_configuration.iteration = step  # names the folder
+            accelerator.save_state()
 
-    reached = math.nan
-    if last is None:
-        reached = measure(0)
-    elif done == settings.steps:
-        reached = held_out_loss(model, held_out)  # stands in the metrics already
-    batches = iter(skip_first_batches(train, done * settings.accumulation))
-    total = torch.zeros((), device=accelerator.device)  # of the steps since the last line
-    told = done
-    with watch as selection:
-        for step in range(done, settings.steps):
-            for batch in islice(batches, settings.accumulation):
-                with accelerator.accumulate(model):
-                    # The step's mean over tokens, wherever they are: ranks' gradients are averaged, so their share of
-                    # it is multiplied by their number; backward() divides by the accumulation.
-                    share = model(**batch, num_items_in_batch=data.targets[step]).loss
-                    accelerator.backward(share * ranks * settings.accumulation)
-                    total += share.detach()
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), settings.max_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            rate = optimizer.param_groups[0]["lr"]
-            schedule.step()
-            speed.step(round(data.tokens[step] / ranks))
-            done = step + 1
-            if selection is not None:
-                selection.log()
-            if done % settings.log_every == 0:
-                loss = accelerator.reduce(total).item() / (done - told)
-                report({"train_loss": loss, "lr": rate, **speed.figures()}, done)
-                total.zero_()
-                told = done
-            if done % settings.validate_every == 0 or done == settings.steps:
-                reached = measure(done)
-            if done % settings.checkpoint_every == 0 or done == settings.steps:
-                speed.pause()
-                save_checkpoint(accelerator, settings, done)
-                speed.go_on()
-    save_model(accelerator.unwrap_model(model), tokenizer, run_folder(settings) / "model")
-    show_outcome(settings, reached, None if selection is None else selection.tracker.history)
-    accelerator.end_training()
-    return reached
-
-
-def save_checkpoint(accelerator: Accelerator, settings: Settings, step: int) -> None:
-    """Writes everything that the run needs to go on, and removes older checkpoints once it is there."""
-    unfinished = run_folder(settings) / "checkpoints" / "unfinished"
-    accelerator.save_state(unfinished)
-    accelerator.wait_for_everyone()
+    selection.close()
+    accelerator.unwrap_model(net).save_pretrained(
+        output, state_dict=accelerator.get_state_dict(net), is_main_process=accelerator.is_main_process
+    )
     if accelerator.is_main_process:
-        keep_checkpoint(unfinished, step)
-    accelerator.wait_for_everyone()
+        tokenizer.save_pretrained(output)
+    accelerator.print(f"The model is in {output}.")
+    accelerator.end_training()
+
+
+def endless(loader: DataLoader[Any], first: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the batches from number ``first`` on, in one pass after the other."""
+    yield from skip_first_batches(loader, first % len(loader))
+    while True:
+        yield from loader
+
+
+def main() -> None:
+    auto_cli(fine_tune)
 
 
 if __name__ == "__main__":
-    run(fine_tune, Settings)
+    main()

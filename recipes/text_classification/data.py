@@ -1,137 +1,103 @@
-"""Texts with labels, from the hub, from files or from Python itself, split so that no held-out text is trained on."""
+"""Texts with labels, split so that no validation text is trained on, in batches that a resumed run continues."""
 
+import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset
-from transformers import PreTrainedTokenizerBase
+from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
+from lightning import Trainer
+from torch.utils.data import DataLoader, DistributedSampler
 
-from recipes.batches import RemainingBatches
-from recipes.inputs import InputError
-from recipes.python_texts import MODULES, read_docstrings
-from recipes.tables import place_of_held_out, read_table
-from recipes.text_classification.settings import OFFLINE_DATASET, Settings
+from recipes.offline_data import read_docstrings
 
-# Every seed is measured on the same rows, so the split has a seed of its own.
-SPLIT_SEED = 0
-FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-
-Batch = dict[str, torch.Tensor]
-Collate = Callable[[list["Example"]], Batch]
+FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-class Example(NamedTuple):
-    text: str
-    label: str
-
-
-@dataclass(frozen=True)
-class Split:
-    """The class names, in the order of their numbers, and the two sets of examples."""
-
-    classes: list[str]
-    train: list[Example]
-    held_out: list[Example]
-
-
-def load_split(settings: Settings) -> Split:
-    """Reads the data and holds some out; a text of the held-out set never stands in the training set.
-
-    Raises:
-        InputError: If the data cannot be read, lacks a column or a label, or does not suffice.
-    """
-    train, classes = _load(settings, settings.dataset, settings.train_split)
-    if settings.held_out is None:
-        train, held_out = _draw_held_out(_unique(train), settings.held_out_rows)
+def load_rows(source: str, subset: str | None, split: str, text_column: str, label_column: str) -> Dataset:
+    """Return the docstrings, the rows of a file, or those of a split on the hub."""
+    if source == "docstrings":
+        texts, modules = zip(*read_docstrings(), strict=True)
+        return Dataset.from_dict({"text": texts, "label": modules})
+    if Path(source).suffix in FILES:
+        rows = load_dataset(FILES[Path(source).suffix], data_files=source, split="train")
     else:
-        place = place_of_held_out(
-            settings.held_out, settings.dataset, files=FILES, offline=OFFLINE_DATASET, instead="--held_out_rows"
-        )
-        held_out, _ = _load(settings, *place)
-        train = _without(_unique(train), held_out)
-    _check(classes, train, held_out, settings)
-    return Split(classes, train, held_out)
+        rows = load_dataset(source, subset, split=split)
+    return rows.select_columns([text_column, label_column]).rename_columns({text_column: "text", label_column: "label"})
 
 
-def collate_with(tokenizer: PreTrainedTokenizerBase, classes: list[str], max_length: int) -> Collate:
-    """Returns the function that makes a batch of tensors of some examples."""
-    numbers = {name: number for number, name in enumerate(classes)}
-
-    def collate(examples: list[Example]) -> Batch:
-        texts = [example.text for example in examples]
-        batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-        return {**batch, "labels": torch.tensor([numbers[example.label] for example in examples])}
-
-    return collate
-
-
-class ShuffledBatches(RemainingBatches):
-    """Row numbers for a whole run: all rows in a random order, then all in another, cut into batches."""
-
-    def __init__(self, rows: int, batch_size: int, steps: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        passes = -(-steps * batch_size // rows)
-        order = torch.cat([torch.randperm(rows, generator=generator) for _ in range(passes)])
-        super().__init__(order[: steps * batch_size].view(steps, batch_size).tolist())
+def load_texts(
+    dataset: str, subset: str | None, text_column: str, label_column: str, validation: int | str
+) -> tuple[Dataset, Dataset]:
+    """Return the rows to train on and those for validation: texts and numbered labels."""
+    rows = load_rows(dataset, subset, "train", text_column, label_column)
+    if isinstance(validation, int):
+        return split_rows(rows, validation)
+    source = validation if Path(validation).suffix in FILES else dataset
+    return split_rows(rows, load_rows(source, subset, validation, text_column, label_column))
 
 
-def _load(settings: Settings, source: str, split: str) -> tuple[list[Example], list[str]]:
-    if source == OFFLINE_DATASET:
-        return [Example(*row) for row in read_docstrings()], list(MODULES)
-    table = read_table(source, split, subset=settings.subset, files=FILES, offline=OFFLINE_DATASET)
-    texts = _column(table, settings.text_column, "--text_column")
-    labels = _column(table, settings.label_column, "--label_column")
-    feature = table.features[settings.label_column]
-    if isinstance(feature, ClassLabel):
-        if min(labels, default=0) < 0:
-            raise InputError(f"--train_split, --held_out: {split!r} holds rows without a label. Choose another split.")
-        classes, labels = feature.names, feature.int2str(labels)
-    else:
-        classes, labels = [str(value) for value in sorted(set(labels))], [str(value) for value in labels]
-    return [Example(str(text), label) for text, label in zip(texts, labels, strict=True)], classes
+def split_rows(rows: Dataset, validation: Dataset | int) -> tuple[Dataset, Dataset]:
+    """Return the rows to train on, each text once, and those for validation, whose texts are not among them."""
+    given = 0 if isinstance(validation, int) else len(validation)
+    if given:
+        rows = concatenate_datasets([validation, rows])  # together, so that a label has one number
+    if not isinstance(rows.features["label"], ClassLabel):
+        rows = rows.class_encode_column("label")
+    places: dict[str, int] = {}
+    for place, text in enumerate(rows["text"]):
+        places.setdefault(" ".join(text.lower().split()), place)
+    train, chosen = [place for place in places.values() if place >= given], list(range(given))
+    if isinstance(validation, int):
+        shuffled = random.Random(0).sample(train, len(train))  # the same rows for every seed of a run
+        train, chosen = shuffled[validation:], shuffled[:validation]
+    if not train or not chosen:
+        raise ValueError(f"validation: it has {len(chosen)} rows and leaves {len(train)} to train on; change it")
+    return rows.select(train), rows.select(chosen)
 
 
-def _column(table: Dataset, name: str, argument: str) -> list[Any]:
-    if name not in table.column_names:
-        raise InputError(f"{argument}: there is no column {name!r}. Choose one of {', '.join(table.column_names)}.")
-    values = list(table[name])
-    if None in values:
-        raise InputError(f"{argument}: column {name!r} is empty in row {values.index(None)}. Remove such rows.")
-    return values
+class ResumableLoader(DataLoader[Any]):
+    """Continues in the middle of an epoch: Lightning keeps its state in checkpoints."""
+
+    start = 0
+    position = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        start, self.start = self.start, 0
+        for self.position, batch in enumerate(super().__iter__(), 1):
+            if self.position > start:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["position"] % len(self)
 
 
-def _key(example: Example) -> str:
-    """Texts that differ in case or white space only count as one."""
-    return " ".join(example.text.lower().split())
+def make_loaders(
+    trainer: Trainer,
+    train: Dataset,
+    validation: Dataset,
+    tokenizer: Any,
+    max_length: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Return the batches of an epoch and of a validation; with several devices, this one's share."""
 
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        texts = [row["text"] for row in rows]
+        inputs = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        return {**inputs, "labels": torch.tensor([row["label"] for row in rows])}
 
-def _unique(examples: list[Example]) -> list[Example]:
-    first: dict[str, Example] = {}
-    for example in examples:
-        first.setdefault(_key(example), example)
-    return list(first.values())
-
-
-def _without(examples: list[Example], held_out: list[Example]) -> list[Example]:
-    seen = {_key(example) for example in held_out}
-    return [example for example in examples if _key(example) not in seen]
-
-
-def _draw_held_out(examples: list[Example], rows: int) -> tuple[list[Example], list[Example]]:
-    if rows >= len(examples):
-        raise InputError(f"--held_out_rows {rows} leaves nothing to train on: there are {len(examples)} texts.")
-    shuffled = random.Random(SPLIT_SEED).sample(examples, len(examples))
-    return shuffled[rows:], shuffled[:rows]
-
-
-def _check(classes: Sequence[str], train: list[Example], held_out: list[Example], settings: Settings) -> None:
-    if len({example.label for example in train}) < 2:
-        raise InputError(f"--label_column {settings.label_column}: the training rows have one class; give two or more.")
-    if not held_out:
-        raise InputError(f"--held_out {settings.held_out}: there are no rows to measure on.")
-    unknown = {example.label for example in held_out} - set(classes)
-    if unknown:
-        raise InputError(f"--held_out {settings.held_out}: labels that the training rows lack: {sorted(unknown)}.")
+    rank, devices = trainer.global_rank, trainer.world_size
+    # On one device too: its order follows from seed and epoch alone, so a resumed run has the same.
+    order: DistributedSampler[Any] = DistributedSampler(train, devices, rank, seed=seed)
+    loader = ResumableLoader(train, batch_size, sampler=order, collate_fn=collate)
+    # Each row once, in as many batches on each device, as DDP needs. A DistributedSampler would repeat rows.
+    count = devices * math.ceil(len(validation) / (devices * 64))
+    batches = [rows.tolist() for rows in torch.arange(len(validation)).tensor_split(count)[rank::devices]]
+    return loader, DataLoader(validation, batch_sampler=batches, collate_fn=collate)

@@ -1,233 +1,176 @@
-"""One run: load, train, measure, save. And the comparison that the command makes of several."""
+"""Fine-tune a text classifier under Lightning with Dion2, then with AdamW, its control, on the same data.
 
-import statistics
+`python -m recipes.text_classification.train --help` lists all arguments, those of Lightning's Trainer among them.
+"""
+
+import logging
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from lightning import Callback, LightningModule, Trainer, seed_everything
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+import transformers
+from jsonargparse import auto_cli
+from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch.nn import functional
-from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    get_cosine_schedule_with_warmup,
-)
+from lightning.pytorch.utilities import rank_zero_only
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dion2_lightning import SelectionMonitor, build_optimizer
-from recipes.batches import TrainingLoader
-from recipes.comparison import (
-    Result,
-    make_runs,
-    planned_runs,
-    print_comparison,
-    run_folder,
-    saved_model,
-    selection_file,
-    show_selection,
-)
-from recipes.inputs import InputError
-from recipes.offline import MINILM, model_source
-from recipes.selection_page import look_every
-from recipes.terminal import console, quiet_libraries
-from recipes.text_classification.data import Batch, ShuffledBatches, Split, collate_with, load_split
-from recipes.text_classification.settings import Settings
-from recipes.throughput import synchronized_time
+from dion2_lightning import OptimizerSettings, SelectionMonitor
+from recipes.offline_models import model_folder
+from recipes.text_classification.data import load_texts, make_loaders
 
-MAX_GRADIENT_NORM = 1.0
+DION2 = OptimizerSettings(lr=2.4e-3, adamw_lr=1.6e-3, fraction=0.25, momentum=0.24)
+ADAMW = OptimizerSettings(lr=4e-4, adamw_lr=1.6e-3, algorithm="adamw")
+TRAINER = {  # defaults other than Lightning's, which would pick a Mac's GPU, where this was never tried
+    "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
+    "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
+    "devices": 1,
+    "max_steps": 80,
+    "max_epochs": 1000,  # so that the steps end the run
+    "gradient_clip_val": 1.0,
+    "val_check_interval": 50,
+    "log_every_n_steps": 5,
+}
 
 
 class TextClassifier(LightningModule):
-    """A Hugging Face model with a classification head, trained on cross-entropy."""
+    """A Hugging Face model with a classification head."""
 
-    def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
+    def __init__(self, model: Any, optimizer: OptimizerSettings, steps: int) -> None:
         super().__init__()
         self.model = model
-        self.settings = settings
+        self.optimizer_settings = optimizer
+        self.steps = steps
+        self.val_loss = MeanMetric(nan_strategy="disable")  # a loss that is no number should show
+        self.val_accuracy = MulticlassAccuracy(model.config.num_labels, average="micro")
 
-    def training_step(self, batch: Batch, batch_index: int) -> torch.Tensor:
-        loss, _ = self._loss_and_accuracy(batch)
+    def training_step(self, batch: Any, batch_index: int) -> torch.Tensor:
+        loss: torch.Tensor = self.model(**batch).loss
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        loss, accuracy = self._loss_and_accuracy(batch)
-        metrics = {"held_out_loss": loss, "held_out_accuracy": accuracy}
-        self.log_dict(metrics, batch_size=len(batch["labels"]))
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        output = self.model(**batch)
+        self.val_loss.update(output.loss, len(batch["labels"]))
+        self.val_accuracy.update(output.logits, batch["labels"])
+        self.log_dict({"val_loss": self.val_loss, "val_accuracy": self.val_accuracy}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        settings = self.settings
-        try:
-            optimizer = build_optimizer(
-                self,
-                lr=settings.lr,
-                algorithm=settings.algorithm,
-                fraction=settings.fraction,
-                momentum=settings.momentum,
-                adamw_lr=settings.adamw_lr,
-                betas=(settings.beta1, 0.999),
-                weight_decay=settings.weight_decay,
-            )
-        except ValueError as error:
-            raise InputError(f"--{error}") from error
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
+        optimizer = self.optimizer_settings.build(self)
+        schedule = transformers.get_cosine_schedule_with_warmup(optimizer, round(0.1 * self.steps), self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _loss_and_accuracy(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits = self.model(**inputs).logits.float()
-        accuracy = (logits.argmax(dim=-1) == batch["labels"]).float().mean()
-        return functional.cross_entropy(logits, batch["labels"]), accuracy
 
+def main(
+    model: str = "minilm",
+    dataset: str = "docstrings",
+    subset: str | None = None,
+    text_column: str = "text",
+    label_column: str = "label",
+    validation: int | str = 512,
+    max_length: int = 64,
+    batch_size: int = 16,
+    optimizer: OptimizerSettings = DION2,
+    control: OptimizerSettings | None = ADAMW,
+    seed: int = 0,
+    output: Path = Path("runs/text_classification"),
+    resume: bool = False,
+    **trainer_arguments: Any,
+) -> None:
+    """Fine-tune a text classifier with Dion2, then with AdamW, its control, on the same data.
 
-class StepTimer(Callback):
-    """Times whole training steps, the wait for data and validation left out."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._start = synchronized_time()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(synchronized_time() - self._start)
-
-
-def fine_tune(settings: Settings) -> list[Result]:
-    """Trains with the chosen optimizer and its control, prints how they compare, and leaves the models in `output`.
-
-    Raises:
-        InputError: If an argument asks for something that cannot be done.
+    Args:
+        model: "minilm", a name on the hub, or a folder.
+        dataset: "docstrings" of Python's library, a name on the hub, or a .csv, .json, .jsonl or .parquet file.
+        subset: Configuration of a dataset on the hub that has several.
+        text_column: Column of the texts.
+        label_column: Column of the labels, numbers or names.
+        validation: So many rows of the dataset, another split of it on the hub, or a file.
+        max_length: Tokens after which a text is cut.
+        batch_size: Texts in a step, on each device.
+        optimizer: What trains the model.
+        control: What trains it again, from the same start and in the same order; null: nothing.
+        seed: Decides the initial head, the order of the texts and dropout.
+        output: Folder for models, checkpoints and metrics.
+        resume: Continue from the checkpoints in the output folder.
+        **trainer_arguments: More for Lightning's Trainer.
     """
-    quiet_libraries()
-    runs = planned_runs(settings)
-    if settings.resume and not any(_checkpoint(run).exists() for run in runs):
-        raise InputError(f"--resume: there is no checkpoint in --output {settings.output}.")
-    split = load_split(settings)
-    console.print(_describe(settings, split))
-    results = make_runs(runs, lambda run: train(run, split))
-    print_comparison(results, "On the held-out texts", "AutoModelForSequenceClassification", "AutoTokenizer")
-    return results
+    show_own_lines_only()
+    say = rank_zero_only(print)
+    runs = [optimizer] if control is None else [optimizer, control]
+    if control and control.algorithm == optimizer.algorithm:
+        raise ValueError(f"control: it is {control.algorithm} too, and would overwrite the first run; make it null")
+    if resume and not any(output.glob("*/last.ckpt")):
+        raise ValueError(f"resume: there is no checkpoint in {output}; correct output, or leave resume out")
 
+    train, measured = load_texts(dataset, subset, text_column, label_column, validation)
+    classes = train.features["label"].names
+    say(f"{len(train)} texts to train on, {len(measured)} for validation, {len(classes)} classes")
 
-def train(settings: Settings, split: Split, progress: bool = True) -> Result:
-    """Makes one run: trains, measures, and saves the checkpoint, the metrics and the model in its folder."""
-    timer, monitors = StepTimer(), _monitors(settings)
-    try:
-        trainer = _trainer(settings, [timer, *monitors], progress)
-    except MisconfigurationException as error:
-        raise InputError(f"--accelerator, --devices, --precision: {error}") from error
-    seed_everything(settings.seed, verbose=False)
-    model, tokenizer = load_model(settings, split.classes)
-    collate = collate_with(tokenizer, split.classes, settings.max_length)
-    held_out: DataLoader[Any] = DataLoader(split.held_out, batch_size=64, collate_fn=collate)  # type: ignore[arg-type]
-    classifier = TextClassifier(model, settings)
-    checkpoint = _checkpoint(settings)
-    order = ShuffledBatches(len(split.train), settings.batch_size, settings.steps, settings.seed)
-    trainer.fit(
-        classifier,
-        TrainingLoader(split.train, order, collate),
-        held_out if settings.validate_every < settings.steps else None,
-        ckpt_path=checkpoint if settings.resume and checkpoint.exists() else None,
-    )
-    trainer.save_checkpoint(checkpoint)
-    [metrics] = trainer.validate(classifier, held_out, verbose=False)
-    model.save_pretrained(saved_model(settings))
-    tokenizer.save_pretrained(saved_model(settings))
-    step_seconds = statistics.median(timer.seconds) if timer.seconds else None
-    selection = tuple(file for monitor in monitors for file in show_selection(settings, monitor.tracker.history))
-    return Result(settings, metrics["held_out_accuracy"], metrics["held_out_loss"], step_seconds, selection)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(model))
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
-
-def load_model(settings: Settings, classes: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Returns the pretrained model with a new head for the classes, ready to train, and its tokenizer.
-
-    Raises:
-        InputError: If either cannot be loaded, or `max_length` exceeds what the model reads.
-    """
-    source = model_source(settings.model)
-    names = dict(enumerate(classes))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            **source,
+    results = {}
+    for settings in runs:
+        say(f"\n{settings.algorithm}, lr {settings.lr:g}")
+        folder = output / settings.algorithm
+        last = folder / "last.ckpt"
+        seed_everything(seed, verbose=False)
+        network = AutoModelForSequenceClassification.from_pretrained(
+            model_folder(model),
             dtype=torch.float32,
-            id2label=names,
-            label2id={name: number for number, name in names.items()},
+            id2label=dict(enumerate(classes)),
+            label2id={name: number for number, name in enumerate(classes)},
+            pad_token_id=tokenizer.pad_token_id,
             ignore_mismatched_sizes=True,  # a head for other classes is replaced
         )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--model {settings.model!r} could not be loaded. Give {MINILM!r}, a folder with a model and its "
-            "tokenizer, or a name on the hub."
-        ) from error
-    if settings.max_length > tokenizer.model_max_length:
-        raise InputError(f"--max_length {settings.max_length}: the model reads {tokenizer.model_max_length} at most.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model.train(), tokenizer
+        saver = ModelCheckpoint(folder, "last", enable_version_counter=False)  # after each validation
+        monitors = [SelectionMonitor(save_to=folder / "selection.json")] if settings.algorithm == "dion2" else []
+        trainer = Trainer(
+            callbacks=[saver, *monitors],
+            logger=CSVLogger(output, name=settings.algorithm, version=""),
+            check_val_every_n_epoch=None,  # val_check_interval counts batches, whatever the epochs
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            **trainer_arguments,
+        )
+        loaders = make_loaders(trainer, train, measured, tokenizer, max_length, batch_size, seed)
+        # Lightning's own estimate would load the data before a checkpoint restores its place in them.
+        by_epochs = (trainer.max_epochs or 0) * math.ceil(len(loaders[0]) / trainer.accumulate_grad_batches)
+        steps = min(limit for limit in (trainer.max_steps, by_epochs) if limit > 0)
+        classifier = TextClassifier(network.train(), settings, steps)
+        trainer.fit(classifier, *loaders, ckpt_path=last if resume and last.exists() else None)
+        [results[folder]] = trainer.validate(classifier, loaders[1], verbose=False)
+        if trainer.is_global_zero:
+            network.save_pretrained(folder / "model")
+            tokenizer.save_pretrained(folder / "model")
+        logging.getLogger("dion2_lightning").setLevel(logging.WARNING)  # the routing is reported once
+
+    say("\n          val_accuracy  val_loss  model")
+    for folder, metrics in results.items():
+        say(f"{folder.name:8}  {metrics['val_accuracy']:12.1%}  {metrics['val_loss']:8.3f}  {folder / 'model'}")
+    if "dion2" in [settings.algorithm for settings in runs]:
+        say(f"\nWhat Dion2 selected, as a page: dion2-report {output / 'dion2' / 'selection.json'}")
 
 
-def _monitors(settings: Settings) -> list[SelectionMonitor]:
-    """What looks on at the selection: nothing where all of every matrix is trained in every step."""
-    if settings.algorithm != "dion2":
-        return []
-    return [SelectionMonitor(every=look_every(settings.steps), save_to=selection_file(settings))]
+def show_own_lines_only() -> None:
+    """Leave progress, and what the recipe and the optimizer report; take away the libraries' hints."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dion2_lightning").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
-def _trainer(settings: Settings, callbacks: list[Callback], progress: bool) -> Trainer:
-    checkpoint = _checkpoint(settings)
-    return Trainer(
-        accelerator=_accelerator(settings),
-        devices=settings.devices,
-        precision=_precision(settings),
-        max_epochs=1,
-        val_check_interval=min(settings.validate_every, settings.steps),
-        num_sanity_val_steps=0,
-        gradient_clip_val=MAX_GRADIENT_NORM,
-        logger=CSVLogger(run_folder(settings), name="", version=""),
-        log_every_n_steps=10,
-        callbacks=[
-            *callbacks,
-            ModelCheckpoint(
-                checkpoint.parent,
-                filename=checkpoint.stem,
-                every_n_train_steps=settings.checkpoint_every,
-                enable_version_counter=False,
-            ),
-            *([RichProgressBar()] if progress else []),
-        ],
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-    )
-
-
-def _accelerator(settings: Settings) -> str:
-    if settings.accelerator != "auto":
-        return settings.accelerator
-    return "cuda" if torch.cuda.is_available() else "cpu"  # not MPS, which was never tried
-
-
-def _precision(settings: Settings) -> Any:
-    if settings.precision != "auto":
-        return settings.precision
-    on_gpu = settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def _checkpoint(settings: Settings) -> Path:
-    return run_folder(settings) / "last.ckpt"
-
-
-def _describe(settings: Settings, split: Split) -> str:
-    return (
-        f"Fine-tuning {settings.model} on {settings.dataset}: {len(split.classes)} classes, {len(split.train)} texts "
-        f"to train on, {len(split.held_out)} held out; {settings.steps} steps of {settings.batch_size} texts"
-    )
+if __name__ == "__main__":
+    auto_cli(main, set_defaults=TRAINER)

@@ -312,9 +312,9 @@ def test_a_large_parameter_is_updated_in_pieces(monkeypatch: pytest.MonkeyPatch)
     expected, sizes = trained(), []
     original = adamw._adamw
 
-    def spy(group: Any, weights: list[Tensor], *others: Any) -> None:
-        sizes.append(sum(weight.numel() for weight in weights))
-        original(group, weights, *others)
+    def spy(pieces: Any, *others: Any) -> None:
+        sizes.append(sum(piece.weight.numel() for piece in pieces))
+        original(pieces, *others)
 
     monkeypatch.setattr(adamw, "_adamw", spy)
     for module in (adamw, matrix_update):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.convergence import search, tasks, training
+from benchmarks.convergence import data, search, training
 from benchmarks.convergence.methods import (
     ADAMW,
     DION2_EIGHTH,
@@ -396,13 +396,46 @@ class TestCommittedResults:
             assert lowest <= min(map(last_loss, own)) + search.MARGIN
 
 
+class TestData:
+    def test_rows_hold_whole_conversations_and_padding(self) -> None:
+        sizes = (5, 6, 3, 8, 2, 1)
+        conversations = [data.Encoded([size] * size, [data.IGNORED, *[size] * (size - 1)]) for size in sizes]
+        packed = list(data.pack(conversations, length=8))
+        # The 3 fits beside the 5, the 8 fills a row, the 2 beside the 6; of the 1 nothing can be trained on.
+        assert [[len(each.tokens) for each in row] for row in packed] == [[5, 3], [8], [6, 2]]
+        row = data._row(packed[0][:1], length=8)
+        assert row["input_ids"].tolist() == [5] * 5 + [0] * 3
+        assert row["labels"].tolist() == [data.IGNORED] + [5] * 4 + [data.IGNORED] * 3
+        assert row["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+
+    def test_each_pass_has_all_rows_in_another_order(self) -> None:
+        first, second = data.shuffled_batches(rows=9, batch_size=9, steps=2, seed=0)
+        assert sorted(first) == sorted(second) == list(range(9))
+        assert first != second
+        assert data.shuffled_batches(rows=9, batch_size=9, steps=1, seed=1) != [first]
+
+    def test_functions_to_train_on_share_neither_source_nor_docstring_with_others(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        functions = [
+            data.Function(f"def f{n % 20}():{' ' * n}...", f"Docstring {n % 30} of at least forty characters.")
+            for n in range(60)
+        ]
+        monkeypatch.setattr(data, "read_functions", lambda: functions)
+        train, validation = data.load_functions(20)
+        assert len(validation) == 20
+        assert len(train) < 40
+        for text in (lambda each: "".join(each.source.split()), lambda each: each.docstring):
+            assert {text(each) for each in train}.isdisjoint(text(each) for each in validation)
+
+
 class TestRealTasks:
     @pytest.mark.parametrize(
         ("name", "smaller"),
         [
-            ("pretraining", {"held_out_windows": 4}),
+            ("pretraining", {"validation_windows": 4}),
             ("classification", {}),
-            ("lora", {"length": 128, "held_out_size": 8}),  # a fine-tuning task with adapters
+            ("lora", {"length": 128, "validation_size": 8}),  # a fine-tuning task with adapters
         ],
     )
     def test_trains_a_step(self, name: str, smaller: dict[str, int]) -> None:
@@ -426,7 +459,7 @@ class TestRealTasks:
             calls.append((arguments, options))
             return {"text": ["a line of text, " * 20, "", "another, " * 40]}
 
-        monkeypatch.setattr(tasks, "load_dataset", load)
+        monkeypatch.setattr(data, "load_dataset", load)
         whole: Any = FULL["pretraining"]
         task = replace(whole, batch_size=2, length=16, hidden_size=16, layers=1, heads=2)
         record = train(task, ADAMW, Candidate(1e-3, 1e-3, "0.9"), 0, 1, 1, CPU)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from benchmarks.gpu import step, training
+from benchmarks.gpu import compiled, step, training
+from benchmarks.gpu.flops import peak_flops, training_flops
 from benchmarks.gpu.machine import Timer
 from benchmarks.gpu.section import Options
 from dion2_lightning import Dion2
@@ -63,3 +64,31 @@ def test_a_loss_that_is_not_finite_fails(loss: float, monkeypatch: pytest.Monkey
     options = Options("cpu", True, 60, "", "train")
     (row,) = training.train(options, name="smollm2-135m", rows=2, length=32)
     assert row["ok"] == (loss == 2.0)
+
+
+@pytest.mark.parametrize(("tolerance", "ok"), [(compiled.TOLERANCE, True), (-1.0, False)])
+def test_compiled_training_is_compared(tolerance: float, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "TOLERANCE", tolerance)
+    plain, *rows = compiled.compare(Options("cpu", True, 60, "", "compiled"))
+    assert [(row["compiled"], row["graph breaks at step()"]) for row in rows] == [("model", 0), ("training step", 2)]
+    assert [row["loss"] for row in rows] == [plain["loss"]] * 2
+    assert [row["ok"] for row in rows] == [ok] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA X1", None)],
+)
+@pytest.mark.filterwarnings("ignore:FLOPs not found")
+def test_peaks_leave_sparsity_out(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda")) == peak
+
+
+def test_a_step_takes_three_forward_passes() -> None:
+    """Two layers of width 48 with feed-forward layers of 128, and a head of 256; attention on 3 heads of 16."""
+    model = training.make_model("smollm2-135m", Options("cpu", True, 60, "", "train"), 32, torch.float32)
+    products = 2 * (4 * 48 * 48 + 3 * 48 * 128) + 48 * 256
+    attention = 2 * 2 * 3 * 32 * 16
+    expected = 3 * 2 * 5 * 32 * (products + attention)
+    assert training_flops(model, torch.zeros(5, 32, dtype=torch.long)) == pytest.approx(expected, rel=1e-3)

@@ -96,3 +96,21 @@ def test_weights_and_moments_that_were_moved_without_their_step_counts(gpu: str)
         counts = [state["step"] for state in optimizer.state.values() if "step" in state]
         assert {count.device.type for count in counts} == {device}
     assert {count.item() for count in counts} == {3 * STEPS}
+
+
+def test_a_model_that_was_moved_without_its_state(gpu: str) -> None:
+    """As ``model.to(device)`` does after the first steps: it trains on as if all had been moved."""
+    weights = []
+    for moved_by_hand in (False, True):
+        optimizer, _ = make_optimizer_and_tracker("cpu")
+        fill(optimizer, weights=100)
+        train(optimizer, first=0)
+        for parameter, state in optimizer.state.items():
+            parameter.data, parameter.grad = parameter.data.to(gpu), None
+            parameter.grad = torch.zeros_like(parameter)
+            if moved_by_hand:
+                state.update({name: value.to(gpu) for name, value in state.items()})
+        train(optimizer, first=STEPS)
+        assert {each.device.type for state in optimizer.state.values() for each in state.values()} == {"cuda"}
+        weights.append(weights_and_state(optimizer))
+    assert_same(*weights)

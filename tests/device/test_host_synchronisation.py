@@ -3,6 +3,8 @@
 tests/test_host_synchronisation.py checks every operation without a GPU.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,8 +24,9 @@ def step_on(optimizer: Dion2, steps: int = STEPS) -> None:
             optimizer.step()
 
 
-def test_matrices_of_every_kind_and_adamw(gpu: str) -> None:
-    optimizer = Dion2(groups_of_every_kind(gpu), lr=0.1)
+@pytest.mark.parametrize("check_finite", [False, "skip"])
+def test_matrices_of_every_kind_and_adamw(check_finite: Any, gpu: str) -> None:
+    optimizer = Dion2(groups_of_every_kind(gpu), lr=0.1, check_finite=check_finite)
     optimizer.step()
     step_on(optimizer)
 

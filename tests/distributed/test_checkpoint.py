@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dion2_lightning import Dion2, build_optimizer
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_layouts import local_part
+from tests.distributed.test_layouts import local_part, place
 
 STOP, STEPS = 3, 6
 FULL = StateDictOptions(full_state_dict=True)
@@ -213,3 +213,41 @@ def test_from_two_ranks_to_four_to_one_and_back(is_flat: bool, tmp_path: Path) -
     for ranks, source, target in ((4, "first", "second"), (1, "second", "third"), (4, "third", "fourth")):
         run_on_ranks(ranks, load_compare_and_save, tmp_path, source, target, options)
     run_on_ranks(2, load_compare_and_save, tmp_path, "fourth", "fifth", options)
+
+
+# Cast after the first steps
+
+
+def trained_and_cast(placements: tuple[Any, ...] | None) -> dict[str, Tensor]:
+    """FSDP2 cannot cast a module that has run, so the parameters are placed by hand, and so are the gradients."""
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Module()
+    for name, shape in (("matrix", (6, 9)), ("table", (5, 4))):
+        value = torch.randn(shape, generator=generator)
+        model.register_parameter(name, nn.Parameter(value if placements is None else place(value, mesh, placements)))
+    groups = [{"params": [model.matrix]}, {"params": [model.table], "algorithm": "adamw"}]
+    optimizer = Dion2(groups, lr=0.05, orthonormalize_dtype="float32")
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        for parameter in model.parameters():
+            gradient = torch.randn(parameter.shape, generator=generator).to(dtype)
+            parameter.grad = gradient if placements is None else place(gradient, mesh, placements)
+        optimizer.step()
+    for parameter in model.parameters():
+        for entry, value in optimizer.state[parameter].items():
+            assert value.dtype == (torch.float32 if entry == "step" else torch.float64), entry
+            assert entry == "step" or getattr(value, "placements", None) == placements, entry
+    return whole(model, optimizer)
+
+
+def check_cast() -> None:
+    expected = trained_and_cast(None)
+    for placements in ((Shard(0),), (Shard(1),), (Replicate(),)):
+        found = trained_and_cast(placements)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=f"{placements}: {name}")
+
+
+def test_the_state_follows_shards_that_are_cast() -> None:
+    run_on_ranks(2, check_cast)

@@ -5,6 +5,7 @@ import datetime
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -100,6 +101,11 @@ def check_gradients_and_settings() -> None:
     check_nan_on_one_rank(parameters_of(mesh), changed="bias")
     check_nan_on_one_rank(parameters_of(), changed="tall", process_group=dist.group.WORLD)
     check_nan_on_one_rank(parameters_of(), changed="bias", process_group=dist.group.WORLD)
+    for changed in ("tall", "bias"):
+        check_a_skipped_step(lambda: parameters_of(mesh), changed, on_rank=1)
+        for share_replicas in (True, False):
+            settings = {"process_group": dist.group.WORLD, "share_replicas": share_replicas}
+            check_a_skipped_step(parameters_of, changed, on_rank=1, **settings)
 
 
 def check_gradient_on_one_rank_only(mesh: DeviceMesh) -> None:
@@ -233,7 +239,47 @@ def check_nan_on_one_rank(parameters: Parameters, changed: str, **settings: Any)
     optimizer.state_dict()
 
 
+def check_a_skipped_step(make: Callable[[], Parameters], changed: str, on_rank: int, **settings: Any) -> None:
+    """One rank's gradient is bad, and no rank takes the step; the next ones are those of a run without it."""
+    parameters, others = make(), make()
+    optimizer, control = optimizer_of(parameters, check_finite="skip", **settings), optimizer_of(others, **settings)
+    for seed in range(1, 4):
+        set_gradients(parameters, whole(seed))
+        if seed == 2 and dist.get_rank() == on_rank:
+            local_part(parameters[changed].grad).view(-1)[3] = torch.inf
+        optimizer.step()
+        if seed != 2:
+            set_gradients(others, whole(seed))
+            control.step()
+        assert_unchanged(snapshot(others, control), snapshot(parameters, optimizer))
+    assert optimizer.skipped_steps == 1
+
+
+def check_a_skipped_step_on_several_meshes() -> None:
+    """The bad gradient is on one rank, of the bias that is on another mesh than the matrices, or on none."""
+    for make in on_several_meshes():
+        check_a_skipped_step(make, "bias", on_rank=3)
+
+
 # Settings
+
+
+def on_several_meshes() -> list[Callable[[], Parameters]]:
+    """Matrices on a mesh of two dimensions, and the bias on one of them, or on no mesh."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    strided = (_StridedShard(0, split_factor=2), Shard(0))
+
+    def make(bias_on_a_mesh: bool) -> Parameters:
+        tensors = whole(seed=0)
+        bias = place(tensors["bias"], mesh["data"], (Shard(0),)) if bias_on_a_mesh else tensors["bias"]
+        return {
+            "wide": nn.Parameter(place(tensors["wide"], mesh, strided)),
+            "tall": nn.Parameter(place(tensors["tall"], mesh, (Shard(0), Replicate()))),
+            "square": nn.Parameter(place(tensors["square"], mesh, strided)),
+            "bias": nn.Parameter(bias),
+        }
+
+    return [partial(make, True), partial(make, False)]
 
 
 def check_settings_that_differ(mesh: DeviceMesh) -> None:
@@ -259,20 +305,8 @@ def check_settings_that_differ(mesh: DeviceMesh) -> None:
 
 def check_settings_of_groups_on_other_meshes() -> None:
     """The settings of a group on another mesh than the matrices, or on none, are compared too."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    strided = (_StridedShard(0, split_factor=2), Shard(0))
-    tensors = whole(seed=0)
-    bias_on = {
-        "another mesh": lambda: place(tensors["bias"], mesh["data"], (Shard(0),)),
-        "no mesh": lambda: tensors["bias"].clone(),
-    }
-    for make in bias_on.values():
-        parameters = {
-            "wide": nn.Parameter(place(tensors["wide"], mesh, strided)),
-            "tall": nn.Parameter(place(tensors["tall"], mesh, (Shard(0), Replicate()))),
-            "square": nn.Parameter(place(tensors["square"], mesh, strided)),
-            "bias": nn.Parameter(make()),
-        }
+    for make in on_several_meshes():
+        parameters = make()
         for name, setting in (("rest", "lr"), ("matrices", "lr")):
             optimizer = optimizer_of(parameters)
             set_gradients(parameters, whole(seed=1))
@@ -542,6 +576,10 @@ def test_gradients_of_replicated_parts() -> None:
 
 def test_settings_of_groups_on_other_meshes() -> None:
     run_on_ranks(4, check_settings_of_groups_on_other_meshes)
+
+
+def test_a_skipped_step_on_several_meshes() -> None:
+    run_on_ranks(4, check_a_skipped_step_on_several_meshes)
 
 
 def test_fractions_on_both_sides_of_the_cost_rule() -> None:

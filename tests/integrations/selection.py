@@ -81,8 +81,8 @@ def named(step: int, *prefixes: str) -> dict[str, Any]:
     }
 
 
-ALL: Final = ("dion2", "dion2/dion2")
-"""The prefixes of all matrices together, and of the one group."""
+ALL: Final = ("dion2",)
+"""The prefix of all matrices together; the one group has none."""
 
 EACH: Final = (*ALL, "dion2/dion2/weight")
 """And of the one parameter."""

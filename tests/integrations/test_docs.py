@@ -1,8 +1,10 @@
-"""The examples of README.md and of the frameworks' pages run as they stand there, TRL's on a CPU and shortened."""
+"""The examples of README.md, the guide and the frameworks' pages run as they stand, TRL's on a CPU and shortened."""
 
+import copy
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -47,6 +49,7 @@ def names_in_examples(tmp_path: Path) -> dict[str, Any]:
         "Trainer": Trainer,
         "TrainingArguments": TrainingArguments,
         "args": TrainingArguments("runs", report_to=[]),
+        "dpo_trainer": SimpleNamespace(),
         "accelerator": Accelerator(),  # after the arguments, which reset the state that all Accelerators share
         "build_optimizer": build_optimizer,
         "dion2_lightning": dion2_lightning,
@@ -140,6 +143,50 @@ class TestReadme:
         assert all("lora" in name for group in groups for name in group["param_names"])
 
 
+def test_rates_of_schedules_and_searches(tmp_path: Path) -> None:
+    """Both examples of the guide keep the ratio of the two rates."""
+    schedule, search = examples("docs/fine-tuning.md")
+    optimizer = build_optimizer(make_model(), lr=3e-3, adamw_lr=1e-3)
+    for example, names in ((schedule, {"optimizer": optimizer}), (search, {"model": make_model()})):
+        names = run(example, "docs/fine-tuning.md", names | {"torch": torch, "build_optimizer": build_optimizer})
+        seen = []
+        for _ in range(100):
+            names["optimizer"].step()
+            names["scheduler"].step()
+            seen.append([group["lr"] for group in names["optimizer"].param_groups])
+        assert seen[0][0] < seen[-1][0]
+        assert all(rest == pytest.approx([matrices / 3] * 2) for matrices, *rest in seen)
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", (ROOT / "docs/situations.md").read_text())
+    assert len(named) > 20
+    assert [(file, test) for file, test in named if f"def {test}(" not in (ROOT / file).read_text()] == []
+
+
+def test_routing(tmp_path: Path) -> None:
+    """Overrides of every form, on a model that has what they match."""
+    mlp = torch.nn.ModuleDict({"gate": torch.nn.Linear(4, 4), "up": torch.nn.Linear(4, 8)})
+    layer = torch.nn.ModuleDict({"mlp": mlp, "mixer": torch.nn.ParameterDict({"kernel": torch.ones(4, 8)})})
+    layers = torch.nn.ModuleList([layer, copy.deepcopy(layer)])
+    model = torch.nn.ModuleDict(
+        {"model": torch.nn.ModuleDict({"layers": layers}), "lm_head": torch.nn.Linear(4, 6, bias=False)}
+    )
+    [example] = examples("docs/routing.md")
+    assert example.startswith("build_optimizer(")
+    names = run(f"optimizer = {example}", "docs/routing.md", {"model": model, "build_optimizer": build_optimizer})
+    found = {group["name"]: group["param_names"] for group in names["optimizer"].param_groups}
+    assert found == {
+        "dion2": ["model.layers.1.mlp.up.weight", "lm_head.weight"],
+        "dion2 [*.layers.0.*]": ["model.layers.0.mlp.up.weight"],
+        "dion2-transposed": ["model.layers.1.mixer.kernel"],
+        "adamw": ["model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"],
+        "adamw-no-decay": ["model.layers.1.mlp.gate.bias", "model.layers.1.mlp.up.bias"],
+        "adamw-no-decay [*.layers.0.*]": ["model.layers.0.mlp.gate.bias", "model.layers.0.mlp.up.bias"],
+        "adamw [*.layers.0.*]": ["model.layers.0.mixer.kernel"],
+    }
+
+
 @pytest.mark.parametrize("example", examples("docs/huggingface.md"), ids=range(len(examples("docs/huggingface.md"))))
 def test_huggingface(example: str, tmp_path: Path) -> None:
     names = run(example, "docs/huggingface.md", names_in_examples(tmp_path))
@@ -155,7 +202,7 @@ class TestLightning:
 
     def test_all_are_here(self) -> None:
         assert len(examples(self.page)) == 6
-        assert len(examples("docs/huggingface.md")) == 3
+        assert len(examples("docs/huggingface.md")) == 4
 
     def test_a_module_and_its_clipping(self, tmp_path: Path) -> None:
         module, clipping, *_ = examples(self.page)

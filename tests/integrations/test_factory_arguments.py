@@ -55,6 +55,7 @@ TEXT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "betas in brackets": ({"betas": "(0.8, 0.95)"}, {"betas": (0.8, 0.95)}),
     "betas in a list": ({"betas": ["8e-1", 0.95]}, {"betas": (0.8, 0.95)}),
     "true": ({"check_finite": "true"}, {"check_finite": True}),
+    "true or a word": ({"check_finite": "skip"}, {"check_finite": "skip"}),
     "yes": (
         {"check_finite": "yes", "scale_lr_by_fraction": "Off"},
         {"check_finite": True, "scale_lr_by_fraction": False},
@@ -85,7 +86,12 @@ def test_text_is_read(case: str) -> None:
 REFUSED: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "number": (TypeError, {"lr": "fast"}, "lr must be a number, got the str 'fast'; pass a float"),
     "out of range": (ValueError, {"fraction": "1.5"}, "fraction must lie in (0, 1], got 1.5"),
-    "truth": (TypeError, {"check_finite": "maybe"}, "check_finite must be True or False, got 'maybe'"),
+    "truth": (TypeError, {"share_replicas": "maybe"}, "share_replicas must be True or False, got 'maybe'"),
+    "truth or a word": (
+        ValueError,
+        {"check_finite": "maybe"},
+        "check_finite must be one of True, False, 'skip', got 'maybe'",
+    ),
     "one beta": (TypeError, {"betas": "0.9"}, "betas must be two numbers, got 0.9"),
     "a wrong beta": (TypeError, {"betas": ["0.9", "high"]}, "betas[1] must be a number, got the str 'high'"),
     "none where a number is": (TypeError, {"eps": "none"}, "eps must be a number, got a NoneType"),

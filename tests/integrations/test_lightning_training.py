@@ -8,9 +8,10 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateMonitor
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -194,6 +195,65 @@ def test_learning_rate_monitor_shows_every_group(tmp_path: Path) -> None:
         shown = [float(row[f"lr-Dion2/{name}"]) for row in rows]
         assert shown == pytest.approx([start, start / 2, start / 3, start / 4])
     assert all(type(group["lr"]) is float for group in trainer.optimizers[0].param_groups)
+
+
+def test_learning_rate_monitor_shows_the_momentum_of_the_matrices(tmp_path: Path) -> None:
+    """AdamW's groups have none of that name, which Lightning says, and shows as 0."""
+    monitor = LearningRateMonitor("step", log_momentum=True)
+    trainer = make_trainer("one device", 2, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[monitor])
+    with pytest.warns(RuntimeWarning, match="some optimizers do not have momentum"):
+        trainer.fit(Scheduled("Dion2", "one device", make_model(), 2, momentum=0.7))
+    assert monitor.last_momentum_values == {
+        "lr-Dion2/dion2-momentum": 0.7,
+        "lr-Dion2/adamw-momentum": 0,
+        "lr-Dion2/adamw-no-decay-momentum": 0,
+    }
+
+
+class Searched(L.LightningModule):
+    """Its rate is searched for; that of the head is to be a fifth of it. Records the rates of every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lr = 1e-3
+        self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.rates: list[tuple[float, ...]] = []
+
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        return (self.head(self.body(batch)) - batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self, lr=self.lr, adamw_lr=self.lr / 5, overrides={"head.weight": "adamw"})
+        optimizer.register_step_post_hook(
+            lambda optimizer, *_: self.rates.append(tuple(group["lr"] for group in optimizer.param_groups))
+        )
+        return optimizer
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.randn(120, 8, generator=torch.Generator().manual_seed(0)), batch_size=4)
+
+
+@pytest.mark.parametrize("by", ["callback", "tuner"])
+def test_a_search_for_the_learning_rate_keeps_the_ratio_of_the_rates(by: str, tmp_path: Path) -> None:
+    """Lightning sets one rate for all groups, at every step of the search and for the training after it."""
+    module = Searched()
+    search: dict[str, Any] = {"min_lr": 1e-4, "max_lr": 1e-1, "early_stop_threshold": None}
+    if by == "callback":
+        finder = LearningRateFinder(num_training_steps=20, **search)
+        make_trainer("one device", 24, callbacks=[finder], default_root_dir=tmp_path).fit(module)
+        found = finder.optimal_lr
+    else:
+        trainer = make_trainer("one device", 24, default_root_dir=tmp_path)
+        found = Tuner(trainer).lr_find(module, num_training=20, **search)
+        trainer.fit(module)
+    assert found is not None
+    tried = found.results["lr"]
+    assert module.lr == found.suggestion() != 1e-3
+    assert [rates[0] for rates in module.rates] == pytest.approx([*tried, *[module.lr] * 24])
+    assert len(set(tried)) > 10
+    for matrices, *rest in module.rates:
+        assert rest == pytest.approx([matrices / 5] * 2)
 
 
 class TransferLearning:

@@ -3,6 +3,7 @@
 The Trainer itself refuses to resume those from transformers 5.23 on, so there are no checkpoints of the optimizer.
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, 
 from transformers.distributed import DistributedConfig
 
 from dion2_lightning import Dion2
-from recipes.versions import DIVIDES_MODELS
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations import test_plain_loop
 from tests.integrations.huggingface import fsdp2_on_cpu
@@ -22,6 +22,9 @@ from tests.integrations.test_trainer import arguments, make_trainer
 from tests.integrations.training import LENGTH, make_model
 
 STEPS = 5
+
+DIVIDES_MODELS = "dp_replicate_size" in {field.name for field in fields(DistributedConfig)}
+"""Whether this transformers, 5.23 or later, divides models by more than FSDP2 or TP alone."""
 
 
 class Layout(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim import Optimizer
+from transformers import TrainerCallback
 from transformers.trainer_utils import SchedulerType
 
 from dion2_lightning import Dion2, Dion2Factory, build_optimizer
@@ -33,6 +34,14 @@ SCHEDULE_SETTINGS: dict[str, dict[str, Any]] = {
 MOVED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 
 
+class RatesOfEveryStep(TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_step_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        self.seen.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+
 def learning_rates(trainer: InOrder) -> list[float]:
     """As the Trainer has logged them."""
     return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
@@ -47,17 +56,21 @@ def test_schedules_move_both_sides_as_they_move_adamw(schedule: str, tmp_path: P
     }
     if schedule in MOVED_BY_EVALUATIONS:
         settings |= {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
-    logged = []
+    logged, rates = [], RatesOfEveryStep()
     for pair in ((torch.optim.AdamW, {"lr": 3e-3}), (Dion2Factory, {"lr": "3e-3", "adamw_lr": "1e-3"})):
         args = arguments(tmp_path, steps=STEPS, **settings)
         trainer = make_trainer(args, make_model(), pair, eval_dataset=Sequences(1))
+        if pair[0] is Dion2Factory:
+            trainer.add_callback(rates)
         trainer.train()
         logged.append(learning_rates(trainer))
     assert logged[0] == logged[1]
     assert schedule == "constant" or len(set(logged[1])) > 1, "this schedule has not moved anything"
-    lrs = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
-    assert lrs["adamw"] == pytest.approx(lrs["dion2"] / 3)
-    assert lrs["adamw-no-decay"] == lrs["adamw"]
+    assert len(rates.seen) == STEPS
+    assert max(step["dion2"] for step in rates.seen) > 0
+    for step in rates.seen:
+        assert step["adamw"] == pytest.approx(step["dion2"] / 3)
+        assert step["adamw-no-decay"] == step["adamw"]
 
 
 def test_the_matrices_learning_rate_is_logged(tmp_path: Path) -> None:

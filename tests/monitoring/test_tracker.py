@@ -369,6 +369,31 @@ def test_no_warning_of_a_parameter_that_was_added_late() -> None:
     assert not any("wide" in str(each.message) for each in caught)
 
 
+def test_matrices_without_a_gradient_are_named() -> None:
+    """As experts that no token is routed to: from the start, or from some step on. What is frozen needs none."""
+    named = parameters()
+    optimizer = optimizer_of(named)
+    tracker = SelectionTracker(every=10, window=100)
+    tracker.attach(optimizer)
+    named["square"].requires_grad_(False)
+    messages: dict[int, list[str]] = {}
+    for step in range(1, 251):
+        set_gradients(named, step)
+        named["tall"].grad = named["square"].grad = None
+        if step > 50:
+            named["experts"].grad = None
+        optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tracker.pop_metrics()
+        if caught:
+            messages[step] = [str(each.message) for each in caught]
+    assert sorted(messages) == [100, 150]
+    advice = "no step within the window had a gradient for them: does the loss depend on them?"
+    assert messages[100][0].startswith(f"step 100, no gradient: tall (1 of 1 matrices); {advice}")
+    assert messages[150][0].startswith(f"step 150, no gradient: experts (3 of 3 matrices); {advice}")
+
+
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
 def test_a_matrix_without_momentum_is_left_out_of_means() -> None:
     """Three experts, a row of each selected: one has no gradient; the errors of the others are 1 - 0.5^2 and 1 - 1."""
@@ -472,7 +497,7 @@ def test_names_in_saved_states_and_files_are_those_of_version_0_1_0() -> None:
     assert list(state["history"]) == names
     assert state["history"]["kinds"][0] == ["its wide", "wide", 1, 8, 0]
     assert [check.name for check in HEALTH_CHECKS] == [
-        "slices never selected", "all-zero momentum", "non-finite update", "update far from orthonormal",
+        "slices never selected", "all-zero momentum", "no gradient", "non-finite update", "update far from orthonormal",
     ]  # fmt: skip
 
 

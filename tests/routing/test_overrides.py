@@ -92,6 +92,15 @@ class TestOverrides:
             route_parameters(model, overrides=overrides)
 
     @pytest.mark.parametrize(
+        ("pattern", "close"),
+        [("2.wieght", "'2.weight'"), ("*.wieght", "'*.weight'"), ("[24].wieght", "'*.weight'")],
+    )
+    def test_a_misspelt_name_is_answered_with_names_and_a_pattern_with_patterns(self, pattern: str, close: str) -> None:
+        with pytest.raises(ValueError) as error:
+            route_parameters(models.mlp(), overrides={pattern: "adamw"})
+        assert f"override {pattern!r} matches no parameter (close names: {close}" in str(error.value)
+
+    @pytest.mark.parametrize(
         ("parameter", "message"),
         [
             (

@@ -94,6 +94,7 @@ def test_replaced_in_model_and_optimizer() -> None:
     ],
     ids=["compiled", "frozen", "converted", "part taken out", "part added"],
 )
+@pytest.mark.filterwarnings("ignore:parameter '2.weight', '2.bias' of the model gets gradients")  # the part added
 def test_changes_that_replace_no_parameter(change: Callable[[Any], object]) -> None:
     model = make_model()
     optimizer = build_optimizer(model, lr=0.1)

@@ -231,6 +231,19 @@ class TestLinear:
 
 
 class TestLora:
+    def test_both_factors_are_matrices_unless_something_else_is_said(self) -> None:
+        """Dion2 trains what it was asked to; on LoRA it stands to AdamW as it does on all weights."""
+        model = build("lora_llama")
+        assert decide(model) == decide(model, lora="both")
+        assert route_parameters(model).why_no_matrices is None
+
+    def test_what_changes_it_where_none_are(self) -> None:
+        said = route_parameters(build("lora_llama"), lora="adamw").why_no_matrices
+        assert said is not None
+        assert said.startswith(
+            'dion2 trains nothing, adamw everything. LoRA factors (8): pass lora="both". Weights of h'
+        )
+
     @pytest.mark.parametrize(("lora", "factors"), [("adamw", ()), ("B", ("lora_B",)), ("both", ("lora_A", "lora_B"))])
     def test_modes(self, lora: str, factors: tuple[str, ...]) -> None:
         decisions = decide(build("lora_llama"), lora=lora)

@@ -1,6 +1,7 @@
 """Real text on every machine that has Python: its library's docstrings and sources, and the language's manual."""
 
 import ast
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,9 @@ from pydoc_data.topics import topics
 from typing import NamedTuple
 
 MODULES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
-"""The packages that a docstring is to be told from."""
+"""The packages that a docstring is classified into."""
 
+INSTRUCTION = "Write the docstring of this Python function."
 SHORTEST_ANSWER = 40
 LONGEST_SOURCE = 2000
 
@@ -32,6 +34,24 @@ def read_functions() -> list[Function]:
     """Returns the library's documented functions, each once, without very long ones and very short docstrings."""
     functions = (function for path in _sources(_LIBRARY) for function in _functions(path))
     return list(dict.fromkeys(functions))
+
+
+def read_conversations(python: str = sys.version) -> Iterator[dict[str, list[dict[str, str]]]]:
+    """Yield a prompt that shows each of these functions, and its docstring as the completion, as chat messages.
+
+    Args:
+        python: The version, for caches that tell data apart by the arguments.
+    """
+    for function in read_functions():
+        yield as_messages(f"{INSTRUCTION}\n\n{function.source}", function.docstring)
+
+
+def as_messages(prompt: str, completion: str) -> dict[str, list[dict[str, str]]]:
+    """Return what a user and the assistant say, as chat templates take it."""
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "completion": [{"role": "assistant", "content": completion}],
+    }
 
 
 def read_prose() -> list[str]:

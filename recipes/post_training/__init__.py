@@ -1,0 +1,1 @@
+"""Preferences and reinforcement with TRL's DPOTrainer and GRPOTrainer, and Dion2."""
