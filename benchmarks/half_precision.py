@@ -24,7 +24,7 @@ import math
 import platform
 import statistics
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -35,10 +35,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.statistics import keep_memory, size_of
-from benchmarks.step import LAYERS, TRANSPOSED, timed, weights
+from benchmarks.step import LAYERS, Sizes, timed, weights
 from dion2_lightning import Dion2, build_optimizer
 
 MAX_GRADIENT_NORM = 1.0
+ROUNDINGS: Final = ("nearest", "stochastic")
 
 
 @dataclass(frozen=True)
@@ -66,38 +67,44 @@ def compare_times(arguments: argparse.Namespace) -> None:
     keep_memory()
     print(f"torch {torch.__version__}, {platform.machine()}, {arguments.device}, {torch.get_num_threads()} threads")
     print(f"{'':44}{'nearest, ms':>12}{'stochastic':>12}{'ratio':>8}")
-    sizes, stored = LAYERS[arguments.shapes] * arguments.layers, {"transposed": TRANSPOSED[arguments.shapes]}
-    cases: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
-        f"{arguments.shapes}, {arguments.layers} layers": (sizes, stored),
-        "the same with a momentum in bfloat16": (sizes, {**stored, "state_dtype": "bfloat16"}),
-        "the same without weight decay": (sizes, {**stored, "weight_decay": 0.0}),
-        "AdamW: an embedding of 49152 x 576": ([(49152, 576)], {"algorithm": "adamw"}),
+    for row in times_of_rounding(LAYERS[arguments.shapes] * arguments.layers, arguments.rounds, arguments.device):
+        print(f"{row['weights']:44}{row['nearest, ms']:12.1f}{row['stochastic, ms']:12.1f}{row['ratio']:8.2f}")
+
+
+def times_of_rounding(
+    sizes: Sizes, rounds: int, device: torch.device, embedding: tuple[int, int] = (49152, 576)
+) -> Iterator[dict[str, Any]]:
+    """Yield the median milliseconds of a step with bfloat16 weights by either rounding, and their median ratio."""
+    cases: dict[str, tuple[Sizes, dict[str, Any]]] = {
+        "matrices": (sizes, {}),
+        "the same with a momentum in bfloat16": (sizes, {"state_dtype": "bfloat16"}),
+        "the same without weight decay": (sizes, {"weight_decay": 0.0}),
+        f"AdamW: an embedding of {embedding[0]} x {embedding[1]}": ([embedding], {"algorithm": "adamw"}),
     }
     for name, (its_sizes, group) in cases.items():
-        print(f"{name:44}{_row_of_times(its_sizes, group, arguments.rounds, arguments.device)}")
+        optimizers = {
+            rounding: _optimizer_of(its_sizes, device, {"rounding": rounding, **group}) for rounding in ROUNDINGS
+        }
+        times: dict[str, list[float]] = {rounding: [] for rounding in ROUNDINGS}
+        for number in range(rounds + 1):
+            for rounding in ROUNDINGS if number % 2 else reversed(ROUNDINGS):
+                elapsed = timed(optimizers[rounding].step, device)
+                if number > 0:  # the first creates state
+                    times[rounding].append(elapsed)
+        medians = {f"{rounding}, ms": statistics.median(values) for rounding, values in times.items()}
+        ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
+        yield {"weights": name, **medians, "ratio": ratio}
 
 
-def _row_of_times(sizes: list[tuple[int, int]], group: dict[str, Any], rounds: int, device: torch.device) -> str:
-    optimizers = {}
-    for rounding in ("nearest", "stochastic"):
-        parameters = []
-        for each in weights(sizes, device):
-            parameter = nn.Parameter(each.detach().to(torch.bfloat16))
-            assert each.grad is not None
-            parameter.grad = each.grad.to(torch.bfloat16)
-            parameters.append(parameter)
-        # More decay than rounding to nearest loses, so that there is nothing to warn of.
-        settings = {"lr": 0.05, "weight_decay": 0.1, "rounding": rounding, **group}
-        optimizers[rounding] = Dion2([{"params": parameters, **settings}])
-    times: dict[str, list[float]] = {rounding: [] for rounding in optimizers}
-    for number in range(rounds + 1):
-        for rounding in list(optimizers) if number % 2 else reversed(optimizers):
-            elapsed = timed(optimizers[rounding].step, device)
-            if number > 0:  # the first creates state
-                times[rounding].append(elapsed)
-    nearest, stochastic = (statistics.median(times[each]) for each in optimizers)
-    ratio = statistics.median(b / a for a, b in zip(times["nearest"], times["stochastic"], strict=True))
-    return f"{nearest:12.1f}{stochastic:12.1f}{ratio:8.2f}"
+def _optimizer_of(sizes: Sizes, device: torch.device, group: dict[str, Any]) -> Dion2:
+    parameters = []
+    for each in weights(sizes, device):
+        parameter = nn.Parameter(each.detach().to(torch.bfloat16))
+        assert each.grad is not None
+        parameter.grad = each.grad.to(torch.bfloat16)
+        parameters.append(parameter)
+    # More decay than rounding to nearest loses, so that there is nothing to warn of.
+    return Dion2([{"params": parameters, "lr": 0.05, "weight_decay": 0.1, **group}])
 
 
 # Memory
@@ -217,7 +224,7 @@ def compare_losses(arguments: argparse.Namespace) -> None:
     arguments.file.parent.mkdir(parents=True, exist_ok=True)
     runs = [json.loads(line) for line in arguments.file.read_text().splitlines()] if arguments.file.exists() else []
     for seed in arguments.seeds:
-        for setup in SETUPS_OF_FINE_TUNING:
+        for setup in [each for each in SETUPS_OF_FINE_TUNING if each.name in (arguments.only or each.name)]:
             if not any(run["name"] == setup.name and run["seed"] == seed for run in runs):
                 runs.append({"name": setup.name, "seed": seed, **fine_tune(setup, seed, task)})
                 with arguments.file.open("a") as file:
@@ -296,6 +303,7 @@ def main() -> None:
     losses = commands.add_parser("fine-tuning")
     losses.set_defaults(run=compare_losses)
     losses.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    losses.add_argument("--only", nargs="+", help="names of the rows to run (default: all)")
     losses.add_argument("--task", default="fine-tuning", help="of benchmarks/convergence (default: fine-tuning)")
     losses.add_argument("--file", type=Path, default=Path("runs/half_precision.jsonl"), help="where runs are written")
     arguments = parser.parse_args()

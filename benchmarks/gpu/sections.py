@@ -40,6 +40,13 @@ SECTIONS: Final = (
             ("llama-8b", 2, "two layers of a Llama of 8B parameters"),
         )
     ),
+    Section(
+        "rounding",
+        "A step of weights in bfloat16, rounded to nearest and stochastically",
+        "benchmarks.gpu.step:time_rounding",
+        minutes=0.5,
+        arguments={"shapes": "llama-1b", "layers": 16},
+    ),
     *(
         Section(
             f"train-{name}",

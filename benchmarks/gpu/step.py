@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.machine import Timer, copy_bandwidth, product_rate, synchronize
 from benchmarks.gpu.section import Options, Row
+from benchmarks.half_precision import times_of_rounding
 from benchmarks.step import LAYERS, Sizes, optimizers, weights
 from dion2_lightning import Dion2
 from dion2_lightning.algorithms import dion2 as update
@@ -70,6 +71,14 @@ def time_steps(options: Options, *, shapes: str, layers: int) -> Iterator[Row]:
     for name, optimizer in compared.items():
         if isinstance(optimizer, Dion2):
             yield {"share of the phases": name, **_phase_shares(optimizer, device)}
+
+
+def time_rounding(options: Options, *, shapes: str, layers: int) -> Iterator[Row]:
+    """Yield a row for each kind of weight in bfloat16: a step that rounds to nearest, and one that does at random."""
+    sizes, rounds, embedding = LAYERS[shapes] * layers, ROUNDS, (49152, 576)
+    if options.tiny:
+        sizes, rounds, embedding = [(TINY, TINY)] * 2, 3, (TINY, TINY)
+    yield from times_of_rounding(sizes, rounds, torch.device(options.device), embedding)
 
 
 def _median_times(compared: Mapping[str, torch.optim.Optimizer], device: torch.device, rounds: int) -> dict[str, float]:
