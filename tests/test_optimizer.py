@@ -81,9 +81,11 @@ def test_groups_override_every_setting():
         "select": "output",
         "orthonormalize_dtype": "float32",
         "state_dtype": "float64",
+        "rounding": "nearest",
         "check_finite": True,
     }
-    of_adamw = {"lr": 2.0, "weight_decay": 0.3, "betas": (0.1, 0.2), "eps": 1e-3, "check_finite": True}
+    of_adamw = {"lr": 2.0, "weight_decay": 0.3, "betas": (0.1, 0.2), "eps": 1e-3, "rounding": "nearest"}
+    of_adamw["check_finite"] = True
     groups = [{"params": [torch.nn.Parameter(torch.ones(4, 4))], **overrides}]
     groups += [{"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw", **of_adamw}]
     optimizer = Dion2(groups)
@@ -146,7 +148,7 @@ def test_state_is_lazy_complete_and_in_the_promised_precision(dtype):
     momentum = optimizer.state[model[0].weight]["momentum"]
     assert momentum.shape == model[0].weight.shape
     assert momentum.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert optimizer.state[model[2].bias]["exp_avg"].dtype == dtype
+    assert optimizer.state[model[2].bias]["exp_avg"].dtype == momentum.dtype
     assert optimizer.state[model[2].bias]["step"] == 0
 
 
@@ -177,8 +179,8 @@ def test_the_state_follows_a_parameter_that_is_cast(before, after):
     other.step()  # creates the state, as one for this dtype, and does nothing else
     other.param_groups[0]["lr"] = other.param_groups[1]["lr"] = 0.05
     for parameter, twin in zip(model.parameters(), other_model.parameters(), strict=True):
-        for name, tensor in optimizer.state[parameter].items():
-            other.state[twin][name].copy_(tensor)
+        for name in optimizer.state[parameter].keys() & other.state[twin].keys():  # what half precision alone has
+            other.state[twin][name].copy_(optimizer.state[parameter][name])
 
     model.to(after)
     train(model, optimizer, range(3, 6))
@@ -623,7 +625,7 @@ def test_fraction_one_is_muon_without_nesterov(shape, rule):
     assert torch.linalg.norm(ours - theirs) / moved < 1e-2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_adamw_groups_equal_torch_bit_for_bit(dtype):
     first, second = model_of(dtype), model_of(dtype)
     settings = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}

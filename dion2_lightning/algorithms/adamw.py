@@ -111,7 +111,11 @@ def _update_in_float32(
         _adamw(copies, group, found_inf)
         for (piece, bits), copy in zip(run, copies, strict=True):
             store_(piece.weight, copy.weight, bits)
-    torch._foreach_add_([piece.step for piece in pieces], 1.0 if found_inf is None else 1.0 - found_inf)
+    steps = [piece.step for piece in pieces]
+    if found_inf is None:
+        torch._foreach_add_(steps, 1)
+    else:
+        torch._foreach_add_(steps, [1 - found_inf] * len(steps))
 
 
 def _random_bits(members: Sequence[Member]) -> Sequence[RandomBits | None]:

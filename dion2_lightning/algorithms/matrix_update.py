@@ -204,49 +204,57 @@ def bounded(items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]
 
 
 def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
-    """Draw the random bits of a step, for all tensors that one line of the box rounds together."""
-    for line, rounded in _ROUNDED.items():
-        drawn = [each for each in updates if each.rounds_at_random and getattr(each, rounded).dtype in HALF_PRECISION]
-        for equal in group_by(drawn, lambda each: each.weight.device).values():
-            bits = random_bits(
-                [held_coordinates(each.parameter) for each in equal],
-                [zlib.crc32(f"{line} {each.name}".encode()) for each in equal],
-                [each.state["step"] for each in equal],
-            )
-            for each, its_bits in zip(equal, bits, strict=True):
-                if each.matrices.slices_are_rows(each.axis):
-                    each.bits[line] = its_bits.shaped(each.weight.shape)
-                else:
-                    each.bits[line] = its_bits.shaped(each.weight.mT.shape).mT
+    """Draw the random bits of a step, for all that is rounded on one device together."""
+    rounded = [
+        (line, update)
+        for update in updates
+        if update.rounds_at_random
+        for line, name in _ROUNDED.items()
+        if getattr(update, name).dtype in HALF_PRECISION
+    ]
+    for equal in group_by(rounded, lambda pair: pair[1].weight.device).values():
+        coordinates = {each: held_coordinates(each.parameter) for each in dict.fromkeys(each for _, each in equal)}
+        drawn = random_bits(
+            [coordinates[each] for _, each in equal],
+            [zlib.crc32(f"{line} {each.name}".encode()) for line, each in equal],
+            [each.state["step"] for _, each in equal],
+        )
+        for (line, each), bits in zip(equal, drawn, strict=True):
+            if each.matrices.slices_are_rows(each.axis):
+                each.bits[line] = bits.shaped(each.weight.shape)
+            else:
+                each.bits[line] = bits.shaped(each.weight.mT.shape).mT
 
 
 def count_step(updates: Sequence[MatrixUpdate]) -> None:
     """Count the step, where random bits depend on it."""
     counting = [update for update in updates if "step" in update.state]
-    for equal in group_by(counting, lambda update: update.gate).values():
+    for gate, equal in group_by(counting, lambda update: update.gate).items():
         steps = [update.state["step"] for update in equal]
-        torch._foreach_add_(steps, equal[0].number(1.0, 0.0, steps[0]))
+        if gate is None:
+            torch._foreach_add_(steps, 1)
+        else:
+            torch._foreach_add_(steps, [gate.number(1.0, 0.0, torch.float32)] * len(steps))
 
 
 def accumulate(updates: Sequence[MatrixUpdate]) -> None:
     """M <- M + G, where there is a G."""
-    present = [(update, update.gradient) for update in updates if update.gradient is not None]
-    plain = [
-        (each.momentum, gradient) for each, gradient in present if each.gate is None and "accumulate" not in each.bits
-    ]
-    if plain:
-        momenta, gradients = zip(*plain, strict=True)
-        torch._foreach_add_(momenta, gradients)
-    for update, gradient in present:  # the others one at a time, as a gate takes the memory of a gradient
-        bits = update.bits.get("accumulate")
+    together: list[tuple[Tensor, Tensor]] = []
+    for update in updates:
+        gradient, bits = update.gradient, update.bits.get("accumulate")
+        if gradient is None:
+            continue
         if update.gate is not None:
             gradient = update.gate.gradient(gradient)
-        elif bits is None:
-            continue
-        if bits is None:
-            update.momentum.add_(gradient)
-        else:
+        if bits is not None:
             multiply_add_(update.momentum, 1.0, gradient, bits)
+        elif update.gate is not None:
+            update.momentum.add_(gradient)  # at once, as what the gate returns takes the memory of a gradient
+        else:
+            together.append((update.momentum, gradient))
+    if together:
+        momenta, gradients = zip(*together, strict=True)
+        torch._foreach_add_(momenta, gradients)
 
 
 def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -317,7 +325,10 @@ def apply(
     bits: RandomBits | None,
     context: StepContext,
 ) -> None:
-    """X[K] <- X[K] - lr scale O, each slice times its factor where there are any, of shape (count, k)."""
+    """X[K] <- X[K] - lr scale O, each slice times its factor where there are any, of shape (count, k).
+
+    In half precision X <- (1 - lr weight_decay) X comes first, so that what is selected is rounded once.
+    """
     precise = torch.promote_types(weight.dtype, torch.float32)
     change = result.to(precise) * update.number(-update.step_size, 0.0, weight)
     if factors is not None:

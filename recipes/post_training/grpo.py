@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "model_name_or_path": SMOLLM2,
     "dtype": "float32",
     "output_dir": "runs/post_training/grpo",
-    "max_steps": 20,
+    "max_steps": 10,
     "max_completion_length": 32,
     "num_generations": 8,
     "per_device_train_batch_size": 16,

@@ -66,7 +66,7 @@ def check(
     parameter = torch.nn.Parameter(weight.to(device))
     start = matrices(weight.double(), transposed)
     group = {"params": [parameter], "batched": batched, "transposed": transposed}
-    optimizer = Dion2([group], lr=0.02, orthonormalize_dtype=dtype, **settings)
+    optimizer = Dion2([group], lr=0.02, orthonormalize_dtype=dtype, rounding="nearest", **settings)
     names = {"adjust_lr_fn": "rule", "scale_lr_by_fraction": "scale_by_fraction", "momentum": "mu"}
     own = {names.get(name, name): value for name, value in settings.items() if name != "state_dtype"}
     state_dtype = getattr(torch, settings.get("state_dtype", "float32"))
