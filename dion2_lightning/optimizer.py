@@ -2,6 +2,7 @@
 
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast, overload
 
@@ -82,6 +83,8 @@ class MatrixOptimizer(Optimizer):
     share_replicas: bool | None
     observer: Observer | None
     """Receives the events of every step; see :class:`~dion2_lightning.SelectionTracker`. A copy has none."""
+    fallbacks: Counter[str]
+    """How often a faster way of computing has failed and a slower one was taken, by the name of the faster one."""
     route_parameters: Callable[[list[Tensor]], list[Group]] | None
     """Splits parameters that are added later without ``algorithm`` into groups; set where the model is known."""
 
@@ -109,6 +112,7 @@ class MatrixOptimizer(Optimizer):
         self.process_group = process_group
         self.share_replicas = share_replicas
         self.observer = None
+        self.fallbacks = Counter()
         self.route_parameters = None
         self._settings = plain(settings)
         self._given: dict[str, Group] = {}
@@ -197,6 +201,7 @@ class MatrixOptimizer(Optimizer):
             share_replicas=self.share_replicas,
             observer=None if skipped else self.observer,
             selections=self._selections,
+            fallbacks=self.fallbacks,
             gates=gates,
         )
         if context.observer is not None:
@@ -308,6 +313,7 @@ class MatrixOptimizer(Optimizer):
             )
         super().__setstate__(state)
         self._selections, self._skipped_steps = {}, 0
+        self.fallbacks = Counter()
         self._is_agreed = False
         for name in ("_failure", "orthonormalize", "process_group", "share_replicas", "observer", "route_parameters"):
             self.__dict__.setdefault(name, None)
@@ -438,26 +444,26 @@ class MatrixOptimizer(Optimizer):
             algorithm = ALGORITHMS[group["algorithm"]]
             # Asked for where device or dtype are others than the last parameter's: to compare is all that most need.
             device, dtype, expected = None, None, dict[str, StateTensor]()
-            for parameter in group["params"]:
+            for parameter, name in zip(group["params"], unwrapped_names(group), strict=True):
                 if not parameter.requires_grad:
                     continue
                 state = self.state[parameter]
                 if not state:
                     whole = algorithm.state(parameter, group).items()
-                    self.state[parameter] = {name: tensor.zeros_for(parameter) for name, tensor in whole}
+                    self.state[parameter] = {entry: tensor.start_for(parameter, name) for entry, tensor in whole}
                     continue
                 if parameter.device != device or parameter.dtype != dtype:
                     device, dtype = parameter.device, parameter.dtype
                     expected = algorithm.state(parameter, group)
-                for name in state.keys() ^ expected.keys():  # what only half precision has
-                    if name in expected:
-                        state[name] = expected[name].zeros_for(parameter)
+                for entry in state.keys() ^ expected.keys():  # what only half precision has
+                    if entry in expected:
+                        state[entry] = expected[entry].start_for(parameter, name)
                     else:
-                        del state[name]
-                for name, like in expected.items():
-                    tensor = state[name]
+                        del state[entry]
+                for entry, like in expected.items():
+                    tensor = state[entry]
                     if tensor.device != like.device or tensor.dtype != like.dtype:
-                        state[name] = placed(local(tensor).to(like.device, like.dtype), tensor)
+                        state[entry] = placed(local(tensor).to(like.device, like.dtype), tensor)
 
     def _skipped_on_init_step(self) -> set[Tensor]:
         """What a first step leaves out: everything, where every gradient is zero and lr is 0, on every rank.

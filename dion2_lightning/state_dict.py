@@ -47,7 +47,7 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
     for old, new in zip(matched, groups, strict=True):
         for key, parameter, name in zip(old["params"], new["params"], parameter_names(new), strict=True):
             if key in saved["state"]:
-                _check_state(saved["state"][key], parameter, new, f"group {new['name']!r}: {name}")
+                _check_state(saved["state"][key], parameter, old, f"group {new['name']!r}: {name}")
             elif saved["state"] and parameter.requires_grad:
                 without_state.append(name)
     if without_state:

@@ -1,7 +1,7 @@
-"""Dion2 written a second time, from the paper alone, to test against.
+"""Dion2 and Dion written a second time, from the papers alone, to test against.
 
 One matrix at a time, in (out, in) whatever the storage, by plain loops and an explicit iteration. The momentum is kept
-in the state's dtype, as the optimizer promises; everything else is float64.
+in the state's dtype, as the optimizer promises for Dion2; everything else is float64.
 """
 
 import math
@@ -76,3 +76,47 @@ class Reference:
             momentum[place] = self.momentum[place] * self.mu
             weight[place] = self.weight[place] - size * row
         self.momentum, self.weight = momentum, weight
+
+
+@dataclass
+class DionReference:
+    """One matrix in (out, in), its momentum and its Q, of shape (shorter, rank), and the rule; all float64."""
+
+    weight: Tensor
+    q: Tensor
+    lr: float = 3e-4
+    mu: float = 0.95
+    weight_decay: float = 0.01
+    rule: str | None = "match_rms_adamw"
+    scale_by_fraction: bool = True
+    momentum: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.momentum = torch.zeros_like(self.weight)
+
+    def step(self, gradient: Tensor) -> None:
+        out_size, in_size = self.weight.shape
+        is_wide = out_size < in_size
+        b = self.momentum + gradient
+        if is_wide:
+            b = b.T
+        p = gram_schmidt(b @ self.q)
+        r = b.T @ p
+        b = b - (1 - self.mu) * p @ r.T
+        self.q = torch.stack([column / (column.square().sum().sqrt() + 1e-8) for column in r.T], dim=1)
+        update = p @ self.q.T
+        self.momentum, update = (b.T, update.T) if is_wide else (b, update)
+        c = math.sqrt(min(out_size, in_size) / self.q.shape[1]) if self.scale_by_fraction else 1.0
+        size = self.lr * scale_of(self.rule, out_size, in_size) * c
+        self.weight = (1 - self.lr * self.weight_decay) * self.weight - size * update
+
+
+def gram_schmidt(matrix: Tensor) -> Tensor:
+    """An orthonormal basis of the columns, each made orthogonal to those before it, twice."""
+    basis: list[Tensor] = []
+    for column in matrix.T:
+        for _ in range(2):
+            for earlier in basis:
+                column = column - (earlier @ column) * earlier
+        basis.append(column / column.square().sum().sqrt())
+    return torch.stack(basis, dim=1)

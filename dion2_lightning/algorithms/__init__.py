@@ -10,9 +10,12 @@ from typing import Any, Final, Literal, NamedTuple
 
 from dion2_lightning.algorithms.adamw import AdamWAlgorithm, AdamWSettings
 from dion2_lightning.algorithms.algorithm import Algorithm
+from dion2_lightning.algorithms.dion import DionAlgorithm, DionSettings
 from dion2_lightning.algorithms.dion2 import Dion2Algorithm, Dion2Settings
 
-ALGORITHMS: Final[dict[str, Algorithm]] = {each.name: each for each in (Dion2Algorithm(), AdamWAlgorithm())}
+ALGORITHMS: Final[dict[str, Algorithm]] = {
+    each.name: each for each in (Dion2Algorithm(), DionAlgorithm(), AdamWAlgorithm())
+}
 """The algorithms by the names that a group's ``algorithm`` takes."""
 
 DEFAULT_MATRICES: Final = Dion2Algorithm.name
@@ -22,7 +25,7 @@ DEFAULT_REST: Final = AdamWAlgorithm.name
 """What trains everything else."""
 
 
-ChoiceName = Literal["dion2", "muon", "adamw"]
+ChoiceName = Literal["dion2", "dion", "muon", "adamw"]
 """The names in :data:`CHOICES`."""
 
 
@@ -44,6 +47,7 @@ class Choice(NamedTuple):
 
 CHOICES: Final = {
     "dion2": Choice("Dion2 and AdamW", "dion2", {}),
+    "dion": Choice("Dion and AdamW", "dion", {}),
     "muon": Choice("Muon (dion2 groups at fraction 1) and AdamW", "dion2", {"fraction": 1.0}),
     "adamw": Choice("AdamW (dion2 groups too)", "dion2", {}, control=True),
 }
@@ -51,7 +55,7 @@ CHOICES: Final = {
 
 
 @dataclass(kw_only=True)
-class EverySetting(AdamWSettings, Dion2Settings):
+class EverySetting(AdamWSettings, DionSettings, Dion2Settings):
     """The settings of all algorithms. What several have is the same setting: the same type, default and check."""
 
 

@@ -4,6 +4,7 @@ The optimizer, checkpoints, checks and statistics ask these objects and name no 
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -50,19 +51,21 @@ class Observer(Protocol):
 
 
 class StateTensor(NamedTuple):
-    """A tensor of a parameter's state: zeros before the first step.
+    """A tensor of a parameter's state: before the first step zeros, unless it says otherwise.
 
     Attributes:
         shape: Of the whole tensor, on all ranks together.
         dtype: Its precision.
         device: Where it is.
         placements: How it is placed on the parameter's mesh; None for a plain tensor, which every rank has whole.
+        fill: Fills the new tensor, of which each rank has its part, given the parameter's name; None leaves zeros.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     placements: tuple[Any, ...] | None = None
+    fill: Callable[[Tensor, str], None] | None = None
 
     @classmethod
     def like(cls, parameter: Any, dtype: torch.dtype | None = None) -> "StateTensor":
@@ -70,8 +73,15 @@ class StateTensor(NamedTuple):
         placements = tuple(parameter.placements) if is_dtensor(parameter) else None
         return cls(tuple(parameter.shape), dtype or parameter.dtype, parameter.device, placements)
 
+    def start_for(self, parameter: Any, name: str) -> Tensor:
+        """Create the tensor, for the parameter given to :meth:`Algorithm.state`; its name is :attr:`Member.name`."""
+        tensor = self.zeros_for(parameter)
+        if self.fill is not None:
+            self.fill(tensor, name)
+        return tensor
+
     def zeros_for(self, parameter: Any) -> Tensor:
-        """Create the zero tensor; ``parameter`` is the one given to :meth:`Algorithm.state`."""
+        """Create a zero tensor of this shape and placement."""
         # DTensor's own functions would do, but they make tensors on the mesh's type of device, not where CPU offload
         # wants them, and torch 2.15 takes 0.1 s to plan them on a mesh of three dimensions, for every shape anew.
         if self.shape == tuple(parameter.shape) and self.placements == getattr(parameter, "placements", None):
@@ -113,6 +123,7 @@ class StepContext:
         share_replicas: Whether ranks that hold replicas share the work on them; None where it pays.
         observer: What receives the events of the step; None for none.
         selections: What is selected, by parameter: filled in by the step.
+        fallbacks: How often a faster way has failed and a slower one was taken, by the name of the faster one.
         layouts: The layouts that were read in this step.
         gates: By device, what decides there whether the step is taken. Where there is one, an algorithm must change
             neither weights nor state while it is closed.
@@ -124,6 +135,7 @@ class StepContext:
     share_replicas: bool | None = None
     observer: Observer | None = None
     selections: dict[Tensor, Selection] = field(default_factory=dict)
+    fallbacks: Counter[str] = field(default_factory=Counter)
     layouts: Layouts = field(default_factory=dict)
     gates: Mapping[torch.device, Gate] = field(default_factory=dict)
 

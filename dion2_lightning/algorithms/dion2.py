@@ -31,9 +31,8 @@ from dion2_lightning.algorithms.algorithm import (
 from dion2_lightning.algorithms.dion2_shared import split_by_ranks, update_shared
 from dion2_lightning.algorithms.hyperparameters import (
     DType,
-    RoundingSettings,
+    MatrixSettings,
     SharedSettings,
-    decay_rate,
     dtype,
     setting,
     share,
@@ -63,28 +62,11 @@ from dion2_lightning.matrices.views import Matrices
 
 
 @dataclass(kw_only=True)
-class Dion2Settings(RoundingSettings):
+class Dion2Settings(MatrixSettings):
     """The hyperparameters of Dion2."""
 
     fraction: float = setting(
         0.25, "Share of each matrix's slices to select, in (0, 1]; k = max(1, ceil(fraction n)) of n.", share
-    )
-    momentum: float = setting(
-        0.95,
-        "Decay rate of the selected slices' momentum, in [0, 1). A slice decays when it is selected.",
-        decay_rate,
-    )
-    adjust_lr_fn: Literal["match_rms_adamw", "original", "spectral", "none"] | None = setting(
-        "match_rms_adamw",
-        "The scale of a matrix's update. \"match_rms_adamw\": 0.2 sqrt(max(out, in)), AdamW's learning rates carry "
-        'over (arXiv 2502.16982); "original" or None: sqrt(max(1, out/in)), as in torch.optim.Muon; "spectral": '
-        'sqrt(out/in), as in the authors\' code; "none": 1.',
-    )
-    scale_lr_by_fraction: bool = setting(
-        True,
-        "Multiply the orthonormal update, not the weight decay, by sqrt(n/k), so that one learning rate fits every "
-        "fraction (Dion3, arXiv 2608.11612). False is the Dion2 paper's literal rule: users of the authors' code keep "
-        "their learning rate with False.",
     )
     select: Literal["shorter", "output"] = setting(
         "shorter",

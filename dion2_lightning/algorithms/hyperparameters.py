@@ -196,6 +196,20 @@ def share(name: str, value: object) -> None:
         raise ValueError(f"{name} must lie in (0, 1], got {value}; 1 selects every slice")
 
 
+def rank_share(name: str, value: object) -> None:
+    """Raise an error unless the value lies in (0, 1]."""
+    if not 0.0 < number(name, value) <= 1.0:
+        raise ValueError(f"{name} must lie in (0, 1], got {value}; 1 is the full rank of a matrix")
+
+
+def positive_integer(name: str, value: object) -> None:
+    """Raise an error unless the value is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def decay_rate(name: str, value: object) -> None:
     """Raise an error unless the value lies in [0, 1)."""
     if not 0.0 <= number(name, value) < 1.0:
@@ -265,4 +279,28 @@ class RoundingSettings(SharedSettings):
         'How bfloat16 and float16 weights, and a momentum in bfloat16, are rounded after every step: "stochastic", up '
         'or down at random, so that small steps count on average; "nearest", where steps of less than half a last bit '
         "are lost. Nothing else is rounded.",
+    )
+
+
+@dataclass(kw_only=True)
+class MatrixSettings(RoundingSettings):
+    """The hyperparameters of algorithms that make an orthonormal update of a part of the momentum."""
+
+    momentum: float = setting(
+        0.95,
+        "Decay rate of the momentum, in [0, 1). Only the part that a step takes its update from decays: in Dion2 the "
+        "selected slices, in Dion what a matrix of low rank captures.",
+        decay_rate,
+    )
+    adjust_lr_fn: Literal["match_rms_adamw", "original", "spectral", "none"] | None = setting(
+        "match_rms_adamw",
+        "The scale of a matrix's update. \"match_rms_adamw\": 0.2 sqrt(max(out, in)), AdamW's learning rates carry "
+        'over (arXiv 2502.16982); "original" or None: sqrt(max(1, out/in)), as in torch.optim.Muon; "spectral": '
+        'sqrt(out/in), as in the authors\' code; "none": 1.',
+    )
+    scale_lr_by_fraction: bool = setting(
+        True,
+        "Multiply the orthonormal update, not the weight decay, by sqrt(n/k), so that one learning rate fits every "
+        "fraction (Dion3, arXiv 2608.11612); in Dion by sqrt(n/r), n being the shorter axis and r the rank. False is "
+        "the papers' literal rule: users of the authors' code keep their learning rate with False.",
     )

@@ -14,6 +14,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from dion2_lightning.kernels.random_numbers import hashed
+
 HALF_PRECISION: Final = (torch.bfloat16, torch.float16)
 
 BLOCK: Final = 2**17
@@ -88,12 +90,12 @@ def random_bits(
         for (rows, columns), seed in zip(coordinates, seeds, strict=True)
         for held, salt in ((rows, seed), (columns, seed ^ _COLUMN))
     ]
-    hashed = _hash(torch.cat(numbers).to(torch.int32))
+    of_places = hashed(torch.cat(numbers).to(torch.int32))
     at_steps = [
-        step.to(hashed.device, non_blocking=True).expand(len(rows) + len(columns))
+        step.to(of_places.device, non_blocking=True).expand(len(rows) + len(columns))
         for step, (rows, columns) in zip(steps, coordinates, strict=True)
     ]
-    hashes = _hash(hashed ^ torch.cat(at_steps).to(torch.int32)).split([len(each) for each in numbers])
+    hashes = hashed(of_places ^ torch.cat(at_steps).to(torch.int32)).split([len(each) for each in numbers])
     return [RandomBits(rows | 1, columns) for rows, columns in zip(hashes[::2], hashes[1::2], strict=True)]
 
 
@@ -160,15 +162,3 @@ def _store(part: Tensor, values: Tensor, bits: RandomBits | None) -> None:
     rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(2**spare)).view(torch.float32)
     rounded.add_(values, alpha=0)  # the bits of NaN, with noise added, may be those of a number
     part.copy_(rounded if scale == 1.0 else rounded / scale)
-
-
-def _hash(numbers: Tensor) -> Tensor:
-    """A bijection of int32 that looks random (Murmur3's final mix)."""
-    numbers = (numbers ^ _shifted(numbers, 16)) * -0x7A143595
-    numbers = (numbers ^ _shifted(numbers, 13)) * -0x3D4D51CB
-    return numbers ^ _shifted(numbers, 16)
-
-
-def _shifted(numbers: Tensor, shift: int) -> Tensor:
-    """``numbers >> shift``, with zeros from the left also where they are negative."""
-    return numbers.bitwise_right_shift(shift).bitwise_and_(2 ** (32 - shift) - 1)

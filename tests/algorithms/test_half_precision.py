@@ -14,7 +14,7 @@ from dion2_lightning import Dion2, build_optimizer
 from dion2_lightning.algorithms import adamw, matrix_update
 from tests.reference import Reference
 
-ALGORITHMS = ["dion2", "adamw"]
+ALGORITHMS = ["dion2", "dion", "adamw"]
 HALF = [torch.bfloat16, torch.float16]
 
 

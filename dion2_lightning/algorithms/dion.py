@@ -1,0 +1,96 @@
+"""Dion (arXiv 2504.05295): an orthonormal update of low rank, with error feedback; the update on one page.
+
+    B <- M + G                                 (long, short): long rows, transposed where out < in
+    P <- orth(B Q)                             (long, r): a QR, one step of a power iteration
+    R <- B^T P                                 (short, r)
+    M <- B - (1 - mu) P R^T                    only what is applied decays
+    Q <- the columns of R, each divided by its norm
+    X <- (1 - lr weight_decay) X - lr scale P Q^T
+
+Here every matrix is whole on this rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from dion2_lightning.algorithms.algorithm import Algorithm, Member, StateTensor, StepContext, StepWork
+from dion2_lightning.algorithms.hyperparameters import (
+    MatrixSettings,
+    SharedSettings,
+    positive_integer,
+    rank_share,
+    setting,
+)
+from dion2_lightning.algorithms.low_rank import (
+    LowRankUpdate,
+    batches,
+    column_norms,
+    finish,
+    left_products,
+    orthonormal,
+    right_factor,
+    right_products,
+)
+from dion2_lightning.algorithms.matrix_update import accumulate, count_step, draw_bits
+from dion2_lightning.kernels.rounding import HALF_PRECISION
+
+
+@dataclass(kw_only=True)
+class DionSettings(MatrixSettings):
+    """The hyperparameters of Dion."""
+
+    rank_fraction: float = setting(
+        0.25, "Dion's rank, as a share of each matrix's shorter axis, in (0, 1]; r = ceil(rank_fraction n).", rank_share
+    )
+    rank_multiple_of: int = setting(
+        1, "Dion's rank is rounded up to a multiple of this, at most to the shorter axis.", positive_integer
+    )
+    qr: Literal["auto", "qr", "rcqr"] = setting(
+        "auto",
+        'How Dion orthonormalizes the columns of P: "qr", by an exact QR; "rcqr", by a randomized Cholesky QR, which '
+        'is made of products; "auto", by the latter where ranks hold different rows of P, else by the former.',
+    )
+
+
+class DionAlgorithm(Algorithm):
+    """Updates matrices by an orthonormal matrix of low rank."""
+
+    name: ClassVar[str] = "dion"
+    settings: ClassVar[type[SharedSettings]] = DionSettings
+    needs_matrices: ClassVar[bool] = True
+    optional_state: ClassVar[frozenset[str]] = frozenset({"step"})
+
+    def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
+        """Return momentum and Q, in float32 at least, and the number of steps where the weight is in half precision.
+
+        The random bits of a step depend on that.
+        """
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        state = {"momentum": StateTensor.like(parameter, dtype), "Q": right_factor(parameter, group, dtype)}
+        if parameter.dtype in HALF_PRECISION:
+            state["step"] = StateTensor((), torch.float32, parameter.device)
+        return state
+
+    def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
+        """Plan a step."""
+        updates = [LowRankUpdate.read(member, context) for member in members]
+        present = [update for update in updates if update.gradient is not None]
+        return StepWork(local=[partial(update_alone, present, context)])
+
+
+def update_alone(updates: Sequence[LowRankUpdate], context: StepContext) -> None:
+    """Take one step on matrices that are whole on this rank and have a gradient, equal shapes together."""
+    draw_bits(updates)
+    for batch in batches(updates):
+        accumulate(batch)
+        # A step inside an autocast block must not have its products rounded.
+        with torch.autocast(batch[0].momentum.device.type, enabled=False):
+            left = orthonormal(left_products(batch), batch[0], context)
+            right = right_products(batch, left)
+            finish(batch, left, right, column_norms(right))
+    count_step(updates)

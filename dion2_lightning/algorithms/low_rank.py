@@ -1,0 +1,232 @@
+"""What one parameter brings to a step of Dion, and the lines of its box: one function each.
+
+Every matrix is a (count, long, short) view, oriented by its shape alone: whatever the layout, it is the same matrix.
+"""
+
+import math
+import warnings
+import zlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from dion2_lightning.algorithms.algorithm import Member, StateTensor, StepContext, matrices_of
+from dion2_lightning.algorithms.learning_rates import update_scale
+from dion2_lightning.algorithms.matrix_update import BATCH_ELEMENTS, MatrixUpdate, bounded
+from dion2_lightning.algorithms.matrix_update import shrink as decay_weights
+from dion2_lightning.kernels.orthonormal_columns import orthonormal_columns, randomized_cholesky_qr, sketch_rows
+from dion2_lightning.kernels.precision import sum_dtype
+from dion2_lightning.kernels.random_numbers import normals
+from dion2_lightning.kernels.rounding import HALF_PRECISION, multiply_add_
+from dion2_lightning.kernels.selection import selected_count
+from dion2_lightning.matrices.layout import group_by, held_coordinates, is_dtensor, local
+from dion2_lightning.matrices.views import INPUT_AXIS, OUTPUT_AXIS, Matrices
+
+EPS: Final = 1e-8
+"""Added to the norms of the columns of R."""
+
+NOISE: Final = 2.0
+"""Columns of R shorter than this times the precision, sqrt(long) and the norm of R are what rounding makes of zero."""
+
+FALLBACK: Final = "rcqr"
+"""What ``fallbacks`` of an optimizer counts matrices under for which randomized Cholesky QR failed."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LowRankUpdate(MatrixUpdate):
+    """One parameter in a step of Dion: n is the longer axis, m the shorter one, and k the rank r.
+
+    Attributes:
+        q: Q, this rank's part (count, short, r), updated in place.
+        qr: How P is orthonormalized, see :class:`~dion2_lightning.algorithms.dion.DionSettings`.
+    """
+
+    q: Tensor
+    qr: str
+
+    @classmethod
+    def read(cls, member: Member, context: StepContext) -> "LowRankUpdate":
+        """Read a parameter, its state and its settings, as they are now."""
+        group = member.group
+        matrices = matrices_of(member.parameter, group)
+        axis, rank = long_axis(matrices), rank_of(matrices, group)
+        q = local(member.state["Q"])
+        if q.shape[-1] != rank:
+            raise ValueError(
+                f"{member.label}: rank_fraction and rank_multiple_of ask for rank {rank}, and its state has rank "
+                f"{q.shape[-1]}; set them back, or remove the parameter's entry from optimizer.state to begin anew"
+            )
+        scale = update_scale(
+            matrices.shape, matrices.shape[1 - axis], rank, group["adjust_lr_fn"], group["scale_lr_by_fraction"]
+        )
+        update = MatrixUpdate.of(
+            member,
+            context,
+            axis=axis,
+            k=rank,
+            momentum_factor=group["momentum"],
+            step_size=group["lr"] * scale,
+            shrink=1.0 - group["lr"] * group["weight_decay"],
+            dtype=local(member.state["momentum"]).dtype,
+        )
+        return cls(**vars(update), q=q if q.ndim == 3 else q.unsqueeze(0), qr=group["qr"])
+
+    @property
+    def rank(self) -> int:
+        """The rank r of the update."""
+        return self.k
+
+    @property
+    def randomized_pays(self) -> bool:
+        """Whether a sketch of P is smaller than P."""
+        return sketch_rows(self.rank) < self.slices
+
+
+def long_axis(matrices: Matrices) -> int:
+    """Return the axis of (out, in) whose slices are rows here: the longer one, the output axis at a tie."""
+    return OUTPUT_AXIS if matrices.out_size >= matrices.in_size else INPUT_AXIS
+
+
+def rank_of(matrices: Matrices, group: Mapping[str, Any]) -> int:
+    """Return r = ceil(rank_fraction short), rounded up to a multiple of rank_multiple_of, at most short."""
+    short, multiple = min(matrices.shape), int(group["rank_multiple_of"])
+    return min(short, multiple * math.ceil(selected_count(short, group["rank_fraction"]) / multiple))
+
+
+def right_factor(parameter: Any, group: Mapping[str, Any], dtype: torch.dtype) -> StateTensor:
+    """Return the state Q: shape (short, r), of a stack (count, short, r), spread over ranks as the shorter axis is."""
+    matrices = matrices_of(parameter, group)
+    sizes = min(matrices.shape), rank_of(matrices, group)
+    shape = sizes if parameter.ndim == 2 else (matrices.count, *sizes)
+    return StateTensor(shape, dtype, parameter.device, _right_placements(parameter, matrices), _fill_with_normals)
+
+
+def _right_placements(parameter: Any, matrices: Matrices) -> tuple[Any, ...] | None:
+    """The parameter's placements, as far as they are of the shorter axis or of the axis that counts matrices."""
+    if not is_dtensor(parameter):
+        return None
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    rows, columns = parameter.ndim - 2, parameter.ndim - 1
+    short = columns if matrices.slices_are_rows(long_axis(matrices)) else rows
+
+    def of_right_factor(placement: Any) -> Any:
+        if placement.is_replicate() or placement.dim not in {short, *range(rows)}:
+            return Replicate()
+        dim = rows if placement.dim == short else placement.dim
+        split_factor = getattr(placement, "split_factor", None)
+        return Shard(dim) if split_factor is None else _StridedShard(dim, split_factor=split_factor)
+
+    return tuple(of_right_factor(each) for each in parameter.placements)
+
+
+def _fill_with_normals(q: Tensor, name: str) -> None:
+    """Q starts as standard normals, a function of the parameter's name and the place in Q alone."""
+    part = local(q)
+    part.copy_(normals(*held_coordinates(q), zlib.crc32(f"Q {name}".encode())).view(part.shape))
+
+
+def batches(updates: Sequence[LowRankUpdate]) -> Iterator[list[LowRankUpdate]]:
+    """Group updates whose P can be orthonormalized together, ``BATCH_ELEMENTS`` at a time unless one has more."""
+
+    def key(update: LowRankUpdate) -> Hashable:
+        return update.momentum.shape[1:], update.rank, update.qr, update.momentum.device, update.momentum.dtype
+
+    for batch in group_by(updates, key).values():
+        yield from bounded(batch, lambda update: len(update.momentum) * update.slices * update.rank)
+
+
+def left_products(batch: Sequence[LowRankUpdate]) -> Tensor:
+    """B Q, one update after the other: (counts, long, r). B is read where it is, never copied."""
+    return _products([(update.momentum, update.q) for update in batch])
+
+
+def right_products(batch: Sequence[LowRankUpdate], left: Tensor) -> Tensor:
+    """R <- B^T P, one update after the other: (counts, short, r)."""
+    parts = left.split([len(update.momentum) for update in batch])
+    return _products([(update.momentum.mT, part) for update, part in zip(batch, parts, strict=True)])
+
+
+def _products(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    first, second = factors[0]
+    products = second.new_empty(sum(len(each) for each, _ in factors), first.shape[1], second.shape[2])
+    for (one, other), product in zip(factors, products.split([len(each) for each, _ in factors]), strict=True):
+        torch.bmm(one, other, out=product)
+    return products
+
+
+def orthonormal(left: Tensor, update: LowRankUpdate, context: StepContext) -> Tensor:
+    """P <- orth(B Q), for whole matrices (batch, long, r); ``update`` is one of those they belong to."""
+    if update.qr != "rcqr" or not update.randomized_pays:
+        return orthonormal_columns(left)
+    result, failed = randomized_cholesky_qr(left)
+    return fall_back(result, left, failed, context) if failed.any() else result
+
+
+def fall_back(result: Tensor, left: Tensor, failed: Tensor, context: StepContext) -> Tensor:
+    """Return the results (batch, long, r), those that ``failed`` replaced by an exact QR of B Q; count and warn."""
+    context.fallbacks[FALLBACK] += int(failed.sum())
+    warnings.warn(
+        "a randomized Cholesky QR has failed and an exact QR took its place: a momentum has a lower rank than its "
+        f'update. optimizer.fallbacks["{FALLBACK}"] counts the matrices; if it grows at every step, qr="qr" or a '
+        "smaller rank_fraction saves the attempts",
+        stacklevel=2,
+    )
+    result[failed] = orthonormal_columns(left[failed])
+    return result
+
+
+def column_norms(right: Tensor) -> Tensor:
+    """The norms of the columns of R, (batch, 1, r), in float64 where there is one."""
+    return torch.linalg.vector_norm(right, dim=1, keepdim=True, dtype=sum_dtype(right.device))
+
+
+def finish(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: Tensor) -> None:
+    """M <- B - (1 - mu) P R^T, Q <- the columns of R over their norms, and X <- (1 - lr decay) X - lr scale P Q^T.
+
+    A column of R that is zero, up to rounding, is a direction that B does not have: nothing is applied along it, and
+    Q keeps its own column, which finds another one when B has more.
+
+    Args:
+        batch: The updates.
+        left: P, this rank's rows, one update after the other.
+        right: R, this rank's rows.
+        norms: Of the columns of the whole R, (batch, 1, r).
+    """
+    floor = NOISE * torch.finfo(right.dtype).eps * math.sqrt(batch[0].slices)
+    is_present = norms > floor * torch.linalg.vector_norm(norms, dim=-1, keepdim=True)
+    columns = torch.where(is_present, right / (norms + EPS).to(right.dtype), 0)
+    counts = [len(update.momentum) for update in batch]
+    for update, *its in zip(batch, *(each.split(counts) for each in (left, right, columns, is_present)), strict=True):
+        its_left, its_right, its_columns, its_present = its
+        _add_product(update.momentum, its_left, its_right * update.number(update.momentum_factor - 1.0, 0.0, right))
+        if update.gate is not None:
+            its_present = its_present & update.gate.is_open
+        update.q.copy_(torch.where(its_present, its_columns, update.q))
+        _apply(update, its_left, its_columns * update.number(-update.step_size, 0.0, right))
+
+
+def _apply(update: LowRankUpdate, left: Tensor, right: Tensor) -> None:
+    """X <- (1 - lr decay) X + P (change of Q)^T; in half precision in one piece, rounded once."""
+    weight = update.weight
+    if weight.dtype not in HALF_PRECISION:
+        decay_weights([update])
+        _add_product(weight, left, right)
+        return
+    bits, factor = update.bits.get("apply"), update.number(update.shrink, 1.0, weight)
+    size = max(1, BATCH_ELEMENTS // max(1, weight.shape[1:].numel()))
+    for first in range(0, len(weight), size):
+        part = slice(first, first + size)
+        its_bits = None if bits is None else bits.of_matrices(first, len(weight[part]))
+        multiply_add_(weight[part], factor, torch.bmm(left[part], right[part].mT), its_bits)
+
+
+def _add_product(matrices: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left right^T to (count, n, m) matrices in place, in their memory order."""
+    if matrices.stride(-1) != 1:
+        matrices, left, right = matrices.mT, right, left
+    matrices.baddbmm_(left, right.mT)

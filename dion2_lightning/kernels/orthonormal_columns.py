@@ -1,0 +1,105 @@
+"""Orthonormal bases of the columns of tall matrices P (n, r): an exact QR, or randomized Cholesky QR for spread rows.
+
+Randomized Cholesky QR (Garrison and Ipsen, arXiv 2406.11751) needs no rank to hold a whole column. What it sums up over
+the rows is small:
+
+    R1 <- the triangle in a QR of S P        S: a random sketch, (about 2 r, n)
+    P  <- P R1^-1                            its condition number is now below 6, whatever it was
+    R2 <- the triangle in a Cholesky factorization of P^T P = R2^T R2
+    P  <- P R2^-1
+
+The two triangles are computed in float64, all else in the precision of P. It fails where P has no r independent
+columns, and says so; an exact QR then completes what there is to r orthonormal columns.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from dion2_lightning.kernels.precision import sum_dtype
+from dion2_lightning.kernels.random_numbers import uniforms
+
+SPARE_ROWS: Final = 8
+"""Rows that a sketch has besides 2 r; without them that of two or three columns is now and then of nearly rank one.
+
+With 2 r rows P R1^-1 has a condition number below (1 + sqrt(1/2)) / (1 - sqrt(1/2)) = 5.8, and columns end as
+orthonormal as those of an exact QR in float32; with 5/4 r, which others use, it is 18, and they are so to 2e-6 only.
+"""
+
+SMALLEST_PIVOT: Final = 0.1
+"""Of R2's diagonal, as a share of the largest entry; less is no basis. 0.38 is the smallest of hundreds of random P."""
+
+_SKETCH_SEED: Final = 0x44696F6E
+
+
+def orthonormal_columns(matrices: Tensor) -> Tensor:
+    """Return P's orthonormal factor in an exact QR, for a batch of P (batch, n, r), n at least r.
+
+    Its columns are orthonormal whatever the rank of P, also where P is zero.
+    """
+    basis: Tensor = torch.linalg.qr(matrices).Q
+    return basis
+
+
+def sketch_rows(rank: int) -> int:
+    """Return the number of rows of the sketch S P of P (n, r). Where n is no larger, P itself is better."""
+    return 2 * rank + SPARE_ROWS
+
+
+def sketches(matrices: Tensor, rows: Tensor) -> Tensor:
+    """Return S P, or this rank's summand of it, for a batch of P, or of the rows of it that this rank holds.
+
+    Args:
+        matrices: Shape (batch, n, r).
+        rows: The numbers of these n rows in the whole matrix.
+
+    Returns:
+        Shape (batch, :func:`sketch_rows`, r). S has entries of variance 1; as a factor it has no effect.
+    """
+    size = sketch_rows(matrices.shape[-1])
+    sketch = uniforms(torch.arange(size, device=rows.device), rows, _SKETCH_SEED)
+    return sketch.to(matrices.dtype) @ matrices
+
+
+def precondition(matrices: Tensor, its_sketches: Tensor) -> Tensor:
+    """Return P R1^-1 for a batch of P, or of some of their rows, given the sketches of the whole."""
+    triangles = torch.linalg.qr(its_sketches.to(sum_dtype(its_sketches.device)), mode="r").R
+    return _divide(matrices, _unless_zero(triangles))
+
+
+def finish(matrices: Tensor, grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Return P R2^-1 for a batch of preconditioned P, or of some of their rows, and where it failed.
+
+    Args:
+        matrices: Shape (batch, n, r).
+        grams: P^T P of the whole, (batch, r, r).
+
+    Returns:
+        What has orthonormal columns, or is zero where P is zero; and a boolean for each P, (batch,): whether it has no
+        r independent columns, so that the result is of no use.
+    """
+    exact = _unless_zero(grams.to(sum_dtype(grams.device)))
+    triangles, failures = torch.linalg.cholesky_ex(exact, upper=True)
+    pivots = triangles.diagonal(dim1=-2, dim2=-1)
+    is_basis = (failures == 0) & (pivots.amin(-1) >= SMALLEST_PIVOT * pivots.amax(-1))
+    return _divide(matrices, triangles), is_basis.logical_not()
+
+
+def randomized_cholesky_qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what :func:`finish` does, for a batch of whole P (batch, n, r)."""
+    rows = torch.arange(matrices.shape[1], device=matrices.device)
+    matrices = precondition(matrices, sketches(matrices, rows))
+    return finish(matrices, matrices.mT @ matrices)
+
+
+def _divide(matrices: Tensor, triangles: Tensor) -> Tensor:
+    """Return P R^-1, in the precision of P."""
+    quotients: Tensor = torch.linalg.solve_triangular(triangles.to(matrices.dtype), matrices, upper=True, left=False)
+    return quotients
+
+
+def _unless_zero(squares: Tensor) -> Tensor:
+    """Replace square matrices that are zero, as those of a zero P are, by the identity."""
+    is_zero = (squares == 0).flatten(1).all(1).view(-1, 1, 1)
+    return torch.where(is_zero, torch.eye(squares.shape[-1], dtype=squares.dtype, device=squares.device), squares)
