@@ -65,9 +65,9 @@ class FactorySettings(CommonArguments):
 
     algorithm: ChoiceName = setting(
         "dion2",
-        'What updates the matrices. "dion2"; "muon": the same with fraction 1, which is Muon without Nesterov '
-        'momentum; "adamw": the control, AdamW for all, with the groups, learning rates and weight decays as they '
-        "would be.",
+        'What updates the matrices. "dion2"; "dion": updates of low rank, with error feedback; "muon": "dion2" with '
+        'fraction 1, which is Muon without Nesterov momentum; "adamw": the control, AdamW for all, with the groups, '
+        "learning rates and weight decays as they would be.",
     )
     adamw_lr: float | None = setting(None, "Learning rate of everything that is no matrix. None is lr.", not_negative)
     adamw_weight_decay: float | None = setting(
@@ -137,9 +137,9 @@ class Dion2(MatrixOptimizer):
     A selected slice alone decays, so ``momentum`` :math:`\mu` remembers about :math:`1/((1-\mu)\cdot\text{fraction})`
     steps: 0.95 at a quarter is 80. A short fine-tuning wants less; :math:`\mu^{n/k}`, 0.81 here, has Muon's horizon.
 
-    A group says by ``algorithm`` what updates it, ``"dion2"`` (the default) or ``"adamw"``, and may override every
-    setting of its algorithm. A ``"dion2"`` group holds matrices, stored (out, in), or (in, out) if it says
-    ``transposed=True``; with ``batched=True`` it holds stacks of matrices, whose first axis counts them.
+    A group says by ``algorithm`` what updates it, ``"dion2"`` (the default), ``"dion"`` or ``"adamw"``, and may
+    override every setting of its algorithm. With the former two it holds matrices, stored (out, in), or (in, out) if it
+    says ``transposed=True``; with ``batched=True`` it holds stacks of matrices, whose first axis counts them.
     :func:`~dion2_lightning.build_optimizer` makes such groups from a model.
 
     Args:

@@ -110,7 +110,7 @@ def test_muon_is_dion2_at_fraction_one():
     assert optimizer.param_groups[0]["fraction"] == 1.0
 
 
-@pytest.mark.parametrize("algorithm", ["dion2", "muon", "adamw"])
+@pytest.mark.parametrize("algorithm", ["dion2", "dion", "muon", "adamw"])
 def test_it_trains(algorithm):
     torch.manual_seed(0)
     model = Language()
@@ -346,7 +346,11 @@ def test_other_strategies_are_refused(strategy):
         ({"lr": "3e-4"}, TypeError, "^lr must be a number, got the str '3e-4'"),
         ({"lr": 0.1, "adamw_lr": -1.0}, ValueError, "^adamw_lr must be at least 0"),
         ({"lr": 0.1, "adamw_weight_decay": -1.0}, ValueError, "^adamw_weight_decay must be at least 0"),
-        ({"lr": 0.1, "algorithm": "sgd"}, ValueError, "^algorithm must be one of 'dion2', 'muon', 'adamw', got 'sgd'"),
+        (
+            {"lr": 0.1, "algorithm": "sgd"},
+            ValueError,
+            "^algorithm must be one of 'dion2', 'dion', 'muon', .* got 'sgd'",
+        ),
         ({"lr": 0.1, "fraction": 0.0}, ValueError, r"^fraction must lie in \(0, 1\]"),
         ({"lr": 0.1, "lora": "A"}, ValueError, "lora must be one of"),
         ({"lr": 0.1, "overrides": {"bolcks.*": "adamw"}}, ValueError, "bolcks"),

@@ -60,7 +60,7 @@ def test_settings(settings, error, message):
     [
         ({"fractoin": 0.5}, ValueError, "group 'm': unknown entry 'fractoin'; did you mean 'fraction'?"),
         ({"nesterov": True}, ValueError, "group 'm': unknown entry 'nesterov'; known are "),
-        ({"algorithm": "muon"}, ValueError, "group 'm': algorithm must be one of 'dion2', 'adamw', got 'muon'"),
+        ({"algorithm": "muon"}, ValueError, "group 'm': algorithm must be one of 'dion2', 'dion', 'adamw', got 'muon'"),
         ({"fraction": 2}, ValueError, r"group 'm': fraction must lie in \(0, 1\], got 2"),
         ({"batched": "yes"}, TypeError, "group 'm': batched must be True or False, got 'yes'"),
         ({"transposed": 1}, TypeError, "group 'm': transposed must be True or False, got 1"),

@@ -7,7 +7,7 @@
     Q <- the columns of R, each divided by its norm
     X <- (1 - lr weight_decay) X - lr scale P Q^T
 
-Here every matrix is whole on this rank.
+Here every matrix is whole on this rank; dion_shared.py does the same for matrices that several ranks share.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Algorithm, Member, StateTensor, StepContext, StepWork
+from dion2_lightning.algorithms.dion2_shared import split_by_ranks
+from dion2_lightning.algorithms.dion_shared import update_shared
 from dion2_lightning.algorithms.hyperparameters import (
     MatrixSettings,
     SharedSettings,
@@ -28,9 +30,9 @@ from dion2_lightning.algorithms.hyperparameters import (
 )
 from dion2_lightning.algorithms.low_rank import (
     LowRankUpdate,
+    apply,
     batches,
     column_norms,
-    finish,
     left_products,
     orthonormal,
     right_factor,
@@ -77,10 +79,11 @@ class DionAlgorithm(Algorithm):
         return state
 
     def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
-        """Plan a step."""
+        """Plan a step: the matrices of this rank alone, and those that it shares."""
         updates = [LowRankUpdate.read(member, context) for member in members]
-        present = [update for update in updates if update.gradient is not None]
-        return StepWork(local=[partial(update_alone, present, context)])
+        unshared, shared = split_by_ranks(updates, context.share_replicas)
+        present = [update for update in unshared if update.gradient is not None]
+        return StepWork([update_shared(part, context) for part in shared], [partial(update_alone, present, context)])
 
 
 def update_alone(updates: Sequence[LowRankUpdate], context: StepContext) -> None:
@@ -88,9 +91,7 @@ def update_alone(updates: Sequence[LowRankUpdate], context: StepContext) -> None
     draw_bits(updates)
     for batch in batches(updates):
         accumulate(batch)
-        # A step inside an autocast block must not have its products rounded.
-        with torch.autocast(batch[0].momentum.device.type, enabled=False):
-            left = orthonormal(left_products(batch), batch[0], context)
-            right = right_products(batch, left)
-            finish(batch, left, right, column_norms(right))
+        left = orthonormal(left_products(batch), batch[0], context)
+        right = right_products(batch, left)
+        apply(batch, left, right, column_norms(right))
     count_step(updates)

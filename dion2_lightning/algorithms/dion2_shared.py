@@ -16,6 +16,7 @@ import math
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,13 +50,13 @@ from dion2_lightning.kernels.rounding import RandomBits
 from dion2_lightning.kernels.selection import slice_sums
 from dion2_lightning.matrices.layout import Replicas, group_by
 
+U = TypeVar("U", bound=MatrixUpdate)
 
-def split_by_ranks(
-    updates: Sequence[MatrixUpdate], share_replicas: bool | None
-) -> tuple[list[MatrixUpdate], list[list[MatrixUpdate]]]:
+
+def split_by_ranks(updates: Sequence[U], share_replicas: bool | None) -> tuple[list[U], list[list[U]]]:
     """Return the updates of this rank alone, and those it shares: lists that the same ranks share in the same way."""
 
-    def ranks_of(update: MatrixUpdate) -> tuple["dist.ProcessGroup | None", "dist.ProcessGroup | None"]:
+    def ranks_of(update: U) -> tuple["dist.ProcessGroup | None", "dist.ProcessGroup | None"]:
         replicas = update.layout.replicas if share_replicas is not False else None
         return update.layout.group, None if replicas is None else replicas.group
 
@@ -102,7 +103,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext, rescale: Re
     edges: dict[MatrixUpdate, Tensor] = {}
     refuse_disagreement(on_host[0] if reads else header, everyone, checksum)
     if reads:
-        updates = _with_gradient(updates, on_host[0], replicas)
+        updates = with_gradient(updates, on_host[0], replicas)
         edges = {update: _edges(update, indices) for update, indices in zip(split, on_host[1:], strict=True)}
     elif replicas is not None:
         is_complete = (header.narrow(0, 1, len(header) - 1) % replicas.count == 0).all()
@@ -244,7 +245,7 @@ def _select(updates: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> dict[Ma
     return selected
 
 
-def _with_gradient(updates: Sequence[MatrixUpdate], header: Tensor, replicas: Replicas | None) -> list[MatrixUpdate]:
+def with_gradient(updates: Sequence[U], header: Tensor, replicas: Replicas | None) -> list[U]:
     """Return the updates whose gradient some rank has; refuse one that not every replica has: momenta would differ."""
     counts = header[1:].tolist()
     for update, count in zip(updates, counts, strict=True):

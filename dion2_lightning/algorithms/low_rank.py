@@ -22,7 +22,7 @@ from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.kernels.random_numbers import normals
 from dion2_lightning.kernels.rounding import HALF_PRECISION, multiply_add_
 from dion2_lightning.kernels.selection import selected_count
-from dion2_lightning.matrices.layout import group_by, held_coordinates, is_dtensor, local
+from dion2_lightning.matrices.layout import Span, group_by, held_coordinates, is_dtensor, local
 from dion2_lightning.matrices.views import INPUT_AXIS, OUTPUT_AXIS, Matrices
 
 EPS: Final = 1e-8
@@ -80,9 +80,24 @@ class LowRankUpdate(MatrixUpdate):
         return self.k
 
     @property
+    def own_rows(self) -> Span:
+        """Which of the long rows this rank holds."""
+        return self.held[self.layout.own_rank]
+
+    @property
+    def own_columns(self) -> Span:
+        """Which of the short columns this rank holds."""
+        return self.columns[self.layout.own_rank]
+
+    @property
     def randomized_pays(self) -> bool:
         """Whether a sketch of P is smaller than P."""
         return sketch_rows(self.rank) < self.slices
+
+    @property
+    def left_is_whole(self) -> bool:
+        """Whether all ranks get all of P: it is a sum over them, qr is "qr", or a sketch is no smaller."""
+        return not self.is_split or not self.columns.are_equal or self.qr == "qr" or not self.randomized_pays
 
 
 def long_axis(matrices: Matrices) -> int:
@@ -134,7 +149,9 @@ def batches(updates: Sequence[LowRankUpdate]) -> Iterator[list[LowRankUpdate]]:
     """Group updates whose P can be orthonormalized together, ``BATCH_ELEMENTS`` at a time unless one has more."""
 
     def key(update: LowRankUpdate) -> Hashable:
-        return update.momentum.shape[1:], update.rank, update.qr, update.momentum.device, update.momentum.dtype
+        # Of what is the same on every rank: ranks that share matrices form the same batches.
+        shape = update.slices, update.entries, update.held, update.columns
+        return shape, update.rank, update.qr, update.momentum.device, update.momentum.dtype
 
     for batch in group_by(updates, key).values():
         yield from bounded(batch, lambda update: len(update.momentum) * update.slices * update.rank)
@@ -152,6 +169,7 @@ def right_products(batch: Sequence[LowRankUpdate], left: Tensor) -> Tensor:
 
 
 def _products(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Products of stacks, one after the other. Autocast rounds none that is written to where it is told."""
     first, second = factors[0]
     products = second.new_empty(sum(len(each) for each, _ in factors), first.shape[1], second.shape[2])
     for (one, other), product in zip(factors, products.split([len(each) for each, _ in factors]), strict=True):
@@ -164,11 +182,14 @@ def orthonormal(left: Tensor, update: LowRankUpdate, context: StepContext) -> Te
     if update.qr != "rcqr" or not update.randomized_pays:
         return orthonormal_columns(left)
     result, failed = randomized_cholesky_qr(left)
-    return fall_back(result, left, failed, context) if failed.any() else result
+    if failed.any():
+        count_failures(failed, context)
+        result[failed] = orthonormal_columns(left[failed])
+    return result
 
 
-def fall_back(result: Tensor, left: Tensor, failed: Tensor, context: StepContext) -> Tensor:
-    """Return the results (batch, long, r), those that ``failed`` replaced by an exact QR of B Q; count and warn."""
+def count_failures(failed: Tensor, context: StepContext) -> None:
+    """Count for which matrices of a batch an exact QR takes the place of randomized Cholesky QR, and warn."""
     context.fallbacks[FALLBACK] += int(failed.sum())
     warnings.warn(
         "a randomized Cholesky QR has failed and an exact QR took its place: a momentum has a lower rank than its "
@@ -176,16 +197,15 @@ def fall_back(result: Tensor, left: Tensor, failed: Tensor, context: StepContext
         "smaller rank_fraction saves the attempts",
         stacklevel=2,
     )
-    result[failed] = orthonormal_columns(left[failed])
-    return result
 
 
 def column_norms(right: Tensor) -> Tensor:
     """The norms of the columns of R, (batch, 1, r), in float64 where there is one."""
-    return torch.linalg.vector_norm(right, dim=1, keepdim=True, dtype=sum_dtype(right.device))
+    norms: Tensor = torch.linalg.vector_norm(right, dim=1, keepdim=True, dtype=sum_dtype(right.device))
+    return norms
 
 
-def finish(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: Tensor) -> None:
+def apply(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: Tensor) -> None:
     """M <- B - (1 - mu) P R^T, Q <- the columns of R over their norms, and X <- (1 - lr decay) X - lr scale P Q^T.
 
     A column of R that is zero, up to rounding, is a direction that B does not have: nothing is applied along it, and
@@ -207,10 +227,10 @@ def finish(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: T
         if update.gate is not None:
             its_present = its_present & update.gate.is_open
         update.q.copy_(torch.where(its_present, its_columns, update.q))
-        _apply(update, its_left, its_columns * update.number(-update.step_size, 0.0, right))
+        _move(update, its_left, its_columns * update.number(-update.step_size, 0.0, right))
 
 
-def _apply(update: LowRankUpdate, left: Tensor, right: Tensor) -> None:
+def _move(update: LowRankUpdate, left: Tensor, right: Tensor) -> None:
     """X <- (1 - lr decay) X + P (change of Q)^T; in half precision in one piece, rounded once."""
     weight = update.weight
     if weight.dtype not in HALF_PRECISION:
@@ -218,11 +238,11 @@ def _apply(update: LowRankUpdate, left: Tensor, right: Tensor) -> None:
         _add_product(weight, left, right)
         return
     bits, factor = update.bits.get("apply"), update.number(update.shrink, 1.0, weight)
-    size = max(1, BATCH_ELEMENTS // max(1, weight.shape[1:].numel()))
-    for first in range(0, len(weight), size):
-        part = slice(first, first + size)
-        its_bits = None if bits is None else bits.of_matrices(first, len(weight[part]))
-        multiply_add_(weight[part], factor, torch.bmm(left[part], right[part].mT), its_bits)
+    size, first = max(1, BATCH_ELEMENTS // max(1, weight.shape[1:].numel())), 0
+    for part, *factors in zip(weight.split(size), left.split(size), right.mT.split(size), strict=True):
+        its_bits = None if bits is None else bits.of_matrices(first, len(part))
+        multiply_add_(part, factor, _products([(factors[0], factors[1])]), its_bits)
+        first += len(part)
 
 
 def _add_product(matrices: Tensor, left: Tensor, right: Tensor) -> None:

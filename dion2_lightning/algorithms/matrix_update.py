@@ -189,12 +189,13 @@ def batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
         yield from bounded(batch, lambda update: len(update.momentum) * update.k * update.entries)
 
 
-def bounded(items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Cut a list into runs of at most ``BATCH_ELEMENTS`` together, or of one item."""
+def bounded(items: Sequence[T], size_of: Callable[[T], int], limit: int | None = None) -> Iterator[list[T]]:
+    """Cut a list into runs of at most ``limit`` together (default: None, ``BATCH_ELEMENTS``), or of one item."""
+    limit = BATCH_ELEMENTS if limit is None else limit
     run: list[T] = []
     total = 0
     for item in items:
-        if run and total + size_of(item) > BATCH_ELEMENTS:
+        if run and total + size_of(item) > limit:
             yield run
             run, total = [], 0
         run.append(item)

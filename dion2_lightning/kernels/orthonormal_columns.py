@@ -59,7 +59,12 @@ def sketches(matrices: Tensor, rows: Tensor) -> Tensor:
     """
     size = sketch_rows(matrices.shape[-1])
     sketch = uniforms(torch.arange(size, device=rows.device), rows, _SKETCH_SEED)
-    return sketch.to(matrices.dtype) @ matrices
+    return _multiply(sketch.to(matrices.dtype), matrices)
+
+
+def grams(matrices: Tensor) -> Tensor:
+    """Return P^T P, or this rank's summand of it, for a batch of P (batch, n, r)."""
+    return _multiply(matrices.mT, matrices)
 
 
 def precondition(matrices: Tensor, its_sketches: Tensor) -> Tensor:
@@ -68,18 +73,18 @@ def precondition(matrices: Tensor, its_sketches: Tensor) -> Tensor:
     return _divide(matrices, _unless_zero(triangles))
 
 
-def finish(matrices: Tensor, grams: Tensor) -> tuple[Tensor, Tensor]:
+def finish(matrices: Tensor, its_grams: Tensor) -> tuple[Tensor, Tensor]:
     """Return P R2^-1 for a batch of preconditioned P, or of some of their rows, and where it failed.
 
     Args:
         matrices: Shape (batch, n, r).
-        grams: P^T P of the whole, (batch, r, r).
+        its_grams: P^T P of the whole, (batch, r, r).
 
     Returns:
         What has orthonormal columns, or is zero where P is zero; and a boolean for each P, (batch,): whether it has no
         r independent columns, so that the result is of no use.
     """
-    exact = _unless_zero(grams.to(sum_dtype(grams.device)))
+    exact = _unless_zero(its_grams.to(sum_dtype(its_grams.device)))
     triangles, failures = torch.linalg.cholesky_ex(exact, upper=True)
     pivots = triangles.diagonal(dim1=-2, dim2=-1)
     is_basis = (failures == 0) & (pivots.amin(-1) >= SMALLEST_PIVOT * pivots.amax(-1))
@@ -90,7 +95,13 @@ def randomized_cholesky_qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Return what :func:`finish` does, for a batch of whole P (batch, n, r)."""
     rows = torch.arange(matrices.shape[1], device=matrices.device)
     matrices = precondition(matrices, sketches(matrices, rows))
-    return finish(matrices, matrices.mT @ matrices)
+    return finish(matrices, grams(matrices))
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Return a product that a step inside an autocast block must not have rounded."""
+    with torch.autocast(right.device.type, enabled=False):
+        return left @ right
 
 
 def _divide(matrices: Tensor, triangles: Tensor) -> Tensor:

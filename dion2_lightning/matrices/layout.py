@@ -100,6 +100,11 @@ class Layout:
     blocks: tuple[Block, ...] = ()
     replicas: Replicas | None = None
 
+    @property
+    def own_rank(self) -> int:
+        """Which rank of the group this one is."""
+        return 0 if self.group is None else torch.distributed.get_rank(self.group)
+
     @cached_property
     def rows(self) -> "Spans":
         """Which rows each rank of the group holds."""

@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "unknown, far": (
         ValueError,
         {"foreach": True},
-        "unknown argument 'foreach'; known are lr, weight_decay, check_finite, fraction,",
+        "unknown argument 'foreach'; known are lr, weight_decay, check_finite, rounding,",
     ),
     "arguments by other names": (ValueError, {"args": None}, "unknown argument 'args'; did you mean 'arguments'?"),
     "arguments are known too": (ValueError, {"foreach": True}, "strategy, arguments"),
@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "a wrong name": (
         ValueError,
         {"algorithm": "none"},
-        "algorithm must be one of 'dion2', 'muon', 'adamw', got",
+        "algorithm must be one of 'dion2', 'dion', 'muon', 'adamw', got",
     ),
 }
 

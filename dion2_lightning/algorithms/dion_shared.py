@@ -1,0 +1,121 @@
+"""The Dion update of matrices that several ranks share: the box of dion.py, with sums over the ranks in between.
+
+Every rank of a group holds a rectangle of B: some of its long rows, and some of its short columns. The products sum
+over what is spread, and only what is smaller than the matrix travels:
+
+- Rows are spread: P is by rows as B is, and is orthonormalized where it is by a randomized Cholesky QR, for which a
+  sketch of P and an (r, r) matrix are summed up. Then R is, (short, r).
+- Columns are spread: P is summed up, (long, r), and every rank takes an exact QR of it. R and Q are by rows as the
+  columns of B are; of R only the norms of its columns are summed up.
+- Both: P and R are summed up, each with zeros where a rank has no part.
+
+Ranks that hold replicas do the same work.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dion2_lightning.algorithms.algorithm import StepContext
+from dion2_lightning.algorithms.dion2_shared import with_gradient
+from dion2_lightning.algorithms.low_rank import (
+    LowRankUpdate,
+    apply,
+    batches,
+    column_norms,
+    count_failures,
+    left_products,
+    orthonormal,
+    right_products,
+)
+from dion2_lightning.algorithms.matrix_update import accumulate, bounded, count_step, draw_bits
+from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
+from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
+from dion2_lightning.distributed.summing import SummingWork, run_together
+from dion2_lightning.kernels.orthonormal_columns import finish, grams, orthonormal_columns, precondition, sketches
+from dion2_lightning.matrices.layout import Span
+
+SENT_ENTRIES: Final = 2**27
+"""What ranks sum up at once, at most, unless one batch has more: 512 MB in float32. More takes several turns."""
+
+
+def update_shared(updates: list[LowRankUpdate], context: StepContext) -> WaitingStep:
+    """Take one step on matrices that the same ranks share in the same way: the same ones in the same order on each.
+
+    A gradient that some ranks of a group lack counts as zero there; what has none on any rank is left out. Ranks whose
+    settings differ get an error, and so does a gradient that some replicas have and others lack.
+    """
+    layout, device = updates[0].layout, updates[0].momentum.device
+    replicas = layout.replicas if context.share_replicas is not False else None
+    everyone = layout.group if replicas is None else replicas.everyone
+    assert everyone is not None
+    checksum = zlib.crc32(repr((context.settings_checksum, [update.checksum() for update in updates])).encode())
+    has_gradient = [update.gradient is not None for update in updates]
+    receive = sum_over_ranks(everyone, checksum, has_gradient, (), device)
+    yield IN_FLIGHT
+
+    # The host reads which gradients there are where this rank lacks one, or reading is free.
+    header, _ = receive()
+    reads = not all(has_gradient) or device.type == "cpu"
+    on_host = yield [header] if reads else []
+    refuse_disagreement(on_host[0] if reads else header, everyone, checksum)
+    if reads:
+        updates = with_gradient(updates, on_host[0], replicas)
+    elif replicas is not None:
+        is_complete = (header.narrow(0, 1, len(header) - 1) % replicas.count == 0).all()
+        torch._assert_async(is_complete, "some replicas lack gradients that others have")
+    draw_bits(updates)
+    accumulate(updates)
+    for run in bounded(list(batches(updates)), _sent_entries, SENT_ENTRIES):
+        yield from run_together([_update(batch, context) for batch in run], layout.group)
+    count_step(updates)
+
+
+def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:
+    """Take the step on matrices of equal shape, of which every rank holds the same part."""
+    first = batch[0]
+
+    # P <- orth(B Q): whole on every rank, or by rows.
+    product = left_products(batch)
+    if first.left_is_whole:
+        whole = yield _padded(product, first.own_rows, first.slices)
+        left = _part(orthonormal(whole, first, context), first.own_rows)
+    else:
+        rows = torch.arange(*first.own_rows, device=product.device)
+        left = precondition(product, (yield sketches(product, rows)))
+        left, failed = finish(left, (yield grams(left)))
+        failed = yield failed
+        if failed.any():
+            count_failures(failed, context)
+            whole = yield _padded(product[failed], first.own_rows, first.slices)
+            left[failed] = _part(orthonormal_columns(whole), first.own_rows)
+
+    # R <- B^T P: summed up where rows are spread, and then this rank's part of it again.
+    right = right_products(batch, left)
+    if first.is_split:
+        whole = yield _padded(right, first.own_columns, first.entries)
+        norms, right = column_norms(whole), _part(whole, first.own_columns)
+    else:
+        norms = (yield column_norms(right).square()).sqrt()
+    apply(batch, left, right, norms)
+
+
+def _part(whole: Tensor, span: Span) -> Tensor:
+    """Return this rank's rows of (batch, size, r)."""
+    start, stop = span
+    return whole.narrow(1, start, stop - start)
+
+
+def _padded(part: Tensor, span: Span, size: int) -> Tensor:
+    """Return this rank's rows (batch, n, r) among zeros for those of other ranks, (batch, size, r)."""
+    start, stop = span
+    return part if stop - start == size else pad(part, (0, 0, start, size - stop))
+
+
+def _sent_entries(batch: Sequence[LowRankUpdate]) -> int:
+    """What a batch sums up at once, at most."""
+    return sum(len(update.momentum) * update.slices * update.rank for update in batch)
