@@ -220,28 +220,27 @@ def apply(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: Te
     floor = NOISE * torch.finfo(right.dtype).eps * math.sqrt(batch[0].slices)
     is_present = norms > floor * torch.linalg.vector_norm(norms, dim=-1, keepdim=True)
     columns = torch.where(is_present, right / (norms + EPS).to(right.dtype), 0)
+    decay_weights(batch)
     counts = [len(update.momentum) for update in batch]
-    for update, *its in zip(batch, *(each.split(counts) for each in (left, right, columns, is_present)), strict=True):
-        its_left, its_right, its_columns, its_present = its
-        _add_product(update.momentum, its_left, its_right * update.number(update.momentum_factor - 1.0, 0.0, right))
-        if update.gate is not None:
-            its_present = its_present & update.gate.is_open
-        update.q.copy_(torch.where(its_present, its_columns, update.q))
-        _move(update, its_left, its_columns * update.number(-update.step_size, 0.0, right))
+    parts = (each.split(counts) for each in (left, right, columns, is_present))
+    for update, p, r, q, present in zip(batch, *parts, strict=True):
+        _add_product(update.momentum, p, r * update.number(update.momentum_factor - 1.0, 0.0, r))
+        is_taken = present if update.gate is None else present & update.gate.is_open
+        update.q.copy_(torch.where(is_taken, q, update.q))
+        _move(update, p, q * update.number(-update.step_size, 0.0, q))
 
 
 def _move(update: LowRankUpdate, left: Tensor, right: Tensor) -> None:
-    """X <- (1 - lr decay) X + P (change of Q)^T; in half precision in one piece, rounded once."""
+    """X <- X + P (change of Q)^T, after X <- (1 - lr decay) X; in half precision both at once, rounded once."""
     weight = update.weight
     if weight.dtype not in HALF_PRECISION:
-        decay_weights([update])
         _add_product(weight, left, right)
         return
     bits, factor = update.bits.get("apply"), update.number(update.shrink, 1.0, weight)
     size, first = max(1, BATCH_ELEMENTS // max(1, weight.shape[1:].numel())), 0
-    for part, *factors in zip(weight.split(size), left.split(size), right.mT.split(size), strict=True):
+    for part, p, q in zip(weight.split(size), left.split(size), right.split(size), strict=True):
         its_bits = None if bits is None else bits.of_matrices(first, len(part))
-        multiply_add_(part, factor, _products([(factors[0], factors[1])]), its_bits)
+        multiply_add_(part, factor, _products([(p, q.mT)]), its_bits)
         first += len(part)
 
 

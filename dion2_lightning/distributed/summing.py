@@ -32,7 +32,8 @@ def run_together(pieces: Sequence[SummingWork], group: "ProcessGroup | None") ->
         flags = [index for index, (_, asked) in enumerate(paused) if asked.dtype == torch.bool]
         answers = dict(zip(flags, (yield [paused[index][1] for index in flags]), strict=True)) if flags else {}
         summands = {index: asked for index, (_, asked) in enumerate(paused) if index not in answers}
-        answers |= summands if group is None else (yield from _sums(summands, group))
+        if summands:
+            answers |= summands if group is None else (yield from _sums(summands, group))
         advanced = []
         for index, (piece, _) in enumerate(paused):
             with contextlib.suppress(StopIteration):

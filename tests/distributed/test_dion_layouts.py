@@ -5,14 +5,17 @@ have moved.
 """
 
 import math
+import warnings
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from dion2_lightning import Dion2
 from dion2_lightning.matrices.layout import local
@@ -115,10 +118,105 @@ def check_other_ways() -> None:
             train_and_compare(sharded(CASES[name], dtype=torch.bfloat16), steps=3)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytestdef check_messages() -> None:
+    """As many for eight matrices as for two; a sketch, r x r sums and R, or B Q: never a matrix."""
+    mesh = init_device_mesh("cpu", (2,))
+    shapes, entries = {"tall": (96, 24), "wide": (24, 96)}, (20 * 6 + 6 * 6 + 24 * 6) + (96 * 6 + 6)
+    for layers in (1, 4):
+        parameters = {
+            f"{name} {layer}": nn.Parameter(place(torch.zeros(shape), mesh, (Shard(0),)))
+            for layer in range(layers)
+            for name, shape in shapes.items()
+        }
+        optimizer = Dion2([{"params": list(parameters.items()), "algorithm": "dion"}], lr=0.1)
+        optimizer.step()  # compares the settings of ranks
+        for parameter in parameters.values():
+            parameter.grad = place(torch.randn(parameter.shape), mesh, (Shard(0),))
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sent:
+            optimizer.step()
+        assert sent.call_count == 5
+        header = 1 + len(parameters)
+        assert sum(call.args[0].numel() for call in sent.call_args_list) == header + layers * entries
+
+
+def check_momenta_without_rank() -> None:
+    """All equal rows, for which randomized Cholesky QR fails, beside a matrix of full rank and one of zeros."""
+    mesh = init_device_mesh("cpu", (2,))
+    gradients = {"equal": torch.full((96, 24), 0.3), "full": torch.randn(96, 24, generator=torch.manual_seed(0))}
+    gradients["zero"] = torch.zeros(96, 24)
+    alone = {name: nn.Parameter(torch.zeros(96, 24)) for name in gradients}
+    spread = {name: nn.Parameter(place(torch.zeros(96, 24), mesh, (Shard(0),))) for name in gradients}
+    optimizers = [Dion2([{"params": list(each.items()), "algorithm": "dion"}], lr=0.1) for each in (alone, spread)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            for name, gradient in gradients.items():
+                alone[name].grad, spread[name].grad = gradient.clone(), place(gradient, mesh, (Shard(0),))
+            for optimizer in optimizers:
+                optimizer.step()
+    assert [optimizer.fallbacks["rcqr"] for optimizer in optimizers] == [0, 3]
+    assert len(caught) == 3
+    for name, parameter in spread.items():
+        expected = part_of(alone[name].detach(), parameter)
+        torch.testing.assert_close(local(parameter).detach(), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(optimizers[1].state[spread["zero"]]["Q"].full_tensor(), optimizers[0].state[alone["zero"]]["Q"])
+
+
+def check_gradients_and_settings_that_differ() -> None:
+    """One rank's gradient alone counts; one that no rank has changes nothing; drifted settings are an error on all."""
+    mesh = init_device_mesh("cpu", (2,))
+    names = ("of one rank", "of none")
+    alone = {name: nn.Parameter(torch.ones(24, 12)) for name in names}
+    spread = {name: nn.Parameter(place(torch.ones(24, 12), mesh, (Shard(0),))) for name in names}
+    optimizers = [Dion2([{"params": list(each.items()), "algorithm": "dion"}], lr=0.1) for each in (alone, spread)]
+    gradient = torch.randn(24, 12, generator=torch.manual_seed(0))
+    gradient[12:] = 0
+    alone["of one rank"].grad = gradient
+    if dist.get_rank() == 0:
+        spread["of one rank"].grad = place(gradient, mesh, (Shard(0),))
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, parameter in spread.items():
+        expected = part_of(alone[name].detach(), parameter)
+        torch.testing.assert_close(local(parameter).detach(), expected, rtol=1e-4, atol=1e-6)
+    assert not optimizers[1].state[spread["of none"]]["momentum"].to_local().any()
+    if dist.get_rank() == 0:
+        optimizers[1].param_groups[0]["rank_multiple_of"] = 3  # the rank stays the same
+    with pytest.raises(RuntimeError, match="disagree about their settings"):
+        optimizers[1].step()
+
+
+def check_replicas() -> None:
+    """A gradient that some replicas lack is an error on all; else weights are those of one process, bit for bit."""
+    alone, replica = nn.Parameter(torch.ones(24, 12)), nn.Parameter(torch.ones(24, 12))
+    group = {"algorithm": "dion", "lr": 0.1}
+    optimizers = [Dion2([{"params": [("w", alone)], **group}])]
+    optimizers.append(Dion2([{"params": [("w", replica)], **group}], process_group=dist.group.WORLD))
+    for seed in range(3):
+        alone.grad = torch.randn(24, 12, generator=torch.manual_seed(seed))
+        replica.grad = alone.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(alone, replica)
+    if dist.get_rank() == 1:
+        replica.grad = None
+    with pytest.raises(RuntimeError, match="has a gradient on 1 of 2 ranks, so not in every replica"):
+        optimizers[1].step()
+    assert torch.equal(alone, replica)
+
+
+def check_two_ranks() -> None:
+    check_other_ways()
+    check_messages()
+    check_momenta_without_rank()
+    check_gradients_and_settings_that_differ()
+    check_replicas()
+
+
+.mark.parametrize("ranks", [2, 3, 4])
 def test_layouts(ranks: int) -> None:
     run_on_ranks(ranks, check_layouts, ranks)
 
 
-def test_other_ways() -> None:
-    run_on_ranks(2, check_other_ways)
+def test_on_two_ranks() -> None:
+    run_on_ranks(2, check_two_ranks)
