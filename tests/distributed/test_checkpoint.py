@@ -58,7 +58,9 @@ def network(dtype: torch.dtype, seed: int, sharded: bool = True) -> nn.Module:
 
 def optimizer_of(model: nn.Module, lr: float = 0.05) -> Dion2:
     # One layer by Dion, whose Q has the shape of none of its parameters.
-    return build_optimizer(model, lr, weight_decay=0.1, momentum=0.9, orthonormalize_dtype="float32", overrides={"body.1.weight": "dion"})
+    return build_optimizer(
+        model, lr, weight_decay=0.1, momentum=0.9, orthonormalize_dtype="float32", overrides={"body.1.weight": "dion"}
+    )
 
 
 def train(model: nn.Module, optimizer: Dion2, steps: range) -> None:

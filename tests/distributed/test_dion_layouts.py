@@ -118,7 +118,7 @@ def check_other_ways() -> None:
             train_and_compare(sharded(CASES[name], dtype=torch.bfloat16), steps=3)
 
 
-@pytestdef check_messages() -> None:
+def check_messages() -> None:
     """As many for eight matrices as for two; a sketch, r x r sums and R, or B Q: never a matrix."""
     mesh = init_device_mesh("cpu", (2,))
     shapes, entries = {"tall": (96, 24), "wide": (24, 96)}, (20 * 6 + 6 * 6 + 24 * 6) + (96 * 6 + 6)
@@ -213,7 +213,7 @@ def check_two_ranks() -> None:
     check_replicas()
 
 
-.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_layouts(ranks: int) -> None:
     run_on_ranks(ranks, check_layouts, ranks)
 
