@@ -41,10 +41,10 @@ def optimizer_of(parameters: dict[str, nn.Parameter], **settings: Any) -> Dion2:
     """A group for each matrix, with ranks from an eighth to all of it."""
     groups = []
     for name, rank_fraction in zip(NAMES, 2 * RANK_FRACTIONS, strict=True):
-        own = {**MATRICES, **STACKS}[name][1]
-        stored = {key: own[key] for key in ("batched", "transposed") if key in own}
-        group = {"params": [(name, parameters[name])], "name": name, "rank_fraction": rank_fraction}
-        groups.append({**group, **stored, "algorithm": "dion"})
+        own = (MATRICES[name] if name in MATRICES else STACKS[name])[1]
+        stored: dict[str, Any] = {key: own[key] for key in ("batched", "transposed") if key in own}
+        group: dict[str, Any] = {"params": [(name, parameters[name])], "name": name, "rank_fraction": rank_fraction}
+        groups.append(group | stored | {"algorithm": "dion"})
     return Dion2(groups, lr=0.02, weight_decay=0.1, **settings)
 
 
