@@ -36,7 +36,7 @@ from dion2_lightning.parameter_groups import (
     warn_of_lost_decay,
     with_listed_parameters,
 )
-from dion2_lightning.state_dict import match_state_dict, restore_exactly, shares_memory
+from dion2_lightning.state_dict import carry_over_state, match_state_dict, restore_exactly, shares_memory
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
@@ -283,6 +283,23 @@ class MatrixOptimizer(Optimizer):
         restore_exactly(self, matched)
         self._failure = None
 
+    def carry_over(self, state_dict: StateDict) -> None:
+        """Go on with the state of a checkpoint that other algorithms have written, as far as it means the same.
+
+        Dion2, Dion3, Muon and NorMuon keep the same momentum, so a run can change from one to another. State that the
+        checkpoint lacks, such as the neurons' variances, starts anew at zero, and a warning says so; what the present
+        algorithm has no use for is left out. The settings stay as they are, learning rates included. Parameters are
+        matched by name where both sides know the names, else by position.
+
+        Args:
+            state_dict: As :meth:`load_state_dict` takes it.
+
+        Raises:
+            ValueError: The checkpoint is of another model, or an algorithm cannot go on with another one's state.
+                Nothing has been loaded.
+        """
+        self.load_state_dict(carry_over_state(state_dict, self.param_groups))
+
     def state_dict(self) -> StateDict:
         """Return state and groups, as every ``torch.optim`` optimizer does.
 
@@ -449,9 +466,9 @@ class MatrixOptimizer(Optimizer):
                 if parameter.device != device or parameter.dtype != dtype:
                     device, dtype = parameter.device, parameter.dtype
                     expected = algorithm.state(parameter, group)
-                for name in state.keys() ^ expected.keys():  # what only half precision has
+                for name in state.keys() ^ expected.keys():  # what only half precision has, or some settings ask for
                     if name in expected:
-                        state[name] = expected[name].zeros_for(parameter)
+                        state[name] = algorithm.state(parameter, group)[name].zeros_for(parameter)
                     else:
                         del state[name]
                 for name, like in expected.items():

@@ -14,7 +14,7 @@ from dion2_lightning.algorithms.hyperparameters import plain
 from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.matrices.layout import is_dtensor, local
-from dion2_lightning.parameter_groups import ENTRIES, algorithm_of, parameter_names
+from dion2_lightning.parameter_groups import ENTRIES, algorithm_of, parameter_names, unwrapped_names
 
 Group = Mapping[str, Any]
 
@@ -47,7 +47,7 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
     for old, new in zip(matched, groups, strict=True):
         for key, parameter, name in zip(old["params"], new["params"], parameter_names(new), strict=True):
             if key in saved["state"]:
-                _check_state(saved["state"][key], parameter, new, f"group {new['name']!r}: {name}")
+                _check_state(saved["state"][key], parameter, old, f"group {new['name']!r}: {name}")
             elif saved["state"] and parameter.requires_grad:
                 without_state.append(name)
     if without_state:
@@ -65,6 +65,57 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
             stacklevel=2,
         )
     return {**saved, "param_groups": matched}
+
+
+def carry_over_state(saved: StateDict, groups: Sequence[Group]) -> StateDict:
+    """Return a state dict of an optimizer's present groups that has what a checkpoint of other algorithms can give.
+
+    Parameters are matched by name where both sides know the names, else by position. What the checkpoint lacks is zero,
+    and a warning says so. One that does not fit gets an error that says why.
+    """
+    found = _saved_parameters(saved["param_groups"], groups)
+    state: dict[Any, Mapping[str, Any]] = {}
+    packed, anew, count = [], dict[str, list[str]](), 0
+    for group in groups:
+        packed.append({**group, "params": list(range(count, count + len(group["params"])))})
+        for parameter, name in zip(group["params"], parameter_names(group), strict=True):
+            key, old_name = found[count]
+            algorithm, old = algorithm_of(group), algorithm_of({"algorithm": old_name}, "the checkpoint's ")
+            if not algorithm.continues(old):
+                raise ValueError(
+                    f"group {group['name']!r}: {name} has the state of algorithm {old.name!r} in the checkpoint, with "
+                    f"which {algorithm.name!r} cannot go on; {OTHERWISE}"
+                )
+            if key in saved["state"]:
+                entries, expected = saved["state"][key], algorithm.state(parameter, group)
+                state[count] = {entry: entries[entry] for entry in expected.keys() & entries.keys()}
+                for entry in sorted(expected.keys() - entries.keys() - algorithm.optional_state):
+                    state[count] = {**state[count], entry: expected[entry].zeros_for(parameter)}
+                    anew.setdefault(entry, []).append(name)
+            count += 1
+    if anew and is_first_rank():
+        entries_anew = "; ".join(f"{entry!r} of {_some(names)}" for entry, names in anew.items())
+        warnings.warn(f"the checkpoint has none of this, which starts anew at zero: {entries_anew}", stacklevel=3)
+    return {"state": state, "param_groups": packed}
+
+
+def _saved_parameters(saved_groups: Sequence[Group], groups: Sequence[Group]) -> list[tuple[Any, str]]:
+    """The key in the saved state, and the algorithm, of every parameter of the present groups, in their order."""
+    saved = [(key, group.get("algorithm")) for group in saved_groups for key in group["params"]]
+    wanted = sum(len(group["params"]) for group in groups)
+    if len(saved) != wanted:
+        raise ValueError(f"the checkpoint has {len(saved)} parameters, this optimizer {wanted}; {OTHERWISE}")
+    if any(algorithm is None for _, algorithm in saved):
+        raise ValueError(
+            f"the checkpoint's groups do not say their algorithms: it is of another optimizer; {OTHERWISE}"
+        )
+    if not all("param_names" in group for group in (*saved_groups, *groups)):
+        return saved  # type: ignore[return-value]
+    by_name = dict(zip((name for group in saved_groups for name in unwrapped_names(group)), saved, strict=True))
+    names = [name for group in groups for name in unwrapped_names(group)]
+    if unknown := [name for name in names if name not in by_name]:
+        raise ValueError(f"the checkpoint has no parameters of the names {_some(unknown)}; {OTHERWISE}")
+    return [by_name[name] for name in names]  # type: ignore[misc]
 
 
 def shares_memory(saved: StateDict, state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
@@ -148,8 +199,11 @@ def _match_group(old: Group, new: Group) -> dict[str, Any]:
     prefix = f"group {new['name']!r}"
     algorithm = old.get("algorithm", new["algorithm"])
     if algorithm != new["algorithm"]:
+        continues = algorithm in ALGORITHMS and algorithm_of(new).continues(ALGORITHMS[algorithm])
+        hint = "to go on with its momentum, call the optimizer's carry_over(state_dict); else " if continues else ""
         raise ValueError(
-            f"{prefix}: the checkpoint's algorithm is {algorithm!r}, this optimizer's {new['algorithm']!r}; {OTHERWISE}"
+            f"{prefix}: the checkpoint's algorithm is {algorithm!r}, this optimizer's {new['algorithm']!r}; "
+            f"{hint}{OTHERWISE}"
         )
     if len(old["params"]) != len(new["params"]):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Dion2 written a second time, from the paper alone, to test against.
+"""Dion2 and its family written a second time, from the papers alone, to test against.
 
 One matrix at a time, in (out, in) whatever the storage, by plain loops and an explicit iteration. The momentum is kept
 in the state's dtype, as the optimizer promises; everything else is float64.
@@ -54,8 +54,26 @@ class Reference:
     rule: str | None = "match_rms_adamw"
     scale_by_fraction: bool = True
     select: str = "shorter"
+    normalize_neurons: bool = False
+    neuron_beta: float = 0.95
+    variance: Tensor = field(init=False)
     axis: int = field(init=False, default=0)
     selected: list[int] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.variance = torch.zeros(len(self.weight), dtype=torch.float64)
+
+    def normalize(self, update: Tensor) -> Tensor:
+        """NorMuon's and Dion3's rule, one neuron at a time; ``update`` has a row for each slice."""
+        neurons = update if self.axis == 0 else update.T
+        result = torch.zeros_like(neurons)
+        for row, neuron in enumerate(neurons):
+            i = self.selected[row] if self.axis == 0 else row
+            mean = sum(x * x for x in neuron.tolist()) / len(neuron)
+            self.variance[i] = self.neuron_beta * self.variance[i] + (1 - self.neuron_beta) * mean
+            result[row] = neuron / (self.variance[i].sqrt() + 1e-8)
+        result *= torch.linalg.norm(neurons) / torch.linalg.norm(result)
+        return result if self.axis == 0 else result.T
 
     def step(self, gradient: Tensor) -> None:
         out_size, in_size = self.weight.shape
@@ -67,6 +85,8 @@ class Reference:
         norms = [torch.tensor(sum(abs(x) for x in row.tolist()), dtype=torch.float32).item() for row in rows]
         self.selected = sorted(sorted(range(n), key=lambda i: (-norms[i], i))[:k])
         update = polar(torch.stack([rows[i] for i in self.selected]))
+        if self.normalize_neurons:
+            update = self.normalize(update)
         c = math.sqrt(n / k) if self.scale_by_fraction else 1.0
         size = self.lr * scale_of(self.rule, out_size, in_size) * c
         self.weight = self.weight * (1 - self.lr * self.weight_decay)

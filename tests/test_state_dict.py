@@ -452,3 +452,80 @@ def test_a_checkpoint_of_version_0_1_0_loads_and_training_continues():
         optimizer.step()
     for name, expected in saved["after"].items():
         torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-6, atol=1e-7)
+
+
+def trained(algorithm: str, **settings) -> tuple[nn.Module, Dion2]:
+    model = model_of(torch.float32)
+    optimizer = build_optimizer(model, 0.05, algorithm=algorithm, **settings)
+    train(model, optimizer, range(3))
+    return model, optimizer
+
+
+def test_a_checkpoint_of_another_algorithm_is_refused_and_its_momentum_carried_over():
+    """By name, as the groups are others; and under the settings of the new run."""
+    model, optimizer = trained("dion2")
+    other = build_optimizer(model, 0.01, algorithm="dion3")
+    with pytest.raises(ValueError, match=r"'dion3': the checkpoint's algorithm is 'dion2', .* call .*carry_over"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+    with pytest.warns(UserWarning, match="which starts anew at zero: 'variance' of parameter '0.weight'"):
+        other.carry_over(through_a_file(optimizer.state_dict()))
+    assert other.param_groups[0]["lr"] == 0.01
+    for parameter in model.parameters():
+        found, saved = other.state[parameter], optimizer.state[parameter]
+        assert all(torch.equal(found[name], saved[name]) for name in saved)
+        assert found.get("variance", torch.zeros(1)).count_nonzero() == 0
+    train(model, other, range(3, 5))
+
+    with warnings.catch_warnings(action="error"):  # back: nothing is missing
+        optimizer.carry_over(other.state_dict())
+    assert optimizer.state[model[0].weight].keys() == {"momentum"}
+    train(model, optimizer, range(5, 7))
+
+
+def test_normuon_to_muon_and_back():
+    """One algorithm, other settings: loading takes those of the checkpoint, carrying over keeps the present ones."""
+    model, normuon = trained("normuon")
+    with pytest.warns(UserWarning, match="normalize_neurons True instead of False"):
+        muon = build_optimizer(model, 0.05, algorithm="muon")
+        muon.load_state_dict(normuon.state_dict())
+    assert torch.equal(muon.state[model[0].weight]["variance"], normuon.state[model[0].weight]["variance"])
+    muon = build_optimizer(model, 0.05, algorithm="muon")
+    muon.carry_over(normuon.state_dict())
+    assert muon.state[model[0].weight].keys() == {"momentum"}
+    with pytest.warns(UserWarning, match="'variance' of"):
+        normuon.carry_over(muon.state_dict())
+    train(model, normuon, range(3, 5))
+
+
+def test_what_cannot_be_carried_over():
+    model, adamw = trained("adamw")
+    dion3 = build_optimizer(model, 0.05, algorithm="dion3")
+    with pytest.raises(ValueError, match=r"'0.weight' has the state of algorithm 'adamw' .* 'dion3' cannot go on"):
+        dion3.carry_over(adamw.state_dict())
+    saved = trained("dion2")[1].state_dict()
+    saved["param_groups"][0]["param_names"][0] = "another"
+    with pytest.raises(ValueError, match=r"has no parameters of the names 0\.weight;"):
+        dion3.carry_over(saved)
+    saved["param_groups"][0]["params"].pop()
+    with pytest.raises(ValueError, match="the checkpoint has 3 parameters, this optimizer 4;"):
+        dion3.carry_over(saved)
+    with pytest.raises(ValueError, match="do not say their algorithms"):
+        dion3.carry_over(torch.optim.AdamW(model.parameters()).state_dict())
+    assert not dion3.state
+
+
+def test_neurons_are_normalized_from_now_on():
+    """A setting that is switched on or off in a live group gains or loses its state, in the shape of each parameter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 5))
+    optimizer = build_optimizer(model, 0.05)
+    for is_on in (False, True, False):
+        optimizer.param_groups[0]["normalize_neurons"] = is_on
+        model(torch.ones(2, 8)).square().mean().backward()
+        optimizer.step()
+        states = [optimizer.state[layer.weight] for layer in model]
+        assert [state["variance"].shape if is_on else None for state in states] == (
+            [(12, 1), (5, 1)] if is_on else [None, None]
+        )
+        assert all(("variance" in state) == is_on for state in states)

@@ -11,8 +11,11 @@ from typing import Any, Final, Literal, NamedTuple
 from dion2_lightning.algorithms.adamw import AdamWAlgorithm, AdamWSettings
 from dion2_lightning.algorithms.algorithm import Algorithm
 from dion2_lightning.algorithms.dion2 import Dion2Algorithm, Dion2Settings
+from dion2_lightning.algorithms.dion3 import Dion3Algorithm
 
-ALGORITHMS: Final[dict[str, Algorithm]] = {each.name: each for each in (Dion2Algorithm(), AdamWAlgorithm())}
+ALGORITHMS: Final[dict[str, Algorithm]] = {
+    each.name: each for each in (Dion2Algorithm(), Dion3Algorithm(), AdamWAlgorithm())
+}
 """The algorithms by the names that a group's ``algorithm`` takes."""
 
 DEFAULT_MATRICES: Final = Dion2Algorithm.name
@@ -22,7 +25,7 @@ DEFAULT_REST: Final = AdamWAlgorithm.name
 """What trains everything else."""
 
 
-ChoiceName = Literal["dion2", "muon", "adamw"]
+ChoiceName = Literal["dion2", "dion3", "muon", "normuon", "adamw"]
 """The names in :data:`CHOICES`."""
 
 
@@ -44,7 +47,13 @@ class Choice(NamedTuple):
 
 CHOICES: Final = {
     "dion2": Choice("Dion2 and AdamW", "dion2", {}),
+    "dion3": Choice("Dion3 and AdamW", "dion3", {}),
     "muon": Choice("Muon (dion2 groups at fraction 1) and AdamW", "dion2", {"fraction": 1.0}),
+    "normuon": Choice(
+        "NorMuon (dion2 groups at fraction 1 with normalize_neurons) and AdamW",
+        "dion2",
+        {"fraction": 1.0, "normalize_neurons": True},
+    ),
     "adamw": Choice("AdamW (dion2 groups too)", "dion2", {}, control=True),
 }
 """The values of build_optimizer's ``algorithm``."""

@@ -28,7 +28,7 @@ class Observer(Protocol):
     """What receives the events of a step; see :class:`~dion2_lightning.SelectionTracker`.
 
     Attributes:
-        wants_results: Whether to call :meth:`orthonormalized` and :meth:`moved` in this step.
+        wants_results: Whether to call :meth:`orthonormalized`, :meth:`normalized` and :meth:`moved` in this step.
     """
 
     wants_results: bool
@@ -44,6 +44,9 @@ class Observer(Protocol):
 
     def orthonormalized(self, parameter: Tensor, result: Tensor) -> None:
         """Called with whole orthonormal submatrices (count, k, m), on the rank that computed them."""
+
+    def normalized(self, parameter: Tensor, variance: Tensor) -> None:
+        """Called with the variances of all neurons (count, out), the same on every rank that holds their matrices."""
 
     def moved(self, parameter: Tensor, change: Tensor) -> None:
         """Called with what is added to this rank's part of some selected slices."""
@@ -184,6 +187,10 @@ class Algorithm(ABC):
     def sliced(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Matrices, int] | None:
         """Return a parameter's matrices and the axis from which a step selects slices; None if it does not."""
         return None
+
+    def continues(self, other: "Algorithm") -> bool:
+        """Return whether it can go on with the state of another algorithm: what both have by one name is the same."""
+        return self is other
 
     def agreement(self, parameter: Tensor, group: Mapping[str, Any]) -> object:
         """Return what ranks that share a parameter must have in common besides the settings."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from dion2_lightning.algorithms.algorithm import Member, StepContext, matrices_of
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.orthonormalize import orthonormalize
-from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits
 from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest, put_
 from dion2_lightning.matrices.layout import (
@@ -27,7 +26,7 @@ from dion2_lightning.matrices.layout import (
     local_gradient,
     placed_like_stack,
 )
-from dion2_lightning.matrices.views import Matrices
+from dion2_lightning.matrices.views import OUTPUT_AXIS, Matrices
 
 BATCH_ELEMENTS: Final = 2**24
 """Submatrix entries that are orthonormalized at once: enough to fill a GPU, few enough to bound the working memory."""
@@ -60,6 +59,7 @@ class MatrixUpdate:
         shrink: 1 - lr * weight_decay.
         dtype: Precision of the orthonormalization.
         gate: What decides on the device whether the step is taken; None where every step is.
+        neuron_beta: Decay rate of the neurons' variances; None where neurons are not normalized.
         rounds_at_random: Whether what is in half precision is rounded stochastically.
         bits: The random bits for that, by the line of the box that they round: see :func:`draw_bits`.
     """
@@ -80,6 +80,7 @@ class MatrixUpdate:
     shrink: float
     dtype: torch.dtype
     gate: Gate | None
+    neuron_beta: float | None
     rounds_at_random: bool
     bits: dict[str, RandomBits] = field(default_factory=dict)
 
@@ -95,6 +96,7 @@ class MatrixUpdate:
         step_size: float,
         shrink: float,
         dtype: torch.dtype,
+        neuron_beta: float | None = None,
     ) -> "MatrixUpdate":
         """Read a parameter, the ``"momentum"`` of its state and its layout, as they are now; see the attributes."""
         parameter, state, group, label, name = member
@@ -118,6 +120,7 @@ class MatrixUpdate:
             shrink=shrink,
             dtype=dtype,
             gate=context.gates.get(local(parameter).device),
+            neuron_beta=neuron_beta,
             rounds_at_random=group["rounding"] == "stochastic",
         )
 
@@ -136,6 +139,16 @@ class MatrixUpdate:
     def entries(self) -> int:
         """Entries of each whole slice, m."""
         return self.matrices.shape[1 - self.axis]
+
+    @property
+    def slices_are_neurons(self) -> bool:
+        """Whether a slice is an output of the matrix; if not, every entry of a slice belongs to another one."""
+        return self.axis == OUTPUT_AXIS
+
+    @property
+    def neuron_dim(self) -> int:
+        """The dimension of (count, k, m) along which the entries of one neuron lie."""
+        return -1 if self.slices_are_neurons else -2
 
     @property
     def held(self) -> Spans:
@@ -166,16 +179,6 @@ class MatrixUpdate:
         """Return a number made of all that ranks must agree about."""
         numbers = (self.k, self.momentum_factor, self.step_size, self.shrink, self.dtype, self.layout.fingerprint)
         return zlib.crc32(repr((self.matrices, self.axis, numbers)).encode())
-
-
-Rescale = Callable[[MatrixUpdate, Tensor, Tensor], Tensor]
-"""What an algorithm may do to O before it is applied: return a factor for every selected slice, (count, k).
-
-It is given the parameter, K (count, k), and the sums of squares of the slices of O, (count, k) in float32. Every rank
-that holds a part or a replica of the matrices calls it with the same numbers, so a state that it reads and writes, such
-as a variance for each slice, belongs on all of them: placed by ``stack_placements``, or replicated where there is one
-matrix. Where ``update.gate`` is closed, such a state must stay as it is.
-"""
 
 
 def batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
@@ -300,11 +303,6 @@ def _polar_factors(stack: Tensor, context: StepContext) -> Tensor:
     return result.to(stack.dtype)
 
 
-def square_sums(result: Tensor) -> Tensor:
-    """Return the sums of squares of the slices of O, (count, k), in float64 where there is one."""
-    return result.to(sum_dtype(result.device)).square().sum(-1)
-
-
 def shrink(updates: Sequence[MatrixUpdate]) -> None:
     """X <- (1 - lr weight_decay) X, but for what is in half precision: :func:`apply` does both, and rounds once."""
     decaying = [each for each in updates if each.shrink != 1.0 and each.weight.dtype not in HALF_PRECISION]
@@ -325,14 +323,14 @@ def apply(
     bits: RandomBits | None,
     context: StepContext,
 ) -> None:
-    """X[K] <- X[K] - lr scale O, each slice times its factor where there are any, of shape (count, k).
+    """X[K] <- X[K] - lr scale O, each neuron times its factor where there are any.
 
     In half precision X <- (1 - lr weight_decay) X comes first, so that what is selected is rounded once.
     """
     precise = torch.promote_types(weight.dtype, torch.float32)
     change = result.to(precise) * update.number(-update.step_size, 0.0, weight)
     if factors is not None:
-        change *= factors.unsqueeze(-1)
+        change *= factors.unsqueeze(update.neuron_dim)
     if weight.dtype in HALF_PRECISION:
         moved = gather(weight, indices)
         shrink = update.number(update.shrink, 1.0, weight)

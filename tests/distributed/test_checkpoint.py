@@ -57,7 +57,9 @@ def network(dtype: torch.dtype, seed: int, sharded: bool = True) -> nn.Module:
 
 
 def optimizer_of(model: nn.Module, lr: float = 0.05) -> Dion2:
-    return build_optimizer(model, lr, weight_decay=0.1, momentum=0.9, orthonormalize_dtype="float32")
+    """One of the matrices is trained by Dion3, whose variances every rank has whole."""
+    settings = {"weight_decay": 0.1, "momentum": 0.9, "orthonormalize_dtype": "float32"}
+    return build_optimizer(model, lr, overrides={"body.1.weight": "dion3"}, **settings)
 
 
 def train(model: nn.Module, optimizer: Dion2, steps: range) -> None:

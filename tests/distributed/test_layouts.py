@@ -1,8 +1,8 @@
 """One result, whatever the layout: the same global gradients on one process and on every layout, for 20 steps.
 
 Every rank also trains the whole model by itself, with plain parameters and no group, and compares its part: momenta and
-selected indices bit for bit at every step, weights within 1e-5. In bfloat16 weights are compared bit for bit too, with
-an orthonormalization whose result does not depend on what else is in its batch.
+selected indices bit for bit at every step, weights and variances within 1e-5. In bfloat16 these are compared bit for
+bit too, with an orthonormalization whose result does not depend on what else is in its batch.
 """
 
 import contextlib
@@ -26,6 +26,8 @@ from dion2_lightning.matrices.layout import local
 from tests.distributed.ranks import run_on_ranks
 
 STEPS = 20
+DION3 = {"select": "output", "normalize_neurons": True}
+"""In a Dion2 group: the same update, in the same messages as the others'."""
 MATRICES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "odd": ((37, 53), {}),
     "odd tall": ((53, 37), {}),
@@ -39,10 +41,13 @@ MATRICES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "stored (in, out)": ((20, 60), {"transposed": True}),
     "row": ((1, 9), {}),
     "half": ((30, 40), {"fraction": 0.5, "lr": 0.05}),
+    "Dion3": ((37, 53), DION3),
+    "neurons of selected inputs": ((53, 37), {"normalize_neurons": True}),
 }
 STACKS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "experts": ((5, 12, 20), {"batched": True}),
     "experts stored (in, out)": ((4, 12, 20), {"batched": True, "transposed": True}),
+    "Dion3's experts, stored (in, out)": ((5, 20, 12), {"batched": True, "transposed": True, **DION3}),
 }
 ADAMW = {"bias": (37,), "embedding": (29, 6)}
 
@@ -165,6 +170,7 @@ def train_and_compare(
     device, dtype = parameters["odd"].device.type, parameters["odd"].dtype
     alone = whole_parameters(device, dtype)
     is_half = dtype == torch.bfloat16
+    tolerance = 0.0 if is_half else 1e-5
     common = {
         "lr": 0.02,
         "weight_decay": 0.1,
@@ -185,15 +191,16 @@ def train_and_compare(
         optimizer.step()
         reference.step()
         for name in {**MATRICES, **STACKS}:
-            compare_step(name, parameters[name], optimizer, alone[name], reference)
+            compare_step(name, parameters[name], optimizer, alone[name], reference, tolerance)
     for name, parameter in parameters.items():
         expected = part_of(alone[name].detach(), parameter)
         found = local_part(parameter)
-        tolerance = 0.0 if is_half else 1e-5
         assert torch.linalg.norm(found - expected) <= tolerance * torch.linalg.norm(expected), name
 
 
-def compare_step(name: str, parameter: Tensor, optimizer: Dion2, whole: Tensor, reference: Dion2) -> None:
+def compare_step(
+    name: str, parameter: Tensor, optimizer: Dion2, whole: Tensor, reference: Dion2, tolerance: float = 1e-5
+) -> None:
     selection, expected = optimizer.selection_of(parameter), reference.selection_of(whole)
     indices = selection.indices
     # Where ranks hold different experts, the indices are spread like them.
@@ -203,6 +210,11 @@ def compare_step(name: str, parameter: Tensor, optimizer: Dion2, whole: Tensor, 
     momentum = optimizer.state[parameter]["momentum"]
     assert type(momentum) is (DTensor if isinstance(parameter, DTensor) else Tensor)
     assert torch.equal(local(momentum), part_of(reference.state[whole]["momentum"], parameter)), name
+    variance, whole_variance = (each.get("variance") for each in (optimizer.state[parameter], reference.state[whole]))
+    if whole_variance is not None:
+        expected_part = part_of(whole_variance, variance)
+        error = torch.linalg.norm(local(variance) - expected_part)
+        assert error <= tolerance * torch.linalg.norm(expected_part), name
 
 
 def check_sharded(name: str, case: Case) -> None:
