@@ -56,6 +56,8 @@ class Reference:
     select: str = "shorter"
     normalize_neurons: bool = False
     neuron_beta: float = 0.95
+    nesterov: bool = False
+    cautious_weight_decay: bool = False
     variance: Tensor = field(init=False)
     axis: int = field(init=False, default=0)
     selected: list[int] = field(init=False, default_factory=list)
@@ -75,6 +77,20 @@ class Reference:
         result *= torch.linalg.norm(neurons) / torch.linalg.norm(result)
         return result if self.axis == 0 else result.T
 
+    def decayed(self, momentum: Tensor, update: Tensor) -> Tensor:
+        """The weight after its decay, entry by entry where that is cautious; both arguments have slices as rows."""
+        factor = 1 - self.lr * self.weight_decay
+        if not self.cautious_weight_decay:
+            return self.weight * factor
+        directions = momentum.double().clone()
+        for row, i in zip(update, self.selected, strict=True):
+            directions[i] = row
+        directions = directions if self.axis == 0 else directions.T
+        entries = zip(self.weight.flatten().tolist(), directions.flatten().tolist(), strict=True)
+        return torch.tensor([x * factor if x * u >= 0 else x for x, u in entries], dtype=torch.float64).view_as(
+            self.weight
+        )
+
     def step(self, gradient: Tensor) -> None:
         out_size, in_size = self.weight.shape
         self.axis = 1 if self.select == "shorter" and in_size < out_size else 0
@@ -84,12 +100,16 @@ class Reference:
         rows = self.momentum if self.axis == 0 else self.momentum.T
         norms = [torch.tensor(sum(abs(x) for x in row.tolist()), dtype=torch.float32).item() for row in rows]
         self.selected = sorted(sorted(range(n), key=lambda i: (-norms[i], i))[:k])
-        update = polar(torch.stack([rows[i] for i in self.selected]))
+        if self.nesterov:
+            gradient_rows = gradient.double() if self.axis == 0 else gradient.double().T
+            update = polar(torch.stack([gradient_rows[i] + self.mu * rows[i].double() for i in self.selected]))
+        else:
+            update = polar(torch.stack([rows[i] for i in self.selected]))
         if self.normalize_neurons:
             update = self.normalize(update)
         c = math.sqrt(n / k) if self.scale_by_fraction else 1.0
         size = self.lr * scale_of(self.rule, out_size, in_size) * c
-        self.weight = self.weight * (1 - self.lr * self.weight_decay)
+        self.weight = self.decayed(rows, update)
         momentum, weight = self.momentum.clone(), self.weight.clone()
         for row, i in zip(update, self.selected, strict=True):
             place = (i, slice(None)) if self.axis == 0 else (slice(None), i)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -603,23 +604,37 @@ def quintic(submatrices: Tensor) -> Tensor:
     return (x if wide is submatrices else x.mT).to(submatrices.dtype)
 
 
-@pytest.mark.parametrize("rule", ["original", "match_rms_adamw"])
+def without_nesterov(rule: str) -> dict[str, Any]:
+    return {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "adjust_lr_fn": rule, "nesterov": False}
+
+
+MUON_DEFAULTS = {"lr": 1e-3, "momentum": 0.95, "weight_decay": 0.1, "adjust_lr_fn": "original", "nesterov": True}
+
+
+@pytest.mark.parametrize(
+    ("own", "given"),
+    [
+        (without_nesterov("original"), without_nesterov("original")),
+        (without_nesterov("match_rms_adamw"), without_nesterov("match_rms_adamw")),
+        (MUON_DEFAULTS, {}),
+    ],
+    ids=["original", "match_rms_adamw", "torch's defaults"],
+)
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)], ids=str)
-def test_fraction_one_is_muon_without_nesterov(shape, rule):
+def test_fraction_one_is_muon(shape, own, given):
     """torch scales its buffer by 1 - momentum, which orthonormalization ignores; it computes in bfloat16: 1e-2."""
     torch.manual_seed(0)
     start = 0.02 * torch.randn(shape)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "adjust_lr_fn": rule}
-    dion2 = Dion2([ours], fraction=1.0, orthonormalize=quintic, **settings)
-    muon = torch.optim.Muon([theirs], nesterov=False, **settings)
+    dion2, muon = Dion2([ours], fraction=1.0, orthonormalize=quintic, **own), torch.optim.Muon([theirs], **given)
+    mu = own["momentum"]
     for _ in range(10):
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()
         dion2.step()
         muon.step()
         # Ours decays after the update, so it is theirs a step further.
-        momentum, buffer = dion2.state[ours]["momentum"] / 0.9, muon.state[theirs]["momentum_buffer"] / (1 - 0.9)
+        momentum, buffer = dion2.state[ours]["momentum"] / mu, muon.state[theirs]["momentum_buffer"] / (1 - mu)
         torch.testing.assert_close(momentum, buffer, rtol=1e-6, atol=1e-6 * buffer.abs().max().item())
     moved = torch.linalg.norm(theirs - start)
     assert torch.linalg.norm(ours - theirs) / moved < 1e-2

@@ -2,7 +2,7 @@
 
     M    <- M + G                              accumulate
     K    <- the k slices of M with the largest L1 norms
-    S    <- M[K]
+    S    <- M[K]                               or G[K] + mu M[K] with nesterov
     M[K] <- mu M[K]                            only what is selected decays
     O    <- U V^T of S = U Sigma V^T           orthonormalize
     O    <- O, its neurons normalized          where normalize_neurons says so: neurons.py
@@ -73,6 +73,11 @@ class DionSettings(RoundingSettings):
         0.95,
         "Decay rate of the selected slices' momentum, in [0, 1). A slice decays when it is selected.",
         decay_rate,
+    )
+    nesterov: bool = setting(
+        False,
+        "Orthonormalize G + momentum M of the selected slices instead of M, as torch.optim.Muon does by default. Which "
+        "slices are selected does not change.",
     )
     adjust_lr_fn: Literal["match_rms_adamw", "original", "spectral", "none"] | None = setting(
         "match_rms_adamw",
@@ -210,7 +215,7 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
         norms = [slice_sums(update.momentum).float() for update in batch]
         selected = select(batch, norms)
         submatrices = [
-            take(update.momentum, indices, update, update.bits.get("decay"))
+            take(update, update.momentum, update.gradient, indices, update.bits.get("decay"))
             for update, indices in zip(batch, selected, strict=True)
         ]
         results = polar_factors(submatrices, context)
@@ -220,7 +225,8 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
             factors = None
             if update.neuron_beta is not None:
                 factors = neurons.factors(update, indices, neurons.square_sums(update, result), context)
-            apply(update, update.weight, indices, result, factors, update.bits.get("apply"), context)
+            bits = update.bits.get("apply")
+            apply(update, update.weight, update.momentum, indices, result, factors, bits, context)
             record_selection(update, indices, its_norms, context)
     count_step(updates)
 

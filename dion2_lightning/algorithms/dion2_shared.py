@@ -170,13 +170,7 @@ def _update_by_owners(
     exchange = OwnerExchange(submatrices, group, replicas, update_of[0].dtype, update_of[0].momentum.device)
 
     # S <- M[K], to the owners; M[K] <- mu M[K].
-    receive = exchange.to_owners(
-        [
-            submatrix
-            for part in parts
-            for submatrix in take(part.of_matrices(part.update.momentum), part.indices, part.update, part.bits("decay"))
-        ]
-    )
+    receive = exchange.to_owners([submatrix for part in parts for submatrix in _take(part)])
     if group is not None:
         yield IN_FLIGHT
 
@@ -197,8 +191,15 @@ def _update_by_owners(
     factors = yield from _neuron_factors(parts, results, group, selected, context)
     for part, result in zip(parts, results, strict=True):
         its_factors = part.of_neurons(factors[part.update]) if part.update in factors else None
-        weight = part.of_matrices(part.update.weight)
-        apply(part.update, weight, part.indices, result, its_factors, part.bits("apply"), context)
+        weight, momentum = part.of_matrices(part.update.weight), part.of_matrices(part.update.momentum)
+        apply(part.update, weight, momentum, part.indices, result, its_factors, part.bits("apply"), context)
+
+
+def _take(part: _Part) -> Tensor:
+    """This rank's part of S, (count, r, width)."""
+    update, gradient = part.update, part.update.gradient
+    its_gradient = None if gradient is None else part.of_matrices(gradient)
+    return take(update, part.of_matrices(update.momentum), its_gradient, part.indices, part.bits("decay"))
 
 
 def _neuron_factors(

@@ -2,7 +2,7 @@
 
     M    <- M + G                              accumulate
     K    <- the k output slices of M with the largest L1 norms
-    S    <- M[K]
+    S    <- M[K]                               or G[K] + mu M[K] with nesterov
     M[K] <- mu M[K]                            only what is selected decays
     O    <- U V^T of S = U Sigma V^T           orthonormalize
     v[K] <- v[K] + (1 - neuron_beta) (mean square of the slices of O - v[K])

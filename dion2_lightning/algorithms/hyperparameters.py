@@ -244,6 +244,11 @@ class SharedSettings:
     weight_decay: float = setting(
         0.01, "Decoupled weight decay: a step multiplies the weights of a group by 1 - lr * weight_decay.", not_negative
     )
+    cautious_weight_decay: bool = setting(
+        False,
+        "Leave the weight decay out of weights that their update pushes away from zero (arXiv 2510.12402). Slices that "
+        "Dion2 and Dion3 do not select have no update; there the momentum decides.",
+    )
     check_finite: bool | Literal["skip"] = setting(
         False,
         "What to do when a gradient holds NaN or Inf. True raises an error that names the parameter, before any weight "

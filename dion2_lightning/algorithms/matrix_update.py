@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StepContext, matrices_of
+from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.orthonormalize import orthonormalize
-from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits
+from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
 from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest, put_
 from dion2_lightning.matrices.layout import (
     Layout,
@@ -58,6 +59,8 @@ class MatrixUpdate:
         step_size: lr times the scale rule.
         shrink: 1 - lr * weight_decay.
         dtype: Precision of the orthonormalization.
+        nesterov: Whether the gradient is added to what is orthonormalized.
+        is_cautious: Whether only entries decay that their update does not push away from zero.
         gate: What decides on the device whether the step is taken; None where every step is.
         neuron_beta: Decay rate of the neurons' variances; None where neurons are not normalized.
         rounds_at_random: Whether what is in half precision is rounded stochastically.
@@ -79,6 +82,8 @@ class MatrixUpdate:
     step_size: float
     shrink: float
     dtype: torch.dtype
+    nesterov: bool
+    is_cautious: bool
     gate: Gate | None
     neuron_beta: float | None
     rounds_at_random: bool
@@ -119,6 +124,8 @@ class MatrixUpdate:
             step_size=step_size,
             shrink=shrink,
             dtype=dtype,
+            nesterov=group["nesterov"],
+            is_cautious=group["cautious_weight_decay"] and shrink != 1.0,
             gate=context.gates.get(local(parameter).device),
             neuron_beta=neuron_beta,
             rounds_at_random=group["rounding"] == "stochastic",
@@ -265,16 +272,23 @@ def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[T
     return torch.split(largest(torch.cat(list(norms)), batch[0].k), [len(each) for each in norms])
 
 
-def take(momentum: Tensor, indices: Tensor, update: MatrixUpdate, bits: RandomBits | None) -> Tensor:
-    """S <- M[K], then M[K] <- mu M[K]; S in the precision of the orthonormalization."""
+def take(
+    update: MatrixUpdate, momentum: Tensor, gradient: Tensor | None, indices: Tensor, bits: RandomBits | None
+) -> Tensor:
+    """S <- M[K], or G[K] + mu M[K] with Nesterov, then M[K] <- mu M[K]; S in the orthonormalization's precision."""
     submatrices = gather(momentum, indices)
     factor = update.number(update.momentum_factor, 1.0, momentum)
     if bits is None:
         decay_(momentum, indices, submatrices, factor)
     else:
-        decayed = submatrices.clone()
-        multiply_add_(decayed, factor, None, bits.of_slices(indices))
-        put_(momentum, indices, decayed)
+        shrunk = submatrices.clone()
+        multiply_add_(shrunk, factor, None, bits.of_slices(indices))
+        put_(momentum, indices, shrunk)
+    if update.nesterov:
+        submatrices = submatrices.to(torch.promote_types(momentum.dtype, torch.float32)) * update.momentum_factor
+        if gradient is not None:
+            selected = gather(gradient, indices)
+            submatrices += selected if update.gate is None else update.gate.gradient(selected)
     return submatrices.to(update.dtype)
 
 
@@ -304,8 +318,15 @@ def _polar_factors(stack: Tensor, context: StepContext) -> Tensor:
 
 
 def shrink(updates: Sequence[MatrixUpdate]) -> None:
-    """X <- (1 - lr weight_decay) X, but for what is in half precision: :func:`apply` does both, and rounds once."""
-    decaying = [each for each in updates if each.shrink != 1.0 and each.weight.dtype not in HALF_PRECISION]
+    """X <- (1 - lr weight_decay) X.
+
+    What is in half precision, or decays cautiously, is left to :func:`apply`: it rounds once, and knows the update.
+    """
+    decaying = [
+        each
+        for each in updates
+        if each.shrink != 1.0 and not each.is_cautious and each.weight.dtype not in HALF_PRECISION
+    ]
     for gate, equal in group_by(decaying, lambda update: update.gate).items():
         if gate is None:
             torch._foreach_mul_([update.weight for update in equal], [update.shrink for update in equal])
@@ -317,6 +338,7 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
 def apply(
     update: MatrixUpdate,
     weight: Tensor,
+    momentum: Tensor,
     indices: Tensor,
     result: Tensor,
     factors: Tensor | None,
@@ -325,15 +347,23 @@ def apply(
 ) -> None:
     """X[K] <- X[K] - lr scale O, each neuron times its factor where there are any.
 
-    In half precision X <- (1 - lr weight_decay) X comes first, so that what is selected is rounded once.
+    In half precision X <- (1 - lr weight_decay) X comes first, so that what is selected is rounded once; so it does
+    where it is cautious. Slices that are not selected have no update, and are judged by M, of which it will be made.
     """
     precise = torch.promote_types(weight.dtype, torch.float32)
     change = result.to(precise) * update.number(-update.step_size, 0.0, weight)
     if factors is not None:
         change *= factors.unsqueeze(update.neuron_dim)
-    if weight.dtype in HALF_PRECISION:
+    shrink = update.number(update.shrink, 1.0, weight)
+    if update.is_cautious:
+        new = decayed(weight, momentum, shrink)
+        put_(new, indices, decayed(gather(weight, indices), result, shrink) + change)
+        if weight.dtype in HALF_PRECISION:
+            store_(weight, new, bits)
+        else:
+            weight.copy_(new)
+    elif weight.dtype in HALF_PRECISION:
         moved = gather(weight, indices)
-        shrink = update.number(update.shrink, 1.0, weight)
         multiply_add_(moved, shrink, change, None if bits is None else bits.of_slices(indices))
         if update.shrink != 1.0:
             multiply_add_(weight, shrink, None, bits)

@@ -137,6 +137,18 @@ def test_momentum_and_weight_decay(momentum, weight_decay):
     check(**SHAPES["odd"], momentum=momentum, weight_decay=weight_decay)
 
 
+@pytest.mark.parametrize("settings", [{}, {"state_dtype": "bfloat16", "fraction": 0.5}], ids=str)
+@pytest.mark.parametrize("kind", ["wide", "odd tall", "batched transposed tall"])
+def test_nesterov(kind, settings):
+    check(**SHAPES[kind], nesterov=True, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.0, "fraction": 0.5}], ids=str)
+@pytest.mark.parametrize("kind", ["wide", "odd tall", "batched transposed tall"])
+def test_cautious_weight_decay(kind, settings):
+    check(**SHAPES[kind], cautious_weight_decay=True, weight_decay=2.0, **settings)
+
+
 def test_a_shape_that_is_stepped_in_several_batches(monkeypatch):
     """Bounding the working memory changes nothing in the result."""
     from dion2_lightning.algorithms import matrix_update as update

@@ -27,6 +27,11 @@ def test_normalized_neurons_of_selected_inputs(kind):
     check(**SHAPES[kind], normalize_neurons=True, neuron_beta=0.5)
 
 
+@pytest.mark.parametrize("kind", ["tall", "batched transposed"])
+def test_nesterov_and_cautious_weight_decay(kind):
+    check(**SHAPES[kind], algorithm="dion3", nesterov=True, cautious_weight_decay=True, weight_decay=2.0)
+
+
 @pytest.mark.parametrize("kind", ["tall", "batched transposed tall"])
 def test_products_in_half_precision(kind):
     check(**LARGE_SHAPES[kind], algorithm="dion3", dtype="bfloat16")

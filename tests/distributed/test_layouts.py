@@ -41,15 +41,21 @@ MATRICES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "stored (in, out)": ((20, 60), {"transposed": True}),
     "row": ((1, 9), {}),
     "half": ((30, 40), {"fraction": 0.5, "lr": 0.05}),
-    "Dion3": ((37, 53), DION3),
-    "neurons of selected inputs": ((53, 37), {"normalize_neurons": True}),
+    "Dion3": ((37, 53), {**DION3, "nesterov": True}),
+    "neurons of selected inputs": ((53, 37), {"normalize_neurons": True, "cautious_weight_decay": True}),
 }
 STACKS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "experts": ((5, 12, 20), {"batched": True}),
     "experts stored (in, out)": ((4, 12, 20), {"batched": True, "transposed": True}),
-    "Dion3's experts, stored (in, out)": ((5, 20, 12), {"batched": True, "transposed": True, **DION3}),
+    "Dion3's experts, stored (in, out)": (
+        (5, 20, 12),
+        {"batched": True, "transposed": True, **DION3, "nesterov": True, "cautious_weight_decay": True},
+    ),
 }
-ADAMW = {"bias": (37,), "embedding": (29, 6)}
+ADAMW: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "bias": ((37,), {}),
+    "embedding": ((29, 6), {"cautious_weight_decay": True}),
+}
 
 
 @dataclass(frozen=True)
@@ -121,16 +127,19 @@ def place(whole: Tensor, mesh: Any, placements: tuple[Any, ...]) -> DTensor:
 
 
 def groups_of(parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """A group for each matrix, some with their own settings, and one for the rest."""
+    """A group for each matrix, and for each of the rest, some with their own settings."""
     kinds = {**MATRICES, **STACKS}
     groups = [{"params": [(name, parameters[name])], "name": name, **settings} for name, (_, settings) in kinds.items()]
-    rest = [(name, parameters[name]) for name in ADAMW]
-    return [*groups, {"params": rest, "name": "rest", "algorithm": "adamw"}]
+    rest = [
+        {"params": [(name, parameters[name])], "name": name, "algorithm": "adamw", **settings}
+        for name, (_, settings) in ADAMW.items()
+    ]
+    return [*groups, *rest]
 
 
 def whole_tensors(seed: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {**{name: shape for name, (shape, _) in {**MATRICES, **STACKS}.items()}, **ADAMW}
+    shapes = {name: shape for name, (shape, _) in {**MATRICES, **STACKS, **ADAMW}.items()}
     return {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()}
 
 
