@@ -65,9 +65,9 @@ class FactorySettings(CommonArguments):
 
     algorithm: ChoiceName = setting(
         "dion2",
-        'What updates the matrices. "dion2"; "dion3": output slices, with their neurons normalized; "muon", "normuon": '
-        'Dion2 and Dion3 with fraction 1, Muon and NorMuon without Nesterov momentum; "adamw": the control, AdamW for '
-        "all, with the groups, learning rates and weight decays as they would be.",
+        'What updates the matrices. "dion2"; "dion3": Dion2 on output slices, with normalized neurons; "muon": Dion2 with '
+        'fraction 1, which is Muon; "normuon": Muon with normalized neurons; "adamw": the control, AdamW for all, with '
+        "the groups, learning rates and weight decays as they would be.",
     )
     adamw_lr: float | None = setting(None, "Learning rate of everything that is no matrix. None is lr.", not_negative)
     adamw_weight_decay: float | None = setting(
@@ -125,7 +125,7 @@ class Dion2(MatrixOptimizer):
 
     Each step selects from every matrix the ``fraction`` of rows or columns of its momentum with the largest L1 norms,
     orthonormalizes only those, decays their momentum and updates only those; weight decay touches every entry
-    (Dion2, arXiv 2512.16928). With ``fraction=1`` this is Muon without Nesterov momentum.
+    (Dion2, arXiv 2512.16928). With ``fraction=1`` this is Muon.
 
     .. math::
         M \leftarrow M + G, \quad
