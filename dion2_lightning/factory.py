@@ -65,9 +65,9 @@ class FactorySettings(CommonArguments):
 
     algorithm: ChoiceName = setting(
         "dion2",
-        'What updates the matrices. "dion2"; "dion3": Dion2 on output slices, with normalized neurons; "muon": Dion2 with '
-        'fraction 1, which is Muon; "normuon": Muon with normalized neurons; "adamw": the control, AdamW for all, with '
-        "the groups, learning rates and weight decays as they would be.",
+        'What updates the matrices. "dion2"; "dion3": Dion2 on output slices, with normalized neurons; "muon": Dion2 '
+        'with fraction 1, which is Muon; "normuon": Muon with normalized neurons; "adamw": the control, AdamW for all, '
+        "with the groups, learning rates and weight decays as they would be.",
     )
     adamw_lr: float | None = setting(None, "Learning rate of everything that is no matrix. None is lr.", not_negative)
     adamw_weight_decay: float | None = setting(
