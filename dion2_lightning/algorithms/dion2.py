@@ -132,16 +132,13 @@ class Dion2Algorithm(Algorithm):
         return _orthonormalization_dtype(parameter, group)
 
     def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
-        """Return the momentum, and, where the weight or the momentum is in half precision, the number of steps.
-
-        The random bits of a step depend on it.
-        """
+        """Return the momentum, and the number of steps, on which the random bits of rounding depend."""
         asked = group["state_dtype"]
         own = torch.float32 if parameter.dtype in HALF_PRECISION else parameter.dtype
-        momentum = StateTensor.like(parameter, own if asked is None else getattr(torch, asked))
-        if not {parameter.dtype, momentum.dtype}.intersection(HALF_PRECISION):
-            return {"momentum": momentum}
-        return {"momentum": momentum, "step": StateTensor((), torch.float32, parameter.device)}
+        return {
+            "momentum": StateTensor.like(parameter, own if asked is None else getattr(torch, asked)),
+            "step": StateTensor((), torch.float32, parameter.device),
+        }
 
     def update_of(self, member: Member, context: StepContext) -> MatrixUpdate:
         """Read a parameter and its settings, as they are now."""
