@@ -466,12 +466,11 @@ class MatrixOptimizer(Optimizer):
                 if parameter.device != device or parameter.dtype != dtype:
                     device, dtype = parameter.device, parameter.dtype
                     expected = algorithm.state(parameter, group)
-                for name in state.keys() ^ expected.keys():  # what only half precision has, or some settings ask for
-                    if name in expected:
-                        state[name] = algorithm.state(parameter, group)[name].zeros_for(parameter)
-                    else:
-                        del state[name]
+                for name in state.keys() - expected.keys():  # what a setting asks for no longer
+                    del state[name]
                 for name, like in expected.items():
+                    if name not in state:  # a checkpoint from before had none, or a setting asks for it from now on
+                        state[name] = algorithm.state(parameter, group)[name].zeros_for(parameter)
                     tensor = state[name]
                     if tensor.device != like.device or tensor.dtype != like.dtype:
                         state[name] = placed(local(tensor).to(like.device, like.dtype), tensor)

@@ -56,7 +56,7 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
             "start anew",
             stacklevel=2,
         )
-    changes = _changed_settings(in_order, given)
+    changes = _changed_settings(in_order, groups, given)
     if changes and is_first_rank():
         warnings.warn(
             f"the checkpoint's settings replace those that this optimizer was given: {'; '.join(changes)}. To go on "
@@ -140,8 +140,6 @@ def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
             expected = algorithm_of(new).state(parameter, new)
             for entry, value in saved["state"].get(key, {}).items():
                 state = optimizer.state[parameter]
-                if entry not in expected:
-                    continue  # it is optional
                 if expected[entry].shape == ():
                     number = torch.as_tensor(value, dtype=expected[entry].dtype)
                     state[entry] = number.to(expected[entry].device, copy=True)
@@ -162,13 +160,20 @@ def _refuse_other_optimizers(saved_groups: Sequence[Group]) -> None:
         )
 
 
-def _changed_settings(saved_groups: Sequence[Group], given: Sequence[Group]) -> list[str]:
-    """Say which saved settings are not those that the groups were made with, each once for all groups alike."""
+def _changed_settings(saved_groups: Sequence[Group], groups: Sequence[Group], given: Sequence[Group]) -> list[str]:
+    """Say which saved settings are not those that the groups were made with, each once for all groups alike.
+
+    What a schedule has made of a learning rate is no change. Where there is one, the rates that it began with are
+    compared, as some begin with rates of their own; where one side alone has a schedule, none are.
+    """
     changes: dict[str, list[str]] = {}
-    for old, new in zip(saved_groups, given, strict=True):
-        # What a schedule has made of a learning rate is no change.
-        saved = plain({**old, "lr": old["initial_lr"]} if "initial_lr" in old else old)
-        for name, value in new.items():
+    for old, group, its_given in zip(saved_groups, groups, given, strict=True):
+        saved, asked = plain(old), dict(its_given)
+        if "initial_lr" in old and "initial_lr" in group:
+            saved["lr"], asked["lr"] = old["initial_lr"], group["initial_lr"]
+        elif "initial_lr" in old or "initial_lr" in group:
+            asked.pop("lr", None)
+        for name, value in asked.items():
             found = saved.get(name, value)
             if _without_lists(found) != _without_lists(value):
                 changes.setdefault(f"{name} {found!r} instead of {value!r}", []).append(repr(old.get("name")))
@@ -249,7 +254,7 @@ def _in_order(old: Group, new: Group, prefix: str) -> list[Any]:
 def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, label: str) -> None:
     algorithm = algorithm_of(group)
     expected = algorithm.state(parameter, group)
-    if not set(state) ^ set(expected) <= algorithm.optional_state:
+    if not set(state) <= set(expected) <= set(state) | algorithm.optional_state:
         raise ValueError(
             f"{label}: the checkpoint holds {sorted(state)} for it, algorithm {group['algorithm']!r} needs "
             f"{sorted(expected)}; it is of another optimizer: {WEIGHTS_ALONE}"

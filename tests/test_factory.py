@@ -282,7 +282,7 @@ NOTHING_TO_DION2 = {
         "Language: dion2 trains nothing, adamw everything. Weights of linear layers (5): overrides send them "
         "elsewhere.",
     ),
-    "vectors": (nn.LayerNorm(4), {}, "LayerNorm: dion2 trains nothing, adamw everything. There are no matrices."),
+    "vectors": (nn.LayerNorm(4), {}, "LayerNorm: dion2 trains nothing, adamw everything. It has no linear layers."),
 }
 
 

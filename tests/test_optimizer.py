@@ -83,10 +83,11 @@ def test_groups_override_every_setting():
         "orthonormalize_dtype": "float32",
         "state_dtype": "float64",
         "rounding": "nearest",
+        "rounding_seed": 3,
         "check_finite": True,
     }
-    of_adamw = {"lr": 2.0, "weight_decay": 0.3, "betas": (0.1, 0.2), "eps": 1e-3, "rounding": "nearest"}
-    of_adamw["check_finite"] = True
+    of_adamw = {"lr": 2.0, "weight_decay": 0.3, "betas": (0.1, 0.2), "eps": 1e-3, "check_finite": True}
+    of_adamw |= {"rounding": "nearest", "rounding_seed": 4}
     groups = [{"params": [torch.nn.Parameter(torch.ones(4, 4))], **overrides}]
     groups += [{"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw", **of_adamw}]
     optimizer = Dion2(groups)
@@ -180,8 +181,8 @@ def test_the_state_follows_a_parameter_that_is_cast(before, after):
     other.step()  # creates the state, as one for this dtype, and does nothing else
     other.param_groups[0]["lr"] = other.param_groups[1]["lr"] = 0.05
     for parameter, twin in zip(model.parameters(), other_model.parameters(), strict=True):
-        for name in optimizer.state[parameter].keys() & other.state[twin].keys():  # what half precision alone has
-            other.state[twin][name].copy_(optimizer.state[parameter][name])
+        for name, tensor in optimizer.state[parameter].items():
+            other.state[twin][name].copy_(tensor)
 
     model.to(after)
     train(model, optimizer, range(3, 6))

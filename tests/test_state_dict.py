@@ -313,7 +313,7 @@ def no_groups(saved):
         (other_names, "only in the checkpoint: encoder.weight; only in this optimizer: 0.weight. To load by position"),
         (
             foreign_state,
-            r"the checkpoint holds \['momentum_buffer'\] for it, algorithm 'dion2' needs \['momentum'\]; .* alone",
+            r"the checkpoint holds \['momentum_buffer'\] for it, algorithm 'dion2' needs \['momentum', 'step'\]; .* alone",
         ),
         (
             of_another_optimizer,
@@ -390,6 +390,24 @@ def test_of_an_added_group_and_of_a_copy_too():
     for each in (other, copy.deepcopy(other)):
         [said] = warnings_of_loading(each, optimizer.state_dict())
         assert "eps 1e-08 instead of 1e-06 ('adamw')." in said
+
+
+def test_the_rates_that_a_schedule_begins_with_are_compared():
+    """Some begin with rates of their own; what they have made of them by now is no change."""
+
+    def scheduled(model, max_lr, steps):
+        optimizer = Dion2(groups_of(model), lr=max_lr)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [max_lr] * 2, total_steps=9, cycle_momentum=False)
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+        return optimizer
+
+    model, _ = three_matrices_after_one_step()
+    saved = scheduled(model, 0.05, steps=3).state_dict()
+    assert warnings_of_loading(scheduled(model, 0.05, steps=0), saved) == []
+    [said] = warnings_of_loading(scheduled(model, 0.025, steps=0), saved)
+    assert "lr 0.002 instead of 0.001 ('dion2', 'adamw')." in said
 
 
 @pytest.mark.parametrize("scheduled", ["both", "saved", "neither"])
@@ -479,7 +497,7 @@ def test_a_checkpoint_of_another_algorithm_is_refused_and_its_momentum_carried_o
 
     with warnings.catch_warnings(action="error"):  # back: nothing is missing
         optimizer.carry_over(other.state_dict())
-    assert optimizer.state[model[0].weight].keys() == {"momentum"}
+    assert optimizer.state[model[0].weight].keys() == {"momentum", "step"}
     train(model, optimizer, range(5, 7))
 
 
@@ -492,7 +510,7 @@ def test_normuon_to_muon_and_back():
     assert torch.equal(muon.state[model[0].weight]["variance"], normuon.state[model[0].weight]["variance"])
     muon = build_optimizer(model, 0.05, algorithm="muon")
     muon.carry_over(normuon.state_dict())
-    assert muon.state[model[0].weight].keys() == {"momentum"}
+    assert muon.state[model[0].weight].keys() == {"momentum", "step"}
     with pytest.warns(UserWarning, match="'variance' of"):
         normuon.carry_over(muon.state_dict())
     train(model, normuon, range(3, 5))

@@ -142,7 +142,7 @@ def _random_bits(members: Sequence[Member]) -> Sequence[RandomBits | None]:
         return [None] * len(members)
     drawn = random_bits(
         [held_coordinates(member.parameter) for member in members],
-        [zlib.crc32(f"apply {member.name}".encode()) for member in members],
+        [zlib.crc32(f"{member.group['rounding_seed']} apply {member.name}".encode()) for member in members],
         [member.state["step"] for member in members],
     )
     shapes = [torch.atleast_1d(local(member.parameter)).shape for member in members]

@@ -150,8 +150,7 @@ class Algorithm(ABC):
         name: What a group's ``algorithm`` says.
         settings: Its hyperparameters.
         needs_matrices: Whether it updates matrices, or parameters of any shape.
-        optional_state: Entries of the state that parameters of some dtypes lack. They begin anew where a checkpoint, of
-            another dtype, has none.
+        optional_state: Entries of the state that a checkpoint may lack, as those from before had none; they begin anew.
     """
 
     name: ClassVar[str]

@@ -165,19 +165,15 @@ class Dion2Algorithm(Algorithm):
         return _orthonormalization_dtype(parameter, group)
 
     def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
-        """Return the momentum, and what some parameters have besides.
-
-        Where neurons are normalized, their variances; where the weight or the momentum is in half precision, the number
-        of steps, as the random bits of a step depend on it.
-        """
+        """Return the momentum, the number of steps, on which random bits depend, and variances where there are some."""
         asked = group["state_dtype"]
         own = torch.float32 if parameter.dtype in HALF_PRECISION else parameter.dtype
-        momentum = StateTensor.like(parameter, own if asked is None else getattr(torch, asked))
-        state = {"momentum": momentum}
+        state = {
+            "momentum": StateTensor.like(parameter, own if asked is None else getattr(torch, asked)),
+            "step": StateTensor((), torch.float32, parameter.device),
+        }
         if self.normalizes_neurons(group):
             state["variance"] = neurons.variance_of(parameter, matrices_of(parameter, group))
-        if {parameter.dtype, momentum.dtype}.intersection(HALF_PRECISION):
-            state["step"] = StateTensor((), torch.float32, parameter.device)
         return state
 
     def update_of(self, member: Member, context: StepContext) -> MatrixUpdate:

@@ -190,6 +190,12 @@ def not_negative(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
+def whole_number(name: str, value: object) -> None:
+    """Raise an error unless the value is an integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
 def share(name: str, value: object) -> None:
     """Raise an error unless the value lies in (0, 1]."""
     if not 0.0 < number(name, value) <= 1.0:
@@ -252,8 +258,8 @@ class SharedSettings:
     check_finite: bool | Literal["skip"] = setting(
         False,
         "What to do when a gradient holds NaN or Inf. True raises an error that names the parameter, before any weight "
-        'or state is changed, and waits for the device every step. "skip" leaves the step out, on all ranks, without '
-        "waiting; skipped_steps counts them.",
+        'or state is changed, and waits for the device every step. "skip" leaves the step out, on all ranks that '
+        "share parameters with this one, without waiting; skipped_steps counts them.",
     )
 
     def __post_init__(self) -> None:
@@ -270,4 +276,7 @@ class RoundingSettings(SharedSettings):
         'How bfloat16 and float16 weights, and a momentum in bfloat16, are rounded after every step: "stochastic", up '
         'or down at random, so that small steps count on average; "nearest", where steps of less than half a last bit '
         "are lost. Nothing else is rounded.",
+    )
+    rounding_seed: int = setting(
+        0, "Which random bits stochastic rounding takes: a number for each repetition of a run.", whole_number
     )

@@ -63,8 +63,8 @@ class MatrixUpdate:
         is_cautious: Whether only entries decay that their update does not push away from zero.
         gate: What decides on the device whether the step is taken; None where every step is.
         neuron_beta: Decay rate of the neurons' variances; None where neurons are not normalized.
-        rounds_at_random: Whether what is in half precision is rounded stochastically.
-        bits: The random bits for that, by the line of the box that they round: see :func:`draw_bits`.
+        rounding_seed: Decides how what is in half precision is rounded stochastically; None rounds to nearest.
+        bits: The random bits, by the line of the box that they round: see :func:`draw_bits`.
     """
 
     parameter: Tensor
@@ -86,7 +86,7 @@ class MatrixUpdate:
     is_cautious: bool
     gate: Gate | None
     neuron_beta: float | None
-    rounds_at_random: bool
+    rounding_seed: int | None
     bits: dict[str, RandomBits] = field(default_factory=dict)
 
     @classmethod
@@ -128,7 +128,7 @@ class MatrixUpdate:
             is_cautious=group["cautious_weight_decay"] and shrink != 1.0,
             gate=context.gates.get(local(parameter).device),
             neuron_beta=neuron_beta,
-            rounds_at_random=group["rounding"] == "stochastic",
+            rounding_seed=group["rounding_seed"] if group["rounding"] == "stochastic" else None,
         )
 
     def number(self, value: float, neutral: float, of: Tensor) -> float | Tensor:
@@ -218,7 +218,7 @@ def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
     rounded = [
         (line, update)
         for update in updates
-        if update.rounds_at_random
+        if update.rounding_seed is not None
         for line, name in _ROUNDED.items()
         if getattr(update, name).dtype in HALF_PRECISION
     ]
@@ -226,7 +226,7 @@ def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
         coordinates = {each: held_coordinates(each.parameter) for each in dict.fromkeys(each for _, each in equal)}
         drawn = random_bits(
             [coordinates[each] for _, each in equal],
-            [zlib.crc32(f"{line} {each.name}".encode()) for line, each in equal],
+            [zlib.crc32(f"{each.rounding_seed} {line} {each.name}".encode()) for line, each in equal],
             [each.state["step"] for _, each in equal],
         )
         for (line, each), bits in zip(equal, drawn, strict=True):
@@ -237,9 +237,8 @@ def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
 
 
 def count_step(updates: Sequence[MatrixUpdate]) -> None:
-    """Count the step, where random bits depend on it."""
-    counting = [update for update in updates if "step" in update.state]
-    for gate, equal in group_by(counting, lambda update: update.gate).items():
+    """Count the step."""
+    for gate, equal in group_by(updates, lambda update: update.gate).items():
         steps = [update.state["step"] for update in equal]
         if gate is None:
             torch._foreach_add_(steps, 1)
