@@ -8,7 +8,6 @@ The random bits are a hash of what is rounded, not the output of a generator. Th
 an entry is rounded alike on whatever rank it is.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -164,8 +163,9 @@ def _store(part: Tensor, values: Tensor, bits: RandomBits | None) -> None:
     rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(2**spare)).view(torch.float32)
     if small is not None:
         rounded = torch.where(values.abs() < _SMALLEST_NORMAL, small, rounded)
-    # The bits of NaN, with noise added, may be those of a number.
-    part.copy_(rounded.masked_fill_(values.isnan(), math.nan))
+    # The bits of NaN, with noise added, may be those of a number. This is the rounded number, but NaN where the value is;
+    # torch.where takes 8 times as long.
+    part.copy_(torch.clamp(values, min=rounded, max=rounded))
 
 
 def _hash(numbers: Tensor) -> Tensor:

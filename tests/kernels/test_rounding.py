@@ -102,7 +102,9 @@ def test_subnormal_numbers_of_float16_need_none_of_float32() -> None:
     assert expected.double().mean(0).sub(values[0].double()).abs().max() < 5 * 2**-24 / 20
 
 
-@pytest.mark.parametrize(("dtype", "between", "beyond"), [(torch.bfloat16, 3.4e38, None), (torch.float16, 65530.0, 7e4)])
+@pytest.mark.parametrize(
+    ("dtype", "between", "beyond"), [(torch.bfloat16, 3.4e38, None), (torch.float16, 65530.0, 7e4)]
+)
 def test_what_is_too_large_overflows(dtype: torch.dtype, between: float, beyond: float | None) -> None:
     """Between the largest number and where the next would be: to one of them, of which the upper is infinite."""
     result = rounded(torch.full((100, 100), between), dtype, bits_of((100, 100)))
