@@ -37,9 +37,7 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
     Its parameter ids are numbers or names; it is not changed. One that does not fit gets an error that says why.
     ``given`` holds the settings that each group was made with; where they differ from the saved ones a warning says so.
     """
-    for key in ("state", "param_groups"):
-        if key not in saved:
-            raise ValueError(f"the checkpoint has no {key!r}; pass what state_dict() returned")
+    _check_keys(saved)
     _refuse_other_optimizers(saved["param_groups"])
     in_order = _match_order(saved, groups)
     matched = [_match_group(old, new) for old, new in zip(in_order, groups, strict=True)]
@@ -73,6 +71,7 @@ def carry_over_state(saved: StateDict, groups: Sequence[Group]) -> StateDict:
     Parameters are matched by name where both sides know the names, else by position. What the checkpoint lacks is zero,
     and a warning says so. One that does not fit gets an error that says why.
     """
+    _check_keys(saved)
     found = _saved_parameters(saved["param_groups"], groups)
     state: dict[Any, Mapping[str, Any]] = {}
     packed, anew, count = [], dict[str, list[str]](), 0
@@ -147,6 +146,12 @@ def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
                     dtype = torch.promote_types(value.dtype, expected[entry].dtype)
                     if dtype != state[entry].dtype:
                         state[entry] = value.to(parameter.device, dtype)
+
+
+def _check_keys(saved: StateDict) -> None:
+    for key in ("state", "param_groups"):
+        if key not in saved:
+            raise ValueError(f"the checkpoint has no {key!r}; pass what state_dict() returned")
 
 
 def _refuse_other_optimizers(saved_groups: Sequence[Group]) -> None:

@@ -216,13 +216,13 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
         ]
         results = polar_factors(submatrices, context)
         shrink(batch)
+        normalized = [pair for pair in zip(batch, results, strict=True) if pair[0].neuron_beta is not None]
+        sums = {update: neurons.square_sums(update, result) for update, result in normalized}
+        factors = neurons.factors(sums, dict(zip(batch, selected, strict=True)), context)
         for update, indices, its_norms, result in zip(batch, selected, norms, results, strict=True):
             show_result(update, result, context)
-            factors = None
-            if update.neuron_beta is not None:
-                factors = neurons.factors(update, indices, neurons.square_sums(update, result), context)
             bits = update.bits.get("apply")
-            apply(update, update.weight, update.momentum, indices, result, factors, bits, context)
+            apply(update, update.weight, update.momentum, indices, result, factors.get(update), bits, context)
             record_selection(update, indices, its_norms, context)
     count_step(updates)
 

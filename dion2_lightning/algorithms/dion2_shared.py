@@ -223,7 +223,7 @@ def _neuron_factors(
         receive = sum_over_ranks(group, 0, (), list(sums.values()), results[0].device)
         yield IN_FLIGHT
         sums = dict(zip(sums, receive()[1], strict=True))
-    return {update: neurons.factors(update, selected[update], its_sums, context) for update, its_sums in sums.items()}
+    return neurons.factors(sums, selected, context)
 
 
 def _partial_sums(updates: Sequence[MatrixUpdate], replicas: Replicas | None, rank: int) -> list[Tensor]:

@@ -6,10 +6,10 @@
 
 A neuron is an output of a matrix, whichever way round it is stored, and whatever its slices are. Where slices are
 outputs, only the v of the selected ones change; where they are inputs, each of which is an entry of every neuron, all v
-do. v starts at zero and has no bias correction: what it lacks at first is a factor that all neurons share, and the last
-line takes it out.
+do. v starts at zero and has no bias correction.
 """
 
+from collections.abc import Hashable, Mapping
 from typing import Final
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from dion2_lightning.algorithms.algorithm import StateTensor, StepContext
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate
 from dion2_lightning.kernels.precision import sum_dtype
-from dion2_lightning.matrices.layout import local, placements_of_matrices
+from dion2_lightning.matrices.layout import group_by, local, placements_of_matrices
 from dion2_lightning.matrices.views import Matrices
 
 EPS: Final = 1e-8
@@ -27,8 +27,8 @@ EPS: Final = 1e-8
 def variance_of(parameter: Tensor, matrices: Matrices) -> StateTensor:
     """Return the state v of a parameter: shape (out, 1), of a stack (count, out, 1).
 
-    Every rank that holds a part of a matrix has all of its v. The ranks add up mean squares anyway, so it costs no
-    message, and it is smaller than the momentum by the size of an input.
+    Every rank that holds a part of a matrix has all of its v: it is as small as one column of the momentum, and what
+    the ranks add up to update it they all need for the Frobenius norms too.
     """
     shape = (matrices.out_size, 1) if parameter.ndim == 2 else (matrices.count, matrices.out_size, 1)
     return StateTensor(shape, torch.float32, parameter.device, placements_of_matrices(parameter))
@@ -39,32 +39,53 @@ def square_sums(update: MatrixUpdate, result: Tensor) -> Tensor:
 
     In float64 where there is one: rounded to float32 they do not depend on how ranks share the matrix.
     """
-    return result.to(sum_dtype(result.device)).square().sum(update.neuron_dim)
+    return torch.linalg.vector_norm(result, dim=update.neuron_dim, dtype=sum_dtype(result.device)).square()
 
 
-def factors(update: MatrixUpdate, indices: Tensor, sums: Tensor, context: StepContext) -> Tensor:
-    """Update v, and return what each neuron of O is multiplied by, in the shape of ``sums``.
+def factors(
+    sums: Mapping[MatrixUpdate, Tensor], selected: Mapping[MatrixUpdate, Tensor], context: StepContext
+) -> dict[MatrixUpdate, Tensor]:
+    """Update v, and return what each neuron of O is multiplied by, in the shape of its sum.
 
     Args:
-        update: The parameter. Where its gate is closed, v stays.
-        indices: K, (count, k).
-        sums: What :func:`square_sums` returned, of whole matrices.
+        sums: What :func:`square_sums` returned, of whole matrices, by parameter. Where its gate is closed, v stays.
+        selected: K of each, (count, k).
         context: Of the step; its observer is shown v.
     """
-    assert update.neuron_beta is not None
-    sums = sums.float()  # the same numbers on every rank and under every layout
-    variance = torch.atleast_2d(local(update.state["variance"]).squeeze(-1))
-    known = variance.gather(1, indices) if update.slices_are_neurons else variance
-    means = sums / (update.entries if update.slices_are_neurons else update.k)
-    known = known + (means - known) * update.number(1.0 - update.neuron_beta, 0.0, variance)
-    if update.slices_are_neurons:
-        variance.scatter_(1, indices, known)
-    else:
-        variance.copy_(known)
-    if context.observer is not None and context.observer.wants_results:
-        context.observer.normalized(update.parameter, variance)
+    results: dict[MatrixUpdate, Tensor] = {}
 
-    result = 1.0 / (known.sqrt() + EPS)
-    precise = sums.to(sum_dtype(sums.device))
-    before, after = precise.sum(1, keepdim=True), (precise * result.square()).sum(1, keepdim=True)
-    return result * (before / after.clamp_min(torch.finfo(torch.float32).tiny)).sqrt().float()
+    def key(update: MatrixUpdate) -> Hashable:
+        return update.slices_are_neurons, update.k, update.entries, update.neuron_beta, update.gate, sums[update].device
+
+    for equal in group_by(sums, key).values():
+        first, counts = equal[0], [len(sums[update]) for update in equal]
+        assert first.neuron_beta is not None
+        squares = torch.cat([sums[update] for update in equal]).float()  # the same numbers under every layout
+        means = squares / (first.entries if first.slices_are_neurons else first.k)
+        known = torch.cat([_known(update, selected[update]) for update in equal])
+        known += (means - known) * first.number(1.0 - first.neuron_beta, 0.0, known)
+        inverse = 1.0 / (known.sqrt() + EPS)
+        precise = squares.to(sum_dtype(squares.device))
+        before, after = precise.sum(1, keepdim=True), (precise * inverse.square()).sum(1, keepdim=True)
+        inverse *= (before / after.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+        results.update(zip(equal, torch.split(inverse, counts), strict=True))
+        for update, its_known in zip(equal, torch.split(known, counts), strict=True):
+            variance = _variance(update)
+            if update.slices_are_neurons:
+                variance.scatter_(1, selected[update], its_known)
+            else:
+                variance.copy_(its_known)
+            if context.observer is not None and context.observer.wants_results:
+                context.observer.normalized(update.parameter, variance)
+    return results
+
+
+def _known(update: MatrixUpdate, indices: Tensor) -> Tensor:
+    """The v of the neurons of O, before the step."""
+    variance = _variance(update)
+    return variance.gather(1, indices) if update.slices_are_neurons else variance
+
+
+def _variance(update: MatrixUpdate) -> Tensor:
+    """View v as (count, out)."""
+    return torch.atleast_2d(local(update.state["variance"]).squeeze(-1))
