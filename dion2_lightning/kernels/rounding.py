@@ -163,7 +163,7 @@ def _store(part: Tensor, values: Tensor, bits: RandomBits | None) -> None:
     rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(2**spare)).view(torch.float32)
     if small is not None:
         rounded = torch.where(values.abs() < _SMALLEST_NORMAL, small, rounded)
-    # The bits of NaN, with noise added, may be those of a number. This is the rounded number, but NaN where the value is;
+    # The bits of NaN, with noise added, may be those of a number. This returns what is rounded, and NaN for NaN;
     # torch.where takes 8 times as long.
     part.copy_(torch.clamp(values, min=rounded, max=rounded))
 

@@ -185,7 +185,7 @@ def check_no_gradient_anywhere(parameters: Parameters, **settings: Any) -> None:
     optimizer.step()
     after = snapshot(parameters, optimizer)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    assert changed == {"wide", "wide momentum", "square", "square momentum"}
+    assert changed == {"wide", "wide momentum", "wide step", "square", "square momentum", "square step"}
     assert optimizer.selection_of(parameters["tall"]) is None
     assert optimizer.selection_of(parameters["wide"]) is not None
     optimizer.zero_grad()

@@ -310,7 +310,7 @@ def test_without_a_tracker_nothing_is_kept() -> None:
     tracker.attach(optimizer)
     set_gradients(named, 1)
     optimizer.step()
-    assert {entry for state in optimizer.state.values() for entry in state} == {"momentum"}
+    assert {entry for state in optimizer.state.values() for entry in state} == {"momentum", "step"}
     assert copy.deepcopy(optimizer).observer is None
     tracker.detach()
     assert optimizer.observer is None
