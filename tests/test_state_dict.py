@@ -252,7 +252,7 @@ def of_another_optimizer(saved):
     saved["state"].clear()
     for group in saved["param_groups"]:
         del group["algorithm"]
-        group |= {"dampening": 0, "nesterov": False}
+        group |= {"dampening": 0, "foreach": None}
 
 
 def setting_out_of_range(saved):
@@ -317,7 +317,7 @@ def no_groups(saved):
         ),
         (
             of_another_optimizer,
-            "of another optimizer: its groups say no algorithm and have dampening, nesterov. .* load the model's weigh",
+            "of another optimizer: its groups say no algorithm and have dampening, foreach. .* load the model's weigh",
         ),
         (setting_out_of_range, r"group 'dion2': the checkpoint's momentum must lie in \[0, 1\), got 1.5"),
         (too_many_names, "the checkpoint has 4 names for 3 parameters; it is damaged"),

@@ -105,8 +105,8 @@ def _update_by_copies(
     """
     is_cautious, found_inf = group["cautious_weight_decay"], None if gate is None else gate.found_inf
     precise = torch.promote_types(pieces[0].weight.dtype, torch.float32)
-    shrink: float | Tensor = 1.0 - group["lr"] * group["weight_decay"]
-    shrink = shrink if gate is None else gate.number(shrink, 1.0, precise)
+    factor: float = 1.0 - group["lr"] * group["weight_decay"]
+    shrink = factor if gate is None else gate.number(factor, 1.0, precise)
     cut = [
         (_Piece(*block, whole.step), bits)  # type: ignore[call-arg]
         for whole, its_bits in zip(pieces, random_bits_of_each, strict=True)

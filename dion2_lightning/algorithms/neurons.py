@@ -39,7 +39,8 @@ def square_sums(update: MatrixUpdate, result: Tensor) -> Tensor:
 
     In float64 where there is one: rounded to float32 they do not depend on how ranks share the matrix.
     """
-    return torch.linalg.vector_norm(result, dim=update.neuron_dim, dtype=sum_dtype(result.device)).square()
+    norms: Tensor = torch.linalg.vector_norm(result, dim=update.neuron_dim, dtype=sum_dtype(result.device))
+    return norms.square()
 
 
 def factors(
@@ -88,4 +89,5 @@ def _known(update: MatrixUpdate, indices: Tensor) -> Tensor:
 
 def _variance(update: MatrixUpdate) -> Tensor:
     """View v as (count, out)."""
-    return torch.atleast_2d(local(update.state["variance"]).squeeze(-1))
+    per_neuron = local(update.state["variance"]).squeeze(-1)
+    return per_neuron if per_neuron.ndim == 2 else per_neuron[None]
