@@ -214,7 +214,7 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
             take(update, update.momentum, update.gradient, indices, update.bits.get("decay"))
             for update, indices in zip(batch, selected, strict=True)
         ]
-        results = polar_factors(submatrices, context)
+        results = polar_factors(submatrices, batch, context)
         shrink(batch)
         normalized = [pair for pair in zip(batch, results, strict=True) if pair[0].neuron_beta is not None]
         sums = {update: neurons.square_sums(update, result) for update, result in normalized}

@@ -175,9 +175,10 @@ def _update_by_owners(
         yield IN_FLIGHT
 
     # O of the submatrices that this rank owns, back to those who hold parts. X <- (1 - lr weight_decay) X meanwhile.
-    results = polar_factors([submatrix.unsqueeze(0) for submatrix in receive()], context)
-    for index, result in zip(exchange.owned, results, strict=True):
-        show_result(update_of[index], result, context)
+    owned = [update_of[index] for index in exchange.owned]
+    results = polar_factors([submatrix.unsqueeze(0) for submatrix in receive()], owned, context)
+    for update, result in zip(owned, results, strict=True):
+        show_result(update, result, context)
     receive = exchange.from_owners([result.squeeze(0) for result in results])
     if group is not None and replicas is not None:
         yield IN_FLIGHT

@@ -158,6 +158,15 @@ class MatrixUpdate:
         return -1 if self.slices_are_neurons else -2
 
     @property
+    def goes_alone(self) -> bool:
+        """Whether its matrices are orthonormalized one by one, so that stochastic rounding is alike on every layout.
+
+        On a CPU the last bits of small odd products depend on what else is in their batch, and on the memory order.
+        """
+        is_rounded = self.rounding_seed is not None and self.weight.dtype in HALF_PRECISION
+        return is_rounded and self.weight.device.type == "cpu"
+
+    @property
     def held(self) -> Spans:
         """By rank of the layout's group: which slices it touches. Without a group this rank is the only one."""
         if self.layout.group is None:
@@ -291,15 +300,21 @@ def take(
     return submatrices.to(update.dtype)
 
 
-def polar_factors(stacks: Sequence[Tensor], context: StepContext) -> list[Tensor]:
+def polar_factors(stacks: Sequence[Tensor], updates: Sequence[MatrixUpdate], context: StepContext) -> list[Tensor]:
     """O: the polar factors of stacks of submatrices, (count, k, m) each; those of one (k, m) together."""
     results: dict[int, Tensor] = {}
-    keys = [(stack.shape[1:], stack.stride(-1) != 1, stack.dtype, stack.device) for stack in stacks]
+    keys = [
+        (stack.shape[1:], stack.stride(-1) != 1, stack.dtype, stack.device, update.goes_alone)
+        for stack, update in zip(stacks, updates, strict=True)
+    ]
     for equal in group_by(range(len(stacks)), lambda index: keys[index]).values():
         for indices in bounded(equal, lambda index: stacks[index].numel()):
             batch = concatenate([stacks[index] for index in indices])
             size = max(1, BATCH_ELEMENTS // max(1, batch.shape[1:].numel()))  # one stack may be larger
-            factors = concatenate([_polar_factors(part, context) for part in torch.split(batch, size)])
+            parts: Sequence[Tensor] = torch.split(batch, size)
+            if updates[indices[0]].goes_alone:
+                parts = [matrix.contiguous() for matrix in torch.split(batch, 1)]
+            factors = concatenate([_polar_factors(part, context) for part in parts])
             counts = [len(stacks[index]) for index in indices]
             results.update(zip(indices, torch.split(factors, counts), strict=True))
     return [results[index] for index in range(len(stacks))]

@@ -24,7 +24,12 @@ STOP: Final = 3
 STEPS: Final = 6
 """Steps in all."""
 
-OPTIMIZERS: Final = ("AdamW", "Dion2")
+OPTIMIZERS: Final = ("AdamW", "Dion2 and Dion3")
+
+WITH_DION3: Final = {
+    "overrides": {"*.layers.1.*_proj.weight": {"algorithm": "dion3", "nesterov": True, "cautious_weight_decay": True}}
+}
+"""Settings with which Dion2 trains one layer, and Dion3 the other."""
 
 
 class Phase(Enum):
@@ -44,10 +49,11 @@ it is killed, ends with :func:`write_outcome`."""
 
 
 def make_optimizer(kind: str, model: nn.Module, strategy: object | None = None, **settings: Any) -> Optimizer:
-    """Make one of ``OPTIMIZERS``."""
+    """Make one of ``OPTIMIZERS``, or Dion2 alone."""
     if kind == "AdamW":
         return torch.optim.AdamW(model.parameters(), lr=SETTINGS["adamw_lr"], weight_decay=SETTINGS["weight_decay"])
-    return build_optimizer(model, strategy=strategy, **{**SETTINGS, **settings})
+    both = WITH_DION3 if kind == "Dion2 and Dion3" else {}
+    return build_optimizer(model, strategy=strategy, **{**SETTINGS, **both, **settings})
 
 
 def write_outcome(
@@ -90,7 +96,7 @@ def check_resume(
             run_like_torchrun(ranks, training, layout, kind, phase, kind_folder, killed=phase is Phase.KILLED)
         differences[kind] = max(_difference(kind_folder, rank) for rank in range(ranks))
     record_property("resume", [framework, layout, ranks, *(differences[kind] for kind in OPTIMIZERS)])
-    assert differences == {"AdamW": 0, "Dion2": 0}
+    assert differences == dict.fromkeys(OPTIMIZERS, 0)
 
 
 def _difference(folder: Path, rank: int) -> float:
