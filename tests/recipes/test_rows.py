@@ -24,4 +24,4 @@ def test_a_file_and_a_part_of_it(tmp_path: Path) -> None:
 def test_a_file_as_the_split_of_another_dataset(tmp_path: Path) -> None:
     file = tmp_path / "rows.txt"
     file.write_text("one text\nof two lines\n\nanother\n")
-    assert list(read_rows("org/name", "subset", str(file))["text"]) == ["one text\nof two lines", "another"]
+    assert list(read_rows("org/name", "subset", str(file))["text"]) == ["one text\nof two lines", "another\n"]
