@@ -83,7 +83,7 @@ class FactorySettings(CommonArguments):
         _mapping,
     )
     lora: Literal["adamw", "B", "both"] = setting(
-        "both", 'Which LoRA factors are updated by Dion2: "both", "B", or "adamw", none.'
+        "both", 'Which LoRA factors count as matrices: "both", "B", or "adamw", none.'
     )
 
 
@@ -266,9 +266,14 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
 
 
 def _refuse_unused(arguments: FactoryArguments, algorithms: set[str]) -> None:
-    """Refuse a setting that is not at its default, where none of the algorithms has it."""
+    """Refuse a setting that is not at its default, where the choice of algorithm sets it, or none has it."""
+    chosen = CHOICES[arguments.algorithm].settings
     for each in fields(EverySetting):
         value, owners = getattr(arguments, each.name), algorithms_with(each.name)
+        if value not in (each.default, chosen.get(each.name, value)):
+            raise ValueError(
+                f"{each.name} is {chosen[each.name]!r} with algorithm {arguments.algorithm!r}, got {value!r}; remove it"
+            )
         if value != each.default and algorithms.isdisjoint(owners):
             raise ValueError(
                 f"{each.name}={value!r} is no setting of algorithm {arguments.algorithm!r}; it belongs to "

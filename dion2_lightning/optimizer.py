@@ -265,11 +265,14 @@ class MatrixOptimizer(Optimizer):
                 loaded; where ``torch.distributed.checkpoint`` has read the file into this optimizer's state before it
                 called this, ``step()`` refuses until something that fits is loaded.
         """
+        self._load(state_dict, [self._given.get(group["name"], {}) for group in self.param_groups])
+
+    def _load(self, state_dict: StateDict, given: Sequence[Mapping[str, Any]]) -> None:
+        """Load it, and warn where its settings are not those that the groups were given."""
         matched: StateDict = {}
 
         def match(_: Optimizer, incoming: StateDict) -> StateDict:
             try:
-                given = [self._given.get(group["name"], {}) for group in self.param_groups]
                 matched.update(match_state_dict(incoming, self.param_groups, given))
             except ValueError:
                 if shares_memory(incoming, self.state):
@@ -286,10 +289,13 @@ class MatrixOptimizer(Optimizer):
     def carry_over(self, state_dict: StateDict) -> None:
         """Go on with the state of a checkpoint that other algorithms have written, as far as it means the same.
 
-        Dion2, Dion3, Muon and NorMuon keep the same momentum, so a run can change from one to another. State that the
-        checkpoint lacks, such as the neurons' variances, starts anew at zero, and a warning says so; what the present
-        algorithm has no use for is left out. The settings stay as they are, learning rates included. Parameters are
-        matched by name where both sides know the names, else by position.
+        Where algorithms keep the same momentum, a run can change from one to another. What depends on settings, such as
+        the neurons' variances, starts anew at zero, and a warning says so; what the present algorithm has no use for is
+        left out. The settings stay as they are, learning rates included. Parameters are matched by name where both
+        sides know the names, else by position.
+
+        A checkpoint that only a framework can read, or that is sharded in another way, is loaded into an optimizer of
+        the algorithm that wrote it; then pass that optimizer's ``state_dict()``.
 
         Args:
             state_dict: As :meth:`load_state_dict` takes it.
@@ -298,7 +304,7 @@ class MatrixOptimizer(Optimizer):
             ValueError: The checkpoint is of another model, or an algorithm cannot go on with another one's state.
                 Nothing has been loaded.
         """
-        self.load_state_dict(carry_over_state(state_dict, self.param_groups))
+        self._load(carry_over_state(state_dict, self.param_groups), [{} for _ in self.param_groups])
 
     def state_dict(self) -> StateDict:
         """Return state and groups, as every ``torch.optim`` optimizer does.
@@ -466,7 +472,7 @@ class MatrixOptimizer(Optimizer):
                 if parameter.device != device or parameter.dtype != dtype:
                     device, dtype = parameter.device, parameter.dtype
                     expected = algorithm.state(parameter, group)
-                for name in state.keys() - expected.keys():  # what a setting asks for no longer
+                for name in state.keys() & algorithm.state_by_setting - expected.keys():  # asked for no longer
                     del state[name]
                 for name, like in expected.items():
                     if name not in state:  # a checkpoint from before had none, or a setting asks for it from now on

@@ -68,53 +68,69 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
 def carry_over_state(saved: StateDict, groups: Sequence[Group]) -> StateDict:
     """Return a state dict of an optimizer's present groups that has what a checkpoint of other algorithms can give.
 
-    Parameters are matched by name where both sides know the names, else by position. What the checkpoint lacks is zero,
-    and a warning says so. One that does not fit gets an error that says why.
+    Parameters are matched by name where both sides know the names, else by position. What the present algorithm has
+    besides is zero, and a warning says so. A checkpoint that does not fit gets an error that says why.
     """
     _check_keys(saved)
+    _refuse_other_optimizers(saved["param_groups"])
+    members = [(group, *pair) for group in groups for pair in zip(group["params"], parameter_names(group), strict=True)]
     found = _saved_parameters(saved["param_groups"], groups)
-    state: dict[Any, Mapping[str, Any]] = {}
-    packed, anew, count = [], dict[str, list[str]](), 0
-    for group in groups:
-        packed.append({**group, "params": list(range(count, count + len(group["params"])))})
-        for parameter, name in zip(group["params"], parameter_names(group), strict=True):
-            key, old_name = found[count]
-            algorithm, old = algorithm_of(group), algorithm_of({"algorithm": old_name}, "the checkpoint's ")
-            if not algorithm.continues(old):
-                raise ValueError(
-                    f"group {group['name']!r}: {name} has the state of algorithm {old.name!r} in the checkpoint, with "
-                    f"which {algorithm.name!r} cannot go on; {OTHERWISE}"
-                )
-            if key in saved["state"]:
-                entries, expected = saved["state"][key], algorithm.state(parameter, group)
-                state[count] = {entry: entries[entry] for entry in expected.keys() & entries.keys()}
-                for entry in sorted(expected.keys() - entries.keys() - algorithm.optional_state):
-                    state[count] = {**state[count], entry: expected[entry].zeros_for(parameter)}
-                    anew.setdefault(entry, []).append(name)
-            count += 1
+    state, anew = dict[int, Mapping[str, Any]](), dict[str, list[str]]()
+    for place, ((group, parameter, name), (key, its_algorithm)) in enumerate(zip(members, found, strict=True)):
+        algorithm, label = algorithm_of(group), f"group {group['name']!r}: {name}"
+        old = algorithm if its_algorithm is None else algorithm_of({"algorithm": its_algorithm}, "the checkpoint's ")
+        if not algorithm.continues(old):
+            raise ValueError(
+                f"{label} has the state of algorithm {old.name!r} in the checkpoint, with which {algorithm.name!r} "
+                f"cannot go on; {OTHERWISE}"
+            )
+        if key not in saved["state"]:
+            continue
+        entries, expected = saved["state"][key], algorithm.state(parameter, group)
+        shared = expected.keys() - algorithm.state_by_setting
+        if missing := sorted(shared - entries.keys() - algorithm.optional_state):
+            raise ValueError(f"{label}: the checkpoint holds {sorted(entries)} for it, and not {_some(missing)}")
+        new = expected.keys() - shared
+        state[place] = {
+            **{entry: entries[entry] for entry in shared & entries.keys()},
+            **{entry: expected[entry].zeros_for(parameter) for entry in new},
+        }
+        for entry in new:
+            anew.setdefault(entry, []).append(name)
     if anew and is_first_rank():
         entries_anew = "; ".join(f"{entry!r} of {_some(names)}" for entry, names in anew.items())
-        warnings.warn(f"the checkpoint has none of this, which starts anew at zero: {entries_anew}", stacklevel=3)
+        warnings.warn(f"this starts anew, at zero: {entries_anew}", stacklevel=3)
+    ids = iter(range(len(members)))
+    packed = [{**group, "params": [next(ids) for _ in group["params"]]} for group in groups]
     return {"state": state, "param_groups": packed}
 
 
-def _saved_parameters(saved_groups: Sequence[Group], groups: Sequence[Group]) -> list[tuple[Any, str]]:
+def _saved_parameters(saved_groups: Sequence[Group], groups: Sequence[Group]) -> list[tuple[Any, str | None]]:
     """The key in the saved state, and the algorithm, of every parameter of the present groups, in their order."""
     saved = [(key, group.get("algorithm")) for group in saved_groups for key in group["params"]]
     wanted = sum(len(group["params"]) for group in groups)
     if len(saved) != wanted:
         raise ValueError(f"the checkpoint has {len(saved)} parameters, this optimizer {wanted}; {OTHERWISE}")
-    if any(algorithm is None for _, algorithm in saved):
-        raise ValueError(
-            f"the checkpoint's groups do not say their algorithms: it is of another optimizer; {OTHERWISE}"
-        )
-    if not all("param_names" in group for group in (*saved_groups, *groups)):
-        return saved  # type: ignore[return-value]
-    by_name = dict(zip((name for group in saved_groups for name in unwrapped_names(group)), saved, strict=True))
-    names = [name for group in groups for name in unwrapped_names(group)]
+    old_names, names = _names_of(saved_groups), _names_of(groups)
+    if old_names is None or names is None:
+        return saved
+    by_name = dict(zip(old_names, saved, strict=True))
+    if len(by_name) < wanted or len(set(names)) < wanted:
+        raise ValueError("parameters of several groups have the same names, so what was saved of them is ambiguous")
     if unknown := [name for name in names if name not in by_name]:
         raise ValueError(f"the checkpoint has no parameters of the names {_some(unknown)}; {OTHERWISE}")
-    return [by_name[name] for name in names]  # type: ignore[misc]
+    return [by_name[name] for name in names]
+
+
+def _names_of(groups: Sequence[Group]) -> list[str] | None:
+    """The names of all parameters without the prefixes of wrappers; None where a group does not know them."""
+    names: list[str] = []
+    for group in groups:
+        by_name = all(isinstance(key, str) for key in group["params"])  # torch.distributed.checkpoint's
+        if not by_name and "param_names" not in group:
+            return None
+        names += unwrapped_names({"param_names": group["params"]} if by_name else group)
+    return names
 
 
 def shares_memory(saved: StateDict, state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
@@ -260,9 +276,15 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, labe
     algorithm = algorithm_of(group)
     expected = algorithm.state(parameter, group)
     if not set(state) <= set(expected) <= set(state) | algorithm.optional_state:
+        differs_by_setting = set(state) ^ set(expected) <= algorithm.state_by_setting | algorithm.optional_state
+        advice = (
+            "to go on with the rest of it, call the optimizer's carry_over(state_dict)"
+            if differs_by_setting
+            else f"it is of another optimizer: {WEIGHTS_ALONE}"
+        )
         raise ValueError(
             f"{label}: the checkpoint holds {sorted(state)} for it, algorithm {group['algorithm']!r} needs "
-            f"{sorted(expected)}; it is of another optimizer: {WEIGHTS_ALONE}"
+            f"{sorted(expected)}; {advice}"
         )
     for entry, tensor in expected.items():
         if entry in state and tensor.shape != ():  # a number is taken from wherever it is, in any form

@@ -59,7 +59,7 @@ def test_settings(settings, error, message):
     ("entries", "error", "message"),
     [
         ({"fractoin": 0.5}, ValueError, "group 'm': unknown entry 'fractoin'; did you mean 'fraction'?"),
-        ({"nesterov": True}, ValueError, "group 'm': unknown entry 'nesterov'; known are "),
+        ({"dampening": 0.1}, ValueError, "group 'm': unknown entry 'dampening'; known are "),
         (
             {"algorithm": "dion3", "select": "output"},
             ValueError,

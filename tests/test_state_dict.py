@@ -486,9 +486,11 @@ def test_a_checkpoint_of_another_algorithm_is_refused_and_its_momentum_carried_o
     with pytest.raises(ValueError, match=r"'dion3': the checkpoint's algorithm is 'dion2', .* call .*carry_over"):
         other.load_state_dict(optimizer.state_dict())
     assert not other.state
-    with pytest.warns(UserWarning, match="which starts anew at zero: 'variance' of parameter '0.weight'"):
+    other.param_groups[0]["lr"] = 0.001
+    with pytest.warns(UserWarning, match="this starts anew, at zero: 'variance' of parameter '0.weight'") as record:
         other.carry_over(through_a_file(optimizer.state_dict()))
-    assert other.param_groups[0]["lr"] == 0.01
+    assert len(record) == 1
+    assert other.param_groups[0]["lr"] == 0.001
     for parameter in model.parameters():
         found, saved = other.state[parameter], optimizer.state[parameter]
         assert all(torch.equal(found[name], saved[name]) for name in saved)
@@ -508,11 +510,44 @@ def test_normuon_to_muon_and_back():
         muon = build_optimizer(model, 0.05, algorithm="muon")
         muon.load_state_dict(normuon.state_dict())
     assert torch.equal(muon.state[model[0].weight]["variance"], normuon.state[model[0].weight]["variance"])
+    dion3 = build_optimizer(model, 0.05, algorithm="dion3")
+    with pytest.warns(UserWarning, match="'variance' of"):  # which is of another size there
+        dion3.carry_over(normuon.state_dict())
+    assert dion3.state[model[0].weight]["variance"].count_nonzero() == 0
     muon = build_optimizer(model, 0.05, algorithm="muon")
     muon.carry_over(normuon.state_dict())
     assert muon.state[model[0].weight].keys() == {"momentum", "step"}
     with pytest.warns(UserWarning, match="'variance' of"):
         normuon.carry_over(muon.state_dict())
+    train(model, normuon, range(3, 5))
+
+
+def test_what_is_carried_over_is_found_by_name():
+    """Also where the ids are names, in another order than param_names, as torch.distributed.checkpoint has them."""
+    model, optimizer = trained("dion2")
+    saved = optimizer.state_dict()
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    saved["state"] = {names[key]: value for key, value in saved["state"].items()}
+    for group in saved["param_groups"]:
+        group["params"] = group["param_names"][::-1]
+    other = build_optimizer(model, 0.01, algorithm="muon")
+    other.carry_over(saved)
+    for parameter in model.parameters():
+        assert all(
+            torch.equal(value, other.state[parameter][name]) for name, value in optimizer.state[parameter].items()
+        )
+
+
+def test_a_muon_checkpoint_from_before_neurons_were_normalized_is_refused_with_the_way_out():
+    model, muon = trained("muon")
+    saved = muon.state_dict()
+    for group in saved["param_groups"]:
+        group.pop("normalize_neurons", None)
+    normuon = build_optimizer(model, 0.05, algorithm="normuon")
+    with pytest.raises(ValueError, match=r"needs \['momentum', 'step', 'variance'\]; to go on .* carry_over"):
+        normuon.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="'variance' of"):
+        normuon.carry_over(saved)
     train(model, normuon, range(3, 5))
 
 
@@ -522,13 +557,17 @@ def test_what_cannot_be_carried_over():
     with pytest.raises(ValueError, match=r"'0.weight' has the state of algorithm 'adamw' .* 'dion3' cannot go on"):
         dion3.carry_over(adamw.state_dict())
     saved = trained("dion2")[1].state_dict()
+    momentum = saved["state"][0].pop("momentum")
+    with pytest.raises(ValueError, match=r"'0.weight': the checkpoint holds \['step'\] for it, and not momentum"):
+        dion3.carry_over(saved)
+    saved["state"][0]["momentum"] = momentum
     saved["param_groups"][0]["param_names"][0] = "another"
     with pytest.raises(ValueError, match=r"has no parameters of the names 0\.weight;"):
         dion3.carry_over(saved)
     saved["param_groups"][0]["params"].pop()
     with pytest.raises(ValueError, match="the checkpoint has 3 parameters, this optimizer 4;"):
         dion3.carry_over(saved)
-    with pytest.raises(ValueError, match="do not say their algorithms"):
+    with pytest.raises(ValueError, match="is of another optimizer"):
         dion3.carry_over(torch.optim.AdamW(model.parameters()).state_dict())
     assert not dion3.state
 

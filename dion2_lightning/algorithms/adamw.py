@@ -87,7 +87,7 @@ def _update(members: Sequence[Member], gates: Mapping[torch.device, Gate]) -> No
             _Piece(local(each), gradient, local(state["exp_avg"]), local(state["exp_avg_sq"]), state["step"])
             for (each, state, *_), gradient in bucket
         ]
-        if parameter.dtype in HALF_PRECISION or group["cautious_weight_decay"]:
+        if parameter.dtype in HALF_PRECISION or _decays_cautiously(group):
             _update_by_copies(pieces, _random_bits([member for member, _ in bucket]), group, gate if is_fused else None)
         else:
             _adamw(pieces, group, found_inf)
@@ -103,7 +103,7 @@ def _update_by_copies(
 
     For cautious weight decay the copies are zero, and what torch makes of them is the update; its sign is exp_avg's.
     """
-    is_cautious, found_inf = group["cautious_weight_decay"], None if gate is None else gate.found_inf
+    is_cautious, found_inf = _decays_cautiously(group), None if gate is None else gate.found_inf
     precise = torch.promote_types(pieces[0].weight.dtype, torch.float32)
     factor: float = 1.0 - group["lr"] * group["weight_decay"]
     shrink = factor if gate is None else gate.number(factor, 1.0, precise)
@@ -134,6 +134,10 @@ def _update_by_copies(
         torch._foreach_add_(steps, 1)
     else:
         torch._foreach_add_(steps, [1 - found_inf] * len(steps))
+
+
+def _decays_cautiously(group: Mapping[str, Any]) -> bool:
+    return bool(group["cautious_weight_decay"] and group["lr"] * group["weight_decay"])
 
 
 def _random_bits(members: Sequence[Member]) -> Sequence[RandomBits | None]:

@@ -151,12 +151,14 @@ class Algorithm(ABC):
         settings: Its hyperparameters.
         needs_matrices: Whether it updates matrices, or parameters of any shape.
         optional_state: Entries of the state that a checkpoint may lack, as those from before had none; they begin anew.
+        state_by_setting: Entries that come and go with settings, and mean another thing under others.
     """
 
     name: ClassVar[str]
     settings: ClassVar[type[SharedSettings]]
     needs_matrices: ClassVar[bool] = False
     optional_state: ClassVar[frozenset[str]] = frozenset()
+    state_by_setting: ClassVar[frozenset[str]] = frozenset()
 
     def entries(self) -> dict[str, Any]:
         """Return the entries of a group that say how its parameters are stored, with their defaults."""
@@ -188,7 +190,7 @@ class Algorithm(ABC):
         return None
 
     def continues(self, other: "Algorithm") -> bool:
-        """Return whether it can go on with the state of another algorithm: what both have by one name is the same."""
+        """Return whether it can go on with another algorithm's state, all but what depends on settings."""
         return self is other
 
     def agreement(self, parameter: Tensor, group: Mapping[str, Any]) -> object:

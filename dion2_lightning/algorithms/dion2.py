@@ -132,6 +132,7 @@ class Dion2Algorithm(Algorithm):
     settings: ClassVar[type[SharedSettings]] = Dion2Settings
     needs_matrices: ClassVar[bool] = True
     optional_state: ClassVar[frozenset[str]] = frozenset({"step"})
+    state_by_setting: ClassVar[frozenset[str]] = frozenset({"variance"})
 
     def select(self, group: Mapping[str, Any]) -> str:
         """Return from which axis a group's slices are selected."""

@@ -1,6 +1,6 @@
 """What one parameter brings to a step on matrices, and the lines of the Dion2 box: one function each.
 
-Settings are read by the algorithm (``update_of`` in dion2.py); here are numbers.
+What a step needs of the settings is read by ``update_of`` in dion2.py and ``MatrixUpdate.of``; the rest is numbers.
 """
 
 import zlib
