@@ -62,11 +62,11 @@ def test_collectives_do_not_grow_with_the_layers(on_2: Measured) -> None:
 
 
 def test_neurons_take_one_more_sum(on_2: Measured) -> None:
-    """In float64: of all outputs' norms, and of the selected outputs' squares."""
+    """In float64: the norms of all outputs, the squares of the selected ones, and a word or two a matrix."""
     outputs = sum(rows for rows, _ in LAYERS["smollm2-135m"] * NORMALIZED.layers)
     for traffic in on_2[NORMALIZED]:
         assert traffic.calls == {"all-reduce": 2, "all-to-all": 2}
-        assert traffic.sums == 8 * (outputs + outputs // 4)
+        assert 0 <= traffic.sums - 8 * (outputs + outputs // 4) <= 16 * 7 * NORMALIZED.layers
     assert submatrices(on_2[NORMALIZED]) <= 1.05 * 0.25 * submatrices(on_2[WHOLE])
 
 
