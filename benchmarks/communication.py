@@ -1,4 +1,4 @@
-"""Bytes and collectives of an optimizer step, counted on real processes: Dion2 at several fractions.
+"""Bytes and collectives of an optimizer step, counted on real processes: Dion2 and Dion3 at several fractions.
 
     python -m benchmarks.communication --ranks 2 4 --layouts fsdp2 hsdp tp ddp
 
@@ -55,6 +55,7 @@ class Case:
         layout: A key of ``PLACEMENTS``.
         layers: Decoder layers.
         fraction: Of the slices to select.
+        algorithm: "dion2" or "dion3".
         dtype: In which submatrices are orthonormalized, and travel.
         steps: How many are counted, after a first one; the selection of each is another.
     """
@@ -62,6 +63,7 @@ class Case:
     layout: str
     layers: int
     fraction: float
+    algorithm: str = "dion2"
     dtype: DType = "float32"
     steps: int = 3
 
@@ -79,7 +81,8 @@ class Traffic:
     sent: Counter[str]
 
     @property
-    def norms(self) -> int:
+    def sums(self) -> int:
+        """Of norms, and of squares by neuron."""
         return self.sent["all-reduce"]
 
     @property
@@ -147,7 +150,7 @@ def traffic_of(case: Case, mesh: DeviceMesh) -> Traffic:
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(placed) for placed in random_tensors(case, mesh, generator)]
     optimizer = Dion2(
-        parameters,
+        [{"params": parameters, "algorithm": case.algorithm}],
         fraction=case.fraction,
         orthonormalize=lambda submatrices: submatrices,
         orthonormalize_dtype=case.dtype,
@@ -179,16 +182,18 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
     parser.add_argument("--layouts", choices=PLACEMENTS, nargs="+", default=["fsdp2"], help="default: fsdp2")
     parser.add_argument("--layers", type=int, default=6, help="decoder layers; SmolLM2-135M has 30 (default: 6)")
+    parser.add_argument("--algorithms", choices=["dion2", "dion3"], nargs="+", default=["dion2"], help="default: dion2")
     parser.add_argument("--fractions", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.125])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
     parser.add_argument("--steps", type=int, default=3, help="steps to average over (default: 3)")
     arguments = parser.parse_args()
 
-    base = Case("", arguments.layers, 1.0, arguments.dtype, arguments.steps)
+    base = Case("", arguments.layers, 1.0, dtype=arguments.dtype, steps=arguments.steps)
     for ranks in arguments.ranks:
         cases = [
-            replace(base, layout=layout, fraction=fraction)
+            replace(base, layout=layout, algorithm=algorithm, fraction=fraction)
             for layout in arguments.layouts
+            for algorithm in arguments.algorithms
             for fraction in arguments.fractions
         ]
         measured = dict(zip(cases, measure(ranks, cases), strict=True))
@@ -201,17 +206,20 @@ def report(ranks: int, measured: dict[Case, list[Traffic]]) -> None:
     first = next(iter(measured))
     count = sum(rows * columns for rows, columns in SHAPES) * first.layers
     print(f"\n{first.layout} on {ranks} ranks, {first.layers} layers, {count / 1e6:.1f}M parameters, {first.dtype}")
-    print("A step, in MB:        submatrices                                     norms")
-    print(f"fraction  {'all ranks':>12}{'largest rank':>14}{'ratio':>9}{'ratio / f':>11}{'a rank':>9}  collectives")
+    print("A step, in MB:             submatrices                                     sums")
+    print(
+        f"fraction       {'all ranks':>12}{'largest rank':>14}{'ratio':>9}{'ratio / f':>11}{'a rank':>9}  collectives"
+    )
     whole = sum(traffic.submatrices for traffic in measured[first])
     for case, by_rank in measured.items():
         submatrices = [traffic.submatrices for traffic in by_rank]
-        norms = max(traffic.norms for traffic in by_rank) / case.steps / MEGABYTE
+        sums = max(traffic.sums for traffic in by_rank) / case.steps / MEGABYTE
         total, largest = (number / case.steps / MEGABYTE for number in (sum(submatrices), max(submatrices)))
         ratio = sum(submatrices) / whole
         relative = ratio * first.fraction / case.fraction
         calls = ", ".join(f"{calls / case.steps:g} {kind}" for kind, calls in by_rank[0].calls.items())
-        print(f"{case.fraction:<10g}{total:12.3f}{largest:14.3f}{ratio:9.4f}{relative:11.4f}{norms:9.3f}  {calls}")
+        name = f"{case.algorithm} {case.fraction:g}"
+        print(f"{name:15}{total:12.3f}{largest:14.3f}{ratio:9.4f}{relative:11.4f}{sums:9.3f}  {calls}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Work and traffic of a step of large models on up to thousands of ranks, simulated from shapes: no weight is made.
 
-    python -m benchmarks.scale --models llama-3-8b llama-3-405b --ranks 8 64 4096
+    python -m benchmarks.scale --models llama-3-8b llama-3-405b --ranks 8 64 4096 --algorithm dion3
 
 The package's own planner counts, assigns the owners and says who holds which part. Assumed is that the selected slices
 spread evenly over a matrix; at fraction 1, which is Muon, there is nothing to assume. Only matrices count: embeddings
 and whatever else AdamW updates either way are left out.
 
 Submatrices are bfloat16. A rank sends its part of every submatrix to the owner, an owner every other part back; what
-stays on a rank does not count. AdamW sends nothing. The norms' all-reduce is counted once, in float64.
+stays on a rank does not count. AdamW sends nothing. The all-reduces of norms, and of Dion3's sums by neuron, are
+counted once, in float64.
 
 Under HSDP a matrix travels inside one replica of the shard group, and every rank of it sends its part of the result
 once to each of the other replicas. Experts stay whole on their ranks, for FSDP2 shards a stack on the axis that counts
@@ -59,8 +60,8 @@ MODELS: dict[str, list[tuple[int, list[Shape]]]] = {
 }
 MUON = 1.0
 DTYPE = torch.bfloat16
-NORM_BYTES = 8
-"""A slice's norm travels in float64."""
+SUM_BYTES = 8
+"""A slice's norm, and a neuron's sum of squares, travel in float64."""
 
 ADAMW_FLOPS = 14
 """An entry: weight decay 1, first moment 3, second moment 4, denominator 3, update 3."""
@@ -71,10 +72,16 @@ DION2_FLOPS = 4
 SELECTED_FLOPS = 3
 """A selected entry: momentum decay, and the scaled update."""
 
+NEURON_FLOPS = 3
+"""More of Dion3, a selected entry: its square, their sum, and the neuron's factor."""
+
+SELECT = {"dion2": "shorter", "dion3": "output"}
+TITLES = {"dion2": "Dion2", "dion3": "Dion3"}
+
 HEADER = (
     f"{'':20} matrices | {'imbalance of owners, <= 5%?':29} | {'TFLOPs, busiest rank':29}     all | MB sent by a rank\n"
-    f"{'':20}   a rank |   Dion2           Muon        "
-    f" |{'Dion2':>10}{'Muon':>10}{'AdamW':>10}{'work':>8} |{'mean':>9}{'largest':>9}{'Muon':>9}{'norms':>9}"
+    f"{'':20}   a rank |   {{title}}           Muon        "
+    f" |{{title:>10}}{'Muon':>10}{'AdamW':>10}{'work':>8} |{'mean':>9}{'largest':>9}{'Muon':>9}{'sums':>9}"
 )
 
 IMBALANCE = 0.05
@@ -160,11 +167,11 @@ def sizes(shape: Shape, layout: Layout) -> list[int]:
 
 
 @lru_cache
-def submatrix(shape: Shape, fraction: float, ranks: int) -> Submatrix:
+def submatrix(shape: Shape, fraction: float, ranks: int, algorithm: str = "dion2") -> Submatrix:
     """Return what is selected of a matrix of this shape, if it spreads evenly over the slices."""
     rows, columns = shape[-2:]
     matrices = Matrices.of((rows, columns))
-    axis = matrices.selection_axis("shorter")
+    axis = matrices.selection_axis(SELECT[algorithm])
     slices, entries = matrices.shape[axis], matrices.shape[1 - axis]
     k = selected_count(slices, fraction)
     held = shard(rows, ranks)
@@ -176,16 +183,16 @@ def submatrix(shape: Shape, fraction: float, ranks: int) -> Submatrix:
     return Submatrix(flops(k, entries), tuple(shared.size_on(rank) for rank in range(ranks)))
 
 
-def simulate(shapes: Sequence[Shape], layout: Layout, fraction: float) -> Step:
+def simulate(shapes: Sequence[Shape], layout: Layout, fraction: float, algorithm: str = "dion2") -> Step:
     """Return what every rank computes and sends in one step on parameters of these shapes."""
     shared: list[Submatrix] = []
     for shape in shapes:
         if not stays_whole(shape, layout):
-            shared += [submatrix(shape, fraction, layout.ranks)] * math.prod(shape[:-2])
+            shared += [submatrix(shape, fraction, layout.ranks, algorithm)] * math.prod(shape[:-2])
     owned, sent = shared_work(shared, layout.ranks, layout.replicas)
     work = list(owned)
     for shape, copies in Counter(shapes).items():
-        own = own_flops(shape, layout, fraction)
+        own = own_flops(shape, layout, fraction, algorithm)
         for rank in range(len(work)):
             work[rank] += copies * own[rank % layout.ranks]
     return Step([each.cost for each in shared], owned, work, sent)
@@ -217,11 +224,12 @@ def shared_work(submatrices: Sequence[Submatrix], ranks: int, replicas: int) -> 
     return work, [(own + padded) * DTYPE.itemsize for own, padded in zip(entries, gathered, strict=True)]
 
 
-def own_flops(shape: Shape, layout: Layout, fraction: float) -> list[int]:
+def own_flops(shape: Shape, layout: Layout, fraction: float, algorithm: str) -> list[int]:
     """Return by rank the FLOPs on a parameter that need no owner: elementwise ones, and those of whole experts."""
-    each = submatrix(shape, fraction, 1)
+    each = submatrix(shape, fraction, 1, algorithm)
     entries = shape[-2] * shape[-1]
-    elementwise = DION2_FLOPS + SELECTED_FLOPS * each.size / entries
+    selected = SELECTED_FLOPS + (NEURON_FLOPS if algorithm == "dion3" else 0)
+    elementwise = DION2_FLOPS + selected * each.size / entries
     orthonormalize = each.cost / entries if stays_whole(shape, layout) else 0.0
     return [round(size * (elementwise + orthonormalize)) for size in sizes(shape, layout)]
 
@@ -231,10 +239,14 @@ def adamw_flops(shapes: Sequence[Shape], layout: Layout) -> int:
     return ADAMW_FLOPS * sum(copies * max(sizes(shape, layout)) for shape, copies in Counter(shapes).items())
 
 
-def norm_bytes(shapes: Sequence[Shape], layout: Layout) -> int:
-    """Return the size of the all-reduce of all norms: one for each slice of a shared matrix."""
+def sum_bytes(shapes: Sequence[Shape], layout: Layout, fraction: float, algorithm: str) -> int:
+    """Return the size of what is summed over ranks: a norm a slice, and in Dion3 a number a selected neuron."""
     shared = [shape for shape in shapes if not stays_whole(shape, layout)]
-    return NORM_BYTES * sum(math.prod(shape[:-2]) * min(shape[-2:]) for shape in shared)
+    if algorithm == "dion2":
+        return SUM_BYTES * sum(math.prod(shape[:-2]) * min(shape[-2:]) for shape in shared)
+    return SUM_BYTES * sum(
+        math.prod(shape[:-2]) * (shape[-2] + selected_count(shape[-2], fraction)) for shape in shared
+    )
 
 
 def imbalance(work: Sequence[int]) -> float:
@@ -287,20 +299,22 @@ def layouts(shapes: Sequence[Shape], ranks: Sequence[int], groups: Sequence[int]
             yield Layout(f"FSDP2 {number}, by rows", number, experts_by_rows=True)
 
 
-def report(model: str, fraction: float, ranks: Sequence[int], groups: Sequence[int]) -> None:
+def report(model: str, algorithm: str, fraction: float, ranks: Sequence[int], groups: Sequence[int]) -> None:
     """Print a table of one model."""
     shapes = parameters(model)
     count = sum(math.prod(shape) for shape in shapes)
-    print(f"\n{model}, {count / 1e9:.1f}B parameters in matrices; Dion2 at {fraction:g} against Muon (1) and AdamW")
-    print(HEADER)
+    title = TITLES[algorithm]
+    print(f"\n{model}, {count / 1e9:.1f}B parameters in matrices; {title} at {fraction:g} against Muon (1) and AdamW")
+    print(HEADER.format(title=title))
     for layout in layouts(shapes, ranks, groups):
-        dion2, muon = simulate(shapes, layout, fraction), simulate(shapes, layout, MUON)
-        largest = (max(dion2.flops), max(muon.flops), adamw_flops(shapes, layout))
-        sent = (sum(dion2.sent) / len(dion2.sent), max(dion2.sent), max(muon.sent), norm_bytes(shapes, layout))
+        dion, muon = simulate(shapes, layout, fraction, algorithm), simulate(shapes, layout, MUON)
+        largest = (max(dion.flops), max(muon.flops), adamw_flops(shapes, layout))
+        sums = sum_bytes(shapes, layout, fraction, algorithm)
+        sent = (sum(dion.sent) / len(dion.sent), max(dion.sent), max(muon.sent), sums)
         print(
-            f"{layout.name:20}{len(dion2.shared) / len(dion2.owned):9.2f}"
-            f" |{imbalance(dion2.owned):8.1%}{verdict(dion2):>7}{imbalance(muon.owned):8.1%}{verdict(muon):>7}"
-            f" |{''.join(f'{each / 1e12:10.3g}' for each in largest)}{imbalance(dion2.flops):8.1%}"
+            f"{layout.name:20}{len(dion.shared) / len(dion.owned):9.2f}"
+            f" |{imbalance(dion.owned):8.1%}{verdict(dion):>7}{imbalance(muon.owned):8.1%}{verdict(muon):>7}"
+            f" |{''.join(f'{each / 1e12:10.3g}' for each in largest)}{imbalance(dion.flops):8.1%}"
             f" |{''.join(f'{each / 1e6:9.1f}' for each in sent)}"
         )
 
@@ -309,12 +323,13 @@ def main() -> None:
     """Simulate what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="default: all")
+    parser.add_argument("--algorithm", choices=SELECT, default="dion2", help="default: dion2")
     parser.add_argument("--fraction", type=float, default=0.25, help="default: 0.25")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2**power for power in range(3, 13)])
     parser.add_argument("--groups", type=int, nargs="*", default=[8, 64], help="shard groups of HSDP (default: 8 64)")
     arguments = parser.parse_args()
     for model in arguments.models:
-        report(model, arguments.fraction, arguments.ranks, arguments.groups)
+        report(model, arguments.algorithm, arguments.fraction, arguments.ranks, arguments.groups)
 
 
 if __name__ == "__main__":

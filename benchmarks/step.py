@@ -1,4 +1,4 @@
-"""Time of an optimizer step: AdamW, Muon and Dion2 at several fractions, in turn in one process.
+"""Time of an optimizer step: AdamW, Muon, NorMuon, and Dion2 and Dion3 at several fractions, in turn in one process.
 
     python -m benchmarks.step --shapes smollm2-135m --layers 6
 
@@ -39,7 +39,7 @@ Build = Callable[[list[Tensor]], torch.optim.Optimizer]
 def optimizers(shapes: str, dtype: DType | None) -> Iterator[tuple[str, Build]]:
     """Yield what is compared, by name; the first is what the others are measured against."""
 
-    def dion2(fraction: float, **settings: Any) -> Build:
+    def dion(fraction: float, **settings: Any) -> Build:
         group = {"transposed": TRANSPOSED[shapes], "fraction": fraction, "orthonormalize_dtype": dtype, **settings}
         return lambda params: Dion2([{"params": params, **group}])
 
@@ -47,9 +47,12 @@ def optimizers(shapes: str, dtype: DType | None) -> Iterator[tuple[str, Build]]:
     yield "torch.optim.AdamW, fused", lambda params: torch.optim.AdamW(params, fused=True)
     yield "torch.optim.AdamW, foreach", lambda params: torch.optim.AdamW(params, foreach=True)
     for name, fraction in (("1", 1.0), ("1/2", 0.5), ("1/4", 0.25), ("1/8", 0.125)):
-        yield f"Dion2 at {name}", dion2(fraction)
+        yield f"Dion2 at {name}", dion(fraction)
+    for name, fraction in (("1/4", 0.25), ("1/8", 0.125)):
+        yield f"Dion3 at {name}", dion(fraction, algorithm="dion3")
+    yield "NorMuon", dion(1.0, normalize_neurons=True)
     for check_finite in (True, "skip"):
-        yield f"Dion2 at 1/4, check_finite={check_finite}", dion2(0.25, check_finite=check_finite)
+        yield f"Dion2 at 1/4, check_finite={check_finite}", dion(0.25, check_finite=check_finite)
 
 
 def weights(sizes: Sizes, device: torch.device) -> list[Tensor]:

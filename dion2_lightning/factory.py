@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Literal
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from dion2_lightning.algorithms import CHOICES, ChoiceName, EverySetting
+from dion2_lightning.algorithms import CHOICES, ChoiceName, EverySetting, algorithms_with
 from dion2_lightning.algorithms.hyperparameters import (
     bind,
     described,
@@ -65,9 +65,10 @@ class FactorySettings(CommonArguments):
 
     algorithm: ChoiceName = setting(
         "dion2",
-        'What updates the matrices. "dion2"; "dion": updates of low rank, with error feedback; "muon": "dion2" with '
-        'fraction 1, which is Muon without Nesterov momentum; "adamw": the control, AdamW for all, with the groups, '
-        "learning rates and weight decays as they would be.",
+        'What updates the matrices. "dion2"; "dion3": Dion2 on output slices, with normalized neurons; "dion": updates '
+        'of low rank, with error feedback; "muon": Dion2 with fraction 1, which is Muon; "normuon": Muon with '
+        'normalized neurons; "adamw": the control, AdamW for all, with the groups, learning rates and weight decays as '
+        "they would be.",
     )
     adamw_lr: float | None = setting(None, "Learning rate of everything that is no matrix. None is lr.", not_negative)
     adamw_weight_decay: float | None = setting(
@@ -78,11 +79,12 @@ class FactorySettings(CommonArguments):
     )
     overrides: Mapping[str, Any] | None = setting(
         None,
-        'What to do with parameters whose names match a pattern: {"pattern": "dion2" | "adamw" | {group options}}.',
+        'What to do with parameters whose names match a pattern: {"pattern": "dion2" | "dion3" | "dion" | "adamw" | '
+        "{group options}}.",
         _mapping,
     )
     lora: Literal["adamw", "B", "both"] = setting(
-        "both", 'Which LoRA factors are updated by Dion2: "both", "B", or "adamw", none.'
+        "both", 'Which LoRA factors count as matrices: "both", "B", or "adamw", none.'
     )
 
 
@@ -120,11 +122,11 @@ class FactoryArguments(_Orthonormalize, FactorySettings):
 
 @described(Dion2Arguments)
 class Dion2(MatrixOptimizer):
-    r"""Dion2 for matrices and AdamW for everything else, in one optimizer.
+    r"""Dion2, Dion3 or Dion for matrices and AdamW for everything else, in one optimizer.
 
     Each step selects from every matrix the ``fraction`` of rows or columns of its momentum with the largest L1 norms,
     orthonormalizes only those, decays their momentum and updates only those; weight decay touches every entry
-    (Dion2, arXiv 2512.16928). With ``fraction=1`` this is Muon without Nesterov momentum.
+    (Dion2, arXiv 2512.16928). With ``fraction=1`` this is Muon.
 
     .. math::
         M \leftarrow M + G, \quad
@@ -137,9 +139,11 @@ class Dion2(MatrixOptimizer):
     A selected slice alone decays, so ``momentum`` :math:`\mu` remembers about :math:`1/((1-\mu)\cdot\text{fraction})`
     steps: 0.95 at a quarter is 80. A short fine-tuning wants less; :math:`\mu^{n/k}`, 0.81 here, has Muon's horizon.
 
-    A group says by ``algorithm`` what updates it, ``"dion2"`` (the default), ``"dion"`` or ``"adamw"``, and may
-    override every setting of its algorithm. With the former two it holds matrices, stored (out, in), or (in, out) if it
-    says ``transposed=True``; with ``batched=True`` it holds stacks of matrices, whose first axis counts them.
+    A group says by ``algorithm`` what updates it, ``"dion2"`` (the default), ``"dion3"``, ``"dion"`` or ``"adamw"``,
+    and may override every setting of its algorithm. Dion3 (arXiv 2608.11612) always selects output slices and
+    normalizes the neurons of :math:`O`: each is divided by its running root mean square. Dion (arXiv 2504.05295)
+    selects nothing: its update is a matrix of low rank. Groups of these three hold matrices, stored (out, in), or (in,
+    out) if they say ``transposed=True``; with ``batched=True`` stacks of matrices, whose first axis counts them.
     :func:`~dion2_lightning.build_optimizer` makes such groups from a model.
 
     Args:
@@ -194,9 +198,9 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
 
     Raises:
         TypeError: An argument of the wrong type, or a ``strategy`` of an unknown kind.
-        ValueError: An argument out of range, a pattern that matches nothing, a model without trainable parameters, or a
-            strategy or wrapper that leaves no matrices, such as FSDP1 and DeepSpeed ZeRO; or a LightningModule that
-            has yet to make its parameters in ``configure_model``.
+        ValueError: An argument out of range, or of another algorithm, a pattern that matches nothing, a model without
+            trainable parameters, or a strategy or wrapper that leaves no matrices, such as FSDP1 and DeepSpeed ZeRO; or
+            a LightningModule that has yet to make its parameters in ``configure_model``.
 
     A step of the optimizer raises RuntimeError where the model has replaced parameters since, and warns of parameters
     that get gradients and that nothing trains, such as those that were frozen when it was built.
@@ -222,6 +226,7 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
         control=choice.control,
     )
     routing = route(model)
+    _refuse_unused(arguments, {choice.matrices, *routing.algorithms, *(each.algorithm for each in routing.decisions)})
     given = {each.name: getattr(arguments, each.name) for each in fields(CommonArguments)} | dict(choice.settings)
     optimizer = Dion2(
         routing.param_groups(rest=rest),
@@ -259,6 +264,22 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
             advice = 'If AdamW is what you want, algorithm="adamw" says so.'
             warnings.warn(f"{type(model).__name__}: {routing.why_no_matrices} {advice}", stacklevel=2)
     return optimizer
+
+
+def _refuse_unused(arguments: FactoryArguments, algorithms: set[str]) -> None:
+    """Refuse a setting that is not at its default, where the choice of algorithm sets it, or none has it."""
+    chosen = CHOICES[arguments.algorithm].settings
+    for each in fields(EverySetting):
+        value, owners = getattr(arguments, each.name), algorithms_with(each.name)
+        if value not in (each.default, chosen.get(each.name, value)):
+            raise ValueError(
+                f"{each.name} is {chosen[each.name]!r} with algorithm {arguments.algorithm!r}, got {value!r}; remove it"
+            )
+        if value != each.default and algorithms.isdisjoint(owners):
+            raise ValueError(
+                f"{each.name}={value!r} is no setting of algorithm {arguments.algorithm!r}; it belongs to "
+                f"{', '.join(map(repr, owners))}, remove it"
+            )
 
 
 def _log(level: int, message: str) -> None:

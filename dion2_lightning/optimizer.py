@@ -37,7 +37,7 @@ from dion2_lightning.parameter_groups import (
     warn_of_lost_decay,
     with_listed_parameters,
 )
-from dion2_lightning.state_dict import match_state_dict, restore_exactly, shares_memory
+from dion2_lightning.state_dict import carry_over_state, match_state_dict, restore_exactly, shares_memory
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
@@ -270,11 +270,14 @@ class MatrixOptimizer(Optimizer):
                 loaded; where ``torch.distributed.checkpoint`` has read the file into this optimizer's state before it
                 called this, ``step()`` refuses until something that fits is loaded.
         """
+        self._load(state_dict, [self._given.get(group["name"], {}) for group in self.param_groups])
+
+    def _load(self, state_dict: StateDict, given: Sequence[Mapping[str, Any]]) -> None:
+        """Load it, and warn where its settings are not those that the groups were given."""
         matched: StateDict = {}
 
         def match(_: Optimizer, incoming: StateDict) -> StateDict:
             try:
-                given = [self._given.get(group["name"], {}) for group in self.param_groups]
                 matched.update(match_state_dict(incoming, self.param_groups, given))
             except ValueError:
                 if shares_memory(incoming, self.state):
@@ -287,6 +290,26 @@ class MatrixOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         restore_exactly(self, matched)
         self._failure = None
+
+    def carry_over(self, state_dict: StateDict) -> None:
+        """Go on with the state of a checkpoint that other algorithms have written, as far as it means the same.
+
+        Where algorithms keep the same momentum, a run can change from one to another. What depends on settings, such as
+        the neurons' variances, starts anew, and a warning says so; what the present algorithm has no use for is
+        left out. The settings stay as they are, learning rates included. Parameters are matched by name where both
+        sides know the names, else by position.
+
+        A checkpoint that only a framework can read, or that is sharded in another way, is loaded into an optimizer of
+        the algorithm that wrote it; then pass that optimizer's ``state_dict()``.
+
+        Args:
+            state_dict: As :meth:`load_state_dict` takes it.
+
+        Raises:
+            ValueError: The checkpoint is of another model, or an algorithm cannot go on with another one's state.
+                Nothing has been loaded.
+        """
+        self._load(carry_over_state(state_dict, self.param_groups), [{} for _ in self.param_groups])
 
     def state_dict(self) -> StateDict:
         """Return state and groups, as every ``torch.optim`` optimizer does.
@@ -455,12 +478,11 @@ class MatrixOptimizer(Optimizer):
                 if parameter.device != device or parameter.dtype != dtype:
                     device, dtype = parameter.device, parameter.dtype
                     expected = algorithm.state(parameter, group)
-                for entry in state.keys() ^ expected.keys():  # what only half precision has
-                    if entry in expected:
-                        state[entry] = expected[entry].start_for(parameter, name)
-                    else:
-                        del state[entry]
+                for entry in state.keys() & algorithm.state_by_setting - expected.keys():  # asked for no longer
+                    del state[entry]
                 for entry, like in expected.items():
+                    if entry not in state:  # a checkpoint from before had none, or a setting asks for it from now on
+                        state[entry] = algorithm.state(parameter, group)[entry].start_for(parameter, name)
                     tensor = state[entry]
                     if tensor.device != like.device or tensor.dtype != like.dtype:
                         state[entry] = placed(local(tensor).to(like.device, like.dtype), tensor)

@@ -6,6 +6,7 @@ do.
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -78,9 +79,13 @@ def unwrapped_names(group: Mapping[str, Any]) -> Sequence[str]:
     given = group.get("param_names")
     if given is None:
         return [f"{group['name']} {index}" for index in range(len(group["params"]))]
+    return [_unwrapped(name) for name in given]
+
+
+@cache  # every step asks
+def _unwrapped(name: str) -> str:
     # DataParallel and DistributedDataParallel call what they wrap "module".
-    parts = [[part for part in name.split(".") if part not in WRAPPED_NAMES] for name in given]
-    return [".".join(each).removeprefix("module.") for each in parts]
+    return ".".join(part for part in name.split(".") if part not in WRAPPED_NAMES).removeprefix("module.")
 
 
 def warn_of_lost_decay(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from dion2_lightning.algorithms.hyperparameters import plain
 from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.matrices.layout import is_dtensor, local
-from dion2_lightning.parameter_groups import ENTRIES, algorithm_of, parameter_names
+from dion2_lightning.parameter_groups import ENTRIES, algorithm_of, parameter_names, unwrapped_names
 
 Group = Mapping[str, Any]
 
@@ -37,9 +37,7 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
     Its parameter ids are numbers or names; it is not changed. One that does not fit gets an error that says why.
     ``given`` holds the settings that each group was made with; where they differ from the saved ones a warning says so.
     """
-    for key in ("state", "param_groups"):
-        if key not in saved:
-            raise ValueError(f"the checkpoint has no {key!r}; pass what state_dict() returned")
+    _check_keys(saved)
     _refuse_other_optimizers(saved["param_groups"])
     in_order = _match_order(saved, groups)
     matched = [_match_group(old, new) for old, new in zip(in_order, groups, strict=True)]
@@ -56,7 +54,7 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
             "start anew",
             stacklevel=2,
         )
-    changes = _changed_settings(in_order, given)
+    changes = _changed_settings(in_order, groups, given)
     if changes and is_first_rank():
         warnings.warn(
             f"the checkpoint's settings replace those that this optimizer was given: {'; '.join(changes)}. To go on "
@@ -65,6 +63,80 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
             stacklevel=2,
         )
     return {**saved, "param_groups": matched}
+
+
+def carry_over_state(saved: StateDict, groups: Sequence[Group]) -> StateDict:
+    """Return a state dict of an optimizer's present groups that has what a checkpoint of other algorithms can give.
+
+    Parameters are matched by name where both sides know the names, else by position. What the present algorithm has
+    besides starts anew, and a warning says so. A checkpoint that does not fit gets an error that says why.
+    """
+    _check_keys(saved)
+    _refuse_other_optimizers(saved["param_groups"])
+    members = [
+        (group, *each)
+        for group in groups
+        for each in zip(group["params"], parameter_names(group), unwrapped_names(group), strict=True)
+    ]
+    found = _saved_parameters(saved["param_groups"], groups)
+    state, anew = dict[int, Mapping[str, Any]](), dict[str, list[str]]()
+    for place, ((group, parameter, name, plain_name), (key, its_algorithm)) in enumerate(
+        zip(members, found, strict=True)
+    ):
+        algorithm, label = algorithm_of(group), f"group {group['name']!r}: {name}"
+        old = algorithm if its_algorithm is None else algorithm_of({"algorithm": its_algorithm}, "the checkpoint's ")
+        if not algorithm.continues(old):
+            raise ValueError(
+                f"{label} has the state of algorithm {old.name!r} in the checkpoint, with which {algorithm.name!r} "
+                f"cannot go on; {OTHERWISE}"
+            )
+        if key not in saved["state"]:
+            continue
+        entries, expected = saved["state"][key], algorithm.state(parameter, group)
+        shared = expected.keys() - algorithm.state_by_setting
+        if missing := sorted(shared - entries.keys() - algorithm.optional_state):
+            raise ValueError(f"{label}: the checkpoint holds {sorted(entries)} for it, and not {_some(missing)}")
+        new = expected.keys() - shared
+        state[place] = {
+            **{entry: entries[entry] for entry in shared & entries.keys()},
+            **{entry: expected[entry].start_for(parameter, plain_name) for entry in new},
+        }
+        for entry in new:
+            anew.setdefault(entry, []).append(name)
+    if anew and is_first_rank():
+        entries_anew = "; ".join(f"{entry!r} of {_some(names)}" for entry, names in anew.items())
+        warnings.warn(f"this starts anew: {entries_anew}", stacklevel=3)
+    ids = iter(range(len(members)))
+    packed = [{**group, "params": [next(ids) for _ in group["params"]]} for group in groups]
+    return {"state": state, "param_groups": packed}
+
+
+def _saved_parameters(saved_groups: Sequence[Group], groups: Sequence[Group]) -> list[tuple[Any, str | None]]:
+    """The key in the saved state, and the algorithm, of every parameter of the present groups, in their order."""
+    saved = [(key, group.get("algorithm")) for group in saved_groups for key in group["params"]]
+    wanted = sum(len(group["params"]) for group in groups)
+    if len(saved) != wanted:
+        raise ValueError(f"the checkpoint has {len(saved)} parameters, this optimizer {wanted}; {OTHERWISE}")
+    old_names, names = _names_of(saved_groups), _names_of(groups)
+    if old_names is None or names is None:
+        return saved
+    by_name = dict(zip(old_names, saved, strict=True))
+    if len(by_name) < wanted or len(set(names)) < wanted:
+        raise ValueError("parameters of several groups have the same names, so what was saved of them is ambiguous")
+    if unknown := [name for name in names if name not in by_name]:
+        raise ValueError(f"the checkpoint has no parameters of the names {_some(unknown)}; {OTHERWISE}")
+    return [by_name[name] for name in names]
+
+
+def _names_of(groups: Sequence[Group]) -> list[str] | None:
+    """The names of all parameters without the prefixes of wrappers; None where a group does not know them."""
+    names: list[str] = []
+    for group in groups:
+        by_name = all(isinstance(key, str) for key in group["params"])  # torch.distributed.checkpoint's
+        if not by_name and "param_names" not in group:
+            return None
+        names += unwrapped_names({"param_names": group["params"]} if by_name else group)
+    return names
 
 
 def shares_memory(saved: StateDict, state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
@@ -89,8 +161,6 @@ def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
             expected = algorithm_of(new).state(parameter, new)
             for entry, value in saved["state"].get(key, {}).items():
                 state = optimizer.state[parameter]
-                if entry not in expected:
-                    continue  # it is optional
                 if expected[entry].shape == ():
                     number = torch.as_tensor(value, dtype=expected[entry].dtype)
                     state[entry] = number.to(expected[entry].device, copy=True)
@@ -98,6 +168,12 @@ def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
                     dtype = torch.promote_types(value.dtype, expected[entry].dtype)
                     if dtype != state[entry].dtype:
                         state[entry] = value.to(parameter.device, dtype)
+
+
+def _check_keys(saved: StateDict) -> None:
+    for key in ("state", "param_groups"):
+        if key not in saved:
+            raise ValueError(f"the checkpoint has no {key!r}; pass what state_dict() returned")
 
 
 def _refuse_other_optimizers(saved_groups: Sequence[Group]) -> None:
@@ -111,13 +187,20 @@ def _refuse_other_optimizers(saved_groups: Sequence[Group]) -> None:
         )
 
 
-def _changed_settings(saved_groups: Sequence[Group], given: Sequence[Group]) -> list[str]:
-    """Say which saved settings are not those that the groups were made with, each once for all groups alike."""
+def _changed_settings(saved_groups: Sequence[Group], groups: Sequence[Group], given: Sequence[Group]) -> list[str]:
+    """Say which saved settings are not those that the groups were made with, each once for all groups alike.
+
+    What a schedule has made of a learning rate is no change. Where there is one, the rates that it began with are
+    compared, as some begin with rates of their own; where one side alone has a schedule, none are.
+    """
     changes: dict[str, list[str]] = {}
-    for old, new in zip(saved_groups, given, strict=True):
-        # What a schedule has made of a learning rate is no change.
-        saved = plain({**old, "lr": old["initial_lr"]} if "initial_lr" in old else old)
-        for name, value in new.items():
+    for old, group, its_given in zip(saved_groups, groups, given, strict=True):
+        saved, asked = plain(old), dict(its_given)
+        if "initial_lr" in old and "initial_lr" in group:
+            saved["lr"], asked["lr"] = old["initial_lr"], group["initial_lr"]
+        elif "initial_lr" in old or "initial_lr" in group:
+            asked.pop("lr", None)
+        for name, value in asked.items():
             found = saved.get(name, value)
             if _without_lists(found) != _without_lists(value):
                 changes.setdefault(f"{name} {found!r} instead of {value!r}", []).append(repr(old.get("name")))
@@ -148,8 +231,11 @@ def _match_group(old: Group, new: Group) -> dict[str, Any]:
     prefix = f"group {new['name']!r}"
     algorithm = old.get("algorithm", new["algorithm"])
     if algorithm != new["algorithm"]:
+        continues = algorithm in ALGORITHMS and algorithm_of(new).continues(ALGORITHMS[algorithm])
+        hint = "to go on with its momentum, call the optimizer's carry_over(state_dict); else " if continues else ""
         raise ValueError(
-            f"{prefix}: the checkpoint's algorithm is {algorithm!r}, this optimizer's {new['algorithm']!r}; {OTHERWISE}"
+            f"{prefix}: the checkpoint's algorithm is {algorithm!r}, this optimizer's {new['algorithm']!r}; "
+            f"{hint}{OTHERWISE}"
         )
     if len(old["params"]) != len(new["params"]):
         raise ValueError(
@@ -195,10 +281,16 @@ def _in_order(old: Group, new: Group, prefix: str) -> list[Any]:
 def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, label: str) -> None:
     algorithm = algorithm_of(group)
     expected = algorithm.state(parameter, group)
-    if not set(state) ^ set(expected) <= algorithm.optional_state:
+    if not set(state) <= set(expected) <= set(state) | algorithm.optional_state:
+        differs_by_setting = set(state) ^ set(expected) <= algorithm.state_by_setting | algorithm.optional_state
+        advice = (
+            "to go on with the rest of it, call the optimizer's carry_over(state_dict)"
+            if differs_by_setting
+            else f"it is of another optimizer: {WEIGHTS_ALONE}"
+        )
         raise ValueError(
             f"{label}: the checkpoint holds {sorted(state)} for it, algorithm {group['algorithm']!r} needs "
-            f"{sorted(expected)}; it is of another optimizer: {WEIGHTS_ALONE}"
+            f"{sorted(expected)}; {advice}"
         )
     for entry, tensor in expected.items():
         if entry in state and tensor.shape != ():  # a number is taken from wherever it is, in any form

@@ -12,7 +12,9 @@ from dion2_lightning import Dion2Factory
 class OptimizerArguments:
     """What Dion2 needs and TrainingArguments do not have."""
 
-    algorithm: Literal["dion2", "muon", "adamw"] = field(default="dion2", metadata={"help": "Trains the matrices."})
+    algorithm: Literal["dion2", "dion3", "dion", "muon", "normuon", "adamw"] = field(
+        default="dion2", metadata={"help": "Trains the matrices."}
+    )
     fraction: float = field(default=0.25, metadata={"help": "Share of each matrix that a step of Dion2 updates."})
     momentum: float = field(default=0.95, metadata={"help": "Of the matrices; runs of some hundred steps want less."})
     adamw_lr: float | None = field(default=None, metadata={"help": "Learning rate of all other parameters."})

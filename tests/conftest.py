@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-HEADER = ("framework", "layout", "ranks", "torch.optim.AdamW resumes", "Dion2 resumes")
+HEADER = ("framework", "layout", "ranks", "torch.optim.AdamW resumes", "Dion2, Dion3 and Dion resume")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

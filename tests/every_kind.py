@@ -10,7 +10,7 @@ from dion2_lightning import Dion2
 
 
 def groups_of_every_kind(device: torch.device | str) -> list[dict[str, Any]]:
-    """Both selection axes and storage orders, several matrices in a batch, stacks, half precision, Dion, and AdamW.
+    """Both selection axes and storage orders, several in a batch, stacks, half precision, Dion3, Dion, and AdamW.
 
     All weights are zero, and so are their gradients.
     """
@@ -23,10 +23,24 @@ def groups_of_every_kind(device: torch.device | str) -> list[dict[str, Any]]:
     return [
         {"params": [zeros(40, 96), zeros(40, 96), zeros(96, 40), zeros(64, 64)]},
         {"params": [zeros(40, 96), zeros(96, 40)], "transposed": True, "orthonormalize_dtype": "float32"},
-        {"params": [zeros(4, 96, 40)], "batched": True, "select": "output", "state_dtype": "float64"},
+        {
+            "params": [zeros(4, 96, 40)],
+            "batched": True,
+            "select": "output",
+            "state_dtype": "float64",
+            "normalize_neurons": True,
+            "nesterov": True,
+            "cautious_weight_decay": True,
+        },
         {"params": [zeros(40, 48, dtype=torch.bfloat16)]},
         {"params": [zeros(40, 96), zeros(40, 96), zeros(40, 48, dtype=torch.bfloat16)], "algorithm": "dion"},
-        {"params": [zeros(4, 96, 40)], "algorithm": "dion", "batched": True, "transposed": True},
+        {
+            "params": [zeros(4, 96, 40)],
+            "algorithm": "dion",
+            "batched": True,
+            "transposed": True,
+            "cautious_weight_decay": True,
+        },
         {"params": [zeros(40), zeros(30, 8), zeros(40, dtype=torch.bfloat16)], "algorithm": "adamw"},
     ]
 

@@ -1,4 +1,4 @@
-"""Dion2 and Dion written a second time, from the papers alone, to test against.
+"""Dion2 and its family, and Dion, written a second time, from the papers alone, to test against.
 
 One matrix at a time, in (out, in) whatever the storage, by plain loops and an explicit iteration. The momentum is kept
 in the state's dtype, as the optimizer promises for Dion2; everything else is float64.
@@ -41,6 +41,13 @@ def scale_of(rule: str | None, out_size: int, in_size: int) -> float:
     return 1.0
 
 
+def cautiously_decayed(weight: Tensor, directions: Tensor, factor: float) -> Tensor:
+    """The weight after a decay of the entries that are not pushed away from zero."""
+    entries = zip(weight.flatten().tolist(), directions.flatten().tolist(), strict=True)
+    decayed = [x * factor if x * u >= 0 else x for x, u in entries]
+    return torch.tensor(decayed, dtype=torch.float64).view_as(weight)
+
+
 @dataclass
 class Reference:
     """One matrix in (out, in), its momentum, and the rule."""
@@ -54,8 +61,38 @@ class Reference:
     rule: str | None = "match_rms_adamw"
     scale_by_fraction: bool = True
     select: str = "shorter"
+    normalize_neurons: bool = False
+    neuron_beta: float = 0.95
+    nesterov: bool = False
+    cautious_weight_decay: bool = False
+    variance: Tensor = field(init=False)
     axis: int = field(init=False, default=0)
     selected: list[int] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.variance = torch.zeros(len(self.weight), dtype=torch.float64)
+
+    def normalize(self, update: Tensor) -> Tensor:
+        """NorMuon's and Dion3's rule, one neuron at a time; ``update`` has a row for each slice."""
+        neurons = update if self.axis == 0 else update.T
+        result = torch.zeros_like(neurons)
+        for row, neuron in enumerate(neurons):
+            i = self.selected[row] if self.axis == 0 else row
+            mean = sum(x * x for x in neuron.tolist()) / len(neuron)
+            self.variance[i] = self.neuron_beta * self.variance[i] + (1 - self.neuron_beta) * mean
+            result[row] = neuron / (self.variance[i].sqrt() + 1e-8)
+        result *= torch.linalg.norm(neurons) / torch.linalg.norm(result)
+        return result if self.axis == 0 else result.T
+
+    def decayed(self, momentum: Tensor, update: Tensor) -> Tensor:
+        """The weight after its decay, entry by entry where that is cautious; both arguments have slices as rows."""
+        factor = 1 - self.lr * self.weight_decay
+        if not self.cautious_weight_decay:
+            return self.weight * factor
+        directions = momentum.double().clone()
+        for row, i in zip(update, self.selected, strict=True):
+            directions[i] = row
+        return cautiously_decayed(self.weight, directions if self.axis == 0 else directions.T, factor)
 
     def step(self, gradient: Tensor) -> None:
         out_size, in_size = self.weight.shape
@@ -66,10 +103,16 @@ class Reference:
         rows = self.momentum if self.axis == 0 else self.momentum.T
         norms = [torch.tensor(sum(abs(x) for x in row.tolist()), dtype=torch.float32).item() for row in rows]
         self.selected = sorted(sorted(range(n), key=lambda i: (-norms[i], i))[:k])
-        update = polar(torch.stack([rows[i] for i in self.selected]))
+        if self.nesterov:
+            gradient_rows = gradient.double() if self.axis == 0 else gradient.double().T
+            update = polar(torch.stack([gradient_rows[i] + self.mu * rows[i].double() for i in self.selected]))
+        else:
+            update = polar(torch.stack([rows[i] for i in self.selected]))
+        if self.normalize_neurons:
+            update = self.normalize(update)
         c = math.sqrt(n / k) if self.scale_by_fraction else 1.0
         size = self.lr * scale_of(self.rule, out_size, in_size) * c
-        self.weight = self.weight * (1 - self.lr * self.weight_decay)
+        self.weight = self.decayed(rows, update)
         momentum, weight = self.momentum.clone(), self.weight.clone()
         for row, i in zip(update, self.selected, strict=True):
             place = (i, slice(None)) if self.axis == 0 else (slice(None), i)
@@ -89,6 +132,7 @@ class DionReference:
     weight_decay: float = 0.01
     rule: str | None = "match_rms_adamw"
     scale_by_fraction: bool = True
+    cautious_weight_decay: bool = False
     momentum: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +152,11 @@ class DionReference:
         self.momentum, update = (b.T, update.T) if is_wide else (b, update)
         c = math.sqrt(min(out_size, in_size) / self.q.shape[1]) if self.scale_by_fraction else 1.0
         size = self.lr * scale_of(self.rule, out_size, in_size) * c
-        self.weight = (1 - self.lr * self.weight_decay) * self.weight - size * update
+        factor = 1 - self.lr * self.weight_decay
+        decayed = (
+            cautiously_decayed(self.weight, update, factor) if self.cautious_weight_decay else factor * self.weight
+        )
+        self.weight = decayed - size * update
 
 
 def gram_schmidt(matrix: Tensor) -> Tensor:

@@ -110,7 +110,22 @@ def test_muon_is_dion2_at_fraction_one():
     assert optimizer.param_groups[0]["fraction"] == 1.0
 
 
-@pytest.mark.parametrize("algorithm", ["dion2", "dion", "muon", "adamw"])
+def test_normuon_is_muon_with_normalized_neurons():
+    group = build_optimizer(Language(), 0.1, algorithm="normuon").param_groups[0]
+    assert (group["algorithm"], group["fraction"], group["normalize_neurons"]) == ("dion2", 1.0, True)
+
+
+def test_dion3_beside_dion2():
+    """A setting of one of them is taken where one is."""
+    model = Language()
+    overrides = {"blocks.0.1.weight": "dion2"}
+    optimizer = build_optimizer(model, 0.1, algorithm="dion3", select="output", neuron_beta=0.5, overrides=overrides)
+    dion3, dion2, *_ = sorted(optimizer.param_groups, key=lambda group: group["algorithm"], reverse=True)
+    assert (dion3["algorithm"], dion3["neuron_beta"], "select" in dion3) == ("dion3", 0.5, False)
+    assert (dion2["algorithm"], dion2["select"], dion2["normalize_neurons"]) == ("dion2", "output", False)
+
+
+@pytest.mark.parametrize("algorithm", ["dion2", "dion3", "dion", "muon", "normuon", "adamw"])
 def test_it_trains(algorithm):
     torch.manual_seed(0)
     model = Language()
@@ -267,7 +282,7 @@ NOTHING_TO_DION2 = {
         "Language: dion2 trains nothing, adamw everything. Weights of linear layers (5): overrides send them "
         "elsewhere.",
     ),
-    "vectors": (nn.LayerNorm(4), {}, "LayerNorm: dion2 trains nothing, adamw everything. There are no matrices."),
+    "vectors": (nn.LayerNorm(4), {}, "LayerNorm: dion2 trains nothing, adamw everything. It has no linear layers."),
 }
 
 
@@ -349,9 +364,14 @@ def test_other_strategies_are_refused(strategy):
         (
             {"lr": 0.1, "algorithm": "sgd"},
             ValueError,
-            "^algorithm must be one of 'dion2', 'dion', 'muon', .* got 'sgd'",
+            "^algorithm must be one of 'dion2', 'dion3', 'dion', 'muon', 'normuon', 'adamw', got 'sgd'",
         ),
         ({"lr": 0.1, "fraction": 0.0}, ValueError, r"^fraction must lie in \(0, 1\]"),
+        (
+            {"lr": 0.1, "algorithm": "dion3", "select": "output"},
+            ValueError,
+            "^select='output' is no setting of algorithm 'dion3'; it belongs to 'dion2', remove it",
+        ),
         ({"lr": 0.1, "lora": "A"}, ValueError, "lora must be one of"),
         ({"lr": 0.1, "overrides": {"bolcks.*": "adamw"}}, ValueError, "bolcks"),
         ({"learning_rat": 0.1}, TypeError, r"^build_optimizer\(\) has no argument 'learning_rat'"),

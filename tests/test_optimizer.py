@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -82,10 +83,11 @@ def test_groups_override_every_setting():
         "orthonormalize_dtype": "float32",
         "state_dtype": "float64",
         "rounding": "nearest",
+        "rounding_seed": 3,
         "check_finite": True,
     }
-    of_adamw = {"lr": 2.0, "weight_decay": 0.3, "betas": (0.1, 0.2), "eps": 1e-3, "rounding": "nearest"}
-    of_adamw["check_finite"] = True
+    of_adamw = {"lr": 2.0, "weight_decay": 0.3, "betas": (0.1, 0.2), "eps": 1e-3, "check_finite": True}
+    of_adamw |= {"rounding": "nearest", "rounding_seed": 4}
     groups = [{"params": [torch.nn.Parameter(torch.ones(4, 4))], **overrides}]
     groups += [{"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw", **of_adamw}]
     optimizer = Dion2(groups)
@@ -179,8 +181,8 @@ def test_the_state_follows_a_parameter_that_is_cast(before, after):
     other.step()  # creates the state, as one for this dtype, and does nothing else
     other.param_groups[0]["lr"] = other.param_groups[1]["lr"] = 0.05
     for parameter, twin in zip(model.parameters(), other_model.parameters(), strict=True):
-        for name in optimizer.state[parameter].keys() & other.state[twin].keys():  # what half precision alone has
-            other.state[twin][name].copy_(optimizer.state[parameter][name])
+        for name, tensor in optimizer.state[parameter].items():
+            other.state[twin][name].copy_(tensor)
 
     model.to(after)
     train(model, optimizer, range(3, 6))
@@ -603,23 +605,37 @@ def quintic(submatrices: Tensor) -> Tensor:
     return (x if wide is submatrices else x.mT).to(submatrices.dtype)
 
 
-@pytest.mark.parametrize("rule", ["original", "match_rms_adamw"])
+def without_nesterov(rule: str) -> dict[str, Any]:
+    return {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "adjust_lr_fn": rule, "nesterov": False}
+
+
+MUON_DEFAULTS = {"lr": 1e-3, "momentum": 0.95, "weight_decay": 0.1, "adjust_lr_fn": "original", "nesterov": True}
+
+
+@pytest.mark.parametrize(
+    ("own", "given"),
+    [
+        (without_nesterov("original"), without_nesterov("original")),
+        (without_nesterov("match_rms_adamw"), without_nesterov("match_rms_adamw")),
+        (MUON_DEFAULTS, {}),
+    ],
+    ids=["original", "match_rms_adamw", "torch's defaults"],
+)
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)], ids=str)
-def test_fraction_one_is_muon_without_nesterov(shape, rule):
+def test_fraction_one_is_muon(shape, own, given):
     """torch scales its buffer by 1 - momentum, which orthonormalization ignores; it computes in bfloat16: 1e-2."""
     torch.manual_seed(0)
     start = 0.02 * torch.randn(shape)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "adjust_lr_fn": rule}
-    dion2 = Dion2([ours], fraction=1.0, orthonormalize=quintic, **settings)
-    muon = torch.optim.Muon([theirs], nesterov=False, **settings)
+    dion2, muon = Dion2([ours], fraction=1.0, orthonormalize=quintic, **own), torch.optim.Muon([theirs], **given)
+    mu = own["momentum"]
     for _ in range(10):
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()
         dion2.step()
         muon.step()
         # Ours decays after the update, so it is theirs a step further.
-        momentum, buffer = dion2.state[ours]["momentum"] / 0.9, muon.state[theirs]["momentum_buffer"] / (1 - 0.9)
+        momentum, buffer = dion2.state[ours]["momentum"] / mu, muon.state[theirs]["momentum_buffer"] / (1 - mu)
         torch.testing.assert_close(momentum, buffer, rtol=1e-6, atol=1e-6 * buffer.abs().max().item())
     moved = torch.linalg.norm(theirs - start)
     assert torch.linalg.norm(ours - theirs) / moved < 1e-2

@@ -59,8 +59,19 @@ def test_settings(settings, error, message):
     ("entries", "error", "message"),
     [
         ({"fractoin": 0.5}, ValueError, "group 'm': unknown entry 'fractoin'; did you mean 'fraction'?"),
-        ({"nesterov": True}, ValueError, "group 'm': unknown entry 'nesterov'; known are "),
-        ({"algorithm": "muon"}, ValueError, "group 'm': algorithm must be one of 'dion2', 'dion', 'adamw', got 'muon'"),
+        ({"dampening": 0.1}, ValueError, "group 'm': unknown entry 'dampening'; known are "),
+        (
+            {"algorithm": "dion3", "select": "output"},
+            ValueError,
+            "group 'm': unknown entry 'select' of algorithm 'dion3'; it belongs to 'dion2', remove it",
+        ),
+        ({"neuron_beta": 1.0}, ValueError, r"group 'm': neuron_beta must lie in \[0, 1\), got 1.0"),
+        ({"normalize_neurons": "yes"}, TypeError, "group 'm': normalize_neurons must be True or False, got 'yes'"),
+        (
+            {"algorithm": "muon"},
+            ValueError,
+            "group 'm': algorithm must be one of 'dion2', 'dion3', 'dion', 'adamw', got 'muon'",
+        ),
         ({"fraction": 2}, ValueError, r"group 'm': fraction must lie in \(0, 1\], got 2"),
         ({"batched": "yes"}, TypeError, "group 'm': batched must be True or False, got 'yes'"),
         ({"transposed": 1}, TypeError, "group 'm': transposed must be True or False, got 1"),

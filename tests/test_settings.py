@@ -77,7 +77,11 @@ def test_build_passes_everything_on() -> None:
     [
         ({"lr": "1e-3"}, TypeError, "^lr must be a number, got the str '1e-3'"),  # as plain YAML reads it
         ({"fraction": 2.0}, ValueError, r"^fraction must lie in \(0, 1\], got 2"),
-        ({"algorithm": "sgd"}, ValueError, "^algorithm must be one of 'dion2', 'dion', 'muon', 'adamw', got 'sgd'"),
+        (
+            {"algorithm": "sgd"},
+            ValueError,
+            "^algorithm must be one of 'dion2', 'dion3', 'dion', 'muon', 'normuon', 'adamw', got 'sgd'",
+        ),
         ({"adamw_lr": -1.0}, ValueError, "^adamw_lr must be at least 0"),
         ({"lora": "A"}, ValueError, "^lora must be one of"),
         ({"betas": (0.9, 1.0)}, ValueError, "^betas"),
@@ -177,7 +181,7 @@ def test_help_comes_from_the_docstring(capsys: pytest.CaptureFixture[str]) -> No
         run_cli("--help")
     shown = " ".join(capsys.readouterr().out.split())
     assert "Learning rate of the groups that have none of their own" in shown
-    assert "--model.optimizer.algorithm {dion2,dion,muon,adamw}" in shown
+    assert "--model.optimizer.algorithm {dion2,dion3,dion,muon,normuon,adamw}" in shown
 
 
 @pytest.mark.parametrize("by_cli", [True, False], ids=["CLI", "Python"])

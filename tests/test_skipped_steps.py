@@ -24,8 +24,13 @@ def optimizer_of(device: str = "cpu", **settings: Any) -> Dion2:
         return parameter
 
     more = [
-        {"params": [zeros(40, 96), zeros(96, 40)], "state_dtype": "bfloat16"},
-        {"params": [zeros(40, 96, dtype=torch.float64), zeros(96, 40, dtype=torch.float64)]},
+        {"params": [zeros(40, 96), zeros(96, 40)], "state_dtype": "bfloat16", "nesterov": True},
+        {
+            "params": [zeros(40, 96, dtype=torch.float64), zeros(96, 40, dtype=torch.float64)],
+            "normalize_neurons": True,
+            "cautious_weight_decay": True,
+        },
+        {"params": [zeros(30, 8)], "algorithm": "adamw", "cautious_weight_decay": True},
     ]
     optimizer = Dion2([*groups_of_every_kind(device), *more], lr=0.1, weight_decay=0.1, **settings)
     fill(optimizer, weights=0)

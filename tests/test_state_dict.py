@@ -252,7 +252,7 @@ def of_another_optimizer(saved):
     saved["state"].clear()
     for group in saved["param_groups"]:
         del group["algorithm"]
-        group |= {"dampening": 0, "nesterov": False}
+        group |= {"dampening": 0, "foreach": None}
 
 
 def setting_out_of_range(saved):
@@ -313,11 +313,11 @@ def no_groups(saved):
         (other_names, "only in the checkpoint: encoder.weight; only in this optimizer: 0.weight. To load by position"),
         (
             foreign_state,
-            r"the checkpoint holds \['momentum_buffer'\] for it, algorithm 'dion2' needs \['momentum'\]; .* alone",
+            r"the checkpoint holds \['momentum_buffer'\] for it, algorithm 'dion2'.* \['momentum', 'step'\]; .* alone",
         ),
         (
             of_another_optimizer,
-            "of another optimizer: its groups say no algorithm and have dampening, nesterov. .* load the model's weigh",
+            "of another optimizer: its groups say no algorithm and have dampening, foreach. .* load the model's weigh",
         ),
         (setting_out_of_range, r"group 'dion2': the checkpoint's momentum must lie in \[0, 1\), got 1.5"),
         (too_many_names, "the checkpoint has 4 names for 3 parameters; it is damaged"),
@@ -373,7 +373,7 @@ def test_settings_that_the_checkpoint_replaces_are_named():
     [said] = warnings_of_loading(other, optimizer.state_dict())
     assert said == (
         "the checkpoint's settings replace those that this optimizer was given: lr 0.05 instead of 0.01 ('dion2', "
-        "'adamw'); fraction 0.25 instead of 0.5 ('dion2'); momentum 0.95 instead of 0.8 ('dion2'); betas (0.9, 0.999) "
+        "'adamw'); momentum 0.95 instead of 0.8 ('dion2'); fraction 0.25 instead of 0.5 ('dion2'); betas (0.9, 0.999) "
         "instead of (0.8, 0.9) ('adamw'). To go on with the given ones, set them in optimizer.param_groups after "
         "loading, a scheduled lr also in the scheduler's base_lrs"
     )
@@ -390,6 +390,24 @@ def test_of_an_added_group_and_of_a_copy_too():
     for each in (other, copy.deepcopy(other)):
         [said] = warnings_of_loading(each, optimizer.state_dict())
         assert "eps 1e-08 instead of 1e-06 ('adamw')." in said
+
+
+def test_the_rates_that_a_schedule_begins_with_are_compared():
+    """Some begin with rates of their own; what they have made of them by now is no change."""
+
+    def scheduled(model, max_lr, steps):
+        optimizer = Dion2(groups_of(model), lr=max_lr)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [max_lr] * 2, total_steps=9, cycle_momentum=False)
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+        return optimizer
+
+    model, _ = three_matrices_after_one_step()
+    saved = scheduled(model, 0.05, steps=3).state_dict()
+    assert warnings_of_loading(scheduled(model, 0.05, steps=0), saved) == []
+    [said] = warnings_of_loading(scheduled(model, 0.025, steps=0), saved)
+    assert "lr 0.002 instead of 0.001 ('dion2', 'adamw')." in said
 
 
 @pytest.mark.parametrize("scheduled", ["both", "saved", "neither"])
@@ -452,3 +470,119 @@ def test_a_checkpoint_of_version_0_1_0_loads_and_training_continues():
         optimizer.step()
     for name, expected in saved["after"].items():
         torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-6, atol=1e-7)
+
+
+def trained(algorithm: str, **settings) -> tuple[nn.Module, Dion2]:
+    model = model_of(torch.float32)
+    optimizer = build_optimizer(model, 0.05, algorithm=algorithm, **settings)
+    train(model, optimizer, range(3))
+    return model, optimizer
+
+
+def test_a_checkpoint_of_another_algorithm_is_refused_and_its_momentum_carried_over():
+    """By name, as the groups are others; and under the settings of the new run."""
+    model, optimizer = trained("dion2")
+    other = build_optimizer(model, 0.01, algorithm="dion3")
+    with pytest.raises(ValueError, match=r"'dion3': the checkpoint's algorithm is 'dion2', .* call .*carry_over"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+    other.param_groups[0]["lr"] = 0.001
+    with pytest.warns(UserWarning, match="this starts anew: 'variance' of parameter '0.weight'") as record:
+        other.carry_over(through_a_file(optimizer.state_dict()))
+    assert len(record) == 1
+    assert other.param_groups[0]["lr"] == 0.001
+    for parameter in model.parameters():
+        found, saved = other.state[parameter], optimizer.state[parameter]
+        assert all(torch.equal(found[name], saved[name]) for name in saved)
+        assert found.get("variance", torch.zeros(1)).count_nonzero() == 0
+    train(model, other, range(3, 5))
+
+    with warnings.catch_warnings(action="error"):  # back: nothing is missing
+        optimizer.carry_over(other.state_dict())
+    assert optimizer.state[model[0].weight].keys() == {"momentum", "step"}
+    train(model, optimizer, range(5, 7))
+
+
+def test_normuon_to_muon_and_back():
+    """One algorithm, other settings: loading takes those of the checkpoint, carrying over keeps the present ones."""
+    model, normuon = trained("normuon")
+    with pytest.warns(UserWarning, match="normalize_neurons True instead of False"):
+        muon = build_optimizer(model, 0.05, algorithm="muon")
+        muon.load_state_dict(normuon.state_dict())
+    assert torch.equal(muon.state[model[0].weight]["variance"], normuon.state[model[0].weight]["variance"])
+    dion3 = build_optimizer(model, 0.05, algorithm="dion3")
+    with pytest.warns(UserWarning, match="'variance' of"):  # which is of another size there
+        dion3.carry_over(normuon.state_dict())
+    assert dion3.state[model[0].weight]["variance"].count_nonzero() == 0
+    muon = build_optimizer(model, 0.05, algorithm="muon")
+    muon.carry_over(normuon.state_dict())
+    assert muon.state[model[0].weight].keys() == {"momentum", "step"}
+    with pytest.warns(UserWarning, match="'variance' of"):
+        normuon.carry_over(muon.state_dict())
+    train(model, normuon, range(3, 5))
+
+
+def test_what_is_carried_over_is_found_by_name():
+    """Also where the ids are names, in another order than param_names, as torch.distributed.checkpoint has them."""
+    model, optimizer = trained("dion2")
+    saved = optimizer.state_dict()
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    saved["state"] = {names[key]: value for key, value in saved["state"].items()}
+    for group in saved["param_groups"]:
+        group["params"] = group["param_names"][::-1]
+    other = build_optimizer(model, 0.01, algorithm="muon")
+    other.carry_over(saved)
+    for parameter in model.parameters():
+        assert all(
+            torch.equal(value, other.state[parameter][name]) for name, value in optimizer.state[parameter].items()
+        )
+
+
+def test_a_muon_checkpoint_from_before_neurons_were_normalized_is_refused_with_the_way_out():
+    model, muon = trained("muon")
+    saved = muon.state_dict()
+    for group in saved["param_groups"]:
+        group.pop("normalize_neurons", None)
+    normuon = build_optimizer(model, 0.05, algorithm="normuon")
+    with pytest.raises(ValueError, match=r"needs \['momentum', 'step', 'variance'\]; to go on .* carry_over"):
+        normuon.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="'variance' of"):
+        normuon.carry_over(saved)
+    train(model, normuon, range(3, 5))
+
+
+def test_what_cannot_be_carried_over():
+    model, adamw = trained("adamw")
+    dion3 = build_optimizer(model, 0.05, algorithm="dion3")
+    with pytest.raises(ValueError, match=r"'0.weight' has the state of algorithm 'adamw' .* 'dion3' cannot go on"):
+        dion3.carry_over(adamw.state_dict())
+    saved = trained("dion2")[1].state_dict()
+    momentum = saved["state"][0].pop("momentum")
+    with pytest.raises(ValueError, match=r"'0.weight': the checkpoint holds \['step'\] for it, and not momentum"):
+        dion3.carry_over(saved)
+    saved["state"][0]["momentum"] = momentum
+    saved["param_groups"][0]["param_names"][0] = "another"
+    with pytest.raises(ValueError, match=r"has no parameters of the names 0\.weight;"):
+        dion3.carry_over(saved)
+    saved["param_groups"][0]["params"].pop()
+    with pytest.raises(ValueError, match="the checkpoint has 3 parameters, this optimizer 4;"):
+        dion3.carry_over(saved)
+    with pytest.raises(ValueError, match="is of another optimizer"):
+        dion3.carry_over(torch.optim.AdamW(model.parameters()).state_dict())
+    assert not dion3.state
+
+
+def test_neurons_are_normalized_from_now_on():
+    """A setting that is switched on or off in a live group gains or loses its state, in the shape of each parameter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 5))
+    optimizer = build_optimizer(model, 0.05)
+    for is_on in (False, True, False):
+        optimizer.param_groups[0]["normalize_neurons"] = is_on
+        model(torch.ones(2, 8)).square().mean().backward()
+        optimizer.step()
+        states = [optimizer.state[layer.weight] for layer in model]
+        assert [state["variance"].shape if is_on else None for state in states] == (
+            [(12, 1), (5, 1)] if is_on else [None, None]
+        )
+        assert all(("variance" in state) == is_on for state in states)

@@ -15,6 +15,7 @@ class Method:
         name: In records and tables.
         algorithm: For `build_optimizer`.
         fraction: Of each matrix.
+        select: Which slices Dion2 selects from; None where the algorithm says it.
         lora: Which LoRA factors count as matrices.
         has_rest: Whether there is anything that is no matrix, so that `adamw_lr` has an effect.
         like: The name of a method whose best settings its search begins with; it then looks for the learning rate of
@@ -26,6 +27,7 @@ class Method:
     name: str
     algorithm: str
     fraction: float = 1.0
+    select: str | None = None
     lora: str = "adamw"
     has_rest: bool = True
     like: str | None = None
@@ -33,7 +35,8 @@ class Method:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"algorithm": self.algorithm, "fraction": self.fraction, "lora": self.lora}
+        select = {} if self.select is None else {"select": self.select}
+        return {"algorithm": self.algorithm, "fraction": self.fraction, "lora": self.lora, **select}
 
     @property
     def momenta(self) -> dict[str, float]:
@@ -79,6 +82,10 @@ ADAMW = Method("AdamW", "adamw")
 MUON = Method("Muon", "muon")
 DION2_HALF = Method("Dion2 1/2", "dion2", 1 / 2, like="Dion2 1/4")
 DION2_QUARTER = Method("Dion2 1/4", "dion2", 1 / 4, in_depth=True)
+DION2_OUTPUTS = Method("Dion2 1/4, outputs", "dion2", 1 / 4, select="output", like="Dion2 1/4")
+DION3_HALF = Method("Dion3 1/2", "dion3", 1 / 2, like="Dion3 1/4")
+DION3_QUARTER = Method("Dion3 1/4", "dion3", 1 / 4)
+DION3_EIGHTH = Method("Dion3 1/8", "dion3", 1 / 8, like="Dion3 1/4")
 ADAMW_LORA = Method("AdamW", "adamw", lora="both", has_rest=False)
 DION2_QUARTER_LORA = Method("Dion2 1/4, A and B", "dion2", 1 / 4, lora="both", has_rest=False)
 DION2_QUARTER_LORA_B = Method("Dion2 1/4, B alone", "dion2", 1 / 4, lora="B", like=DION2_QUARTER_LORA.name)

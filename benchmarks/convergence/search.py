@@ -77,7 +77,8 @@ class Study:
                     self.record(method, candidates[0], seed, self.task.short_steps)
             if self.task.long_steps is not None and method.like is None:
                 for candidate in candidates:
-                    self.record(method, candidate, self.seeds[0], self.task.long_steps)
+                    for seed in self.seeds[:2]:
+                        self.record(method, candidate, seed, self.task.long_steps)
         baseline = self.task.methods[0].name
         if baseline in chosen and not chosen.keys() <= time_ratios(self.records).keys():
             by_method = {method: chosen[method.name] for method in self.task.methods if method.name in chosen}

@@ -41,9 +41,13 @@ from benchmarks.convergence.methods import (
     ADAMW_LORA,
     DION2_EIGHTH,
     DION2_HALF,
+    DION2_OUTPUTS,
     DION2_QUARTER,
     DION2_QUARTER_LORA,
     DION2_QUARTER_LORA_B,
+    DION3_EIGHTH,
+    DION3_HALF,
+    DION3_QUARTER,
     MUON,
     Candidate,
     Method,
@@ -107,14 +111,26 @@ class Task(abc.ABC):
         return get_cosine_schedule_with_warmup(optimizer, round(steps / 10), steps)
 
 
+ALL = (
+    *(ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_OUTPUTS, DION2_EIGHTH),
+    *(DION3_HALF, DION3_QUARTER, DION3_EIGHTH),
+)
+"""For the two tasks whose runs take a minute or two."""
+
+
 @dataclass(frozen=True)
 class Pretraining(Task):
     """A byte-level Llama from nothing on Python's manual and docstrings; at full size on WikiText-103, from the hub."""
 
     name = "pretraining"
     title = "Pretraining: byte-level Llama, from scratch"
-    methods = (ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_EIGHTH)
-    starts: ClassVar = {"adamw": Candidate(2e-3, 2e-3), "muon": Candidate(3e-3, 3e-3), "dion2": Candidate(3e-3, 3e-3)}
+    methods = ALL
+    starts: ClassVar = {
+        "adamw": Candidate(2e-3, 2e-3),
+        "muon": Candidate(3e-3, 3e-3),
+        "dion2": Candidate(3e-3, 3e-3),
+        "dion3": Candidate(3e-3, 3e-3),
+    }
 
     length: int = 128
     hidden_size: int = 128
@@ -174,11 +190,12 @@ class Classification(Task):
 
     name = "classification"
     title = "Fine-tuning: MiniLM-L6, 8-way text classification"
-    methods = (ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_EIGHTH)
+    methods = ALL
     starts: ClassVar = {
         "adamw": Candidate(4e-4, 8e-4),
         "muon": Candidate(8e-4, 8e-4),
         "dion2": Candidate(1.6e-3, 1.6e-3),
+        "dion3": Candidate(1.6e-3, 1.6e-3),
     }
 
     max_length: int = 64

@@ -12,9 +12,10 @@ from dion2_lightning.algorithms.adamw import AdamWAlgorithm, AdamWSettings
 from dion2_lightning.algorithms.algorithm import Algorithm
 from dion2_lightning.algorithms.dion import DionAlgorithm, DionSettings
 from dion2_lightning.algorithms.dion2 import Dion2Algorithm, Dion2Settings
+from dion2_lightning.algorithms.dion3 import Dion3Algorithm
 
 ALGORITHMS: Final[dict[str, Algorithm]] = {
-    each.name: each for each in (Dion2Algorithm(), DionAlgorithm(), AdamWAlgorithm())
+    each.name: each for each in (Dion2Algorithm(), Dion3Algorithm(), DionAlgorithm(), AdamWAlgorithm())
 }
 """The algorithms by the names that a group's ``algorithm`` takes."""
 
@@ -25,7 +26,7 @@ DEFAULT_REST: Final = AdamWAlgorithm.name
 """What trains everything else."""
 
 
-ChoiceName = Literal["dion2", "dion", "muon", "adamw"]
+ChoiceName = Literal["dion2", "dion3", "dion", "muon", "normuon", "adamw"]
 """The names in :data:`CHOICES`."""
 
 
@@ -47,8 +48,14 @@ class Choice(NamedTuple):
 
 CHOICES: Final = {
     "dion2": Choice("Dion2 and AdamW", "dion2", {}),
+    "dion3": Choice("Dion3 and AdamW", "dion3", {}),
     "dion": Choice("Dion and AdamW", "dion", {}),
     "muon": Choice("Muon (dion2 groups at fraction 1) and AdamW", "dion2", {"fraction": 1.0}),
+    "normuon": Choice(
+        "NorMuon (dion2 groups at fraction 1 with normalize_neurons) and AdamW",
+        "dion2",
+        {"fraction": 1.0, "normalize_neurons": True},
+    ),
     "adamw": Choice("AdamW (dion2 groups too)", "dion2", {}, control=True),
 }
 """The values of build_optimizer's ``algorithm``."""

@@ -1,7 +1,8 @@
 """AdamW (arXiv 1711.05101): torch's own functional update, for everything that is no matrix.
 
 It refuses tensors of several dtypes, and half precision is too coarse for its moments: at 0.999 a second moment in
-bfloat16 never decays. So half-precision parameters have moments in float32 and are updated on float32 copies.
+bfloat16 never decays. So half-precision parameters have moments in float32 and are updated on float32 copies. It has no
+cautious weight decay: what decays so is updated on copies too.
 """
 
 import zlib
@@ -24,6 +25,7 @@ from dion2_lightning.algorithms.hyperparameters import (
     two_decay_rates,
 )
 from dion2_lightning.algorithms.matrix_update import BATCH_ELEMENTS, bounded
+from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, random_bits, store_
 from dion2_lightning.matrices.layout import group_by, held_coordinates, local, local_gradient
@@ -85,19 +87,26 @@ def _update(members: Sequence[Member], gates: Mapping[torch.device, Gate]) -> No
             _Piece(local(each), gradient, local(state["exp_avg"]), local(state["exp_avg_sq"]), state["step"])
             for (each, state, *_), gradient in bucket
         ]
-        if parameter.dtype in HALF_PRECISION:
-            _update_in_float32(pieces, _random_bits([member for member, _ in bucket]), group, found_inf)
+        if parameter.dtype in HALF_PRECISION or _decays_cautiously(group):
+            _update_by_copies(pieces, _random_bits([member for member, _ in bucket]), group, gate if is_fused else None)
         else:
             _adamw(pieces, group, found_inf)
 
 
-def _update_in_float32(
+def _update_by_copies(
     pieces: Sequence[_Piece],
     random_bits_of_each: Sequence[RandomBits | None],
     group: Mapping[str, Any],
-    found_inf: Tensor | None,
+    gate: Gate | None,
 ) -> None:
-    """Update copies in float32 and round them once; as many at a time as the working memory allows."""
+    """Update copies, in float32 at least, and round them once; as many at a time as the working memory allows.
+
+    For cautious weight decay the copies are zero, and what torch makes of them is the update; its sign is exp_avg's.
+    """
+    is_cautious, found_inf = _decays_cautiously(group), None if gate is None else gate.found_inf
+    precise = torch.promote_types(pieces[0].weight.dtype, torch.float32)
+    factor: float = 1.0 - group["lr"] * group["weight_decay"]
+    shrink = factor if gate is None else gate.number(factor, 1.0, precise)
     cut = [
         (_Piece(*block, whole.step), bits)  # type: ignore[call-arg]
         for whole, its_bits in zip(pieces, random_bits_of_each, strict=True)
@@ -105,12 +114,21 @@ def _update_in_float32(
     ]
     for run in bounded(cut, lambda each: each[0].weight.numel()):
         copies = [
-            piece._replace(weight=piece.weight.float(), gradient=piece.gradient.float(), step=piece.step.clone())
+            piece._replace(
+                weight=torch.zeros_like(piece.weight, dtype=precise) if is_cautious else piece.weight.to(precise),
+                gradient=piece.gradient.to(precise),
+                step=piece.step.clone(),
+            )
             for piece, _ in run
         ]
         _adamw(copies, group, found_inf)
         for (piece, bits), copy in zip(run, copies, strict=True):
-            store_(piece.weight, copy.weight, bits)
+            if is_cautious:
+                copy.weight.add_(decayed(piece.weight, piece.exp_avg, shrink))
+            if piece.weight.dtype in HALF_PRECISION:
+                store_(piece.weight, copy.weight, bits)
+            else:
+                piece.weight.copy_(copy.weight)
     steps = [piece.step for piece in pieces]
     if found_inf is None:
         torch._foreach_add_(steps, 1)
@@ -118,13 +136,17 @@ def _update_in_float32(
         torch._foreach_add_(steps, [1 - found_inf] * len(steps))
 
 
+def _decays_cautiously(group: Mapping[str, Any]) -> bool:
+    return bool(group["cautious_weight_decay"] and group["lr"] * group["weight_decay"])
+
+
 def _random_bits(members: Sequence[Member]) -> Sequence[RandomBits | None]:
-    """The random bits of this step for parameters of one group and device; None for each if it rounds to nearest."""
-    if members[0].group["rounding"] != "stochastic":
+    """The random bits of this step for parameters of one group, device and dtype; None for each without any."""
+    if members[0].group["rounding"] != "stochastic" or members[0].parameter.dtype not in HALF_PRECISION:
         return [None] * len(members)
     drawn = random_bits(
         [held_coordinates(member.parameter) for member in members],
-        [zlib.crc32(f"apply {member.name}".encode()) for member in members],
+        [zlib.crc32(f"{member.group['rounding_seed']} apply {member.name}".encode()) for member in members],
         [member.state["step"] for member in members],
     )
     shapes = [torch.atleast_1d(local(member.parameter)).shape for member in members]

@@ -29,7 +29,7 @@ class Observer(Protocol):
     """What receives the events of a step; see :class:`~dion2_lightning.SelectionTracker`.
 
     Attributes:
-        wants_results: Whether to call :meth:`orthonormalized` and :meth:`moved` in this step.
+        wants_results: Whether to call :meth:`orthonormalized`, :meth:`normalized` and :meth:`moved` in this step.
     """
 
     wants_results: bool
@@ -45,6 +45,9 @@ class Observer(Protocol):
 
     def orthonormalized(self, parameter: Tensor, result: Tensor) -> None:
         """Called with whole orthonormal submatrices (count, k, m), on the rank that computed them."""
+
+    def normalized(self, parameter: Tensor, variance: Tensor) -> None:
+        """Called with the variances of all neurons (count, out), the same on every rank that holds their matrices."""
 
     def moved(self, parameter: Tensor, change: Tensor) -> None:
         """Called with what is added to this rank's part of some selected slices."""
@@ -159,14 +162,15 @@ class Algorithm(ABC):
         name: What a group's ``algorithm`` says.
         settings: Its hyperparameters.
         needs_matrices: Whether it updates matrices, or parameters of any shape.
-        optional_state: Entries of the state that parameters of some dtypes lack. They begin anew where a checkpoint, of
-            another dtype, has none.
+        optional_state: Entries of the state that a checkpoint may lack, as those from before had none; they begin anew.
+        state_by_setting: Entries that come and go with settings, and mean another thing under others.
     """
 
     name: ClassVar[str]
     settings: ClassVar[type[SharedSettings]]
     needs_matrices: ClassVar[bool] = False
     optional_state: ClassVar[frozenset[str]] = frozenset()
+    state_by_setting: ClassVar[frozenset[str]] = frozenset()
 
     def entries(self) -> dict[str, Any]:
         """Return the entries of a group that say how its parameters are stored, with their defaults."""
@@ -196,6 +200,10 @@ class Algorithm(ABC):
     def sliced(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Matrices, int] | None:
         """Return a parameter's matrices and the axis from which a step selects slices; None if it does not."""
         return None
+
+    def continues(self, other: "Algorithm") -> bool:
+        """Return whether it can go on with another algorithm's state, all but what depends on settings."""
+        return self is other
 
     def agreement(self, parameter: Tensor, group: Mapping[str, Any]) -> object:
         """Return what ranks that share a parameter must have in common besides the settings."""

@@ -39,7 +39,6 @@ from dion2_lightning.algorithms.low_rank import (
     right_products,
 )
 from dion2_lightning.algorithms.matrix_update import accumulate, count_step, draw_bits
-from dion2_lightning.kernels.rounding import HALF_PRECISION
 
 
 @dataclass(kw_only=True)
@@ -65,18 +64,15 @@ class DionAlgorithm(Algorithm):
     name: ClassVar[str] = "dion"
     settings: ClassVar[type[SharedSettings]] = DionSettings
     needs_matrices: ClassVar[bool] = True
-    optional_state: ClassVar[frozenset[str]] = frozenset({"step"})
 
     def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
-        """Return momentum and Q, in float32 at least, and the number of steps where the weight is in half precision.
-
-        The random bits of a step depend on that.
-        """
+        """Return momentum and Q, in float32 at least, and the number of steps, on which random bits depend."""
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        state = {"momentum": StateTensor.like(parameter, dtype), "Q": right_factor(parameter, group, dtype)}
-        if parameter.dtype in HALF_PRECISION:
-            state["step"] = StateTensor((), torch.float32, parameter.device)
-        return state
+        return {
+            "momentum": StateTensor.like(parameter, dtype),
+            "Q": right_factor(parameter, group, dtype),
+            "step": StateTensor((), torch.float32, parameter.device),
+        }
 
     def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
         """Plan a step: the matrices of this rank alone, and those that it shares."""

@@ -2,9 +2,10 @@
 
     M    <- M + G                              accumulate
     K    <- the k slices of M with the largest L1 norms
-    S    <- M[K]
+    S    <- M[K]                               or G[K] + mu M[K] with nesterov
     M[K] <- mu M[K]                            only what is selected decays
     O    <- U V^T of S = U Sigma V^T           orthonormalize
+    O    <- O, its neurons normalized          where normalize_neurons says so: neurons.py
     X    <- (1 - lr weight_decay) X            every entry
     X[K] <- X[K] - lr scale O                  only what is selected moves
 
@@ -20,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from dion2_lightning.algorithms import neurons
 from dion2_lightning.algorithms.algorithm import (
     Algorithm,
     Member,
@@ -33,6 +35,7 @@ from dion2_lightning.algorithms.hyperparameters import (
     DType,
     MatrixSettings,
     SharedSettings,
+    decay_rate,
     dtype,
     setting,
     share,
@@ -40,7 +43,6 @@ from dion2_lightning.algorithms.hyperparameters import (
 from dion2_lightning.algorithms.learning_rates import update_scale
 from dion2_lightning.algorithms.matrix_update import (
     MatrixUpdate,
-    Rescale,
     accumulate,
     apply,
     batches,
@@ -51,7 +53,6 @@ from dion2_lightning.algorithms.matrix_update import (
     select,
     show_result,
     shrink,
-    square_sums,
     take,
 )
 from dion2_lightning.kernels.orthonormalize import default_dtype
@@ -62,16 +63,21 @@ from dion2_lightning.matrices.views import Matrices
 
 
 @dataclass(kw_only=True)
-class Dion2Settings(MatrixSettings):
-    """The hyperparameters of Dion2."""
+class SlicedSettings(MatrixSettings):
+    """The hyperparameters of Dion2 and Dion3."""
 
     fraction: float = setting(
         0.25, "Share of each matrix's slices to select, in (0, 1]; k = max(1, ceil(fraction n)) of n.", share
     )
-    select: Literal["shorter", "output"] = setting(
-        "shorter",
-        '"shorter" selects along the shorter axis of (out, in), output slices at a tie; "output" always selects output '
-        "slices.",
+    nesterov: bool = setting(
+        False,
+        "Orthonormalize G + momentum M of the selected slices instead of M, as torch.optim.Muon does by default. Which "
+        "slices are selected does not change.",
+    )
+    neuron_beta: float = setting(
+        0.95,
+        "Decay rate, in [0, 1), of the neurons' variances: of Dion3 and NorMuon, and of Dion2 with normalize_neurons.",
+        decay_rate,
     )
     orthonormalize_dtype: DType | None = setting(
         None,
@@ -86,6 +92,22 @@ class Dion2Settings(MatrixSettings):
     )
 
 
+@dataclass(kw_only=True)
+class Dion2Settings(SlicedSettings):
+    """The hyperparameters of Dion2."""
+
+    select: Literal["shorter", "output"] = setting(
+        "shorter",
+        '"shorter" selects along the shorter axis of (out, in), output slices at a tie; "output" always selects output '
+        "slices.",
+    )
+    normalize_neurons: bool = setting(
+        False,
+        "Divide the orthonormal update of each neuron, an output of the matrix, by its running root mean square, as "
+        'NorMuon does (arXiv 2510.05491). With select="output" this is Dion3.',
+    )
+
+
 class Dion2Algorithm(Algorithm):
     """Orthonormalizes the largest slices of the momentum."""
 
@@ -93,6 +115,15 @@ class Dion2Algorithm(Algorithm):
     settings: ClassVar[type[SharedSettings]] = Dion2Settings
     needs_matrices: ClassVar[bool] = True
     optional_state: ClassVar[frozenset[str]] = frozenset({"step"})
+    state_by_setting: ClassVar[frozenset[str]] = frozenset({"variance"})
+
+    def select(self, group: Mapping[str, Any]) -> str:
+        """Return from which axis a group's slices are selected."""
+        return str(group["select"])
+
+    def normalizes_neurons(self, group: Mapping[str, Any]) -> bool:
+        """Return whether a group's neurons are normalized."""
+        return bool(group["normalize_neurons"])
 
     def check_parameter(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
         """Raise an error about what is no matrix, or asks for a precision that its device lacks."""
@@ -107,29 +138,32 @@ class Dion2Algorithm(Algorithm):
     def sliced(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Matrices, int]:
         """Return a parameter's matrices, and the axis of the slices."""
         matrices = matrices_of(parameter, group)
-        return matrices, matrices.selection_axis(group["select"])
+        return matrices, matrices.selection_axis(self.select(group))
+
+    def continues(self, other: Algorithm) -> bool:
+        """Return whether it is one that keeps this momentum, whatever it makes of it."""
+        return isinstance(other, Dion2Algorithm)
 
     def agreement(self, parameter: Tensor, group: Mapping[str, Any]) -> object:
         """Return the precision of the orthonormalization, which may depend on the hardware."""
         return _orthonormalization_dtype(parameter, group)
 
     def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
-        """Return the momentum, and, where the weight or the momentum is in half precision, the number of steps.
-
-        The random bits of a step depend on it.
-        """
+        """Return the momentum, the number of steps, on which random bits depend, and variances where there are some."""
         asked = group["state_dtype"]
         own = torch.float32 if parameter.dtype in HALF_PRECISION else parameter.dtype
-        momentum = StateTensor.like(parameter, own if asked is None else getattr(torch, asked))
-        if not {parameter.dtype, momentum.dtype}.intersection(HALF_PRECISION):
-            return {"momentum": momentum}
-        return {"momentum": momentum, "step": StateTensor((), torch.float32, parameter.device)}
+        state = {
+            "momentum": StateTensor.like(parameter, own if asked is None else getattr(torch, asked)),
+            "step": StateTensor((), torch.float32, parameter.device),
+        }
+        if self.normalizes_neurons(group):
+            state["variance"] = neurons.variance_of(parameter, matrices_of(parameter, group))
+        return state
 
     def update_of(self, member: Member, context: StepContext) -> MatrixUpdate:
         """Read a parameter and its settings, as they are now."""
         parameter, group = member.parameter, member.group
-        matrices = matrices_of(parameter, group)
-        axis = matrices.selection_axis(group["select"])
+        matrices, axis = self.sliced(parameter, group)
         slices = matrices.shape[axis]
         k = selected_count(slices, group["fraction"])
         scale = update_scale(matrices.shape, slices, k, group["adjust_lr_fn"], group["scale_lr_by_fraction"])
@@ -142,26 +176,19 @@ class Dion2Algorithm(Algorithm):
             step_size=group["lr"] * scale,
             shrink=1.0 - group["lr"] * group["weight_decay"],
             dtype=_orthonormalization_dtype(parameter, group),
+            nesterov=group["nesterov"],
+            neuron_beta=group["neuron_beta"] if self.normalizes_neurons(group) else None,
         )
 
     def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
         """Plan a step: the matrices of this rank alone, and those that it shares."""
-        return plan_step([self.update_of(member, context) for member in members], context)
+        updates = [self.update_of(member, context) for member in members]
+        unshared, shared = split_by_ranks(updates, context.share_replicas)
+        present = [update for update in unshared if update.gradient is not None]
+        return StepWork([update_shared(part, context) for part in shared], [partial(update_alone, present, context)])
 
 
-def plan_step(updates: Sequence[MatrixUpdate], context: StepContext, rescale: Rescale | None = None) -> StepWork:
-    """Plan a step of this update, or of one that rescales the orthonormal slices: see :data:`Rescale`.
-
-    An algorithm that does is a subclass of :class:`Dion2Algorithm` with a state of its own and this call in ``step``.
-    """
-    unshared, shared = split_by_ranks(updates, context.share_replicas)
-    present = [update for update in unshared if update.gradient is not None]
-    return StepWork(
-        [update_shared(part, context, rescale) for part in shared], [partial(update_alone, present, context, rescale)]
-    )
-
-
-def update_alone(updates: Sequence[MatrixUpdate], context: StepContext, rescale: Rescale | None = None) -> None:
+def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
     """Take one step on matrices that are whole on this rank and have a gradient, equal shapes together."""
     draw_bits(updates)
     for batch in batches(updates):
@@ -169,15 +196,18 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext, rescale:
         norms = [slice_sums(update.momentum).float() for update in batch]
         selected = select(batch, norms)
         submatrices = [
-            take(update.momentum, indices, update, update.bits.get("decay"))
+            take(update, update.momentum, update.gradient, indices, update.bits.get("decay"))
             for update, indices in zip(batch, selected, strict=True)
         ]
-        results = polar_factors(submatrices, context)
+        results = polar_factors(submatrices, batch, context)
         shrink(batch)
+        normalized = [pair for pair in zip(batch, results, strict=True) if pair[0].neuron_beta is not None]
+        sums = {update: neurons.square_sums(update, result) for update, result in normalized}
+        factors = neurons.factors(sums, dict(zip(batch, selected, strict=True)), context)
         for update, indices, its_norms, result in zip(batch, selected, norms, results, strict=True):
             show_result(update, result, context)
-            factors = None if rescale is None else rescale(update, indices, square_sums(result).float())
-            apply(update, update.weight, indices, result, factors, update.bits.get("apply"), context)
+            bits = update.bits.get("apply")
+            apply(update, update.weight, update.momentum, indices, result, factors.get(update), bits, context)
             record_selection(update, indices, its_norms, context)
     count_step(updates)
 

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dion2_lightning.algorithms import neurons
 from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.algorithms.matrix_update import (
     MatrixUpdate,
-    Rescale,
     accumulate,
     apply,
     concatenate,
@@ -37,7 +37,6 @@ from dion2_lightning.algorithms.matrix_update import (
     select,
     show_result,
     shrink,
-    square_sums,
     take,
 )
 from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
@@ -73,7 +72,7 @@ def split_by_ranks(updates: Sequence[U], share_replicas: bool | None) -> tuple[l
     return unshared, list(group_by(shared, lambda each: (*ranks_of(each), each.momentum.device)).values())
 
 
-def update_shared(updates: list[MatrixUpdate], context: StepContext, rescale: Rescale | None = None) -> WaitingStep:
+def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingStep:
     """Take one step on matrices that the same ranks share in the same way: the same ones in the same order on each.
 
     A gradient that some ranks of a group lack counts as zero there; what has none on any rank is left out. Ranks whose
@@ -115,7 +114,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext, rescale: Re
     )
     parts = [part for update in updates for part in _parts(update, selected[update], edges.get(update), rank, owners)]
     precisions = group_by(parts, lambda part: part.update.dtype).values()
-    exchanges = [_update_by_owners(its_parts, group, replicas, selected, context, rescale) for its_parts in precisions]
+    exchanges = [_update_by_owners(its_parts, group, replicas, selected, context) for its_parts in precisions]
     for _ in itertools.zip_longest(*exchanges):
         yield IN_FLIGHT
     for update in updates:
@@ -131,6 +130,7 @@ class _Part:
         update: The parameter they belong to.
         first: Which of the parameter's matrices on this rank is the first.
         start: Which of the k selected slices is the first that this rank holds.
+        left: Which of the m entries of a slice is the first that this rank holds.
         indices: Shape (count, r), the selected slices that this rank holds, counted from its first slice.
         submatrices: The submatrices that it is a part of.
     """
@@ -138,6 +138,7 @@ class _Part:
     update: MatrixUpdate
     first: int
     start: int
+    left: int
     indices: Tensor
     submatrices: list[SharedSubmatrix]
 
@@ -150,9 +151,11 @@ class _Part:
         bits = self.update.bits.get(line)
         return None if bits is None else bits.of_matrices(self.first, len(self.indices))
 
-    def of_selected(self, tensor: Tensor) -> Tensor:
-        """View its part (count, r) of a tensor about all selected slices of the parameter's matrices."""
-        return self.of_matrices(tensor).narrow(1, self.start, self.indices.shape[1])
+    def of_neurons(self, tensor: Tensor) -> Tensor:
+        """View its part of a tensor about the neurons of O, of all the parameter's matrices."""
+        rows, columns = self.submatrices[0].own_shape
+        start, length = (self.start, rows) if self.update.slices_are_neurons else (self.left, columns)
+        return self.of_matrices(tensor).narrow(1, start, length)
 
 
 def _update_by_owners(
@@ -161,7 +164,6 @@ def _update_by_owners(
     replicas: Replicas | None,
     selected: dict[MatrixUpdate, Tensor],
     context: StepContext,
-    rescale: Rescale | None,
 ) -> Generator[None, object, None]:
     """Take S, have it orthonormalized by its owners and apply O, for parts of one precision."""
     submatrices = [submatrix for part in parts for submatrix in part.submatrices]
@@ -169,20 +171,15 @@ def _update_by_owners(
     exchange = OwnerExchange(submatrices, group, replicas, update_of[0].dtype, update_of[0].momentum.device)
 
     # S <- M[K], to the owners; M[K] <- mu M[K].
-    receive = exchange.to_owners(
-        [
-            submatrix
-            for part in parts
-            for submatrix in take(part.of_matrices(part.update.momentum), part.indices, part.update, part.bits("decay"))
-        ]
-    )
+    receive = exchange.to_owners([submatrix for part in parts for submatrix in _take(part)])
     if group is not None:
         yield IN_FLIGHT
 
     # O of the submatrices that this rank owns, back to those who hold parts. X <- (1 - lr weight_decay) X meanwhile.
-    results = polar_factors([submatrix.unsqueeze(0) for submatrix in receive()], context)
-    for index, result in zip(exchange.owned, results, strict=True):
-        show_result(update_of[index], result, context)
+    owned = [update_of[index] for index in exchange.owned]
+    results = polar_factors([submatrix.unsqueeze(0) for submatrix in receive()], owned, context)
+    for update, result in zip(owned, results, strict=True):
+        show_result(update, result, context)
     receive = exchange.from_owners([result.squeeze(0) for result in results])
     if group is not None and replicas is not None:
         yield IN_FLIGHT
@@ -193,29 +190,42 @@ def _update_by_owners(
     # X[K] <- X[K] - lr scale O.
     returned = iter(receive())
     results = [concatenate([next(returned).unsqueeze(0) for _ in part.submatrices]) for part in parts]
-    factors = {} if rescale is None else (yield from _factors(parts, results, group, selected, rescale))
+    factors = yield from _neuron_factors(parts, results, group, selected, context)
     for part, result in zip(parts, results, strict=True):
-        its_factors = part.of_selected(factors[part.update]) if factors else None
-        weight = part.of_matrices(part.update.weight)
-        apply(part.update, weight, part.indices, result, its_factors, part.bits("apply"), context)
+        its_factors = part.of_neurons(factors[part.update]) if part.update in factors else None
+        weight, momentum = part.of_matrices(part.update.weight), part.of_matrices(part.update.momentum)
+        apply(part.update, weight, momentum, part.indices, result, its_factors, part.bits("apply"), context)
 
 
-def _factors(
+def _take(part: _Part) -> Tensor:
+    """This rank's part of S, (count, r, width)."""
+    update, gradient = part.update, part.update.gradient
+    its_gradient = None if gradient is None else part.of_matrices(gradient)
+    return take(update, part.of_matrices(update.momentum), its_gradient, part.indices, part.bits("decay"))
+
+
+def _neuron_factors(
     parts: Sequence[_Part],
     results: Sequence[Tensor],
     group: "dist.ProcessGroup | None",
     selected: dict[MatrixUpdate, Tensor],
-    rescale: Rescale,
+    context: StepContext,
 ) -> Generator[None, object, dict[MatrixUpdate, Tensor]]:
-    """The factors of every parameter's selected slices, (count, k), from the sums of squares over all ranks' parts."""
-    sums = {part.update: torch.zeros_like(selected[part.update], dtype=torch.float64) for part in parts}
+    """What the neurons of O are multiplied by, where they are normalized: from the sums of squares of all parts."""
+    sums: dict[MatrixUpdate, Tensor] = {}
     for part, result in zip(parts, results, strict=True):
-        part.of_selected(sums[part.update]).copy_(square_sums(result))
-    if group is not None:
+        update = part.update
+        if update.neuron_beta is None:
+            continue
+        if update not in sums:
+            shape = (len(update.momentum), update.k if update.slices_are_neurons else update.entries)
+            sums[update] = torch.zeros(shape, dtype=torch.float64, device=result.device)
+        part.of_neurons(sums[update]).copy_(neurons.square_sums(update, result))
+    if sums and group is not None:
         receive = sum_over_ranks(group, 0, (), list(sums.values()), results[0].device)
         yield IN_FLIGHT
         sums = dict(zip(sums, receive()[1], strict=True))
-    return {update: rescale(update, selected[update], its_sums.float()) for update, its_sums in sums.items()}
+    return neurons.factors(sums, selected, context)
 
 
 def _partial_sums(updates: Sequence[MatrixUpdate], replicas: Replicas | None, rank: int) -> list[Tensor]:
@@ -307,5 +317,5 @@ def _parts(
             SharedSubmatrix(next(owners), whole, own, None if edges is None else edges[matrix], update.columns)
             for matrix in range(first, first + count)
         ]
-        yield _Part(update, first, start, indices, submatrices)
+        yield _Part(update, first, start, left, indices, submatrices)
         first += count

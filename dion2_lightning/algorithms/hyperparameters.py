@@ -190,6 +190,12 @@ def not_negative(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
+def whole_number(name: str, value: object) -> None:
+    """Raise an error unless the value is an integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
 def share(name: str, value: object) -> None:
     """Raise an error unless the value lies in (0, 1]."""
     if not 0.0 < number(name, value) <= 1.0:
@@ -258,11 +264,16 @@ class SharedSettings:
     weight_decay: float = setting(
         0.01, "Decoupled weight decay: a step multiplies the weights of a group by 1 - lr * weight_decay.", not_negative
     )
+    cautious_weight_decay: bool = setting(
+        False,
+        "Leave the weight decay out of weights that their update pushes away from zero (arXiv 2510.12402). Slices that "
+        "Dion2 and Dion3 do not select have no update; there the momentum decides.",
+    )
     check_finite: bool | Literal["skip"] = setting(
         False,
         "What to do when a gradient holds NaN or Inf. True raises an error that names the parameter, before any weight "
-        'or state is changed, and waits for the device every step. "skip" leaves the step out, on all ranks, without '
-        "waiting; skipped_steps counts them.",
+        'or state is changed, and waits for the device every step. "skip" leaves the step out, on all ranks that '
+        "share parameters with this one, without waiting; skipped_steps counts them.",
     )
 
     def __post_init__(self) -> None:
@@ -279,6 +290,9 @@ class RoundingSettings(SharedSettings):
         'How bfloat16 and float16 weights, and a momentum in bfloat16, are rounded after every step: "stochastic", up '
         'or down at random, so that small steps count on average; "nearest", where steps of less than half a last bit '
         "are lost. Nothing else is rounded.",
+    )
+    rounding_seed: int = setting(
+        0, "Which random bits stochastic rounding takes: a number for each repetition of a run.", whole_number
     )
 
 

@@ -17,10 +17,11 @@ from dion2_lightning.algorithms.algorithm import Member, StateTensor, StepContex
 from dion2_lightning.algorithms.learning_rates import update_scale
 from dion2_lightning.algorithms.matrix_update import BATCH_ELEMENTS, MatrixUpdate, bounded
 from dion2_lightning.algorithms.matrix_update import shrink as decay_weights
+from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.orthonormal_columns import orthonormal_columns, randomized_cholesky_qr, sketch_rows
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.kernels.random_numbers import normals
-from dion2_lightning.kernels.rounding import HALF_PRECISION, multiply_add_
+from dion2_lightning.kernels.rounding import HALF_PRECISION, multiply_add_, store_
 from dion2_lightning.kernels.selection import selected_count
 from dion2_lightning.matrices.layout import Span, group_by, held_coordinates, is_dtensor, local
 from dion2_lightning.matrices.views import INPUT_AXIS, OUTPUT_AXIS, Matrices
@@ -227,21 +228,32 @@ def apply(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: Te
         _add_product(update.momentum, p, r * update.number(update.momentum_factor - 1.0, 0.0, r))
         is_taken = present if update.gate is None else present & update.gate.is_open
         update.q.copy_(torch.where(is_taken, q, update.q))
-        _move(update, p, q * update.number(-update.step_size, 0.0, q))
+        _move(update, p, q)
 
 
 def _move(update: LowRankUpdate, left: Tensor, right: Tensor) -> None:
-    """X <- X + P (change of Q)^T, after X <- (1 - lr decay) X; in half precision both at once, rounded once."""
-    weight = update.weight
-    if weight.dtype not in HALF_PRECISION:
-        _add_product(weight, left, right)
+    """X <- X - lr scale P Q^T, after X <- (1 - lr decay) X; both at once in half precision, and where it is cautious.
+
+    Half precision is then rounded once, and the decay knows P Q^T.
+    """
+    weight, step = update.weight, update.number(-update.step_size, 0.0, right)
+    if weight.dtype not in HALF_PRECISION and not update.is_cautious:
+        _add_product(weight, left, right * step)
         return
     bits, factor = update.bits.get("apply"), update.number(update.shrink, 1.0, weight)
     size, first = max(1, BATCH_ELEMENTS // max(1, weight.shape[1:].numel())), 0
     for part, p, q in zip(weight.split(size), left.split(size), right.split(size), strict=True):
         its_bits = None if bits is None else bits.of_matrices(first, len(part))
-        multiply_add_(part, factor, _products([(p, q.mT)]), its_bits)
         first += len(part)
+        if not update.is_cautious:
+            multiply_add_(part, factor, _products([(p, (q * step).mT)]), its_bits)
+            continue
+        direction = _products([(p, q.mT)])
+        new = decayed(part, direction, factor).add_(direction.mul_(step))
+        if part.dtype in HALF_PRECISION:
+            store_(part, new, its_bits)
+        else:
+            part.copy_(new)
 
 
 def _add_product(matrices: Tensor, left: Tensor, right: Tensor) -> None:

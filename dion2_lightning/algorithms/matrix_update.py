@@ -1,6 +1,6 @@
 """What one parameter brings to a step on matrices, and the lines of the Dion2 box: one function each.
 
-Settings are read by the algorithm (``update_of`` in dion2.py); here are numbers.
+What a step needs of the settings is read by ``update_of`` in dion2.py and ``MatrixUpdate.of``; the rest is numbers.
 """
 
 import zlib
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StepContext, matrices_of
+from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.orthonormalize import orthonormalize
-from dion2_lightning.kernels.precision import sum_dtype
-from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits
+from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
 from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest, put_
 from dion2_lightning.matrices.layout import (
     Layout,
@@ -27,7 +27,7 @@ from dion2_lightning.matrices.layout import (
     local_gradient,
     placed_like_stack,
 )
-from dion2_lightning.matrices.views import Matrices
+from dion2_lightning.matrices.views import OUTPUT_AXIS, Matrices
 
 BATCH_ELEMENTS: Final = 2**24
 """Submatrix entries that are orthonormalized at once: enough to fill a GPU, few enough to bound the working memory."""
@@ -59,9 +59,12 @@ class MatrixUpdate:
         step_size: lr times the scale rule.
         shrink: 1 - lr * weight_decay.
         dtype: Precision of the orthonormalization.
+        nesterov: Whether the gradient is added to what is orthonormalized.
+        is_cautious: Whether only entries decay that their update does not push away from zero.
         gate: What decides on the device whether the step is taken; None where every step is.
-        rounds_at_random: Whether what is in half precision is rounded stochastically.
-        bits: The random bits for that, by the line of the box that they round: see :func:`draw_bits`.
+        neuron_beta: Decay rate of the neurons' variances; None where neurons are not normalized.
+        rounding_seed: Decides how what is in half precision is rounded stochastically; None rounds to nearest.
+        bits: The random bits, by the line of the box that they round: see :func:`draw_bits`.
     """
 
     parameter: Tensor
@@ -79,8 +82,11 @@ class MatrixUpdate:
     step_size: float
     shrink: float
     dtype: torch.dtype
+    nesterov: bool
+    is_cautious: bool
     gate: Gate | None
-    rounds_at_random: bool
+    neuron_beta: float | None
+    rounding_seed: int | None
     bits: dict[str, RandomBits] = field(default_factory=dict)
 
     @classmethod
@@ -95,6 +101,8 @@ class MatrixUpdate:
         step_size: float,
         shrink: float,
         dtype: torch.dtype,
+        nesterov: bool = False,
+        neuron_beta: float | None = None,
     ) -> "MatrixUpdate":
         """Read a parameter, the ``"momentum"`` of its state and its layout, as they are now; see the attributes."""
         parameter, state, group, label, name = member
@@ -117,8 +125,11 @@ class MatrixUpdate:
             step_size=step_size,
             shrink=shrink,
             dtype=dtype,
+            nesterov=nesterov,
+            is_cautious=group["cautious_weight_decay"] and shrink != 1.0,
             gate=context.gates.get(local(parameter).device),
-            rounds_at_random=group["rounding"] == "stochastic",
+            neuron_beta=neuron_beta,
+            rounding_seed=group["rounding_seed"] if group["rounding"] == "stochastic" else None,
         )
 
     def number(self, value: float, neutral: float, of: Tensor) -> float | Tensor:
@@ -136,6 +147,25 @@ class MatrixUpdate:
     def entries(self) -> int:
         """Entries of each whole slice, m."""
         return self.matrices.shape[1 - self.axis]
+
+    @property
+    def slices_are_neurons(self) -> bool:
+        """Whether a slice is an output of the matrix; if not, every entry of a slice belongs to another one."""
+        return self.axis == OUTPUT_AXIS
+
+    @property
+    def neuron_dim(self) -> int:
+        """The dimension of (count, k, m) along which the entries of one neuron lie."""
+        return -1 if self.slices_are_neurons else -2
+
+    @property
+    def goes_alone(self) -> bool:
+        """Whether its matrices are orthonormalized one by one, so that stochastic rounding is alike on every layout.
+
+        On a CPU the last bits of small odd products depend on what else is in their batch, and on the memory order.
+        """
+        is_rounded = self.rounding_seed is not None and self.weight.dtype in HALF_PRECISION
+        return is_rounded and self.weight.device.type == "cpu"
 
     @property
     def held(self) -> Spans:
@@ -166,16 +196,6 @@ class MatrixUpdate:
         """Return a number made of all that ranks must agree about."""
         numbers = (self.k, self.momentum_factor, self.step_size, self.shrink, self.dtype, self.layout.fingerprint)
         return zlib.crc32(repr((self.matrices, self.axis, numbers)).encode())
-
-
-Rescale = Callable[[MatrixUpdate, Tensor, Tensor], Tensor]
-"""What an algorithm may do to O before it is applied: return a factor for every selected slice, (count, k).
-
-It is given the parameter, K (count, k), and the sums of squares of the slices of O, (count, k) in float32. Every rank
-that holds a part or a replica of the matrices calls it with the same numbers, so a state that it reads and writes, such
-as a variance for each slice, belongs on all of them: placed by ``stack_placements``, or replicated where there is one
-matrix. Where ``update.gate`` is closed, such a state must stay as it is.
-"""
 
 
 def batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
@@ -209,7 +229,7 @@ def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
     rounded = [
         (line, update)
         for update in updates
-        if update.rounds_at_random
+        if update.rounding_seed is not None
         for line, name in _ROUNDED.items()
         if getattr(update, name).dtype in HALF_PRECISION
     ]
@@ -217,7 +237,7 @@ def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
         coordinates = {each: held_coordinates(each.parameter) for each in dict.fromkeys(each for _, each in equal)}
         drawn = random_bits(
             [coordinates[each] for _, each in equal],
-            [zlib.crc32(f"{line} {each.name}".encode()) for line, each in equal],
+            [zlib.crc32(f"{each.rounding_seed} {line} {each.name}".encode()) for line, each in equal],
             [each.state["step"] for _, each in equal],
         )
         for (line, each), bits in zip(equal, drawn, strict=True):
@@ -228,9 +248,8 @@ def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
 
 
 def count_step(updates: Sequence[MatrixUpdate]) -> None:
-    """Count the step, where random bits depend on it."""
-    counting = [update for update in updates if "step" in update.state]
-    for gate, equal in group_by(counting, lambda update: update.gate).items():
+    """Count the step."""
+    for gate, equal in group_by(updates, lambda update: update.gate).items():
         steps = [update.state["step"] for update in equal]
         if gate is None:
             torch._foreach_add_(steps, 1)
@@ -263,28 +282,41 @@ def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[T
     return torch.split(largest(torch.cat(list(norms)), batch[0].k), [len(each) for each in norms])
 
 
-def take(momentum: Tensor, indices: Tensor, update: MatrixUpdate, bits: RandomBits | None) -> Tensor:
-    """S <- M[K], then M[K] <- mu M[K]; S in the precision of the orthonormalization."""
+def take(
+    update: MatrixUpdate, momentum: Tensor, gradient: Tensor | None, indices: Tensor, bits: RandomBits | None
+) -> Tensor:
+    """S <- M[K], or G[K] + mu M[K] with Nesterov, then M[K] <- mu M[K]; S in the orthonormalization's precision."""
     submatrices = gather(momentum, indices)
     factor = update.number(update.momentum_factor, 1.0, momentum)
     if bits is None:
         decay_(momentum, indices, submatrices, factor)
     else:
-        decayed = submatrices.clone()
-        multiply_add_(decayed, factor, None, bits.of_slices(indices))
-        put_(momentum, indices, decayed)
+        shrunk = submatrices.clone()
+        multiply_add_(shrunk, factor, None, bits.of_slices(indices))
+        put_(momentum, indices, shrunk)
+    if update.nesterov:
+        submatrices = submatrices.to(torch.promote_types(momentum.dtype, torch.float32)) * update.momentum_factor
+        if gradient is not None:
+            selected = gather(gradient, indices)
+            submatrices += selected if update.gate is None else update.gate.gradient(selected)
     return submatrices.to(update.dtype)
 
 
-def polar_factors(stacks: Sequence[Tensor], context: StepContext) -> list[Tensor]:
+def polar_factors(stacks: Sequence[Tensor], updates: Sequence[MatrixUpdate], context: StepContext) -> list[Tensor]:
     """O: the polar factors of stacks of submatrices, (count, k, m) each; those of one (k, m) together."""
     results: dict[int, Tensor] = {}
-    keys = [(stack.shape[1:], stack.stride(-1) != 1, stack.dtype, stack.device) for stack in stacks]
+    keys = [
+        (stack.shape[1:], stack.stride(-1) != 1, stack.dtype, stack.device, update.goes_alone)
+        for stack, update in zip(stacks, updates, strict=True)
+    ]
     for equal in group_by(range(len(stacks)), lambda index: keys[index]).values():
         for indices in bounded(equal, lambda index: stacks[index].numel()):
             batch = concatenate([stacks[index] for index in indices])
             size = max(1, BATCH_ELEMENTS // max(1, batch.shape[1:].numel()))  # one stack may be larger
-            factors = concatenate([_polar_factors(part, context) for part in torch.split(batch, size)])
+            parts: Sequence[Tensor] = torch.split(batch, size)
+            if updates[indices[0]].goes_alone:
+                parts = [matrix.contiguous() for matrix in torch.split(batch, 1)]
+            factors = concatenate([_polar_factors(part, context) for part in parts])
             counts = [len(stacks[index]) for index in indices]
             results.update(zip(indices, torch.split(factors, counts), strict=True))
     return [results[index] for index in range(len(stacks))]
@@ -301,14 +333,16 @@ def _polar_factors(stack: Tensor, context: StepContext) -> Tensor:
     return result.to(stack.dtype)
 
 
-def square_sums(result: Tensor) -> Tensor:
-    """Return the sums of squares of the slices of O, (count, k), in float64 where there is one."""
-    return result.to(sum_dtype(result.device)).square().sum(-1)
-
-
 def shrink(updates: Sequence[MatrixUpdate]) -> None:
-    """X <- (1 - lr weight_decay) X, but for what is in half precision: :func:`apply` does both, and rounds once."""
-    decaying = [each for each in updates if each.shrink != 1.0 and each.weight.dtype not in HALF_PRECISION]
+    """X <- (1 - lr weight_decay) X.
+
+    What is in half precision, or decays cautiously, is left to :func:`apply`: it rounds once, and knows the update.
+    """
+    decaying = [
+        each
+        for each in updates
+        if each.shrink != 1.0 and not each.is_cautious and each.weight.dtype not in HALF_PRECISION
+    ]
     for gate, equal in group_by(decaying, lambda update: update.gate).items():
         if gate is None:
             torch._foreach_mul_([update.weight for update in equal], [update.shrink for update in equal])
@@ -320,23 +354,32 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
 def apply(
     update: MatrixUpdate,
     weight: Tensor,
+    momentum: Tensor,
     indices: Tensor,
     result: Tensor,
     factors: Tensor | None,
     bits: RandomBits | None,
     context: StepContext,
 ) -> None:
-    """X[K] <- X[K] - lr scale O, each slice times its factor where there are any, of shape (count, k).
+    """X[K] <- X[K] - lr scale O, each neuron times its factor where there are any.
 
-    In half precision X <- (1 - lr weight_decay) X comes first, so that what is selected is rounded once.
+    In half precision X <- (1 - lr weight_decay) X comes first, so that what is selected is rounded once; so it does
+    where it is cautious. Slices that are not selected have no update, and are judged by M, of which it will be made.
     """
     precise = torch.promote_types(weight.dtype, torch.float32)
     change = result.to(precise) * update.number(-update.step_size, 0.0, weight)
     if factors is not None:
-        change *= factors.unsqueeze(-1)
-    if weight.dtype in HALF_PRECISION:
+        change *= factors.unsqueeze(update.neuron_dim)
+    shrink = update.number(update.shrink, 1.0, weight)
+    if update.is_cautious:
+        new = decayed(weight, momentum, shrink)
+        put_(new, indices, decayed(gather(weight, indices), result, shrink) + change)
+        if weight.dtype in HALF_PRECISION:
+            store_(weight, new, bits)
+        else:
+            weight.copy_(new)
+    elif weight.dtype in HALF_PRECISION:
         moved = gather(weight, indices)
-        shrink = update.number(update.shrink, 1.0, weight)
         multiply_add_(moved, shrink, change, None if bits is None else bits.of_slices(indices))
         if update.shrink != 1.0:
             multiply_add_(weight, shrink, None, bits)

@@ -24,7 +24,7 @@ def is_first_rank() -> bool:
     """Return whether this process is the one that speaks for all of them; before they are connected, by ``RANK``."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return int(os.environ.get("RANK", 0)) == 0
+    return os.environ.get("RANK", "0") in ("", "0")
 
 
 def place_gradients(parameters: Iterable[Any]) -> None:

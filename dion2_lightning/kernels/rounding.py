@@ -27,8 +27,8 @@ BATCH: Final = 2**24
 _SPARE_BITS: Final = {torch.bfloat16: 16, torch.float16: 13}
 """The lowest bits of a float32 number that a dtype has no room for."""
 
-_SCALES: Final = {torch.bfloat16: 1.0, torch.float16: 2.0**-112}
-"""What a number is multiplied by first: float16 loses further bits below 2^-14, float32 below 2^-126."""
+_SMALLEST_NORMAL: Final = 2.0**-14
+"""Of float16. Below it numbers are multiples of 2^-24; those of bfloat16 begin where float32's do."""
 
 _COLUMN: Final = 0x9E3779B9
 """Tells the hashes of columns from those of rows."""
@@ -150,15 +150,21 @@ def _store(part: Tensor, values: Tensor, bits: RandomBits | None) -> None:
     """Round a block; stochastically by adding a random number to the bits that are then cut off.
 
     It is uniform on all that these bits can be, so it carries over into the last one that is kept with the probability
-    that is wanted, and a number that the dtype has stays as it is. Infinite numbers become NaN.
+    that is wanted, and a number that the dtype has stays as it is, infinite ones among them.
     """
     if bits is None:
         part.copy_(values)
         return
-    spare, scale = _SPARE_BITS[part.dtype], _SCALES[part.dtype]
-    values = values if scale == 1.0 else values * scale
+    spare = _SPARE_BITS[part.dtype]
     noise = torch.empty_like(values, dtype=torch.int32)
     torch.mul(bits.rows, bits.columns, out=noise).bitwise_right_shift_(32 - spare).bitwise_and_(2**spare - 1)
+    small = None
+    if part.dtype == torch.float16:
+        multiples = (values.abs() * 2.0**24 + noise * 2.0**-spare).floor_()
+        small = multiples.mul_(2.0**-24).copysign_(values)
     rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(2**spare)).view(torch.float32)
-    rounded.add_(values, alpha=0)  # the bits of NaN, with noise added, may be those of a number
-    part.copy_(rounded if scale == 1.0 else rounded / scale)
+    if small is not None:
+        rounded = torch.where(values.abs() < _SMALLEST_NORMAL, small, rounded)
+    # The bits of NaN, with noise added, may be those of a number. This returns what is rounded, and NaN for NaN;
+    # torch.where takes 8 times as long.
+    part.copy_(torch.clamp(values, min=rounded, max=rounded))

@@ -219,16 +219,20 @@ def placed_like_stack(rows: Tensor, parameter: Any, count: int) -> Tensor:
     """Place one row for each matrix of a stack like the matrices: a DTensor where ranks hold different ones."""
     if not spread_dims(parameter):
         return rows
-    return placed(rows.contiguous(), parameter, stack_placements(parameter), (count, rows.shape[1]))
+    return placed(rows.contiguous(), parameter, placements_of_matrices(parameter), (count, rows.shape[1]))
 
 
-def stack_placements(stack: Any) -> tuple[Any, ...] | None:
-    """Return how to place a tensor that every rank of a stack's matrix has whole; None where the stack is plain."""
-    if not is_dtensor(stack):
+def placements_of_matrices(parameter: Any) -> tuple[Any, ...] | None:
+    """Return how to place a tensor that every rank of a matrix has whole; None where the parameter is plain.
+
+    It is replicated, but for the first axis of a stack, which counts matrices.
+    """
+    if not is_dtensor(parameter):
         return None
     from torch.distributed.tensor import Replicate
 
-    return tuple(each if _counts_matrices(each) else Replicate() for each in stack.placements)
+    is_stack = parameter.ndim == 3
+    return tuple(each if is_stack and _counts_matrices(each) else Replicate() for each in parameter.placements)
 
 
 def spread_dims(stack: Any) -> list[int]:

@@ -178,12 +178,14 @@ class StepRecord:
         rows: The parameters of each counters, and one row of the table for each matrix.
         squares: Sums of the squared changes of parts of parameters, (1,) each.
         errors: Sum of orthogonality errors, and number of matrices measured, (2,) each.
+        spreads: Sum of the spreads of neurons' variances, and number of matrices that have some, (2,) each.
     """
 
     window: int
     rows: list[tuple[Sequence[TrackedParameter], Tensor]] = field(default_factory=list)
     squares: list[tuple[TrackedParameter, Tensor]] = field(default_factory=list)
     errors: list[tuple[TrackedParameter, Tensor]] = field(default_factory=list)
+    spreads: list[tuple[TrackedParameter, Tensor]] = field(default_factory=list)
 
     def table(self, parameters: int) -> Tensor:
         """Return this rank's table, in ``sum_dtype``, one row for each parameter."""
@@ -195,7 +197,12 @@ class StepRecord:
             rows = move_sums(rows, device)
             table.index_add_(0, index, rows)
             longest.scatter_reduce_(0, index, rows.select(1, COLUMNS["staleness_max"]), "amax", include_self=False)
-        for name, sums in {"squared_update": self.squares, "orthogonality_error": self.errors}.items():
+        by_column = {
+            "squared_update": self.squares,
+            "orthogonality_error": self.errors,
+            "variance_spread": self.spreads,
+        }
+        for name, sums in by_column.items():
             if sums:
                 index = _to_device([each.row for each, _ in sums], device)
                 values = torch.stack([move_sums(value, device) for _, value in sums])
@@ -255,6 +262,20 @@ def orthogonality_errors(orthonormal: Tensor) -> Tensor:
     dtype = sum_dtype(orthonormal.device)
     errors = torch.where(is_measured, torch.div(distance.to(dtype), short**0.5), 0.0)
     return torch.stack([errors, is_measured.to(dtype)]).sum(1)
+
+
+def variance_spreads(variance: Tensor) -> Tensor:
+    """Return the sum of the spreads of the matrices' variances (count, out), and how many matrices have some, (2,).
+
+    Neurons that no step has updated have none yet. A spread is a standard deviation over a mean.
+    """
+    precise = variance.to(sum_dtype(variance.device))
+    neurons = (precise > 0).sum(1)
+    mean = precise.sum(1) / neurons.clamp(min=1)
+    deviations = torch.where(precise > 0, precise - mean.unsqueeze(1), 0.0)
+    deviation = (deviations.square().sum(1) / neurons.clamp(min=1)).sqrt()
+    spreads = torch.where(neurons > 0, deviation / mean, 0.0)
+    return torch.stack([spreads, (neurons > 0).to(precise.dtype)]).sum(1)
 
 
 def _group_of(parameters: Sequence[TrackedParameter], process_group: "ProcessGroup | None") -> "ProcessGroup | None":

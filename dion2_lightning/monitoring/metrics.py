@@ -14,6 +14,7 @@ MEANINGS: Final[dict[str, str]] = {
     "captured_mass": "share of the momentum's L1 norm that lies in the selected slices",
     "imbalance": "Gini coefficient of how often each slice was selected: 0 all alike, near 1 a few do all the work",
     "update_rms": "root mean square of the change of a whole matrix, weight decay left out",
+    "variance_spread": "standard deviation of the neurons' variances, over their mean: what normalization evens out",
     "orthogonality_error": "Frobenius norm of O O^T - 1, over the root of k: how far the update is from orthonormal",
 }
 """Every metric and its meaning; docs/statistics.md says how it is computed and how to read it."""
@@ -55,12 +56,12 @@ class SelectionMetrics:
     """Metrics of the selection at one step: for all matrices, for each group and for each parameter.
 
     ``MEANINGS`` says what each is, docs/statistics.md how it is computed and how to read it. All slices count alike,
-    whatever matrix they are in. Captured mass, imbalance and orthogonality error belong to a matrix; of several
-    matrices they are the mean.
+    whatever matrix they are in. Captured mass, imbalance, variance spread and orthogonality error belong to a matrix;
+    of several matrices they are the mean.
 
     A matrix whose momentum is zero throughout has no captured mass, imbalance and orthogonality error. A parameter
-    without a gradient in the step has no turnover, captured mass, update RMS and orthogonality error. What a matrix or
-    parameter lacks does not count for its group.
+    without a gradient in the step has no turnover, captured mass, update RMS, variance spread and orthogonality error,
+    and only normalized neurons have a variance. What a matrix or parameter lacks does not count for its group.
 
     Attributes:
         step: Steps that were counted, this one included.
@@ -110,6 +111,8 @@ class ParameterSums(NamedTuple):
     squared_update: float  # squares of all changes, weight decay left out
     orthogonality_error: float
     measured: float  # matrices whose error was measured; counters.py relies on its place after the error
+    variance_spread: float
+    normalized: float  # matrices whose neurons have variances; their place is after the spread's too
     staleness_max: float  # of the slice that waits longest: a maximum, not a sum
 
 
@@ -137,6 +140,8 @@ def compute_metrics(rows: Sequence[ParameterSums]) -> dict[str, float]:
         if with_momentum := total("updated", updated) - total("zero_momentum", updated):
             metrics["captured_mass"] = total("captured_mass", updated) / with_momentum
         metrics["update_rms"] = math.sqrt(total("squared_update", updated) / total("elements", updated))
+    if normalized := total("normalized"):
+        metrics["variance_spread"] = total("variance_spread") / normalized
     if measured := [row for row in rows if row.measured and row.updated > row.zero_momentum]:
         # Replicas that do not share work have measured the same matrix several times.
         weights = [(row.updated - row.zero_momentum) / row.measured for row in measured]

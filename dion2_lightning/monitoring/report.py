@@ -42,7 +42,7 @@ CAPTIONS: Final[dict[str, str]] = {
 
 _FORMATS: Final[dict[str, str]] = {
     **dict.fromkeys(("selected_fraction", "coverage", "turnover", "captured_mass"), "{:.1%}"),
-    **dict.fromkeys(("imbalance", "orthogonality_error"), "{:.2f}"),
+    **dict.fromkeys(("imbalance", "variance_spread", "orthogonality_error"), "{:.2f}"),
     "staleness_mean": "{:.1f} steps",
     "staleness_max": "{:.0f} steps",
     "update_rms": "{:.2e}",
@@ -90,6 +90,8 @@ def _verdict(name: str, value: float, history: SelectionHistory, fraction: float
         return Verdict(UNKNOWN, "what the settings ask for; a little more for small matrices, because k is rounded up")
     if name == "update_rms":
         return Verdict(UNKNOWN, "follows the learning rate")
+    if name == "variance_spread":
+        return Verdict(UNKNOWN, "what the normalization of neurons evens out")
     if name == "orthogonality_error":
         return healthy_if(value <= MAX_ORTHOGONALITY_ERROR, f"healthy up to {MAX_ORTHOGONALITY_ERROR:g}")
     if fraction == 0:

@@ -24,6 +24,7 @@ from dion2_lightning.monitoring.counters import (
     TrackedParameter,
     orthogonality_errors,
     sum_over_ranks,
+    variance_spreads,
 )
 from dion2_lightning.monitoring.history import SelectionHistory
 from dion2_lightning.monitoring.metrics import HEALTH_CHECKS, ParameterSums, SelectionMetrics, compute_metrics
@@ -154,6 +155,11 @@ class SelectionTracker:
         """Record the errors of orthonormal submatrices; called by the optimizer."""
         if self._record is not None and self.orthogonality:
             self._record.errors.append((self._parameters[parameter], orthogonality_errors(result)))
+
+    def normalized(self, parameter: Tensor, variance: Tensor) -> None:
+        """Record the spread of neurons' variances; called by the optimizer."""
+        if self._record is not None:
+            self._record.spreads.append((self._parameters[parameter], variance_spreads(variance)))
 
     def moved(self, parameter: Tensor, change: Tensor) -> None:
         """Record by how much a part of a parameter changes; called by the optimizer."""

@@ -7,20 +7,13 @@ gradients from then on and never moves, and no error would say so.
 import gc
 import warnings
 import weakref
-from collections.abc import Collection
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from dion2_lightning.matrices.layout import local
-from dion2_lightning.routing.model_tree import parameters_by_name
-
-ADD_THEM: Final = (
-    "optimizer.add_param_group({'params': [p for p in model.parameters() if p.requires_grad and p not in "
-    "optimizer.state]})"
-)
-"""The call that adds what is late: after a step every other parameter that is trained has a state."""
 
 
 def check_after_steps(optimizer: Optimizer, model: nn.Module) -> None:
@@ -46,7 +39,7 @@ def check_after_steps(optimizer: Optimizer, model: nn.Module) -> None:
         if unchanged:
             looked_up.update(unchanged)
             late = unchanged - _held_by_optimizers()
-            names = [name for name, parameter in parameters_by_name(known).items() if id(parameter) in late]
+            names = [name for name, parameter in known.named_parameters() if id(parameter) in late]
             if names:
                 warnings.warn(_message(names), stacklevel=4)  # where step() is called
 
@@ -79,10 +72,10 @@ def _held_by_optimizers() -> set[int]:
     }
 
 
-def _message(names: Collection[str]) -> str:
-    shown = ", ".join(map(repr, list(names)[:3]))
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+def _message(names: Sequence[str]) -> str:
     return (
-        f"parameter {shown}{more} of the model gets gradients, and no optimizer trains it: it was frozen when this one "
-        f"was built, or not in the model yet. To train it: {ADD_THEM}"
+        "no optimizer trains some parameters of the model that get gradients: they were frozen when this one was "
+        "built, or not in the model yet. To train them, with the learning rate that it was built with: "
+        f"optimizer.add_param_group({{'params': [model.get_parameter(name) for name in {names}]}}). A learning rate "
+        "scheduler has to be made again after that"
     )

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from dion2_lightning.routing.router import Decision
 
 _WHAT_CHANGES_IT: Final[Mapping[str, tuple[frozenset[Role], str]]] = {
-    "LoRA factors": (frozenset({Role.LORA_A, Role.LORA_B}), 'pass lora="both"'),
+    "LoRA factors": (
+        frozenset({Role.LORA_A, Role.LORA_B}),
+        'lora="both", the default, sends them to {matrices}, unless an override does not',
+    ),
     "Weights of linear layers": (frozenset({Role.MATRIX, Role.EXPERTS}), "overrides send them elsewhere"),
     "Weights of heads": (frozenset({Role.HEAD}), 'if they are inner layers, pass overrides={{"{name}": "{matrices}"}}'),
     "Convolutions": (frozenset({Role.CONVOLUTION}), "{matrices} does not train them"),
@@ -62,7 +65,8 @@ def notes(decisions: Sequence["Decision"], backbone: str | None, matrices: str, 
     """Say what a user should know about how the model was read; ``backbone`` names its transformers model."""
     lines = []
     as_matrices = [each for each in decisions if each.as_matrices]
-    if backbone is None and as_matrices:
+    a_matrix_goes_elsewhere = any(each.role == Role.MATRIX and not each.as_matrices for each in decisions)
+    if backbone is None and as_matrices and not a_matrix_goes_elsewhere:  # else an override has named the head
         last = as_matrices[-1].name
         lines.append(
             f"no transformers model was found, so no head was guessed. An output layer belongs to {rest}: if "
@@ -85,7 +89,7 @@ def why_no_matrices(decisions: Sequence["Decision"], matrices: str, rest: str) -
         found = [each.name for each in decisions if each.role in roles and len(each.shape) > 1]
         if found:
             reasons.append(f"{kind} ({len(found):,}): {change.format(name=found[0], matrices=matrices)}.")
-    return " ".join([f"{matrices} trains nothing, {rest} everything.", *(reasons or ["There are no matrices."])])
+    return " ".join([f"{matrices} trains nothing, {rest} everything.", *(reasons or ["It has no linear layers."])])
 
 
 def _sizes(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> tuple[dict[str, list[int]], list[int]]:

@@ -159,13 +159,13 @@ def main(arguments: list[str] | None = None) -> Trainer:
         eval_dataset=validation.with_transform(prepare),
         processing_class=processor,
         compute_metrics=accuracy_and_loss,
-        callbacks=[SelectionCallback()] if optimizer.algorithm == "dion2" else [],
+        callbacks=[SelectionCallback()] if optimizer.algorithm != "adamw" else [],
         optimizer_cls_and_kwargs=optimizer.factory(args),
     )
     trainer.shift = recipe.shift
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    if optimizer.algorithm == "dion2" and trainer.is_world_process_zero():
+    if optimizer.algorithm != "adamw" and trainer.is_world_process_zero():
         print(f"What was selected: dion2-report {args.output_dir}/dion2_selection.json")
     return trainer
 

@@ -80,7 +80,7 @@ def main() -> DPOTrainer:
         train_dataset=pairs[script.dataset_train_split],
         eval_dataset=pairs[script.dataset_test_split],
         peft_config=get_peft_config(model),
-        callbacks=[SelectionCallback(save_to=True)] if optimizer.algorithm == "dion2" else [],
+        callbacks=[SelectionCallback(save_to=True)] if optimizer.algorithm != "adamw" else [],
     )
     trainer.optimizer_cls_and_kwargs = optimizer.factory(args)  # no argument of this trainer
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -1,18 +1,16 @@
 """Documents, tokenized and packed into windows of equal length, without padding."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from recipes.offline_data import read_prose
+from recipes.rows import read_rows
 
 if TYPE_CHECKING:
     from recipes.pretraining.train import Settings
-
-FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -24,13 +22,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def load_windows(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
     """Returns the windows to train on and those to validate on, whatever the seed; no document is in both."""
-    documents = load_documents(settings, settings.dataset, settings.train_split)
+    documents = load_documents(settings, settings.train_split)
     if isinstance(settings.validation, float):
         documents, others = documents.train_test_split(settings.validation, seed=0).values()
-    elif Path(settings.validation).suffix in FILES:
-        others = load_documents(settings, settings.validation, "train")
     else:
-        others = load_documents(settings, settings.dataset, settings.validation)
+        others = load_documents(settings, settings.validation)
     train = pack(without(documents, others, settings), tokenizer, settings)
     validation = pack(others, tokenizer, settings)
     if not len(train) or not len(validation):
@@ -41,14 +37,10 @@ def load_windows(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> tu
     return train, validation.select(range(min(settings.validation_windows, len(validation))))
 
 
-def load_documents(settings: "Settings", source: str, split: str) -> Dataset:
-    if source == "python":
+def load_documents(settings: "Settings", split: str) -> Dataset:
+    if settings.dataset == "python" and split == settings.train_split:
         return Dataset.from_dict({settings.text_column: read_prose()})
-    suffix = Path(source).suffix
-    if suffix not in FILES:
-        return load_dataset(source, settings.subset, split=split)
-    options = {"sample_by": "paragraph"} if suffix == ".txt" else {}
-    return load_dataset(FILES[suffix], data_files=source, split="train", **options)
+    return read_rows(settings.dataset, settings.subset, split)
 
 
 def without(documents: Dataset, others: Dataset, settings: "Settings") -> Dataset:

@@ -204,7 +204,7 @@ def train(settings: Settings) -> float:
 
     accelerator.register_for_checkpointing(scheduler)
     selection = None
-    if settings.optimizer.algorithm == "dion2":
+    if settings.optimizer.algorithm != "adamw":
         save_to = settings.output / "selection.json"
         selection = SelectionLogger(accelerator, optimizer, every=settings.log_every, save_to=save_to)
     if settings.resume:

@@ -8,15 +8,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length, pack_dataset
 
 from recipes.offline_data import SHORTEST_ANSWER, as_messages, read_conversations
+from recipes.rows import read_rows
 
 IGNORED = -100
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass
@@ -24,8 +24,8 @@ class DataSettings:
     """Conversations, and the rows that they are packed into.
 
     Attributes:
-        dataset: "functions" (of Python's library, with their docstrings), a name on the hub, or a .json, .jsonl or
-            .parquet file. Rows have messages, or prompt and completion, as text or as messages.
+        dataset: "functions" (of Python's library, with their docstrings), a name on the hub, or a file. Rows have
+            messages, or prompt and completion, as text or as messages.
         config: Configuration of a hub dataset that has several.
         train_split: Split to train on, such as train[:5%].
         validation_split: Split or file to validate on, such as train[-500:]; by default 32 rows of the training split.
@@ -70,20 +70,16 @@ def load_rows(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def _read(settings: DataSettings, split: str) -> Dataset:
-    if settings.dataset == "functions":
+    if settings.dataset == "functions" and split == settings.train_split:
         return Dataset.from_generator(read_conversations, gen_kwargs={"python": sys.version})
-    source = split if Path(split).suffix in READERS else settings.dataset
-    if reader := READERS.get(Path(source).suffix):
-        rows = load_dataset(reader, data_files=source, split="train")
-    else:
-        rows = load_dataset(source, settings.config, split=split)
+    rows = read_rows(settings.dataset, settings.config, split)
     for columns in (["messages"], ["prompt", "completion"]):
         if set(columns) <= set(rows.column_names):
             rows = rows.select_columns([*columns, *({"tools"} & set(rows.column_names))])
             if isinstance(rows[0][columns[0]], str):
                 rows = rows.map(lambda row: as_messages(row["prompt"], row["completion"]))
             return rows
-    raise ValueError(f"dataset {source}: rows need messages, or prompt and completion, got {rows.column_names}")
+    raise ValueError(f"rows of {split} need messages, or prompt and completion, got {rows.column_names}")
 
 
 def _texts(row: dict[str, Any]) -> set[str]:
@@ -95,12 +91,10 @@ def _texts(row: dict[str, Any]) -> set[str]:
 
 def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Tokens, and as labels those of the answers and what ends them."""
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
     encode = partial(tokenizer.apply_chat_template, tools=tools, return_dict=True)
     if "messages" in row:
-        marked = has_generation_markers(tokenizer.chat_template)
-        template = None if marked else get_training_chat_template(tokenizer)
+        template = None if has_generation_markers(tokenizer.chat_template) else get_training_chat_template(tokenizer)
         encoded = encode(row["messages"], chat_template=template, return_assistant_tokens_mask=True)
         tokens, answer = encoded["input_ids"], encoded["assistant_masks"]
     else:

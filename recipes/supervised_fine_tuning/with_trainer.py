@@ -76,7 +76,7 @@ def main() -> None:
         eval_dataset=validation,
         peft_config=get_peft_config(model),
         optimizer_cls_and_kwargs=optimizer.factory(args),
-        callbacks=[SelectionCallback(save_to=True)] if optimizer.algorithm == "dion2" else [],
+        callbacks=[SelectionCallback(save_to=True)] if optimizer.algorithm != "adamw" else [],
     )
     sum_in_float32(trainer.accelerator)
     trainer.eval_dataset = pad_rows(trainer.eval_dataset, args.world_size * args.per_device_eval_batch_size)

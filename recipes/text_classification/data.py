@@ -3,28 +3,23 @@
 import math
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
+from datasets import ClassLabel, Dataset, concatenate_datasets
 from lightning import Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from recipes.offline_data import read_docstrings
-
-FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+from recipes.rows import read_rows
 
 
 def load_rows(source: str, subset: str | None, split: str, text_column: str, label_column: str) -> Dataset:
-    """Return the docstrings, the rows of a file, or those of a split on the hub."""
-    if source == "docstrings":
+    """Return the docstrings, or the rows of a split or file."""
+    if source == "docstrings" and split == "train":
         texts, modules = zip(*read_docstrings(), strict=True)
         return Dataset.from_dict({"text": texts, "label": modules})
-    if Path(source).suffix in FILES:
-        rows = load_dataset(FILES[Path(source).suffix], data_files=source, split="train")
-    else:
-        rows = load_dataset(source, subset, split=split)
+    rows = read_rows(source, subset, split)
     return rows.select_columns([text_column, label_column]).rename_columns({text_column: "text", label_column: "label"})
 
 
@@ -35,8 +30,7 @@ def load_texts(
     rows = load_rows(dataset, subset, "train", text_column, label_column)
     if isinstance(validation, int):
         return split_rows(rows, validation)
-    source = validation if Path(validation).suffix in FILES else dataset
-    return split_rows(rows, load_rows(source, subset, validation, text_column, label_column))
+    return split_rows(rows, load_rows(dataset, subset, validation, text_column, label_column))
 
 
 def split_rows(rows: Dataset, validation: Dataset | int) -> tuple[Dataset, Dataset]:

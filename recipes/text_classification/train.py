@@ -131,7 +131,7 @@ def main(
             ignore_mismatched_sizes=True,  # a head for other classes is replaced
         )
         saver = ModelCheckpoint(folder, "last", enable_version_counter=False)  # after each validation
-        monitors = [SelectionMonitor(save_to=folder / "selection.json")] if settings.algorithm == "dion2" else []
+        monitors = [SelectionMonitor(save_to=folder / "selection.json")] if settings.algorithm != "adamw" else []
         trainer = Trainer(
             callbacks=[saver, *monitors],
             logger=CSVLogger(output, name=settings.algorithm, version=""),

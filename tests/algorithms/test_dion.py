@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
 
 from dion2_lightning import Dion2, build_optimizer
 from tests.algorithms.test_dion2 import SHAPES, gradients, matrices
+from tests.distributed.ranks import run_on_ranks
+from tests.distributed.test_layouts import place
 from tests.reference import DionReference
 
 NAMES = {"adjust_lr_fn": "rule", "scale_lr_by_fraction": "scale_by_fraction", "momentum": "mu"}
@@ -62,7 +66,7 @@ def check(
     parameter = nn.Parameter(weight.to(device, copy=True))
     optimizer, q = started(parameter, batched=batched, transposed=transposed, **settings)
     own = {NAMES[name]: value for name, value in settings.items() if name in NAMES}
-    own |= {name: value for name, value in settings.items() if name == "weight_decay"}
+    own |= {name: value for name, value in settings.items() if name in ("weight_decay", "cautious_weight_decay")}
     start = matrices(weight.double(), transposed)
     references = [
         DionReference(whole, its_q.double().cpu(), lr=LR, **own) for whole, its_q in zip(start, q, strict=True)
@@ -109,6 +113,46 @@ def test_scale_rules(rule: str | None, scale_lr_by_fraction: bool) -> None:
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.5, 1.0), (0.99, 0.1)])
 def test_momentum_and_weight_decay(momentum: float, weight_decay: float) -> None:
     check(**SHAPES["odd"], momentum=momentum, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize("kind", ["tall", "wide", "batched transposed"])
+def test_cautious_weight_decay(kind: str) -> None:
+    check(**SHAPES[kind], cautious_weight_decay=True, weight_decay=2.0)
+
+
+def test_cautious_weight_decay_in_half_precision() -> None:
+    """Decay and update are rounded once."""
+    start, gradient = (each.bfloat16() for each in gradients((24, 12), seed=0)[:2])
+    weights = []
+    for dtype in (torch.bfloat16, torch.float32):
+        parameter = nn.Parameter(start.to(dtype, copy=True))
+        optimizer, _ = started(parameter, cautious_weight_decay=True, weight_decay=2.0, rounding="nearest")
+        parameter.grad = gradient.to(dtype)
+        optimizer.step()
+        weights.append(parameter.detach().bfloat16())
+    assert torch.equal(*weights)
+
+
+def check_cautious_weight_decay_of_shards() -> None:
+    mesh, shape = init_device_mesh("cpu", (2,)), (40, 24)
+    for placements in ((Shard(0),), (Shard(1),)):
+        start = 0.02 * gradients(shape, seed=0)[0]
+        parameter = nn.Parameter(place(start, mesh, placements))
+        settings = {"cautious_weight_decay": True, "weight_decay": 2.0}
+        optimizer = Dion2([{"params": [parameter], "algorithm": "dion", "lr": LR, **settings}])
+        optimizer.step()  # without a gradient
+        q = optimizer.state[parameter]["Q"].full_tensor()
+        reference = DionReference(start.double(), q.double(), lr=LR, cautious_weight_decay=True, weight_decay=2.0)
+        for gradient in steady_gradients(shape, seed=1):
+            parameter.grad = place(gradient, mesh, placements)
+            optimizer.step()
+            reference.step(gradient.double())
+        moved = parameter.detach().full_tensor() - start
+        assert relative_error(moved, reference.weight - start) < 1e-5
+
+
+def test_cautious_weight_decay_of_shards() -> None:
+    run_on_ranks(2, check_cautious_weight_decay_of_shards)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +368,11 @@ def test_a_checkpoint_of_another_algorithm_is_refused() -> None:
         ({"rank_multiple_of": 0}, ValueError, "rank_multiple_of must be at least 1, got 0"),
         ({"rank_multiple_of": 2.0}, TypeError, "rank_multiple_of must be an integer, got 2.0"),
         ({"qr": "cholesky"}, ValueError, "qr must be one of 'auto', 'qr', 'rcqr', got 'cholesky'"),
-        ({"fraction": 0.5}, ValueError, "unknown entry 'fraction' of algorithm 'dion'; it belongs to 'dion2', remove"),
+        (
+            {"fraction": 0.5},
+            ValueError,
+            "unknown entry 'fraction' of algorithm 'dion'; it belongs to 'dion2', 'dion3', remove",
+        ),
     ],
     ids=str,
 )

@@ -58,17 +58,19 @@ def check(
     transposed: bool = False,
     dtype: str = "float32",
     device: torch.device | str = "cpu",
+    algorithm: str = "dion2",
     **settings,
 ):
-    """Compare selection and momentum exactly at every step, and the total update at the end."""
+    """Compare selection and momentum exactly at every step, variances too, and the total update at the end."""
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(shape)
     parameter = torch.nn.Parameter(weight.to(device))
     start = matrices(weight.double(), transposed)
-    group = {"params": [parameter], "batched": batched, "transposed": transposed}
+    group = {"params": [parameter], "batched": batched, "transposed": transposed, "algorithm": algorithm}
     optimizer = Dion2([group], lr=0.02, orthonormalize_dtype=dtype, rounding="nearest", **settings)
     names = {"adjust_lr_fn": "rule", "scale_lr_by_fraction": "scale_by_fraction", "momentum": "mu"}
     own = {names.get(name, name): value for name, value in settings.items() if name != "state_dtype"}
+    own |= {"select": "output", "normalize_neurons": True} if algorithm == "dion3" else {}
     state_dtype = getattr(torch, settings.get("state_dtype", "float32"))
     references = [Reference(weight, torch.zeros(weight.shape, dtype=state_dtype), lr=0.02, **own) for weight in start]
 
@@ -85,6 +87,12 @@ def check(
         momentum = matrices(optimizer.state[parameter]["momentum"].cpu(), transposed)
         for reference, found in zip(references, momentum, strict=True):
             assert torch.equal(found, reference.momentum)
+        if references[0].normalize_neurons:
+            expected = torch.stack([reference.variance.unsqueeze(1) for reference in references])
+            variance = optimizer.state[parameter]["variance"]
+            assert variance.shape == (expected if batched else expected[0]).shape
+            roots = variance.cpu().double().view(expected.shape).sqrt()  # what neurons are divided by
+            assert torch.linalg.norm(roots - expected.sqrt()) < TOLERANCE[dtype] * torch.linalg.norm(expected.sqrt())
 
     end = matrices(parameter.detach().cpu(), transposed)
     for before, after, reference in zip(start, end, references, strict=True):
@@ -127,6 +135,18 @@ def test_a_momentum_in_half_precision_does_not_round_the_update(kind):
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.5, 1.0), (0.99, 0.1)])
 def test_momentum_and_weight_decay(momentum, weight_decay):
     check(**SHAPES["odd"], momentum=momentum, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize("settings", [{}, {"state_dtype": "bfloat16", "fraction": 0.5}], ids=str)
+@pytest.mark.parametrize("kind", ["wide", "odd tall", "batched transposed tall"])
+def test_nesterov(kind, settings):
+    check(**SHAPES[kind], nesterov=True, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.0, "fraction": 0.5}], ids=str)
+@pytest.mark.parametrize("kind", ["wide", "odd tall", "batched transposed tall"])
+def test_cautious_weight_decay(kind, settings):
+    check(**SHAPES[kind], cautious_weight_decay=True, weight_decay=2.0, **settings)
 
 
 def test_a_shape_that_is_stepped_in_several_batches(monkeypatch):

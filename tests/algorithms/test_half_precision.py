@@ -4,11 +4,14 @@ import copy
 import io
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from dion2_lightning import Dion2, build_optimizer
 from dion2_lightning.algorithms import adamw, matrix_update
@@ -224,14 +227,12 @@ def test_a_parameter_without_gradient_is_not_counted(algorithm: str) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_full_precision_is_not_rounded(dtype: torch.dtype, algorithm: str) -> None:
-    """Nor has it a count that it does not need."""
     weights = []
     for rounding in ("nearest", "stochastic"):
         weight = weight_of(dtype)
         optimizer = optimizer_of(weight, algorithm, lr=0.01, rounding=rounding)
         steps_of(weight, optimizer, range(3))
         weights.append(weight)
-        assert ("step" in optimizer.state[weight]) == (algorithm == "adamw")
     assert torch.equal(*weights)
 
 
@@ -249,6 +250,17 @@ def test_bits_depend_on_the_name_without_the_prefixes_of_wrappers(algorithm: str
     for name in ("module.layer.weight", "_orig_mod.module.layer.weight", "layer._checkpoint_wrapped_module.weight"):
         assert torch.equal(trained(name), expected), name
     assert not torch.equal(trained("other.weight"), expected)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_bits_depend_on_the_seed(algorithm: str) -> None:
+    trained = []
+    for seed in (0, 0, 1):
+        weight = weight_of(torch.bfloat16)
+        steps_of(weight, optimizer_of(weight, algorithm, lr=1e-3, rounding_seed=seed), range(2))
+        trained.append(weight.detach())
+    assert torch.equal(trained[0], trained[1])
+    assert not torch.equal(trained[0], trained[2])
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -382,6 +394,21 @@ def test_a_checkpoint_of_another_dtype_loads(before: torch.dtype, after: torch.d
     for name in ("momentum", "exp_avg", "exp_avg_sq"):
         if name in optimizer.state[weight]:
             assert other.state[other_weight][name].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_so_does_a_sharded_one(before: torch.dtype, after: torch.dtype, tmp_path: Path) -> None:
+    """Which ``torch.distributed.checkpoint`` reads by the names of the state that there is."""
+    saved, loaded = (nn.Sequential(nn.Linear(128, 128)).to(dtype) for dtype in (before, after))
+    optimizer, other = (Dion2([("0.weight", model[0].weight)], lr=1e-3) for model in (saved, loaded))
+    steps_of(saved[0].weight, optimizer, range(3))
+    dcp.save(get_optimizer_state_dict(saved, optimizer), checkpoint_id=tmp_path)
+    state = get_optimizer_state_dict(loaded, other)
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(loaded, other, state)
+    steps_of(loaded[0].weight, other, range(3, 4))
+    found = other.state[loaded[0].weight]
+    assert (found["step"], found["momentum"].dtype) == (4, torch.float32)
 
 
 def test_moments_that_were_saved_in_half_precision_load_as_float32() -> None:

@@ -1,8 +1,7 @@
 """A new algorithm is one file and one line in the table: a toy trains, is saved, and resumes on other ranks.
 
 It is momentum SGD on matrices, with two states: a momentum like the parameter, and the largest |gradient| that each
-output row has seen, of shape (out, 1), by which the row's step is divided. Another one is Dion2 whose orthonormal
-slices are divided by a running root mean square, as NorMuon's neurons are.
+output row has seen, of shape (out, 1), by which the row's step is divided.
 """
 
 import copy
@@ -20,17 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from dion2_lightning import Dion2, route_parameters
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import Algorithm, Member, StateTensor, StepContext, StepWork
-from dion2_lightning.algorithms.dion2 import Dion2Algorithm, plan_step
 from dion2_lightning.algorithms.hyperparameters import SharedSettings, decay_rate, setting
-from dion2_lightning.algorithms.matrix_update import MatrixUpdate
 from dion2_lightning.matrices.layout import local, local_gradient
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_layouts import part_of, place
 
 
 @dataclass(kw_only=True)
@@ -62,27 +58,6 @@ class Toy(Algorithm):
         momentum.mul_(member.group["heaviness"]).add_(gradient)
         torch.maximum(largest, gradient.abs().amax(1, keepdim=True), out=largest)
         local(member.parameter).sub_(momentum / (largest + 1e-3), alpha=member.group["lr"])
-
-
-class Normalized(Dion2Algorithm):
-    name: ClassVar[str] = "normalized"
-
-    def state(self, parameter: Any, group: Mapping[str, Any]) -> dict[str, StateTensor]:
-        matrices, axis = self.sliced(parameter, group)
-        placements = tuple(Replicate() for _ in parameter.placements) if isinstance(parameter, DTensor) else None
-        variance = StateTensor((matrices.shape[axis], 1), torch.float32, parameter.device, placements)
-        return {**super().state(parameter, group), "variance": variance}
-
-    def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
-        return plan_step([self.update_of(member, context) for member in members], context, self.rescale)
-
-    @staticmethod
-    def rescale(update: MatrixUpdate, indices: Tensor, squares: Tensor) -> Tensor:
-        variance = local(update.state["variance"]).view(1, -1)
-        averaged = torch.lerp(variance.gather(1, indices), squares / update.entries, 0.1)
-        variance.scatter_(1, indices, averaged)
-        factors = 1 / (averaged.sqrt() + 1e-8)
-        return factors * (update.k / (squares * factors.square()).sum(1, keepdim=True)).sqrt()
 
 
 def make_model() -> nn.Sequential:
@@ -120,7 +95,7 @@ def test_its_settings_are_known_and_checked() -> None:
     assert "momentum" not in group
     with pytest.raises(ValueError, match=r"group 0: heaviness must lie in \[0, 1\), got 2"):
         Dion2([{"params": weight, "algorithm": "toy", "heaviness": 2.0}])
-    with pytest.raises(ValueError, match="unknown entry 'fraction' of algorithm 'toy'; it belongs to 'dion2'"):
+    with pytest.raises(ValueError, match="unknown entry 'fraction' of algorithm 'toy'; it belongs to 'dion2', 'dion3'"):
         Dion2([{"params": weight, "algorithm": "toy", "fraction": 0.5}])
     with pytest.raises(ValueError, match="is not a matrix, which algorithm 'toy' needs"):
         Dion2([{"params": [nn.Parameter(torch.ones(3))], "algorithm": "toy"}])
@@ -185,51 +160,3 @@ def check_resuming(folder: str) -> None:
 def test_it_resumes_on_more_ranks_under_fsdp2(tmp_path: Path) -> None:
     run_on_ranks(2, check_training, str(tmp_path / "checkpoint"))
     run_on_ranks(3, check_resuming, str(tmp_path / "checkpoint"))
-
-
-# On the update of Dion2
-
-SHAPES = {"wide": (12, 20), "tall": (20, 12)}
-
-
-def random_tensors(seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-
-
-def check_normalized() -> None:
-    """The weights and variances of one device, on ranks that hold rows, rectangles or replicas."""
-    ALGORITHMS["normalized"] = Normalized()
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("first", "second"))
-    layouts: list[tuple[Any, ...] | None] = [
-        (Shard(0), Shard(1)),
-        (Replicate(), Shard(0)),
-        (Shard(1), Replicate()),
-        None,
-    ]
-    for placements in layouts:
-        alone = {name: nn.Parameter(whole) for name, whole in random_tensors(0).items()}
-        shared: dict[str, Any] = {
-            name: nn.Parameter(place(whole, mesh, placements) if placements else whole.clone())
-            for name, whole in random_tensors(0).items()
-        }
-        group = {"algorithm": "normalized", "lr": 0.05, "fraction": 0.5, "orthonormalize_dtype": "float32"}
-        process_group = None if placements else dist.group.WORLD
-        reference = Dion2([{"params": list(alone.items()), **group}])
-        optimizer = Dion2([{"params": list(shared.items()), **group}], process_group=process_group, share_replicas=True)
-        for step in range(1, 4):
-            for name, gradient in random_tensors(step).items():
-                alone[name].grad = gradient
-                shared[name].grad = place(gradient, mesh, placements) if placements else gradient.clone()
-            reference.step()
-            optimizer.step()
-        for name, parameter in shared.items():
-            expected = part_of(alone[name].detach(), parameter)
-            torch.testing.assert_close(local(parameter).detach(), expected, rtol=1e-5, atol=1e-6)
-            variance = local(optimizer.state[parameter]["variance"])
-            torch.testing.assert_close(variance, reference.state[alone[name]]["variance"], rtol=1e-5, atol=1e-9)
-            assert 0 < variance.count_nonzero() <= len(variance)
-
-
-def test_one_that_rescales_orthonormal_slices_needs_no_update_of_its_own() -> None:
-    run_on_ranks(4, check_normalized)

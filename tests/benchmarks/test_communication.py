@@ -17,6 +17,7 @@ REPLICATED = replace(QUARTER, layout="ddp")
 HYBRID = replace(QUARTER, layout="hsdp")
 HYBRID_WHOLE = replace(WHOLE, layout="hsdp", dtype="bfloat16")
 HALF_PRECISION = replace(WHOLE, dtype="bfloat16")
+NORMALIZED = replace(QUARTER, algorithm="dion3")
 FEW_SLICES = replace(HALF_PRECISION, fraction=0.125)  # 24 of a key's 192 rows: too few for products in bfloat16
 
 Measured = dict[Case, list[Traffic]]
@@ -24,7 +25,7 @@ Measured = dict[Case, list[Traffic]]
 
 @pytest.fixture(scope="module")
 def on_2() -> Measured:
-    cases = [WHOLE, *PARTS, MORE_LAYERS, TENSOR_PARALLEL, REPLICATED]
+    cases = [WHOLE, *PARTS, MORE_LAYERS, TENSOR_PARALLEL, REPLICATED, NORMALIZED]
     return dict(zip(cases, measure(2, cases), strict=True))
 
 
@@ -52,12 +53,21 @@ def test_few_slices_are_sent_in_half_precision_too(on_4: Measured) -> None:
 
 def test_norms_do_not_grow_with_the_ranks(on_2: Measured, on_4: Measured) -> None:
     for case in (WHOLE, *PARTS):
-        assert {traffic.norms for traffic in on_2[case] + on_4[case]} == {on_2[case][0].norms}
+        assert {traffic.sums for traffic in on_2[case] + on_4[case]} == {on_2[case][0].sums}
 
 
 def test_collectives_do_not_grow_with_the_layers(on_2: Measured) -> None:
     for traffic in (*on_2[QUARTER], *on_2[MORE_LAYERS]):
         assert traffic.calls == {"all-reduce": 1, "all-to-all": 2}
+
+
+def test_neurons_take_one_more_sum(on_2: Measured) -> None:
+    """In float64: the norms of all outputs, the squares of the selected ones, and a word or two a matrix."""
+    outputs = sum(rows for rows, _ in LAYERS["smollm2-135m"] * NORMALIZED.layers)
+    for traffic in on_2[NORMALIZED]:
+        assert traffic.calls == {"all-reduce": 2, "all-to-all": 2}
+        assert 0 <= traffic.sums - 8 * (outputs + outputs // 4) <= 16 * 7 * NORMALIZED.layers
+    assert submatrices(on_2[NORMALIZED]) <= 1.05 * 0.25 * submatrices(on_2[WHOLE])
 
 
 def test_tensor_parallelism_takes_one_owner_round_trip(on_2: Measured) -> None:
@@ -73,11 +83,11 @@ def test_replicas_take_one_all_gather(on_2: Measured) -> None:
 def test_replicas_of_shards_take_one_more_all_gather(on_4: Measured) -> None:
     for traffic in on_4[HYBRID]:
         assert traffic.calls == {"all-reduce": 1, "all-to-all": 2, "all-gather": 1}
-        assert traffic.norms == on_4[QUARTER][0].norms
+        assert traffic.sums == on_4[QUARTER][0].sums
 
 
 def test_replicas_sum_norms_like_shards(on_2: Measured) -> None:
-    assert on_2[REPLICATED][0].norms == on_2[QUARTER][0].norms
+    assert on_2[REPLICATED][0].sums == on_2[QUARTER][0].sums
 
 
 def test_simulation_predicts_what_is_counted(on_4: Measured) -> None:

@@ -40,6 +40,10 @@ def test_matrices_with_products_in_half_precision(large_kind: str, fraction: flo
         {"state_dtype": "bfloat16"},
         {"select": "output"},
         {"momentum": 0.5, "weight_decay": 1.0},
+        {"algorithm": "dion3"},
+        {"fraction": 1.0, "normalize_neurons": True},
+        {"normalize_neurons": True, "nesterov": True},
+        {"algorithm": "dion3", "nesterov": True, "cautious_weight_decay": True},
         *(
             {"adjust_lr_fn": rule, "scale_lr_by_fraction": scaled}
             for rule, scaled in itertools.product(("original", "spectral", "none"), (True, False))

@@ -57,10 +57,9 @@ def network(dtype: torch.dtype, seed: int, sharded: bool = True) -> nn.Module:
 
 
 def optimizer_of(model: nn.Module, lr: float = 0.05) -> Dion2:
-    # One layer by Dion, whose Q has the shape of none of its parameters.
-    return build_optimizer(
-        model, lr, weight_decay=0.1, momentum=0.9, orthonormalize_dtype="float32", overrides={"body.1.weight": "dion"}
-    )
+    """One matrix is trained by Dion3, whose variances every rank has whole, one by Dion, whose Q has another shape."""
+    settings = {"weight_decay": 0.1, "momentum": 0.9, "orthonormalize_dtype": "float32"}
+    return build_optimizer(model, lr, overrides={"body.1.weight": "dion3", "body.2.weight": "dion"}, **settings)
 
 
 def train(model: nn.Module, optimizer: Dion2, steps: range) -> None:

@@ -17,8 +17,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dion2_lightning import Dion2
+from dion2_lightning.matrices.layout import placements_of_matrices
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_layouts import (
+    MATRICES,
+    STACKS,
     compare_step,
     groups_of,
     local_part,
@@ -185,7 +188,7 @@ def check_no_gradient_anywhere(parameters: Parameters, **settings: Any) -> None:
     optimizer.step()
     after = snapshot(parameters, optimizer)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    assert changed == {"wide", "wide momentum", "square", "square momentum"}
+    assert changed == {"wide", "wide momentum", "wide step", "square", "square momentum", "square step"}
     assert optimizer.selection_of(parameters["tall"]) is None
     assert optimizer.selection_of(parameters["wide"]) is not None
     optimizer.zero_grad()
@@ -450,8 +453,7 @@ def check_redistribution() -> None:
                 parameters[name].grad = redistribute(gradient, mesh, placed)
             optimizer.step()
             reference.step()
-            for group in reference.param_groups[:-1]:
-                name = group["name"]
+            for name in {**MATRICES, **STACKS}:
                 compare_step(f"{name} in phase {phase}", parameters[name], optimizer, alone[name], reference)
     for name, parameter in parameters.items():
         torch.testing.assert_close(
@@ -467,6 +469,17 @@ def redistribute(tensor: Tensor, mesh: DeviceMesh | None, placements: tuple[Any,
     return tensor if mesh is None or tensor.ndim == 0 else place(tensor, mesh, placements)
 
 
+def redistribute_state(state: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+    """Place a state for a parameter: what there is once for a matrix lies whole where a part of the matrix lies."""
+    if not isinstance(parameter, DTensor):
+        return {entry: redistribute(value, None, ()) for entry, value in state.items()}
+    placements = {"variance": placements_of_matrices(parameter) or ()}
+    return {
+        entry: redistribute(value, parameter.device_mesh, placements.get(entry, parameter.placements))
+        for entry, value in state.items()
+    }
+
+
 Redistributed = tuple[Parameters, Dion2]
 
 
@@ -480,9 +493,7 @@ def redistribute_within(
         group["params"] = [redistributed[name] for name in group["param_names"]]
     for name, parameter in parameters.items():
         state = optimizer.state.pop(parameter)
-        optimizer.state[redistributed[name]] = {
-            entry: redistribute(value, mesh, placed) for entry, value in state.items()
-        }
+        optimizer.state[redistributed[name]] = redistribute_state(state, redistributed[name])
     optimizer.process_group = settings.get("process_group")
     optimizer.share_replicas = settings.get("share_replicas")
     return redistributed, optimizer
@@ -495,8 +506,9 @@ def redistribute_by_checkpoint(
         name: nn.Parameter(redistribute(parameter, mesh, placed)) for name, parameter in parameters.items()
     }
     saved = optimizer.state_dict()
-    for state in saved["state"].values():
-        state.update({entry: redistribute(value, mesh, placed) for entry, value in state.items()})
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    for key, state in saved["state"].items():
+        state.update(redistribute_state(state, redistributed[names[key]]))
     other = Dion2(groups_of(redistributed), **SETTINGS, **settings)
     other.load_state_dict(saved)
     return redistributed, other

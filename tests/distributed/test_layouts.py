@@ -1,8 +1,7 @@
 """One result, whatever the layout: the same global gradients on one process and on every layout, for 20 steps.
 
 Every rank also trains the whole model by itself, with plain parameters and no group, and compares its part: momenta and
-selected indices bit for bit at every step, weights within 1e-5. In bfloat16 weights are compared bit for bit too, with
-an orthonormalization whose result does not depend on what else is in its batch.
+selected indices bit for bit at every step, weights and variances within 1e-5; in bfloat16 bit for bit too.
 """
 
 import contextlib
@@ -26,6 +25,8 @@ from dion2_lightning.matrices.layout import local
 from tests.distributed.ranks import run_on_ranks
 
 STEPS = 20
+DION3 = {"select": "output", "normalize_neurons": True}
+"""In a Dion2 group: the same update, in the same messages as the others'."""
 MATRICES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "odd": ((37, 53), {}),
     "odd tall": ((53, 37), {}),
@@ -39,12 +40,21 @@ MATRICES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "stored (in, out)": ((20, 60), {"transposed": True}),
     "row": ((1, 9), {}),
     "half": ((30, 40), {"fraction": 0.5, "lr": 0.05}),
+    "Dion3": ((37, 53), {**DION3, "nesterov": True}),
+    "neurons of selected inputs": ((53, 37), {"normalize_neurons": True, "cautious_weight_decay": True}),
 }
 STACKS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "experts": ((5, 12, 20), {"batched": True}),
     "experts stored (in, out)": ((4, 12, 20), {"batched": True, "transposed": True}),
+    "Dion3's experts, stored (in, out)": (
+        (5, 20, 12),
+        {"batched": True, "transposed": True, **DION3, "nesterov": True, "cautious_weight_decay": True},
+    ),
 }
-ADAMW = {"bias": (37,), "embedding": (29, 6)}
+ADAMW: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "bias": ((37,), {}),
+    "embedding": ((29, 6), {"cautious_weight_decay": True}),
+}
 
 
 @dataclass(frozen=True)
@@ -116,16 +126,19 @@ def place(whole: Tensor, mesh: Any, placements: tuple[Any, ...]) -> DTensor:
 
 
 def groups_of(parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """A group for each matrix, some with their own settings, and one for the rest."""
+    """A group for each matrix, and for each of the rest, some with their own settings."""
     kinds = {**MATRICES, **STACKS}
     groups = [{"params": [(name, parameters[name])], "name": name, **settings} for name, (_, settings) in kinds.items()]
-    rest = [(name, parameters[name]) for name in ADAMW]
-    return [*groups, {"params": rest, "name": "rest", "algorithm": "adamw"}]
+    rest = [
+        {"params": [(name, parameters[name])], "name": name, "algorithm": "adamw", **settings}
+        for name, (_, settings) in ADAMW.items()
+    ]
+    return [*groups, *rest]
 
 
 def whole_tensors(seed: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {**{name: shape for name, (shape, _) in {**MATRICES, **STACKS}.items()}, **ADAMW}
+    shapes = {name: shape for name, (shape, _) in {**MATRICES, **STACKS, **ADAMW}.items()}
     return {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()}
 
 
@@ -153,11 +166,6 @@ def whole_parameters(device: str = "cpu", dtype: torch.dtype = torch.float32) ->
     return {name: nn.Parameter((0.1 * whole).to(dtype)) for name, whole in whole_tensors(seed=0, device=device).items()}
 
 
-def polar_factors_in_float64(stack: Tensor) -> Tensor:
-    left, _, right = torch.linalg.svd(stack.double(), full_matrices=False)
-    return (left @ right).float()
-
-
 def train_and_compare(
     parameters: dict[str, nn.Parameter], steps: int = STEPS, state_dtype: str | None = None, **settings: Any
 ) -> None:
@@ -165,12 +173,12 @@ def train_and_compare(
     device, dtype = parameters["odd"].device.type, parameters["odd"].dtype
     alone = whole_parameters(device, dtype)
     is_half = dtype == torch.bfloat16
+    tolerance = 0.0 if is_half else 1e-5
     common = {
         "lr": 0.02,
         "weight_decay": 0.1,
         "orthonormalize_dtype": "float32",
         "state_dtype": state_dtype,
-        "orthonormalize": polar_factors_in_float64 if is_half else None,
     }
     optimizer = Dion2(groups_of(parameters), **common, **settings)
     reference = Dion2(groups_of(alone), **common)
@@ -185,15 +193,16 @@ def train_and_compare(
         optimizer.step()
         reference.step()
         for name in {**MATRICES, **STACKS}:
-            compare_step(name, parameters[name], optimizer, alone[name], reference)
+            compare_step(name, parameters[name], optimizer, alone[name], reference, tolerance)
     for name, parameter in parameters.items():
         expected = part_of(alone[name].detach(), parameter)
         found = local_part(parameter)
-        tolerance = 0.0 if is_half else 1e-5
         assert torch.linalg.norm(found - expected) <= tolerance * torch.linalg.norm(expected), name
 
 
-def compare_step(name: str, parameter: Tensor, optimizer: Dion2, whole: Tensor, reference: Dion2) -> None:
+def compare_step(
+    name: str, parameter: Tensor, optimizer: Dion2, whole: Tensor, reference: Dion2, tolerance: float = 1e-5
+) -> None:
     selection, expected = optimizer.selection_of(parameter), reference.selection_of(whole)
     indices = selection.indices
     # Where ranks hold different experts, the indices are spread like them.
@@ -203,6 +212,11 @@ def compare_step(name: str, parameter: Tensor, optimizer: Dion2, whole: Tensor, 
     momentum = optimizer.state[parameter]["momentum"]
     assert type(momentum) is (DTensor if isinstance(parameter, DTensor) else Tensor)
     assert torch.equal(local(momentum), part_of(reference.state[whole]["momentum"], parameter)), name
+    variance, whole_variance = (each.get("variance") for each in (optimizer.state[parameter], reference.state[whole]))
+    if whole_variance is not None:
+        expected_part = part_of(whole_variance, variance)
+        error = torch.linalg.norm(local(variance) - expected_part)
+        assert error <= tolerance * torch.linalg.norm(expected_part), name
 
 
 def check_sharded(name: str, case: Case) -> None:

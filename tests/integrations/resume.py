@@ -24,7 +24,15 @@ STOP: Final = 3
 STEPS: Final = 6
 """Steps in all."""
 
-OPTIMIZERS: Final = ("AdamW", "Dion2")
+OPTIMIZERS: Final = ("AdamW", "Dion2, Dion3 and Dion")
+
+WITH_DION3_AND_DION: Final = {
+    "overrides": {
+        "*.layers.1.mlp.*_proj.weight": {"algorithm": "dion3", "nesterov": True, "cautious_weight_decay": True},
+        "*.layers.1.self_attn.*_proj.weight": {"algorithm": "dion", "cautious_weight_decay": True},
+    }
+}
+"""Settings with which Dion2 trains one layer, and Dion3 and Dion the other."""
 
 
 class Phase(Enum):
@@ -44,10 +52,11 @@ it is killed, ends with :func:`write_outcome`."""
 
 
 def make_optimizer(kind: str, model: nn.Module, strategy: object | None = None, **settings: Any) -> Optimizer:
-    """Make one of ``OPTIMIZERS``."""
+    """Make one of ``OPTIMIZERS``, or Dion2 alone."""
     if kind == "AdamW":
         return torch.optim.AdamW(model.parameters(), lr=SETTINGS["adamw_lr"], weight_decay=SETTINGS["weight_decay"])
-    return build_optimizer(model, strategy=strategy, **{**SETTINGS, **settings})
+    others = WITH_DION3_AND_DION if kind == "Dion2, Dion3 and Dion" else {}
+    return build_optimizer(model, strategy=strategy, **{**SETTINGS, **others, **settings})
 
 
 def write_outcome(
@@ -90,7 +99,7 @@ def check_resume(
             run_like_torchrun(ranks, training, layout, kind, phase, kind_folder, killed=phase is Phase.KILLED)
         differences[kind] = max(_difference(kind_folder, rank) for rank in range(ranks))
     record_property("resume", [framework, layout, ranks, *(differences[kind] for kind in OPTIMIZERS)])
-    assert differences == {"AdamW": 0, "Dion2": 0}
+    assert differences == dict.fromkeys(OPTIMIZERS, 0)
 
 
 def _difference(folder: Path, rank: int) -> float:

@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "a wrong name": (
         ValueError,
         {"algorithm": "none"},
-        "algorithm must be one of 'dion2', 'dion', 'muon', 'adamw', got",
+        "algorithm must be one of 'dion2', 'dion3', 'dion', 'muon', 'normuon', 'adamw', got",
     ),
 }
 

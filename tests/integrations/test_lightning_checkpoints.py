@@ -364,7 +364,7 @@ def test_settings_that_the_checkpoint_replaces_are_named(tmp_path: Path) -> None
         warnings.filterwarnings("error", "the checkpoint's settings replace")
         fit("one device", checkpoint=tmp_path / FILE, **scheduled)
     message = (
-        r"optimizer was given: fraction 0.25 instead of 0.5 \('dion2'\); momentum 0.9 instead of 0.8 \('dion2'\)\. "
+        r"optimizer was given: momentum 0.9 instead of 0.8 \('dion2'\); fraction 0.25 instead of 0.5 \('dion2'\)\. "
     )
     with pytest.warns(UserWarning, match=message):
         _, trainer = fit(

@@ -17,7 +17,7 @@ from dion2_lightning import Dion2Factory
 from tests.distributed.ranks import kill_this_process, run_like_torchrun
 from tests.integrations import test_plain_loop
 from tests.integrations.huggingface import STATE_DICTS, fsdp2_on_cpu
-from tests.integrations.resume import STEPS, STOP, Phase, check_resume, unwrapped, write_outcome
+from tests.integrations.resume import STEPS, STOP, WITH_DION3_AND_DION, Phase, check_resume, unwrapped, write_outcome
 from tests.integrations.training import BATCH, MAX_NORM, SETTINGS, Sequences, make_model
 
 
@@ -78,7 +78,8 @@ def train(layout: str, kind: str, phase: Phase, folder: Path) -> None:
         settings |= {"save_strategy": "steps", "save_steps": STOP}
     args = arguments(folder, 1 if layout == "one device" else 2, **settings)
     model = make_model(seed=1 if phase is Phase.RESUMED else 0)
-    trainer = make_trainer(args, model, ADAMW if kind == "AdamW" else None)
+    ours = (Dion2Factory, {**SETTINGS, **WITH_DION3_AND_DION, "strategy": args})
+    trainer = make_trainer(args, model, ADAMW if kind == "AdamW" else ours)
     if phase is Phase.KILLED:
         trainer.add_callback(KillAfterSaving())
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STOP}") if phase is Phase.RESUMED else None)

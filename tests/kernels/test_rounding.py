@@ -76,14 +76,35 @@ def test_what_the_dtype_has_stays_as_it_is(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_what_is_not_finite_becomes_nan_and_never_a_number(dtype: torch.dtype) -> None:
-    """The NaN of CUDA, and its negative, have all bits set: adding to them carries over into the sign."""
+def test_what_is_not_finite_never_becomes_a_number(dtype: torch.dtype) -> None:
+    """The NaN of CUDA, and its negative, have all bits set: adding to them carries over into the sign.
+
+    An infinite entry, as masks have it, stays as it is.
+    """
     payloads = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
-    values = torch.cat([payloads, torch.tensor([math.inf, -math.inf])]).expand(1000, -1).contiguous()
-    assert rounded(values, dtype, bits_of((1000, 6))).isnan().all()
+    infinite = torch.tensor([math.inf, -math.inf])
+    values = torch.cat([payloads, infinite]).expand(1000, -1).contiguous()
+    result = rounded(values, dtype, bits_of((1000, 6)))
+    assert result[:, :4].isnan().all()
+    assert (result[:, 4:] == infinite).all()
 
 
-@pytest.mark.parametrize(("dtype", "between", "beyond"), [(torch.bfloat16, 3.4e38, None), (torch.float16, 65530, 7e4)])
+def test_subnormal_numbers_of_float16_need_none_of_float32() -> None:
+    """Some devices have none and take them for zero."""
+    values = torch.linspace(-6e-5, 6e-5, 1000).expand(100, -1).contiguous()
+    expected = rounded(values, torch.float16, bits_of((100, 1000)))
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this CPU has them always")
+        assert torch.equal(rounded(values, torch.float16, bits_of((100, 1000))), expected)
+    finally:
+        torch.set_flush_denormal(False)
+    assert expected.double().mean(0).sub(values[0].double()).abs().max() < 5 * 2**-24 / 20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "between", "beyond"), [(torch.bfloat16, 3.4e38, None), (torch.float16, 65530.0, 7e4)]
+)
 def test_what_is_too_large_overflows(dtype: torch.dtype, between: float, beyond: float | None) -> None:
     """Between the largest number and where the next would be: to one of them, of which the upper is infinite."""
     result = rounded(torch.full((100, 100), between), dtype, bits_of((100, 100)))

@@ -237,26 +237,29 @@ def test_selections_of_stacks_are_placed_like_the_stacks() -> None:
     assert placed_like_stack(rows, torch.ones(2, 3, 4), 2) is rows
 
 
-@pytest.mark.parametrize("shape", [(37,), (37, 53), (3, 64), (64, 3), (5, 12, 20), (9, 4, 3, 3)], ids=str)
+ALONG_ROWS: list[tuple[Any, Any]] = [
+    ((8,), (Shard(0),)),
+    ((2, 4), (Replicate(), Shard(0))),
+    ((4, 2), (Shard(0), Shard(0))),
+    ((4, 2), FSDP_OVER_TP),
+    ((2, 2, 2), (Replicate(), *FSDP_OVER_TP)),
+    ((8,), (Replicate(),)),
+    (None, None),
+]
+ALONG_BOTH: list[tuple[Any, Any]] = [((4, 2), (Shard(0), Shard(1))), ((4, 2), (Shard(1), Shard(0)))]
+SHAPES = [(37, 53), (3, 64), (64, 3), (5, 12, 20), (9, 4, 3, 3)]
+
+
 @pytest.mark.parametrize(
-    ("mesh_shape", "placements"),
+    ("shape", "mesh_shape", "placements"),
     [
-        ((8,), (Shard(0),)),
-        ((2, 4), (Replicate(), Shard(0))),
-        ((4, 2), (Shard(0), Shard(1))),
-        ((4, 2), (Shard(1), Shard(0))),
-        ((4, 2), (Shard(0), Shard(0))),
-        ((4, 2), FSDP_OVER_TP),
-        ((2, 2, 2), (Replicate(), *FSDP_OVER_TP)),
-        ((8,), (Replicate(),)),
-        (None, None),
+        *(((37,), *layout) for layout in ALONG_ROWS),
+        *((shape, *layout) for shape in SHAPES for layout in ALONG_ROWS + ALONG_BOTH),
     ],
     ids=str,
 )
 def test_coordinates(shape: tuple[int, ...], mesh_shape: Any, placements: Any) -> None:
     """Row and column numbers of what each rank holds, read off a tensor whose entries are numbered."""
-    if placements is not None and any(each.is_shard(1) for each in placements) and len(shape) < 2:
-        pytest.skip("a vector has one axis")
     numbered = torch.arange(torch.Size(shape).numel()).view(shape)
     mesh = None if mesh_shape is None else mesh_of(*mesh_shape)
     part = numbered if mesh is None else part_at(numbered, mesh.get_coordinate(), mesh, placements)

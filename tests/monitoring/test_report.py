@@ -142,7 +142,8 @@ def history_at(step: int, **metrics: float) -> SelectionHistory:
     history.steps[-1] = step
     healthy = {
         "selected_fraction": 0.25, "coverage": 1.0, "staleness_mean": 3.0, "staleness_max": 20.0, "turnover": 0.7,
-        "captured_mass": 0.4, "imbalance": 0.2, "update_rms": 1e-3, "orthogonality_error": 0.2,
+        "captured_mass": 0.4, "imbalance": 0.2, "update_rms": 1e-3, "variance_spread": 0.3,
+        "orthogonality_error": 0.2,
     }  # fmt: skip
     history.overall[-1] = {**healthy, **metrics}
     history.parameters[-1] = [{**healthy, **metrics} for _ in history.infos]
@@ -160,6 +161,7 @@ def history_at(step: int, **metrics: float) -> SelectionHistory:
         ("imbalance", 0.5, 0.51),
         ("orthogonality_error", 0.5, 0.51),
         ("update_rms", 1.0, float("nan")),
+        ("variance_spread", 9.0, float("nan")),
     ],
 )
 def test_thresholds(name: str, healthy: float, look: float) -> None:

@@ -114,7 +114,7 @@ def test_metrics_follow_their_definitions(every: int) -> None:
         assert metrics.step == step
         for name in named:
             found = metrics.parameters[f"its {name}", name]
-            assert list(found) == [each for each in MEANINGS if each != "orthogonality_error"]
+            assert list(found) == [each for each in MEANINGS if each not in ("variance_spread", "orthogonality_error")]
             assert found == pytest.approx(expected[name], rel=1e-5, abs=1e-12), (name, step)
             assert metrics.groups[f"its {name}"] == found
 
@@ -159,10 +159,11 @@ def test_names() -> None:
     set_gradients(named, 1)
     optimizer.step()
     metrics = tracker.pop_metrics()
-    expected = [f"dion2/{name}" for name in MEANINGS]
-    expected += [f"dion2/its {group}/{name}" for group in named for name in MEANINGS]
+    names = [name for name in MEANINGS if name != "variance_spread"]
+    expected = [f"dion2/{name}" for name in names]
+    expected += [f"dion2/its {group}/{name}" for group in named for name in names]
     assert list(metrics.named()) == expected
-    each = [f"dion2/its {group}/{group}/{name}" for group in named for name in MEANINGS]
+    each = [f"dion2/its {group}/{group}/{name}" for group in named for name in names]
     assert list(metrics.named(per_matrix=True)) == expected + each
     assert metrics.named()["dion2/its wide/coverage"] == 0.25
 
@@ -179,6 +180,25 @@ def test_weights_of_slices_and_matrices_in_means() -> None:
     assert metrics.overall["coverage"] == (2 + 6) / (8 + 12)
     masses = [each["captured_mass"] for each in metrics.parameters.values()]
     assert metrics.overall["captured_mass"] == pytest.approx(sum(masses) / 2)
+
+
+def test_variance_spread() -> None:
+    """Of the neurons that have a variance, by matrix; matrices without any do not count."""
+    stack, matrix = nn.Parameter(torch.zeros(2, 8, 12)), nn.Parameter(torch.zeros(6, 12))
+    optimizer = Dion2([{"params": [stack], "batched": True, "algorithm": "dion3"}, {"params": [matrix]}], lr=0.1)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    stack.grad, matrix.grad = torch.zeros(2, 8, 12), torch.ones(6, 12)
+    stack.grad[0] = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    for _ in range(5):
+        optimizer.step()
+        metrics = tracker.pop_metrics()
+    variance = optimizer.state[stack]["variance"][0]
+    variance = variance[variance > 0].double()
+    assert 2 < len(variance) < 8
+    expected = (variance.std(correction=0) / variance.mean()).item()
+    assert metrics.overall["variance_spread"] == pytest.approx(expected, rel=1e-9)
+    assert "variance_spread" not in metrics.groups["dion2"]
 
 
 def test_orthogonality_error() -> None:
@@ -290,7 +310,7 @@ def test_without_a_tracker_nothing_is_kept() -> None:
     tracker.attach(optimizer)
     set_gradients(named, 1)
     optimizer.step()
-    assert {entry for state in optimizer.state.values() for entry in state} == {"momentum"}
+    assert {entry for state in optimizer.state.values() for entry in state} == {"momentum", "step"}
     assert copy.deepcopy(optimizer).observer is None
     tracker.detach()
     assert optimizer.observer is None

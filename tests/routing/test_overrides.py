@@ -73,8 +73,14 @@ class TestOverrides:
             ({"*.Q_proj.weight": "adamw"}, "is case-sensitive"),
             ({"*.q_proj.*": "adamw", "*.layers.0.*.q_proj.weight": "dion2"}, r"earlier patterns \('\*.q_proj.\*'\)"),
             ({"model.embed_tokens.*": "adamw"}, "matches frozen parameters only, such as 'model.embed_tokens.weight'"),
-            ({"*.weight": "muon"}, r"'\*.weight': the algorithm must be 'dion2' or 'dion' or 'adamw', got 'muon'"),
-            ({"*.weight": {"algorithm": ["dion2"]}}, r"must be 'dion2' or 'dion' or 'adamw', got \['dion2'\]"),
+            (
+                {"*.weight": "muon"},
+                r"'\*.weight': the algorithm must be 'dion2' or 'dion3' or 'dion' or 'adamw', got 'muon'",
+            ),
+            (
+                {"*.weight": {"algorithm": ["dion2"]}},
+                r"must be 'dion2' or 'dion3' or 'dion' or 'adamw', got \['dion2'\]",
+            ),
             ({"*.weight": {"algorithm": "frozen"}}, r"requires_grad_\(False\)"),
             ({"*.weight": {"name": "mine"}}, "name cannot be set"),
             ({"*.weight": {"batched": "yes"}}, "batched must be True or False, got 'yes'"),
@@ -116,5 +122,6 @@ class TestOverrides:
             route_parameters(nn.ParameterDict({"table": parameter}), overrides={"table": "dion2"})
 
     def test_wrong_type(self) -> None:
-        with pytest.raises(TypeError, match="expected 'dion2', 'dion', 'adamw' or a mapping of group options, got 3"):
+        message = "expected 'dion2', 'dion3', 'dion', 'adamw' or a mapping of group options, got 3"
+        with pytest.raises(TypeError, match=message):
             route_parameters(models.mlp(), overrides={"*": 3})  # type: ignore[dict-item]

@@ -253,7 +253,7 @@ class TestAlgorithms:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"matrices": "sgd"}, "matrices must be one of 'dion2', 'adamw', .*, got 'sgd'"),
+            ({"matrices": "sgd"}, "matrices must be one of 'dion2', 'dion3', 'dion', 'adamw', .*, got 'sgd'"),
             ({"rest": "sgd"}, "rest must be one of 'adamw', 'lion', got 'sgd'"),
             ({"rest": "dion2"}, "rest must be one of 'adamw', 'lion', got 'dion2'"),
         ],

@@ -241,7 +241,7 @@ class TestLora:
         said = route_parameters(build("lora_llama"), lora="adamw").why_no_matrices
         assert said is not None
         assert said.startswith(
-            'dion2 trains nothing, adamw everything. LoRA factors (8): pass lora="both". Weights of h'
+            'dion2 trains nothing, adamw everything. LoRA factors (8): lora="both", the default, sends them to dion2'
         )
 
     @pytest.mark.parametrize(("lora", "factors"), [("adamw", ()), ("B", ("lora_B",)), ("both", ("lora_A", "lora_B"))])
