@@ -67,7 +67,7 @@ class Task(abc.ABC):
         steps: Of a final run.
         search_steps: Of a run of the search.
         short_steps: Of a final run with fewer steps and a shorter schedule.
-        long_steps: Of a final run with more steps and the same settings; None for no such run.
+        long_steps: Of final runs with more steps and the same settings, of the first two seeds; None for no such runs.
         measure_every: Steps between two measurements on the validation data.
         batch_size: Rows per step.
         weight_decay: Decoupled; of all parameters that decay.

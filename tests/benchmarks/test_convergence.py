@@ -228,7 +228,7 @@ class TestSearch:
             assert all(kinds.count(kind) == 3 for kind in kinds)
             longer = [r["seed"] for r in runs if r["steps"] == 8]
             candidates = {kind[:3] for kind in kinds}
-            assert longer == ([0] * len(candidates) if method.like is None else [])
+            assert longer == ([0, 1] * len(candidates) if method.like is None else [])
             points = {6: [2, 4, 6], 3: [2, 3], 8: [2, 4, 6, 8]}
             assert all([point["step"] for point in r["curve"]] == points[r["steps"]] for r in runs)
         assert records[-1]["method"] == TIMING
