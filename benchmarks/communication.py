@@ -1,4 +1,4 @@
-"""Bytes and collectives of an optimizer step, counted on real processes: Dion2 and Dion3 at several fractions.
+"""Bytes and collectives of an optimizer step, counted on real processes: Dion2, Dion3 and Dion at several fractions.
 
     python -m benchmarks.communication --ranks 2 4 --layouts fsdp2 hsdp tp ddp
 
@@ -43,6 +43,8 @@ PLACEMENTS: dict[str, list[list[Any]] | None] = {
     "tp": [[Shard(0)]] * 3 + [[Shard(1)]] + [[Shard(0)]] * 2 + [[Shard(1)]],
     "ddp": None,
 }
+FRACTIONS = {"dion2": "fraction", "dion3": "fraction", "dion": "rank_fraction"}
+"""What the fraction is called, by algorithm."""
 KINDS = {"allreduce_": "all-reduce", "alltoall_base_": "all-to-all", "_allgather_base_": "all-gather"}
 MEGABYTE = 1e6
 
@@ -54,8 +56,8 @@ class Case:
     Attributes:
         layout: A key of ``PLACEMENTS``.
         layers: Decoder layers.
-        fraction: Of the slices to select.
-        algorithm: "dion2" or "dion3".
+        fraction: Of the slices to select; Dion's rank, as a share of the shorter axis.
+        algorithm: A key of ``FRACTIONS``.
         dtype: In which submatrices are orthonormalized, and travel.
         steps: How many are counted, after a first one; the selection of each is another.
     """
@@ -82,7 +84,7 @@ class Traffic:
 
     @property
     def sums(self) -> int:
-        """Of norms, and of squares by neuron."""
+        """Of norms, and of squares by neuron; all that Dion sends."""
         return self.sent["all-reduce"]
 
     @property
@@ -150,8 +152,7 @@ def traffic_of(case: Case, mesh: DeviceMesh) -> Traffic:
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(placed) for placed in random_tensors(case, mesh, generator)]
     optimizer = Dion2(
-        [{"params": parameters, "algorithm": case.algorithm}],
-        fraction=case.fraction,
+        [{"params": parameters, "algorithm": case.algorithm, FRACTIONS[case.algorithm]: case.fraction}],
         orthonormalize=lambda submatrices: submatrices,
         orthonormalize_dtype=case.dtype,
         process_group=mesh.get_group() if placements is None else None,
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
     parser.add_argument("--layouts", choices=PLACEMENTS, nargs="+", default=["fsdp2"], help="default: fsdp2")
     parser.add_argument("--layers", type=int, default=6, help="decoder layers; SmolLM2-135M has 30 (default: 6)")
-    parser.add_argument("--algorithms", choices=["dion2", "dion3"], nargs="+", default=["dion2"], help="default: dion2")
+    parser.add_argument("--algorithms", choices=FRACTIONS, nargs="+", default=["dion2"], help="default: dion2")
     parser.add_argument("--fractions", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.125])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
     parser.add_argument("--steps", type=int, default=3, help="steps to average over (default: 3)")

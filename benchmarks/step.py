@@ -1,4 +1,4 @@
-"""Time of an optimizer step: AdamW, Muon, NorMuon, and Dion2 and Dion3 at several fractions, in turn in one process.
+"""Time of an optimizer step: AdamW, Muon, NorMuon, and Dion2, Dion3 and Dion at several fractions, in turn.
 
     python -m benchmarks.step --shapes smollm2-135m --layers 6
 
@@ -39,20 +39,24 @@ Build = Callable[[list[Tensor]], torch.optim.Optimizer]
 def optimizers(shapes: str, dtype: DType | None) -> Iterator[tuple[str, Build]]:
     """Yield what is compared, by name; the first is what the others are measured against."""
 
-    def dion(fraction: float, **settings: Any) -> Build:
-        group = {"transposed": TRANSPOSED[shapes], "fraction": fraction, "orthonormalize_dtype": dtype, **settings}
-        return lambda params: Dion2([{"params": params, **group}])
+    def group(**settings: Any) -> Build:
+        return lambda params: Dion2([{"params": params, "transposed": TRANSPOSED[shapes], **settings}])
+
+    def dion2(fraction: float, **settings: Any) -> Build:
+        return group(fraction=fraction, orthonormalize_dtype=dtype, **settings)
 
     yield "torch.optim.Muon", lambda params: torch.optim.Muon(params, nesterov=False)
     yield "torch.optim.AdamW, fused", lambda params: torch.optim.AdamW(params, fused=True)
     yield "torch.optim.AdamW, foreach", lambda params: torch.optim.AdamW(params, foreach=True)
     for name, fraction in (("1", 1.0), ("1/2", 0.5), ("1/4", 0.25), ("1/8", 0.125)):
-        yield f"Dion2 at {name}", dion(fraction)
+        yield f"Dion2 at {name}", dion2(fraction)
     for name, fraction in (("1/4", 0.25), ("1/8", 0.125)):
-        yield f"Dion3 at {name}", dion(fraction, algorithm="dion3")
-    yield "NorMuon", dion(1.0, normalize_neurons=True)
+        yield f"Dion3 at {name}", dion2(fraction, algorithm="dion3")
+    for name, fraction in (("1/4", 0.25), ("1/8", 0.125)):
+        yield f"Dion at {name}", group(algorithm="dion", rank_fraction=fraction)
+    yield "NorMuon", dion2(1.0, normalize_neurons=True)
     for check_finite in (True, "skip"):
-        yield f"Dion2 at 1/4, check_finite={check_finite}", dion(0.25, check_finite=check_finite)
+        yield f"Dion2 at 1/4, check_finite={check_finite}", dion2(0.25, check_finite=check_finite)
 
 
 def weights(sizes: Sizes, device: torch.device) -> list[Tensor]:
