@@ -7,6 +7,7 @@ have moved.
 import math
 import warnings
 from functools import cache
+from itertools import cycle
 from typing import Any
 from unittest import mock
 
@@ -40,9 +41,10 @@ RANK_FRACTIONS = [0.25, 0.5, 0.125, 0.25, 1.0, 1.0, 0.25]
 def optimizer_of(parameters: dict[str, nn.Parameter], **settings: Any) -> Dion2:
     """A group for each matrix, with ranks from an eighth to all of it."""
     groups = []
-    for name, rank_fraction in zip(NAMES, 2 * RANK_FRACTIONS, strict=True):
+    for name, rank_fraction in zip(NAMES, cycle(RANK_FRACTIONS), strict=False):
         own = (MATRICES[name] if name in MATRICES else STACKS[name])[1]
-        stored: dict[str, Any] = {key: own[key] for key in ("batched", "transposed") if key in own}
+        kept = ("batched", "transposed", "cautious_weight_decay")
+        stored: dict[str, Any] = {key: own[key] for key in kept if key in own}
         group: dict[str, Any] = {"params": [(name, parameters[name])], "name": name, "rank_fraction": rank_fraction}
         groups.append(group | stored | {"algorithm": "dion"})
     return Dion2(groups, lr=0.02, weight_decay=0.1, **settings)
