@@ -165,8 +165,9 @@ def main(arguments: list[str] | None = None) -> Trainer:
     trainer.shift = recipe.shift
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    if optimizer.algorithm != "adamw" and trainer.is_world_process_zero():
-        print(f"What was selected: dion2-report {args.output_dir}/dion2_selection.json")
+    selection = Path(args.output_dir, "dion2_selection.json")
+    if selection.exists() and trainer.is_world_process_zero():
+        print(f"What was selected: dion2-report {selection}")
     return trainer
 
 
