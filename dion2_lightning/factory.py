@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Literal
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from dion2_lightning.algorithms import CHOICES, ChoiceName, EverySetting, algorithms_with
+from dion2_lightning.algorithms import ALGORITHMS, CHOICES, ChoiceName, EverySetting, algorithms_with
 from dion2_lightning.algorithms.hyperparameters import (
     bind,
     described,
@@ -268,6 +268,8 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
 
 def _refuse_unused(arguments: FactoryArguments, algorithms: set[str]) -> None:
     """Refuse a setting that is not at its default, where the choice of algorithm sets it, or none has it."""
+    if arguments.orthonormalize is not None and not any(ALGORITHMS[name].orthonormalizes for name in algorithms):
+        raise ValueError(f"orthonormalize has no effect with algorithm {arguments.algorithm!r}; remove it")
     chosen = CHOICES[arguments.algorithm].settings
     for each in fields(EverySetting):
         value, owners = getattr(arguments, each.name), algorithms_with(each.name)

@@ -372,6 +372,16 @@ def test_other_strategies_are_refused(strategy):
             ValueError,
             "^select='output' is no setting of algorithm 'dion3'; it belongs to 'dion2', remove it",
         ),
+        (
+            {"lr": 0.1, "algorithm": "dion", "orthonormalize": torch.sign},
+            ValueError,
+            "^orthonormalize has no effect with algorithm 'dion'; remove it",
+        ),
+        (
+            {"lr": 0.1, "algorithm": "normuon", "fraction": 0.5},
+            ValueError,
+            "^fraction is 1.0 with algorithm 'normuon', got",
+        ),
         ({"lr": 0.1, "lora": "A"}, ValueError, "lora must be one of"),
         ({"lr": 0.1, "overrides": {"bolcks.*": "adamw"}}, ValueError, "bolcks"),
         ({"learning_rat": 0.1}, TypeError, r"^build_optimizer\(\) has no argument 'learning_rat'"),

@@ -522,6 +522,18 @@ def test_normuon_to_muon_and_back():
     train(model, normuon, range(3, 5))
 
 
+def test_dion_goes_on_with_another_rank():
+    """With its momentum; Q has another shape and starts anew, from another place for another seed."""
+    model, quarter = trained("dion")
+    halves = [build_optimizer(model, 0.05, algorithm="dion", rank_fraction=0.5, rounding_seed=seed) for seed in (0, 1)]
+    for half in halves:
+        with pytest.warns(UserWarning, match="'Q' of parameter '0.weight'"):
+            half.carry_over(quarter.state_dict())
+        assert torch.equal(half.state[model[0].weight]["momentum"], quarter.state[model[0].weight]["momentum"])
+    assert not torch.equal(*(half.state[model[0].weight]["Q"] for half in halves))
+    train(model, halves[0], range(3, 5))
+
+
 def test_what_is_carried_over_is_found_by_name():
     """Also where the ids are names, in another order than param_names, as torch.distributed.checkpoint has them."""
     model, optimizer = trained("dion2")

@@ -162,6 +162,7 @@ class Algorithm(ABC):
         name: What a group's ``algorithm`` says.
         settings: Its hyperparameters.
         needs_matrices: Whether it updates matrices, or parameters of any shape.
+        orthonormalizes: Whether a callable can replace its orthonormalization.
         optional_state: Entries of the state that a checkpoint may lack, as those from before had none; they begin anew.
         state_by_setting: Entries that come and go with settings, and mean another thing under others.
     """
@@ -169,6 +170,7 @@ class Algorithm(ABC):
     name: ClassVar[str]
     settings: ClassVar[type[SharedSettings]]
     needs_matrices: ClassVar[bool] = False
+    orthonormalizes: ClassVar[bool] = False
     optional_state: ClassVar[frozenset[str]] = frozenset()
     state_by_setting: ClassVar[frozenset[str]] = frozenset()
 

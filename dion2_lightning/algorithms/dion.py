@@ -64,6 +64,7 @@ class DionAlgorithm(Algorithm):
     name: ClassVar[str] = "dion"
     settings: ClassVar[type[SharedSettings]] = DionSettings
     needs_matrices: ClassVar[bool] = True
+    state_by_setting: ClassVar[frozenset[str]] = frozenset({"Q"})
 
     def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
         """Return momentum and Q, in float32 at least, and the number of steps, on which random bits depend."""

@@ -114,6 +114,7 @@ class Dion2Algorithm(Algorithm):
     name: ClassVar[str] = "dion2"
     settings: ClassVar[type[SharedSettings]] = Dion2Settings
     needs_matrices: ClassVar[bool] = True
+    orthonormalizes: ClassVar[bool] = True
     optional_state: ClassVar[frozenset[str]] = frozenset({"step"})
     state_by_setting: ClassVar[frozenset[str]] = frozenset({"variance"})
 

@@ -292,7 +292,9 @@ class RoundingSettings(SharedSettings):
         "are lost. Nothing else is rounded.",
     )
     rounding_seed: int = setting(
-        0, "Which random bits stochastic rounding takes: a number for each repetition of a run.", whole_number
+        0,
+        "Which random bits stochastic rounding takes, and Dion's Q at the start: a number for each repetition of a run.",
+        whole_number,
     )
 
 
@@ -310,7 +312,7 @@ class MatrixSettings(RoundingSettings):
         "match_rms_adamw",
         "The scale of a matrix's update. \"match_rms_adamw\": 0.2 sqrt(max(out, in)), AdamW's learning rates carry "
         'over (arXiv 2502.16982); "original" or None: sqrt(max(1, out/in)), as in torch.optim.Muon; "spectral": '
-        'sqrt(out/in), as in the authors\' code; "none": 1.',
+        'sqrt(out/in), the authors\' with scale_lr_by_fraction=False; "none": 1.',
     )
     scale_lr_by_fraction: bool = setting(
         True,

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -58,7 +59,7 @@ class LowRankUpdate(MatrixUpdate):
         if q.shape[-1] != rank:
             raise ValueError(
                 f"{member.label}: rank_fraction and rank_multiple_of ask for rank {rank}, and its state has rank "
-                f"{q.shape[-1]}; set them back, or remove the parameter's entry from optimizer.state to begin anew"
+                f"{q.shape[-1]}; set them back, or delete 'Q' of the parameter in optimizer.state, which begins anew"
             )
         scale = update_scale(
             matrices.shape, matrices.shape[1 - axis], rank, group["adjust_lr_fn"], group["scale_lr_by_fraction"]
@@ -117,7 +118,8 @@ def right_factor(parameter: Any, group: Mapping[str, Any], dtype: torch.dtype) -
     matrices = matrices_of(parameter, group)
     sizes = min(matrices.shape), rank_of(matrices, group)
     shape = sizes if parameter.ndim == 2 else (matrices.count, *sizes)
-    return StateTensor(shape, dtype, parameter.device, _right_placements(parameter, matrices), _fill_with_normals)
+    fill = partial(_fill_with_normals, group["rounding_seed"])
+    return StateTensor(shape, dtype, parameter.device, _right_placements(parameter, matrices), fill)
 
 
 def _right_placements(parameter: Any, matrices: Matrices) -> tuple[Any, ...] | None:
@@ -140,10 +142,10 @@ def _right_placements(parameter: Any, matrices: Matrices) -> tuple[Any, ...] | N
     return tuple(of_right_factor(each) for each in parameter.placements)
 
 
-def _fill_with_normals(q: Tensor, name: str) -> None:
-    """Q starts as standard normals, a function of the parameter's name and the place in Q alone."""
+def _fill_with_normals(seed: int, q: Tensor, name: str) -> None:
+    """Q starts as standard normals, a function of the seed, the parameter's name and the place in Q alone."""
     part = local(q)
-    part.copy_(normals(*held_coordinates(q), zlib.crc32(f"Q {name}".encode())).view(part.shape))
+    part.copy_(normals(*held_coordinates(q), zlib.crc32(f"Q {seed} {name}".encode())).view(part.shape))
 
 
 def batches(updates: Sequence[LowRankUpdate]) -> Iterator[list[LowRankUpdate]]:
@@ -194,8 +196,8 @@ def count_failures(failed: Tensor, context: StepContext) -> None:
     context.fallbacks[FALLBACK] += int(failed.sum())
     warnings.warn(
         "a randomized Cholesky QR has failed and an exact QR took its place: a momentum has a lower rank than its "
-        f'update. optimizer.fallbacks["{FALLBACK}"] counts the matrices; if it grows at every step, qr="qr" or a '
-        "smaller rank_fraction saves the attempts",
+        f'update, or holds NaN. optimizer.fallbacks["{FALLBACK}"] counts the matrices; if it grows at every step, '
+        'qr="qr" or a smaller rank_fraction saves the attempts',
         stacklevel=2,
     )
 

@@ -52,10 +52,10 @@ def _advance(
 
 
 def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return integer tensors on the host, all in one synchronisation with their device."""
+    """Return integer or boolean tensors on the host, all in one synchronisation with their device."""
     on_host: dict[int, Tensor] = {}
     for positions in group_by(range(len(tensors)), lambda index: tensors[index].device).values():
         flat = torch.cat([tensors[position].flatten() for position in positions]).cpu()
         parts = torch.split(flat, [tensors[position].numel() for position in positions])
         on_host.update(zip(positions, parts, strict=True))
-    return [on_host[position].view(tensor.shape) for position, tensor in enumerate(tensors)]
+    return [on_host[position].view(tensor.shape).to(tensor.dtype) for position, tensor in enumerate(tensors)]

@@ -68,8 +68,8 @@ def draw(history: SelectionHistory, name: str) -> Figure:
         raise ValueError(f"there is no picture {name!r}; choose from {', '.join(PICTURES)}")
     if not len(history):
         raise ValueError(
-            "history has no metrics to draw: the run has taken fewer than `every` steps; choose a smaller `every`, or "
-            "train longer"
+            "history has no metrics to draw: no algorithm of the run selects slices, as AdamW and Dion do not, or it "
+            "has taken fewer than `every` steps; choose a smaller `every`, or train longer"
         )
     with matplotlib.style.context(["default", _STYLE]):
         return PICTURES[name](history)
