@@ -293,7 +293,7 @@ class RoundingSettings(SharedSettings):
     )
     rounding_seed: int = setting(
         0,
-        "Which random bits stochastic rounding takes, and Dion's Q at the start: a number for each repetition of a run.",
+        "Which random bits stochastic rounding takes, and Dion's Q at first: a number for each repetition of a run.",
         whole_number,
     )
 
