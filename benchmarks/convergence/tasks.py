@@ -111,20 +111,16 @@ class Task(abc.ABC):
         return get_cosine_schedule_with_warmup(optimizer, round(steps / 10), steps)
 
 
-ALL = (
-    *(ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_OUTPUTS, DION2_EIGHTH),
-    *(DION3_HALF, DION3_QUARTER, DION3_EIGHTH),
-)
-"""For the two tasks whose runs take a minute or two."""
-
-
 @dataclass(frozen=True)
 class Pretraining(Task):
     """A byte-level Llama from nothing on Python's manual and docstrings; at full size on WikiText-103, from the hub."""
 
     name = "pretraining"
     title = "Pretraining: byte-level Llama, from scratch"
-    methods = ALL
+    methods = (
+        *(ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_OUTPUTS, DION2_EIGHTH),
+        *(DION3_HALF, DION3_QUARTER, DION3_EIGHTH),
+    )
     starts: ClassVar = {
         "adamw": Candidate(2e-3, 2e-3),
         "muon": Candidate(3e-3, 3e-3),
@@ -190,12 +186,11 @@ class Classification(Task):
 
     name = "classification"
     title = "Fine-tuning: MiniLM-L6, 8-way text classification"
-    methods = ALL
+    methods = (ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_EIGHTH)
     starts: ClassVar = {
         "adamw": Candidate(4e-4, 8e-4),
         "muon": Candidate(8e-4, 8e-4),
         "dion2": Candidate(1.6e-3, 1.6e-3),
-        "dion3": Candidate(1.6e-3, 1.6e-3),
     }
 
     max_length: int = 64
