@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from trl.data_utils import common_prefix_length, pack_dataset
 
 from recipes.offline_data import SHORTEST_ANSWER, as_messages, read_conversations
 from recipes.rows import read_rows
-
-IGNORED = -100
+from recipes.supervised_fine_tuning.model import IGNORED
 
 
 @dataclass
@@ -24,8 +23,7 @@ class DataSettings:
     """Conversations, and the rows that they are packed into.
 
     Attributes:
-        dataset: "functions" (of Python's library, with their docstrings), a name on the hub, or a file. Rows have
-            messages, or prompt and completion, as text or as messages.
+        dataset: "functions" of Python's library, a name on the hub, or a file, of messages, or prompt and completion.
         config: Configuration of a hub dataset that has several.
         train_split: Split to train on, such as train[:5%].
         validation_split: Split or file to validate on, such as train[-500:]; by default 32 rows of the training split.
@@ -62,10 +60,9 @@ def load_rows(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> lis
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template.read_text()
     packed = []
-    for conversations in load_conversations(settings):
-        options = {"fn_kwargs": {"tokenizer": tokenizer}, "remove_columns": conversations.column_names}
-        rows = conversations.map(_tokenize, **options).shuffle(seed=settings.seed)
-        packed.append(pack_dataset(rows, settings.max_length).shuffle(seed=settings.seed))  # it sorts by length
+    for each in load_conversations(settings):  # packing sorts by length
+        rows = each.map(_tokenize, fn_kwargs={"tokenizer": tokenizer}, remove_columns=each.column_names)
+        packed.append(pack_dataset(rows.shuffle(seed=settings.seed), settings.max_length).shuffle(seed=settings.seed))
     return packed
 
 
@@ -76,9 +73,8 @@ def _read(settings: DataSettings, split: str) -> Dataset:
     for columns in (["messages"], ["prompt", "completion"]):
         if set(columns) <= set(rows.column_names):
             rows = rows.select_columns([*columns, *({"tools"} & set(rows.column_names))])
-            if isinstance(rows[0][columns[0]], str):
-                rows = rows.map(lambda row: as_messages(row["prompt"], row["completion"]))
-            return rows
+            is_text = isinstance(rows[0][columns[0]], str)
+            return rows.map(lambda row: as_messages(row["prompt"], row["completion"])) if is_text else rows
     raise ValueError(f"rows of {split} need messages, or prompt and completion, got {rows.column_names}")
 
 
@@ -100,6 +96,5 @@ def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[s
     else:
         prompt = encode(row["prompt"], add_generation_prompt=True)["input_ids"]
         tokens = encode(row["prompt"] + row["completion"])["input_ids"]
-        begin = common_prefix_length(prompt, tokens)
-        answer = [position >= begin for position in range(len(tokens))]
-    return {"input_ids": tokens, "labels": [t if a else IGNORED for t, a in zip(tokens, answer, strict=True)]}
+        answer = chain([0] * common_prefix_length(prompt, tokens), repeat(1))
+    return {"input_ids": tokens, "labels": [t if a else IGNORED for t, a in zip(tokens, answer, strict=False)]}

@@ -9,7 +9,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recipes.supervised_fine_tuning.data import IGNORED
+IGNORED = -100
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Of the largest logit: products of a mixture of experts have other shapes, and round differently."""

@@ -23,8 +23,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from dion2_lightning import OptimizerSettings, SelectionLogger
 from recipes.offline_models import SMOLLM2, model_folder
 from recipes.precision import sum_in_float32
-from recipes.supervised_fine_tuning.data import IGNORED, DataSettings, load_rows
-from recipes.supervised_fine_tuning.model import check_packing, pad_rows, validation_loss
+from recipes.supervised_fine_tuning.data import DataSettings, load_rows
+from recipes.supervised_fine_tuning.model import IGNORED, check_packing, pad_rows, validation_loss
 
 ON_GPU = torch.cuda.is_available()
 CONVERSATIONS = DataSettings()

@@ -24,8 +24,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from dion2_lightning import OptimizerSettings, SelectionMonitor
 from recipes.offline_models import SMOLLM2, model_folder
-from recipes.supervised_fine_tuning.data import IGNORED, DataSettings, load_rows
-from recipes.supervised_fine_tuning.model import check_packing, pad_rows
+from recipes.supervised_fine_tuning.data import DataSettings, load_rows
+from recipes.supervised_fine_tuning.model import IGNORED, check_packing, pad_rows
 
 ON_GPU = torch.cuda.is_available()
 OPTIMIZER = OptimizerSettings(lr=4e-4, adamw_lr=9e-5, momentum=0.81, fraction=0.25)

@@ -36,8 +36,8 @@ from dion2_lightning import build_optimizer
 from dion2_lightning.monitoring.history import SelectionHistory
 from recipes.offline_data import as_messages
 from recipes.supervised_fine_tuning import with_accelerate, with_lightning, with_trainer
-from recipes.supervised_fine_tuning.data import IGNORED, DataSettings, load_conversations, load_rows
-from recipes.supervised_fine_tuning.model import check_packing
+from recipes.supervised_fine_tuning.data import DataSettings, load_conversations, load_rows
+from recipes.supervised_fine_tuning.model import IGNORED, check_packing
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import fsdp2_on_cpu
 from tests.recipes.colours import ROWS, chat, forget_accelerators, row, talk, write_rows
