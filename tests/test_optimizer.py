@@ -80,6 +80,10 @@ def test_groups_override_every_setting():
         "adjust_lr_fn": "none",
         "scale_lr_by_fraction": False,
         "select": "output",
+        "nesterov": True,
+        "normalize_neurons": True,
+        "neuron_beta": 0.9,
+        "cautious_weight_decay": True,
         "orthonormalize_dtype": "float32",
         "state_dtype": "float64",
         "rounding": "nearest",
@@ -87,7 +91,7 @@ def test_groups_override_every_setting():
         "check_finite": True,
     }
     of_adamw = {"lr": 2.0, "weight_decay": 0.3, "betas": (0.1, 0.2), "eps": 1e-3, "check_finite": True}
-    of_adamw |= {"rounding": "nearest", "rounding_seed": 4}
+    of_adamw |= {"rounding": "nearest", "rounding_seed": 4, "cautious_weight_decay": True}
     groups = [{"params": [torch.nn.Parameter(torch.ones(4, 4))], **overrides}]
     groups += [{"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw", **of_adamw}]
     optimizer = Dion2(groups)

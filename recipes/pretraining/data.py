@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from recipes.offline_data import read_prose
-from recipes.rows import read_rows
+from recipes.rows import is_file, read_rows
 
 if TYPE_CHECKING:
     from recipes.pretraining.train import Settings
@@ -38,7 +38,7 @@ def load_windows(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def load_documents(settings: "Settings", split: str) -> Dataset:
-    if settings.dataset == "python" and split == settings.train_split:
+    if settings.dataset == "python" and not is_file(split):
         return Dataset.from_dict({settings.text_column: read_prose()})
     return read_rows(settings.dataset, settings.subset, split)
 

@@ -14,7 +14,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import common_prefix_length, pack_dataset
 
 from recipes.offline_data import SHORTEST_ANSWER, as_messages, read_conversations
-from recipes.rows import read_rows
+from recipes.rows import is_file, read_rows
 from recipes.supervised_fine_tuning.model import IGNORED
 
 
@@ -67,7 +67,7 @@ def load_rows(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def _read(settings: DataSettings, split: str) -> Dataset:
-    if settings.dataset == "functions" and split == settings.train_split:
+    if settings.dataset == "functions" and not is_file(split):
         return Dataset.from_generator(read_conversations, gen_kwargs={"python": sys.version})
     rows = read_rows(settings.dataset, settings.config, split)
     for columns in (["messages"], ["prompt", "completion"]):

@@ -11,12 +11,12 @@ from lightning import Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from recipes.offline_data import read_docstrings
-from recipes.rows import read_rows
+from recipes.rows import is_file, read_rows
 
 
 def load_rows(source: str, subset: str | None, split: str, text_column: str, label_column: str) -> Dataset:
     """Return the docstrings, or the rows of a split or file."""
-    if source == "docstrings" and split == "train":
+    if source == "docstrings" and not is_file(split):
         texts, modules = zip(*read_docstrings(), strict=True)
         return Dataset.from_dict({"text": texts, "label": modules})
     rows = read_rows(source, subset, split)

@@ -475,7 +475,7 @@ class TestData:
     def test_columns_of_other_names(self, tmp_path: Path) -> None:
         file = write_rows(tmp_path / "data.jsonl", [{"question": "a", "answer": "b"}])
         with pytest.raises(
-            ValueError, match=r"rows need messages, or prompt and completion, got \['question', 'answer'\]"
+            ValueError, match=r"rows of train need messages, or prompt and completion, got \['question', 'answer'\]"
         ):
             load_conversations(DataSettings(str(file)))
 
