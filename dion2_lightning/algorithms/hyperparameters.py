@@ -210,9 +210,8 @@ def rank_share(name: str, value: object) -> None:
 
 def positive_integer(name: str, value: object) -> None:
     """Raise an error unless the value is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
+    whole_number(name, value)
+    if number(name, value) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 

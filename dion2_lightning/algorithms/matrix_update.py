@@ -1,4 +1,4 @@
-"""What one parameter brings to a step on matrices, and the lines of the Dion2 box: one function each.
+"""What one parameter brings to a step on matrices, and the lines of the boxes of Dion2 and Dion3: one function each.
 
 What a step needs of the settings is read by ``update_of`` in dion2.py and ``MatrixUpdate.of``; the rest is numbers.
 """
