@@ -51,7 +51,7 @@ def validation_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], a
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for batch in batches:
-        loss = model(**batch, use_cache=False, num_items_in_batch=1).loss  # the sum over tokens
+        loss = model(**batch, fused_lm_head=True, num_items_in_batch=1).loss  # the sum over tokens
         total += torch.stack([loss.double(), (batch["labels"] != IGNORED).sum()])
     loss, tokens = accelerator.reduce(total).tolist()
     return float(loss / tokens)

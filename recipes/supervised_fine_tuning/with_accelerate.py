@@ -18,6 +18,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from trl.trainer import add_fused_lm_head
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from dion2_lightning import OptimizerSettings, SelectionLogger
@@ -73,6 +74,7 @@ def fine_tune(
     folder = model_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    add_fused_lm_head(net)  # the loss without the logits of the whole vocabulary, as SFTTrainer computes it
     with accelerator.autocast():
         check_packing(net)
     with accelerator.main_process_first():  # the others find on the disk what it has tokenized
@@ -108,7 +110,7 @@ def fine_tune(
         total = torch.zeros((), device=accelerator.device)
         for number, part in enumerate(parts, 1):
             with nullcontext() if number == accumulation else accelerator.no_sync(net):
-                loss = net(**part, use_cache=False, num_items_in_batch=tokens).loss
+                loss = net(**part, fused_lm_head=True, num_items_in_batch=tokens).loss
                 accelerator.backward(loss * ranks)  # the ranks' gradients are averaged
             total += loss.detach()
         accelerator.clip_grad_norm_(net.parameters(), 1.0)

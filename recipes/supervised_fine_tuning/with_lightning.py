@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from trl.trainer import add_fused_lm_head
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from dion2_lightning import OptimizerSettings, SelectionMonitor
@@ -61,6 +62,7 @@ class FineTuner(LightningModule):
             model_folder(model), dtype=torch.float32, attn_implementation=attention
         ).train()
         check_packing(self.net)
+        add_fused_lm_head(self.net)  # the loss without the logits of the whole vocabulary, as SFTTrainer computes it
         self.tokens = 0
 
     def configure_model(self) -> None:
@@ -96,7 +98,7 @@ class FineTuner(LightningModule):
 
     def _sums(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """The summed loss, and the tokens that have labels."""
-        loss: Tensor = self.net(**batch, use_cache=False, num_items_in_batch=1).loss
+        loss: Tensor = self.net(**batch, fused_lm_head=True, num_items_in_batch=1).loss
         return loss, int((batch["labels"] != IGNORED).sum())
 
 
