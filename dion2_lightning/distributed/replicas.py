@@ -5,13 +5,13 @@ that it does not wrap yet. FSDP2 averages nothing where it shards over one dimen
 """
 
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.matrices.layout import group_by, is_dtensor, local, local_gradient, placed
@@ -23,18 +23,18 @@ BUCKET_BYTES: Final = 2**26
 """What is averaged at once, unless one tensor has more."""
 
 
-class DDPHook:
-    """A communication hook of DDP that averages gradients as DDP does, but for those of some parameters."""
+class LeftOut:
+    """Whose gradients DDP's communication hook does not average; all others it does, as DDP itself."""
 
     def __init__(self, group: "ProcessGroup") -> None:
         self.group = group
-        self.left_out: weakref.WeakSet[Tensor] = weakref.WeakSet()
+        self.parameters = WeakTensorKeyDictionary()
 
-    def __call__(self, state: object, bucket: Any) -> "torch.futures.Future[Tensor]":
-        """Average what is not left out, in one all-reduce."""
+    def average(self, bucket: Any) -> "torch.futures.Future[Tensor]":
+        """Average the other gradients of a bucket, in one all-reduce."""
         buffer: Tensor = bucket.buffer()
         pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
-        averaged = [gradient for parameter, gradient in pairs if parameter not in self.left_out]
+        averaged = [gradient for parameter, gradient in pairs if parameter not in self.parameters]
         if not averaged:
             done: torch.futures.Future[Tensor] = torch.futures.Future(
                 devices=[buffer.device] if buffer.device.type != "cpu" else None
@@ -54,9 +54,9 @@ class DDPHook:
         return averaging
 
 
-def hook_of(ddp: Any) -> DDPHook | None:
-    """Return the :class:`DDPHook` of a DistributedDataParallel, if it has one."""
-    return next((hook for hook, _ in ddp._comm_hooks if isinstance(hook, DDPHook)), None)
+def left_out_of(ddp: Any) -> LeftOut | None:
+    """Return what the communication hook of a DistributedDataParallel leaves out, if that is the hook of this file."""
+    return next((state for _, state in ddp._comm_hooks if isinstance(state, LeftOut)), None)
 
 
 def leave_to_optimizer(module: nn.Module, parameters: Sequence[Tensor], group: "ProcessGroup") -> None:
@@ -69,11 +69,12 @@ def leave_to_optimizer(module: nn.Module, parameters: Sequence[Tensor], group: "
         group: The ranks that hold replicas.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
-        hook = hook_of(module)
-        if hook is None:
-            hook = DDPHook(group)
-            module.register_comm_hook(None, hook)
-        hook.left_out.update(parameters)
+        left_out = left_out_of(module)
+        if left_out is None:
+            left_out = LeftOut(group)
+            # A lambda, because DDP wants annotations that a torch without distributed does not have.
+            module.register_comm_hook(left_out, lambda state, bucket: state.average(bucket))
+        left_out.parameters.update(dict.fromkeys(parameters))
         return
     chosen = set(parameters)
     names = [name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter in chosen]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch.distributed as dist
 from torch import nn
 
-from dion2_lightning.distributed.replicas import DDPHook
+from dion2_lightning.distributed.replicas import left_out_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -203,8 +203,8 @@ def _of_ddp_strategy(strategy: Any) -> "ProcessGroup | None":
     if any(getattr(strategy, f"_{name}", None) is not None for name in ("ddp_comm_hook", "model_averaging_period")):
         return None
     if _is(wrapped, "DistributedDataParallel", "torch"):
-        knows_hooks = all(isinstance(hook, DDPHook) for hook, _ in wrapped._comm_hooks)
-        return _of_several_ranks(wrapped.process_group) if knows_hooks else None
+        is_known = not wrapped._comm_hooks or left_out_of(wrapped) is not None
+        return _of_several_ranks(wrapped.process_group) if is_known else None
     if options.get("process_group") is not None:
         return _of_several_ranks(options["process_group"])
     if options.get("device_mesh") is not None:
