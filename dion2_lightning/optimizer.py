@@ -532,7 +532,7 @@ class MatrixOptimizer(Optimizer):
                     tuple(parameter.shape),
                     parameter.dtype,
                     ALGORITHMS[group["algorithm"]].agreement(parameter, group),
-                    self.share_replicas,
+                    (self.share_replicas, self.max_grad_norm),
                     settings[id(group)],
                 )
             )

@@ -82,7 +82,7 @@ def _sums(
             continue
         buffer = torch.cat([sums[index].flatten() for index in indices])
         buffers.append((indices, buffer))
-        exchanges.append(_add_up(buffer, by_parts, by_replicas))
+        exchanges.append(add_up(buffer, by_parts, by_replicas))
     for _ in itertools.zip_longest(*exchanges):
         yield IN_FLIGHT
     for indices, buffer in buffers:
@@ -91,7 +91,7 @@ def _sums(
     return sums
 
 
-def _add_up(
+def add_up(
     buffer: Tensor, parts: "ProcessGroup | None", replicas: "ProcessGroup | None"
 ) -> Generator[None, object, None]:
     """Put the sum over parts, and the mean over replicas, in a buffer's place.
