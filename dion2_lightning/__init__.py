@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dion2_lightning.integrations.lightning_hooks import with_parameter_names as with_parameter_names
     from dion2_lightning.integrations.lightning_selection import SelectionMonitor as SelectionMonitor
     from dion2_lightning.integrations.transformers import Dion2Factory as Dion2Factory
+    from dion2_lightning.integrations.transformers import SynchronizeCallback as SynchronizeCallback
     from dion2_lightning.integrations.transformers_selection import SelectionCallback as SelectionCallback
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _INTEGRATIONS: Final = {
     "SelectionCallback": "transformers_selection",
     "SelectionLogger": "accelerate",
     "SelectionMonitor": "lightning_selection",
+    "SynchronizeCallback": "transformers",
     "with_parameter_names": "lightning_hooks",
 }
 """Names that need a framework, and the file in ``integrations`` that each is in; imported on first use.

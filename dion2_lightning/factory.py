@@ -22,12 +22,17 @@ from dion2_lightning.algorithms.hyperparameters import (
     takes,
 )
 from dion2_lightning.distributed.collectives import is_first_rank
+from dion2_lightning.distributed.replicas import leave_to_optimizer
 from dion2_lightning.distributed.strategies import (
+    call_before_saving,
+    ddp_of,
     process_group_of,
+    refuse_scaling_by_replica,
     refuse_wrappers_that_flatten,
     strategy_of,
     trainer_of,
 )
+from dion2_lightning.matrices.layout import is_dtensor
 from dion2_lightning.optimizer import MatrixOptimizer
 from dion2_lightning.routing.late_parameters import check_after_steps
 from dion2_lightning.routing.replaced_parameters import check_before_steps
@@ -38,6 +43,9 @@ logger = logging.getLogger("dion2_lightning")
 if logger.level == logging.NOTSET:
     logger.setLevel(logging.INFO)
 
+
+ATTRIBUTES: Final = ("orthonormalize", "process_group", "share_replicas", "max_grad_norm")
+"""What the optimizer keeps as attributes; all else is settings of its groups."""
 
 TRAINER_HOOKS: Final[list[Callable[[Any], None]]] = []
 """Functions that are called with the Lightning Trainer of the model, if there is one; the first adds the callbacks."""
@@ -56,6 +64,12 @@ class CommonArguments(EverySetting):
         None,
         "Whether ranks that hold replicas, as under DDP and HSDP, share the work on them: True, False, or None, where "
         "it saves more than sending the results costs.",
+    )
+    max_grad_norm: float | None = setting(
+        None,
+        'To which norm of all gradients together a step clips them. With sync="compressed" pass it instead of clipping '
+        "before the step, which would scale each replica by its own norm.",
+        not_negative,
     )
 
 
@@ -103,7 +117,8 @@ class Dion2Arguments(_Orthonormalize, CommonArguments):
         None,
         "The ranks that hold replicas of the plain parameters, with the same gradients, as under DDP: a "
         "torch.distributed.ProcessGroup. They share the work. Without it every rank updates its replicas by itself, "
-        "with the same result. DTensors need none: their mesh says who shares them.",
+        "with the same result. DTensors need none: their mesh says who shares them, but for replicas with "
+        'sync="compressed".',
     )
 
 
@@ -172,7 +187,7 @@ class Dion2(MatrixOptimizer):
     @method_takes(Dion2Arguments)
     def __init__(self, params: ParamsT, *args: Any, **settings: Any) -> None:
         given = bind("Dion2", Dion2Arguments, args, settings)
-        attributes = {name: given.pop(name, None) for name in ("orthonormalize", "process_group", "share_replicas")}
+        attributes = {name: given.pop(name, None) for name in ATTRIBUTES}
         super().__init__(params, given, **attributes)
 
 
@@ -210,7 +225,8 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
     arguments = FactoryArguments(**bind("build_optimizer", FactoryArguments, args, settings))
     choice = CHOICES[arguments.algorithm]
     refuse_wrappers_that_flatten(model)
-    process_group = process_group_of(strategy_of(model) if arguments.strategy is None else arguments.strategy)
+    strategy = strategy_of(model) if arguments.strategy is None else arguments.strategy
+    process_group = process_group_of(strategy)
 
     rest = {
         "lr": arguments.lr if arguments.adamw_lr is None else arguments.adamw_lr,
@@ -234,6 +250,14 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
         orthonormalize=arguments.orthonormalize,
         process_group=process_group,
     )
+
+    if optimizer.is_compressing:
+        refuse_scaling_by_replica(strategy)
+        optimizer.refuse_without_replicas()
+        assert process_group is not None
+        plain_ones = [parameter for parameter in optimizer.replicas() if not is_dtensor(parameter)]
+        leave_to_optimizer(ddp_of(model, strategy) or model, plain_ones, process_group)
+        call_before_saving(strategy, optimizer.synchronize)
 
     model_reference = weakref.ref(model)
 

@@ -12,8 +12,10 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StateTensor, StepContext
-from dion2_lightning.algorithms.hyperparameters import flag, plain
+from dion2_lightning.algorithms.hyperparameters import flag, not_negative, plain
+from dion2_lightning.distributed.clipping import clip_grad_norm_
 from dion2_lightning.distributed.collectives import (
+    RanksAround,
     check_agreement,
     on_any_rank,
     on_every_rank,
@@ -21,6 +23,12 @@ from dion2_lightning.distributed.collectives import (
     refuse_unreachable,
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
+from dion2_lightning.distributed.replicas import (
+    average_,
+    average_gradients,
+    compare_gradients,
+    refuse_wrong_replicas,
+)
 from dion2_lightning.kernels.gate import Gate, are_finite
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import group_by, is_dtensor, local, local_gradient, placed, refuse_misplaced
@@ -51,6 +59,13 @@ NOT_COPIED: Final = {
 }
 """What a copy or an unpickled optimizer lacks: a process group cannot be copied, a callable not always."""
 
+WITHOUT_REPLICAS: Final = (
+    "sync='compressed' needs ranks that hold replicas, and this optimizer knows of none: pass strategy= to "
+    "build_optimizer, or process_group= to Dion2; under FSDP2 the group of ranks that hold the same part, which "
+    "fully_shard must not know of. On one rank, or under FSDP2 alone, use sync='full'"
+)
+"""What is said where there are no replicas to compress anything for."""
+
 NOT_COMPILED: Final = (
     "step() of Dion2 runs as it is, with a graph break: it reads groups and placements anew and may wait for other "
     "ranks; compile without fullgraph=True"
@@ -66,8 +81,10 @@ class MatrixOptimizer(Optimizer):
             ``algorithm`` is one of ``dion2_lightning.algorithms.ALGORITHMS``; without one it is ``default_algorithm``.
         settings: Hyperparameters by name, for the groups whose algorithms have them and that do not say otherwise.
         orthonormalize: A callable (batch, k, m) -> the same shape instead of the package's own (default: None).
-        process_group: The ranks that hold replicas of the plain parameters (default: None).
+        process_group: The ranks that hold replicas of the plain parameters, or of all where gradients are not averaged
+            (default: None).
         share_replicas: Whether ranks that hold replicas share the work (default: None, where it pays).
+        max_grad_norm: To which norm a step clips the gradients (default: None, it does not).
 
     Raises:
         TypeError: An argument or a group's entry has the wrong type.
@@ -81,6 +98,9 @@ class MatrixOptimizer(Optimizer):
     orthonormalize: Callable[[Tensor], Tensor] | None
     process_group: "ProcessGroup | None"
     share_replicas: bool | None
+    max_grad_norm: float | None
+    grad_norm: Tensor | None
+    """The norm of all gradients in the last step, before ``max_grad_norm`` clipped it; 0-d, on their device."""
     observer: Observer | None
     """Receives the events of every step; see :class:`~dion2_lightning.SelectionTracker`. A copy has none."""
     fallbacks: Counter[str]
@@ -96,6 +116,7 @@ class MatrixOptimizer(Optimizer):
         orthonormalize: Callable[[Tensor], Tensor] | None = None,
         process_group: "ProcessGroup | None" = None,
         share_replicas: bool | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         for algorithm in ALGORITHMS.values():
             algorithm.check_settings(settings)
@@ -108,9 +129,13 @@ class MatrixOptimizer(Optimizer):
             )
         if share_replicas is not None:
             flag("share_replicas", share_replicas)
+        if max_grad_norm is not None:
+            not_negative("max_grad_norm", max_grad_norm)
         self.orthonormalize = orthonormalize
         self.process_group = process_group
         self.share_replicas = share_replicas
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm = None
         self.observer = None
         self.fallbacks = Counter()
         self.route_parameters = None
@@ -120,6 +145,8 @@ class MatrixOptimizer(Optimizer):
         self._skipped_steps: Tensor | int = 0
         self._failure: str | None = None
         self._is_agreed = False
+        self._replicas_are_checked = False
+        self._replicas_differ = False
         if isinstance(params, Tensor):
             raise TypeError("params must be parameters or groups in a list, got a single tensor")
         groups = list(cast(Iterable[Any], params))
@@ -177,9 +204,9 @@ class MatrixOptimizer(Optimizer):
             FloatingPointError: A gradient holds NaN or Inf, where ``check_finite`` asks for the check.
             ValueError: A gradient is sparse, a parameter is sharded in a way that has no update, it is offloaded to
                 where its ranks do not communicate, or it is on a device that has no float64, which its ranks or
-                settings need.
-            RuntimeError: Ranks that share a matrix disagree about its settings, or an earlier step failed partway
-                through.
+                settings need; or settings ask for replicas that there are not.
+            RuntimeError: Ranks that share a matrix disagree about its settings, an earlier step failed partway through,
+                or gradients have been averaged over replicas that must not be, or have not been that must.
         """
         loss = None
         if closure is not None:
@@ -189,7 +216,11 @@ class MatrixOptimizer(Optimizer):
         self._check_placements()
         self._check_agreement()
         self._check_gradients()
+        self._average_over_replicas()
         gates = self._gates()
+        if self.max_grad_norm is not None:
+            parameters = [parameter for _, parameter, _ in self._labelled()]
+            self.grad_norm = clip_grad_norm_(parameters, self.max_grad_norm, replicas=self._compressed())
         is_first = not self.state
         self._prepare_state()
         self._selections = {}
@@ -214,6 +245,7 @@ class MatrixOptimizer(Optimizer):
         )
         if context.observer is not None:
             context.observer.end_step()
+        self._replicas_differ = bool(self._compressed()) and not skipped
         self._failure = None
         return loss
 
@@ -254,6 +286,49 @@ class MatrixOptimizer(Optimizer):
                 if sliced is not None:
                     found.append(SlicedParameter(parameter, group["name"], name, given is not None, *sliced))
         return found
+
+    @property
+    def is_compressing(self) -> bool:
+        """Whether replicas are to send less than the gradients of some groups, as with ``sync="compressed"``."""
+        return any(ALGORITHMS[group["algorithm"]].compresses(group) for group in self.param_groups)
+
+    def replicas(self) -> "dict[Tensor, ProcessGroup]":
+        """Return the parameters whose gradients differ between replicas when ``step()`` is called.
+
+        Returns:
+            Each with the ranks that hold its replicas, for :func:`~dion2_lightning.clip_grad_norm_`. Those that are
+            compressed, and on meshes all others too, as ``step()`` averages their gradients.
+        """
+        if self.process_group is None or not self.is_compressing:
+            return {}
+        on_meshes = {each: self.process_group for _, each, _ in self._labelled() if is_dtensor(each)}
+        return {**on_meshes, **self._compressed()}
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Average the momenta that replicas keep apart with ``sync="compressed"``: before a checkpoint, on every rank.
+
+        Weights stay as they are, and so do the updates to come, up to rounding. Without such replicas, or where nothing
+        has changed since the last call, it does nothing.
+        """
+        if not self._replicas_differ:
+            return
+        apart = [
+            local(self.state[parameter][entry])
+            for group, parameter, _ in self._labelled()
+            if parameter in self._compressed()
+            for entry in sorted(ALGORITHMS[group["algorithm"]].state_by_replica)
+        ]
+        assert self.process_group is not None
+        average_(apart, self.process_group)
+        self._replicas_differ = False
+
+    @property
+    def consolidate_state_dict(self) -> Callable[[], None]:
+        """:meth:`synchronize`, by the name under which Lightning and Fabric call it on every rank before they save."""
+        if not self.is_compressing:
+            raise AttributeError("consolidate_state_dict: there is nothing to do before state_dict()")
+        return self.synchronize
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore state and groups, exactly: a momentum wider than its parameter is not rounded.
@@ -315,15 +390,22 @@ class MatrixOptimizer(Optimizer):
         """Return state and groups, as every ``torch.optim`` optimizer does.
 
         Raises:
-            RuntimeError: The last step failed partway through, so they may be half updated.
+            RuntimeError: The last step failed partway through, so they may be half updated; or replicas have momenta of
+                their own, which nobody has averaged.
         """
         self._refuse_after_failure()
+        if self._replicas_differ:
+            raise RuntimeError(
+                "replicas have momenta of their own with sync='compressed', and a checkpoint holds those of one: call "
+                "optimizer.synchronize() on every rank first. Under the Trainer SynchronizeCallback() does"
+            )
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied, and remember that it was there."""
         lost = [name for name in NOT_COPIED if getattr(self, name) is not None]
-        kept = {name: getattr(self, name) for name in ("_failure", "_given", "_settings", "share_replicas")}
+        kept_names = ("_failure", "_given", "_settings", "share_replicas", "max_grad_norm")
+        kept = {name: getattr(self, name) for name in kept_names}
         return {**super().__getstate__(), **kept, "_lost": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -337,8 +419,9 @@ class MatrixOptimizer(Optimizer):
         super().__setstate__(state)
         self._selections, self._skipped_steps = {}, 0
         self.fallbacks = Counter()
-        self._is_agreed = False
-        for name in ("_failure", "orthonormalize", "process_group", "share_replicas", "observer", "route_parameters"):
+        self._is_agreed = self._replicas_are_checked = self._replicas_differ = False
+        self.grad_norm = None
+        for name in (*NOT_COPIED, "_failure", "share_replicas", "max_grad_norm", "observer", "route_parameters"):
             self.__dict__.setdefault(name, None)
         self.__dict__.setdefault("_given", {})
         for group in self.param_groups:
@@ -415,7 +498,7 @@ class MatrixOptimizer(Optimizer):
             return
         labels, parameters = zip(*checked, strict=True)
         flags = [is_finite.logical_not() for is_finite in _have_finite_gradients(parameters)]
-        for label, is_broken in zip(labels, on_any_rank(flags, parameters, self.process_group), strict=True):
+        for label, is_broken in zip(labels, on_any_rank(flags, parameters, self._ranks()), strict=True):
             if is_broken:
                 raise FloatingPointError(f"{label} has a gradient with NaN or Inf; no weight and no state was changed")
 
@@ -430,7 +513,7 @@ class MatrixOptimizer(Optimizer):
         parameters = [parameter for _, parameter, _ in self._labelled()]
         by_device = group_by(_have_finite_gradients(checked), lambda is_finite: is_finite.device).values()
         of_devices = [torch.stack(flags).all().to(checked[0].device) for flags in by_device]
-        is_open = on_every_rank(torch.stack(of_devices).all(), parameters, self.process_group)
+        is_open = on_every_rank(torch.stack(of_devices).all(), parameters, self._ranks())
         self._skipped_steps = self._skipped_steps + is_open.logical_not()
         return {device: Gate(is_open.to(device)) for device in dict.fromkeys(each.device for each in parameters)}
 
@@ -440,7 +523,8 @@ class MatrixOptimizer(Optimizer):
             return
         shared = [each for each in self._labelled() if is_dtensor(each[1]) or self.process_group]
         for _, parameter, label in shared:
-            refuse_unreachable(parameter, label, self.process_group)
+            refuse_unreachable(parameter, label, self._ranks())
+        self.refuse_without_replicas()
         settings = {id(group): _settings_of(group) for group in self.param_groups}
         descriptions = [
             repr(
@@ -448,14 +532,68 @@ class MatrixOptimizer(Optimizer):
                     tuple(parameter.shape),
                     parameter.dtype,
                     ALGORITHMS[group["algorithm"]].agreement(parameter, group),
-                    self.share_replicas,
+                    (self.share_replicas, self.max_grad_norm),
                     settings[id(group)],
                 )
             )
             for group, parameter, _ in shared
         ]
-        check_agreement(descriptions, [parameter for _, parameter, _ in shared], self.process_group)
+        check_agreement(descriptions, [parameter for _, parameter, _ in shared], self._ranks())
         self._is_agreed = True
+
+    def _ranks(self) -> RanksAround:
+        """The ranks that have a part or a replica of what this one has."""
+        return RanksAround(self.process_group, of_meshes_too=self.is_compressing)
+
+    def _compressed(self) -> "dict[Tensor, ProcessGroup]":
+        """The parameters whose gradients are not averaged over replicas, each with the ranks that hold these."""
+        if self.process_group is None:
+            return {}
+        return {
+            parameter: self.process_group
+            for group, parameter, _ in self._labelled()
+            if ALGORITHMS[group["algorithm"]].is_compressed(parameter, group)
+        }
+
+    def refuse_without_replicas(self) -> None:
+        """Refuse ranks on which gradients cannot be compressed, where a group asks for it."""
+        if not self.is_compressing:
+            return
+        if self.process_group is None or self.process_group.size() == 1:
+            raise ValueError(WITHOUT_REPLICAS)
+        if self.share_replicas is False:
+            raise ValueError("share_replicas=False keeps replicas apart, and sync='compressed' needs them; remove one")
+        for _, parameter, label in self._labelled():
+            refuse_wrong_replicas(parameter, label, self.process_group)
+
+    def _average_over_replicas(self) -> None:
+        """Average the gradients on meshes that are not compressed; nobody else does where others are.
+
+        Once it sees whether those of plain parameters have been averaged, and those that are compressed have not.
+        """
+        if not self.is_compressing or self.process_group is None:
+            return
+        compressed = self._compressed()
+        trained = [(parameter, label) for _, parameter, label in self._labelled() if parameter.requires_grad]
+        on_meshes = [parameter for parameter, _ in trained if is_dtensor(parameter) and parameter not in compressed]
+        average_gradients(on_meshes, self.process_group)
+        if self._replicas_are_checked or not trained:
+            return
+        found = compare_gradients([parameter for parameter, _ in trained], self.process_group)
+        for (parameter, label), are_equal in zip(trained, found, strict=True):
+            if are_equal and parameter in compressed:
+                raise RuntimeError(
+                    f"{label} has the same gradient on all replicas, so it was averaged already, and sync='compressed' "
+                    "saves nothing: build the optimizer by build_optimizer(), with the model and strategy=, before "
+                    "anything averages gradients"
+                )
+            if are_equal is False and parameter not in compressed:
+                raise RuntimeError(
+                    f"{label} has gradients that differ between replicas, and sync='compressed' leaves it to "
+                    "DistributedDataParallel to average them. If they were clipped, each replica was by its own norm: "
+                    "pass max_grad_norm= to the optimizer instead, which clips all alike"
+                )
+            self._replicas_are_checked |= are_equal is False
 
     def _prepare_state(self) -> None:
         """Create the state of every trainable parameter, gradient or not, and let what there is follow its parameter.
@@ -496,7 +634,7 @@ class MatrixOptimizer(Optimizer):
             return set()
         parameters = [parameter for _, parameter, _ in self._labelled()]
         flags = [_on_every_entry(parameter, torch.Tensor.bool).any() for parameter in parameters]
-        return set() if any(on_any_rank(flags, parameters, self.process_group)) else set(parameters)
+        return set() if any(on_any_rank(flags, parameters, self._ranks())) else set(parameters)
 
     def _refuse_after_failure(self) -> None:
         if self._failure is not None:

@@ -200,7 +200,8 @@ def _changed_settings(saved_groups: Sequence[Group], groups: Sequence[Group], gi
             saved["lr"], asked["lr"] = old["initial_lr"], group["initial_lr"]
         elif "initial_lr" in old or "initial_lr" in group:
             asked.pop("lr", None)
-        for name, value in asked.items():
+        for name in asked.keys() - algorithm_of(group).settings_of_run:
+            value = asked[name]
             found = saved.get(name, value)
             if _without_lists(found) != _without_lists(value):
                 changes.setdefault(f"{name} {found!r} instead of {value!r}", []).append(repr(old.get("name")))
@@ -245,7 +246,8 @@ def _match_group(old: Group, new: Group) -> dict[str, Any]:
     algorithm_of(new).check_settings(old, f"{prefix}: the checkpoint's ")
     # Version 0.1.0 wrote the settings of all algorithms into every group; what schedulers have added stays.
     foreign = {name for each in ALGORITHMS.values() for name in each.defaults()} - new.keys()
-    group = {**new, **{name: value for name, value in old.items() if name not in foreign}}
+    left_out = foreign | algorithm_of(new).settings_of_run
+    group = {**new, **{name: value for name, value in old.items() if name not in left_out}}
     if "param_names" in new:
         group["params"] = _in_order(old, new, prefix)
         group["param_names"] = list(new["param_names"])

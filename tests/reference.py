@@ -123,7 +123,10 @@ class Reference:
 
 @dataclass
 class DionReference:
-    """One matrix in (out, in), its momentum and its Q, of shape (shorter, rank), and the rule; all float64."""
+    """One matrix in (out, in), its momentum and its Q, of shape (shorter, rank), and the rule; all float64.
+
+    With compressed synchronisation every replica has a momentum, and P before its orthonormalization and R are means.
+    """
 
     weight: Tensor
     q: Tensor
@@ -133,23 +136,28 @@ class DionReference:
     rule: str | None = "match_rms_adamw"
     scale_by_fraction: bool = True
     cautious_weight_decay: bool = False
-    momentum: Tensor = field(init=False)
+    replicas: int = 1
+    momenta: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.momentum = torch.zeros_like(self.weight)
+        self.momenta = [torch.zeros_like(self.weight) for _ in range(self.replicas)]
 
-    def step(self, gradient: Tensor) -> None:
+    @property
+    def momentum(self) -> Tensor:
+        return sum(self.momenta, torch.zeros_like(self.weight)) / self.replicas
+
+    def step(self, *gradients: Tensor) -> None:
         out_size, in_size = self.weight.shape
         is_wide = out_size < in_size
-        b = self.momentum + gradient
+        bs = [momentum + gradient for momentum, gradient in zip(self.momenta, gradients, strict=True)]
         if is_wide:
-            b = b.T
-        p = gram_schmidt(b @ self.q)
-        r = b.T @ p
-        b = b - (1 - self.mu) * p @ r.T
+            bs = [b.T for b in bs]
+        p = gram_schmidt(torch.stack([b @ self.q for b in bs]).mean(0))
+        r = torch.stack([b.T @ p for b in bs]).mean(0)
+        bs = [b - (1 - self.mu) * p @ r.T for b in bs]
         self.q = torch.stack([column / (column.square().sum().sqrt() + 1e-8) for column in r.T], dim=1)
         update = p @ self.q.T
-        self.momentum, update = (b.T, update.T) if is_wide else (b, update)
+        self.momenta, update = ([b.T for b in bs], update.T) if is_wide else (bs, update)
         c = math.sqrt(min(out_size, in_size) / self.q.shape[1]) if self.scale_by_fraction else 1.0
         size = self.lr * scale_of(self.rule, out_size, in_size) * c
         factor = 1 - self.lr * self.weight_decay

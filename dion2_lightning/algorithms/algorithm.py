@@ -122,7 +122,8 @@ class StepContext:
     Attributes:
         settings_checksum: Of the settings of all groups, in [0, 2^32); see :meth:`Algorithm.step`.
         orthonormalize: Replaces the package's orthonormalization; None for none.
-        process_group: The ranks that hold replicas of the plain parameters; None where no others do.
+        process_group: The ranks that hold replicas of the plain parameters, and of all parameters where gradients are
+            not averaged; None where no others do.
         share_replicas: Whether ranks that hold replicas share the work on them; None where it pays.
         observer: What receives the events of the step; None for none.
         selections: What is selected, by parameter: filled in by the step.
@@ -165,6 +166,8 @@ class Algorithm(ABC):
         orthonormalizes: Whether a callable can replace its orthonormalization.
         optional_state: Entries of the state that a checkpoint may lack, as those from before had none; they begin anew.
         state_by_setting: Entries that come and go with settings, and mean another thing under others.
+        state_by_replica: Entries that differ between replicas of a parameter that is compressed.
+        settings_of_run: Settings about the ranks of a run, not about the result: a checkpoint does not replace them.
     """
 
     name: ClassVar[str]
@@ -173,6 +176,8 @@ class Algorithm(ABC):
     orthonormalizes: ClassVar[bool] = False
     optional_state: ClassVar[frozenset[str]] = frozenset()
     state_by_setting: ClassVar[frozenset[str]] = frozenset()
+    state_by_replica: ClassVar[frozenset[str]] = frozenset()
+    settings_of_run: ClassVar[frozenset[str]] = frozenset()
 
     def entries(self) -> dict[str, Any]:
         """Return the entries of a group that say how its parameters are stored, with their defaults."""
@@ -210,6 +215,14 @@ class Algorithm(ABC):
     def agreement(self, parameter: Tensor, group: Mapping[str, Any]) -> object:
         """Return what ranks that share a parameter must have in common besides the settings."""
         return None
+
+    def compresses(self, group: Mapping[str, Any]) -> bool:
+        """Return whether replicas of a group's parameters are to send less than their gradients."""
+        return False
+
+    def is_compressed(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
+        """Return whether replicas of a parameter do send less, so that its gradient is not averaged over them."""
+        return False
 
     @abstractmethod
     def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:

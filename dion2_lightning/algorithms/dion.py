@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Algorithm, Member, StateTensor, StepContext, StepWork
-from dion2_lightning.algorithms.dion2_shared import split_by_ranks
 from dion2_lightning.algorithms.dion_shared import update_shared
 from dion2_lightning.algorithms.hyperparameters import (
     MatrixSettings,
@@ -33,12 +32,15 @@ from dion2_lightning.algorithms.low_rank import (
     apply,
     batches,
     column_norms,
+    is_compressed,
     left_products,
     orthonormal,
     right_factor,
     right_products,
+    state_dtype,
 )
 from dion2_lightning.algorithms.matrix_update import accumulate, count_step, draw_bits
+from dion2_lightning.algorithms.shared import split_by_ranks
 
 
 @dataclass(kw_only=True)
@@ -56,6 +58,12 @@ class DionSettings(MatrixSettings):
         'How Dion orthonormalizes the columns of P: "qr", by an exact QR; "rcqr", by a randomized Cholesky QR, which '
         'is made of products; "auto", by the latter where ranks hold different rows of P, else by the former.',
     )
+    sync: Literal["full", "compressed"] = setting(
+        "full",
+        'What replicas average, as under DDP and HSDP: "full", the gradients, as their framework does; "compressed", '
+        "P and R of Dion's matrices instead, where these are smaller. Replicas then have momenta of their own, which "
+        "synchronize() averages for a checkpoint.",
+    )
 
 
 class DionAlgorithm(Algorithm):
@@ -65,13 +73,22 @@ class DionAlgorithm(Algorithm):
     settings: ClassVar[type[SharedSettings]] = DionSettings
     needs_matrices: ClassVar[bool] = True
     state_by_setting: ClassVar[frozenset[str]] = frozenset({"Q"})
+    state_by_replica: ClassVar[frozenset[str]] = frozenset({"momentum"})
+    settings_of_run: ClassVar[frozenset[str]] = frozenset({"sync"})
+
+    def compresses(self, group: Mapping[str, Any]) -> bool:
+        """Return whether replicas are to average P and R."""
+        return bool(group["sync"] == "compressed")
+
+    def is_compressed(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
+        """Return whether they do: where P and R are smaller than the gradient."""
+        return is_compressed(parameter, group)
 
     def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
         """Return momentum and Q, in float32 at least, and the number of steps, on which random bits depend."""
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
         return {
-            "momentum": StateTensor.like(parameter, dtype),
-            "Q": right_factor(parameter, group, dtype),
+            "momentum": StateTensor.like(parameter, state_dtype(parameter)),
+            "Q": right_factor(parameter, group),
             "step": StateTensor((), torch.float32, parameter.device),
         }
 

@@ -30,7 +30,7 @@ from dion2_lightning.algorithms.algorithm import (
     StepWork,
     matrices_of,
 )
-from dion2_lightning.algorithms.dion2_shared import split_by_ranks, update_shared
+from dion2_lightning.algorithms.dion2_shared import update_shared
 from dion2_lightning.algorithms.hyperparameters import (
     DType,
     MatrixSettings,
@@ -55,6 +55,7 @@ from dion2_lightning.algorithms.matrix_update import (
     shrink,
     take,
 )
+from dion2_lightning.algorithms.shared import split_by_ranks
 from dion2_lightning.kernels.orthonormalize import default_dtype
 from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.kernels.rounding import HALF_PRECISION

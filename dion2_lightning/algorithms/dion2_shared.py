@@ -12,11 +12,9 @@ a submatrix travels inside its owner's replica, and the results are then gathere
 """
 
 import itertools
-import math
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,37 +37,15 @@ from dion2_lightning.algorithms.matrix_update import (
     shrink,
     take,
 )
+from dion2_lightning.algorithms.shared import with_gradient
 from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
 from dion2_lightning.distributed.owner_exchange import OwnerExchange, SharedSubmatrix
 from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormalize import flops
-from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.kernels.rounding import RandomBits
 from dion2_lightning.kernels.selection import slice_sums
 from dion2_lightning.matrices.layout import Replicas, group_by
-
-U = TypeVar("U", bound=MatrixUpdate)
-
-
-def split_by_ranks(updates: Sequence[U], share_replicas: bool | None) -> tuple[list[U], list[list[U]]]:
-    """Return the updates of this rank alone, and those it shares: lists that the same ranks share in the same way."""
-
-    def ranks_of(update: U) -> tuple["dist.ProcessGroup | None", "dist.ProcessGroup | None"]:
-        replicas = update.layout.replicas if share_replicas is not False else None
-        return update.layout.group, None if replicas is None else replicas.group
-
-    unshared = [update for update in updates if ranks_of(update) == (None, None)]
-    shared = [update for update in updates if ranks_of(update) != (None, None)]
-    for update in shared:
-        device = update.momentum.device
-        if not has_float64(device):
-            ranks = math.prod(group.size() for group in ranks_of(update) if group is not None)
-            raise ValueError(
-                f"{update.label} is on {device.type!r} and shared by {ranks} ranks, which add up norms in float64, and "
-                "there is none on this device; train in one process, or on CUDA or the CPU"
-            )
-    return unshared, list(group_by(shared, lambda each: (*ranks_of(each), each.momentum.device)).values())
 
 
 def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingStep:
@@ -89,7 +65,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     assert everyone is not None
     checksum = zlib.crc32(repr((context.settings_checksum, [update.checksum() for update in updates])).encode())
     has_gradient = [update.gradient is not None for update in updates]
-    receive = sum_over_ranks(everyone, checksum, has_gradient, _partial_sums(updates, replicas, rank), device)
+    receive = sum_over_ranks([everyone], checksum, has_gradient, _partial_sums(updates, replicas, rank), device)
     yield IN_FLIGHT
 
     # K, the same on every rank. The host reads it where it decides who sends how much, or which gradients there are.
@@ -100,7 +76,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     reads = bool(split) or not all(has_gradient) or _reading_is_free(device)
     on_host = yield [header, *(selected[update] for update in split)] if reads else []
     edges: dict[MatrixUpdate, Tensor] = {}
-    refuse_disagreement(on_host[0] if reads else header, everyone, checksum)
+    refuse_disagreement(on_host[0] if reads else header, [everyone], checksum)
     if reads:
         updates = with_gradient(updates, on_host[0], replicas)
         edges = {update: _edges(update, indices) for update, indices in zip(split, on_host[1:], strict=True)}
@@ -222,7 +198,7 @@ def _neuron_factors(
             sums[update] = torch.zeros(shape, dtype=torch.float64, device=result.device)
         part.of_neurons(sums[update]).copy_(neurons.square_sums(update, result))
     if sums and group is not None:
-        receive = sum_over_ranks(group, 0, (), list(sums.values()), results[0].device)
+        receive = sum_over_ranks([group], 0, (), list(sums.values()), results[0].device)
         yield IN_FLIGHT
         sums = dict(zip(sums, receive()[1], strict=True))
     return neurons.factors(sums, selected, context)
@@ -253,18 +229,6 @@ def _select(updates: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> dict[Ma
         its_updates, its_norms = zip(*batch, strict=True)
         selected.update(zip(its_updates, select(its_updates, its_norms), strict=True))
     return selected
-
-
-def with_gradient(updates: Sequence[U], header: Tensor, replicas: Replicas | None) -> list[U]:
-    """Return the updates whose gradient some rank has; refuse one that not every replica has: momenta would differ."""
-    counts = header[1:].tolist()
-    for update, count in zip(updates, counts, strict=True):
-        if replicas is not None and count % replicas.count:
-            raise RuntimeError(
-                f"{update.label} has a gradient on {count} of {replicas.everyone.size()} ranks, so not in every "
-                "replica; average the gradients over the replicas before step(), with zeros where there is none"
-            )
-    return [update for update, count in zip(updates, counts, strict=True) if count]
 
 
 def _reading_is_free(device: torch.device) -> bool:

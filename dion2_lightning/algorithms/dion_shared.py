@@ -9,7 +9,9 @@ over what is spread, and only what is smaller than the matrix travels:
   columns of B are; of R only the norms of its columns are summed up.
 - Both: P and R are summed up, each with zeros where a rank has no part.
 
-Ranks that hold replicas do the same work.
+Ranks that hold replicas do the same work. Where their gradients are averaged, it is on the same numbers. Where P and R
+are averaged instead, X, P, R and Q are the same on all, and B is not: both products are linear in B, so that X moves as
+it would by the mean of the gradients.
 """
 
 import zlib
@@ -21,7 +23,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dion2_lightning.algorithms.algorithm import StepContext
-from dion2_lightning.algorithms.dion2_shared import with_gradient
 from dion2_lightning.algorithms.low_rank import (
     LowRankUpdate,
     apply,
@@ -33,9 +34,10 @@ from dion2_lightning.algorithms.low_rank import (
     right_products,
 )
 from dion2_lightning.algorithms.matrix_update import accumulate, bounded, count_step, draw_bits
+from dion2_lightning.algorithms.shared import with_gradient
 from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
-from dion2_lightning.distributed.summing import SummingWork, run_together
+from dion2_lightning.distributed.summing import Over, Summand, SummingWork, run_together
 from dion2_lightning.kernels.orthonormal_columns import finish, grams, orthonormal_columns, precondition, sketches
 from dion2_lightning.matrices.layout import Span
 
@@ -49,10 +51,12 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
     A gradient that some ranks of a group lack counts as zero there; what has none on any rank is left out. Ranks whose
     settings differ get an error, and so does a gradient that some replicas have and others lack.
     """
-    layout, device = updates[0].layout, updates[0].momentum.device
-    replicas = layout.replicas if context.share_replicas is not False else None
-    everyone = layout.group if replicas is None else replicas.everyone
-    assert everyone is not None
+    first = updates[0]
+    layout, device = first.layout, first.momentum.device
+    # Replicas with momenta of their own may lack a gradient that others have, as ranks that share a matrix may.
+    replicas = layout.replicas if context.share_replicas is not False and first.replicas is None else None
+    groups = [layout.group, first.replicas] if replicas is None else [replicas.everyone]
+    everyone = [group for group in groups if group is not None]
     checksum = zlib.crc32(repr((context.settings_checksum, [update.checksum() for update in updates])).encode())
     has_gradient = [update.gradient is not None for update in updates]
     receive = sum_over_ranks(everyone, checksum, has_gradient, (), device)
@@ -71,36 +75,41 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
     draw_bits(updates)
     accumulate(updates)
     for run in bounded(list(batches(updates)), _sent_entries, SENT_ENTRIES):
-        yield from run_together([_update(batch, context) for batch in run], layout.group)
+        yield from run_together([_update(batch, context) for batch in run], layout.group, first.replicas)
     count_step(updates)
 
 
 def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:
     """Take the step on matrices of equal shape, of which every rank holds the same part."""
     first = batch[0]
+    everywhere = Over.PARTS if first.replicas is None else Over.ALL
 
     # P <- orth(B Q): whole on every rank, or by rows.
     product = left_products(batch)
     if first.left_is_whole:
-        whole = yield _padded(product, first.own_rows, first.slices)
+        whole = yield Summand(_padded(product, first.own_rows, first.slices), everywhere)
         left = _part(orthonormal(whole, first, context), first.own_rows)
     else:
+        if first.replicas is not None:
+            product = yield Summand(product, Over.REPLICAS)
         rows = torch.arange(*first.own_rows, device=product.device)
-        left = precondition(product, (yield sketches(product, rows)))
-        left, failed = finish(left, (yield grams(left)))
+        left = precondition(product, (yield Summand(sketches(product, rows))))
+        left, failed = finish(left, (yield Summand(grams(left))))
         failed = yield failed
         if failed.any():
             count_failures(failed, context)
-            whole = yield _padded(product[failed], first.own_rows, first.slices)
+            whole = yield Summand(_padded(product[failed], first.own_rows, first.slices))
             left[failed] = _part(orthonormal_columns(whole), first.own_rows)
 
     # R <- B^T P: summed up where rows are spread, and then this rank's part of it again.
     right = right_products(batch, left)
     if first.is_split:
-        whole = yield _padded(right, first.own_columns, first.entries)
+        whole = yield Summand(_padded(right, first.own_columns, first.entries), everywhere)
         norms, right = column_norms(whole), _part(whole, first.own_columns)
     else:
-        norms = (yield column_norms(right).square()).sqrt()
+        if first.replicas is not None:
+            right = yield Summand(right, Over.REPLICAS)
+        norms = (yield Summand(column_norms(right).square())).sqrt()
     apply(batch, left, right, norms)
 
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from dion2_lightning.kernels.rounding import HALF_PRECISION, multiply_add_, stor
 from dion2_lightning.kernels.selection import selected_count
 from dion2_lightning.matrices.layout import Span, group_by, held_coordinates, is_dtensor, local
 from dion2_lightning.matrices.views import INPUT_AXIS, OUTPUT_AXIS, Matrices
+
+if TYPE_CHECKING:  # some builds of torch have no process groups
+    from torch.distributed import ProcessGroup
 
 EPS: Final = 1e-8
 """Added to the norms of the columns of R."""
@@ -44,10 +47,13 @@ class LowRankUpdate(MatrixUpdate):
     Attributes:
         q: Q, this rank's part (count, short, r), updated in place.
         qr: How P is orthonormalized, see :class:`~dion2_lightning.algorithms.dion.DionSettings`.
+        replicas: The ranks that hold replicas, each with a gradient and a momentum of its own; None where gradients are
+            averaged, or there are no others.
     """
 
     q: Tensor
     qr: str
+    replicas: "ProcessGroup | None"
 
     @classmethod
     def read(cls, member: Member, context: StepContext) -> "LowRankUpdate":
@@ -74,7 +80,14 @@ class LowRankUpdate(MatrixUpdate):
             shrink=1.0 - group["lr"] * group["weight_decay"],
             dtype=local(member.state["momentum"]).dtype,
         )
-        return cls(**vars(update), q=q if q.ndim == 3 else q.unsqueeze(0), qr=group["qr"])
+        replicas = context.process_group if is_compressed(member.parameter, group) else None
+        return cls(**vars(update), q=q if q.ndim == 3 else q.unsqueeze(0), qr=group["qr"], replicas=replicas)
+
+    def sharing(self, share_replicas: bool | None) -> "tuple[ProcessGroup | None, ...]":
+        """Return the groups of ranks with which this one takes the step; compressed ones go by themselves."""
+        if self.replicas is None:
+            return super().sharing(share_replicas)
+        return self.layout.group, None, self.replicas
 
     @property
     def rank(self) -> int:
@@ -113,13 +126,25 @@ def rank_of(matrices: Matrices, group: Mapping[str, Any]) -> int:
     return min(short, multiple * math.ceil(selected_count(short, group["rank_fraction"]) / multiple))
 
 
-def right_factor(parameter: Any, group: Mapping[str, Any], dtype: torch.dtype) -> StateTensor:
+def is_compressed(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Return whether replicas average P and R, which have fewer bytes than the gradient they would average else."""
+    matrices = matrices_of(parameter, group)
+    product_bytes = sum(matrices.shape) * rank_of(matrices, group) * state_dtype(parameter).itemsize
+    return group["sync"] == "compressed" and product_bytes < math.prod(matrices.shape) * parameter.dtype.itemsize
+
+
+def state_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the precision of momentum and Q, and so of P and R."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def right_factor(parameter: Any, group: Mapping[str, Any]) -> StateTensor:
     """Return the state Q: shape (short, r), of a stack (count, short, r), spread over ranks as the shorter axis is."""
     matrices = matrices_of(parameter, group)
     sizes = min(matrices.shape), rank_of(matrices, group)
     shape = sizes if parameter.ndim == 2 else (matrices.count, *sizes)
     fill = partial(_fill_with_normals, group["rounding_seed"])
-    return StateTensor(shape, dtype, parameter.device, _right_placements(parameter, matrices), fill)
+    return StateTensor(shape, state_dtype(parameter), parameter.device, _right_placements(parameter, matrices), fill)
 
 
 def _right_placements(parameter: Any, matrices: Matrices) -> tuple[Any, ...] | None:

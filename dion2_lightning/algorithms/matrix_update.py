@@ -6,7 +6,7 @@ What a step needs of the settings is read by ``update_of`` in dion2.py and ``Mat
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from dion2_lightning.matrices.layout import (
     placed_like_stack,
 )
 from dion2_lightning.matrices.views import OUTPUT_AXIS, Matrices
+
+if TYPE_CHECKING:  # some builds of torch have no process groups
+    from torch.distributed import ProcessGroup
 
 BATCH_ELEMENTS: Final = 2**24
 """Submatrix entries that are orthonormalized at once: enough to fill a GPU, few enough to bound the working memory."""
@@ -137,6 +140,11 @@ class MatrixUpdate:
         if self.gate is None:
             return value
         return self.gate.number(value, neutral, torch.promote_types(of.dtype, torch.float32))
+
+    def sharing(self, share_replicas: bool | None) -> "tuple[ProcessGroup | None, ...]":
+        """Return the groups of ranks with which this one takes the step: those of parts, those of replicas."""
+        replicas = self.layout.replicas if share_replicas is not False else None
+        return self.layout.group, None if replicas is None else replicas.group
 
     @property
     def slices(self) -> int:

@@ -4,8 +4,8 @@
 on a mesh and beside it: under TP and under FSDP2 over TP. Here every mesh adds up its own.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from dion2_lightning.distributed.collectives import place_gradients
 from dion2_lightning.kernels.precision import move_sums, sum_dtype
 from dion2_lightning.matrices.layout import group_by, local_gradient
 
+if TYPE_CHECKING:  # some builds of torch have no process groups
+    from torch.distributed import ProcessGroup
+
 
 @torch.no_grad()
 def clip_grad_norm_(
@@ -22,6 +25,7 @@ def clip_grad_norm_(
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
+    replicas: "Mapping[Tensor, ProcessGroup] | None" = None,
 ) -> Tensor:
     """Scale gradients, in place, so that their norm all together is at most ``max_norm``.
 
@@ -35,6 +39,9 @@ def clip_grad_norm_(
         norm_type: Which norm; ``float("inf")`` is the largest entry (default: 2.0).
         error_if_nonfinite: Raise an error where the norm is NaN or Inf, before anything is scaled; costs a
             synchronisation with the device (default: False).
+        replicas: What ``optimizer.replicas()`` returns where replicas do not average all gradients: those parameters,
+            each with the ranks that hold its replicas. Their norm is the root mean square of the replicas' norms, at
+            least that of the average (default: None).
 
     Returns:
         The norm before clipping, 0-d, the same on every rank.
@@ -52,9 +59,10 @@ def clip_grad_norm_(
         return torch.tensor(0.0)
     place_gradients(everything)
     # Also what has no gradient here: its mesh's other ranks may have one, and wait.
-    meshes = group_by(everything, _sharding)
+    replicas_of = replicas or {}
+    alike = group_by(everything, lambda parameter: (_sharding(parameter), replicas_of.get(parameter)))
     device = everything[0].device
-    by_mesh = [move_sums(_power_sum(members, sharding, norm_type), device) for sharding, members in meshes.items()]
+    by_mesh = [move_sums(_power_sum(members, *ranks, norm_type), device) for ranks, members in alike.items()]
     together = torch.stack(by_mesh)
     norm = together.max() if norm_type == torch.inf else together.sum() ** (1.0 / norm_type)
     norm = norm.float()
@@ -74,8 +82,16 @@ def _sharding(parameter: Any) -> tuple[Any, tuple[int, ...]]:
     return (parameter.device_mesh, dims) if dims else (None, ())
 
 
-def _power_sum(parameters: list[Tensor], sharding: tuple[Any, tuple[int, ...]], norm_type: float) -> Tensor:
-    """The sum of |g|^p over all entries on all ranks of the mesh, or the largest |g|; 0-d, in ``sum_dtype``."""
+def _power_sum(
+    parameters: list[Tensor],
+    sharding: tuple[Any, tuple[int, ...]],
+    replicas: "ProcessGroup | None",
+    norm_type: float,
+) -> Tensor:
+    """The sum of |g|^p over all entries on all ranks of the mesh, or the largest |g|; 0-d, in ``sum_dtype``.
+
+    Over replicas it is the mean of their sums.
+    """
     mesh, dims = sharding
     gradients = [local_gradient(parameter) for parameter in parameters]
     held = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
@@ -90,7 +106,10 @@ def _power_sum(parameters: list[Tensor], sharding: tuple[Any, tuple[int, ...]], 
     powers = norms if norm_type == torch.inf else [norm**norm_type for norm in norms]
     stacked = torch.stack([torch.zeros((), dtype=sum_dtype(device), device=device), *powers])
     total = stacked.max() if norm_type == torch.inf else stacked.sum()
+    operation = dist.ReduceOp.MAX if norm_type == torch.inf else dist.ReduceOp.SUM
     for dim in dims:
-        operation = dist.ReduceOp.MAX if norm_type == torch.inf else dist.ReduceOp.SUM
         dist.all_reduce(total, op=operation, group=mesh.get_group(dim))
+    if replicas is not None:
+        dist.all_reduce(total, op=operation, group=replicas)
+        total = total if norm_type == torch.inf else total / replicas.size()
     return total

@@ -1,9 +1,10 @@
 """What ranks find out together: gradients, flags, sums, and whether they agree."""
 
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,25 @@ DISAGREE: Final = (
     "ranks share parameters but disagree about their settings (lr, weight_decay, dtypes, ...), "
     "their number or their order; give all ranks the same groups"
 )
+
+
+class RanksAround(NamedTuple):
+    """Which ranks have a part or a replica of what this one has.
+
+    Attributes:
+        process_group: The ranks that hold replicas of the plain parameters; None where no others do.
+        of_meshes_too: Whether they also hold replicas of the parameters on meshes; a mesh then has one replica.
+    """
+
+    process_group: "ProcessGroup | None" = None
+    of_meshes_too: bool = False
+
+    def groups(self, mesh: Any) -> "list[ProcessGroup]":
+        """Return the groups around parameters on a mesh, or around plain ones; none of a single rank."""
+        groups = [] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
+        if (mesh is None or self.of_meshes_too) and self.process_group is not None:
+            groups.append(self.process_group)
+        return [group for group in groups if group.size() > 1]
 
 
 def is_first_rank() -> bool:
@@ -66,31 +86,29 @@ def _pending_sum(parameter: Any) -> tuple[Any, tuple[int, ...] | None, torch.dty
     )
 
 
-def on_any_rank(
-    flags: Sequence[Tensor], parameters: Sequence[Tensor], process_group: "ProcessGroup | None"
-) -> list[bool]:
+def on_any_rank(flags: Sequence[Tensor], parameters: Sequence[Tensor], ranks: RanksAround) -> list[bool]:
     """Return for each parameter whether its flag, boolean and 0-d, is set on any rank that holds a part or a replica.
 
-    Every rank gives the same parameters; ``process_group`` are the ranks that hold replicas of the plain ones.
+    Every rank gives the same parameters.
     """
     result = [False] * len(flags)
     key_of = [(getattr(each, "device_mesh", None), each.device) for each in parameters]
     for (mesh, _), positions in group_by(range(len(flags)), lambda index: key_of[index]).items():
         raised = torch.stack([flags[position] for position in positions]).to(torch.int32)
-        for group in _groups_around(mesh, process_group):
+        for group in ranks.groups(mesh):
             dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=group)
         for position, is_raised in zip(positions, raised.tolist(), strict=True):
             result[position] = bool(is_raised)
     return result
 
 
-def on_every_rank(flag: Tensor, parameters: Sequence[Tensor], process_group: "ProcessGroup | None") -> Tensor:
+def on_every_rank(flag: Tensor, parameters: Sequence[Tensor], ranks: RanksAround) -> Tensor:
     """Return whether a flag, boolean and 0-d, is set on every rank that holds a part or a replica of a parameter.
 
     It is the same flag on all of them, on the device, and the host does not wait for it.
     """
     meshes = {getattr(each, "device_mesh", None): each.device for each in parameters}
-    devices = {group: device for mesh, device in meshes.items() for group in _groups_around(mesh, process_group)}
+    devices = {group: device for mesh, device in meshes.items() for group in ranks.groups(mesh)}
     for group, device in devices.items():
         is_set = flag.to(device, torch.int32)
         dist.all_reduce(is_set, op=dist.ReduceOp.MIN, group=group)
@@ -98,9 +116,7 @@ def on_every_rank(flag: Tensor, parameters: Sequence[Tensor], process_group: "Pr
     return flag
 
 
-def check_agreement(
-    descriptions: Sequence[str], parameters: Sequence[Tensor], process_group: "ProcessGroup | None"
-) -> None:
+def check_agreement(descriptions: Sequence[str], parameters: Sequence[Tensor], ranks: RanksAround) -> None:
     """Raise an error on every rank where ranks that hold the same parameters describe them differently.
 
     A number for each mesh, whatever the descriptions: what differs must not make the collectives differ.
@@ -109,19 +125,19 @@ def check_agreement(
     for mesh, positions in meshes.items():
         number = zlib.crc32(repr([descriptions[position] for position in positions]).encode())
         extremes = torch.tensor([number, -number], device=parameters[positions[0]].device)
-        for group in _groups_around(mesh, process_group):
+        for group in ranks.groups(mesh):
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
         largest, smallest = extremes.tolist()
         if largest != -smallest:
             raise RuntimeError(f"{DISAGREE}; this rank has {len(positions)} parameters on that mesh")
 
 
-def refuse_unreachable(parameter: Tensor, label: str, process_group: "ProcessGroup | None") -> None:
+def refuse_unreachable(parameter: Tensor, label: str, ranks: RanksAround) -> None:
     """Raise an error where ranks share a parameter on a device that their group does not communicate from.
 
     CPU offload under FSDP2 leaves parameters and gradients on the CPU, and NCCL alone does not reach them.
     """
-    for group in _groups_around(getattr(parameter, "device_mesh", None), process_group):
+    for group in ranks.groups(getattr(parameter, "device_mesh", None)):
         reached = [device.type for device in group._device_types]
         if parameter.device.type not in reached:
             raise ValueError(
@@ -131,16 +147,16 @@ def refuse_unreachable(parameter: Tensor, label: str, process_group: "ProcessGro
             )
 
 
-def _groups_around(mesh: Any, process_group: "ProcessGroup | None") -> list["ProcessGroup"]:
-    """The groups along every dimension of a mesh, or that of plain parameters; none of a single rank."""
-    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)] if mesh is not None else [process_group]
-    return [group for group in groups if group is not None and group.size() > 1]
-
-
 def sum_over_ranks(
-    group: "ProcessGroup", checksum: int, flags: Sequence[bool], sums: Sequence[Tensor], device: torch.device
+    groups: "Sequence[ProcessGroup]",
+    checksum: int,
+    flags: Sequence[bool],
+    sums: Sequence[Tensor],
+    device: torch.device,
 ) -> Callable[[], tuple[Tensor, list[Tensor]]]:
     """Start to add up float64 ``sums`` over ranks, in one all-reduce that also tells whether these agree.
+
+    With several ``groups``, the dimensions of a grid of ranks, it takes one for each.
 
     Every algorithm whose ranks talk to each other in a step begins with it, with or without sums; it is the one place
     where ranks notice that their settings have drifted apart after the first step. So ``checksum``, in [0, 2^32), is of
@@ -153,11 +169,14 @@ def sum_over_ranks(
     shapes, size = [each.shape for each in sums], 1 + len(flags)
     header = torch.tensor([checksum, *flags], dtype=torch.float64).to(device, non_blocking=True)
     buffer = torch.cat([header, *(each.flatten() for each in sums)])
-    work = dist.all_reduce(buffer, group=group, async_op=True)
+    first, *others = groups
+    work = dist.all_reduce(buffer, group=first, async_op=True)
 
     def receive() -> tuple[Tensor, list[Tensor]]:
         assert work is not None
         work.wait()
+        for group in others:
+            dist.all_reduce(buffer, group=group)
         header, rest = torch.split(buffer, [size, len(buffer) - size])
         parts = torch.split(rest.float(), [shape.numel() for shape in shapes])
         return header.long(), [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -165,16 +184,16 @@ def sum_over_ranks(
     return receive
 
 
-def refuse_disagreement(header: Tensor, group: "ProcessGroup", checksum: int) -> None:
+def refuse_disagreement(header: Tensor, groups: "Sequence[ProcessGroup]", checksum: int) -> None:
     """Raise an error on every rank where their checksums differ; where the header is on a device, there, and later."""
-    agree = _agree(header, group, checksum)
-    message = f"ranks {dist.get_process_group_ranks(group)}: {DISAGREE}"
+    agree = _agree(header, groups, checksum)
+    message = f"ranks {' and '.join(str(dist.get_process_group_ranks(group)) for group in groups)}: {DISAGREE}"
     if header.device.type != "cpu":
         torch._assert_async(agree, message)
     elif not agree:
         raise RuntimeError(message)
 
 
-def _agree(header: Tensor, group: "ProcessGroup", checksum: int) -> Tensor:
+def _agree(header: Tensor, groups: "Sequence[ProcessGroup]", checksum: int) -> Tensor:
     # Exact: a checksum has 32 bits, and an integer in float64 53. All ranks compared everything at the first step.
-    return (header.narrow(0, 0, 1) == group.size() * checksum).all()
+    return (header.narrow(0, 0, 1) == math.prod(group.size() for group in groups) * checksum).all()

@@ -8,11 +8,14 @@ the user's, or that of the Trainer or Fabric that runs the model. The frameworks
 without importing them.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import torch.distributed as dist
 from torch import nn
+
+from dion2_lightning.distributed.replicas import left_out_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -98,6 +101,60 @@ def _refuse_before_configure_model(model: Any, trainer: Any | None) -> None:
         )
 
 
+def ddp_of(model: Any, strategy: object | None) -> Any | None:
+    """Return the DistributedDataParallel that runs a model already, or None."""
+    if _is(model, "OptimizedModule", "torch"):
+        return ddp_of(model._orig_mod, strategy)
+    if _is(model, "_FabricModule", *_LIGHTNING):
+        return ddp_of(model._forward_module, None)
+    trainer = trainer_of(strategy) or trainer_of(model)
+    candidates = [model, None if trainer is None else trainer.strategy.model]
+    return next((each for each in candidates if _is(each, "DistributedDataParallel", "torch")), None)
+
+
+def refuse_scaling_by_replica(strategy: Any) -> None:
+    """Raise an error where a framework scales gradients, or skips steps, by what one replica sees of them.
+
+    That is clipping by their norm and loss scaling, where gradients are not averaged.
+    """
+    name, clipping, off = "", None, ""
+    if _is(strategy, "TrainingArguments", "transformers"):
+        name, clipping, off, scales = "max_grad_norm", strategy.max_grad_norm, "0.0", strategy.fp16
+    elif _is(strategy, "Accelerator", "accelerate"):
+        scales = strategy.scaler is not None
+    else:
+        trainer = trainer_of(strategy)
+        if trainer is not None:
+            name, clipping, off = "gradient_clip_val", trainer.gradient_clip_val, "None"
+        lightning = getattr(strategy if trainer is None else trainer, "strategy", strategy)
+        precision = getattr(lightning, "precision_plugin", getattr(lightning, "precision", None))
+        scales = getattr(precision, "scaler", None) is not None
+    if clipping:
+        raise ValueError(
+            f"{name}={clipping} clips each replica by its own norm where sync='compressed'; set {name}={off}, and pass "
+            f"max_grad_norm={clipping} to the optimizer, which clips all alike"
+        )
+    if scales:
+        raise ValueError(
+            "loss scaling, of float16, skips a step on the replica that overflows alone where sync='compressed'; train "
+            "in bfloat16, or with sync='full'"
+        )
+
+
+def call_before_saving(strategy: Any, method: Callable[[], None]) -> None:
+    """Have Accelerate call a method on every rank before it saves a state, as long as the method's object lives."""
+    if not _is(strategy, "Accelerator", "accelerate"):
+        return
+    reference = weakref.WeakMethod(method)
+
+    def before_saving(models: Any, weights: Any, output_dir: Any) -> None:
+        known = reference()
+        if known is not None:
+            known()
+
+    strategy.register_save_state_pre_hook(before_saving)
+
+
 def refuse_wrappers_that_flatten(model: nn.Module) -> None:
     """Raise an error where a model, or a part of it, is wrapped by FSDP1 or DeepSpeed."""
     for module in model.modules():
@@ -146,7 +203,8 @@ def _of_ddp_strategy(strategy: Any) -> "ProcessGroup | None":
     if any(getattr(strategy, f"_{name}", None) is not None for name in ("ddp_comm_hook", "model_averaging_period")):
         return None
     if _is(wrapped, "DistributedDataParallel", "torch"):
-        return None if wrapped._comm_hooks else _of_several_ranks(wrapped.process_group)
+        is_known = not wrapped._comm_hooks or left_out_of(wrapped) is not None
+        return _of_several_ranks(wrapped.process_group) if is_known else None
     if options.get("process_group") is not None:
         return _of_several_ranks(options["process_group"])
     if options.get("device_mesh") is not None:

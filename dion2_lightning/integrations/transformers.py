@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer: what its ``optimizer_cls_and_kwargs`` takes.
+"""The Hugging Face Trainer: what its ``optimizer_cls_and_kwargs`` takes, and a callback for compressed replicas.
 
 The Trainer calls ``factory()(model, **kwargs)``, before or after the model is sharded, as the layout wants it. It
 passes no arguments of its own, and values that come from a config file or a command line may be text.
@@ -12,11 +12,13 @@ import transformers
 from accelerate.state import AcceleratorState, is_initialized
 from packaging.version import Version
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from dion2_lightning.algorithms.hyperparameters import checks_of, did_you_mean, method_takes
 from dion2_lightning.distributed.strategies import process_group_of
 from dion2_lightning.factory import Dion2, FactoryArguments, build_optimizer
+from dion2_lightning.monitoring.tracker import without_wrapper
 
 OLDEST_TRANSFORMERS: Final = "5.2"
 """Its Trainer is the first that calls a factory with the model."""
@@ -123,6 +125,33 @@ class Dion2Factory:
             )
         _refuse_flattening(settings.get("strategy"))
         return build_optimizer(model, **settings)
+
+
+class SynchronizeCallback(TrainerCallback):
+    """Average the momenta that replicas keep apart with ``sync="compressed"``, before each checkpoint of the Trainer.
+
+    Without it, the Trainer's next checkpoint ends with an error.
+
+    Example::
+
+        args = TrainingArguments(..., max_grad_norm=0)
+        factory = Dion2Factory.from_arguments(args, algorithm="dion", sync="compressed", max_grad_norm=1.0)
+        Trainer(model, args, optimizer_cls_and_kwargs=factory, callbacks=[SynchronizeCallback()])
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Average where the Trainer is about to save."""
+        if control.should_save:
+            without_wrapper(kwargs["optimizer"]).synchronize()
+
+    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Average where the Trainer is about to save."""
+        self.on_step_end(args, state, control, **kwargs)
+
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Average where the Trainer may be about to save, as ``save_strategy="best"`` decides after an evaluation."""
+        if args.save_strategy == SaveStrategy.BEST and state.global_step:
+            without_wrapper(kwargs["optimizer"]).synchronize()
 
 
 def _refuse_flattening(strategy: object | None) -> None:

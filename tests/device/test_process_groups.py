@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dion2_lightning import Dion2, SelectionTracker, build_optimizer, clip_grad_norm_
 from dion2_lightning.distributed.owner_exchange import all_gather
+from dion2_lightning.distributed.summing import add_up
 from dion2_lightning.distributed.torch_versions import all_gather_single
 from dion2_lightning.matrices.layout import Block, Layout
 from tests.device.host_sync import no_host_sync
@@ -121,6 +123,12 @@ def check_collectives_of_one(device: str) -> None:
     for found, expected in zip(gathered, results, strict=True):
         assert torch.equal(found, expected)
 
+    numbers = torch.randn(5, device=device)
+    found = numbers.clone()
+    for _ in add_up(found, dist.group.WORLD, dist.group.WORLD):
+        pass
+    assert torch.equal(found, numbers)
+
 
 def check_one_rank(device: str) -> None:
     """All checks in one process: starting one on a GPU takes longer than they do."""
@@ -146,6 +154,30 @@ def probe(device: str) -> None:
     assert gathered.tolist() == [2.0] * 8
 
 
+def check_compressed(device: str) -> None:
+    """DDP whose hook leaves Dion's matrices out: the same weights on both ranks, those of full synchronisation."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    models = [DistributedDataParallel(make_model().to(device)) for _ in range(2)]
+    chosen = {**{name: SETTINGS[name] for name in ("lr", "adamw_lr", "weight_decay")}, "algorithm": "dion"}
+    optimizers = [
+        build_optimizer(model, **chosen, sync=sync, strategy=group)
+        for model, sync in zip(models, ("compressed", "full"), strict=True)
+    ]
+    batches = Sequences(2 * STEPS).pieces.to(device).split(BATCH)
+    for step in range(STEPS):
+        batch = batches[2 * step + rank]
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for parameter, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        weight = parameter.detach().flatten()
+        of_both = weight.new_empty(2 * weight.numel())
+        all_gather_single(of_both, weight)
+        assert torch.equal(*of_both.chunk(2))
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-5)
+
+
 def check_two_ranks(device: str, refusal: Path) -> None:
     try:
         probe(device)
@@ -159,6 +191,8 @@ def check_two_ranks(device: str, refusal: Path) -> None:
             train_and_compare(sharded(CASES[name], device), steps=STEPS)
     with errors_name_case("replicas"):
         train_and_compare(whole_parameters(device), steps=STEPS, process_group=dist.group.WORLD, share_replicas=True)
+    with errors_name_case("compressed synchronisation"):
+        check_compressed(device)
 
 
 def test_two_ranks_on_one_device(device: str, tmp_path: Path) -> None:

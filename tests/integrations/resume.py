@@ -119,7 +119,7 @@ def _whole(tensor: Any) -> Tensor:
     return torch.as_tensor(whole).detach().cpu().clone()
 
 
-def unwrapped(optimizer: Any) -> Optimizer:
+def unwrapped(optimizer: Any) -> Any:
     """Return the optimizer that a framework has wrapped."""
     while type(optimizer) not in (Dion2, torch.optim.AdamW):  # Fabric's wrapper is an instance of both
         optimizer = optimizer.optimizer

@@ -1,0 +1,41 @@
+"""What the steps on matrices that several ranks share have in common."""
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from dion2_lightning.algorithms.matrix_update import MatrixUpdate
+from dion2_lightning.kernels.precision import has_float64
+from dion2_lightning.matrices.layout import Replicas, group_by
+
+U = TypeVar("U", bound=MatrixUpdate)
+
+
+def split_by_ranks(updates: Sequence[U], share_replicas: bool | None) -> tuple[list[U], list[list[U]]]:
+    """Return the updates of this rank alone, and those it shares: lists that the same ranks share in the same way."""
+    groups_of = {update: update.sharing(share_replicas) for update in updates}
+    shared = [update for update in updates if any(groups_of[update])]
+    for update in shared:
+        device = update.momentum.device
+        if not has_float64(device):
+            ranks = math.prod(group.size() for group in groups_of[update] if group is not None)
+            raise ValueError(
+                f"{update.label} is on {device.type!r} and shared by {ranks} ranks, which add up norms in float64, and "
+                "there is none on this device; train in one process, or on CUDA or the CPU"
+            )
+    unshared = [update for update in updates if not any(groups_of[update])]
+    return unshared, list(group_by(shared, lambda each: (*groups_of[each], each.momentum.device)).values())
+
+
+def with_gradient(updates: Sequence[U], header: Tensor, replicas: Replicas | None) -> list[U]:
+    """Return the updates whose gradient some rank has; refuse one that not every replica has: momenta would differ."""
+    counts = header[1:].tolist()
+    for update, count in zip(updates, counts, strict=True):
+        if replicas is not None and count % replicas.count:
+            raise RuntimeError(
+                f"{update.label} has a gradient on {count} of {replicas.everyone.size()} ranks, so not in every "
+                "replica; average the gradients over the replicas before step(), with zeros where there is none"
+            )
+    return [update for update, count in zip(updates, counts, strict=True) if count]

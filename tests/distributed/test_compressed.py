@@ -1,0 +1,491 @@
+"""Compressed synchronisation: replicas with gradients of their own, against a float64 reference of their momenta."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from dion2_lightning import Dion2, build_optimizer, clip_grad_norm_
+from dion2_lightning.distributed import summing
+from dion2_lightning.matrices.layout import local
+from tests.distributed.ranks import run_on_ranks
+from tests.distributed.test_layouts import errors_name_case, part_of, place
+from tests.reference import DionReference
+
+STEPS = 20
+LR = 0.02
+MATRICES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "tall": ((53, 37), {}),
+    "wide": ((24, 96), {}),
+    "square": ((16, 16), {}),
+    "stored (in, out)": ((20, 60), {"transposed": True}),
+    "experts": ((3, 12, 20), {"batched": True}),
+    "of too high a rank": ((16, 16), {"rank_fraction": 0.75}),
+}
+REST = {"embedding": (29, 6)}
+MEAN = ("of too high a rank", "embedding")
+"""What is averaged as a gradient: what P and R have more numbers than, and what is no matrix."""
+
+Parameters = dict[str, nn.Parameter]
+
+
+def whole(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {**{name: shape for name, (shape, _) in MATRICES.items()}, **REST}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def plain() -> Parameters:
+    return {name: nn.Parameter(0.1 * values) for name, values in whole(0).items()}
+
+
+def sharded(mesh: DeviceMesh, dim: int) -> Parameters:
+    """Rows or columns of matrices, and rows of the rest."""
+    return {
+        name: nn.Parameter(place(0.1 * values, mesh, (Shard(0 if name in REST else values.ndim - 2 + dim),)))
+        for name, values in whole(0).items()
+    }
+
+
+def optimizer_of(parameters: Parameters, group: Any, **settings: Any) -> Dion2:
+    matrices = [
+        {"params": [(name, parameters[name])], "name": name, "algorithm": "dion", **own}
+        for name, (_, own) in MATRICES.items()
+    ]
+    rest = {"params": [(name, parameters[name]) for name in REST], "algorithm": "adamw", "name": "rest"}
+    chosen = {"lr": LR, "weight_decay": 0.1, "sync": "compressed", **settings}
+    return Dion2([*matrices, rest], process_group=group, **chosen)
+
+
+def gradients_of(step: int, replica: int) -> dict[str, Tensor]:
+    return whole(seed=1000 * (step + 1) + replica)
+
+
+def set_gradients(parameters: Parameters, gradients: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        gradient = gradients[name]
+        if isinstance(parameter, DTensor):
+            parameter.grad = place(gradient, parameter.device_mesh, parameter.placements)
+        else:
+            parameter.grad = gradient.clone()
+
+
+def average(parameters: Parameters, names: Any, group: Any) -> None:
+    """What DistributedDataParallel does of the gradients that are left to it."""
+    for name in names:
+        dist.all_reduce(parameters[name].grad, group=group)
+        parameters[name].grad /= group.size()
+
+
+class Expected:
+    """The float64 reference of every matrix, and torch's AdamW for the rest, fed with the gradients of all replicas."""
+
+    def __init__(self, replicas: int) -> None:
+        self.replicas = replicas
+        self.parameters = plain()
+        # A step with zero gradients at lr 0 makes the state, and Q at its start.
+        made = optimizer_of(self.parameters, None, lr=0.0, sync="full")
+        set_gradients(self.parameters, {name: torch.zeros_like(each) for name, each in self.parameters.items()})
+        made.step()
+        self.references: dict[str, list[DionReference]] = {}
+        for name in MATRICES:
+            q = made.state[self.parameters[name]]["Q"].double()
+            self.references[name] = [
+                DionReference(weight, its_q, lr=LR, weight_decay=0.1, replicas=1 if name in MEAN else replicas)
+                for weight, its_q in zip(
+                    self.matrices(name, self.parameters[name].detach()), q.view(-1, *q.shape[-2:]), strict=True
+                )
+            ]
+        self.rest = [self.parameters[name] for name in REST]
+        self.adamw = torch.optim.AdamW(self.rest, lr=LR, weight_decay=0.1)
+
+    @staticmethod
+    def matrices(name: str, stored: Tensor) -> list[Tensor]:
+        """The matrices of a parameter in (out, in)."""
+        stack = stored.double().view(-1, *stored.shape[-2:])
+        return list(stack.mT if MATRICES[name][1].get("transposed") else stack)
+
+    def step(self, step: int, factor: float = 1.0) -> None:
+        of_replicas = [gradients_of(step, replica) for replica in range(self.replicas)]
+        for name, references in self.references.items():
+            by_replica = [self.matrices(name, factor * gradients[name]) for gradients in of_replicas]
+            for index, reference in enumerate(references):
+                gradients = [each[index] for each in by_replica]
+                reference.step(*([sum(gradients) / self.replicas] if name in MEAN else gradients))
+        for name in REST:
+            self.parameters[name].grad = factor * torch.stack([each[name] for each in of_replicas]).mean(0)
+        self.adamw.step()
+
+    def stored(self, name: str, matrices: list[Tensor]) -> Tensor:
+        stack = torch.stack(matrices)
+        stack = stack.mT if MATRICES[name][1].get("transposed") else stack
+        return stack.reshape(MATRICES[name][0])
+
+    def weight(self, name: str) -> Tensor:
+        if name in REST:
+            return self.parameters[name].detach().double()
+        return self.stored(name, [each.weight for each in self.references[name]])
+
+    def momentum(self, name: str, replica: int) -> Tensor:
+        return self.stored(name, [each.momenta[0 if name in MEAN else replica] for each in self.references[name]])
+
+
+def assert_near(found: Tensor, expected: Tensor, size: Tensor, bound: float = 1e-4) -> None:
+    assert torch.linalg.norm(found.double() - expected) <= bound * torch.linalg.norm(size)
+
+
+def assert_equal_on(group: Any, parameters: Parameters) -> None:
+    """The same bits on all replicas."""
+    for name, parameter in parameters.items():
+        own = local(parameter).detach()
+        others = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(others, own.contiguous(), group=group)
+        assert all(torch.equal(own, other) for other in others), name
+
+
+def layouts(ranks: int) -> Iterator[tuple[str, Parameters, Any]]:
+    """Every layout with replicas of this many ranks: its parameters, and the ranks that hold replicas."""
+    yield "DDP", plain(), dist.group.WORLD
+    if ranks == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        for dim in (0, 1):
+            yield f"HSDP along {dim}", sharded(mesh["shard"], dim), mesh["replicate"].get_group()
+
+
+def check_against_reference(ranks: int) -> None:
+    for name, parameters, group in layouts(ranks):
+        with errors_name_case(name):
+            train_and_compare(parameters, group)
+
+
+def train_and_compare(parameters: Parameters, group: Any) -> None:
+    replica = dist.get_rank(group)
+    expected, starts = Expected(group.size()), whole(0)
+    optimizer = optimizer_of(parameters, group)
+    for step in range(STEPS):
+        set_gradients(parameters, gradients_of(step, replica))
+        if not isinstance(parameters["tall"], DTensor):
+            average(parameters, MEAN, group)
+        optimizer.step()
+        expected.step(step)
+        assert_equal_on(group, parameters)
+    for name, parameter in parameters.items():
+        with errors_name_case(name):
+            start, end = 0.1 * starts[name].double(), expected.weight(name)
+            moved = local(parameter).detach() - part_of(start, parameter)
+            assert_near(moved, part_of(end - start, parameter), end - start)
+            if name in MATRICES:
+                momentum = expected.momentum(name, replica)
+                assert_near(local(optimizer.state[parameter]["momentum"]), part_of(momentum, parameter), momentum)
+    optimizer.synchronize()
+    assert_equal_on(group, {name: optimizer.state[parameters[name]]["momentum"] for name in MATRICES})
+    for name in MATRICES:
+        momenta = [expected.momentum(name, each) for each in range(group.size())]
+        mean = torch.stack(momenta).mean(0)
+        momentum = optimizer.state[parameters[name]]["momentum"]
+        assert_near(local(momentum), part_of(mean, momentum), mean)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_against_a_reference_of_momenta_that_go_apart(ranks: int) -> None:
+    run_on_ranks(ranks, check_against_reference, ranks)
+
+
+@contextmanager
+def counted(group: Any) -> Iterator[list[int]]:
+    """What is sent to other replicas, in bytes of each message."""
+    sent: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def count(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("group") is group:
+            sent.append(tensor.nbytes)
+        return all_reduce(tensor, *args, **kwargs)
+
+    with mock.patch.object(dist, "all_reduce", count):
+        yield sent
+
+
+def check_bytes(ranks: int) -> None:
+    """(long + short) r for every (long, short): of what full synchronisation sends, each rank its share, to 5%."""
+    shapes = {"tall": (192, 96), "wide": (64, 256), "nearly square": (128, 160)}
+    torch.manual_seed(dist.get_rank() // (ranks // 2))  # by replica
+    for layout in ("DDP", "HSDP") if ranks == 4 else ("DDP",):
+        group, mesh, shards = dist.group.WORLD, None, 1
+        if layout == "HSDP":
+            both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+            group, mesh, shards = both["replicate"].get_group(), both["shard"], 2
+        for layers in (1, 3):
+            for rank_fraction in (1 / 2, 1 / 4, 1 / 8):
+                parameters = {
+                    f"{name} {layer}": nn.Parameter(
+                        torch.zeros(shape) if mesh is None else place(torch.zeros(shape), mesh, (Shard(0),))
+                    )
+                    for layer in range(layers)
+                    for name, shape in shapes.items()
+                }
+                settings = {"algorithm": "dion", "sync": "compressed", "rank_fraction": rank_fraction}
+                optimizer = Dion2([{"params": list(parameters.items()), **settings}], process_group=group)
+                for _ in range(2):  # the first one compares settings and gradients too
+                    for parameter in parameters.values():
+                        gradient = torch.randn(parameter.shape)
+                        parameter.grad = gradient if mesh is None else place(gradient, mesh, (Shard(0),))
+                    with counted(group) as sent:
+                        optimizer.step()
+                full = 4 * layers * sum(map(math.prod, shapes.values())) // shards
+                products = layers * sum(4 * sum(shape) * round(rank_fraction * min(shape)) for shape in shapes.values())
+                with errors_name_case(f"{layout}, {layers} layers, rank {rank_fraction}: {sent}"):
+                    assert sum(sent) / full == pytest.approx(products / shards / full, rel=0.05)
+                    # Sharded ones have P for rows and for columns apart, and R at another time.
+                    assert len(sent) <= (3 if layout == "DDP" else 5)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_bytes(ranks: int) -> None:
+    run_on_ranks(ranks, check_bytes, ranks)
+
+
+def check_clipping_by_hand(parameters: Parameters, group: Any, norm: Tensor) -> None:
+    copies = {name: nn.Parameter(each.detach().clone()) for name, each in parameters.items()}
+    for name, copy in copies.items():
+        copy.grad = parameters[name].grad.clone()
+    replicas = {copies[name]: group for name in MATRICES if name not in MEAN}
+    found = clip_grad_norm_(copies.values(), 1.0, replicas=replicas)
+    torch.testing.assert_close(found.double(), norm, rtol=1e-6, atol=0)
+    for name, copy in copies.items():
+        torch.testing.assert_close(copy.grad, parameters[name].grad / found, rtol=1e-5, atol=0)
+    largest = clip_grad_norm_(copies.values(), 1.0, norm_type=math.inf, replicas=replicas)
+    expected = max(copy.grad.abs().max() for copy in copies.values())
+    dist.all_reduce(expected, op=dist.ReduceOp.MAX)
+    assert largest == expected
+
+
+def check_clipping() -> None:
+    """By the root mean square of the replicas' norms, the same on all; and what is averaged by its own norm."""
+    for name, parameters, group in layouts(dist.get_world_size()):
+        replica, is_plain = dist.get_rank(group), not isinstance(parameters["tall"], DTensor)
+        expected = Expected(group.size())
+        optimizer = optimizer_of(parameters, group, max_grad_norm=1.0)
+        for step in range(3):
+            of_replicas = [gradients_of(step, each) for each in range(group.size())]
+            set_gradients(parameters, of_replicas[replica])
+            if is_plain:
+                average(parameters, MEAN, group)
+            squares = []
+            for each in parameters:
+                gradients = torch.stack([gradients[each].double() for gradients in of_replicas])
+                if each in MEAN:
+                    gradients = gradients.mean(0, keepdim=True)
+                squares.append(gradients.square().sum() / len(gradients))
+            norm = torch.stack(squares).sum().sqrt()
+            if is_plain:
+                assert optimizer.replicas().keys() == {parameters[each] for each in MATRICES if each not in MEAN}
+                check_clipping_by_hand(parameters, group, norm)
+            optimizer.step()
+            torch.testing.assert_close(optimizer.grad_norm.double(), norm, rtol=1e-6, atol=0)
+            expected.step(step, factor=1.0 / norm.item())
+            assert_equal_on(group, parameters)
+        for each in MATRICES:
+            with errors_name_case(f"{name}, {each}"):
+                start, end = 0.1 * whole(0)[each].double(), expected.weight(each)
+                moved = local(parameters[each]).detach() - part_of(start, parameters[each])
+                assert_near(moved, part_of(end - start, parameters[each]), end - start)
+
+
+def test_clipping() -> None:
+    run_on_ranks(4, check_clipping)
+
+
+def train(parameters: Parameters, optimizer: Dion2, group: Any, steps: range) -> None:
+    for step in steps:
+        set_gradients(parameters, gradients_of(step, 0 if group is None else dist.get_rank(group)))
+        if group is not None:
+            average(parameters, MEAN, group)
+        optimizer.step()
+
+
+def save_on(folder: Path) -> None:
+    """Train on these ranks, average, save, and go on: with what was averaged."""
+    parameters = plain()
+    group = dist.group.WORLD
+    optimizer = optimizer_of(parameters, group)
+    train(parameters, optimizer, group, range(3))
+    with pytest.raises(RuntimeError, match=r"call optimizer\.synchronize\(\) on every rank first"):
+        optimizer.state_dict()
+    optimizer.synchronize()
+    if dist.get_rank() == 0:
+        weights = {name: each.detach() for name, each in parameters.items()}
+        torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, folder / "saved.pt")
+    optimizer.consolidate_state_dict()  # nothing to do any more
+    optimizer.state_dict()
+
+
+def resume_on(folder: Path) -> None:
+    """On other ranks, as a run on these whose momenta are the averaged ones."""
+    saved = torch.load(folder / "saved.pt")
+    group = dist.group.WORLD
+    parameters = {name: nn.Parameter(weight) for name, weight in saved["weights"].items()}
+    optimizer = optimizer_of(parameters, group)
+    optimizer.load_state_dict(saved["optimizer"])
+    others = {name: nn.Parameter(weight.clone()) for name, weight in saved["weights"].items()}
+    other = optimizer_of(others, group)
+    for name, parameter in others.items():
+        for entry, value in optimizer.state[parameters[name]].items():
+            other.state[parameter][entry] = value.clone()
+    for each, its_optimizer in ((parameters, optimizer), (others, other)):
+        train(each, its_optimizer, group, range(3, 6))
+    for name in parameters:
+        assert torch.equal(parameters[name], others[name])
+    assert_equal_on(group, parameters)
+    if dist.get_rank() == 0:  # one process, which needs no replicas
+        alone = {name: nn.Parameter(weight.clone()) for name, weight in saved["weights"].items()}
+        optimizer = optimizer_of(alone, None, sync="full")
+        optimizer.load_state_dict(saved["optimizer"])
+        assert {group.get("sync", "full") for group in optimizer.param_groups} == {"full"}
+        train(alone, optimizer, None, range(3, 4))
+
+
+def test_a_checkpoint_of_four_ranks_on_two(tmp_path: Path) -> None:
+    run_on_ranks(4, save_on, tmp_path)
+    run_on_ranks(2, resume_on, tmp_path)
+
+
+def check_gradients() -> None:
+    """One that a replica lacks counts as zero there; NaN on one is an error on all, or skips the step on all."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    lacking, zero = plain(), plain()
+    optimizers = [optimizer_of(each, group) for each in (lacking, zero)]
+    for step in range(2):
+        for parameters, optimizer in zip((lacking, zero), optimizers, strict=True):
+            set_gradients(parameters, gradients_of(step, rank))
+            average(parameters, MEAN, group)
+            if rank == 1 and step == 1:
+                parameters["tall"].grad = None if parameters is lacking else torch.zeros_like(parameters["tall"])
+            optimizer.step()
+    assert all(torch.equal(lacking[name], zero[name]) for name in lacking)
+
+    for check_finite in (True, "skip"):
+        parameters = plain()
+        optimizer = optimizer_of(parameters, group, check_finite=check_finite)
+        for step in range(2):
+            set_gradients(parameters, gradients_of(step, rank))
+            average(parameters, MEAN, group)
+            if step == 0:
+                optimizer.step()
+        before = {name: each.detach().clone() for name, each in parameters.items()}
+        if rank == 1:
+            parameters["wide"].grad[0, 0] = torch.nan
+        if check_finite is True:
+            with pytest.raises(FloatingPointError, match="'wide' has a gradient with NaN or Inf"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            assert optimizer.skipped_steps == 1
+        assert all(torch.equal(before[name], parameters[name]) for name in parameters)
+
+
+def check_errors() -> None:
+    group, rank = dist.group.WORLD, dist.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    spread = sharded(mesh, 0)
+
+    def step(
+        parameters: Parameters, its_group: Any, change: Callable[[], object] | None = None, **settings: Any
+    ) -> None:
+        optimizer = optimizer_of(parameters, its_group, **settings)
+        set_gradients(parameters, gradients_of(0, rank))
+        if not isinstance(parameters["tall"], DTensor) and its_group is not None:
+            average(parameters, MEAN, its_group)
+        if change is not None:
+            change()
+        optimizer.step()
+
+    with pytest.raises(ValueError, match=r"sync='compressed' needs ranks that hold replicas"):
+        step(plain(), None)
+    with pytest.raises(ValueError, match="or under FSDP2 alone, use sync='full'"):
+        step(spread, None)
+    with pytest.raises(ValueError, match=r"over ranks \[0, 1\], and \[0, 1\] of them are in the process group"):
+        step(spread, group)
+    replicated = {name: nn.Parameter(place(0.1 * each, mesh, (Replicate(),))) for name, each in whole(0).items()}
+    with pytest.raises(ValueError, match=r"has replicas along dimension 0 of .*call fully_shard with the mesh of"):
+        step(replicated, group)
+    with pytest.raises(ValueError, match="share_replicas=False keeps replicas apart"):
+        step(plain(), group, share_replicas=False)
+    averaged = plain()
+    with pytest.raises(RuntimeError, match="'tall' has the same gradient on all replicas, so it was averaged already"):
+        step(averaged, group, lambda: average(averaged, ["tall"], group))
+    clipped = plain()
+    with pytest.raises(RuntimeError, match=r"'of too high a rank' has gradients that differ between .*max_grad_norm="):
+        step(clipped, group, lambda: nn.utils.clip_grad_norm_(clipped.values(), 1.0))
+    with pytest.raises(ValueError, match=r"sync must be one of 'full', 'compressed', got 'half'"):
+        optimizer_of(plain(), group, sync="half")
+    with pytest.raises(ValueError, match="max_grad_norm must be at least 0 and finite, got -1"):
+        Dion2([nn.Parameter(torch.zeros(2, 2))], max_grad_norm=-1)
+    with pytest.raises(ValueError, match="sync='compressed' needs ranks that hold replicas"):
+        build_optimizer(nn.Sequential(nn.Linear(8, 8)), algorithm="dion", sync="compressed")
+    with pytest.raises(ValueError, match="sync='compressed' is no setting of algorithm 'dion2'"):
+        build_optimizer(nn.Sequential(nn.Linear(8, 8)), sync="compressed", strategy=group)
+
+
+def check_two_ranks() -> None:
+    check_gradients()
+    check_errors()
+
+
+def test_gradients_and_errors() -> None:
+    run_on_ranks(2, check_two_ranks)
+
+
+def check_init_step() -> None:
+    """By which torch.distributed.checkpoint makes the state: zero gradients at lr 0 are not taken for averaged ones."""
+    parameters = plain()
+    optimizer = optimizer_of(parameters, dist.group.WORLD, lr=0.0)
+    set_gradients(parameters, {name: torch.zeros_like(each) for name, each in parameters.items()})
+    optimizer.step()
+    assert optimizer.state_dict()["state"]
+
+
+def check_failures() -> None:
+    """A randomized Cholesky QR that fails on spread rows, of the mean of replicas' products, takes an exact QR."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    group = mesh["replicate"].get_group()
+    parameter = nn.Parameter(place(torch.zeros(96, 24), mesh["shard"], (Shard(0),)))
+    group_of = {"params": [("w", parameter)], "algorithm": "dion", "sync": "compressed", "lr": 0.1}
+    optimizer = Dion2([group_of], process_group=group)
+    gradient = torch.full((96, 24), 0.3 + 0.1 * dist.get_rank(group))
+    parameter.grad = place(gradient, mesh["shard"], (Shard(0),))
+    with pytest.warns(UserWarning, match="a randomized Cholesky QR has failed"):
+        optimizer.step()
+    assert optimizer.fallbacks["rcqr"] == 1
+    alone = nn.Parameter(torch.zeros(96, 24))
+    other = Dion2([{**group_of, "params": [("w", alone)], "sync": "full"}])
+    alone.grad = torch.full((96, 24), 0.35)
+    other.step()
+    torch.testing.assert_close(local(parameter).detach(), part_of(alone.detach(), parameter), rtol=1e-4, atol=1e-6)
+
+
+def check_four_ranks() -> None:
+    check_init_step()
+    check_failures()
+
+
+def test_first_steps_and_fallbacks() -> None:
+    run_on_ranks(4, check_four_ranks)
+
+
+def test_without_a_group_this_rank_has_the_sum() -> None:
+    def work() -> summing.SummingWork:
+        for over in summing.Over:
+            assert torch.equal((yield summing.Summand(torch.ones(3), over)), torch.ones(3))
+
+    for _ in summing.run_together([work()], None):
+        pass

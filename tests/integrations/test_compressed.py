@@ -1,0 +1,249 @@
+"""Compressed synchronisation in every framework: accumulation, clipping, equal replicas, checkpoints.
+
+What is expected is trained in one process: the gradient of every replica, clipped as the replicas clip, and their mean
+given to Dion with full synchronisation. Its update is linear in B, so momenta that go apart move the weights as one.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+
+from dion2_lightning import Dion2, Dion2Factory, SynchronizeCallback, build_optimizer
+from dion2_lightning.distributed.strategies import refuse_scaling_by_replica
+from tests.distributed.ranks import run_like_torchrun, run_on_ranks
+from tests.distributed.test_compressed import assert_equal_on
+from tests.integrations import lightning_training
+from tests.integrations.resume import unwrapped
+from tests.integrations.test_trainer import arguments, make_trainer
+from tests.integrations.training import BATCH, SETTINGS, Sequences, make_model
+
+STEPS, STOP, ACCUMULATED = 4, 2, 2
+MAX_NORM = 0.5
+RATES = {name: SETTINGS[name] for name in ("lr", "adamw_lr", "weight_decay")}
+DION: dict[str, Any] = {**RATES, "algorithm": "dion", "sync": "compressed", "max_grad_norm": MAX_NORM}
+
+Pick = Callable[[int, int], list[int]]
+
+
+def dealt(batch: int, replica: int) -> list[int]:
+    """The sequences of a replica's part of a batch where samplers deal them one by one."""
+    return [BATCH * batch + replica + 2 * index for index in range(BATCH // 2)]
+
+
+def in_a_row(batch: int, replica: int) -> list[int]:
+    """The same where loaders deal whole batches."""
+    return [BATCH * batch + BATCH // 2 * replica + index for index in range(BATCH // 2)]
+
+
+def loss_of(model: nn.Module, indices: list[int]) -> Tensor:
+    batch = Sequences(STEPS * ACCUMULATED).pieces[indices]
+    loss: Tensor = model(input_ids=batch, labels=batch).loss / ACCUMULATED
+    return loss
+
+
+def expected_weights(pick: Pick, is_inside: bool) -> dict[str, Tensor]:
+    model = make_model().train()
+    # Q begins as its parameter's name says, which is that in the module that the optimizer is built of.
+    whole = nn.ModuleDict({"model": model}) if is_inside else model
+    optimizer = build_optimizer(whole, **{**DION, "sync": "full", "max_grad_norm": None})
+    compressed = [p for group in optimizer.param_groups if group["algorithm"] == "dion" for p in group["params"]]
+    for step in range(STEPS):
+        of_replicas = []
+        for replica in range(2):
+            for number in range(ACCUMULATED):
+                loss_of(model, pick(step * ACCUMULATED + number, replica)).backward()
+            of_replicas.append([parameter.grad.double() for parameter in model.parameters()])
+            optimizer.zero_grad()
+        squares = torch.zeros((), dtype=torch.float64)
+        for parameter, *gradients in zip(model.parameters(), *of_replicas, strict=True):
+            stacked = torch.stack(gradients)
+            parameter.grad = stacked.mean(0).float()
+            is_compressed = any(parameter is each for each in compressed)
+            squares += stacked.square().sum() / 2 if is_compressed else stacked.mean(0).square().sum()
+        assert squares.sqrt() > MAX_NORM
+        for parameter in model.parameters():
+            parameter.grad *= MAX_NORM / squares.sqrt()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def watched(optimizer: Dion2, group: Any = None) -> Dion2:
+    """Compare the replicas' weights after every step, bit for bit."""
+
+    def compare(*_: Any) -> None:
+        parameters = [parameter for each in optimizer.param_groups for parameter in each["params"]]
+        assert_equal_on(group or dist.group.WORLD, dict(enumerate(parameters)))
+
+    optimizer.register_step_post_hook(compare)
+    return optimizer
+
+
+def assert_as_expected(model: nn.Module, pick: Pick, is_inside: bool = False) -> None:
+    start = dict(make_model().named_parameters())
+    expected = expected_weights(pick, is_inside)
+    found = dict(model.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
+        moved, wanted = whole - start[name].detach(), expected[name] - start[name].detach()
+        assert torch.linalg.norm(moved - wanted) <= 1e-4 * torch.linalg.norm(wanted), name
+
+
+def assert_resumed(model: nn.Module, optimizer: Dion2, resumed: nn.Module, other: Dion2) -> None:
+    """Weights bit for bit, and momenta: of both runs, as they were averaged at the same step."""
+    for one, two in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two)
+        for entry, value in optimizer.state[one].items():
+            assert torch.equal(value, other.state[two][entry]), entry
+
+
+class Llama(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = make_model().train()
+
+    def configure_optimizers(self) -> Any:
+        return watched(build_optimizer(self, **DION))
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        loss: Tensor = self.model(**batch).loss
+        return loss
+
+    def train_dataloader(self) -> DataLoader:
+        done = self.trainer.global_step * ACCUMULATED * BATCH
+        pieces = Subset(Sequences(STEPS * ACCUMULATED), range(done, STEPS * ACCUMULATED * BATCH))
+        return DataLoader(pieces, batch_size=BATCH // 2, sampler=DistributedSampler(pieces, shuffle=False))
+
+
+def fit_in_lightning(folder: Path, checkpoint: Path | None = None, **settings: Any) -> tuple[nn.Module, Dion2]:
+    module = Llama()
+    chosen = {"gradient_clip_val": None, "accumulate_grad_batches": ACCUMULATED, "enable_checkpointing": True}
+    saving = ModelCheckpoint(folder, "saved", every_n_train_steps=STOP, save_top_k=-1, save_on_train_epoch_end=False)
+    trainer = lightning_training.make_trainer("DDP", STEPS, **{**chosen, "callbacks": [saving], **settings})
+    trainer.fit(module, ckpt_path=checkpoint)
+    return module.model, unwrapped(trainer.optimizers[0])
+
+
+def check_lightning(folder: Path) -> None:
+    model, optimizer = fit_in_lightning(folder)
+    assert_as_expected(model, dealt, is_inside=True)
+    assert_resumed(model, optimizer, *fit_in_lightning(folder / "again", folder / "saved.ckpt"))
+    with pytest.raises(ValueError, match=r"gradient_clip_val=1\.0 clips each replica .*max_grad_norm=1\.0"):
+        fit_in_lightning(folder / "clipped", gradient_clip_val=1.0)
+
+
+def test_lightning(tmp_path: Path) -> None:
+    run_like_torchrun(2, check_lightning, tmp_path)
+
+
+def run_accelerate(folder: Path, resumes: bool) -> tuple[nn.Module, Dion2]:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
+    # What a seed has made of one rank is sent to the others by DDP, and what DDP ignores by the optimizer.
+    model = make_model(seed=accelerator.process_index).train()
+    optimizer = watched(build_optimizer(model, **DION, strategy=accelerator))
+    loader = DataLoader(Sequences(STEPS * ACCUMULATED), batch_size=BATCH // 2)
+    model, prepared, loader = accelerator.prepare(model, optimizer, loader)
+    if resumes:
+        accelerator.load_state(str(folder))
+        loader = accelerator.skip_first_batches(loader, STOP * ACCUMULATED)
+    for number, batch in enumerate(loader, start=1):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            prepared.step()
+            prepared.zero_grad()
+        if number == STOP * ACCUMULATED and not resumes:
+            accelerator.save_state(str(folder))
+    return accelerator.unwrap_model(model), optimizer
+
+
+def check_accelerate(folder: Path) -> None:
+    model, optimizer = run_accelerate(folder, resumes=False)
+    assert_as_expected(model, in_a_row)
+    assert_resumed(model, optimizer, *run_accelerate(folder, resumes=True))
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = object()
+    with pytest.raises(ValueError, match=r"loss scaling, of float16, .* train in bfloat16, or with sync='full'"):
+        build_optimizer(make_model(), **DION, strategy=accelerator)
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    run_like_torchrun(2, check_accelerate, tmp_path)
+
+
+class Watching(Dion2Factory):
+    def __call__(self, *args: Any, **settings: Any) -> Dion2:
+        return watched(super().__call__(*args, **settings))
+
+
+def run_trainer(folder: Path, callbacks: list[Any], checkpoint: str | None = None) -> tuple[nn.Module, Dion2]:
+    settings = {"gradient_accumulation_steps": ACCUMULATED, "max_grad_norm": 0, "save_strategy": "steps"}
+    args = arguments(folder, 2, STEPS, save_steps=STOP, **settings)
+    pair = (Watching, {**DION, "strategy": args})
+    trainer = make_trainer(args, make_model(), pair, callbacks=callbacks)
+    trainer.train_dataset = Sequences(STEPS * ACCUMULATED)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer.model, unwrapped(trainer.optimizer)
+
+
+def check_trainer(folder: Path) -> None:
+    model, optimizer = run_trainer(folder, [SynchronizeCallback()])
+    assert_as_expected(model, in_a_row)
+    again = run_trainer(folder / "again", [SynchronizeCallback()], str(folder / f"checkpoint-{STOP}"))
+    for each in (optimizer, again[1]):
+        each.synchronize()
+    assert_resumed(model, optimizer, *again)
+    args = arguments(folder, 2)
+    with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 clips each replica .*; set max_grad_norm=0\.0, and pass"):
+        refuse_scaling_by_replica(args)
+
+
+def test_trainer(tmp_path: Path) -> None:
+    run_like_torchrun(2, check_trainer, tmp_path)
+
+
+def train_by_hand(model: nn.Module, optimizer: Dion2, pick: Pick, replica: int, no_sync: Any) -> None:
+    for step in range(STEPS):
+        for number in range(ACCUMULATED):
+            is_last = number == ACCUMULATED - 1
+            no_sync(not is_last)
+            loss_of(model, pick(step * ACCUMULATED + number, replica)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check_ddp_and_hsdp() -> None:
+    """DDP by its hook, on the replicas alone; FSDP2 on the shards, where nothing else is averaged by anyone."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    group, replica = mesh["replicate"].get_group(), mesh.get_local_rank("replicate")
+
+    ddp = DistributedDataParallel(make_model().train(), process_group=group)
+    optimizer = watched(build_optimizer(ddp, **DION, strategy=group), group)
+    train_by_hand(
+        ddp, optimizer, in_a_row, replica, lambda waits: setattr(ddp, "require_backward_grad_sync", not waits)
+    )
+    assert_as_expected(ddp.module, in_a_row)
+
+    model = make_model().train()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh["shard"])
+    fully_shard(model, mesh=mesh["shard"])
+    optimizer = watched(build_optimizer(model, **DION, strategy=group), group)
+    train_by_hand(model, optimizer, in_a_row, replica, lambda waits: None)
+    assert_as_expected(model, in_a_row)
+
+
+def test_ddp_and_hsdp() -> None:
+    run_on_ranks(4, check_ddp_and_hsdp)
