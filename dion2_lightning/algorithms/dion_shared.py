@@ -33,6 +33,7 @@ from dion2_lightning.algorithms.low_rank import (
     right_products,
 )
 from dion2_lightning.algorithms.matrix_update import accumulate, bounded, count_step, draw_bits
+from dion2_lightning.algorithms.projections import Projections
 from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
 from dion2_lightning.distributed.summing import SummingWork, run_together
@@ -78,6 +79,7 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
 def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:
     """Take the step on matrices of equal shape, of which every rank holds the same part."""
     first = batch[0]
+    projections = Projections.wanted(batch, context)
 
     # P <- orth(B Q): whole on every rank, or by rows.
     product = left_products(batch)
@@ -102,6 +104,8 @@ def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:
     else:
         norms = (yield column_norms(right).square()).sqrt()
     apply(batch, left, right, norms)
+    if projections is not None:
+        projections.show((yield projections.sums()), norms)
 
 
 def _part(whole: Tensor, span: Span) -> Tensor:

@@ -183,7 +183,7 @@ class SelectionHistory:
         for metrics in (*self.overall, *of_groups, *of_parameters):
             if unknown := metrics.keys() - MEANINGS.keys():
                 raise ValueError(f"there is no metric {min(unknown)!r}")
-            if "selected_fraction" not in metrics:
+            if "coverage" in metrics and "selected_fraction" not in metrics:
                 raise ValueError(f"selected_fraction is missing beside {sorted(metrics)}")
 
     def _set_infos(self, infos: Sequence[ParameterInfo]) -> None:

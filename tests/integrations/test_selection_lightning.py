@@ -388,7 +388,7 @@ def test_the_last_of_two_monitors_records() -> None:
 
 def test_the_control_without_matrices_has_nothing_to_show() -> None:
     monitor = SelectionMonitor()
-    with pytest.warns(SelectionWarning, match="SelectionMonitor: the optimizer selects from no parameter"):
+    with pytest.warns(SelectionWarning, match="SelectionMonitor: no algorithm of the optimizer has metrics"):
         make_trainer("one device", 3, callbacks=[monitor]).fit(AsControl(WithDeadLayer()))
     assert monitor.metrics is None
 
