@@ -35,7 +35,7 @@ class Projections:
         """Return this rank's summand of what :meth:`show` takes, (batch, 1 + 4 r^2), once Q is that after the step."""
         both = torch.cat([self.q, torch.cat([update.q for update in self._batch])], dim=-1).to(self.energies.dtype)
         if not self._batch[0].counts_columns:
-            both = both[:, :0]
+            both = both.narrow(1, 0, 0)
         grams = both.mT @ both
         return torch.cat([self.energies.unsqueeze(1), grams.flatten(1)], dim=1)
 
@@ -43,7 +43,7 @@ class Projections:
         """Send the observer its event, given the sums over the ranks, and the norms of R's columns (batch, 1, r)."""
         first, observer = self._batch[0], self._context.observer
         assert observer is not None
-        energies, grams = sums[:, 0], sums[:, 1:].unflatten(1, (2 * first.rank, 2 * first.rank))
+        energies, entries = sums.split([1, sums.shape[1] - 1], dim=1)
         # P Q^T has the Frobenius norm of Q; what is NaN is no column of zeros.
         lengths = torch.where(present_columns(norms, first) | norms.isnan(), norms / (norms + EPS), 0.0)
         counts = [len(update.momentum) for update in self._batch]
@@ -53,9 +53,9 @@ class Projections:
         ]
         observer.projected(
             [update.parameter for update in self._batch],
-            energies,
+            energies.squeeze(1),
             norms.squeeze(1),
-            grams,
+            entries.unflatten(1, (2 * first.rank, 2 * first.rank)),
             torch.cat(squares),
             None if first.gate is None else first.gate.is_open,
         )

@@ -30,7 +30,7 @@ def rank_uses(grams: Tensor, norms: Tensor) -> Tensor:
     """
     rank = norms.shape[-1]
     scaled = norms / norms.amax(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
-    gram = _with_unit_diagonal(grams)[:, rank:, rank:] * scaled.unsqueeze(-1) * scaled.unsqueeze(-2)
+    gram = _blocks(grams)[2] * scaled.unsqueeze(-1) * scaled.unsqueeze(-2)
     squares, fourths = scaled.square().sum(-1), gram.square().sum((-2, -1))
     return torch.where(squares == 0, 0.0, squares.square() / (rank * fourths))
 
@@ -46,9 +46,8 @@ def turns(grams: Tensor) -> Tensor:
         grams: Z^T Z of Z = [Q before the step, Q after it], (matrices, 2 r, 2 r).
     """
     rank = grams.shape[-1] // 2
-    grams = _with_unit_diagonal(grams)
     spare = rank**2 * torch.finfo(grams.dtype).eps * torch.eye(rank, dtype=grams.dtype, device=grams.device)
-    before, between, after = grams[:, :rank, :rank], grams[:, :rank, rank:], grams[:, rank:, rank:]
+    before, between, after = _blocks(grams)
     triangles = [torch.linalg.cholesky_ex(each + spare).L for each in (before, after)]
 
     def squared_overlap(left: int, right: int, products: Tensor) -> Tensor:
@@ -61,7 +60,9 @@ def turns(grams: Tensor) -> Tensor:
     return (1.0 - overlap / whole).clamp(0.0, 1.0)
 
 
-def _with_unit_diagonal(grams: Tensor) -> Tensor:
-    """Gram matrices of columns that are divided by their norms."""
+def _blocks(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U^T U, U^T V and V^T V, (matrices, r, r): U and V are Q before a step and after it, with columns of norm 1."""
     inverse = grams.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(grams.dtype).tiny).rsqrt()
-    return grams * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    upper, lower = (grams * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)).chunk(2, dim=1)
+    before, between = upper.chunk(2, dim=2)
+    return before, between, lower.chunk(2, dim=2)[1]

@@ -181,9 +181,8 @@ class SelectionTracker:
         if self._record is None:
             return
         is_measured = energies != 0 if is_taken is None else (energies != 0) & is_taken
-        values = torch.stack([captured_energies(energies, norms), turns(grams), rank_uses(grams, norms)], dim=1)
-        values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
-        values = torch.where(is_measured.unsqueeze(1), values, 0.0)
+        measured = captured_energies(energies, norms), turns(grams), rank_uses(grams, norms), torch.ones_like(energies)
+        values = torch.where(is_measured.unsqueeze(1), torch.stack(measured, dim=1), 0.0)
         tracked = [self._parameters[parameter] for parameter in parameters]
         counts = [each.count for each in tracked]
         parts = (each.split(counts) for each in (energies, squares, values))

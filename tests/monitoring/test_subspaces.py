@@ -94,7 +94,7 @@ def test_metrics_follow_their_definitions(every: int) -> None:
             is_turned = q.shape[-2] == momentum.shape[-2] and momentum.shape[-2] != momentum.shape[-1]
             tensors = momentum, q, optimizer.state[parameter]["Q"]
             stacks = [each if each.ndim == 3 else each.unsqueeze(0) for each in tensors]
-            each_matrix = [expected_metrics(*parts, is_turned) for parts in zip(*stacks, strict=True)]
+            each_matrix = [expected_metrics(b, old, new, is_turned) for b, old, new in zip(*stacks, strict=True)]
             expected = {key: sum(each[key] for each in each_matrix) / len(each_matrix) for key in OF_SUBSPACES}
             expected["update_rms"] = (parameter.detach() - weight).double().square().mean().sqrt().item()
             constant = {"rank 1": ["rank_use"], "full rank": ["captured_energy", "subspace_turn"]}.get(name, [])
