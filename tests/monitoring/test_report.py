@@ -79,7 +79,7 @@ def statistics(history: SelectionHistory, tmp_path: Path) -> Path:
 
 def test_the_page_stands_alone_and_is_well_formed(html: str) -> None:
     page = Page(html)
-    assert page.counts["img"] == 3
+    assert page.counts["img"] == 4
     assert all(link.startswith("data:") for link in page.links)
     assert "http" not in html.replace("data-", "")
     assert "url(" not in html and "@import" not in html
@@ -105,7 +105,7 @@ def test_tables_hold_the_metrics(html: str, history: SelectionHistory) -> None:
     rows = {row[0]: row[1:] for row in Page(html).rows}
     metrics = history.parameters[-1][1]
     assert rows["model.layers.0.down.weight"] == [
-        "dion2", "1", "128", "outputs", "25.0%", f"{metrics['coverage']:.1%}", f"{metrics['staleness_mean']:.1f}",
+        "dion2", "1", "128", "outputs", "-", "25.0%", f"{metrics['coverage']:.1%}", f"{metrics['staleness_mean']:.1f}",
         f"{metrics['staleness_max']:.0f}", f"{metrics['turnover']:.1%}", f"{metrics['captured_mass']:.1%}",
         f"{metrics['imbalance']:.2f}", "1.00e-04",
     ]  # fmt: skip
