@@ -21,7 +21,9 @@ class Projections:
     def __init__(self, batch: Sequence[LowRankUpdate], context: StepContext) -> None:
         self._batch, self._context = batch, context
         dtype = sum_dtype(batch[0].momentum.device)
-        norms = [torch.linalg.vector_norm(update.momentum, dim=(1, 2), dtype=dtype) for update in batch]
+        # In their memory order, which takes a CPU a third of the time.
+        momenta = [each.momentum if each.momentum.stride(-1) == 1 else each.momentum.mT for each in batch]
+        norms = [torch.linalg.vector_norm(momentum.flatten(1), dim=1, dtype=dtype) for momentum in momenta]
         self.energies = torch.cat(norms).square()
         self.q = torch.cat([update.q for update in batch])
 

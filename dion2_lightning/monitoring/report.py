@@ -41,7 +41,7 @@ CAPTIONS: Final[dict[str, str]] = {
         "Updates of low rank. Captured energy: what the update takes of the momentum; the rest waits there. On the "
         "dashed line any directions would hold as much; near 100% the momentum has about the rank of the update. "
         "Subspace turn: at 0% the directions stay, at the dashed line they are as good as random. Rank use: at 100% "
-        "all directions hold as much; near 0% a few hold nearly everything, and a lower rank would take as much."
+        "all directions hold as much; near 0% a few hold nearly everything, and a lower rank would take nearly as much."
     ),
     "updates": (
         "How large updates are, without weight decay: it follows the learning rate. Where neurons are normalized, the "

@@ -40,24 +40,22 @@ def turns(grams: Tensor) -> Tensor:
 
     That is 1 - ||U^T V||^2 / r for orthonormal bases U and V: 0 where the subspace stays, 1 where it is wholly new. The
     bases are those of Cholesky factorizations. A number added to the diagonals keeps these from failing where columns
-    are nearly dependent. It makes such directions shorter, and so r is taken as ||U^T U|| ||V^T V||.
+    are nearly dependent. Such directions then hardly count, in U and V as in r.
 
     Args:
         grams: Z^T Z of Z = [Q before the step, Q after it], (matrices, 2 r, 2 r).
     """
     rank = grams.shape[-1] // 2
-    spare = rank**2 * torch.finfo(grams.dtype).eps * torch.eye(rank, dtype=grams.dtype, device=grams.device)
+    # Much more than a factorization rounds by. It blurs columns that differ by about 1e-6, as rounding Q nearly does.
+    added = rank * torch.finfo(grams.dtype).eps ** 0.75
+    identity = torch.eye(rank, dtype=grams.dtype, device=grams.device)
     before, between, after = _blocks(grams)
-    triangles = [torch.linalg.cholesky_ex(each + spare).L for each in (before, after)]
-
-    def squared_overlap(left: int, right: int, products: Tensor) -> Tensor:
-        products = torch.linalg.solve_triangular(triangles[left], products, upper=False)
-        products = torch.linalg.solve_triangular(triangles[right], products.mT, upper=False)
-        return products.square().sum((-2, -1))
-
-    overlap = squared_overlap(0, 1, between)
-    whole = (squared_overlap(0, 0, before) * squared_overlap(1, 1, after)).sqrt()
-    return (1.0 - overlap / whole).clamp(0.0, 1.0)
+    triangles = torch.linalg.cholesky_ex(torch.stack([before, after]) + added * identity).L
+    inverses = torch.linalg.solve_triangular(triangles, identity, upper=False)
+    overlap = (inverses.select(0, 0) @ between @ inverses.select(0, 1).mT).square().sum((-2, -1))
+    ranks = rank - added * inverses.square().sum((-2, -1))
+    shares: Tensor = overlap / ranks.prod(0).sqrt()
+    return (1.0 - shares).clamp(0.0, 1.0)
 
 
 def _blocks(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
