@@ -32,7 +32,7 @@ from dion2_lightning.distributed.replicas import (
 from dion2_lightning.kernels.gate import Gate, are_finite
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import group_by, is_dtensor, local, local_gradient, placed, refuse_misplaced
-from dion2_lightning.matrices.views import SlicedParameter
+from dion2_lightning.matrices.views import ObservedParameter
 from dion2_lightning.parameter_groups import (
     Group,
     algorithm_of,
@@ -264,7 +264,7 @@ class MatrixOptimizer(Optimizer):
         """
         if parameter in self._selections:
             return self._selections[parameter]
-        if not any(parameter is each.parameter for each in self.sliced_parameters()):
+        if not any(parameter is each.parameter and each.observed.selected for each in self.observed_parameters()):
             raise ValueError(
                 f"parameter of shape {tuple(parameter.shape)} is in no group whose algorithm selects slices of matrices"
             )
@@ -275,16 +275,16 @@ class MatrixOptimizer(Optimizer):
         """How many steps ``check_finite="skip"`` has skipped since the optimizer was made; waits for the device."""
         return int(self._skipped_steps)
 
-    def sliced_parameters(self) -> list[SlicedParameter]:
-        """Return the parameters of whose matrices steps select slices, in the order of the groups."""
+    def observed_parameters(self) -> list[ObservedParameter]:
+        """Return the parameters that statistics observe, in the order of the groups."""
         found = []
         for group in self.param_groups:
             given = group.get("param_names")
             names = parameter_names(group) if given is None else given
             for parameter, name in zip(group["params"], names, strict=True):
-                sliced = ALGORITHMS[group["algorithm"]].sliced(parameter, group)
-                if sliced is not None:
-                    found.append(SlicedParameter(parameter, group["name"], name, given is not None, *sliced))
+                observed = ALGORITHMS[group["algorithm"]].observed(parameter, group)
+                if observed is not None:
+                    found.append(ObservedParameter(parameter, group["name"], name, given is not None, observed))
         return found
 
     @property

@@ -45,8 +45,8 @@ def groups_of_every_kind(device: torch.device | str) -> list[dict[str, Any]]:
     ]
 
 
-SLICES = 3 * 40 + 64 + 2 * 40 + 4 * 96 + 40
-"""How many slices the matrices above have, along the axis that is selected from."""
+SLICES = 3 * 40 + 64 + 2 * 40 + 4 * 96 + 40 + (3 + 4)
+"""How many slices the matrices above have, along the axis that is selected from; each one of Dion counts as one."""
 
 
 def parameters_of(optimizer: Dion2) -> Iterator[Tensor]:

@@ -81,3 +81,25 @@ def _mean(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def make_history(names: Sequence[str], points: int = 6, *, every: int = 10) -> SelectionHistory:
     return extend(SelectionHistory(), infos_of(names), points, every=every)
+
+
+def low_rank_history(names: Sequence[str], points: int = 6, *, every: int = 10, rank: int = 32) -> SelectionHistory:
+    """A history of updates of low rank, in which less is captured the later the parameter comes."""
+    generator = torch.Generator().manual_seed(0)
+    infos = [ParameterInfo("dion", name, 1, 128, 0, selects=False, rank=rank) for name in names]
+    nothing = torch.zeros(len(infos), BINS, dtype=torch.float64)
+    history = SelectionHistory()
+    for point in range(1, points + 1):
+        noise = torch.rand(len(infos), 3, generator=generator).tolist()
+        parameters = {
+            info.key: {
+                "captured_energy": 0.8 - 0.4 * index / len(infos) + 0.1 * first,
+                "subspace_turn": 0.1 + 0.1 * second,
+                "rank_use": 0.4 + 0.2 * third,
+                "update_rms": 1e-4,
+            }
+            for index, (info, (first, second, third)) in enumerate(zip(infos, noise, strict=True))
+        }
+        mean = _mean(list(parameters.values()))
+        history.append(SelectionMetrics(point * every, mean, {"dion": mean}, parameters), infos, nothing, nothing)
+    return history

@@ -17,7 +17,7 @@ from dion2_lightning.distributed.overlap import WaitingStep
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, placed
-from dion2_lightning.matrices.views import Matrices
+from dion2_lightning.matrices.views import Matrices, Observed
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
@@ -29,7 +29,7 @@ class Observer(Protocol):
     """What receives the events of a step; see :class:`~dion2_lightning.SelectionTracker`.
 
     Attributes:
-        wants_results: Whether to call :meth:`orthonormalized`, :meth:`normalized` and :meth:`moved` in this step.
+        wants_results: Whether to call the other methods than :meth:`selected` too in this step.
     """
 
     wants_results: bool
@@ -51,6 +51,27 @@ class Observer(Protocol):
 
     def moved(self, parameter: Tensor, change: Tensor) -> None:
         """Called with what is added to this rank's part of some selected slices."""
+
+    def projected(
+        self,
+        parameters: Sequence[Tensor],
+        energies: Tensor,
+        norms: Tensor,
+        grams: Tensor,
+        squares: Tensor,
+        is_taken: Tensor | None,
+    ) -> None:
+        """Called after updates P Q^T of one rank r, the same on every rank that holds parts of the matrices.
+
+        Args:
+            parameters: Whose matrices follow, one parameter after the other.
+            energies: Squared Frobenius norms of the momenta B, (matrices,).
+            norms: Of the columns of R = B^T P, (matrices, r).
+            grams: Z^T Z of Z = [Q before the step, Q after it], (matrices, 2 r, 2 r). A column of Q after the step has
+                the direction of R's, unless that is zero up to rounding.
+            squares: Sums of the squares of what is added to the weights, (matrices,).
+            is_taken: Boolean, 0-d: whether the step is taken; None where it is for certain.
+        """
 
 
 class StateTensor(NamedTuple):
@@ -204,8 +225,8 @@ class Algorithm(ABC):
         if self.needs_matrices:
             check_matrix(parameter, label, group, self.name)
 
-    def sliced(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Matrices, int] | None:
-        """Return a parameter's matrices and the axis from which a step selects slices; None if it does not."""
+    def observed(self, parameter: Tensor, group: Mapping[str, Any]) -> Observed | None:
+        """Return what statistics observe of a parameter; None for nothing."""
         return None
 
     def continues(self, other: "Algorithm") -> bool:

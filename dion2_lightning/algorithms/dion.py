@@ -18,7 +18,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dion2_lightning.algorithms.algorithm import Algorithm, Member, StateTensor, StepContext, StepWork
+from dion2_lightning.algorithms.algorithm import (
+    Algorithm,
+    Member,
+    StateTensor,
+    StepContext,
+    StepWork,
+    matrices_of,
+)
 from dion2_lightning.algorithms.dion_shared import update_shared
 from dion2_lightning.algorithms.hyperparameters import (
     MatrixSettings,
@@ -34,13 +41,17 @@ from dion2_lightning.algorithms.low_rank import (
     column_norms,
     is_compressed,
     left_products,
+    long_axis,
     orthonormal,
+    rank_of,
     right_factor,
     right_products,
     state_dtype,
 )
 from dion2_lightning.algorithms.matrix_update import accumulate, count_step, draw_bits
+from dion2_lightning.algorithms.projections import Projections
 from dion2_lightning.algorithms.shared import split_by_ranks
+from dion2_lightning.matrices.views import Observed
 
 
 @dataclass(kw_only=True)
@@ -92,6 +103,11 @@ class DionAlgorithm(Algorithm):
             "step": StateTensor((), torch.float32, parameter.device),
         }
 
+    def observed(self, parameter: Tensor, group: Mapping[str, Any]) -> Observed:
+        """Return a parameter's matrices, their shorter axis, and the rank of the update."""
+        matrices = matrices_of(parameter, group)
+        return Observed(matrices, 1 - long_axis(matrices), selected=0, rank=rank_of(matrices, group))
+
     def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
         """Plan a step: the matrices of this rank alone, and those that it shares."""
         updates = [LowRankUpdate.read(member, context) for member in members]
@@ -105,7 +121,11 @@ def update_alone(updates: Sequence[LowRankUpdate], context: StepContext) -> None
     draw_bits(updates)
     for batch in batches(updates):
         accumulate(batch)
+        projections = Projections.wanted(batch, context)
         left = orthonormal(left_products(batch), batch[0], context)
         right = right_products(batch, left)
-        apply(batch, left, right, column_norms(right))
+        norms = column_norms(right)
+        apply(batch, left, right, norms)
+        if projections is not None:
+            projections.show(projections.sums(), norms)
     count_step(updates)

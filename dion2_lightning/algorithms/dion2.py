@@ -60,7 +60,7 @@ from dion2_lightning.kernels.orthonormalize import default_dtype
 from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.kernels.rounding import HALF_PRECISION
 from dion2_lightning.kernels.selection import selected_count, slice_sums
-from dion2_lightning.matrices.views import Matrices
+from dion2_lightning.matrices.views import Observed
 
 
 @dataclass(kw_only=True)
@@ -137,10 +137,11 @@ class Dion2Algorithm(Algorithm):
                 )
         super().check_parameter(parameter, label, group)
 
-    def sliced(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Matrices, int]:
-        """Return a parameter's matrices, and the axis of the slices."""
+    def observed(self, parameter: Tensor, group: Mapping[str, Any]) -> Observed:
+        """Return a parameter's matrices, the axis of the slices, and how many of them a step selects."""
         matrices = matrices_of(parameter, group)
-        return matrices, matrices.selection_axis(self.select(group))
+        axis = matrices.selection_axis(self.select(group))
+        return Observed(matrices, axis, selected_count(matrices.shape[axis], group["fraction"]))
 
     def continues(self, other: Algorithm) -> bool:
         """Return whether it is one that keeps this momentum, whatever it makes of it."""
@@ -165,9 +166,8 @@ class Dion2Algorithm(Algorithm):
     def update_of(self, member: Member, context: StepContext) -> MatrixUpdate:
         """Read a parameter and its settings, as they are now."""
         parameter, group = member.parameter, member.group
-        matrices, axis = self.sliced(parameter, group)
+        matrices, axis, k, _ = self.observed(parameter, group)
         slices = matrices.shape[axis]
-        k = selected_count(slices, group["fraction"])
         scale = update_scale(matrices.shape, slices, k, group["adjust_lr_fn"], group["scale_lr_by_fraction"])
         return MatrixUpdate.of(
             member,

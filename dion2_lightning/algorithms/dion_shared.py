@@ -34,6 +34,7 @@ from dion2_lightning.algorithms.low_rank import (
     right_products,
 )
 from dion2_lightning.algorithms.matrix_update import accumulate, bounded, count_step, draw_bits
+from dion2_lightning.algorithms.projections import Projections
 from dion2_lightning.algorithms.shared import with_gradient
 from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
@@ -83,6 +84,7 @@ def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:
     """Take the step on matrices of equal shape, of which every rank holds the same part."""
     first = batch[0]
     everywhere = Over.PARTS if first.replicas is None else Over.ALL
+    projections = Projections.wanted(batch, context)
 
     # P <- orth(B Q): whole on every rank, or by rows.
     product = left_products(batch)
@@ -111,6 +113,12 @@ def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:
             right = yield Summand(right, Over.REPLICAS)
         norms = (yield Summand(column_norms(right).square())).sqrt()
     apply(batch, left, right, norms)
+    if projections is not None:
+        sums = yield Summand(projections.sums())
+        if first.replicas is not None:  # replicas differ in B alone
+            energies = yield Summand(sums[:, :1].contiguous(), Over.REPLICAS)
+            sums = torch.cat([energies, sums[:, 1:]], dim=1)
+        projections.show(sums, norms)
 
 
 def _part(whole: Tensor, span: Span) -> Tensor:

@@ -105,6 +105,11 @@ class LowRankUpdate(MatrixUpdate):
         return self.columns[self.layout.own_rank]
 
     @property
+    def counts_columns(self) -> bool:
+        """Whether this rank is the first of those that hold its short columns, so that a sum counts them once."""
+        return self.columns.index(self.own_columns) == self.layout.own_rank
+
+    @property
     def randomized_pays(self) -> bool:
         """Whether a sketch of P is smaller than P."""
         return sketch_rows(self.rank) < self.slices
@@ -233,6 +238,13 @@ def column_norms(right: Tensor) -> Tensor:
     return norms
 
 
+def present_columns(norms: Tensor, update: LowRankUpdate) -> Tensor:
+    """Return which columns of R are more than what rounding makes of zero, given their norms (batch, 1, r)."""
+    floor = NOISE * torch.finfo(update.momentum.dtype).eps * math.sqrt(update.slices)
+    is_present: Tensor = norms > floor * torch.linalg.vector_norm(norms, dim=-1, keepdim=True)
+    return is_present
+
+
 def apply(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: Tensor) -> None:
     """M <- B - (1 - mu) P R^T, Q <- the columns of R over their norms, and X <- (1 - lr decay) X - lr scale P Q^T.
 
@@ -245,8 +257,7 @@ def apply(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: Te
         right: R, this rank's rows.
         norms: Of the columns of the whole R, (batch, 1, r).
     """
-    floor = NOISE * torch.finfo(right.dtype).eps * math.sqrt(batch[0].slices)
-    is_present = norms > floor * torch.linalg.vector_norm(norms, dim=-1, keepdim=True)
+    is_present = present_columns(norms, batch[0])
     columns = torch.where(is_present, right / (norms + EPS).to(right.dtype), 0)
     decay_weights(batch)
     counts = [len(update.momentum) for update in batch]

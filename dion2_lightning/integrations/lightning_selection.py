@@ -30,7 +30,7 @@ class SelectionMonitor(SelectionRecorder, Callback):
 
     Args:
         every: Steps between metrics (default: None, the Trainer's ``log_every_n_steps``).
-        progress: Show ``coverage`` in the progress bar (default: True).
+        progress: Show ``coverage``, and of Dion ``captured_energy``, in the progress bar (default: True).
         **settings: The fields of :class:`SelectionRecorder`.
 
     Attributes:
@@ -101,7 +101,7 @@ class SelectionMonitor(SelectionRecorder, Callback):
         values = torch.tensor(list(named.values()), device=trainer.strategy.root_device)
         trainer.callback_metrics.update(zip(named, values.unbind(), strict=True))
         if self.progress:
-            trainer.progress_bar_metrics["coverage"] = metrics.overall["coverage"]
+            trainer.progress_bar_metrics.update(metrics.in_short())
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -91,8 +91,8 @@ class SelectionRecorder:
                 f"{name}: tracks one Dion2 optimizer, found {len(found)}; leave it out, and attach a "
                 "dion2_lightning.SelectionTracker to each"
             )
-        if not found[0].sliced_parameters():
-            message = f"{name}: the optimizer selects from no parameter, so there is nothing to show"
+        if not found[0].observed_parameters():
+            message = f"{name}: no algorithm of the optimizer has metrics, so there is nothing to show"
             warnings.warn(message, SelectionWarning, stacklevel=2)
         self.tracker.attach(found[0])
 

@@ -43,7 +43,8 @@ class SelectionCallback(SelectionRecorder, TrainerCallback, ExportableState):
     Args:
         every: Steps between metrics; the Trainer then logs at these steps too (default: None, the steps at which the
             Trainer logs).
-        progress: Show ``coverage`` beside the loss in the progress bar (default: True).
+        progress: Show ``coverage``, and of Dion ``captured_energy``, beside the loss in the progress bar (default:
+            True).
         **settings: The fields of :class:`SelectionRecorder`.
 
     Attributes:
@@ -156,8 +157,8 @@ class SelectionCallback(SelectionRecorder, TrainerCallback, ExportableState):
         logs.update(self._not_logged)
         state.log_history[-1].update(self._not_logged)
         self._not_logged = {}
-        if self.progress and self._handler is not None:
-            shown = {name.removeprefix("dion2/"): logs[name] for name in ("loss", "dion2/coverage")}
+        if self.progress and self._handler is not None and self.metrics is not None:
+            shown = {"loss": logs["loss"], **self.metrics.in_short()}
             for callback in self._handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                     callback.training_bar.set_postfix(shown)

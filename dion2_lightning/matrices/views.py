@@ -59,21 +59,35 @@ class Matrices:
         return axis == (INPUT_AXIS if self.transposed else OUTPUT_AXIS)
 
 
-class SlicedParameter(NamedTuple):
-    """A parameter of whose matrices every step selects slices.
+class Observed(NamedTuple):
+    """What statistics observe of a parameter: how a step updates its matrices.
+
+    Attributes:
+        matrices: The matrices.
+        axis: What a slice is: 0 output, 1 input.
+        selected: How many slices of each matrix a step selects; 0 where it selects none.
+        rank: The rank of its update where that is of low rank, else 0.
+    """
+
+    matrices: Matrices
+    axis: int
+    selected: int
+    rank: int = 0
+
+
+class ObservedParameter(NamedTuple):
+    """A parameter that statistics observe.
 
     Attributes:
         parameter: The parameter itself.
         group: Name of its parameter group.
         name: Its name in the model, or ``parameter 0``, ``parameter 1``, ... by its place in a group without names.
         is_named: Whether it has a name.
-        matrices: Its matrices.
-        axis: What a slice is: 0 output, 1 input.
+        observed: What is observed of it.
     """
 
     parameter: Tensor
     group: str
     name: str
     is_named: bool
-    matrices: Matrices
-    axis: int
+    observed: Observed

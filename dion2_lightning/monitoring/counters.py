@@ -1,7 +1,8 @@
 """Counters on the device: when each slice was last selected, and how often.
 
 Matrices with the same number of slices share counters, so a step costs a few operations however many matrices there
-are. At a step with metrics they yield a table, one row for each parameter, from which the host computes the metrics.
+are. A matrix from which no slices are selected is one slice, and counts at steps with metrics. At these, counters yield
+a table, one row for each parameter, from which the host computes the metrics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dion2_lightning.kernels.precision import move_sums, sum_dtype
 from dion2_lightning.matrices.layout import local, placed_like_stack, spread_dims
-from dion2_lightning.matrices.views import SlicedParameter
+from dion2_lightning.matrices.views import ObservedParameter
 from dion2_lightning.monitoring.history import BINS, bin_of
 from dion2_lightning.monitoring.metrics import COLUMNS, ParameterInfo
 
@@ -35,6 +36,8 @@ class TrackedParameter:
         row: Its row of the table.
         info: Its names and its matrices.
         count: How many of its matrices this rank holds a part of.
+        counted: How many slices of each matrix have counters.
+        share: Which share of their entries this rank holds.
         mesh: The ranks that hold it; None for a plain parameter.
         is_sharded: Whether ranks hold different parts of it.
         spread_over: Number of ranks over which the matrices of a stack are spread.
@@ -47,14 +50,17 @@ class TrackedParameter:
     counters: "SelectionCounters"
     first_row: int
 
-    def __init__(self, row: int, sliced: SlicedParameter) -> None:
-        parameter: Any = sliced.parameter
-        matrices, axis = sliced.matrices, sliced.axis
+    def __init__(self, row: int, found: ObservedParameter) -> None:
+        parameter: Any = found.parameter
+        matrices, axis, selected, rank = found.observed
+        slices = matrices.shape[axis]
         is_stack = parameter.ndim == 3
         self.parameter, self.row = parameter, row
-        self.info = ParameterInfo(sliced.group, sliced.name, matrices.count, matrices.shape[axis], axis)
-        self.key = self.info.key if sliced.is_named else parameter
+        self.info = ParameterInfo(found.group, found.name, matrices.count, slices, axis, 0 < selected < slices, rank)
+        self.key = self.info.key if found.is_named else parameter
         self.count = local(parameter).shape[0] if is_stack else 1
+        self.counted = slices if selected else 1
+        self.share = local(parameter).numel() * matrices.count / (parameter.numel() * max(1, self.count))
         self.mesh = mesh = getattr(parameter, "device_mesh", None)
         self.is_sharded, self.spread_over, self.spread_index = False, 1, 0
         if mesh is not None:
@@ -177,6 +183,7 @@ class StepRecord:
         window: Steps that coverage looks back.
         rows: The parameters of each counters, and one row of the table for each matrix.
         squares: Sums of the squared changes of parts of parameters, (1,) each.
+        projections: Sums of captured energies, turns and rank uses, and number of matrices that have some, (4,) each.
         errors: Sum of orthogonality errors, and number of matrices measured, (2,) each.
         spreads: Sum of the spreads of neurons' variances, and number of matrices that have some, (2,) each.
     """
@@ -186,6 +193,7 @@ class StepRecord:
     squares: list[tuple[TrackedParameter, Tensor]] = field(default_factory=list)
     errors: list[tuple[TrackedParameter, Tensor]] = field(default_factory=list)
     spreads: list[tuple[TrackedParameter, Tensor]] = field(default_factory=list)
+    projections: list[tuple[TrackedParameter, Tensor]] = field(default_factory=list)
 
     def table(self, parameters: int) -> Tensor:
         """Return this rank's table, in ``sum_dtype``, one row for each parameter."""
@@ -201,6 +209,7 @@ class StepRecord:
             "squared_update": self.squares,
             "orthogonality_error": self.errors,
             "variance_spread": self.spreads,
+            "captured_energy": self.projections,
         }
         for name, sums in by_column.items():
             if sums:

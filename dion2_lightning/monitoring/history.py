@@ -1,4 +1,4 @@
-"""The history of a run's selection, small enough to keep in a checkpoint. plots.py draws it.
+"""The history of a run's metrics, small enough to keep in a checkpoint. plots.py draws it.
 
 It holds the metrics of every step with metrics, and how often each part of each parameter was selected between two
 such steps. Its file is JSON.
@@ -9,7 +9,7 @@ import ctypes
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -108,6 +108,28 @@ class SelectionHistory:
             for values in (self.steps, self.overall, self.groups, self.parameters, self._shares):
                 del values[first]
 
+    def part(self, is_in: Callable[[ParameterInfo], bool]) -> "SelectionHistory":
+        """Return the history of some of the parameters; the metrics of groups and of all matrices stay what they are.
+
+        Args:
+            is_in: Whether a parameter is one of them.
+        """
+        members = [member for member, info in enumerate(self.infos) if is_in(info)]
+        groups = {self.infos[member].group for member in members}
+        part = SelectionHistory()
+        part.load_state_dict(
+            {
+                **self.state_dict(),
+                "groups": [{name: each for name, each in point.items() if name in groups} for point in self.groups],
+                "parameters": [[point[member] for member in members] for point in self.parameters],
+                "kinds": [self.infos[member] for member in members],
+                "shares": [each[members] for each in self._shares],
+                "counts": self.counts[members],
+                "hits": self._hits[members],
+            }
+        )
+        return part
+
     def save(self, path: str | Path) -> None:
         """Write it to a JSON file."""
         text = json.dumps({"format": FORMAT, "version": VERSION, **to_plain(self.state_dict())}, allow_nan=False)
@@ -183,7 +205,7 @@ class SelectionHistory:
         for metrics in (*self.overall, *of_groups, *of_parameters):
             if unknown := metrics.keys() - MEANINGS.keys():
                 raise ValueError(f"there is no metric {min(unknown)!r}")
-            if "selected_fraction" not in metrics:
+            if "coverage" in metrics and "selected_fraction" not in metrics:
                 raise ValueError(f"selected_fraction is missing beside {sorted(metrics)}")
 
     def _set_infos(self, infos: Sequence[ParameterInfo]) -> None:

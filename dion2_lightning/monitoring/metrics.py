@@ -1,4 +1,4 @@
-"""The metrics of a selection: their names and meanings, how they are computed, and the health checks that warn."""
+"""The metrics: their names and meanings, how they are computed, and the health checks that warn."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,9 @@ MEANINGS: Final[dict[str, str]] = {
     "turnover": "share of the selection that the step before had not selected",
     "captured_mass": "share of the momentum's L1 norm that lies in the selected slices",
     "imbalance": "Gini coefficient of how often each slice was selected: 0 all alike, near 1 a few do all the work",
+    "captured_energy": "share of the momentum's squared Frobenius norm that lies in the subspace of the update",
+    "subspace_turn": "mean squared sine of the angles between the subspaces of this step and the one before",
+    "rank_use": "how evenly the update's directions hold what is captured: 1 all alike, 1 / r one holds everything",
     "update_rms": "root mean square of the change of a whole matrix, weight decay left out",
     "variance_spread": "standard deviation of the neurons' variances, over their mean: what normalization evens out",
     "orthogonality_error": "Frobenius norm of O O^T - 1, over the root of k: how far the update is from orthonormal",
@@ -30,8 +33,10 @@ class ParameterInfo(NamedTuple):
         group: Name of its parameter group.
         name: Its own name.
         matrices: How many matrices it holds.
-        slices: Slices of each matrix.
+        slices: Slices of each matrix, along the axis.
         axis: What a slice is: 0 output, 1 input.
+        selects: Whether steps select some of the slices, and not all of them.
+        rank: The rank of its updates where that is low, else 0; then slices are along the shorter axis.
     """
 
     group: str
@@ -39,6 +44,8 @@ class ParameterInfo(NamedTuple):
     matrices: int
     slices: int
     axis: int
+    selects: bool = True
+    rank: int = 0
 
     @property
     def key(self) -> tuple[str, str]:
@@ -53,15 +60,16 @@ class ParameterInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class SelectionMetrics:
-    """Metrics of the selection at one step: for all matrices, for each group and for each parameter.
+    """Metrics of one step: for all matrices, for each group and for each parameter.
 
-    ``MEANINGS`` says what each is, docs/statistics.md how it is computed and how to read it. All slices count alike,
-    whatever matrix they are in. Captured mass, imbalance, variance spread and orthogonality error belong to a matrix;
-    of several matrices they are the mean.
+    ``MEANINGS`` says what each is, docs/statistics.md how it is computed, how to read it, and which algorithm has it:
+    what is constant by definition, as the coverage where every step selects all slices, is left out. All slices count
+    alike, whatever matrix they are in. Coverage, staleness, turnover and selected fraction are of slices; update RMS is
+    of entries; the others belong to a matrix, and of several matrices they are the mean.
 
-    A matrix whose momentum is zero throughout has no captured mass, imbalance and orthogonality error. A parameter
-    without a gradient in the step has no turnover, captured mass, update RMS, variance spread and orthogonality error,
-    and only normalized neurons have a variance. What a matrix or parameter lacks does not count for its group.
+    A matrix whose momentum is zero throughout has only metrics of slices and entries. A parameter without a gradient in
+    the step has no others than selected fraction, coverage, staleness and imbalance, and only normalized neurons have a
+    variance. What a matrix or parameter lacks does not count for its group.
 
     Attributes:
         step: Steps that were counted, this one included.
@@ -90,6 +98,10 @@ class SelectionMetrics:
             parts |= {f"dion2/{group}/{name}": metrics for (group, name), metrics in self.parameters.items()}
         return {f"{prefix}/{name}": value for prefix, metrics in parts.items() for name, value in metrics.items()}
 
+    def in_short(self) -> dict[str, float]:
+        """Return what a progress bar shows: coverage and captured energy of all matrices, as far as there are some."""
+        return {name: self.overall[name] for name in ("coverage", "captured_energy") if name in self.overall}
+
 
 class ParameterSums(NamedTuple):
     """Sums over the matrices of one parameter at one step, from which metrics are computed."""
@@ -113,6 +125,10 @@ class ParameterSums(NamedTuple):
     measured: float  # matrices whose error was measured; counters.py relies on its place after the error
     variance_spread: float
     normalized: float  # matrices whose neurons have variances; their place is after the spread's too
+    captured_energy: float
+    subspace_turn: float
+    rank_use: float
+    projected: float  # matrices with an update of low rank; the three before it are in the order of MEANINGS
     staleness_max: float  # of the slice that waits longest: a maximum, not a sum
 
 
@@ -126,19 +142,28 @@ def compute_metrics(rows: Sequence[ParameterSums]) -> dict[str, float]:
     def total(name: str, rows: Sequence[ParameterSums] = rows) -> float:
         return float(sum(getattr(row, name) for row in rows))
 
-    slices = sum(row.info.total_slices for row in rows)
-    metrics = {
-        "selected_fraction": total("selected") / slices,
-        "coverage": total("covered") / slices,
-        "staleness_mean": total("staleness") / slices,
-        "staleness_max": max(row.staleness_max for row in rows),
-    }
-    if with_momentum := total("matrices") - total("zero_momentum"):
-        metrics["imbalance"] = total("imbalance") / with_momentum
-    if updated := [row for row in rows if row.updated]:
+    metrics = {}
+    if selecting := [row for row in rows if row.info.selects]:
+        slices = sum(row.info.total_slices for row in selecting)
+        metrics["selected_fraction"] = total("selected", selecting) / slices
+        metrics["coverage"] = total("covered", selecting) / slices
+        metrics["staleness_mean"] = total("staleness", selecting) / slices
+        metrics["staleness_max"] = max(row.staleness_max for row in selecting)
+        if with_momentum := total("matrices", selecting) - total("zero_momentum", selecting):
+            metrics["imbalance"] = total("imbalance", selecting) / with_momentum
+    if updated := [row for row in selecting if row.updated]:
         metrics["turnover"] = total("newly_selected", updated) / total("selected", updated)
         if with_momentum := total("updated", updated) - total("zero_momentum", updated):
             metrics["captured_mass"] = total("captured_mass", updated) / with_momentum
+    # At full rank the subspace is everything, captures everything and never turns. Rank 1 is always used.
+    low = [row for row in rows if row.info.rank < row.info.slices]
+    if projected := total("projected", low):
+        metrics["captured_energy"] = total("captured_energy", low) / projected
+        metrics["subspace_turn"] = total("subspace_turn", low) / projected
+    several = [row for row in rows if row.info.rank > 1]
+    if projected := total("projected", several):
+        metrics["rank_use"] = total("rank_use", several) / projected
+    if updated := [row for row in rows if row.updated]:
         metrics["update_rms"] = math.sqrt(total("squared_update", updated) / total("elements", updated))
     if normalized := total("normalized"):
         metrics["variance_spread"] = total("variance_spread") / normalized

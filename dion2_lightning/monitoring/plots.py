@@ -1,4 +1,4 @@
-"""Pictures of what was selected: is every part of every matrix trained, or does a quarter do all the work?
+"""Pictures of the metrics: is every part of every matrix trained, or does a quarter do all the work?
 
 Pictures are matplotlib figures of a :class:`~dion2_lightning.SelectionHistory`. Nothing here touches pyplot or the
 user's settings of matplotlib, so no window or figure is left behind, with or without a display.
@@ -43,6 +43,7 @@ _DASHED: Final[dict[str, Any]] = {"color": _QUIET, "linestyle": (0, (4, 3)), "li
 _DPI: Final = 110
 _MAX_COLUMNS: Final = 36  # intervals in a heatmap; of single steps it would be noise
 _MAX_ROWS: Final = 128  # rows in a panel of a heatmap
+_SHARES: Final = ("coverage", "turnover", "captured_mass", "captured_energy", "subspace_turn", "rank_use")
 _MAX_SINGLES: Final = 24  # matrices without a twin in another layer that share a panel
 
 _STYLE: Final[dict[str, Any]] = {
@@ -62,23 +63,35 @@ def draw(history: SelectionHistory, name: str) -> Figure:
         name: One of ``PICTURES``.
 
     Raises:
-        ValueError: The history has no metrics, or there is no picture of that name.
+        ValueError: The history has no metrics, or nothing that the picture shows, or there is no such picture.
     """
     if name not in PICTURES:
         raise ValueError(f"there is no picture {name!r}; choose from {', '.join(PICTURES)}")
+    names = pictures_of(history)
+    if name not in names:
+        raise ValueError(f"no matrix has the metrics that the picture {name!r} shows; choose from {', '.join(names)}")
+    with matplotlib.style.context(["default", _STYLE]):
+        return PICTURES[name].draw(history.part(PICTURES[name].shows))
+
+
+def pictures_of(history: SelectionHistory) -> list[str]:
+    """Return the names of the pictures that a history has something for.
+
+    Raises:
+        ValueError: The history has no metrics.
+    """
     if not len(history):
         raise ValueError(
-            "history has no metrics to draw: no algorithm of the run selects slices, as AdamW and Dion do not, or it "
-            "has taken fewer than `every` steps; choose a smaller `every`, or train longer"
+            "history has no metrics to draw: no algorithm of the run has some, as AdamW has none, or it has taken "
+            "fewer than `every` steps; choose a smaller `every`, or train longer"
         )
-    with matplotlib.style.context(["default", _STYLE]):
-        return PICTURES[name](history)
+    return [name for name, picture in PICTURES.items() if any(map(picture.shows, history.infos))]
 
 
 def draw_pictures(history: SelectionHistory) -> dict[str, bytes]:
-    """Return every picture by its name, as the bytes of a PNG file."""
+    """Return every picture that there is something for by its name, as the bytes of a PNG file."""
     pictures = {}
-    for name in PICTURES:
+    for name in pictures_of(history):
         file = io.BytesIO()
         draw(history, name).savefig(file, format="png", dpi=_DPI)
         pictures[name] = file.getvalue()
@@ -86,7 +99,7 @@ def draw_pictures(history: SelectionHistory) -> dict[str, bytes]:
 
 
 def save_pictures(history: SelectionHistory, folder: str | Path) -> list[Path]:
-    """Write every picture as a PNG file, ``overview.png``, ``heatmap.png``, ...; files of these names are replaced.
+    """Write the pictures as PNG files, ``overview.png``, ``heatmap.png``, ...; files of these names are replaced.
 
     Args:
         history: What to draw.
@@ -106,7 +119,9 @@ def save_pictures(history: SelectionHistory, folder: str | Path) -> list[Path]:
 
 
 def log_pictures(history: SelectionHistory, loggers: Iterable[Any], step: int) -> list[Any]:
-    """Send two pictures to loggers that take images, as ``dion2/overview`` and ``dion2/heatmap``.
+    """Send pictures to loggers that take images: ``dion2/overview`` and ``dion2/heatmap``; of Dion ``dion2/subspaces``.
+
+    Where there are none of these, as of Muon, they get ``dion2/updates``.
 
     A logger takes images if it has ``log_image`` (Lightning's ``WandbLogger``), or if it, its ``experiment``
     (Lightning's ``TensorBoardLogger``) or its ``tracker`` (Accelerate's ``TensorBoardTracker``) has ``add_figure``
@@ -124,8 +139,9 @@ def log_pictures(history: SelectionHistory, loggers: Iterable[Any], step: int) -
         ValueError: The history has no metrics.
     """
     senders = [(logger, send) for logger in loggers if (send := _sender(logger)) is not None]
+    names = [name for name in pictures_of(history) if name in ("overview", "heatmap", "subspaces")]
     for _, send in senders:
-        for name in ("overview", "heatmap"):
+        for name in names or ["updates"]:
             send(f"dion2/{name}", draw(history, name), step)
     return [logger for logger, _ in senders]
 
@@ -221,6 +237,55 @@ def _staleness(history: SelectionHistory) -> Figure:
     return figure
 
 
+def _subspaces(history: SelectionHistory) -> Figure:
+    """What updates of low rank take of the momentum, how their subspace turns, and how much of the rank they use."""
+    titles = {
+        "captured_energy": "Captured energy: what the update takes",
+        "subspace_turn": "Subspace turn: how new its directions are",
+        "rank_use": "Rank use: how evenly directions hold it",
+    }
+    share = _rank_share(history.infos)
+    references = {
+        "captured_energy": (share, f"directions all alike: {share:.0%}"),
+        "subspace_turn": (1 - share, f"random subspaces: {1 - share:.0%}"),
+    }
+    return _figure_of_metrics(history, titles, references)
+
+
+def _updates(history: SelectionHistory) -> Figure:
+    """How large updates are, and what else belongs to the updates of some algorithms, where it was measured."""
+    titles = {
+        "update_rms": "RMS of the update",
+        "variance_spread": "Variance spread: what normalization evens out",
+        "orthogonality_error": "Orthogonality error",
+    }
+    return _figure_of_metrics(history, titles, {})
+
+
+def _figure_of_metrics(
+    history: SelectionHistory, titles: Mapping[str, str], references: Mapping[str, tuple[float, str]]
+) -> Figure:
+    """Draw the metrics that there are: each over time, and below it, or beside a single one, by layer.
+
+    A reference is a value and its label.
+    """
+    names = [name for name in titles if np.isfinite(_values(history.overall, name)).any()] or list(titles)[:1]
+    shape = (2, len(names)) if len(names) > 1 else (1, 2)
+    size = (max(8.4, 4.3 * len(names)), 4.0 * shape[0])
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.12))
+    first, second = np.reshape(figure.subplots(*shape, squeeze=False), (2, len(names)))
+    for number, (name, over_steps, by_layer) in enumerate(zip(names, first, second, strict=True)):
+        _draw_curve(over_steps, history, name)
+        if name in references:
+            value, label = references[name]
+            over_steps.axhline(value, label=label, **_DASHED)
+        over_steps.set_title(titles[name])
+        over_steps.legend(loc="best")
+        when = _draw_by_layer(by_layer, history, name, references.get(name), has_legend=number == 0)
+        by_layer.set_title(f"By layer, {when}")
+    return figure
+
+
 def _draw_coverage(axes: Axes, history: SelectionHistory) -> None:
     """Which share of the slices was selected in the last ``window`` steps: overall, by group, and the spread."""
     _draw_curve(axes, history, "coverage")
@@ -231,12 +296,25 @@ def _draw_coverage(axes: Axes, history: SelectionHistory) -> None:
 
 
 def _draw_captured_mass(axes: Axes, history: SelectionHistory) -> None:
-    """Which share of the momentum's L1 norm the selected slices hold, by layer.
+    """Which share of the momentum's L1 norm the selected slices hold, by layer."""
+    when = _draw_by_layer(axes, history, "captured_mass", (_fraction(history.overall), "slices all alike"))
+    axes.set(title=f"Captured mass: what the selected slices hold, {when}", ylabel="share of the momentum's L1 norm")
 
-    A line is a kind of matrix, its values means over the last quarter of the steps. Matrices without a layer come last.
+
+def _draw_by_layer(
+    axes: Axes,
+    history: SelectionHistory,
+    name: str,
+    reference: tuple[float, str] | None,
+    *,
+    has_legend: bool = True,
+) -> str:
+    """Draw a metric by layer, as its mean over the last quarter of the steps; return a phrase that says so.
+
+    A line is a kind of matrix. Matrices without a layer come last. A reference is a value and its label.
     """
     since = len(history) - max(1, len(history) // 4)
-    values = _of_parameters(history, "captured_mass")[since:]
+    values = _of_parameters(history, name)[since:]
     families = _families(history.infos)
     layers = sorted({depth for family in families for depth in family.depths if depth is not None})
     ticks = [str(layer) for layer in layers]
@@ -254,19 +332,21 @@ def _draw_captured_mass(axes: Axes, history: SelectionHistory) -> None:
         marker = _MARKERS[(series + series // len(_COLORS)) % len(_MARKERS)]  # shifted when colours come again
         axes.plot(x, y, color=color, marker=marker, linewidth=1.3, markersize=4, label=_literal(family.title))
         series += 1
-    axes.axhline(_fraction(history.overall), label="slices all alike", **_DASHED)
+    if reference is not None:
+        axes.axhline(reference[0], label=reference[1], **_DASHED)
     places = [*range(0, len(layers), max(1, -(-len(layers) // 16))), *range(len(layers), len(ticks))]
     axes.set_xticks(places, [ticks[place] for place in places])
     for place, label in zip(places, axes.get_xticklabels(), strict=True):
         if place >= len(layers):
             label.set(rotation=40, ha="right", rotation_mode="anchor", fontsize=7.5)
-    steps = f"since step {history.steps[since]}" if since < len(history) - 1 else f"at step {history.steps[-1]}"
-    axes.set(title=f"Captured mass: what the selected slices hold, {steps}", xlim=(-0.5, len(ticks) - 0.5))
-    axes.set(xlabel="layer" if layers else "", ylabel="share of the momentum's L1 norm")
-    _show_percent(axes)
-    axes.legend(loc="upper left", ncols=2, fontsize=7.5 if series <= 8 else 5.5, handlelength=1.8)
-    axes.set_ylim(0, 1.6 * axes.dataLim.y1)  # room for the legend
-    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 1.0])
+    axes.set(xlim=(-0.5, len(ticks) - 0.5), xlabel="layer" if layers else "")
+    _show_values(axes, name)
+    if has_legend and axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="upper left", ncols=2, fontsize=7.5 if series <= 8 else 5.5, handlelength=1.8)
+        axes.set_ylim(0, 1.6 * axes.dataLim.y1)  # room for the legend
+    if name in _SHARES:
+        axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 1.0])
+    return f"since step {history.steps[since]}" if since < len(history) - 1 else f"at step {history.steps[-1]}"
 
 
 def _draw_counts(axes: Axes, history: SelectionHistory) -> None:
@@ -300,10 +380,28 @@ def _draw_counts(axes: Axes, history: SelectionHistory) -> None:
         bar.outline.set_visible(False)
 
 
-PICTURES: Final[Mapping[str, Callable[[SelectionHistory], Figure]]] = {
-    "overview": _overview,
-    "heatmap": _heatmap,
-    "staleness": _staleness,
+class Picture(NamedTuple):
+    """A picture.
+
+    Attributes:
+        shows: Whether it shows a parameter.
+        draw: Draws a history of such parameters.
+    """
+
+    shows: Callable[[ParameterInfo], bool]
+    draw: Callable[[SelectionHistory], Figure]
+
+
+def _selects(info: ParameterInfo) -> bool:
+    return info.selects
+
+
+PICTURES: Final[Mapping[str, Picture]] = {
+    "overview": Picture(_selects, _overview),
+    "heatmap": Picture(_selects, _heatmap),
+    "staleness": Picture(_selects, _staleness),
+    "subspaces": Picture(lambda info: info.rank > 0, _subspaces),
+    "updates": Picture(lambda info: True, _updates),
 }
 """Every picture by its name in files and loggers."""
 
@@ -327,6 +425,8 @@ def _draw_curve(axes: Axes, history: SelectionHistory, name: str) -> None:
     groups = list(dict.fromkeys(info.group for info in history.infos))
     for place, group in enumerate(groups if len(groups) > 1 else []):
         of_group = _values([point.get(group, {}) for point in history.groups], name)
+        if not np.isfinite(of_group).any():
+            continue  # its algorithm has no such metric
         color = _COLORS[place % len(_COLORS)]
         axes.plot(steps, of_group, color=color, linewidth=1.2, marker=marker, label=_literal(group))
     axes.plot(steps, _values(history.overall, name), color=_INK, linewidth=2, marker=marker, label="all matrices")
@@ -335,7 +435,16 @@ def _draw_curve(axes: Axes, history: SelectionHistory, name: str) -> None:
     if name.startswith("staleness"):
         axes.set(ylabel="steps", ylim=(0, max(1.0, 1.6 * axes.dataLim.y1)))  # room for the legend
     else:
+        _show_values(axes, name)
+
+
+def _show_values(axes: Axes, name: str) -> None:
+    """Show the values of a metric from 0, shares as percentages."""
+    if name in _SHARES:
         _show_percent(axes)
+    elif axes.dataLim.y1 > 0:  # else there is no value, or none but zeros
+        axes.set_ylim(0, 1.15 * axes.dataLim.y1)
+        axes.ticklabel_format(axis="y", scilimits=(-2, 3))
 
 
 def _show_percent(axes: Axes) -> None:
@@ -425,6 +534,12 @@ def _fraction(points: Sequence[Mapping[str, float]]) -> float:
     values = _values(points, "selected_fraction")
     values = values[np.isfinite(values) & (values > 0)]
     return float(np.median(values)) if len(values) else 0.0
+
+
+def _rank_share(infos: Sequence[ParameterInfo]) -> float:
+    """The rank as a share of the shorter axis, mean over the matrices in which it is low."""
+    low = [info for info in infos if info.rank < info.slices]
+    return sum(info.matrices * info.rank / info.slices for info in low) / max(1, sum(info.matrices for info in low))
 
 
 def _literal(name: str) -> str:

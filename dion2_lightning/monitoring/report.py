@@ -37,16 +37,39 @@ CAPTIONS: Final[dict[str, str]] = {
         "How long slices wait; a longest wait on the dashed diagonal is a slice that was never selected. Turnover: at "
         "0% the same slices win every step; at the dashed line selections are as good as random."
     ),
+    "subspaces": (
+        "Updates of low rank. Captured energy: what the update takes of the momentum; the rest waits there. On the "
+        "dashed line any directions would hold as much; near 100% the momentum has about the rank of the update. "
+        "Subspace turn: at 0% the directions stay, at the dashed line they are as good as random. Rank use: at 100% "
+        "all directions hold as much; near 0% a few hold nearly everything, and a lower rank would take nearly as much."
+    ),
+    "updates": (
+        "How large updates are, without weight decay: it follows the learning rate. Where neurons are normalized, the "
+        "spread of their variances: what normalization evens out. Where it was measured, how far updates are from "
+        "orthonormal."
+    ),
 }
 """What the pictures of plots.py show, by their names."""
 
 _FORMATS: Final[dict[str, str]] = {
     **dict.fromkeys(("selected_fraction", "coverage", "turnover", "captured_mass"), "{:.1%}"),
+    **dict.fromkeys(("captured_energy", "subspace_turn", "rank_use"), "{:.1%}"),
     **dict.fromkeys(("imbalance", "variance_spread", "orthogonality_error"), "{:.2f}"),
     "staleness_mean": "{:.1f} steps",
     "staleness_max": "{:.0f} steps",
     "update_rms": "{:.2e}",
 }
+
+
+_WITHOUT_THRESHOLD: Final[dict[str, str]] = {
+    "selected_fraction": "what the settings ask for; a little more for small matrices, because k is rounded up",
+    "captured_energy": "what is left waits in the momentum; if much is, a higher rank_fraction takes more",
+    "subspace_turn": "0% where the directions stay, near 100% where every step takes others",
+    "rank_use": "if it is low, a lower rank_fraction would capture nearly as much",
+    "update_rms": "follows the learning rate",
+    "variance_spread": "what the normalization of neurons evens out",
+}
+"""What to say of metrics that have no healthy range."""
 
 
 class Verdict(NamedTuple):
@@ -58,8 +81,9 @@ class Verdict(NamedTuple):
 
 def verdicts(history: SelectionHistory) -> dict[str, Verdict]:
     """Judge every metric of the last step, over all matrices; docs/statistics.md says how to read them."""
-    fraction, steps = _fraction(history), _steps_of(history)
-    return {name: _verdict(name, value, history, fraction, steps) for name, value in history.overall[-1].items()}
+    selecting = history.part(lambda info: info.selects)
+    fraction, steps = _fraction(selecting), _steps_of(selecting)
+    return {name: _verdict(name, value, selecting, fraction, steps) for name, value in history.overall[-1].items()}
 
 
 def _fraction(history: SelectionHistory) -> float:
@@ -86,12 +110,8 @@ def _verdict(name: str, value: float, history: SelectionHistory, fraction: float
 
     if not math.isfinite(value):
         return Verdict(LOOK, "not a finite number: weights are damaged, go back to a checkpoint")
-    if name == "selected_fraction":
-        return Verdict(UNKNOWN, "what the settings ask for; a little more for small matrices, because k is rounded up")
-    if name == "update_rms":
-        return Verdict(UNKNOWN, "follows the learning rate")
-    if name == "variance_spread":
-        return Verdict(UNKNOWN, "what the normalization of neurons evens out")
+    if name in _WITHOUT_THRESHOLD:
+        return Verdict(UNKNOWN, _WITHOUT_THRESHOLD[name])
     if name == "orthogonality_error":
         return healthy_if(value <= MAX_ORTHOGONALITY_ERROR, f"healthy up to {MAX_ORTHOGONALITY_ERROR:g}")
     if fraction == 0:
@@ -165,17 +185,22 @@ def render_report(
     if len(by_group) > 1:
         by_group.append(_row(["all", len(infos)], overall, names))
     by_parameter = [
-        _row([info.name, info.group, info.matrices, info.slices, ("outputs", "inputs")[info.axis]], values, names)
+        _row(
+            [info.name, info.group, info.matrices, info.slices, ("outputs", "inputs")[info.axis], info.rank or "-"],
+            values,
+            names,
+        )
         for info, values in zip(infos, parameters, strict=True)
     ]
     facts = {
         "steps": f"{history.steps[-1]:,}",
         "parameters": f"{len(infos):,}",
         "matrices": f"{sum(info.matrices for info in infos):,}",
-        "slices": f"{sum(info.total_slices for info in infos):,}",
-        "selected a step": f"{_fraction(history):.1%}",
-        "groups" if len(counts) > 1 else "group": ", ".join(counts),
     }
+    if any(info.selects for info in infos):
+        facts["slices"] = f"{sum(info.total_slices for info in infos if info.selects):,}"
+        facts["selected a step"] = f"{_fraction(history):.1%}"
+    facts["groups" if len(counts) > 1 else "group"] = ", ".join(counts)
     judged = verdicts(history)
     looks = ", ".join(_words(name) for name, verdict in judged.items() if verdict.state == LOOK)
     page = Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
@@ -188,7 +213,7 @@ def render_report(
         headline="".join(_headline_row(history, name, *judged[name]) for name in judged),
         pictures="\n".join(_picture(name, image) for name, image in images.items()),
         groups=_table(["group", "parameters"], names, by_group),
-        parameters=_table(["parameter", "group", "matrices", "slices", "which are"], names, by_parameter),
+        parameters=_table(["parameter", "group", "matrices", "slices", "which are", "rank"], names, by_parameter),
     )
 
 
@@ -199,7 +224,7 @@ def _headline_row(history: SelectionHistory, name: str, state: str, reason: str)
     known = [(value, info.name) for value, info in points if math.isfinite(value)]
     worst = ""
     if len(known) > 1 and name not in ("selected_fraction", "update_rms"):
-        value, parameter = (min if name in ("coverage", "turnover") else max)(known)
+        value, parameter = (min if name in ("coverage", "turnover", "captured_energy", "rank_use") else max)(known)
         worst = f"{_show(name, value)}<small>{_breakable(parameter)}</small>"
     return (
         f'<tr><th scope="row">{_words(name)}<small>{escape(meaning)}</small></th>'

@@ -1,4 +1,4 @@
-"""Tracks which slices an optimizer selects: is every part of every matrix trained, or does a quarter do all the work?
+"""Tracks how an optimizer updates: is every part of every matrix trained, or does a quarter do all the work?
 
 :class:`SelectionTracker` observes the steps of an optimizer. It keeps two integers for every slice, on the device
 (counters.py): when the slice was last selected, and how often. Every few steps it computes metrics from them
@@ -15,7 +15,7 @@ from torch import Tensor
 from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.matrices.layout import group_by
-from dion2_lightning.matrices.views import SlicedParameter
+from dion2_lightning.matrices.views import ObservedParameter
 from dion2_lightning.monitoring.counters import (
     COUNTS,
     HITS,
@@ -28,6 +28,7 @@ from dion2_lightning.monitoring.counters import (
 )
 from dion2_lightning.monitoring.history import SelectionHistory
 from dion2_lightning.monitoring.metrics import HEALTH_CHECKS, ParameterSums, SelectionMetrics, compute_metrics
+from dion2_lightning.monitoring.subspaces import captured_energies, rank_uses, turns
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,12 +44,12 @@ class ObservableOptimizer(Protocol):
     observer: Any
     process_group: "ProcessGroup | None"
 
-    def sliced_parameters(self) -> list[SlicedParameter]:
-        """Return the parameters from whose matrices steps select slices."""
+    def observed_parameters(self) -> list[ObservedParameter]:
+        """Return the parameters to observe."""
 
 
 class SelectionTracker:
-    """Tracks which slices an optimizer selects. Without a tracker, the optimizer computes nothing for it.
+    """Tracks which slices an optimizer selects, and how else it updates; without one it computes nothing for it.
 
     Every rank must make its tracker with the same arguments and pop metrics after the same steps. Metrics are those of
     whole matrices, the same under every layout. Steps that are not taken are not counted: those that a GradScaler
@@ -167,6 +168,30 @@ class SelectionTracker:
             squares = torch.linalg.vector_norm(change).to(sum_dtype(change.device)).square().view(1)
             self._record.squares.append((self._parameters[parameter], squares))
 
+    def projected(
+        self,
+        parameters: Sequence[Tensor],
+        energies: Tensor,
+        norms: Tensor,
+        grams: Tensor,
+        squares: Tensor,
+        is_taken: Tensor | None,
+    ) -> None:
+        """Record what updates of low rank take of the momenta of some parameters; called by the optimizer."""
+        if self._record is None:
+            return
+        is_measured = energies != 0 if is_taken is None else (energies != 0) & is_taken
+        measured = captured_energies(energies, norms), turns(grams), rank_uses(grams, norms), torch.ones_like(energies)
+        values = torch.where(is_measured.unsqueeze(1), torch.stack(measured, dim=1), 0.0)
+        tracked = [self._parameters[parameter] for parameter in parameters]
+        counts = [each.count for each in tracked]
+        parts = (each.split(counts) for each in (energies, squares, values))
+        for each, its_energies, its_squares, its_values in zip(tracked, *parts, strict=True):
+            its_energies = its_energies.unsqueeze(1)
+            each.counters.selected.append((each, torch.zeros_like(its_energies, dtype=torch.int64), its_energies))
+            self._record.squares.append((each, its_squares.sum(0, keepdim=True) * each.share))
+            self._record.projections.append((each, its_values.sum(0)))
+
     def end_step(self) -> None:
         """Count what the step selected; called by the optimizer."""
         for counters in self._counters:
@@ -266,9 +291,9 @@ class SelectionTracker:
     def _find_parameters(self) -> None:
         """Make new counters if the optimizer's parameters have changed since the last step."""
         assert self._optimizer is not None
-        found = self._optimizer.sliced_parameters()
+        found = self._optimizer.observed_parameters()
         # The tracked parameters are kept alive, so an id stands for one of them.
-        signature = [(id(each.parameter), each.parameter.device, each.matrices, each.axis) for each in found]
+        signature = [(id(each.parameter), each.parameter.device, each.observed) for each in found]
         if signature == self._signature:
             return
         self._signature = signature
@@ -276,15 +301,15 @@ class SelectionTracker:
         tracked = [TrackedParameter(row, each) for row, each in enumerate(found)]
         self._counters = [
             SelectionCounters(members, slices, device, self.step)
-            for (slices, device), members in group_by(tracked, lambda p: (p.info.slices, p.parameter.device)).items()
+            for (slices, device), members in group_by(tracked, lambda p: (p.counted, p.parameter.device)).items()
         ]
         self._parameters = {each.parameter: each for each in tracked}
         for each in tracked:
             counts = known.get(each.key)
             saved = self._loaded.pop("/".join(each.info.key), None) if counts is None else None
-            if saved is not None and saved["last"].shape == (each.info.matrices, each.info.slices):
+            if saved is not None and saved["last"].shape == (each.info.matrices, each.counted):
                 counts = [each.own_rows(saved[part]) for part in ("last", "hits")]
-            if counts is not None and counts[0].shape == (each.count, each.info.slices):
+            if counts is not None and counts[0].shape == (each.count, each.counted):
                 for own, value in zip(each.counts(), counts, strict=True):
                     own.copy_(value)
 

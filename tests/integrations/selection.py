@@ -81,6 +81,15 @@ def named(step: int, *prefixes: str) -> dict[str, Any]:
     }
 
 
+PICTURES: Final = {
+    "dion2": ({"overview", "heatmap", "staleness", "updates"}, ["dion2/overview", "dion2/heatmap"]),
+    "dion": ({"subspaces", "updates"}, ["dion2/subspaces"]),
+}
+"""The pictures of a run in files, and those that loggers get, by the algorithm of its matrix."""
+
+OF_DION: Final = {"dion2/captured_energy", "dion2/subspace_turn", "dion2/update_rms"}
+"""The names that loggers get of the matrix, whose update by Dion has rank 1."""
+
 ALL: Final = ("dion2",)
 """The prefix of all matrices together; the one group has none."""
 

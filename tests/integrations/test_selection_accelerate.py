@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader
 
 from dion2_lightning import SelectionLogger, SelectionTracker, SelectionWarning, build_optimizer
 from dion2_lightning.monitoring.history import SelectionHistory
-from dion2_lightning.monitoring.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import make_accelerator
 from tests.integrations.resume import STEPS, STOP
 from tests.integrations.selection import (
     ALL,
     EACH,
+    OF_DION,
+    PICTURES,
     WINDOW,
     ByHand,
     WithDeadLayer,
@@ -107,27 +108,30 @@ def test_interval_and_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_pictures_are_written_and_sent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", PICTURES)
+def test_pictures_are_written_and_sent(algorithm: str, tmp_path: Path) -> None:
     """When the loop ends; not after an exception, after which there is the history alone."""
+    files, sent = PICTURES[algorithm]
     for fails in (False, True):
         folder = tmp_path / str(fails)
         accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=folder)
         accelerator.init_trackers("board")
         model = ByHand()
-        optimizer = accelerator.prepare(optimizer_by_hand(model))
+        optimizer = accelerator.prepare(optimizer_by_hand(model, algorithm=algorithm))
         seen = contextlib.suppress(ArithmeticError) if fails else contextlib.nullcontext()
         with seen, SelectionLogger(accelerator, optimizer, every=1, pictures=True) as selection:
             for gradient in gradients():
                 accelerator.backward(model(gradient)["loss"])
                 optimizer.step()
                 optimizer.zero_grad()
-                selection.log()
+                metrics = selection.log()
             if fails:
                 raise ArithmeticError("injected")
         accelerator.end_training()
         assert (folder / "dion2_selection.json").exists()
-        assert {path.stem for path in (folder / "pictures").glob("*.png")} == (set() if fails else set(PICTURES))
-        assert pictures_in(folder / "board") == ({} if fails else {"dion2/overview": [3], "dion2/heatmap": [3]})
+        assert {path.stem for path in (folder / "pictures").glob("*.png")} == (set() if fails else files)
+        assert pictures_in(folder / "board") == ({} if fails else {name: [3] for name in sent})
+        assert set(metrics.named()) == (OF_DION if algorithm == "dion" else {*named(0, *ALL)})
 
 
 def test_steps_that_the_grad_scaler_skips_are_not_logged() -> None:

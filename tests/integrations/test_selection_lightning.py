@@ -27,12 +27,13 @@ from dion2_lightning import (
     build_optimizer,
 )
 from dion2_lightning.monitoring.history import SelectionHistory
-from dion2_lightning.monitoring.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.lightning_training import fit, make_trainer, ranks_of
 from tests.integrations.selection import (
     ALL,
     EACH,
+    OF_DION,
+    PICTURES,
     WINDOW,
     ByHand,
     WithDeadLayer,
@@ -53,8 +54,9 @@ STEPS = 8
 class Module(L.LightningModule):
     """Takes a model's loss on batches of ``gradients``, each of them ``parts`` times."""
 
-    def __init__(self, model: nn.Module | None = None, parts: int = 1) -> None:
+    def __init__(self, model: nn.Module | None = None, parts: int = 1, **group: Any) -> None:
         super().__init__()
+        self.group = group
         self.model = ByHand() if model is None else model
         self.parts = parts
 
@@ -64,7 +66,9 @@ class Module(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        return optimizer_by_hand(self.model) if isinstance(self.model, ByHand) else build_optimizer(self, lr=0.01)
+        if isinstance(self.model, ByHand):
+            return optimizer_by_hand(self.model, **self.group)
+        return build_optimizer(self, lr=0.01)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader([each for each in gradients() for _ in range(self.parts)], batch_size=1)
@@ -82,10 +86,10 @@ def rows_of(logger: CSVLogger) -> dict[int, dict[str, float]]:
     return dict(found)
 
 
-def fit_by_hand(monitor: SelectionMonitor, parts: int = 1, **arguments: Any) -> L.Trainer:
+def fit_by_hand(monitor: SelectionMonitor, parts: int = 1, algorithm: str = "dion2", **arguments: Any) -> L.Trainer:
     trainer = make_trainer("one device", 3, **{"gradient_clip_val": None, "log_every_n_steps": 1, **arguments})
     trainer.callbacks = [monitor, *trainer.callbacks]
-    trainer.fit(Module(parts=parts))
+    trainer.fit(Module(parts=parts, algorithm=algorithm))
     return trainer
 
 
@@ -112,18 +116,21 @@ def test_names_and_values_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_pictures_are_written_and_sent(tmp_path: Path) -> None:
-    """To the loggers that take images, and beside the history."""
+@pytest.mark.parametrize("algorithm", PICTURES)
+def test_pictures_are_written_and_sent(algorithm: str, tmp_path: Path) -> None:
+    """To the loggers that take images, and beside the history; metrics and progress bar are those of the algorithm."""
     board, csv = (
         TensorBoardLogger(tmp_path / "board", name="", version=""),
         CSVLogger(tmp_path / "csv", name="", version=""),
     )
     monitor = SelectionMonitor(every=1, pictures=True, save_to=tmp_path / "selection.json")
-    fit_by_hand(monitor, logger=[csv, board])
-    assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == set(PICTURES)
-    assert pictures_in(tmp_path / "board") == {"dion2/overview": [2], "dion2/heatmap": [2]}, (
-        "the step of the last metrics"
-    )
+    trainer = fit_by_hand(monitor, algorithm=algorithm, logger=[csv, board])
+    files, sent = PICTURES[algorithm]
+    assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == files
+    assert pictures_in(tmp_path / "board") == {name: [2] for name in sent}, "the step of the last metrics"
+    assert [set(rows_of(csv)[step]) for step in range(3)] == 3 * [OF_DION if algorithm == "dion" else {*named(0, *ALL)}]
+    shown = "captured_energy" if algorithm == "dion" else "coverage"
+    assert trainer.progress_bar_metrics[shown] == monitor.metrics.overall[shown]
 
 
 def test_pictures_without_a_place_are_warned_of(tmp_path: Path) -> None:
@@ -388,7 +395,7 @@ def test_the_last_of_two_monitors_records() -> None:
 
 def test_the_control_without_matrices_has_nothing_to_show() -> None:
     monitor = SelectionMonitor()
-    with pytest.warns(SelectionWarning, match="SelectionMonitor: the optimizer selects from no parameter"):
+    with pytest.warns(SelectionWarning, match="SelectionMonitor: no algorithm of the optimizer has metrics"):
         make_trainer("one device", 3, callbacks=[monitor]).fit(AsControl(WithDeadLayer()))
     assert monitor.metrics is None
 

@@ -17,13 +17,14 @@ from transformers.trainer_callback import ExportableState
 from dion2_lightning import Dion2Factory, SelectionCallback, SelectionWarning
 from dion2_lightning.monitoring.history import BINS, SelectionHistory
 from dion2_lightning.monitoring.metrics import MEANINGS
-from dion2_lightning.monitoring.plots import PICTURES
 from tests.distributed.ranks import run_like_torchrun
 from tests.integrations.huggingface import fsdp2_on_cpu
 from tests.integrations.resume import STOP, unwrapped
 from tests.integrations.selection import (
     ALL,
     EACH,
+    OF_DION,
+    PICTURES,
     WINDOW,
     ByHand,
     WithDeadLayer,
@@ -55,14 +56,16 @@ class Recorder(TrainerCallback):
         self.logged.append((state.global_step, {name: value for name, value in logs.items() if "dion2" in name}))
 
 
-def trainer_by_hand(folder: Path, callbacks: list[TrainerCallback], parts: int = 1, **settings: Any) -> Trainer:
+def trainer_by_hand(
+    folder: Path, callbacks: list[TrainerCallback], parts: int = 1, algorithm: str = "dion2", **settings: Any
+) -> Trainer:
     model = ByHand()
     chosen = {"per_device_train_batch_size": 1, "max_grad_norm": 0.0, **settings}
     trainer = InOrder(
         model,
         arguments(folder, steps=3, **chosen),
         train_dataset=[{"gradient": each} for each in gradients() for _ in range(parts)],
-        optimizers=(optimizer_by_hand(model), None),
+        optimizers=(optimizer_by_hand(model, algorithm=algorithm), None),
         callbacks=callbacks,
     )
     trainer.losses = []
@@ -101,11 +104,18 @@ def test_names_and_values_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
-def test_pictures_are_written_and_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("algorithm", PICTURES)
+def test_pictures_are_written_and_sent(algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the metrics of the algorithm."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
-    trainer_by_hand(tmp_path, [SelectionCallback(pictures=True)], report_to=["tensorboard"]).train()
-    assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == set(PICTURES)
-    assert pictures_in(tmp_path / "tensorboard") == {"dion2/overview": [3], "dion2/heatmap": [3]}
+    callback = SelectionCallback(pictures=True)
+    trainer = trainer_by_hand(tmp_path, [callback], algorithm=algorithm, report_to=["tensorboard"], disable_tqdm=False)
+    trainer.train()
+    files, sent = PICTURES[algorithm]
+    assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == files
+    assert pictures_in(tmp_path / "tensorboard") == {name: [3] for name in sent}
+    expected = OF_DION if algorithm == "dion" else {*named(0, *ALL)}
+    assert [set(metrics) for _, metrics in selection_of(trainer.state.log_history)] == 3 * [expected]
 
 
 class Quiet(TrainerCallback):
@@ -315,8 +325,9 @@ def test_a_checkpoint_of_a_large_model_is_bounded() -> None:
     generator = torch.Generator().manual_seed(0)
     kinds = [["dion2", name, 1, slices, 0] for name, slices in zip(llama(30), 30 * SMOLLM2_SLICES, strict=True)]
     points, steps = 256, 10**4
-    values = torch.rand(points, len(kinds), len(MEANINGS), generator=generator, dtype=torch.float64).tolist()
-    parameters = [[{n: float(f"{v:.6g}") for n, v in zip(MEANINGS, each, strict=True)} for each in p] for p in values]
+    names = [name for name in MEANINGS if name not in ("captured_energy", "subspace_turn", "rank_use")]
+    values = torch.rand(points, len(kinds), len(names), generator=generator, dtype=torch.float64).tolist()
+    parameters = [[{n: float(f"{v:.6g}") for n, v in zip(names, each, strict=True)} for each in p] for p in values]
     counts = {
         f"{group}/{name}": {
             entry: torch.randint(steps, (matrices, slices), generator=generator, dtype=torch.int32)

@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dion2_lightning.monitoring import plots
 from dion2_lightning.monitoring.history import BINS, SelectionHistory
-from dion2_lightning.monitoring.plots import PICTURES, draw, log_pictures, save_pictures
-from tests.selection_histories import LLAMA, extend, infos_of, llama, make_history
+from dion2_lightning.monitoring.plots import draw, log_pictures, pictures_of, save_pictures
+from tests.selection_histories import LLAMA, extend, infos_of, llama, low_rank_history, make_history
 
 MODELS = {
     "one matrix": ["weight"],
@@ -125,6 +125,68 @@ def test_counts_are_shares_of_the_steps() -> None:
     assert lines_of(axes)["mean of the matrices"].tolist() == pytest.approx(((old + new) / 2).tolist())
 
 
+# Updates
+
+
+def pairs_of(figure: Any) -> list[tuple[Axes, Axes]]:
+    """The panels over time and by layer, by metric."""
+    panels = figure.axes
+    return list(zip(panels[: len(panels) // 2], panels[len(panels) // 2 :], strict=True))
+
+
+def test_subspaces_over_time_and_by_layer() -> None:
+    history = low_rank_history(llama(3), points=8)
+    pairs = pairs_of(draw(history, "subspaces"))
+    for (over_time, by_layer), name in zip(pairs, ("captured_energy", "subspace_turn", "rank_use"), strict=True):
+        assert lines_of(over_time)["all matrices"].tolist() == [point[name] for point in history.overall]
+        values = [[point[member][name] for point in history.parameters[-2:]] for member in (0, 7, 14)]  # of q_proj
+        assert lines_of(by_layer)["self_attn.q_proj"].tolist() == pytest.approx(np.mean(values, axis=1).tolist())
+    references = [{line for line in lines_of(axes) if ":" in line} for axes, _ in pairs]
+    assert references == [{"directions all alike: 25%"}, {"random subspaces: 75%"}, set()]
+
+
+def test_updates_show_the_metrics_that_there_are() -> None:
+    history = make_history(llama(2), points=4)
+    assert len(pairs_of(draw(history, "updates"))) == 1
+    for point, overall in zip(history.parameters, history.overall, strict=True):
+        for metrics in (*point, overall):
+            metrics["variance_spread"] = 0.3
+    [_, (over_time, by_layer)] = pairs_of(draw(history, "updates"))
+    assert over_time.get_title(loc="left").startswith("Variance spread")
+    assert lines_of(over_time)["all matrices"].tolist() == [0.3] * 4
+    assert lines_of(by_layer)["mlp.up_proj"].tolist() == [0.3] * 2
+
+
+def test_pictures_that_show_nothing_are_left_out(tmp_path: Path) -> None:
+    """Of updates of low rank those of slices, and the other way round; where all slices are selected, both."""
+    history = low_rank_history(llama(1))
+    assert [path.stem for path in save_pictures(history, tmp_path)] == ["subspaces", "updates"]
+    with pytest.raises(ValueError, match="no matrix has the metrics that the picture 'heatmap' shows; choose from sub"):
+        draw(history, "heatmap")
+    whole = history.part(lambda info: False)
+    whole.infos = [info._replace(rank=0) for info in history.infos]
+    assert pictures_of(whole) == ["updates"]
+
+
+def test_pictures_of_several_algorithms_show_their_own_matrices() -> None:
+    """With a group of each, metrics of all matrices are of those that have them."""
+    first, second = make_history(llama(2), points=3), low_rank_history(llama(2), points=3)
+    state, other = first.state_dict(), second.state_dict()
+    for name in ("overall", "groups"):
+        state[name] = [one | two for one, two in zip(other[name], state[name], strict=True)]
+    state["parameters"] = [one + two for one, two in zip(state["parameters"], other["parameters"], strict=True)]
+    state["kinds"] += other["kinds"]
+    for name, dim in (("shares", 1), ("counts", 0), ("hits", 0)):
+        state[name] = torch.cat([state[name], other[name]], dim)
+    both = SelectionHistory()
+    both.load_state_dict(state)
+    assert pictures_of(both) == ["overview", "heatmap", "staleness", "subspaces", "updates"]
+    for name, alone in (("heatmap", first), ("overview", first), ("staleness", first), ("subspaces", second)):
+        for found, expected in zip(draw(both, name).axes, draw(alone, name).axes, strict=True):
+            for line, its_twin in zip(found.lines, expected.lines, strict=True):
+                assert np.allclose(line.get_ydata(), its_twin.get_ydata())
+
+
 # The heatmap
 
 
@@ -153,7 +215,7 @@ def test_names_are_shown_as_they_are() -> None:
         "a$x_{$.weight"
     ]
     history = make_history(names, points=3)
-    for name in PICTURES:
+    for name in pictures_of(history):
         draw(history, name).savefig(io.BytesIO())
     shown = {text.get_text().strip("\u200b") for text in panel(history, "captured_mass").get_legend().get_texts()}
     assert {"_expand", "_reduce"} <= shown
@@ -216,15 +278,15 @@ def test_labels_stay_apart_whatever_the_model(names: list[str]) -> None:
     history = make_history(names, points=2, every=5)
     if names[0] == "parameter 0":
         history = extend(SelectionHistory(), [*infos_of(names), *infos_of(names, group="other")], 2)
-    for name in ("overview", "heatmap"):
-        figure = draw(history, name)
+    low_rank = low_rank_history(names, points=2)
+    for figure in (draw(history, "overview"), draw(history, "heatmap"), draw(low_rank, "subspaces")):
         figure.draw_without_rendering()
         for axes in figure.axes:
             for labels in (axes.get_yticklabels(), axes.get_xticklabels()):
                 boxes = [label.get_window_extent() for label in labels if label.get_text() and not label.get_rotation()]
                 boxes.sort(key=lambda box: (box.y0, box.x0))
                 overlaps = [a for a, b in pairwise(boxes) if a.overlaps(b)]
-                assert not overlaps, (name, [label.get_text() for label in labels])
+                assert not overlaps, [label.get_text() for label in labels]
     meshes = [axes for axes in draw(history, "heatmap").axes if any(isinstance(c, QuadMesh) for c in axes.collections)]
     assert len(meshes[:-1]) == len(plots._families(history.infos))  # the last one is the colour bar
     members = [member for family in plots._families(history.infos) for member in family.members]
@@ -234,7 +296,7 @@ def test_labels_stay_apart_whatever_the_model(names: list[str]) -> None:
 @pytest.mark.filterwarnings("error")
 def test_a_single_step_with_metrics() -> None:
     history = make_history(llama(1), points=1)
-    for name in PICTURES:
+    for name in pictures_of(history):
         draw(history, name).draw_without_rendering()
     axes = panel(history, "coverage")
     assert lines_of(axes)["all matrices"].tolist() == [history.overall[0]["coverage"]]
@@ -247,7 +309,7 @@ def test_metrics_that_are_missing_or_not_finite_leave_gaps() -> None:
     for name in ("turnover", "captured_mass"):
         del history.overall[1][name], history.parameters[1][0][name]
         history.parameters[2][1][name] = float("nan")
-    for name in PICTURES:
+    for name in pictures_of(history):
         draw(history, name).draw_without_rendering()
     assert np.isnan(lines_of(panel(history, "turnover"))["all matrices"]).tolist() == [False, True, False]
 
@@ -279,7 +341,7 @@ def test_a_history_without_metrics_is_refused(tmp_path: Path) -> None:
 
 def test_files(layered: SelectionHistory, tmp_path: Path) -> None:
     paths = save_pictures(layered, tmp_path / "new" / "folder")
-    names = ["overview", "heatmap", "staleness"]
+    names = ["overview", "heatmap", "staleness", "updates"]
     assert paths == [tmp_path / "new" / "folder" / f"{name}.png" for name in names]
     for path in paths:
         height, width, _ = matplotlib.image.imread(path).shape
@@ -340,6 +402,16 @@ def test_a_writer_and_a_tracker_get_pictures(layered: SelectionHistory) -> None:
     writer = SimpleNamespace(add_figure=lambda tag, figure, global_step: calls.append((tag, global_step)))
     log_pictures(layered, [writer, SimpleNamespace(tracker=writer)], 7)
     assert calls == [("dion2/overview", 7), ("dion2/heatmap", 7)] * 2
+
+
+def test_loggers_get_the_pictures_that_there_are() -> None:
+    calls = []
+    writer = SimpleNamespace(add_figure=lambda tag, figure, global_step: calls.append(tag))
+    history = low_rank_history(llama(1))
+    log_pictures(history, [writer], 7)
+    history.infos = [info._replace(rank=0) for info in history.infos]
+    log_pictures(history, [writer], 7)
+    assert calls == ["dion2/subspaces", "dion2/updates"]
 
 
 def test_unknown_pictures_are_refused(layered: SelectionHistory) -> None:

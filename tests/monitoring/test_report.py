@@ -18,7 +18,7 @@ from dion2_lightning.monitoring.metrics import MEANINGS
 from dion2_lightning.monitoring.plots import save_pictures
 from dion2_lightning.monitoring.report import HEALTHY, LOOK, UNKNOWN, main, render_report, verdicts
 from tests.browser import browse, check_shown
-from tests.selection_histories import extend, infos_of, llama, make_history
+from tests.selection_histories import extend, infos_of, llama, low_rank_history, make_history
 
 HOSTILE = 'layers.0.<script>alert("x")</script>&amp;\'"'
 VOID = {"meta", "link", "img", "wbr"}
@@ -79,7 +79,7 @@ def statistics(history: SelectionHistory, tmp_path: Path) -> Path:
 
 def test_the_page_stands_alone_and_is_well_formed(html: str) -> None:
     page = Page(html)
-    assert page.counts["img"] == 3
+    assert page.counts["img"] == 4
     assert all(link.startswith("data:") for link in page.links)
     assert "http" not in html.replace("data-", "")
     assert "url(" not in html and "@import" not in html
@@ -105,7 +105,7 @@ def test_tables_hold_the_metrics(html: str, history: SelectionHistory) -> None:
     rows = {row[0]: row[1:] for row in Page(html).rows}
     metrics = history.parameters[-1][1]
     assert rows["model.layers.0.down.weight"] == [
-        "dion2", "1", "128", "outputs", "25.0%", f"{metrics['coverage']:.1%}", f"{metrics['staleness_mean']:.1f}",
+        "dion2", "1", "128", "outputs", "-", "25.0%", f"{metrics['coverage']:.1%}", f"{metrics['staleness_mean']:.1f}",
         f"{metrics['staleness_max']:.0f}", f"{metrics['turnover']:.1%}", f"{metrics['captured_mass']:.1%}",
         f"{metrics['imbalance']:.2f}", "1.00e-04",
     ]  # fmt: skip
@@ -132,6 +132,22 @@ def test_one_matrix_one_step() -> None:
     states = {row[0]: row[2] for row in page.rows if len(row) == 4}
     [coverage] = [state for label, state in states.items() if label.startswith("coverage")]
     assert coverage.startswith("no verdicttoo early: judged after 4 / fraction = 16 steps")
+
+
+def test_updates_of_low_rank() -> None:
+    """They have no slices and no thresholds; the parameter that captures least is named."""
+    history = low_rank_history(llama(1), points=3)
+    page = Page(render_report(history))
+    assert page.counts["img"] == 2
+    assert "selected a step" not in page.texts
+    rows = {row[0]: row[1:] for row in page.rows}
+    [energy] = [row for label, row in rows.items() if label.startswith("captured energy")]
+    least = min(history.parameters[-1], key=lambda each: each["captured_energy"])["captured_energy"]
+    assert energy[1].startswith("no verdict") and energy[2].startswith(f"{least:.1%}model.layers.0.")
+    assert rows["model.layers.0.self_attn.q_proj.weight"][:5] == ["dion", "1", "128", "outputs", "32"]
+    assert {verdict.state for verdict in verdicts(history).values()} == {UNKNOWN}
+    history.overall[-1]["rank_use"] = float("nan")
+    assert verdicts(history)["rank_use"].state == LOOK
 
 
 # Verdicts

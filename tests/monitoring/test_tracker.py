@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.statistics import size_of, tensors_of
 from dion2_lightning import Dion2, SelectionTracker, SelectionWarning, build_optimizer
 from dion2_lightning.monitoring.history import MAX_POINTS, SelectionHistory
-from dion2_lightning.monitoring.metrics import HEALTH_CHECKS, MEANINGS
+from dion2_lightning.monitoring.metrics import HEALTH_CHECKS
 
 SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "wide": ((8, 20), {}),
@@ -22,6 +22,11 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "conv1d": ((10, 30), {"transposed": True}),
     "experts": ((3, 8, 20), {"batched": True}),
 }
+
+OF_SLICES = [
+    "selected_fraction", "coverage", "staleness_mean", "staleness_max", "turnover", "captured_mass", "imbalance",
+]  # fmt: skip
+"""The metrics of selected slices, in their order."""
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -114,7 +119,7 @@ def test_metrics_follow_their_definitions(every: int) -> None:
         assert metrics.step == step
         for name in named:
             found = metrics.parameters[f"its {name}", name]
-            assert list(found) == [each for each in MEANINGS if each not in ("variance_spread", "orthogonality_error")]
+            assert list(found) == [*OF_SLICES, "update_rms"]
             assert found == pytest.approx(expected[name], rel=1e-5, abs=1e-12), (name, step)
             assert metrics.groups[f"its {name}"] == found
 
@@ -159,7 +164,7 @@ def test_names() -> None:
     set_gradients(named, 1)
     optimizer.step()
     metrics = tracker.pop_metrics()
-    names = [name for name in MEANINGS if name != "variance_spread"]
+    names = [*OF_SLICES, "update_rms", "orthogonality_error"]
     expected = [f"dion2/{name}" for name in names]
     expected += [f"dion2/its {group}/{name}" for group in named for name in names]
     assert list(metrics.named()) == expected
@@ -515,7 +520,7 @@ def test_names_in_saved_states_and_files_are_those_of_version_0_1_0() -> None:
     assert list(state["counts"]["its wide/wide"]) == ["last", "hits"]
     names = ["window", "steps", "overall", "groups", "parameters", "kinds", "shares", "counts", "hits"]
     assert list(state["history"]) == names
-    assert state["history"]["kinds"][0] == ["its wide", "wide", 1, 8, 0]
+    assert state["history"]["kinds"][0] == ["its wide", "wide", 1, 8, 0, True, 0]
     assert [check.name for check in HEALTH_CHECKS] == [
         "slices never selected", "all-zero momentum", "no gradient", "non-finite update", "update far from orthonormal",
     ]  # fmt: skip

@@ -1,0 +1,63 @@
+"""What an observer is told of an update of low rank: sums over B, R and Q, which ranks add up where they share them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dion2_lightning.algorithms.algorithm import StepContext
+from dion2_lightning.algorithms.low_rank import EPS, LowRankUpdate, present_columns
+from dion2_lightning.kernels.precision import sum_dtype
+
+
+class Projections:
+    """The updates of a batch in a step whose results an observer wants; made before B and Q change.
+
+    Attributes:
+        energies: This rank's summand of the squared Frobenius norms of B, (batch,).
+        q: This rank's part of Q before the step, (batch, short, r).
+    """
+
+    def __init__(self, batch: Sequence[LowRankUpdate], context: StepContext) -> None:
+        self._batch, self._context = batch, context
+        dtype = sum_dtype(batch[0].momentum.device)
+        # In their memory order, which takes a CPU a third of the time.
+        momenta = [each.momentum if each.momentum.stride(-1) == 1 else each.momentum.mT for each in batch]
+        norms = [torch.linalg.vector_norm(momentum.flatten(1), dim=1, dtype=dtype) for momentum in momenta]
+        self.energies = torch.cat(norms).square()
+        self.q = torch.cat([update.q for update in batch])
+
+    @classmethod
+    def wanted(cls, batch: Sequence[LowRankUpdate], context: StepContext) -> "Projections | None":
+        """Return those of a batch whose B is complete; None where no observer wants results of the step."""
+        observer = context.observer
+        return cls(batch, context) if observer is not None and observer.wants_results else None
+
+    def sums(self) -> Tensor:
+        """Return this rank's summand of what :meth:`show` takes, (batch, 1 + 4 r^2), once Q is that after the step."""
+        both = torch.cat([self.q, torch.cat([update.q for update in self._batch])], dim=-1).to(self.energies.dtype)
+        if not self._batch[0].counts_columns:
+            both = both.narrow(1, 0, 0)
+        grams = both.mT @ both
+        return torch.cat([self.energies.unsqueeze(1), grams.flatten(1)], dim=1)
+
+    def show(self, sums: Tensor, norms: Tensor) -> None:
+        """Send the observer its event, given the sums over the ranks, and the norms of R's columns (batch, 1, r)."""
+        first, observer = self._batch[0], self._context.observer
+        assert observer is not None
+        energies, entries = sums.split([1, sums.shape[1] - 1], dim=1)
+        # P Q^T has the Frobenius norm of Q; what is NaN is no column of zeros.
+        lengths = torch.where(present_columns(norms, first) | norms.isnan(), norms / (norms + EPS), 0.0)
+        counts = [len(update.momentum) for update in self._batch]
+        squares = [
+            each.square().sum((1, 2)) * update.number(update.step_size, 0.0, each) ** 2
+            for update, each in zip(self._batch, lengths.split(counts), strict=True)
+        ]
+        observer.projected(
+            [update.parameter for update in self._batch],
+            energies.squeeze(1),
+            norms.squeeze(1),
+            entries.unflatten(1, (2 * first.rank, 2 * first.rank)),
+            torch.cat(squares),
+            None if first.gate is None else first.gate.is_open,
+        )
