@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from dion2_lightning import Dion2, build_optimizer, clip_grad_norm_
+from dion2_lightning import Dion2, SelectionTracker, build_optimizer, clip_grad_norm_
 from dion2_lightning.distributed import summing
 from dion2_lightning.matrices.layout import local
 from tests.distributed.ranks import run_on_ranks
@@ -393,6 +393,24 @@ def check_gradients() -> None:
         assert all(torch.equal(before[name], parameters[name]) for name in parameters)
 
 
+def check_captured_energy() -> None:
+    """||R||^2 over the mean of the replicas' ||B||^2: what all of them know of it, and the same on all."""
+    group, parameters, expected = dist.group.WORLD, plain(), Expected(2)
+    optimizer = optimizer_of(parameters, group)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    for step in range(2):
+        [reference] = expected.references["tall"]
+        bs = [m + gradients_of(step, each)["tall"].double() for each, m in enumerate(reference.momenta)]
+        train(parameters, optimizer, group, range(step, step + 1))
+        expected.step(step)
+        applied = (bs[0] - reference.momenta[0]) / (1 - reference.mu)  # P R^T
+        captured = applied.square().sum() / torch.stack(bs).square().sum((1, 2)).mean()
+        metrics = tracker.pop_metrics()
+        assert metrics is not None
+        assert metrics.groups["tall"]["captured_energy"] == pytest.approx(captured.item(), rel=1e-4)
+
+
 def check_errors() -> None:
     group, rank = dist.group.WORLD, dist.get_rank()
     mesh = init_device_mesh("cpu", (2,))
@@ -438,6 +456,7 @@ def check_errors() -> None:
 
 def check_two_ranks() -> None:
     check_gradients()
+    check_captured_energy()
     check_errors()
 
 
