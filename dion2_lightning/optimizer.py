@@ -551,7 +551,9 @@ class MatrixOptimizer(Optimizer):
             return {}
         return {
             parameter: self.process_group
-            for group, parameter, _ in self._labelled()
+            for group in self.param_groups
+            if ALGORITHMS[group["algorithm"]].compresses(group)
+            for parameter in group["params"]
             if ALGORITHMS[group["algorithm"]].is_compressed(parameter, group)
         }
 
