@@ -26,6 +26,7 @@ from tests.distributed.ranks import run_like_torchrun, run_on_ranks
 from tests.distributed.test_compressed import assert_equal_on
 from tests.integrations import lightning_training
 from tests.integrations.resume import unwrapped
+from tests.integrations.test_fabric import make_fabric
 from tests.integrations.test_trainer import arguments, make_trainer
 from tests.integrations.training import BATCH, SETTINGS, Sequences, make_model
 
@@ -181,6 +182,42 @@ def check_accelerate(folder: Path) -> None:
 
 def test_accelerate(tmp_path: Path) -> None:
     run_like_torchrun(2, check_accelerate, tmp_path)
+
+
+def run_fabric(folder: Path, before: bool, resumes: bool = False) -> tuple[nn.Module, Dion2]:
+    """Built before the module is wrapped, or after."""
+    fabric = make_fabric("DDP")
+    model: Any = make_model().train()
+    if before:
+        model, optimizer = fabric.setup(model, build_optimizer(model, **DION, strategy=fabric))
+    else:
+        model = fabric.setup_module(model)
+        optimizer = fabric.setup_optimizers(build_optimizer(model, **DION))
+    dion, first = watched(unwrapped(optimizer)), 0
+    if resumes:
+        fabric.load(folder, {"model": model, "optimizer": optimizer})
+        first = STOP
+    for step in range(first, STEPS):
+        if step == STOP and not resumes:
+            fabric.save(folder, {"model": model, "optimizer": optimizer})
+        for number in range(ACCUMULATED):
+            with fabric.no_backward_sync(model, enabled=number < ACCUMULATED - 1):
+                fabric.backward(loss_of(model, in_a_row(step * ACCUMULATED + number, fabric.global_rank)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.module, dion
+
+
+def check_fabric(folder: Path) -> None:
+    for before in (True, False):
+        path = folder / f"built {before}.ckpt"
+        model, optimizer = run_fabric(path, before)
+        assert_as_expected(model, in_a_row)
+        assert_resumed(model, optimizer, *run_fabric(path, before, resumes=True))
+
+
+def test_fabric(tmp_path: Path) -> None:
+    run_like_torchrun(2, check_fabric, tmp_path)
 
 
 class Watching(Dion2Factory):
