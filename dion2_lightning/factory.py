@@ -18,11 +18,13 @@ from dion2_lightning.algorithms.hyperparameters import (
     described,
     method_takes,
     not_negative,
+    positive,
     setting,
     takes,
 )
+from dion2_lightning.compressed import refuse_without_replicas
 from dion2_lightning.distributed.collectives import is_first_rank
-from dion2_lightning.distributed.replicas import leave_to_optimizer
+from dion2_lightning.distributed.replicas import leave_to_ddp, leave_to_optimizer
 from dion2_lightning.distributed.strategies import (
     call_before_saving,
     ddp_of,
@@ -69,7 +71,7 @@ class CommonArguments(EverySetting):
         None,
         'To which norm of all gradients together a step clips them. With sync="compressed" pass it instead of clipping '
         "before the step, which would scale each replica by its own norm.",
-        not_negative,
+        positive,
     )
 
 
@@ -251,13 +253,7 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
         process_group=process_group,
     )
 
-    if optimizer.is_compressing:
-        refuse_scaling_by_replica(strategy)
-        optimizer.refuse_without_replicas()
-        assert process_group is not None
-        plain_ones = [parameter for parameter in optimizer.replicas() if not is_dtensor(parameter)]
-        leave_to_optimizer(ddp_of(model, strategy) or model, plain_ones, process_group)
-        call_before_saving(strategy, optimizer.synchronize)
+    _share_out_averaging(optimizer, model, strategy)
 
     model_reference = weakref.ref(model)
 
@@ -288,6 +284,26 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
             advice = 'If AdamW is what you want, algorithm="adamw" says so.'
             warnings.warn(f"{type(model).__name__}: {routing.why_no_matrices} {advice}", stacklevel=2)
     return optimizer
+
+
+def _share_out_averaging(optimizer: Dion2, model: nn.Module, strategy: object | None) -> None:
+    """Say to DDP which gradients it averages over replicas, and which are the optimizer's."""
+    module = ddp_of(model, strategy) or model
+    compressed = [parameter for parameter in optimizer.replicas() if not is_dtensor(parameter)]
+    others = {parameter for group in optimizer.param_groups for parameter in group["params"]}.difference(compressed)
+    leave_to_ddp(module, others)
+    if not optimizer.is_compressing:
+        return
+    group = refuse_without_replicas([], optimizer.process_group, optimizer.share_replicas)
+    refuse_scaling_by_replica(strategy)
+    weakref.finalize(optimizer, leave_to_optimizer(module, compressed, group))
+    call_before_saving(strategy, optimizer.synchronize)
+    if not optimizer.replicas() and is_first_rank():
+        warnings.warn(
+            "sync='compressed' compresses nothing: no matrix has P and R of fewer bytes than its gradient; "
+            "a lower rank_fraction makes them smaller",
+            stacklevel=3,
+        )
 
 
 def _refuse_unused(arguments: FactoryArguments, algorithms: set[str]) -> None:

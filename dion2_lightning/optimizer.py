@@ -12,7 +12,13 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StateTensor, StepContext
-from dion2_lightning.algorithms.hyperparameters import flag, not_negative, plain
+from dion2_lightning.algorithms.hyperparameters import flag, plain, positive
+from dion2_lightning.compressed import (
+    CompressedReplicas,
+    compressed_parameters,
+    is_compressing,
+    refuse_without_replicas,
+)
 from dion2_lightning.distributed.clipping import clip_grad_norm_
 from dion2_lightning.distributed.collectives import (
     RanksAround,
@@ -23,12 +29,6 @@ from dion2_lightning.distributed.collectives import (
     refuse_unreachable,
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
-from dion2_lightning.distributed.replicas import (
-    average_,
-    average_gradients,
-    compare_gradients,
-    refuse_wrong_replicas,
-)
 from dion2_lightning.kernels.gate import Gate, are_finite
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import group_by, is_dtensor, local, local_gradient, placed, refuse_misplaced
@@ -58,13 +58,6 @@ NOT_COPIED: Final = {
     "orthonormalize": "its custom orthonormalization, so it uses the package's own",
 }
 """What a copy or an unpickled optimizer lacks: a process group cannot be copied, a callable not always."""
-
-WITHOUT_REPLICAS: Final = (
-    "sync='compressed' needs ranks that hold replicas, and this optimizer knows of none: pass strategy= to "
-    "build_optimizer, or process_group= to Dion2; under FSDP2 the group of ranks that hold the same part, which "
-    "fully_shard must not know of. On one rank, or under FSDP2 alone, use sync='full'"
-)
-"""What is said where there are no replicas to compress anything for."""
 
 NOT_COMPILED: Final = (
     "step() of Dion2 runs as it is, with a graph break: it reads groups and placements anew and may wait for other "
@@ -130,7 +123,7 @@ class MatrixOptimizer(Optimizer):
         if share_replicas is not None:
             flag("share_replicas", share_replicas)
         if max_grad_norm is not None:
-            not_negative("max_grad_norm", max_grad_norm)
+            positive("max_grad_norm", max_grad_norm)
         self.orthonormalize = orthonormalize
         self.process_group = process_group
         self.share_replicas = share_replicas
@@ -145,8 +138,7 @@ class MatrixOptimizer(Optimizer):
         self._skipped_steps: Tensor | int = 0
         self._failure: str | None = None
         self._is_agreed = False
-        self._replicas_are_checked = False
-        self._replicas_differ = False
+        self._compressed = CompressedReplicas()
         if isinstance(params, Tensor):
             raise TypeError("params must be parameters or groups in a list, got a single tensor")
         groups = list(cast(Iterable[Any], params))
@@ -213,14 +205,20 @@ class MatrixOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_after_failure()
+        if self._compressed.momenta_differ and not self.is_compressing:
+            raise RuntimeError(
+                "sync was changed from 'compressed' to 'full' in the groups, and replicas have momenta of their own: "
+                "save a checkpoint, and load it into an optimizer that is built with sync='full'"
+            )
         self._check_placements()
         self._check_agreement()
         self._check_gradients()
-        self._average_over_replicas()
+        if self.is_compressing and self.process_group is not None:
+            self._compressed.average(list(self._labelled()), self.param_groups, self.process_group)
         gates = self._gates()
         if self.max_grad_norm is not None:
             parameters = [parameter for _, parameter, _ in self._labelled()]
-            self.grad_norm = clip_grad_norm_(parameters, self.max_grad_norm, replicas=self._compressed())
+            self.grad_norm = clip_grad_norm_(parameters, self.max_grad_norm, replicas=self._compressed_parameters())
         is_first = not self.state
         self._prepare_state()
         self._selections = {}
@@ -245,7 +243,7 @@ class MatrixOptimizer(Optimizer):
         )
         if context.observer is not None:
             context.observer.end_step()
-        self._replicas_differ = bool(self._compressed()) and not skipped
+        self._compressed.momenta_differ |= bool(self._compressed_parameters()) and not skipped
         self._failure = None
         return loss
 
@@ -290,7 +288,7 @@ class MatrixOptimizer(Optimizer):
     @property
     def is_compressing(self) -> bool:
         """Whether replicas are to send less than the gradients of some groups, as with ``sync="compressed"``."""
-        return any(ALGORITHMS[group["algorithm"]].compresses(group) for group in self.param_groups)
+        return is_compressing(self.param_groups)
 
     def replicas(self) -> "dict[Tensor, ProcessGroup]":
         """Return the parameters whose gradients differ between replicas when ``step()`` is called.
@@ -302,7 +300,7 @@ class MatrixOptimizer(Optimizer):
         if self.process_group is None or not self.is_compressing:
             return {}
         on_meshes = {each: self.process_group for _, each, _ in self._labelled() if is_dtensor(each)}
-        return {**on_meshes, **self._compressed()}
+        return {**on_meshes, **self._compressed_parameters()}
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -311,17 +309,7 @@ class MatrixOptimizer(Optimizer):
         Weights stay as they are, and so do the updates to come, up to rounding. Without such replicas, or where nothing
         has changed since the last call, it does nothing.
         """
-        if not self._replicas_differ:
-            return
-        apart = [
-            local(self.state[parameter][entry])
-            for group, parameter, _ in self._labelled()
-            if parameter in self._compressed()
-            for entry in sorted(ALGORITHMS[group["algorithm"]].state_by_replica)
-        ]
-        assert self.process_group is not None
-        average_(apart, self.process_group)
-        self._replicas_differ = False
+        self._compressed.synchronize(self.param_groups, self.state, self.process_group)
 
     @property
     def consolidate_state_dict(self) -> Callable[[], None]:
@@ -364,6 +352,7 @@ class MatrixOptimizer(Optimizer):
         with self.register_load_state_dict_pre_hook(match):
             super().load_state_dict(state_dict)
         restore_exactly(self, matched)
+        self._compressed.momenta_differ = False
         self._failure = None
 
     def carry_over(self, state_dict: StateDict) -> None:
@@ -394,7 +383,7 @@ class MatrixOptimizer(Optimizer):
                 their own, which nobody has averaged.
         """
         self._refuse_after_failure()
-        if self._replicas_differ:
+        if self._compressed.momenta_differ:
             raise RuntimeError(
                 "replicas have momenta of their own with sync='compressed', and a checkpoint holds those of one: call "
                 "optimizer.synchronize() on every rank first. Under the Trainer SynchronizeCallback() does"
@@ -404,7 +393,7 @@ class MatrixOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied, and remember that it was there."""
         lost = [name for name in NOT_COPIED if getattr(self, name) is not None]
-        kept_names = ("_failure", "_given", "_settings", "share_replicas", "max_grad_norm")
+        kept_names = ("_failure", "_given", "_settings", "_compressed", "share_replicas", "max_grad_norm")
         kept = {name: getattr(self, name) for name in kept_names}
         return {**super().__getstate__(), **kept, "_lost": lost}
 
@@ -419,11 +408,12 @@ class MatrixOptimizer(Optimizer):
         super().__setstate__(state)
         self._selections, self._skipped_steps = {}, 0
         self.fallbacks = Counter()
-        self._is_agreed = self._replicas_are_checked = self._replicas_differ = False
+        self._is_agreed = False
         self.grad_norm = None
         for name in (*NOT_COPIED, "_failure", "share_replicas", "max_grad_norm", "observer", "route_parameters"):
             self.__dict__.setdefault(name, None)
         self.__dict__.setdefault("_given", {})
+        self.__dict__.setdefault("_compressed", CompressedReplicas())
         for group in self.param_groups:
             group.update(self._with_settings(ALGORITHMS[group["algorithm"]], group))
 
@@ -524,7 +514,10 @@ class MatrixOptimizer(Optimizer):
         shared = [each for each in self._labelled() if is_dtensor(each[1]) or self.process_group]
         for _, parameter, label in shared:
             refuse_unreachable(parameter, label, self._ranks())
-        self.refuse_without_replicas()
+        if self.is_compressing:
+            labelled = list(self._labelled())
+            group = refuse_without_replicas(labelled, self.process_group, self.share_replicas)
+            self._compressed.refuse_other_weights(labelled, group)
         settings = {id(group): _settings_of(group) for group in self.param_groups}
         descriptions = [
             repr(
@@ -545,57 +538,11 @@ class MatrixOptimizer(Optimizer):
         """The ranks that have a part or a replica of what this one has."""
         return RanksAround(self.process_group, of_meshes_too=self.is_compressing)
 
-    def _compressed(self) -> "dict[Tensor, ProcessGroup]":
+    def _compressed_parameters(self) -> "dict[Tensor, ProcessGroup]":
         """The parameters whose gradients are not averaged over replicas, each with the ranks that hold these."""
         if self.process_group is None:
             return {}
-        return {
-            parameter: self.process_group
-            for group in self.param_groups
-            if ALGORITHMS[group["algorithm"]].compresses(group)
-            for parameter in group["params"]
-            if ALGORITHMS[group["algorithm"]].is_compressed(parameter, group)
-        }
-
-    def refuse_without_replicas(self) -> None:
-        """Refuse ranks on which gradients cannot be compressed, where a group asks for it."""
-        if not self.is_compressing:
-            return
-        if self.process_group is None or self.process_group.size() == 1:
-            raise ValueError(WITHOUT_REPLICAS)
-        if self.share_replicas is False:
-            raise ValueError("share_replicas=False keeps replicas apart, and sync='compressed' needs them; remove one")
-        for _, parameter, label in self._labelled():
-            refuse_wrong_replicas(parameter, label, self.process_group)
-
-    def _average_over_replicas(self) -> None:
-        """Average the gradients on meshes that are not compressed; nobody else does where others are.
-
-        Once it sees whether those of plain parameters have been averaged, and those that are compressed have not.
-        """
-        if not self.is_compressing or self.process_group is None:
-            return
-        compressed = self._compressed()
-        trained = [(parameter, label) for _, parameter, label in self._labelled() if parameter.requires_grad]
-        on_meshes = [parameter for parameter, _ in trained if is_dtensor(parameter) and parameter not in compressed]
-        average_gradients(on_meshes, self.process_group)
-        if self._replicas_are_checked or not trained:
-            return
-        found = compare_gradients([parameter for parameter, _ in trained], self.process_group)
-        for (parameter, label), are_equal in zip(trained, found, strict=True):
-            if are_equal and parameter in compressed:
-                raise RuntimeError(
-                    f"{label} has the same gradient on all replicas, so it was averaged already, and sync='compressed' "
-                    "saves nothing: build the optimizer by build_optimizer(), with the model and strategy=, before "
-                    "anything averages gradients"
-                )
-            if are_equal is False and parameter not in compressed:
-                raise RuntimeError(
-                    f"{label} has gradients that differ between replicas, and sync='compressed' leaves it to "
-                    "DistributedDataParallel to average them. If they were clipped, each replica was by its own norm: "
-                    "pass max_grad_norm= to the optimizer instead, which clips all alike"
-                )
-            self._replicas_are_checked |= are_equal is False
+        return {parameter: self.process_group for _, parameter in compressed_parameters(self.param_groups)}
 
     def _prepare_state(self) -> None:
         """Create the state of every trainable parameter, gradient or not, and let what there is follow its parameter.

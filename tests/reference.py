@@ -125,7 +125,8 @@ class Reference:
 class DionReference:
     """One matrix in (out, in), its momentum and its Q, of shape (shorter, rank), and the rule; all float64.
 
-    With compressed synchronisation every replica has a momentum, and P before its orthonormalization and R are means.
+    With compressed synchronisation every replica has a momentum, which loses what P captures of it; P before its
+    orthonormalization, and the R that Q is made of, are means.
     """
 
     weight: Tensor
@@ -153,8 +154,9 @@ class DionReference:
         if is_wide:
             bs = [b.T for b in bs]
         p = gram_schmidt(torch.stack([b @ self.q for b in bs]).mean(0))
-        r = torch.stack([b.T @ p for b in bs]).mean(0)
-        bs = [b - (1 - self.mu) * p @ r.T for b in bs]
+        rs = [b.T @ p for b in bs]
+        bs = [b - (1 - self.mu) * p @ r.T for b, r in zip(bs, rs, strict=True)]
+        r = torch.stack(rs).mean(0)
         self.q = torch.stack([column / (column.square().sum().sqrt() + 1e-8) for column in r.T], dim=1)
         update = p @ self.q.T
         self.momenta, update = ([b.T for b in bs], update.T) if is_wide else (bs, update)

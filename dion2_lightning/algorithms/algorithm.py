@@ -56,6 +56,7 @@ class Observer(Protocol):
         self,
         parameters: Sequence[Tensor],
         energies: Tensor,
+        captured: Tensor,
         norms: Tensor,
         grams: Tensor,
         squares: Tensor,
@@ -65,7 +66,8 @@ class Observer(Protocol):
 
         Args:
             parameters: Whose matrices follow, one parameter after the other.
-            energies: Squared Frobenius norms of the momenta B, (matrices,).
+            energies: Squared Frobenius norms of the momenta B, (matrices,); means where replicas differ in B.
+            captured: Squared Frobenius norms of B^T P, the same.
             norms: Of the columns of R = B^T P, (matrices, r).
             grams: Z^T Z of Z = [Q before the step, Q after it], (matrices, 2 r, 2 r). A column of Q after the step has
                 the direction of R's, unless that is zero up to rounding.

@@ -125,7 +125,7 @@ def update_alone(updates: Sequence[LowRankUpdate], context: StepContext) -> None
         left = orthonormal(left_products(batch), batch[0], context)
         right = right_products(batch, left)
         norms = column_norms(right)
-        apply(batch, left, right, norms)
+        apply(batch, left, right, norms, right)
         if projections is not None:
-            projections.show(projections.sums(), norms)
+            projections.show(projections.sums(right), norms)
     count_step(updates)

@@ -11,7 +11,7 @@ over what is spread, and only what is smaller than the matrix travels:
 
 Ranks that hold replicas do the same work. Where their gradients are averaged, it is on the same numbers. Where P and R
 are averaged instead, X, P, R and Q are the same on all, and B is not: both products are linear in B, so that X moves as
-it would by the mean of the gradients.
+it would by the mean of the gradients. Each M loses what P captures of its own B, so what they differ by decays too.
 """
 
 import zlib
@@ -97,6 +97,8 @@ def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:
         rows = torch.arange(*first.own_rows, device=product.device)
         left = precondition(product, (yield Summand(sketches(product, rows))))
         left, failed = finish(left, (yield Summand(grams(left))))
+        if first.replicas is not None:  # all have the same numbers, if their hardware adds up alike
+            failed = (yield Summand(failed.float(), Over.REPLICAS)) > 0
         failed = yield failed
         if failed.any():
             count_failures(failed, context)
@@ -104,20 +106,23 @@ def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:
             left[failed] = _part(orthonormal_columns(whole), first.own_rows)
 
     # R <- B^T P: summed up where rows are spread, and then this rank's part of it again.
-    right = right_products(batch, left)
+    right = own_right = right_products(batch, left)
     if first.is_split:
-        whole = yield Summand(_padded(right, first.own_columns, first.entries), everywhere)
+        whole = yield Summand(_padded(right, first.own_columns, first.entries))
+        own_right = _part(whole, first.own_columns)
+        if first.replicas is not None:
+            whole = yield Summand(whole, Over.SHARES)
         norms, right = column_norms(whole), _part(whole, first.own_columns)
     else:
         if first.replicas is not None:
             right = yield Summand(right, Over.REPLICAS)
         norms = (yield Summand(column_norms(right).square())).sqrt()
-    apply(batch, left, right, norms)
+    apply(batch, left, right, norms, own_right)
     if projections is not None:
-        sums = yield Summand(projections.sums())
-        if first.replicas is not None:  # replicas differ in B alone
-            energies = yield Summand(sums[:, :1].contiguous(), Over.REPLICAS)
-            sums = torch.cat([energies, sums[:, 1:]], dim=1)
+        sums = yield Summand(projections.sums(own_right))
+        if first.replicas is not None:  # replicas differ in B, and in what P captures of it
+            energies = yield Summand(sums[:, :2].contiguous(), Over.REPLICAS)
+            sums = torch.cat([energies, sums[:, 2:]], dim=1)
         projections.show(sums, norms)
 
 

@@ -190,6 +190,12 @@ def not_negative(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
+def positive(name: str, value: object) -> None:
+    """Raise an error unless the value is a finite number over 0."""
+    if not 0.0 < number(name, value) < float("inf"):
+        raise ValueError(f"{name} must be over 0 and finite, got {value}; None switches it off")
+
+
 def whole_number(name: str, value: object) -> None:
     """Raise an error unless the value is an integer."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -245,7 +245,7 @@ def present_columns(norms: Tensor, update: LowRankUpdate) -> Tensor:
     return is_present
 
 
-def apply(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: Tensor) -> None:
+def apply(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: Tensor, own_right: Tensor) -> None:
     """M <- B - (1 - mu) P R^T, Q <- the columns of R over their norms, and X <- (1 - lr decay) X - lr scale P Q^T.
 
     A column of R that is zero, up to rounding, is a direction that B does not have: nothing is applied along it, and
@@ -256,12 +256,13 @@ def apply(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: Te
         left: P, this rank's rows, one update after the other.
         right: R, this rank's rows.
         norms: Of the columns of the whole R, (batch, 1, r).
+        own_right: R of this replica's own B, which is what M loses; R itself, unless that is a mean over replicas.
     """
     is_present = present_columns(norms, batch[0])
     columns = torch.where(is_present, right / (norms + EPS).to(right.dtype), 0)
     decay_weights(batch)
     counts = [len(update.momentum) for update in batch]
-    parts = (each.split(counts) for each in (left, right, columns, is_present))
+    parts = (each.split(counts) for each in (left, own_right, columns, is_present))
     for update, p, r, q, present in zip(batch, *parts, strict=True):
         _add_product(update.momentum, p, r * update.number(update.momentum_factor - 1.0, 0.0, r))
         is_taken = present if update.gate is None else present & update.gate.is_open

@@ -33,19 +33,23 @@ class Projections:
         observer = context.observer
         return cls(batch, context) if observer is not None and observer.wants_results else None
 
-    def sums(self) -> Tensor:
-        """Return this rank's summand of what :meth:`show` takes, (batch, 1 + 4 r^2), once Q is that after the step."""
+    def sums(self, right: Tensor) -> Tensor:
+        """Return this rank's summand of what :meth:`show` takes, (batch, 2 + 4 r^2), once Q is that after the step.
+
+        ``right`` is this rank's part of R = B^T P. Of the summand, the first two numbers are squared norms of B and R.
+        """
         both = torch.cat([self.q, torch.cat([update.q for update in self._batch])], dim=-1).to(self.energies.dtype)
         if not self._batch[0].counts_columns:
-            both = both.narrow(1, 0, 0)
+            both, right = both.narrow(1, 0, 0), right.narrow(1, 0, 0)
         grams = both.mT @ both
-        return torch.cat([self.energies.unsqueeze(1), grams.flatten(1)], dim=1)
+        captured = torch.linalg.vector_norm(right.flatten(1), dim=1, dtype=both.dtype).square()
+        return torch.cat([self.energies.unsqueeze(1), captured.unsqueeze(1), grams.flatten(1)], dim=1)
 
     def show(self, sums: Tensor, norms: Tensor) -> None:
         """Send the observer its event, given the sums over the ranks, and the norms of R's columns (batch, 1, r)."""
         first, observer = self._batch[0], self._context.observer
         assert observer is not None
-        energies, entries = sums.split([1, sums.shape[1] - 1], dim=1)
+        energies, captured, entries = sums.split([1, 1, sums.shape[1] - 2], dim=1)
         # P Q^T has the Frobenius norm of Q; what is NaN is no column of zeros.
         lengths = torch.where(present_columns(norms, first) | norms.isnan(), norms / (norms + EPS), 0.0)
         counts = [len(update.momentum) for update in self._batch]
@@ -56,6 +60,7 @@ class Projections:
         observer.projected(
             [update.parameter for update in self._batch],
             energies.squeeze(1),
+            captured.squeeze(1),
             norms.squeeze(1),
             entries.unflatten(1, (2 * first.rank, 2 * first.rank)),
             torch.cat(squares),

@@ -5,13 +5,14 @@ that it does not wrap yet. FSDP2 averages nothing where it shards over one dimen
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.matrices.layout import group_by, is_dtensor, local, local_gradient, placed
@@ -22,16 +23,19 @@ if TYPE_CHECKING:
 BUCKET_BYTES: Final = 2**26
 """What is averaged at once, unless one tensor has more."""
 
+_IGNORED: Final = WeakIdKeyDictionary()
+"""By the module that DDP may wrap: the names that it was told to ignore, and for whom."""
 
-class LeftOut:
-    """Whose gradients DDP's communication hook does not average; all others it does, as DDP itself."""
+
+class Unaveraged:
+    """Parameters whose gradients DDP's communication hook leaves to the optimizer."""
 
     def __init__(self, group: "ProcessGroup") -> None:
         self.group = group
-        self.parameters = WeakTensorKeyDictionary()
+        self.parameters = WeakIdKeyDictionary()
 
     def average(self, bucket: Any) -> "torch.futures.Future[Tensor]":
-        """Average the other gradients of a bucket, in one all-reduce."""
+        """Average all other gradients of a bucket, in one all-reduce."""
         buffer: Tensor = bucket.buffer()
         pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
         averaged = [gradient for parameter, gradient in pairs if parameter not in self.parameters]
@@ -45,57 +49,116 @@ class LeftOut:
         work = dist.all_reduce(together, group=self.group, async_op=True)
 
         def put_back(future: "torch.futures.Future[list[Tensor]]") -> Tensor:
-            parts = future.value()[0].split([gradient.numel() for gradient in averaged])
-            for gradient, part in zip(averaged, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            _put_back(future.value()[0], averaged)
             return buffer
 
         averaging: torch.futures.Future[Tensor] = work.get_future().then(put_back)
         return averaging
 
 
-def left_out_of(ddp: Any) -> LeftOut | None:
+def unaveraged_of(ddp: Any) -> Unaveraged | None:
     """Return what the communication hook of a DistributedDataParallel leaves out, if that is the hook of this file."""
-    return next((state for _, state in ddp._comm_hooks if isinstance(state, LeftOut)), None)
+    return next((state for _, state in ddp._comm_hooks if isinstance(state, Unaveraged)), None)
 
 
-def leave_to_optimizer(module: nn.Module, parameters: Sequence[Tensor], group: "ProcessGroup") -> None:
+def leave_to_optimizer(module: nn.Module, parameters: Sequence[Tensor], group: "ProcessGroup") -> Callable[[], None]:
     """Keep DDP from averaging the gradients of some parameters.
 
     Args:
         module: A DistributedDataParallel that has not run yet; or a module that may be wrapped in one later, which then
-            does not send these parameters to all ranks at its start either: this does.
+            does not send these parameters to all ranks at its start either: this does, where it reaches them.
         parameters: The same ones in the same order on every rank.
         group: The ranks that hold replicas.
+
+    Returns:
+        What takes it back, unless a later call has taken its place; for when the optimizer is gone.
     """
+    owner, reference = object(), weakref.ref(module)
     if isinstance(module, nn.parallel.DistributedDataParallel):
-        left_out = left_out_of(module)
-        if left_out is None:
-            left_out = LeftOut(group)
+        unaveraged = unaveraged_of(module)
+        if unaveraged is None:
+            unaveraged = Unaveraged(group)
             # A lambda, because DDP wants annotations that a torch without distributed does not have.
-            module.register_comm_hook(left_out, lambda state, bucket: state.average(bucket))
-        left_out.parameters.update(dict.fromkeys(parameters))
-        return
-    chosen = set(parameters)
-    names = [name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter in chosen]
-    known = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [*known, *names])
-    for bucket in _buckets([parameter.detach() for parameter in parameters if not parameter.is_meta]):
+            module.register_comm_hook(unaveraged, lambda state, bucket: state.average(bucket))
+        unaveraged.parameters.update(dict.fromkeys(parameters, owner))
+    else:
+        chosen = set(parameters)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if chosen.issuperset(trained):
+            # DDP refuses a module that leaves it nothing. It may average the smallest: then all replicas have the mean.
+            chosen.discard(min(trained, key=torch.Tensor.numel))
+        names = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter in chosen}
+        _set_ignored(module, names, owner)
+        _broadcast([parameter.detach() for parameter in parameters], group)
+
+    def take_back() -> None:
+        known = reference()
+        if known is not None:
+            leave_to_ddp(known, parameters, owner)
+
+    return take_back
+
+
+def leave_to_ddp(module: nn.Module, parameters: Iterable[Tensor], owner: object | None = None) -> None:
+    """Have DDP average gradients again that were left to an optimizer: to that of the owner, or to any.
+
+    A DistributedDataParallel that was told to ignore them when it was made cannot: it gets an error.
+    """
+    is_wrapped = isinstance(module, nn.parallel.DistributedDataParallel)
+    unaveraged = unaveraged_of(module) if is_wrapped else None
+    if unaveraged is not None:
+        for parameter in parameters:
+            if owner is None or unaveraged.parameters.get(parameter) is owner:
+                unaveraged.parameters.pop(parameter, None)
+    inside: Any = module.module if is_wrapped else module
+    names, its_owner = _IGNORED.get(inside, (set(), None))
+    if owner is None and is_wrapped:
+        ignored = {id(each) for name, each in inside.named_parameters(remove_duplicate=False) if name in names}
+        if any(id(parameter) in ignored for parameter in parameters):
+            raise ValueError(
+                "the model was wrapped in DistributedDataParallel for an optimizer with sync='compressed', so it does "
+                "not average the gradients of matrices that this one needs averaged; wrap the module anew"
+            )
+    elif names and owner in (None, its_owner):
+        _set_ignored(inside, set(), None)
+
+
+def _set_ignored(module: nn.Module, names: set[str], owner: object | None) -> None:
+    """Put names on the list of what DDP ignores of a module, instead of those that were put there before."""
+    before, _ = _IGNORED.get(module, (set(), None))
+    known = [name for name in getattr(module, "_ddp_params_and_buffers_to_ignore", ()) if name not in before]
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in before and hasattr(parameter, "_ddp_ignored"):
+            del parameter._ddp_ignored
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [*known, *sorted(names)])
+    _IGNORED[module] = names, owner
+
+
+def _broadcast(tensors: Sequence[Tensor], group: "ProcessGroup") -> None:
+    """Send tensors from the first rank of a group to the others, but for those on devices that it does not reach."""
+    first, reached = dist.get_process_group_ranks(group)[0], [device.type for device in group._device_types]
+    for bucket in _buckets([tensor for tensor in tensors if tensor.device.type in reached]):
         buffer = torch.cat([tensor.flatten() for tensor in bucket])
-        dist.broadcast(buffer, dist.get_process_group_ranks(group)[0], group=group)
+        dist.broadcast(buffer, first, group=group)
         _put_back(buffer, bucket)
 
 
 def average_(tensors: Sequence[Tensor], group: "ProcessGroup") -> None:
-    """Replace tensors by their means over ranks, in place; in float32 at least."""
-    pending = []
+    """Replace tensors by their means over ranks, in place; in float32 at least. Two buckets are in flight at a time."""
+    pending: list[tuple[Tensor, list[Tensor], Any]] = []
     for bucket in _buckets(tensors):
         dtype = torch.promote_types(bucket[0].dtype, torch.float32)
         buffer = torch.cat([tensor.flatten() for tensor in bucket]).to(dtype).div_(group.size())
         pending.append((buffer, bucket, dist.all_reduce(buffer, group=group, async_op=True)))
-    for buffer, bucket, work in pending:
-        work.wait()
-        _put_back(buffer, bucket)
+        if len(pending) == 2:
+            _finish(*pending.pop(0))
+    for each in pending:
+        _finish(*each)
+
+
+def _finish(buffer: Tensor, bucket: Sequence[Tensor], work: Any) -> None:
+    work.wait()
+    _put_back(buffer, bucket)
 
 
 def average_gradients(parameters: Sequence[Tensor], group: "ProcessGroup") -> None:
@@ -124,7 +187,7 @@ def refuse_wrong_replicas(parameter: Any, label: str, group: "ProcessGroup") -> 
     for dim, placement in enumerate(parameter.placements):
         if placement.is_replicate() and mesh.size(dim) > 1:
             raise ValueError(
-                f"{label} has replicas along dimension {dim} of {mesh}, which sync='compressed' does not do: call "
+                f"{label} has replicas along dimension {dim} of {mesh}, which sync='compressed' does not do; call "
                 "fully_shard with the mesh of the sharded dimension alone, and pass the group of the other one as "
                 "process_group= or strategy="
             )
@@ -137,22 +200,18 @@ def refuse_wrong_replicas(parameter: Any, label: str, group: "ProcessGroup") -> 
         )
 
 
-def compare_gradients(parameters: Sequence[Tensor], group: "ProcessGroup") -> list[bool | None]:
-    """Return for every parameter whether replicas have the same gradient; None where it is zero on all, or not finite.
+def same_on_replicas(tensors: Sequence[Tensor | None], group: "ProcessGroup") -> list[bool | None]:
+    """Return for every tensor whether replicas have the same; None where it is zero or missing on all, or not finite.
 
-    They are told by their norms, which are the same numbers where gradients are the same bits. The host waits.
+    They are told by their norms, which are the same numbers where tensors are the same bits. The host waits.
     """
-    gradients = [local_gradient(parameter) for parameter in parameters]
-    device = local(parameters[0]).device
+    devices = [tensor.device for tensor in tensors if tensor is not None]
+    device = devices[0] if devices else torch.device(group._device_types[0])
     dtype = sum_dtype(device)
-    norms = torch.stack(
-        [
-            torch.zeros((), dtype=dtype, device=device)
-            if gradient is None
-            else torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, dtype)).to(device)
-            for gradient in gradients
-        ]
-    )
+    norms = torch.zeros(len(tensors), dtype=dtype, device=device)
+    for place, tensor in zip(norms, tensors, strict=True):
+        if tensor is not None:
+            place.copy_(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, dtype)))
     norms = torch.nan_to_num(norms, nan=math.inf)
     extremes = torch.stack([norms, -norms])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch.distributed as dist
 from torch import nn
 
-from dion2_lightning.distributed.replicas import left_out_of
+from dion2_lightning.distributed.replicas import unaveraged_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -120,8 +120,8 @@ def refuse_scaling_by_replica(strategy: Any) -> None:
     name, clipping, off = "", None, ""
     if _is(strategy, "TrainingArguments", "transformers"):
         name, clipping, off, scales = "max_grad_norm", strategy.max_grad_norm, "0.0", strategy.fp16
-    elif _is(strategy, "Accelerator", "accelerate"):
-        scales = strategy.scaler is not None
+    elif _is(strategy, "Accelerator", "accelerate") or _is(strategy, "AcceleratorState", "accelerate"):
+        scales = strategy.mixed_precision == "fp16"
     else:
         trainer = trainer_of(strategy)
         if trainer is not None:
@@ -131,8 +131,8 @@ def refuse_scaling_by_replica(strategy: Any) -> None:
         scales = getattr(precision, "scaler", None) is not None
     if clipping:
         raise ValueError(
-            f"{name}={clipping} clips each replica by its own norm where sync='compressed'; set {name}={off}, and pass "
-            f"max_grad_norm={clipping} to the optimizer, which clips all alike"
+            f"{name}={clipping} clips each replica by its own gradients where sync='compressed'; set {name}={off}, and "
+            f"pass max_grad_norm={clipping} to the optimizer, which clips all alike"
         )
     if scales:
         raise ValueError(
@@ -203,7 +203,7 @@ def _of_ddp_strategy(strategy: Any) -> "ProcessGroup | None":
     if any(getattr(strategy, f"_{name}", None) is not None for name in ("ddp_comm_hook", "model_averaging_period")):
         return None
     if _is(wrapped, "DistributedDataParallel", "torch"):
-        is_known = not wrapped._comm_hooks or left_out_of(wrapped) is not None
+        is_known = not wrapped._comm_hooks or unaveraged_of(wrapped) is not None
         return _of_several_ranks(wrapped.process_group) if is_known else None
     if options.get("process_group") is not None:
         return _of_several_ranks(options["process_group"])

@@ -28,6 +28,8 @@ class Over(Enum):
     """Those that hold replicas; the result is a mean."""
     ALL = auto()
     """Both: a sum over parts, a mean over replicas."""
+    SHARES = auto()
+    """Those that hold replicas, of what all ranks of one replica have in full: each of these sends its share."""
 
 
 class Summand(NamedTuple):
@@ -78,11 +80,11 @@ def _sums(
     for (over, _), indices in group_by(sums, lambda index: (summands[index].over, sums[index].dtype)).items():
         by_parts = parts if over != Over.REPLICAS else None
         by_replicas = replicas if over != Over.PARTS else None
-        if by_parts is None and by_replicas is None:
+        if by_replicas is None and (by_parts is None or over == Over.SHARES):
             continue
         buffer = torch.cat([sums[index].flatten() for index in indices])
         buffers.append((indices, buffer))
-        exchanges.append(add_up(buffer, by_parts, by_replicas))
+        exchanges.append(add_up(buffer, by_parts, by_replicas, is_sum=over == Over.SHARES))
     for _ in itertools.zip_longest(*exchanges):
         yield IN_FLIGHT
     for indices, buffer in buffers:
@@ -92,9 +94,9 @@ def _sums(
 
 
 def add_up(
-    buffer: Tensor, parts: "ProcessGroup | None", replicas: "ProcessGroup | None"
+    buffer: Tensor, parts: "ProcessGroup | None", replicas: "ProcessGroup | None", is_sum: bool = False
 ) -> Generator[None, object, None]:
-    """Put the sum over parts, and the mean over replicas, in a buffer's place.
+    """Put the sum over parts, unless it is there already, and the mean over replicas, in a buffer's place.
 
     With both each rank of a replica sends its share of the sum to the other replicas, so that nothing goes there twice.
     """
@@ -106,10 +108,14 @@ def add_up(
             buffer /= replicas.size()
         return
     padded = pad(buffer, (0, -len(buffer) % parts.size()))
-    share = padded.new_empty(len(padded) // parts.size())
-    work = reduce_scatter_single(share, padded, group=parts, async_op=True)
-    yield IN_FLIGHT
-    work.wait()
+    size = len(padded) // parts.size()
+    if is_sum:
+        share = padded.narrow(0, size * dist.get_rank(parts), size).clone()
+    else:
+        share = padded.new_empty(size)
+        work = reduce_scatter_single(share, padded, group=parts, async_op=True)
+        yield IN_FLIGHT
+        work.wait()
     work = dist.all_reduce(share, group=replicas, async_op=True)
     yield IN_FLIGHT
     work.wait()

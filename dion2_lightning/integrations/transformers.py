@@ -19,6 +19,7 @@ from dion2_lightning.algorithms.hyperparameters import checks_of, did_you_mean, 
 from dion2_lightning.distributed.strategies import process_group_of
 from dion2_lightning.factory import Dion2, FactoryArguments, build_optimizer
 from dion2_lightning.monitoring.tracker import without_wrapper
+from dion2_lightning.optimizer import MatrixOptimizer
 
 OLDEST_TRANSFORMERS: Final = "5.2"
 """Its Trainer is the first that calls a factory with the model."""
@@ -130,7 +131,8 @@ class Dion2Factory:
 class SynchronizeCallback(TrainerCallback):
     """Average the momenta that replicas keep apart with ``sync="compressed"``, before each checkpoint of the Trainer.
 
-    Without it, the Trainer's next checkpoint ends with an error.
+    Without it, the Trainer's next checkpoint ends with an error. Put it last, so that it sees what other callbacks
+    decide.
 
     Example::
 
@@ -142,7 +144,7 @@ class SynchronizeCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Average where the Trainer is about to save."""
         if control.should_save:
-            without_wrapper(kwargs["optimizer"]).synchronize()
+            _synchronize(kwargs["optimizer"])
 
     def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Average where the Trainer is about to save."""
@@ -150,8 +152,14 @@ class SynchronizeCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Average where the Trainer may be about to save, as ``save_strategy="best"`` decides after an evaluation."""
-        if args.save_strategy == SaveStrategy.BEST and state.global_step:
-            without_wrapper(kwargs["optimizer"]).synchronize()
+        if args.save_strategy == SaveStrategy.BEST:
+            _synchronize(kwargs["optimizer"])
+
+
+def _synchronize(optimizer: Any) -> None:
+    optimizer = without_wrapper(optimizer)
+    if isinstance(optimizer, MatrixOptimizer):
+        optimizer.synchronize()
 
 
 def _refuse_flattening(strategy: object | None) -> None:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 
-def captured_energies(energies: Tensor, norms: Tensor) -> Tensor:
-    """Return ||R||^2 / ||B||^2 in Frobenius norms, the share of B that P R^T is; 0 where B is zero.
+def captured_energies(energies: Tensor, captured: Tensor) -> Tensor:
+    """Return ||B^T P||^2 / ||B||^2 in Frobenius norms, the share of B that lies in P's columns; 0 where B is zero.
 
     Args:
-        energies: Squared Frobenius norms of B, (matrices,).
-        norms: Of the columns of R, (matrices, r).
+        energies: Squared norms of B, (matrices,).
+        captured: Squared norms of B^T P, (matrices,).
     """
-    return torch.where(energies == 0, 0.0, norms.square().sum(-1) / energies)
+    return torch.where(energies == 0, 0.0, captured / energies)
 
 
 def rank_uses(grams: Tensor, norms: Tensor) -> Tensor:

@@ -172,6 +172,7 @@ class SelectionTracker:
         self,
         parameters: Sequence[Tensor],
         energies: Tensor,
+        captured: Tensor,
         norms: Tensor,
         grams: Tensor,
         squares: Tensor,
@@ -181,7 +182,12 @@ class SelectionTracker:
         if self._record is None:
             return
         is_measured = energies != 0 if is_taken is None else (energies != 0) & is_taken
-        measured = captured_energies(energies, norms), turns(grams), rank_uses(grams, norms), torch.ones_like(energies)
+        measured = (
+            captured_energies(energies, captured),
+            turns(grams),
+            rank_uses(grams, norms),
+            torch.ones_like(energies),
+        )
         values = torch.where(is_measured.unsqueeze(1), torch.stack(measured, dim=1), 0.0)
         tracked = [self._parameters[parameter] for parameter in parameters]
         counts = [each.count for each in tracked]

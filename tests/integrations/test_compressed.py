@@ -4,6 +4,7 @@ What is expected is trained in one process: the gradient of every replica, clipp
 given to Dion with full synchronisation. Its update is linear in B, so momenta that go apart move the weights as one.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def check_accelerate(folder: Path) -> None:
     assert_as_expected(model, in_a_row)
     assert_resumed(model, optimizer, *run_accelerate(folder, resumes=True))
     accelerator = Accelerator(cpu=True)
-    accelerator.scaler = object()
+    accelerator.state._mixed_precision = "fp16"
     with pytest.raises(ValueError, match=r"loss scaling, of float16, .* train in bfloat16, or with sync='full'"):
         build_optimizer(make_model(), **DION, strategy=accelerator)
 
@@ -284,3 +285,69 @@ def check_ddp_and_hsdp() -> None:
 
 def test_ddp_and_hsdp() -> None:
     run_on_ranks(4, check_ddp_and_hsdp)
+
+
+def step_on(model: nn.Module, optimizer: Any) -> None:
+    generator = torch.manual_seed(dist.get_rank())
+    model(torch.randn(8, 32, generator=generator)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def linears() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 16, bias=False))
+
+
+def check_all_compressed() -> None:
+    """A module that leaves DDP nothing, as with LoRA, and is wrapped later: DDP averages the smallest matrix too."""
+    group, model = dist.group.WORLD, linears()
+    optimizer = watched(build_optimizer(model, **RATES, algorithm="dion", sync="compressed", strategy=group))
+    ddp = DistributedDataParallel(model)
+    expected = linears()
+    other = build_optimizer(expected, **RATES, algorithm="dion")
+    averaging = DistributedDataParallel(expected)
+    for _ in range(3):
+        step_on(ddp, optimizer)
+        step_on(averaging, other)
+    for one, two in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def check_later_optimizers() -> None:
+    """DDP averages again what an optimizer has left, or was given back; where it cannot, that is an error."""
+    group = dist.group.WORLD
+    for settings in ({"algorithm": "dion"}, {}, None):
+        ddp = DistributedDataParallel(linears())
+        first = build_optimizer(ddp, **RATES, algorithm="dion", sync="compressed", strategy=group)
+        step_on(ddp, first)
+        if settings is None:
+            del first
+            second: Any = torch.optim.AdamW(ddp.parameters())
+        else:
+            second = build_optimizer(ddp, **RATES, **settings, strategy=group)
+        for _ in range(2):
+            step_on(ddp, second)
+            assert_equal_on(group, dict(ddp.named_parameters()))
+    model = linears()
+    build_optimizer(model, **RATES, algorithm="dion", sync="compressed", strategy=group)
+    assert not model._ddp_params_and_buffers_to_ignore
+    first = build_optimizer(model, **RATES, algorithm="dion", sync="compressed", strategy=group)
+    assert model._ddp_params_and_buffers_to_ignore == ["0.weight"]
+    ddp = DistributedDataParallel(model)
+    with pytest.raises(ValueError, match="wrapped in DistributedDataParallel for an optimizer with sync='compressed'"):
+        build_optimizer(ddp, **RATES, strategy=group)
+    step_on(ddp, first)
+    is_first = dist.get_rank() == 0
+    expected = pytest.warns(UserWarning, match="compresses nothing") if is_first else contextlib.nullcontext()
+    with expected:
+        build_optimizer(linears(), **RATES, algorithm="dion", sync="compressed", rank_fraction=1.0, strategy=group)
+
+
+def check_plain_modules() -> None:
+    check_all_compressed()
+    check_later_optimizers()
+
+
+def test_plain_modules() -> None:
+    run_on_ranks(2, check_plain_modules)

@@ -125,7 +125,8 @@ def test_numbers_by_hand() -> None:
     grams = torch.stack([grams_of(torch.cat([x, y], 1), torch.cat(after, 1)) for after in (stay, half, new)])
     assert turns(grams).tolist() == pytest.approx([0, 0.5, 0.5], abs=1e-9)
     norms = torch.tensor([[3.0, 2.0]] * 3).double()
-    assert captured_energies(torch.tensor([16.0, 26.0, 0.0]).double(), norms).tolist() == [13 / 16, 0.5, 0.0]
+    captured = norms.square().sum(-1)
+    assert captured_energies(torch.tensor([16.0, 26.0, 0.0]).double(), captured).tolist() == [13 / 16, 0.5, 0.0]
     # R's columns are orthogonal only in the second case; 13^2 / (2 (81 + 16)), and with equal ones a single direction.
     assert rank_uses(grams, norms)[1].item() == pytest.approx(169 / 194)
     same = grams_of(torch.cat([x, y], 1), torch.cat([x, x], 1)).unsqueeze(0)
