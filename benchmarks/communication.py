@@ -1,7 +1,7 @@
 """Bytes and collectives of an optimizer step, counted on real processes: Dion2, Dion3 and Dion at several fractions.
 
     python -m benchmarks.communication --ranks 2 4 --layouts fsdp2 hsdp tp ddp
-    python -m benchmarks.communication --ranks 4 --layouts ddp hsdp --sync
+    python -m benchmarks.communication --ranks 4 --layouts ddp hsdp --layers 2 --sync --fractions 0.5 0.25 0.125
 
 Every rank is a process, connected to the others by gloo, and counts the collectives that reach the communication
 library, whoever calls them, and the bytes that it sends to *other* ranks:

@@ -1,7 +1,7 @@
 """Work and traffic of a step of large models on up to thousands of ranks, simulated from shapes: no weight is made.
 
     python -m benchmarks.scale --models llama-3-8b llama-3-405b --ranks 8 64 4096 --algorithm dion3
-    python -m benchmarks.scale --between 1 10 50 100
+    python -m benchmarks.scale --between 1 10 25 50 100 400
 
 The package's own planner counts, assigns the owners and says who holds which part. Assumed is that the selected slices
 spread evenly over a matrix; at fraction 1, which is Muon, there is nothing to assume. Only matrices count: embeddings
