@@ -1,6 +1,7 @@
 """Work and traffic of a step of large models on up to thousands of ranks, simulated from shapes: no weight is made.
 
     python -m benchmarks.scale --models llama-3-8b llama-3-405b --ranks 8 64 4096 --algorithm dion3
+    python -m benchmarks.scale --between 1 10 25 50 100 400
 
 The package's own planner counts, assigns the owners and says who holds which part. Assumed is that the selected slices
 spread evenly over a matrix; at fraction 1, which is Muon, there is nothing to assume. Only matrices count: embeddings
@@ -16,15 +17,22 @@ them; or they are sharded by rows, like every other matrix, without which ranks 
 
 Owners should do the same work up to 5% wherever there are 4 matrices for each. The table says "cannot" where that is
 proved to be impossible for every assignment of whole matrices, and "-" where there are fewer matrices.
+
+With ``--between`` the time of a whole step is computed instead, for replicas of one GPU each with a slow network
+between them: that of the model and of the optimizer by assumed rates, and that of the bytes by the bandwidth. Latencies
+count nothing, nor does attention besides its matrices. An all-reduce is a ring, in which a rank sends 2 (n - 1) / n of
+the buffer. Dion's replicas each do all of the work. Dion2 is there twice: where its planner decides whether replicas
+share the work, and "alone", with ``share_replicas=False``.
 """
 
 import argparse
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -47,6 +55,7 @@ def llama(hidden: int, key_value: int, intermediate: int) -> list[Shape]:
 DEEPSEEK_ATTENTION = [(1536, 7168), (24576, 1536), (576, 7168), (32768, 512), (7168, 16384)]
 MODELS: dict[str, list[tuple[int, list[Shape]]]] = {
     # Layers of a kind, and the matrices of one: (out, in), or (experts, out, in), where gate and up are one.
+    "llama-3.2-1b": [(16, llama(2048, 512, 8192))],
     "llama-3-8b": [(32, llama(4096, 1024, 14336))],
     "llama-3-70b": [(80, llama(8192, 1024, 28672))],
     "llama-3-405b": [(126, llama(16384, 1024, 53248))],
@@ -58,6 +67,9 @@ MODELS: dict[str, list[tuple[int, list[Shape]]]] = {
         (58, [*DEEPSEEK_ATTENTION, (2048, 7168), (2048, 7168), (7168, 2048), (256, 4096, 7168), (256, 7168, 2048)]),
     ],
 }
+BESIDES_MATRICES = {"llama-3.2-1b": (128256 + 2 * 16 + 1) * 2048}
+"""Parameters of embeddings and norms, for models that fit on one GPU: what AdamW updates and replicas average."""
+
 MUON = 1.0
 DTYPE = torch.bfloat16
 SUM_BYTES = 8
@@ -74,6 +86,13 @@ SELECTED_FLOPS = 3
 
 NEURON_FLOPS = 3
 """More of Dion3, a selected entry: its square, their sum, and the neuron's factor."""
+
+MOVED = {"adamw": 28, "dion2": 24, "dion": 36}
+"""Bytes of memory read and written for a float32 entry. Dion2: M + G 12, |M| 4, weight decay 8. Dion: M + G 12, B Q and
+B^T P 4 each, M and X 8 each."""
+
+MOVED_SELECTED = 20
+"""More of Dion2, for a selected entry: momentum read, sent in bfloat16, decayed; the result read and applied."""
 
 SELECT = {"dion2": "shorter", "dion3": "output"}
 TITLES = {"dion2": "Dion2", "dion3": "Dion3"}
@@ -319,16 +338,173 @@ def report(model: str, algorithm: str, fraction: float, ranks: Sequence[int], gr
         )
 
 
+def assumed(default: Any, text: str) -> Any:
+    """Declare a field of :class:`SlowNetwork`, and an argument of the command line."""
+    return field(default=default, metadata={"text": text})
+
+
+@dataclass(frozen=True)
+class SlowNetwork:
+    """What is assumed of replicas of one GPU each, and of the network between them."""
+
+    replicas: int = assumed(8, "replicas, of one GPU each")
+    tokens: int = assumed(65536, "tokens of a replica in a step")
+    peak: float = assumed(989.0, "TFLOP/s, the GPU's peak in bfloat16")
+    mfu: float = assumed(0.4, "of the peak reached by the model, and by Dion2's products")
+    float32: float = assumed(40.0, "TFLOP/s of Dion's products, in float32")
+    qr: float = assumed(1.0, "TFLOP/s of Dion's exact QR, in float32")
+    memory: float = assumed(3.35, "TB/s of memory")
+    gradient_bytes: int = assumed(4, "bytes of a gradient's entry")
+    overlap: float = assumed(0.0, "of the model's time in which gradients travel too; 0.67 is the backward pass")
+
+
+@dataclass(frozen=True)
+class ReplicaStep:
+    """What a replica does in a step besides the model.
+
+    Attributes:
+        seconds: Of the optimizer's computation.
+        gradients: Bytes that it sends of gradients.
+        updates: Bytes that it sends in the optimizer's step.
+    """
+
+    seconds: float
+    gradients: float
+    updates: float = 0.0
+
+
+def dion_flops(shape: Shape, fraction: float) -> tuple[int, int]:
+    """Return the FLOPs of Dion's four products with a matrix, and of the QR of P, its orthonormal factor included."""
+    short, long = sorted(shape)
+    rank = selected_count(short, fraction)
+    return 8 * long * short * rank, 4 * long * rank**2 - 4 * rank**3 // 3
+
+
+def compressed_bytes(shapes: Sequence[Shape], fraction: float, gradient_bytes: int) -> tuple[int, int]:
+    """Return the bytes that Dion's replicas average with compressed synchronisation: of gradients, and of P and R.
+
+    P and R, in float32, take the place of a gradient where they are smaller.
+    """
+    sizes = [
+        (gradient_bytes * math.prod(shape), 4 * sum(shape) * selected_count(min(shape), fraction)) for shape in shapes
+    ]
+    gradients = sum(gradient for gradient, products in sizes if products >= gradient)
+    return gradients, sum(products for gradient, products in sizes if products < gradient)
+
+
+def ring(nbytes: float, replicas: int) -> float:
+    """Return what a rank sends in an all-reduce of a buffer."""
+    return 2 * (replicas - 1) / replicas * nbytes
+
+
+def replica_steps(
+    shapes: Sequence[Shape], others: int, fraction: float, network: SlowNetwork
+) -> dict[str, ReplicaStep]:
+    """Return what each optimizer does, by name.
+
+    Args:
+        shapes: Of the matrices.
+        others: Parameters that AdamW updates whatever updates the matrices.
+        fraction: Dion2's, and Dion's rank fraction.
+        network: What is assumed.
+    """
+    count, replicas = sum(map(math.prod, shapes)), network.replicas
+    gradients = ring(network.gradient_bytes * (count + others), replicas)
+
+    def moving(algorithm: str, more: float = 0.0) -> float:
+        return (MOVED["adamw"] * others + (MOVED[algorithm] + more) * count) / (network.memory * 1e12)
+
+    steps = {"AdamW": ReplicaStep(moving("adamw"), gradients)}
+    for name, sharing in (("Dion2", replicas), ("Dion2, alone", 1)):
+        simulated = simulate(shapes, Layout("", ranks=1, replicas=sharing), fraction)
+        products = max(simulated.owned) / (network.peak * network.mfu * 1e12)
+        norms = ring(sum_bytes(shapes, Layout("", 1), fraction, "dion2"), sharing)
+        seconds = moving("dion2", MOVED_SELECTED * fraction) + products
+        steps[name] = ReplicaStep(seconds, gradients, max(simulated.sent) + norms)
+    work = [dion_flops(shape, fraction) for shape in shapes]
+    products, factorizations = (sum(flops) for flops in zip(*work, strict=True))
+    seconds = moving("dion") + products / (network.float32 * 1e12) + factorizations / (network.qr * 1e12)
+    steps["Dion"] = ReplicaStep(seconds, gradients)
+
+    averaged, updates = compressed_bytes(shapes, fraction, network.gradient_bytes)
+    averaged += network.gradient_bytes * others
+    steps["Dion, compressed"] = ReplicaStep(seconds, ring(averaged, replicas), ring(updates, replicas))
+    return steps
+
+
+def model_seconds(parameters: int, network: SlowNetwork) -> float:
+    """Return the time of a forward and a backward pass: 6 FLOPs a parameter and token."""
+    return 6 * parameters * network.tokens / (network.peak * network.mfu * 1e12)
+
+
+def step_seconds(step: ReplicaStep, model: float, network: SlowNetwork, bandwidth: float) -> float:
+    """Return the time of a step at a bandwidth in Gbit/s, given the model's."""
+    gradients, updates = (8 * nbytes / (bandwidth * 1e9) for nbytes in (step.gradients, step.updates))
+    return model + step.seconds + max(0.0, gradients - network.overlap * model) + updates
+
+
+def break_even(compressed: ReplicaStep, full: ReplicaStep, model: float, network: SlowNetwork) -> float:
+    """Return the bandwidth in Gbit/s, from 0.001 to 100,000, below which the first one is faster; infinite if above."""
+    low, high = 1e-3, 1e5
+    if step_seconds(compressed, model, network, high) < step_seconds(full, model, network, high):
+        return math.inf
+    while high > 1.0001 * low:
+        middle = math.sqrt(low * high)
+        first, second = (step_seconds(step, model, network, middle) for step in (compressed, full))
+        low, high = (middle, high) if first < second else (low, middle)
+    return low
+
+
+def report_slow_network(model: str, fraction: float, network: SlowNetwork, bandwidths: Sequence[float]) -> None:
+    """Print a table of one model: what each optimizer needs, and its time of a step at each bandwidth."""
+    shapes, others = parameters(model), BESIDES_MATRICES[model]
+    count = sum(map(math.prod, shapes)) + others
+    model_time = model_seconds(count, network)
+    steps = replica_steps(shapes, others, fraction, network)
+    print(f"\n{model}, {count / 1e9:.2f}B parameters; fractions and ranks of {fraction:g}. Assumed:")
+    for each in fields(network):
+        print(f"  {getattr(network, each.name):<8g}{each.metadata['text']}")
+    print(f"{'':24}{''.join(f'{name:>18}' for name in steps)}")
+
+    def line(title: str, numbers: Sequence[float], marked: bool = False) -> None:
+        print(
+            f"{title:24}"
+            + "".join(f"{f'{each:.3f}' + '*' * (marked and each == min(numbers)):>18}" for each in numbers)
+        )
+
+    line("model, s", [model_time] * len(steps))
+    line("optimizer, s", [step.seconds for step in steps.values()])
+    line("sent by a replica, GB", [(step.gradients + step.updates) / 1e9 for step in steps.values()])
+    for bandwidth in bandwidths:
+        times = [step_seconds(step, model_time, network, bandwidth) for step in steps.values()]
+        line(f"step at {bandwidth:g} Gbit/s, s", times, marked=True)
+    compressed = steps.pop("Dion, compressed")
+    line("compressed wins below", [break_even(compressed, step, model_time, network) for step in steps.values()])
+    print("* the fastest; the last line is in Gbit/s")
+
+
 def main() -> None:
     """Simulate what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="default: all")
+    parser.add_argument("--models", choices=MODELS, nargs="+", help="default: all; with --between those for one GPU")
     parser.add_argument("--algorithm", choices=SELECT, default="dion2", help="default: dion2")
     parser.add_argument("--fraction", type=float, default=0.25, help="default: 0.25")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2**power for power in range(3, 13)])
     parser.add_argument("--groups", type=int, nargs="*", default=[8, 64], help="shard groups of HSDP (default: 8 64)")
+    parser.add_argument("--between", type=float, nargs="+", help="Gbit/s between replicas: times of a whole step")
+    assumptions = parser.add_argument_group("what --between assumes")
+    for each in fields(SlowNetwork):
+        flag, text = f"--{each.name.replace('_', '-')}", f"{each.metadata['text']} (default: {each.default})"
+        assumptions.add_argument(flag, type=type(each.default), default=each.default, help=text)
     arguments = parser.parse_args()
-    for model in arguments.models:
+    if arguments.between:
+        network = SlowNetwork(**{each.name: getattr(arguments, each.name) for each in fields(SlowNetwork)})
+        for model in arguments.models or BESIDES_MATRICES:
+            if model not in BESIDES_MATRICES:
+                parser.error(f"--between needs a model that fits on one GPU: {', '.join(BESIDES_MATRICES)}")
+            report_slow_network(model, arguments.fraction, network, arguments.between)
+        return
+    for model in arguments.models or MODELS:
         report(model, arguments.algorithm, arguments.fraction, arguments.ranks, arguments.groups)
 
 

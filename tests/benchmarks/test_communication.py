@@ -1,11 +1,12 @@
 """The traffic of a step, counted on 2 and 4 ranks."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from benchmarks.communication import Case, Traffic, measure
-from benchmarks.scale import Layout, simulate
+from benchmarks.scale import Layout, compressed_bytes, simulate
 from benchmarks.step import LAYERS
 
 WHOLE = Case("fsdp2", layers=2, fraction=1.0, steps=1)
@@ -19,19 +20,23 @@ HYBRID_WHOLE = replace(WHOLE, layout="hsdp", dtype="bfloat16")
 HALF_PRECISION = replace(WHOLE, dtype="bfloat16")
 NORMALIZED = replace(QUARTER, algorithm="dion3")
 FEW_SLICES = replace(HALF_PRECISION, fraction=0.125)  # 24 of a key's 192 rows: too few for products in bfloat16
+AVERAGED = Case("ddp", layers=1, fraction=0.125, algorithm="dion", steps=1, sync="full")
+COMPRESSED = [replace(AVERAGED, sync="compressed", fraction=fraction) for fraction in (0.5, 0.25, 0.125)]
+SYNCHRONISED = [AVERAGED, *COMPRESSED]
+SYNCHRONISED_SHARDS = [replace(case, layout="hsdp") for case in SYNCHRONISED]
 
 Measured = dict[Case, list[Traffic]]
 
 
 @pytest.fixture(scope="module")
 def on_2() -> Measured:
-    cases = [WHOLE, *PARTS, MORE_LAYERS, TENSOR_PARALLEL, REPLICATED, NORMALIZED]
+    cases = [WHOLE, *PARTS, MORE_LAYERS, TENSOR_PARALLEL, REPLICATED, NORMALIZED, *SYNCHRONISED]
     return dict(zip(cases, measure(2, cases), strict=True))
 
 
 @pytest.fixture(scope="module")
 def on_4() -> Measured:
-    cases = [WHOLE, *PARTS, HYBRID, HYBRID_WHOLE, HALF_PRECISION, FEW_SLICES]
+    cases = [WHOLE, *PARTS, HYBRID, HYBRID_WHOLE, HALF_PRECISION, FEW_SLICES, *SYNCHRONISED, *SYNCHRONISED_SHARDS]
     return dict(zip(cases, measure(4, cases), strict=True))
 
 
@@ -95,3 +100,28 @@ def test_simulation_predicts_what_is_counted(on_4: Measured) -> None:
     assert [traffic.submatrices for traffic in on_4[HALF_PRECISION]] == step.sent
     hybrid = simulate(LAYERS["smollm2-135m"] * HYBRID_WHOLE.layers, Layout("", ranks=2, replicas=2), fraction=1.0)
     assert [traffic.submatrices for traffic in on_4[HYBRID_WHOLE]] == hybrid.sent
+
+
+@pytest.mark.parametrize("case", COMPRESSED, ids=lambda case: f"{case.fraction:g}")
+@pytest.mark.parametrize(("measured", "layout"), [("on_2", "ddp"), ("on_4", "ddp"), ("on_4", "hsdp")])
+def test_compressed_synchronisation(case: Case, measured: str, layout: str, request: pytest.FixtureRequest) -> None:
+    """P and R against the gradient, each rank its share; and of a square matrix at a half, the gradient."""
+    traffic: Measured = request.getfixturevalue(measured)
+    full, compressed = (traffic[replace(each, layout=layout)] for each in (AVERAGED, case))
+    gradients = [math.prod(shape) for shape in LAYERS["smollm2-135m"]]
+    products = [sum(shape) * case.fraction * min(shape) for shape in LAYERS["smollm2-135m"]]
+    expected = sum(map(min, products, gradients)) / sum(gradients)
+    for one, other in zip(full, compressed, strict=True):
+        assert other.to_replicas / one.to_replicas == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "hsdp"])
+def test_computed_bytes_of_replicas_are_counted(on_4: Measured, layout: str) -> None:
+    """But for a word or two a matrix: of checksums, and of which gradients there are."""
+    shapes, shards = LAYERS["smollm2-135m"], 2 if layout == "hsdp" else 1
+    for case in SYNCHRONISED:
+        computed = 4 * sum(map(math.prod, shapes))
+        if case.sync == "compressed":
+            computed = sum(compressed_bytes(shapes, case.fraction, gradient_bytes=4))
+        for traffic in on_4[replace(case, layout=layout)]:
+            assert 0 <= traffic.to_replicas - computed / shards <= 16 * len(shapes)

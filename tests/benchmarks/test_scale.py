@@ -1,13 +1,40 @@
 """The simulation of large models."""
 
 import itertools
+import math
 import random
+import sys
+from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 
-from benchmarks.scale import MODELS, Layout, imbalance, is_ruled_out, parameters, shard, simulate, verdict
+from benchmarks.scale import (
+    BESIDES_MATRICES,
+    MODELS,
+    Layout,
+    ReplicaStep,
+    SlowNetwork,
+    break_even,
+    compressed_bytes,
+    dion_flops,
+    imbalance,
+    is_ruled_out,
+    main,
+    model_seconds,
+    parameters,
+    replica_steps,
+    shard,
+    simulate,
+    step_seconds,
+    verdict,
+)
+from dion2_lightning import Dion2
 
 RANKS = [2**power for power in range(3, 13)]
+SLOW = SlowNetwork(replicas=4, tokens=10, peak=2e-6, mfu=0.5, float32=1e-6, qr=1e-6, memory=1e-6)
+"""A million FLOPs and bytes a second."""
 
 
 def stacks(model: str) -> int:
@@ -82,3 +109,70 @@ def test_replicas_share_the_work_and_send_less_within_a_group() -> None:
 def test_shards_of_fewer_rows_than_ranks() -> None:
     assert shard(3, 4) == [(0, 1), (1, 2), (2, 3), (3, 3)]
     assert shard(5, 4) == [(0, 2), (2, 4), (4, 5), (5, 5)]
+
+
+def test_steps_of_replicas_by_hand() -> None:
+    """A matrix (200, 100) at a rank of 25, and 5,000 other parameters."""
+    assert dion_flops((200, 100), 0.25) == (4_000_000, 479_167)
+    assert compressed_bytes([(200, 100)], 0.25, gradient_bytes=4) == (0, 4 * 300 * 25)
+    steps = replica_steps([(200, 100)], others=5000, fraction=0.25, network=SLOW)
+    gradients = 1.5 * 4 * 25_000
+    expected = {
+        "AdamW": ReplicaStep(0.7, gradients),
+        "Dion2, alone": ReplicaStep(0.72 + 2.65625, gradients),
+        "Dion": ReplicaStep(0.86 + 4.0 + 0.479167, gradients),
+        "Dion, compressed": ReplicaStep(0.86 + 4.0 + 0.479167, 1.5 * 4 * 5000, 1.5 * 4 * 300 * 25),
+    }
+    for name, step in expected.items():
+        assert vars(steps[name]) == pytest.approx(vars(step)), name
+
+    model = model_seconds(25_000, SLOW)
+    assert model == pytest.approx(1.5)
+    overlapping = replace(SLOW, overlap=0.5)
+    for network, adamw, dion in ((SLOW, 3.4, 7.439167), (overlapping, 2.65, 7.199167)):
+        assert step_seconds(steps["AdamW"], model, network, bandwidth=1e-3) == pytest.approx(adamw)
+        assert step_seconds(steps["Dion, compressed"], model, network, bandwidth=1e-3) == pytest.approx(dion)
+
+
+def test_gradients_that_are_no_larger_are_averaged() -> None:
+    """A square at half rank; and in half precision P and R have twice the bytes of as many numbers."""
+    assert compressed_bytes([(64, 64), (96, 32)], 0.5, gradient_bytes=4) == (4 * 64 * 64, 4 * 128 * 16)
+    assert compressed_bytes([(64, 64), (96, 32)], 0.25, gradient_bytes=2) == (2 * 64 * 64, 4 * 128 * 8)
+
+
+def test_break_even_by_hand() -> None:
+    compressed, full = ReplicaStep(2.0, 0.0, 1e9), ReplicaStep(1.0, 3e9)
+    assert break_even(compressed, full, 2.0, SLOW) == pytest.approx(16, rel=1e-3)
+    assert break_even(compressed, full, 2.0, replace(SLOW, overlap=0.5)) == pytest.approx(8, rel=1e-3)
+    assert break_even(replace(compressed, seconds=1.0), full, 2.0, SLOW) == math.inf
+
+
+def test_replicas_that_share_gather_results() -> None:
+    """In bfloat16, to seven others; and a norm of every slice."""
+    shapes = parameters("llama-3.2-1b")
+    steps = replica_steps(shapes, BESIDES_MATRICES["llama-3.2-1b"], 0.25, SlowNetwork())
+    results = 7 * 2 * sum(map(math.prod, shapes)) // 4 // 8
+    assert steps["Dion2"].updates == pytest.approx(results, rel=0.01)
+    assert steps["Dion2"].gradients == steps["Dion2, alone"].gradients
+
+
+@pytest.mark.parametrize("shape", [(48, 20), (20, 48), (32, 32)])
+def test_products_of_a_real_step_of_dion(shape: tuple[int, int]) -> None:
+    parameter = torch.nn.Parameter(torch.randn(shape))
+    optimizer = Dion2([{"params": [parameter], "algorithm": "dion", "rank_fraction": 0.25}])
+    parameter.grad = torch.randn(shape)
+    in_place = {torch.ops.aten.baddbmm_: lambda *shapes, out_shape: baddbmm_flop(*shapes)}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == dion_flops(shape, 0.25)[0]
+
+
+def test_table_of_a_slow_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The faster the network, the less a step with compressed gradients gains."""
+    monkeypatch.setattr(sys, "argv", ["scale", "--between", "1", "1000", "--replicas", "2"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    slow, fast = (next(line for line in lines if line.startswith(f"step at {each} Gbit/s")) for each in (1, 1000))
+    assert slow.endswith("*")
+    assert not fast.endswith("*")
+    assert any(line.split()[:2] == ["2", "replicas,"] for line in lines)
