@@ -217,6 +217,7 @@ class Matrices(nn.Module):
 def synchronised_traffic_of(case: Case, mesh: DeviceMesh) -> Traffic:
     """Count what this rank sends in backward passes and steps of Dion, whose gradients differ between replicas."""
     group = mesh.get_group("replicas" if case.layout == "hsdp" else None)
+    torch.manual_seed(0)  # FSDP2 does not give replicas the same weights
     model: nn.Module = Matrices(case.layers)
     if case.layout == "ddp":
         model = DistributedDataParallel(model)
