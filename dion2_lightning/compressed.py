@@ -99,7 +99,7 @@ class CompressedReplicas:
         trained = [(parameter, label) for _, parameter, label in labelled if parameter.requires_grad]
         average_gradients([each for each, _ in trained if is_dtensor(each) and each not in compressed], process_group)
         averaged = [each for each in trained if not is_dtensor(each[0]) and each[0] not in compressed]
-        if self._is_checked:
+        if self._is_checked or not trained:
             refuse_scaled(averaged, process_group)
             return
         everything = [*averaged, *((parameter, label) for parameter, label in trained if parameter in compressed)]
