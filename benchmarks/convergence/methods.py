@@ -14,7 +14,7 @@ class Method:
     Attributes:
         name: In records and tables.
         algorithm: For `build_optimizer`.
-        fraction: Of each matrix.
+        fraction: Of each matrix; of Dion its rank, as a share of the shorter axis.
         select: Which slices Dion2 selects from; None where the algorithm says it.
         lora: Which LoRA factors count as matrices.
         has_rest: Whether there is anything that is no matrix, so that `adamw_lr` has an effect.
@@ -36,7 +36,8 @@ class Method:
     @property
     def settings(self) -> dict[str, Any]:
         select = {} if self.select is None else {"select": self.select}
-        return {"algorithm": self.algorithm, "fraction": self.fraction, "lora": self.lora, **select}
+        fraction = "rank_fraction" if self.algorithm == "dion" else "fraction"
+        return {"algorithm": self.algorithm, fraction: self.fraction, "lora": self.lora, **select}
 
     @property
     def momenta(self) -> dict[str, float]:
@@ -86,6 +87,8 @@ DION2_OUTPUTS = Method("Dion2 1/4, outputs", "dion2", 1 / 4, select="output", li
 DION3_HALF = Method("Dion3 1/2", "dion3", 1 / 2, like="Dion3 1/4")
 DION3_QUARTER = Method("Dion3 1/4", "dion3", 1 / 4)
 DION3_EIGHTH = Method("Dion3 1/8", "dion3", 1 / 8, like="Dion3 1/4")
+DION_HALF = Method("Dion 1/2", "dion", 1 / 2, like="Dion 1/4")
+DION_QUARTER = Method("Dion 1/4", "dion", 1 / 4)
 ADAMW_LORA = Method("AdamW", "adamw", lora="both", has_rest=False)
 DION2_QUARTER_LORA = Method("Dion2 1/4, A and B", "dion2", 1 / 4, lora="both", has_rest=False)
 DION2_QUARTER_LORA_B = Method("Dion2 1/4, B alone", "dion2", 1 / 4, lora="B", like=DION2_QUARTER_LORA.name)

@@ -179,21 +179,21 @@ def best_loss(rows: list[Outcome]) -> float:
 def draw(task: Task, records: list[Record], file: Path) -> None:
     """Draws the held-out loss against steps and against time, in units of the baseline's run."""
     rows = [row for row in outcomes(task, records) if row.is_best]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
-    for row in rows:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
+    for row, color in zip(rows, plt.get_cmap("tab20").colors, strict=False):  # type: ignore[attr-defined]
         steps = [point["step"] for point in row.records[0]["curve"]]
         losses = [[_known(point["loss"]) for point in record["curve"]] for record in row.records]
         mean = [statistics.fmean(each) for each in zip(*losses, strict=True)]
         for axis, scale in zip(axes, (1.0, (row.time_ratio or float("nan")) / task.steps), strict=True):
-            [line] = axis.plot([step * scale for step in steps], mean, label=row.method.name)
+            axis.plot([step * scale for step in steps], mean, color=color, label=row.method.name)
             low, high = ([pick(each) for each in zip(*losses, strict=True)] for pick in (min, max))
-            axis.fill_between([step * scale for step in steps], low, high, color=line.get_color(), alpha=0.2, lw=0)
+            axis.fill_between([step * scale for step in steps], low, high, color=color, alpha=0.2, lw=0)
     for axis in axes:
         axis.axhline(best_loss(rows), color="grey", lw=0.8, ls=":")
         axis.grid(alpha=0.3)
     axes[0].set(xlabel="step", ylabel="held-out loss", ylim=_view(rows))
     axes[1].set(xlabel=f"time, in runs of {BASELINE}")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(f"{task.title} (mean of {len(rows[0].records)} seeds, from lowest to highest)", fontsize=10)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130, metadata={"Software": None})

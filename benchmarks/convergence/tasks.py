@@ -48,6 +48,8 @@ from benchmarks.convergence.methods import (
     DION3_EIGHTH,
     DION3_HALF,
     DION3_QUARTER,
+    DION_HALF,
+    DION_QUARTER,
     MUON,
     Candidate,
     Method,
@@ -119,13 +121,14 @@ class Pretraining(Task):
     title = "Pretraining: byte-level Llama, from scratch"
     methods = (
         *(ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_OUTPUTS, DION2_EIGHTH),
-        *(DION3_HALF, DION3_QUARTER, DION3_EIGHTH),
+        *(DION3_HALF, DION3_QUARTER, DION3_EIGHTH, DION_HALF, DION_QUARTER),
     )
     starts: ClassVar = {
         "adamw": Candidate(2e-3, 2e-3),
         "muon": Candidate(3e-3, 3e-3),
         "dion2": Candidate(3e-3, 3e-3),
         "dion3": Candidate(3e-3, 3e-3),
+        "dion": Candidate(3e-3, 3e-3),
     }
 
     length: int = 128
@@ -186,11 +189,16 @@ class Classification(Task):
 
     name = "classification"
     title = "Fine-tuning: MiniLM-L6, 8-way text classification"
-    methods = (ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_EIGHTH)
+    methods = (
+        *(ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_OUTPUTS, DION2_EIGHTH),
+        *(DION3_HALF, DION3_QUARTER, DION3_EIGHTH, DION_HALF, DION_QUARTER),
+    )
     starts: ClassVar = {
         "adamw": Candidate(4e-4, 8e-4),
         "muon": Candidate(8e-4, 8e-4),
         "dion2": Candidate(1.6e-3, 1.6e-3),
+        "dion3": Candidate(1.6e-3, 1.6e-3),
+        "dion": Candidate(1.6e-3, 1.6e-3),
     }
 
     max_length: int = 64
