@@ -151,6 +151,41 @@ def test_lightning(tmp_path: Path) -> None:
     run_like_torchrun(2, check_lightning, tmp_path)
 
 
+class ShardedLlama(Llama):
+    """HSDP: sharded over one dimension of a mesh of its own, and the optimizer knows of the other one."""
+
+    def configure_model(self) -> None:
+        self.mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        for layer in self.model.model.layers:
+            fully_shard(layer, mesh=self.mesh["shard"])
+        fully_shard(self.model, mesh=self.mesh["shard"])
+
+    def configure_optimizers(self) -> Any:
+        group = self.mesh["replicate"].get_group()
+        return watched(build_optimizer(self, **DION, strategy=group), group)
+
+    def train_dataloader(self) -> DataLoader:
+        pieces = Sequences(STEPS * ACCUMULATED)
+        sampler: Any = DistributedSampler(pieces, shuffle=False, **self.trainer.distributed_sampler_kwargs)
+        return DataLoader(pieces, batch_size=1, sampler=sampler)
+
+
+def check_sharded_lightning(folder: Path) -> None:
+    module = ShardedLlama()
+    chosen = {"gradient_clip_val": None, "accumulate_grad_batches": ACCUMULATED}
+    trainer = lightning_training.make_trainer("FSDP2, 4 ranks", STEPS, **chosen)
+    trainer.fit(module)
+    assert_as_expected(module.model, in_a_row, is_inside=True)
+    with pytest.raises(RuntimeError, match=r"call optimizer\.synchronize\(\) on every rank first"):
+        trainer.save_checkpoint(folder / "refused.ckpt")
+    unwrapped(trainer.optimizers[0]).synchronize()
+    trainer.save_checkpoint(folder / "saved.ckpt")
+
+
+def test_lightning_on_shards(tmp_path: Path) -> None:
+    run_like_torchrun(4, check_sharded_lightning, tmp_path)
+
+
 def run_accelerate(folder: Path, resumes: bool) -> tuple[nn.Module, Dion2]:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
     # What a seed has made of one rank is sent to the others by DDP, and what DDP ignores by the optimizer.
