@@ -200,8 +200,9 @@ def _changed_settings(saved_groups: Sequence[Group], groups: Sequence[Group], gi
             saved["lr"], asked["lr"] = old["initial_lr"], group["initial_lr"]
         elif "initial_lr" in old or "initial_lr" in group:
             asked.pop("lr", None)
-        for name in asked.keys() - algorithm_of(group).settings_of_run:
-            value = asked[name]
+        for name, value in asked.items():
+            if name in algorithm_of(group).settings_of_run:
+                continue
             found = saved.get(name, value)
             if _without_lists(found) != _without_lists(value):
                 changes.setdefault(f"{name} {found!r} instead of {value!r}", []).append(repr(old.get("name")))

@@ -112,7 +112,7 @@ def check_of_dion(name: str, parameters: dict[str, nn.Parameter], **settings: An
 
 
 def check_messages_of_dion() -> None:
-    """A step with metrics has one more for each way to hold a matrix, of (2 r)^2 + 1 entries a matrix."""
+    """A step with metrics has one more for each way to hold a matrix, of (2 r)^2 + 2 entries a matrix."""
     mesh = init_device_mesh("cpu", (2,))
     weights = [nn.Parameter(place(torch.zeros(shape), mesh, (Shard(0),))) for shape in ((96, 24), (24, 96))]
     optimizer = Dion2([{"params": weights, "algorithm": "dion"}], lr=0.1)
@@ -128,7 +128,7 @@ def check_messages_of_dion() -> None:
         sent.append((calls.call_count, sum(call.args[0].numel() for call in calls.call_args_list)))
         tracker.pop_metrics()
     assert sent[1] == sent[3]
-    assert (sent[2][0] - sent[1][0], sent[2][1] - sent[1][1]) == (2, 2 * (1 + 12**2))
+    assert (sent[2][0] - sent[1][0], sent[2][1] - sent[1][1]) == (2, 2 * (2 + 12**2))
 
 
 def check_all_layouts(ranks: int) -> None:
