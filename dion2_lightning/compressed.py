@@ -78,6 +78,14 @@ class CompressedReplicas:
         self.momenta_differ = False
         self._is_checked = False
 
+    def refuse_change(self, groups: Groups) -> None:
+        """Refuse groups that no longer say that replicas have state of their own, while they have."""
+        if self.momenta_differ and not is_compressing(groups):
+            raise RuntimeError(
+                "sync was changed from 'compressed' to 'full' in the groups, and replicas have momenta of their own: "
+                "set it back, save a checkpoint, and load that into an optimizer that is built with sync='full'"
+            )
+
     def refuse_other_weights(self, labelled: Sequence[Labelled], process_group: "ProcessGroup") -> None:
         """Refuse replicas that begin with different weights; nothing would ever bring them together."""
         self._is_checked = False
@@ -120,6 +128,7 @@ class CompressedReplicas:
         self, groups: Groups, state: Mapping[Tensor, Mapping[str, Tensor]], process_group: "ProcessGroup | None"
     ) -> None:
         """Average what replicas keep apart."""
+        self.refuse_change(groups)
         if not self.momenta_differ or process_group is None:
             return
         apart = [

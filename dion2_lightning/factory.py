@@ -22,7 +22,7 @@ from dion2_lightning.algorithms.hyperparameters import (
     setting,
     takes,
 )
-from dion2_lightning.compressed import refuse_without_replicas
+from dion2_lightning.compressed import compressed_parameters, refuse_without_replicas
 from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.distributed.replicas import leave_to_ddp, leave_to_optimizer
 from dion2_lightning.distributed.strategies import (
@@ -289,16 +289,17 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
 def _share_out_averaging(optimizer: Dion2, model: nn.Module, strategy: object | None) -> None:
     """Say to DDP which gradients it averages over replicas, and which are the optimizer's."""
     module = ddp_of(model, strategy) or model
-    compressed = [parameter for parameter in optimizer.replicas() if not is_dtensor(parameter)]
+    compressed = [parameter for _, parameter in compressed_parameters(optimizer.param_groups)]
     others = {parameter for group in optimizer.param_groups for parameter in group["params"]}.difference(compressed)
     leave_to_ddp(module, others)
     if not optimizer.is_compressing:
         return
     group = refuse_without_replicas([], optimizer.process_group, optimizer.share_replicas)
     refuse_scaling_by_replica(strategy)
-    weakref.finalize(optimizer, leave_to_optimizer(module, compressed, group))
+    plain_ones = [parameter for parameter in compressed if not is_dtensor(parameter)]
+    weakref.finalize(optimizer, leave_to_optimizer(module, plain_ones, group)).atexit = False
     call_before_saving(strategy, optimizer.synchronize)
-    if not optimizer.replicas() and is_first_rank():
+    if not compressed and is_first_rank():
         warnings.warn(
             "sync='compressed' compresses nothing: no matrix has P and R of fewer bytes than its gradient; "
             "a lower rank_fraction makes them smaller",

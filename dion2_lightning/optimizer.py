@@ -205,11 +205,7 @@ class MatrixOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_after_failure()
-        if self._compressed.momenta_differ and not self.is_compressing:
-            raise RuntimeError(
-                "sync was changed from 'compressed' to 'full' in the groups, and replicas have momenta of their own: "
-                "save a checkpoint, and load it into an optimizer that is built with sync='full'"
-            )
+        self._compressed.refuse_change(self.param_groups)
         self._check_placements()
         self._check_agreement()
         self._check_gradients()

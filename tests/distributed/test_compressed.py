@@ -485,8 +485,11 @@ def check_errors() -> None:
     for each in optimizer.param_groups:
         if "sync" in each:
             each["sync"] = "full"
-    with pytest.raises(RuntimeError, match="sync was changed from 'compressed' to 'full'"):
-        optimizer.step()
+    for use in (optimizer.step, optimizer.synchronize):
+        with pytest.raises(RuntimeError, match="sync was changed from 'compressed' to 'full'"):
+            use()
+    with pytest.raises(RuntimeError, match="replicas have momenta of their own"):
+        optimizer.state_dict()
     with pytest.raises(ValueError, match=r"sync must be one of 'full', 'compressed', got 'half'"):
         optimizer_of(plain(), group, sync="half")
     with pytest.raises(ValueError, match="max_grad_norm must be over 0 and finite, got 0; None switches it off"):
