@@ -3,26 +3,43 @@
 The optimizer, checkpoints, checks and statistics ask these objects and name no algorithm.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dion2_lightning.algorithms.hyperparameters import SharedSettings, check_values, checks_of, defaults_of, flag
+from dion2_lightning.algorithms.hyperparameters import (
+    Check,
+    SharedSettings,
+    check_values,
+    checks_of,
+    defaults_of,
+    flag,
+)
 from dion2_lightning.distributed.overlap import WaitingStep
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, placed
+from dion2_lightning.matrices.splits import WHOLE, blocks_of, check_splits, misfit
 from dion2_lightning.matrices.views import Matrices, Observed
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
 
 Orthonormalize = Callable[[Tensor], Tensor]
+
+STORAGE: Final[dict[str, tuple[Any, Check]]] = {
+    "batched": (False, flag),
+    "transposed": (False, flag),
+    "convolution": (False, flag),
+    "splits": (WHOLE, check_splits),
+}
+"""Entries of a group that say how its matrices are stored, with their defaults and checks."""
 
 
 class Observer(Protocol):
@@ -204,7 +221,7 @@ class Algorithm(ABC):
 
     def entries(self) -> dict[str, Any]:
         """Return the entries of a group that say how its parameters are stored, with their defaults."""
-        return {"batched": False, "transposed": False} if self.needs_matrices else {}
+        return {name: default for name, (default, _) in STORAGE.items()} if self.needs_matrices else {}
 
     def defaults(self) -> dict[str, Any]:
         """Return what a group holds when it says nothing: settings and entries."""
@@ -212,7 +229,8 @@ class Algorithm(ABC):
 
     def check_settings(self, values: Mapping[str, Any], prefix: str = "") -> None:
         """Raise an error about values that a setting or an entry cannot have; see :func:`check_values`."""
-        check_values(values, {**checks_of(self.settings), **dict.fromkeys(self.entries(), flag)}, prefix)
+        of_storage = {name: STORAGE[name][1] for name in self.entries()}
+        check_values(values, {**checks_of(self.settings), **of_storage}, prefix)
 
     def check_parameter(self, parameter: Tensor, label: str, group: Mapping[str, Any]) -> None:
         """Raise an error about a parameter that cannot be updated, when it is added, and before every step.
@@ -277,10 +295,28 @@ def check_matrix(parameter: Tensor, label: str, group: Mapping[str, Any], algori
     """Raise an error where a parameter is no matrix, or no stack of matrices in a group that is ``batched``."""
     if parameter.numel() == 0:
         raise ValueError(f"{label} has no entries, so there is no matrix to update; leave it out")
-    if parameter.ndim == (3 if group["batched"] else 2):
+    is_batched, is_convolution, shape = group["batched"], group["convolution"], tuple(parameter.shape)
+    if is_batched and is_convolution:
+        raise ValueError(f"{label} cannot be batched and a convolution; leave one of both out of its group")
+    if parameter.ndim in ((3, 4, 5) if is_convolution else (3,) if is_batched else (2,)):
+        rows, columns = (shape[0], math.prod(shape[1:])) if is_convolution else shape[-2:]
+        wrong = misfit(group["splits"], (columns, rows) if group["transposed"] else (rows, columns))
+        if wrong is None and is_batched and any(block.matrices > 1 for block in blocks_of(group["splits"])):
+            wrong = "a stack of matrices cannot be split into stacks; give blocks of one matrix each"
+        if wrong is not None:
+            raise ValueError(f"{label} is not what its splits say: {wrong}")
         return
-    form = "a stack of matrices (count, rows, columns)" if group["batched"] else "a matrix"
-    hint = "; for a stack of matrices set batched=True in its group" if parameter.ndim == 3 else ""
+    form, hint = "a matrix", ""
+    if is_convolution:
+        form = "the kernel of a convolution (out, in, taps, ...)"
+    elif is_batched:
+        form = "a stack of matrices (count, rows, columns)"
+        if parameter.ndim == 2:
+            hint = f"; where its rows are those of several, say so: splits='expert 8*{max(1, shape[0] // 8)}' for 8"
+    elif parameter.ndim == 3:
+        hint = "; for a stack of matrices set batched=True in its group, for a convolution convolution=True"
+    elif parameter.ndim > 3:
+        hint = "; for a convolution set convolution=True in its group"
     raise ValueError(
         f"{label} is not {form}, which algorithm {algorithm!r} needs; put it into a group with algorithm='adamw', or "
         f"let build_optimizer(model, lr=...) split the model{hint}"

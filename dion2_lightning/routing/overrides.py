@@ -9,28 +9,28 @@ from typing import Any
 from torch import nn
 
 from dion2_lightning.algorithms import ALGORITHMS, has_setting
+from dion2_lightning.algorithms.algorithm import STORAGE
+from dion2_lightning.algorithms.hyperparameters import check_values
 from dion2_lightning.parameter_groups import check_parameters
 from dion2_lightning.routing.model_tree import ModelTree, collapse_numbers
 
 
 @dataclass(frozen=True)
 class Override:
-    """One entry of ``overrides``. None leaves a property as it was.
+    """One entry of ``overrides``.
 
     Attributes:
         position: Its place among the overrides.
         pattern: Shell pattern of parameter names.
-        algorithm: Name of an algorithm.
-        transposed: Whether a matrix is stored as (in, out).
-        batched: Whether the leading axis counts matrices.
+        algorithm: Name of an algorithm; None leaves it as it was.
+        storage: How matrices are stored: entries of a group that :data:`STORAGE` has.
         options: Entries for a parameter group.
     """
 
     position: int
     pattern: str
     algorithm: str | None
-    transposed: bool | None
-    batched: bool | None
+    storage: Mapping[str, Any]
     options: Mapping[str, Any]
 
     def options_for(self, algorithm: str) -> dict[str, Any]:
@@ -71,9 +71,11 @@ def assign_overrides(overrides: Sequence[Override], tree: ModelTree) -> dict[nn.
     return assigned
 
 
-def check_matrices(parameter: nn.Parameter, name: str, batched: bool, override: Override, algorithm: str) -> None:
+def check_matrices(
+    parameter: nn.Parameter, name: str, storage: Mapping[str, Any], override: Override, algorithm: str
+) -> None:
     """Refuse an override that sends to an algorithm for matrices what holds none."""
-    group = {**ALGORITHMS[algorithm].defaults(), "algorithm": algorithm, "batched": batched}
+    group = {**ALGORITHMS[algorithm].defaults(), "algorithm": algorithm, **storage}
     members = {"params": [parameter], "param_names": [name]}
     check_parameters(group | members, (), f"override {override.pattern!r}: ")
 
@@ -91,11 +93,9 @@ def _parse(position: int, pattern: str, value: object) -> Override:
         )
     if reserved := options.keys() & {"params", "param_names", "name"}:
         raise ValueError(f"override {pattern!r}: {', '.join(sorted(reserved))} cannot be set, routing does that")
-    flags = {key: options.pop(key, None) for key in ("transposed", "batched")}
-    for key, flag in flags.items():
-        if flag is not None and not isinstance(flag, bool):
-            raise ValueError(f"override {pattern!r}: {key} must be True or False, got {flag!r}")
-    return Override(position, pattern, algorithm, **flags, options=options)
+    storage = {key: options.pop(key) for key in STORAGE if key in options}
+    check_values(storage, {key: STORAGE[key][1] for key in storage}, f"override {pattern!r}: ")
+    return Override(position, pattern, algorithm, storage, options)
 
 
 def _why_no_effect(

@@ -12,7 +12,9 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from dion2_lightning.algorithms import ALGORITHMS, DEFAULT_MATRICES, DEFAULT_REST
+from dion2_lightning.algorithms.algorithm import STORAGE
 from dion2_lightning.algorithms.hyperparameters import one_of
+from dion2_lightning.matrices.splits import WHOLE, blocks_of
 from dion2_lightning.routing.model_tree import ModulePath, read_model
 from dion2_lightning.routing.overrides import Override, assign_overrides, check_matrices, parse_overrides
 from dion2_lightning.routing.report import decision_table, notes, total_line, total_table, why_no_matrices
@@ -42,6 +44,8 @@ class Decision:
         as_matrices: Whether it is trained as a matrix or a stack of them, by its role or an override.
         transposed: Whether a matrix is stored as (in, out).
         batched: Whether the leading axis counts matrices.
+        convolution: Whether the axes from the third on are those of a kernel.
+        splits: Which matrices lie side by side in it, as a text: see matrices/splits.py.
         decays: Whether its group's weight decay applies to it.
         override: The override that brings options for its group, None without one.
     """
@@ -54,6 +58,8 @@ class Decision:
     as_matrices: bool = False
     transposed: bool = False
     batched: bool = False
+    convolution: bool = False
+    splits: str = WHOLE
     decays: bool = False
     override: Override | None = None
 
@@ -61,6 +67,11 @@ class Decision:
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole parameter, also where it is sharded."""
         return tuple(self.parameter.shape)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the matrices that lie side by side in it; empty where it is one."""
+        return tuple(block.name for block in blocks_of(self.splits))
 
     @property
     def group(self) -> str | None:
@@ -71,6 +82,8 @@ class Decision:
             # An algorithm for any shape may train the rest too, so the group name says "matrices".
             "matrices": self.as_matrices and not ALGORITHMS[self.algorithm].needs_matrices,
             "experts": self.batched,
+            "convolutions": self.convolution,
+            "-".join(self.blocks): bool(self.blocks),
             "transposed": self.transposed,
             "no-decay": not self.decays,
         }
@@ -105,19 +118,21 @@ class Routing:
                 (default: None).
 
         Returns:
-            One new dictionary a group, the matrices first: ``params`` as (name, parameter) pairs in model order, a
-            unique ``name``, ``algorithm``, ``batched`` and ``transposed`` where they are true, a zero ``weight_decay``
-            where the parameters must not decay, and the options of an override.
+            One new dictionary a group, the matrices first: ``params`` as (name, parameter) pairs in model order,
+            ``name``, ``algorithm``, ``batched``, ``transposed`` and ``convolution`` where they are true, ``splits``
+            where a weight is several matrices, a zero ``weight_decay`` where the parameters must not decay, and the
+            options of an override. Names are unique, but where weights of the same blocks have them in other sizes.
         """
         kept = None if only is None else {id(parameter) for parameter in only}
-        groups: dict[str, dict[str, Any]] = {}
+        groups: dict[tuple[str, str], dict[str, Any]] = {}
         for each in sorted(self.decisions, key=_rank):
             if each.group is None or (kept is not None and id(each.parameter) not in kept):
                 continue
-            if each.group not in groups:
+            key = each.group, each.splits
+            if key not in groups:
                 common = {} if each.as_matrices else rest or {}
-                groups[each.group] = {**common, "params": [], "name": each.group, **_group_entries(each)}
-            groups[each.group]["params"].append((each.name, each.parameter))
+                groups[key] = {**common, "params": [], "name": each.group, **_group_entries(each)}
+            groups[key]["params"].append((each.name, each.parameter))
         return list(groups.values())
 
     def report(self) -> str:
@@ -159,9 +174,9 @@ def route_parameters(
         model: The model, wrapped or not, on any device. It may hold DTensor parameters.
         overrides: What to do with the parameters whose full name, without the prefixes of wrappers, matches a pattern
             (``fnmatch``, case-sensitive): the name of an algorithm, or a mapping of group options such as ``lr`` or
-            ``weight_decay``, with ``algorithm``, ``transposed`` and ``batched`` to correct the routing itself. The
-            first matching pattern wins, and a tied parameter is matched by any of its names. Every pattern must match
-            a trainable parameter that no earlier one has taken (default: None).
+            ``weight_decay``, with ``algorithm``, ``transposed``, ``batched``, ``convolution`` and ``splits`` to
+            correct the routing itself. The first matching pattern wins, and a tied parameter is matched by any of its
+            names. Every pattern must match a trainable parameter that no earlier one has taken (default: None).
         lora: Which LoRA factors are trained as matrices: ``"both"``, ``"B"``, or ``"adamw"`` for none. Factors of
             embeddings and magnitude vectors never are (default: ``"both"``).
         matrices: Algorithm of what is trained as matrices (default: ``"dion2"``).
@@ -222,17 +237,16 @@ def _decide(
     role, reason = verdict
     if role is Role.FROZEN:
         return Decision(path.name, parameter, role, reason)
-    transposed, batched = storage_of(parameter, path)
+    storage = storage_of(parameter, path)
     if override is not None:
         by = f"override `{override.pattern}`"
         if override.algorithm is None:
             reason = f"{reason}; {by}"
         else:
             as_matrices, algorithm, reason = ALGORITHMS[override.algorithm].needs_matrices, override.algorithm, by
-        transposed = transposed if override.transposed is None else override.transposed
-        batched = batched if override.batched is None else override.batched
+        storage = {**storage, **override.storage}
         if as_matrices:
-            check_matrices(parameter, path.name, batched, override, algorithm)
+            check_matrices(parameter, path.name, storage, override, algorithm)
         if not override.options:
             override = None
     return Decision(
@@ -242,8 +256,7 @@ def _decide(
         reason,
         algorithm,
         as_matrices,
-        transposed=transposed and as_matrices,
-        batched=batched and as_matrices,
+        **(storage if as_matrices else {}),
         decays=_decays(parameter, path) or (override is not None and "weight_decay" in override.options),
         override=override,
     )
@@ -255,17 +268,19 @@ def _decays(parameter: nn.Parameter, path: ModulePath) -> bool:
     return has_two_axes(parameter) and not is_bias(path) and not marked
 
 
-def _rank(decision: Decision) -> tuple[bool, int, bool, bool, bool]:
+def _rank(decision: Decision) -> tuple[Any, ...]:
     """Sort key of groups: matrices first, then groups without options, then the plainest storage."""
     position = -1 if decision.override is None else decision.override.position
-    return not decision.as_matrices, position, decision.batched, decision.transposed, not decision.decays
+    storage = decision.convolution, decision.batched, decision.transposed, decision.blocks
+    return not decision.as_matrices, position, *storage, not decision.decays
 
 
 def _group_entries(member: Decision) -> dict[str, Any]:
     """The entries of a member's group, as far as they follow from the decision."""
     entries: dict[str, Any] = {"algorithm": member.algorithm}
     if ALGORITHMS[member.algorithm].needs_matrices:
-        entries |= {name: True for name in ("batched", "transposed") if getattr(member, name)}
+        stored = {name: getattr(member, name) for name in STORAGE}
+        entries |= {name: value for name, value in stored.items() if value != STORAGE[name][0]}
     if not member.decays:
         entries["weight_decay"] = 0.0
     return entries if member.override is None else entries | member.override.options_for(member.algorithm)

@@ -65,11 +65,11 @@ def classify(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
     }
 
 
-def storage_of(parameter: nn.Parameter, path: ModulePath) -> tuple[bool, bool]:
-    """Whether a parameter's matrices are stored as (in, out), and whether its leading axis counts them."""
+def storage_of(parameter: nn.Parameter, path: ModulePath) -> dict[str, Any]:
+    """Return how a parameter's matrices are stored: the entries of its group, as far as they are not the defaults."""
     if _is_expert_stack(parameter, path):
-        return bool(_experts_stored_in_out(path.owner)), True
-    return _is_linear_weight(parameter, path) and _is_transformers_conv1d(path.owner), False
+        return {"transposed": bool(_experts_stored_in_out(path.owner)), "batched": True}
+    return {"transposed": _is_linear_weight(parameter, path) and _is_transformers_conv1d(path.owner)}
 
 
 def has_two_axes(parameter: nn.Parameter) -> bool:

@@ -83,7 +83,6 @@ class TestOverrides:
             ),
             ({"*.weight": {"algorithm": "frozen"}}, r"requires_grad_\(False\)"),
             ({"*.weight": {"name": "mine"}}, "name cannot be set"),
-            ({"*.weight": {"batched": "yes"}}, "batched must be True or False, got 'yes'"),
             (
                 {"model.norm.weight": "dion2"},
                 r"^override 'model.norm.weight': parameter 'model.norm.weight' of shape \(32,\) is not a matrix, which",
@@ -125,3 +124,9 @@ class TestOverrides:
         message = "expected 'dion2', 'dion3', 'dion', 'adamw' or a mapping of group options, got 3"
         with pytest.raises(TypeError, match=message):
             route_parameters(models.mlp(), overrides={"*": 3})  # type: ignore[dict-item]
+
+    def test_types(self) -> None:
+        with pytest.raises(TypeError, match=r"^override '\*\.weight': batched must be True or False, got 'yes'"):
+            decide(build("llama"), overrides={"*.weight": {"batched": "yes"}})
+        with pytest.raises(TypeError, match=r"^override '\*\.weight': splits must be a text such as 'q 2048"):
+            decide(build("llama"), overrides={"*.weight": {"splits": 3}})
