@@ -41,7 +41,7 @@ from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormalize import flops
 from dion2_lightning.kernels.selection import selected_count
 from dion2_lightning.matrices.layout import Span
-from dion2_lightning.matrices.views import Matrices
+from dion2_lightning.matrices.views import read_matrices
 
 Shape = tuple[int, ...]
 
@@ -189,7 +189,7 @@ def sizes(shape: Shape, layout: Layout) -> list[int]:
 def submatrix(shape: Shape, fraction: float, ranks: int, algorithm: str = "dion2") -> Submatrix:
     """Return what is selected of a matrix of this shape, if it spreads evenly over the slices."""
     rows, columns = shape[-2:]
-    matrices = Matrices.of((rows, columns))
+    (matrices,) = read_matrices((rows, columns))
     axis = matrices.selection_axis(SELECT[algorithm])
     slices, entries = matrices.shape[axis], matrices.shape[1 - axis]
     k = selected_count(slices, fraction)
