@@ -3,6 +3,7 @@
 Rules look at the module that owns a parameter, then at its shape; never at a fixed list of layer names alone.
 """
 
+import math
 import re
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
@@ -20,10 +21,11 @@ class Role(StrEnum):
     LORA_A = "lora A"  # the factor of a LoRA adapter from the layer's input to the rank
     LORA_B = "lora B"  # the factor from the rank to the layer's output
     LORA_OTHER = "lora other"  # of a LoRA adapter too: a factor of an embedding or a convolution, a magnitude
-    EMBEDDING = "embedding"  # vectors to look up, of tokens or positions; also where a head is tied to it
+    EMBEDDING = "embedding"  # of tokens, positions or patches; also where a head is tied to it
     HEAD = "head"  # an output embedding, or a layer from features to labels
     ROUTER = "router"  # what assigns tokens to experts
-    CONVOLUTION = "convolution"  # the kernel of a convolution
+    CONVOLUTION = "convolution"  # the kernel of a convolution, or of each group of it, that is a matrix
+    CONVOLUTION_OTHER = "convolution other"  # of a convolution too: a kernel that is none, or what one is computed from
     VECTOR = "vector"  # a bias, a norm, a scalar, a single row or column
     OTHER = "other"  # what no rule knows
     FROZEN = "frozen"  # whatever it is, it is not trained
@@ -39,6 +41,9 @@ class Verdict(NamedTuple):
 OUTSIDE_BACKBONE: Final = "head: outside transformers model"
 """Beginning of the reason for a head that was recognised by its place outside the transformers model."""
 
+FEW_SLICES: Final = 16
+"""Of fewer slices than these a quarter is three at most: too few to choose from."""
+
 _ROUTER_CLASS = re.compile(r"Router|Top(K|k|\d)\w*Gat|Mo[Ee](V\d+)?Gate$")
 _HIDDEN_SIZE_NAMES = ("hidden_size", "hidden_dim", "d_model", "embed_dim", "embedding_dim", "model_dim", "dim")
 _FROM_HIDDEN = re.compile(r"gate|up|^w1$|^w3$|^v1$|^wi")
@@ -46,6 +51,9 @@ _TO_HIDDEN = re.compile(r"down|^w2$|^wo$")
 _FUSED_PROJECTION = re.compile(r"qkv|query_key_value|c_attn|gate_up")
 _EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTION = nn.modules.conv._ConvNd
+_TRANSPOSED_CONVOLUTION = nn.modules.conv._ConvTransposeNd
+_PATCH_EMBEDDING = re.compile("patch_?embed", re.IGNORECASE)
+_PIXEL_CHANNELS = 4  # red, green, blue, and a fourth
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -59,6 +67,7 @@ def classify(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
         or _head(parameter, path, tree.backbone)
         or _router(parameter, path)
         or _expert_stack(parameter, path)
+        or _convolution(parameter, path)
         or _weight_of_layer(parameter, path)
         or Verdict(Role.OTHER, "not a linear module's weight; opt in with an override")
         for parameter, (path, *_) in tree.paths.items()
@@ -69,12 +78,33 @@ def storage_of(parameter: nn.Parameter, path: ModulePath) -> dict[str, Any]:
     """Return how a parameter's matrices are stored: the entries of its group, as far as they are not the defaults."""
     if _is_expert_stack(parameter, path):
         return {"transposed": bool(_experts_stored_in_out(path.owner)), "batched": True}
+    if count := _experts_below_each_other(parameter, path):
+        transposed = bool(_TO_HIDDEN.search(path.names[-1]))
+        return {"transposed": transposed, "splits": _stack("expert", count, parameter.shape[0], transposed)}
+    if _is_kernel(path):
+        transposed, groups = isinstance(path.owner, _TRANSPOSED_CONVOLUTION), path.owner.groups
+        splits = {"splits": _stack("group", groups, parameter.shape[0], transposed)} if groups > 1 else {}
+        return {"convolution": True, "transposed": transposed, **splits}
     return {"transposed": _is_linear_weight(parameter, path) and _is_transformers_conv1d(path.owner)}
 
 
 def has_two_axes(parameter: nn.Parameter) -> bool:
     """Whether a parameter has two axes of several entries: (1, d) and (d, 1, 1) have one, and are vectors."""
     return sum(size > 1 for size in parameter.shape) > 1
+
+
+def why_groups_hold_no_matrix(parameter: nn.Parameter, path: ModulePath) -> str | None:
+    """Say why no group of a convolution is a matrix, and what would be one; None where they are, or it has none."""
+    if not _is_kernel(path) or path.owner.groups == 1:
+        return None
+    rows, columns = _matrix_of_group(parameter, path)
+    if min(rows, columns) > 1:
+        return None
+    groups, whole = path.owner.groups, f"({parameter.shape[0]}, {columns})"
+    return (
+        f"is the kernel of a convolution with groups={groups}, each of them a vector of {max(rows, columns)} entries; "
+        f"leave it to AdamW, or pass splits='whole' to take all groups as one matrix of {whole}"
+    )
 
 
 def is_bias(path: ModulePath) -> bool:
@@ -137,11 +167,43 @@ def _router(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
 
 
 def _expert_stack(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
+    if count := _experts_below_each_other(parameter, path):
+        order = "stored (in, out)" if _TO_HIDDEN.search(path.names[-1]) else "stored (out, in)"
+        return Verdict(Role.EXPERTS, f"stack of {count} experts in two dimensions, {order}")
     if not _is_expert_stack(parameter, path) or min(parameter.shape[1:]) < 2:
         return None
     stored = {True: "stored (in, out)", False: "stored (out, in)", None: "taken as (out, in)"}
     order = stored[_experts_stored_in_out(path.owner)]
     return Verdict(Role.EXPERTS, f"stack of {parameter.shape[0]} experts, {order}")
+
+
+def _convolution(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
+    if not _is_kernel(path):
+        # What weight_norm and others compute a kernel from: torch's parametrizations, and the older weight_g, weight_v.
+        owners = path.modules[-3:] if path.names[-3:-2] == ("parametrizations",) else path.modules[-1:]
+        is_part = isinstance(owners[0], _CONVOLUTION)
+        return (
+            Verdict(
+                Role.CONVOLUTION_OTHER, "part of a convolution, whose kernel is computed from it, as by weight_norm"
+            )
+            if is_part
+            else None
+        )
+    if _is_patch_embedding(path):
+        return Verdict(Role.EMBEDDING, "patch embedding")
+    convolution, groups = path.owner, path.owner.groups
+    rows, columns = _matrix_of_group(parameter, path)
+    kind = "convolution"
+    if isinstance(convolution, _TRANSPOSED_CONVOLUTION):
+        kind = "transposed convolution, stored (in, out)"
+    if groups > 1 and convolution.in_channels == groups:
+        return Verdict(Role.CONVOLUTION_OTHER, "depthwise convolution")
+    if groups > 1 and min(rows, columns) < FEW_SLICES:
+        few = f"{kind}: {groups} groups of {rows} x {columns}, fewer than {FEW_SLICES}"
+        return Verdict(Role.CONVOLUTION_OTHER, few)
+    if min(rows, columns) == 1:
+        return Verdict(Role.CONVOLUTION_OTHER, f"{kind}: not a matrix, a single row or column")
+    return Verdict(Role.CONVOLUTION, kind if groups == 1 else f"{kind}: {groups} groups, each a matrix")
 
 
 def _weight_of_layer(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
@@ -152,7 +214,7 @@ def _weight_of_layer(parameter: nn.Parameter, path: ModulePath) -> Verdict | Non
         kind = "linear, stored (in, out)" if _is_transformers_conv1d(path.owner) else "linear"
         is_fused = bool(_FUSED_PROJECTION.search(path.module_name(1)))
     else:
-        return Verdict(Role.CONVOLUTION, "convolution") if isinstance(path.owner, _CONVOLUTION) else None
+        return None
     return Verdict(Role.MATRIX, f"{kind}, fused projections kept whole" if is_fused else kind)
 
 
@@ -167,7 +229,7 @@ def _find_embeddings(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
     tied_to: dict[nn.Parameter, str] = {}
     first_in: dict[tuple[int, ...], nn.Parameter] = {}
     for parameter, paths in tree.paths.items():
-        if any(not inputs.isdisjoint(path.modules) for path in paths):
+        if any(not inputs.isdisjoint(path.modules) and not _is_kernel(path) for path in paths):
             found[parameter] = Verdict(Role.EMBEDDING, "input embedding")
         elif any(isinstance(path.owner, _EMBEDDING_MODULES) for path in paths):
             found[parameter] = Verdict(Role.EMBEDDING, "embedding")
@@ -226,6 +288,33 @@ def _is_linear_weight(parameter: nn.Parameter, path: ModulePath) -> bool:
     return isinstance(owner, nn.Linear) or type(owner).__name__.endswith("Linear") or _is_transformers_conv1d(owner)
 
 
+def _is_kernel(path: ModulePath) -> bool:
+    return isinstance(path.owner, _CONVOLUTION) and path.names[-1] == "weight"
+
+
+def _matrix_of_group(parameter: nn.Parameter, path: ModulePath) -> tuple[int, int]:
+    """Rows and columns, as stored, of the matrix that each group of a convolution is, or the only one."""
+    return parameter.shape[0] // path.owner.groups, math.prod(parameter.shape[1:])
+
+
+def _stack(name: str, count: int, size: int, along_inputs: bool) -> str:
+    """The splits of matrices below each other, as stored."""
+    return f"{name} {count}*{size // count}{' along inputs' * along_inputs}"
+
+
+def _is_patch_embedding(path: ModulePath) -> bool:
+    """Whether a convolution makes vectors of patches of the input: by its stride, or by name and place."""
+    convolution = path.owner
+    if isinstance(convolution, _TRANSPOSED_CONVOLUTION) or set(convolution.kernel_size) == {1}:
+        return False
+    names = [path.module_name(1), *(type(module).__name__ for module in path.modules[-2:-1])]
+    is_named = any(_PATCH_EMBEDDING.search(name) for name in names)
+    if convolution.in_channels <= _PIXEL_CHANNELS:
+        return is_named or convolution.stride == convolution.kernel_size
+    model = [path.modules[0], *filter(is_transformers_model, path.modules)][-1]
+    return is_named and next(each for each in model.modules() if isinstance(each, _CONVOLUTION)) is convolution
+
+
 def _is_transformers_conv1d(module: nn.Module) -> bool:
     mro = type(module).__mro__
     return any(each.__name__ == "Conv1D" and each.__module__ == "transformers.pytorch_utils" for each in mro)
@@ -257,6 +346,20 @@ def _names_experts(name: str, module: nn.Module) -> bool:
 def _is_expert_stack(parameter: nn.Parameter, path: ModulePath) -> bool:
     is_stack = parameter.ndim == 3 and not isinstance(path.owner, _CONVOLUTION)
     return is_stack and _names_experts(path.module_name(1), path.owner)
+
+
+def _experts_below_each_other(parameter: nn.Parameter, path: ModulePath) -> int | None:
+    """How many experts have their rows below each other in a matrix (experts x intermediate, hidden), as DBRX's."""
+    experts, name = path.owner, path.names[-1]
+    if parameter.ndim != 2 or not _names_experts(path.module_name(1), experts):
+        return None
+    sizes = {each: size for each, size in vars(experts).items() if isinstance(size, int)}
+    counts = (size for each, size in sizes.items() if re.search(r"(^|_)n(um)?_(\w+_)?experts$", each))
+    rows, columns = parameter.shape
+    if columns not in (sizes.get(each) for each in _HIDDEN_SIZE_NAMES):
+        return None
+    is_known = _FROM_HIDDEN.search(name) or _TO_HIDDEN.search(name)
+    return next((count for count in counts if is_known and rows % count == 0 and rows > count), None)
 
 
 def _experts_stored_in_out(experts: nn.Module) -> bool | None:
