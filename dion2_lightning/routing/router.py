@@ -139,7 +139,8 @@ class Routing:
             One new dictionary a group, the matrices first: ``params`` as (name, parameter) pairs in model order,
             ``name``, ``algorithm``, ``batched``, ``transposed`` and ``convolution`` where they are true, ``splits``
             where a weight is several matrices, a fraction of 1 for LoRA factors of low rank, a zero ``weight_decay``
-            where the parameters must not decay, and the options of an override. Names are unique, but where weights of the same blocks have them in other sizes.
+            where the parameters must not decay, and the options of an override. Names are unique, but where weights of
+            the same blocks have them in other sizes.
         """
         kept = None if only is None else {id(parameter) for parameter in only}
         groups: dict[tuple[str, str], dict[str, Any]] = {}
@@ -272,12 +273,11 @@ def _decide(
             check_matrices(parameter, path.name, storage, override, algorithm)
         if not override.options:
             override = None
-    low_rank = as_matrices and role in RANK_AXES and parameter.shape[RANK_AXES[role]] < FEW_SLICES
-    share = next((name for name in SHARES if low_rank and has_setting(algorithm, name)), None)
-    if share is None or (override is not None and share in override.options):
-        low_rank = False
-    else:
-        reason = f"{reason}; rank {parameter.shape[RANK_AXES[role]]}: {share} 1"
+    share = _share_of(algorithm)
+    rank = parameter.shape[RANK_AXES[role]] if role in RANK_AXES and as_matrices else FEW_SLICES
+    low_rank = rank < FEW_SLICES and share is not None and (override is None or share not in override.options)
+    if low_rank:
+        reason = f"{reason}; rank {rank}: {share} 1"
     return Decision(
         path.name,
         parameter,
@@ -298,6 +298,10 @@ def _decays(parameter: nn.Parameter, path: ModulePath) -> bool:
     return has_two_axes(parameter) and not is_bias(path) and not marked
 
 
+def _share_of(algorithm: str) -> str | None:
+    return next((name for name in SHARES if has_setting(algorithm, name)), None)
+
+
 def _rank(decision: Decision) -> tuple[Any, ...]:
     """Sort key of groups: matrices first, then groups without options, then the plainest storage."""
     position = -1 if decision.override is None else decision.override.position
@@ -311,8 +315,8 @@ def _group_entries(member: Decision) -> dict[str, Any]:
     if ALGORITHMS[member.algorithm].needs_matrices:
         stored = {name: getattr(member, name) for name in STORAGE}
         entries |= {name: value for name, value in stored.items() if value != STORAGE[name][0]}
-    if member.low_rank:
-        entries |= {name: 1.0 for name in SHARES if has_setting(member.algorithm, name)}
+    if member.low_rank and (share := _share_of(member.algorithm)) is not None:
+        entries[share] = 1.0
     if not member.decays:
         entries["weight_decay"] = 0.0
     return entries if member.override is None else entries | member.override.options_for(member.algorithm)

@@ -48,6 +48,7 @@ _ROUTER_CLASS = re.compile(r"Router|Top(K|k|\d)\w*Gat|Mo[Ee](V\d+)?Gate$")
 _HIDDEN_SIZE_NAMES = ("hidden_size", "hidden_dim", "d_model", "embed_dim", "embedding_dim", "model_dim", "dim")
 _FROM_HIDDEN = re.compile(r"gate|up|^w1$|^w3$|^v1$|^wi")
 _TO_HIDDEN = re.compile(r"down|^w2$|^wo$")
+_EXPERT_COUNT = re.compile(r"(^|_)n(um)?_(\w+_)?experts$")
 _FUSED_PROJECTION = re.compile(r"qkv|query_key_value|c_attn|gate_up")
 _EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTION = nn.modules.conv._ConvNd
@@ -81,8 +82,8 @@ def storage_of(parameter: nn.Parameter, path: ModulePath) -> dict[str, Any]:
     if count := _experts_below_each_other(parameter, path):
         transposed = bool(_TO_HIDDEN.search(path.names[-1]))
         return {"transposed": transposed, "splits": _stack("expert", count, parameter.shape[0], transposed)}
-    if _is_kernel(path):
-        transposed, groups = isinstance(path.owner, _TRANSPOSED_CONVOLUTION), path.owner.groups
+    if (convolution := _convolution_of(path)) is not None:
+        transposed, groups = isinstance(convolution, _TRANSPOSED_CONVOLUTION), convolution.groups
         splits = {"splits": _stack("group", groups, parameter.shape[0], transposed)} if groups > 1 else {}
         return {"convolution": True, "transposed": transposed, **splits}
     return {"transposed": _is_linear_weight(parameter, path) and _is_transformers_conv1d(path.owner)}
@@ -95,15 +96,16 @@ def has_two_axes(parameter: nn.Parameter) -> bool:
 
 def why_groups_hold_no_matrix(parameter: nn.Parameter, path: ModulePath) -> str | None:
     """Say why no group of a convolution is a matrix, and what would be one; None where they are, or it has none."""
-    if not _is_kernel(path) or path.owner.groups == 1:
+    convolution = _convolution_of(path)
+    if convolution is None or convolution.groups == 1:
         return None
-    rows, columns = _matrix_of_group(parameter, path)
+    rows, columns = _matrix_of_group(parameter, convolution)
     if min(rows, columns) > 1:
         return None
-    groups, whole = path.owner.groups, f"({parameter.shape[0]}, {columns})"
     return (
-        f"is the kernel of a convolution with groups={groups}, each of them a vector of {max(rows, columns)} entries; "
-        f"leave it to AdamW, or pass splits='whole' to take all groups as one matrix of {whole}"
+        f"is the kernel of a convolution with groups={convolution.groups}, each a vector of {max(rows, columns)} "
+        f"entries, which is no matrix; leave it to 'adamw', or pass splits='whole' to take all groups as one matrix "
+        f"({parameter.shape[0]}, {columns})"
     )
 
 
@@ -178,32 +180,27 @@ def _expert_stack(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
 
 
 def _convolution(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
-    if not _is_kernel(path):
+    convolution = _convolution_of(path)
+    if convolution is None:
         # What weight_norm and others compute a kernel from: torch's parametrizations, and the older weight_g, weight_v.
-        owners = path.modules[-3:] if path.names[-3:-2] == ("parametrizations",) else path.modules[-1:]
-        is_part = isinstance(owners[0], _CONVOLUTION)
-        return (
-            Verdict(
-                Role.CONVOLUTION_OTHER, "part of a convolution, whose kernel is computed from it, as by weight_norm"
-            )
-            if is_part
-            else None
-        )
-    if _is_patch_embedding(path):
+        owner = path.modules[-3] if path.module_name(2) == "parametrizations" else path.owner
+        reason = "part of a convolution, whose kernel is computed from it, as by weight_norm"
+        return Verdict(Role.CONVOLUTION_OTHER, reason) if isinstance(owner, _CONVOLUTION) else None
+    if _is_patch_embedding(convolution, path):
         return Verdict(Role.EMBEDDING, "patch embedding")
-    convolution, groups = path.owner, path.owner.groups
-    rows, columns = _matrix_of_group(parameter, path)
-    kind = "convolution"
-    if isinstance(convolution, _TRANSPOSED_CONVOLUTION):
-        kind = "transposed convolution, stored (in, out)"
+    is_transposed = isinstance(convolution, _TRANSPOSED_CONVOLUTION)
+    kind = "transposed convolution" if is_transposed else "convolution"
+    groups, (rows, columns) = convolution.groups, _matrix_of_group(parameter, convolution)
     if groups > 1 and convolution.in_channels == groups:
-        return Verdict(Role.CONVOLUTION_OTHER, "depthwise convolution")
-    if groups > 1 and min(rows, columns) < FEW_SLICES:
-        few = f"{kind}: {groups} groups of {rows} x {columns}, fewer than {FEW_SLICES}"
-        return Verdict(Role.CONVOLUTION_OTHER, few)
+        return Verdict(Role.CONVOLUTION_OTHER, f"depthwise {kind}")
     if min(rows, columns) == 1:
         return Verdict(Role.CONVOLUTION_OTHER, f"{kind}: not a matrix, a single row or column")
-    return Verdict(Role.CONVOLUTION, kind if groups == 1 else f"{kind}: {groups} groups, each a matrix")
+    if groups > 1:
+        if min(rows, columns) < FEW_SLICES:
+            small = f"with groups of {rows} x {columns}, one side under {FEW_SLICES}"
+            return Verdict(Role.CONVOLUTION_OTHER, f"{kind} {small}")
+        kind = f"{kind} of {groups} groups, each a matrix"
+    return Verdict(Role.CONVOLUTION, f"{kind}, stored (in, out)" if is_transposed else kind)
 
 
 def _weight_of_layer(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
@@ -229,7 +226,7 @@ def _find_embeddings(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
     tied_to: dict[nn.Parameter, str] = {}
     first_in: dict[tuple[int, ...], nn.Parameter] = {}
     for parameter, paths in tree.paths.items():
-        if any(not inputs.isdisjoint(path.modules) and not _is_kernel(path) for path in paths):
+        if any(not inputs.isdisjoint(path.modules) and _convolution_of(path) is None for path in paths):
             found[parameter] = Verdict(Role.EMBEDDING, "input embedding")
         elif any(isinstance(path.owner, _EMBEDDING_MODULES) for path in paths):
             found[parameter] = Verdict(Role.EMBEDDING, "embedding")
@@ -288,13 +285,14 @@ def _is_linear_weight(parameter: nn.Parameter, path: ModulePath) -> bool:
     return isinstance(owner, nn.Linear) or type(owner).__name__.endswith("Linear") or _is_transformers_conv1d(owner)
 
 
-def _is_kernel(path: ModulePath) -> bool:
-    return isinstance(path.owner, _CONVOLUTION) and path.names[-1] == "weight"
+def _convolution_of(path: ModulePath) -> nn.modules.conv._ConvNd | None:
+    """The convolution whose kernel a parameter is, None for any other parameter."""
+    return path.owner if isinstance(path.owner, _CONVOLUTION) and path.names[-1] == "weight" else None
 
 
-def _matrix_of_group(parameter: nn.Parameter, path: ModulePath) -> tuple[int, int]:
-    """Rows and columns, as stored, of the matrix that each group of a convolution is, or the only one."""
-    return parameter.shape[0] // path.owner.groups, math.prod(parameter.shape[1:])
+def _matrix_of_group(parameter: nn.Parameter, convolution: nn.modules.conv._ConvNd) -> tuple[int, int]:
+    """Rows and columns, as stored, of the matrix that each group of a convolution is."""
+    return parameter.shape[0] // convolution.groups, math.prod(parameter.shape[1:])
 
 
 def _stack(name: str, count: int, size: int, along_inputs: bool) -> str:
@@ -302,15 +300,15 @@ def _stack(name: str, count: int, size: int, along_inputs: bool) -> str:
     return f"{name} {count}*{size // count}{' along inputs' * along_inputs}"
 
 
-def _is_patch_embedding(path: ModulePath) -> bool:
-    """Whether a convolution makes vectors of patches of the input: by its stride, or by name and place."""
-    convolution = path.owner
+def _is_patch_embedding(convolution: nn.modules.conv._ConvNd, path: ModulePath) -> bool:
+    """Whether a convolution makes vectors of patches of the input: told by its stride, or by its name."""
     if isinstance(convolution, _TRANSPOSED_CONVOLUTION) or set(convolution.kernel_size) == {1}:
         return False
     names = [path.module_name(1), *(type(module).__name__ for module in path.modules[-2:-1])]
     is_named = any(_PATCH_EMBEDDING.search(name) for name in names)
     if convolution.in_channels <= _PIXEL_CHANNELS:
         return is_named or convolution.stride == convolution.kernel_size
+    # Of other inputs, such as latents, only the name tells, and later stages have patch embeddings by name too.
     model = [path.modules[0], *filter(is_transformers_model, path.modules)][-1]
     return is_named and next(each for each in model.modules() if isinstance(each, _CONVOLUTION)) is convolution
 
@@ -353,13 +351,12 @@ def _experts_below_each_other(parameter: nn.Parameter, path: ModulePath) -> int 
     experts, name = path.owner, path.names[-1]
     if parameter.ndim != 2 or not _names_experts(path.module_name(1), experts):
         return None
-    sizes = {each: size for each, size in vars(experts).items() if isinstance(size, int)}
-    counts = (size for each, size in sizes.items() if re.search(r"(^|_)n(um)?_(\w+_)?experts$", each))
     rows, columns = parameter.shape
-    if columns not in (sizes.get(each) for each in _HIDDEN_SIZE_NAMES):
+    hidden = [getattr(experts, each, None) for each in _HIDDEN_SIZE_NAMES]
+    if columns not in hidden or not (_FROM_HIDDEN.search(name) or _TO_HIDDEN.search(name)):
         return None
-    is_known = _FROM_HIDDEN.search(name) or _TO_HIDDEN.search(name)
-    return next((count for count in counts if is_known and rows % count == 0 and rows > count), None)
+    counts = [size for each, size in vars(experts).items() if _EXPERT_COUNT.search(each) and isinstance(size, int)]
+    return next((count for count in counts if 0 < count < rows and rows % count == 0), None)
 
 
 def _experts_stored_in_out(experts: nn.Module) -> bool | None:
