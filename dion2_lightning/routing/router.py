@@ -25,6 +25,7 @@ from dion2_lightning.routing.rules import (
     classify,
     has_two_axes,
     is_bias,
+    rank_of,
     storage_of,
     why_groups_hold_no_matrix,
 )
@@ -38,9 +39,6 @@ LORA_ROLES: Final[dict[str, frozenset[Role]]] = {
     "both": frozenset({Role.LORA_A, Role.LORA_B}),
 }
 """The LoRA factors that are trained as matrices too, by the argument ``lora``."""
-
-RANK_AXES: Final = {Role.LORA_A: 0, Role.LORA_B: 1}
-"""Which axis of a LoRA factor is the rank."""
 
 SHARES: Final = ("fraction", "rank_fraction")
 """Settings that say which share of a matrix a step updates; 1 for LoRA factors of a rank under 16."""
@@ -273,9 +271,9 @@ def _decide(
             check_matrices(parameter, path.name, storage, override, algorithm)
         if not override.options:
             override = None
-    share = _share_of(algorithm)
-    rank = parameter.shape[RANK_AXES[role]] if role in RANK_AXES and as_matrices else FEW_SLICES
-    low_rank = rank < FEW_SLICES and share is not None and (override is None or share not in override.options)
+    rank, share = rank_of(role, parameter, path), _share_of(algorithm)
+    is_set = override is not None and share in override.options
+    low_rank = as_matrices and rank is not None and rank < FEW_SLICES and share is not None and not is_set
     if low_rank:
         reason = f"{reason}; rank {rank}: {share} 1"
     return Decision(

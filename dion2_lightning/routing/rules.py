@@ -20,7 +20,7 @@ class Role(StrEnum):
     EXPERTS = "experts"  # a stack of matrices, one for each expert
     LORA_A = "lora A"  # the factor of a LoRA adapter from the layer's input to the rank
     LORA_B = "lora B"  # the factor from the rank to the layer's output
-    LORA_OTHER = "lora other"  # of a LoRA adapter too: a factor of an embedding or a convolution, a magnitude
+    LORA_OTHER = "lora other"  # of a LoRA adapter too: a factor of an embedding or of groups, a magnitude
     EMBEDDING = "embedding"  # of tokens, positions or patches; also where a head is tied to it
     HEAD = "head"  # an output embedding, or a layer from features to labels
     ROUTER = "router"  # what assigns tokens to experts
@@ -109,6 +109,13 @@ def why_groups_hold_no_matrix(parameter: nn.Parameter, path: ModulePath) -> str 
     )
 
 
+def rank_of(role: Role, parameter: nn.Parameter, path: ModulePath) -> int | None:
+    """Return the rank of a LoRA factor that is a matrix; None for any other parameter."""
+    axis = {Role.LORA_A: 0, Role.LORA_B: 1}.get(role)
+    # A factor for a stack of experts holds those of all of them.
+    return None if axis is None else parameter.shape[axis] // getattr(path.modules[-3], "num_experts", 1)
+
+
 def is_bias(path: ModulePath) -> bool:
     """Whether a parameter is a bias, of whatever shape."""
     return path.names[-1] == "bias" or path.names[-1].endswith("_bias")
@@ -135,7 +142,13 @@ def _lora_factor(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
         if "lora_A" in getattr(type(module), "adapter_layer_names", ()) and name.startswith("lora_"):
             if "embedding" in name:
                 return Verdict(Role.LORA_OTHER, "LoRA factor of an embedding")
-            roles = {"lora_A": Role.LORA_A, "lora_B": Role.LORA_B} if parameter.ndim == 2 else {}
+            convolution = _convolution_of(path)
+            is_matrix = parameter.ndim == 2 or (
+                convolution is not None
+                and convolution.groups == 1
+                and min(_matrix_of_group(parameter, convolution)) > 1
+            )
+            roles = {"lora_A": Role.LORA_A, "lora_B": Role.LORA_B} if is_matrix else {}
             return Verdict(roles.get(name, Role.LORA_OTHER), "LoRA factor: its shorter axis is the rank")
     return None
 

@@ -479,6 +479,33 @@ class TestLora:
         ranks = {each.name: each.group for each in decide(pattern).values() if ".lora_B." in each.name}
         assert all(group == ("dion2" if "v_proj" in name else "dion2-low-rank") for name, group in ranks.items())
 
+    @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+    def test_factors_of_convolutions(self) -> None:
+        """A is the kernel (rank, in, taps), B that of a convolution of one tap."""
+        model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=2))
+        factors = decide(peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "1"])))
+        trained = {name.split("model.")[-1]: each.group for name, each in factors.items() if each.group}
+        assert trained == {
+            "0.lora_A.default.weight": "dion2-convolutions-low-rank",
+            "0.lora_B.default.weight": "dion2-convolutions-low-rank",
+            "1.lora_A.default.weight": "dion2-convolutions-low-rank",
+            "1.lora_B.default.weight": "adamw",
+        }
+
+    def test_factors_of_convolutions_that_are_vectors(self) -> None:
+        factors = decide(
+            peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 3)), peft.LoraConfig(r=1, target_modules=["0"]))
+        )
+        assert not any(each.as_matrices for each in factors.values())
+
+    def test_factors_of_stacks_of_experts(self) -> None:
+        """They hold those of 4 experts, each of rank 4."""
+        config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+        factors = decide(on_meta(lambda: peft.get_peft_model(models.mixtral(), config)))
+        trained = [each for each in factors.values() if each.group]
+        assert {each.shape for each in trained} == {(16, 48), (32, 16)}
+        assert {(each.group, each.reason[-18:]) for each in trained} == {("dion2-low-rank", "rank 4: fraction 1")}
+
     def test_an_adapter_that_is_not_active_is_frozen(self) -> None:
         model: Any = build("lora_llama")
         model.add_adapter("second", peft.LoraConfig(r=4, target_modules=["o_proj"]))
