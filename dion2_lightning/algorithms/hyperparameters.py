@@ -325,3 +325,8 @@ class MatrixSettings(RoundingSettings):
         "fraction (Dion3, arXiv 2608.11612); in Dion by sqrt(n/r), n being the shorter axis and r the rank. False is "
         "the papers' literal rule: users of the authors' code keep their learning rate with False.",
     )
+    skip_idle_experts: bool = setting(
+        False,
+        "Leave a matrix of a stack, such as an expert without tokens, as it is in a step in which its gradient is zero: "
+        "weights, without decay, and state. False updates it by the momentum that it has.",
+    )

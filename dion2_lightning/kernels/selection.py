@@ -72,7 +72,10 @@ def put_(slices: Tensor, indices: Tensor, gathered: Tensor) -> None:
 
 
 def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float | Tensor) -> None:
-    """Multiply the slices at ``indices``, which :func:`gather` has just returned, by ``factor``, in place."""
+    """Multiply the slices at ``indices``, which :func:`gather` has just returned, by ``factor``, in place.
+
+    A factor that is a tensor is 0-d, or has one for each matrix, (count, 1, 1).
+    """
     if _runs_along_slices(slices):
         # torch would first round a factor in a tensor to the precision of the slices.
         wide = gathered.to(factor.dtype) if isinstance(factor, Tensor) else gathered
@@ -82,7 +85,7 @@ def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float | Te
         # precision is multiplied by the factor itself; so must it be here.
         precise = torch.promote_types(slices.dtype, torch.float32)
         factors = torch.ones(slices.shape[:2], dtype=precise, device=slices.device)
-        factor = factor.expand(indices.shape) if isinstance(factor, Tensor) else factor
+        factor = factor.view(-1, 1).expand(indices.shape) if isinstance(factor, Tensor) else factor
         slices.mul_(factors.scatter_(-1, indices, factor).unsqueeze(-1))
 
 
