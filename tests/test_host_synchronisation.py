@@ -255,7 +255,7 @@ def reads(ranks: None, monkeypatch: pytest.MonkeyPatch) -> FakeReads:
         lambda header, *others: (of_host if header.device.type == "cpu" else refuse)(header, *others),
     )
     monkeypatch.setattr(sharing, "with_gradient", on_host(sharing.with_gradient))
-    monkeypatch.setattr("dion2_lightning.algorithms.matrix_update.layout_of", on_host(layout.layout_of))
+    monkeypatch.setattr("dion2_lightning.matrices.parts.layout_of", on_host(layout.layout_of))
     monkeypatch.setattr("dion2_lightning.optimizer.check_agreement", lambda *_: None)  # waits, at the first step
     return reads
 
