@@ -327,6 +327,6 @@ class MatrixSettings(RoundingSettings):
     )
     skip_idle_experts: bool = setting(
         False,
-        "Leave a matrix of a stack, such as an expert without tokens, as it is in a step in which its gradient is zero: "
-        "weights, without decay, and state. False updates it by the momentum that it has.",
+        "Leave a matrix of a stack, such as an expert without tokens, as it is when its gradient is zero: its weights, "
+        "which do not decay either, and its state. False updates it by the momentum that it has.",
     )

@@ -59,7 +59,8 @@ def factors(
     results: dict[MatrixUpdate, Tensor] = {}
 
     def key(update: MatrixUpdate) -> Hashable:
-        return update.slices_are_neurons, update.k, update.entries, update.neuron_beta, update.own_gate, sums[update].device
+        shape = update.slices_are_neurons, update.k, update.entries
+        return shape, update.neuron_beta, update.own_gate, sums[update].device
 
     for equal in group_by(sums, key).values():
         first, counts = equal[0], [len(sums[update]) for update in equal]
