@@ -186,17 +186,17 @@ def test_weights_in_half_precision(settings: dict[str, Any], skips: bool) -> Non
     check_like_experts_apart("wide", {**settings, "rounding": "nearest"}, skips=skips, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("settings", [each for name, each in SETTINGS.items() if "dion " not in name], ids=str)
+@pytest.mark.parametrize(
+    "settings", [*SETTINGS.values(), {**SETTINGS["dion2 nesterov, cautious"], "state_dtype": "bfloat16"}], ids=str
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_stochastic_rounding_leaves_them_as_they_are(
-    form: str, settings: dict[str, Any], state_dtype: str | None, monkeypatch: pytest.MonkeyPatch
+    form: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a tensor is rounded block by block."""
+    """Also where tensors are so large that they are worked on part by part."""
     monkeypatch.setattr("dion2_lightning.kernels.rounding.BLOCK", 64)
+    monkeypatch.setattr("dion2_lightning.algorithms.low_rank.BATCH_ELEMENTS", 64)
     shape, stored, _, experts = FORMS[form]
-    if settings.get("algorithm") != "dion":
-        settings = {**settings, "state_dtype": state_dtype}
     stack = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
     optimizer = Dion2([{"params": [stack], **stored, **settings}], **COMMON, skip_idle_experts=True)
     stack.grad = torch.ones_like(stack)
