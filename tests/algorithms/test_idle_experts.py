@@ -213,25 +213,33 @@ def test_stochastic_rounding_leaves_them_as_they_are(
                 assert not torch.equal(weight, before[number][0])
 
 
-def test_what_the_default_does_to_an_idle_expert() -> None:
-    """What it has of momentum moves it on, at full length; and it decays."""
-    stack = nn.Parameter(torch.ones(2, 8, 8))
-    optimizer = Dion2([{"params": [stack], "batched": True}], lr=0.1, weight_decay=0.5, fraction=1.0, momentum=0.9)
-    stack.grad = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
-    optimizer.step()
-    before, momentum = stack.detach().clone(), optimizer.state[stack]["momentum"].clone()
-    stack.grad[1] = 0
-    optimizer.step()
-    update = stack.detach() - before * (1 - 0.1 * 0.5)
-    assert update[1].square().mean().sqrt().item() == pytest.approx(0.1 * 0.2, rel=0.1)
-    assert torch.equal(optimizer.state[stack]["momentum"][1], 0.9 * momentum[1])
-    adamw = Dion2([{"params": [stack], "algorithm": "adamw"}], lr=0.1, weight_decay=0.0)
-    for is_idle in (False, True):
-        stack.grad = torch.ones(2, 8, 8)
-        stack.grad[1] = 0.0 if is_idle else 1.0
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [{"fraction": 0.25}, {"fraction": 1.0}, {"algorithm": "dion", "rank_fraction": 0.25}, {"algorithm": "adamw"}],
+    ids=["dion2", "muon", "dion", "adamw"],
+)
+def test_how_far_an_idle_expert_moves(settings: dict[str, Any], skips: bool) -> None:
+    """By default at full length at every step, however small its momentum; under AdamW less and less."""
+    is_adamw = settings.get("algorithm") == "adamw"
+    own = {} if is_adamw else {"batched": True, "momentum": 0.9, "skip_idle_experts": skips}
+    stack = nn.Parameter(torch.zeros(2, 32, 32))
+    optimizer = Dion2([{"params": [stack], **settings, **own}], lr=0.1, weight_decay=0.0)
+    lengths = []
+    for index in range(60):
+        stack.grad = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(index))
+        if index >= 10:
+            stack.grad[1] = 0
         before = stack.detach().clone()
-        adamw.step()
-    assert (stack.detach() != before).all()
+        optimizer.step()
+        lengths.append((stack.detach()[1] - before[1]).square().mean().sqrt().item())
+    if is_adamw:
+        assert lengths[-1] < 0.1 * lengths[9]
+    elif skips:
+        assert set(lengths[10:]) == {0.0}
+    else:
+        for length in lengths[10:]:
+            assert length == pytest.approx(0.2 * 0.1, rel=0.15)
 
 
 def test_no_bit_differs_where_none_is_idle() -> None:
