@@ -204,8 +204,8 @@ def route_parameters(
 
     Raises:
         ValueError: If an argument is invalid, a pattern has no effect, an override sends what holds no matrix to an
-            algorithm that needs one, blocks do not fit a weight or heads do not divide it, nothing is trainable, or the parameters are uninitialized or flattened by FSDP1 or
-            DeepSpeed ZeRO.
+            algorithm that needs one, blocks do not fit a weight or heads do not divide it, nothing is trainable, or the
+            parameters are uninitialized or flattened by FSDP1 or DeepSpeed ZeRO.
         TypeError: If an override is neither a string nor a mapping, or blocks are no text.
     """
     one_of(LORA_ROLES)("lora", lora)
@@ -275,9 +275,8 @@ def _decide(
     for source in (override, blocks):
         if as_matrices and source is not None:
             check_matrices(parameter, path.name, storage, source, algorithm)
-    if override is not None:
-        if not override.options:
-            override = None
+    if override is not None and not override.options:
+        override = None
     return Decision(
         path.name,
         parameter,

@@ -1,0 +1,407 @@
+"""Fused weights: which rows are q, and which are k, is shown by what the models themselves compute with them.
+
+What reads one position of an attention's output depends on the q of that position alone, so the gradient of the rows
+of q has rank one, and that of k and of v has not. Without v the output is zero. What a gate multiplies is affine in its
+rows, and the gate is not.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from dion2_lightning import OptimizerSettings, build_optimizer
+from dion2_lightning.matrices.splits import read_splits
+from dion2_lightning.routing.router import route_parameters
+from tests.routing import models
+from tests.routing.models import build, decide, on_meta
+
+TOKENS: dict[str, Any] = {"input_ids": torch.tensor([[5, 17, 3, 60, 41, 8, 22, 9]])}
+CROSS = TOKENS | {"encoder_hidden_states": torch.rand(1, 6, 32)}
+FRAMES: dict[str, Any] = {"pixel_values": torch.rand(1, 2, 3, 16, 16)}
+PATCHES: dict[str, Any] = {"hidden_states": torch.rand(16, 96), "grid_thw": torch.tensor([[1, 4, 4]])}
+SPEECH: dict[str, Any] = {"input_values": torch.rand(1, 2000), "decoder_input_ids": TOKENS["input_ids"]}
+VECTORS: dict[str, Any] = {"tokens": torch.rand(1, 6, 32)}
+
+
+class SelfAttention(nn.Module):
+    """torch's attention of some tokens to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.attention(tokens, tokens, tokens)[0]
+
+
+class Holder(nn.Module):
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.held(tokens)
+
+
+class Case(NamedTuple):
+    """A weight in a model.
+
+    Attributes:
+        model: Builds the model.
+        inputs: What it is called with.
+        weight: The weight's name.
+        splits: What has to be found.
+        before: Which child of the module gets what the blocks are for; None: what the module returns.
+    """
+
+    model: Callable[[], nn.Module]
+    inputs: dict[str, Any]
+    weight: str
+    splits: str
+    before: str | None = None
+
+
+def rows_of(text: str, name: str) -> Tensor:
+    """Return the places of a block on its axis."""
+    splits = read_splits(text)
+    assert splits is not None
+    block = next(block for block in splits.blocks if block.name == name)
+    return torch.tensor([block.place(index) for index in range(block.total)])
+
+
+class Probe:
+    """A weight's module, called with the arguments that its model calls it with."""
+
+    def __init__(self, case: Case, **arguments: Any) -> None:
+        torch.manual_seed(0)
+        model = case.model().eval()
+        self.decision = decide(model, **arguments)[case.weight]
+        names = case.weight.split(".")
+        self.module = model.get_submodule(".".join(names[: -2 if names[-1] == "weight" else -1]))
+        self.before = case.before
+        nn.init.normal_(self.decision.parameter, std=0.3)  # or attention would be all but uniform
+        for name, parameter in self.module.named_parameters():
+            if "bias" in name:
+                nn.init.zeros_(parameter)
+            elif name == "A_log":
+                nn.init.constant_(parameter, -6)  # or the last position would see itself alone
+            elif name == "conv1d.weight":
+                parameter.data.zero_()[..., -1] = 1  # it would mix positions
+        calls: list[Any] = []
+        hook = self.module.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True)
+        if hasattr(model, "config"):
+            model.config.use_cache = False  # a cache would have the positions of the first call already
+        with torch.no_grad():
+            model(**case.inputs)
+        hook.remove()
+        self.arguments, self.keywords = calls[0]
+
+    def output(self) -> Tensor:
+        """Return what the child gets, or what the module returns."""
+        seen: list[Tensor] = []
+        if self.before is None:
+            result = self.module(*self.arguments, **self.keywords)
+            return result[0] if isinstance(result, tuple) else result
+        child = self.module.get_submodule(self.before)
+        hook = child.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        self.module(*self.arguments, **self.keywords)
+        hook.remove()
+        return seen[0]
+
+    def rows(self, name: str) -> Tensor:
+        """Return which outputs a block has."""
+        return rows_of(self.decision.splits, name)
+
+    @torch.no_grad()
+    def scaled(self, rows: Tensor, factor: float) -> Tensor:
+        """Return the output with some rows of the weight, and of a bias, multiplied."""
+        weight = self.decision.parameter
+        kept = weight.clone()
+        stored = weight.mT if self.decision.transposed else weight
+        stored[..., rows, :] *= factor
+        result = self.output().clone()
+        weight.copy_(kept)
+        return result
+
+    def rank(self, rows: Tensor) -> int:
+        """Return the rank of the gradient of some rows, from one position of the output."""
+        self.decision.parameter.grad = None
+        last = self.output().flatten(0, -2)[-1]
+        (last * torch.linspace(1, 2, len(last))).sum().backward()
+        gradient: Any = self.decision.parameter.grad
+        gradient = gradient.mT if self.decision.transposed else gradient
+        return int(torch.linalg.matrix_rank(gradient[rows].double(), rtol=1e-4))
+
+    def bend(self, rows: Tensor) -> float:
+        """Return by how much the output is not affine in some rows."""
+        nothing, once, more = (self.scaled(rows, factor) for factor in (0, 1, 8))
+        return float((more - 8 * once + 7 * nothing).norm() / (more - nothing).norm())
+
+
+def gpt_bigcode_of_heads() -> nn.Module:
+    return models.gpt_bigcode(multi_query=False)
+
+
+def protein_attention() -> nn.Module:
+    return Holder(transformers.models.esm.modeling_esmfold.EsmFoldSelfAttention(32, 4, 8))
+
+
+LAYER = "transformer.h.0"
+ATTENTION = {
+    "torch": Case(SelfAttention, VECTORS, "attention.in_proj_weight", "q 32 | k 32 | v 32"),
+    "timm": Case(lambda: Holder(models.timm_blocks()), VECTORS, "held.0.attn.qkv.weight", "q 32 | k 32 | v 32", "proj"),
+    "gpt2": Case(models.gpt2, TOKENS, f"{LAYER}.attn.c_attn.weight", "q 32 | k 32 | v 32", "c_proj"),
+    "gpt2 cross": Case(
+        models.gpt2_cross_attention, CROSS, f"{LAYER}.crossattention.c_attn.weight", "k 32 | v 32", "c_proj"
+    ),
+    "phi3": Case(models.phi3, TOKENS, "model.layers.0.self_attn.qkv_proj.weight", "q 32 | k 16 | v 16", "o_proj"),
+    "gpt_neox": Case(
+        models.gpt_neox,
+        TOKENS,
+        "gpt_neox.layers.0.attention.query_key_value.weight",
+        "4 x (q 8 | k 8 | v 8)",
+        "dense",
+    ),
+    "gpt_neox_japanese": Case(
+        models.gpt_neox_japanese,
+        TOKENS,
+        "gpt_neox_japanese.layers.0.attention.query_key_value.weight",
+        "4 x (q 8 | k 8 | v 8)",
+        "dense",
+    ),
+    "bloom": Case(
+        models.bloom, TOKENS, f"{LAYER}.self_attention.query_key_value.weight", "4 x (q 8 | k 8 | v 8)", "dense"
+    ),
+    "persimmon": Case(
+        models.persimmon,
+        TOKENS,
+        "model.layers.0.self_attn.query_key_value.weight",
+        "4 x (q 8 | k 8 | v 8)",
+        "dense",
+    ),
+    "falcon": Case(
+        models.falcon, TOKENS, f"{LAYER}.self_attention.query_key_value.weight", "2 x (q 16 | k 8 | v 8)", "dense"
+    ),
+    "falcon, one k and v": Case(
+        models.falcon_multi_query,
+        TOKENS,
+        f"{LAYER}.self_attention.query_key_value.weight",
+        "q 32 | k 8 | v 8",
+        "dense",
+    ),
+    "falcon, old": Case(
+        models.falcon_old, TOKENS, f"{LAYER}.self_attention.query_key_value.weight", "4 x (q 8 | k 8 | v 8)", "dense"
+    ),
+    "codegen": Case(models.codegen, TOKENS, f"{LAYER}.attn.qkv_proj.weight", "4 x (q 16 | v 16 | k 16)", "out_proj"),
+    "gpt_bigcode": Case(models.gpt_bigcode, TOKENS, f"{LAYER}.attn.c_attn.weight", "q 32 | k 8 | v 8", "c_proj"),
+    "gpt_bigcode of heads": Case(
+        gpt_bigcode_of_heads, TOKENS, f"{LAYER}.attn.c_attn.weight", "4 x (q 8 | k 8 | v 8)", "c_proj"
+    ),
+    "mpt": Case(models.mpt, TOKENS, "transformer.blocks.0.attn.Wqkv.weight", "q 32 | k 32 | v 32", "out_proj"),
+    "modernbert": Case(models.modernbert, TOKENS, "model.layers.0.attn.Wqkv.weight", "q 32 | k 32 | v 32", "Wo"),
+    "deberta": Case(
+        models.deberta,
+        TOKENS,
+        "deberta.encoder.layer.0.attention.self.in_proj.weight",
+        "4 x (q 8 | k 8 | v 8)",
+    ),
+    "esmfold": Case(protein_attention, VECTORS, "held.proj.weight", "4 x (q 8 | k 8 | v 8)", "o_proj"),
+    "qwen2_vl": Case(models.qwen2_vl_vision, PATCHES, "blocks.0.attn.qkv.weight", "q 32 | k 32 | v 32", "proj"),
+    "timesformer": Case(
+        models.timesformer_classifier,
+        FRAMES,
+        "timesformer.encoder.layer.0.attention.attention.qkv.weight",
+        "q 32 | k 32 | v 32",
+    ),
+    "minimax": Case(
+        models.minimax, TOKENS, "model.layers.0.self_attn.qkv_proj.weight", "4 x (q 8 | k 8 | v 8)", "norm"
+    ),
+    "jetmoe": Case(models.jetmoe, TOKENS, "model.layers.0.self_attention.kv_proj.weight", "k 16 | v 16"),
+    "qwen3_5": Case(
+        models.qwen3_5,
+        TOKENS,
+        "model.layers.0.linear_attn.in_proj_qkv.weight",
+        "q 16 | k 16 | v 24",
+        "norm",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name: str) -> None:
+    probe = Probe(ATTENTION[name])
+    assert probe.decision.splits == ATTENTION[name].splits
+    sees_all = {block: probe.rank(probe.rows(block)) > 1 for block in probe.decision.blocks}
+    assert sees_all == {block: block != "q" for block in probe.decision.blocks}
+    assert not probe.scaled(probe.rows("v"), 0).any()
+    assert probe.scaled(probe.rows("v"), 2).any()
+
+
+EXPERTS = "mlp.experts.gate_up_proj"
+GATES = {
+    # The last two: what is gated, and what the gate's activation is taken of.
+    "phi3": (Case(models.phi3, TOKENS, "model.layers.0.mlp.gate_up_proj.weight", "gate 48 | up 48"), "up", "gate"),
+    "glm4": (Case(models.glm4, TOKENS, "model.layers.0.mlp.gate_up_proj.weight", "gate 48 | up 48"), "up", "gate"),
+    "modernbert": (
+        Case(models.modernbert, TOKENS, "model.layers.0.mlp.Wi.weight", "input 48 | gate 48"),
+        "gate",
+        "input",
+    ),
+    "moonshine": (
+        Case(models.moonshine, SPEECH, "model.decoder.layers.0.mlp.fc1.weight", "up 48 | gate 48"),
+        "up",
+        "gate",
+    ),
+    "granite, shared": (
+        Case(models.granite_moe_hybrid, TOKENS, "model.layers.0.shared_mlp.input_linear.weight", "gate 40 | up 40"),
+        "up",
+        "gate",
+    ),
+    "mixtral": (Case(models.mixtral, TOKENS, f"model.layers.0.{EXPERTS}", "gate 48 | up 48"), "up", "gate"),
+    "qwen3_moe": (Case(models.qwen3_moe, TOKENS, f"model.layers.0.{EXPERTS}", "gate 24 | up 24"), "up", "gate"),
+    "deepseek_v3": (Case(models.deepseek_v3, TOKENS, f"model.layers.1.{EXPERTS}", "gate 24 | up 24"), "up", "gate"),
+    "llama4": (
+        Case(models.llama4_text, TOKENS, "model.layers.0.feed_forward.experts.gate_up_proj", "gate 16 | up 16"),
+        "up",
+        "gate",
+    ),
+    "gpt_oss": (Case(models.gpt_oss, TOKENS, f"model.layers.0.{EXPERTS}", "48 x (gate 1 | up 1)"), "up", "gate"),
+    "jetmoe": (
+        Case(models.jetmoe, TOKENS, "model.layers.0.mlp.input_linear.weight", "gate 48 | up 48"),
+        "up",
+        "gate",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates(name: str) -> None:
+    case, gated, gate = GATES[name]
+    probe = Probe(case)
+    assert probe.decision.splits == case.splits
+    if hasattr(probe.module, "limit"):
+        probe.module.limit = 1e6  # what is clamped is affine no more
+    assert probe.bend(probe.rows(gated)) < 1e-5
+    assert probe.bend(probe.rows(gate)) > 1e-2
+
+
+def test_the_gate_of_speech_comes_last() -> None:
+    from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalAudioMLP
+
+    name = "model.embed_tokens_extend.audio_embed.encoder.encoders.0.feed_forward_in.gate_up_proj.weight"
+    model = models.phi4_multimodal()
+    decision = decide(model)[name]
+    module = model.get_submodule(name.removesuffix(".gate_up_proj.weight"))
+    assert isinstance(module, Phi4MultimodalAudioMLP)
+    assert decision.splits == "up 24 | gate 24"
+    probe = Probe(Case(lambda: Holder(module), {"tokens": torch.rand(1, 6, 16)}, "held.gate_up_proj.weight", ""))
+    assert probe.bend(probe.rows("up")) < 1e-5
+    assert probe.bend(probe.rows("gate")) > 1e-2
+
+
+MIXERS = {
+    # Without these rows what comes out of the mixer is zero; these depend on one position only.
+    "mamba": (
+        Case(models.mamba, TOKENS, "backbone.layers.0.mixer.in_proj.weight", "x 64 | gate 64", "out_proj"),
+        "gate",
+    ),
+    "jamba": (
+        Case(models.jamba, TOKENS, "model.layers.0.mamba.in_proj.weight", "x 64 | gate 64", "out_proj"),
+        "gate",
+    ),
+    "zamba": (
+        Case(models.zamba, TOKENS, "model.layers.0.mamba.in_proj.weight", "64 x (x 1 | gate 1)", "out_proj"),
+        "gate",
+    ),
+    "mamba2": (
+        Case(
+            models.mamba2,
+            TOKENS,
+            "backbone.layers.0.mixer.in_proj.weight",
+            "gate 64 | x 64 | B 16 | C_dt 24",
+            "out_proj",
+        ),
+        "gate",
+    ),
+    "granite, hybrid": (
+        Case(
+            models.granite_moe_hybrid,
+            TOKENS,
+            "model.layers.0.mamba.in_proj.weight",
+            "gate 64 | x 64 | B 16 | C_dt 24",
+            "out_proj",
+        ),
+        "gate",
+    ),
+    "falcon_h1": (
+        Case(
+            models.falcon_h1,
+            TOKENS,
+            "model.layers.0.mamba.in_proj.weight",
+            "gate 64 | x 64 | B 16 | C_dt 24",
+            "out_proj",
+        ),
+        "gate",
+    ),
+    "lfm2": (
+        Case(models.lfm2, TOKENS, "model.layers.0.conv.in_proj.weight", "B 32 | C 32 | x 32", "out_proj"),
+        "C",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers(name: str) -> None:
+    case, gate = MIXERS[name]
+    probe = Probe(case)
+    assert probe.decision.splits == case.splits
+    assert not probe.scaled(probe.rows(gate), 0).any()
+    blocks = {block: probe.rows(block) for block in probe.decision.blocks}
+    if "C_dt" in blocks:  # C as gates do belongs to one position, dt to all
+        blocks["C"], blocks["dt"] = blocks["C_dt"][:16], blocks.pop("C_dt")[16:]
+    ranks = {block: probe.rank(rows) for block, rows in blocks.items()}
+    assert {block for block, rank in ranks.items() if rank == 1} == {gate, "C"} & set(blocks)
+
+
+def test_what_linear_attention_takes_apart() -> None:
+    model = models.qwen3_next()
+    attention = model.get_submodule("model.layers.0.linear_attn")
+    decisions = decide(model)
+    found = {name: decisions[f"model.layers.0.linear_attn.in_proj_{name}.weight"] for name in ("qkvz", "ba")}
+    assert found["qkvz"].splits == "2 x (q 8 | k 8 | v 12 | z 12)"
+    assert found["ba"].splits == "2 x (b 2 | a 2)"
+    weights = [attention.in_proj_qkvz.weight.T[None], attention.in_proj_ba.weight.T[None]]
+    parts = dict(zip("qkvzba", attention.fix_query_key_value_ordering(*weights), strict=True))
+    for name, decision in found.items():
+        for block in name:
+            torch.testing.assert_close(
+                decision.parameter[rows_of(decision.splits, block)].T, parts[block].flatten(2)[0]
+            )
+
+
+def test_latent_attention() -> None:
+    name = "model.layers.0.self_attn"
+    probe = Probe(Case(models.deepseek_v3, TOKENS, f"{name}.kv_b_proj.weight", "", "o_proj"))
+    assert probe.decision.splits == "4 x (k 4 | v 8)"
+    assert not probe.scaled(probe.rows("v"), 0).any()
+    assert probe.scaled(probe.rows("k"), 0).any()
+    probe = Probe(Case(models.deepseek_v3, TOKENS, f"{name}.kv_a_proj_with_mqa.weight", "", "o_proj"))
+    assert probe.decision.splits == "kv 8 | k_rope 4"
+    assert not probe.scaled(probe.rows("kv"), 0).any()
+    assert probe.scaled(probe.rows("k_rope"), 0).any()
+
+
+@pytest.mark.parametrize("builder", [models.qwen3_next, models.qwen3_5])
+def test_queries_with_a_gate(builder: Callable[[], nn.Module]) -> None:
+    probe = Probe(Case(builder, TOKENS, "model.layers.1.self_attn.q_proj.weight", "", "o_proj"))
+    assert probe.decision.splits == "4 x (q 8 | gate 8)"
+    without_q = probe.scaled(probe.rows("q"), 0)
+    half = probe.scaled(torch.arange(64), 0)  # a gate at zero lets half of it pass
+    torch.testing.assert_close(probe.scaled(probe.rows("gate"), 0)[0, 0], half[0, 0])  # the first sees itself alone
+    keys = probe.module.get_submodule("k_proj").weight
+    keys.data.zero_()
+    torch.testing.assert_close(probe.output(), without_q)
