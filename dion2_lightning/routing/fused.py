@@ -165,7 +165,7 @@ def _falcon(layer: Layer) -> Taken:
 
 def _gpt_bigcode(layer: Layer) -> Taken:
     if getattr(layer.module, "is_cross_attention", False):
-        return None
+        return "its class takes one head of k and of v from it, and it has more outputs"
     size = layer.head_size
     if not getattr(layer.module, "multi_query", False) or size is None:
         return _by_head(layer)

@@ -405,3 +405,321 @@ def test_queries_with_a_gate(builder: Callable[[], nn.Module]) -> None:
     keys = probe.module.get_submodule("k_proj").weight
     keys.data.zero_()
     torch.testing.assert_close(probe.output(), without_q)
+
+
+# Heads
+
+VALUES = {
+    "gpt2": (ATTENTION["gpt2"], "c_proj", "v", "q 4*8 | k 4*8 | v 4*8"),
+    "phi3": (ATTENTION["phi3"], "o_proj", "v", "q 4*8 | k 2*8 | v 2*8"),
+    "gpt_neox": (ATTENTION["gpt_neox"], "dense", "v", "4 x (q 1*8 | k 1*8 | v 1*8)"),
+    "falcon": (ATTENTION["falcon"], "dense", "v", "2 x (q 2*8 | k 1*8 | v 1*8)"),
+    "falcon, one k and v": (ATTENTION["falcon, one k and v"], "dense", "v", "q 4*8 | k 1*8 | v 1*8"),
+    "codegen": (ATTENTION["codegen"], "out_proj", "v", "4 x (q 2*8 | v 2*8 | k 2*8)"),
+    "llama": (
+        Case(models.llama, TOKENS, "model.layers.0.self_attn.v_proj.weight", "", "o_proj"),
+        "o_proj",
+        "head",
+        "head 2*8",
+    ),
+    "gemma2": (
+        Case(models.gemma2, TOKENS, "model.layers.0.self_attn.v_proj.weight", "", "o_proj"),
+        "o_proj",
+        "head",
+        "head 2*8",
+    ),
+    "deepseek_v3": (
+        Case(models.deepseek_v3, TOKENS, "model.layers.0.self_attn.kv_b_proj.weight", "", "o_proj"),
+        "o_proj",
+        "v",
+        "4 x (k 1*4 | v 1*8)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_heads_of_v_are_those_of_the_output(name: str) -> None:
+    """What follows attention gets zeros from the heads of a v without weights, and from no others."""
+    case, output, block, text = VALUES[name]
+    probe = Probe(case, per_head=True)
+    assert probe.decision.splits == text
+    decisions = decide(case.model(), per_head=True)
+    other = decisions[case.weight.removesuffix(case.weight.split(".")[-2] + ".weight") + f"{output}.weight"].splits
+    heads = rows_of(other, "head").chunk(read_splits(other).blocks[0].matrices)  # type: ignore[union-attr]
+    splits = read_splits(text)
+    assert splits is not None and other.endswith(" along inputs")
+    matrices = next(each.matrices for each in splits.blocks if each.name == block)
+    for index, rows in enumerate(probe.rows(block).chunk(matrices)):
+        got = probe.scaled(rows, 0)
+        group = len(heads) // matrices
+        is_zero = [not got[..., columns].any() for columns in heads]
+        assert is_zero == [index * group <= head < (index + 1) * group for head in range(len(heads))]
+
+
+PER_HEAD = {
+    "bert_classifier": {
+        "bert.encoder.layer.0.attention.self.query.weight": "head 4*8",
+        "bert.encoder.layer.0.attention.self.key.weight": "head 4*8",
+        "bert.encoder.layer.0.attention.output.dense.weight": "head 4*8 along inputs",
+        "bert.encoder.layer.0.output.dense.weight": "whole",
+    },
+    "t5": {
+        "encoder.block.0.layer.0.SelfAttention.q.weight": "head 4*8",
+        "encoder.block.0.layer.0.SelfAttention.o.weight": "head 4*8 along inputs",
+        "encoder.block.0.layer.1.DenseReluDense.wo.weight": "whole",
+    },
+    "llama": {
+        "model.layers.1.self_attn.q_proj.weight": "head 4*8",
+        "model.layers.1.self_attn.k_proj.weight": "head 2*8",
+        "model.layers.1.mlp.up_proj.weight": "whole",
+    },
+    "deepseek_v3": {
+        "model.layers.0.self_attn.q_a_proj.weight": "whole",
+        "model.layers.0.self_attn.q_b_proj.weight": "head 4*8",
+        "model.layers.0.self_attn.kv_a_proj_with_mqa.weight": "kv 8 | k_rope 4",
+    },
+    "qwen3_next": {
+        "model.layers.0.linear_attn.in_proj_qkvz.weight": "2 x (q 1*8 | k 1*8 | v 2*6 | z 2*6)",
+        "model.layers.0.linear_attn.out_proj.weight": "head 4*6 along inputs",
+        "model.layers.1.self_attn.q_proj.weight": "4 x (q 1*8 | gate 1*8)",
+    },
+    "mixtral": {
+        "model.layers.0.self_attn.v_proj.weight": "head 2*8",
+        "model.layers.0.mlp.experts.gate_up_proj": "gate 48 | up 48",
+    },
+    "gpt2": {
+        "transformer.h.0.attn.c_proj.weight": "head 4*8 along inputs",
+        "transformer.h.0.mlp.c_proj.weight": "whole",
+    },
+    "cross_attention": {
+        "attention.q_proj_weight": "head 4*8",
+        "attention.v_proj_weight": "head 4*8",
+        "attention.out_proj.weight": "head 4*8 along inputs",
+    },
+    "swin_classifier": {
+        "swin.encoder.layers.0.blocks.0.attention.q_proj.weight": "head 2*8",
+        "swin.encoder.layers.1.blocks.0.attention.o_proj.weight": "head 4*8 along inputs",
+    },
+    "mamba2": {
+        "backbone.layers.0.mixer.in_proj.weight": "gate 64 | x 64 | B 16 | C_dt 24",
+        "backbone.layers.0.mixer.out_proj.weight": "whole",
+    },
+}
+
+
+@pytest.mark.parametrize("name", PER_HEAD)
+def test_per_head(name: str) -> None:
+    decisions = decide(build(name), per_head=True)
+    assert {weight: decisions[weight].splits for weight in PER_HEAD[name]} == PER_HEAD[name]
+
+
+class Attention(nn.Module):
+    """Some attention that no rule knows, with an odd number of heads."""
+
+    def __init__(self, num_heads: int | None = 5, **others: Any) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj = nn.Linear(24, 24), nn.Linear(24, 24)
+        for name, value in (others | {"num_heads": num_heads}).items():
+            setattr(self, name, value)
+
+
+class TestHeadsThatDoNotFit:
+    @pytest.mark.parametrize(("num_heads", "fits"), [(5, "4 or 6"), (7, "6 or 8"), (24, "8 or 12"), (50, "8 or 12")])
+    def test_a_number_that_does_not_divide(self, num_heads: int, fits: str) -> None:
+        message = (
+            r"^per_head=True cannot cut '0.q_proj.weight' of shape \(24, 24\): it has 24 outputs, and "
+            rf"{num_heads} heads; {fits} would fit. To keep it whole, pass splits={{'0.q_proj.weight': 'whole'}}$"
+        )
+        with pytest.raises(ValueError, match=message):
+            route_parameters(nn.Sequential(Attention(num_heads)), per_head=True)
+
+    def test_the_way_out(self) -> None:
+        splits = {"0.q_proj.weight": "whole", "0.o_proj.weight": "head 4*6 along inputs"}
+        decisions = decide(nn.Sequential(Attention()), per_head=True, splits=splits)
+        assert {name: decisions[name].splits for name in splits} == splits
+
+    def test_fused(self) -> None:
+        config = transformers.GPT2Config(**models._GPT2)
+        with torch.device("meta"):
+            model = transformers.GPT2LMHeadModel(config)
+        for block in model.transformer.h:
+            block.attn.num_heads = 5
+        with pytest.raises(
+            ValueError, match=r"h.0.attn.c_attn.weight' of shape \(32, 96\): it has 32 outputs of q, and"
+        ):
+            route_parameters(model, per_head=True)
+        assert decide(model)["transformer.h.0.attn.c_attn.weight"].splits == "q 32 | k 32 | v 32"
+
+    def test_no_number_is_known(self) -> None:
+        decision = decide(nn.Sequential(Attention(None)), per_head=True)["0.q_proj.weight"]
+        assert (decision.splits, decision.reason) == ("whole", "linear; kept whole: no number of heads is known")
+
+    def test_one_head_is_the_whole(self) -> None:
+        decision = decide(nn.Sequential(Attention(1)), per_head=True)["0.q_proj.weight"]
+        assert (decision.splits, decision.reason) == ("whole", "linear")
+
+    def test_the_size_of_a_head_tells_how_many_there_are(self) -> None:
+        decision = decide(nn.Sequential(Attention(4, head_dim=3)), per_head=True)["0.q_proj.weight"]
+        assert decision.splits == "head 8*3"
+
+    def test_not_a_bool(self) -> None:
+        with pytest.raises(TypeError, match="per_head must be True or False, got 'yes'"):
+            route_parameters(models.mlp(), per_head="yes")  # type: ignore[arg-type]
+
+
+# What is kept whole
+
+
+class FusedLayers(nn.Module):
+    """Layers with names that say they are fused, of a class that no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.qkv, self.gate_up_proj, self.w12 = nn.Linear(32, 96), nn.Linear(32, 96), nn.Linear(32, 96)
+
+
+def test_what_no_rule_knows_is_kept_whole() -> None:
+    for name, decision in decide(FusedLayers()).items():
+        if not name.endswith("bias"):
+            reason = "linear; fused projections kept whole: pass splits="
+            assert (decision.splits, decision.reason) == ("whole", reason)
+
+
+def test_what_does_not_fit_is_kept_whole() -> None:
+    model = on_meta(models.phi3)
+    attention = model.get_submodule("model.layers.0.self_attn")
+    attention.qkv_proj = nn.Linear(32, 72, bias=False)
+    decisions = decide(model)
+    assert decisions["model.layers.0.self_attn.qkv_proj.weight"].splits == "whole"
+    assert decisions["model.layers.0.self_attn.qkv_proj.weight"].reason == (
+        "linear; fused projections kept whole, as q 32 | k 16 | v 16 does not fit: pass splits="
+    )
+    assert decisions["model.layers.1.self_attn.qkv_proj.weight"].splits == "q 32 | k 16 | v 16"
+
+
+def test_cross_attention_of_gpt_bigcode_is_kept_whole() -> None:
+    model = on_meta(gpt_bigcode_of_heads)
+    attention = model.get_submodule("transformer.h.0.attn")
+    attention.is_cross_attention = True
+    decision = decide(model)["transformer.h.0.attn.c_attn.weight"]
+    assert (decision.splits, "kept whole" in decision.reason) == ("whole", True)
+
+
+def test_a_class_that_inherits_is_known() -> None:
+    class Mine(transformers.models.phi3.modeling_phi3.Phi3Attention):  # type: ignore[misc]
+        pass
+
+    model = on_meta(models.phi3)
+    model.get_submodule("model.layers.0.self_attn").__class__ = Mine
+    assert decide(model)["model.layers.0.self_attn.qkv_proj.weight"].splits == "q 32 | k 16 | v 16"
+
+
+def test_lora_factors_are_never_split() -> None:
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["qkv_proj", "o_proj"])
+    model = peft.get_peft_model(on_meta(models.phi3), config)
+    decisions = decide(model, per_head=True, lora="both")
+    trained = [each for each in decisions.values() if each.as_matrices]
+    assert len(trained) == 8
+    assert {each.splits for each in trained} == {"whole"}
+
+
+# splits=
+
+
+QKV = "model.layers.*.self_attn.qkv_proj.weight"
+
+
+class TestSplits:
+    def test_they_come_before_what_is_found(self) -> None:
+        splits = {"*.layers.0.*.qkv_proj.weight": "q 4*8 | kv 32", "*.layers.1.*.gate_up_proj.weight": "whole"}
+        decisions = decide(build("phi3"), splits=splits)
+        assert decisions["model.layers.0.self_attn.qkv_proj.weight"].splits == "q 4*8 | kv 32"
+        assert decisions["model.layers.0.self_attn.qkv_proj.weight"].reason == (
+            "linear; q 4*8 | kv 32 by splits `*.layers.0.*.qkv_proj.weight`"
+        )
+        assert decisions["model.layers.1.self_attn.qkv_proj.weight"].splits == "q 32 | k 16 | v 16"
+        assert decisions["model.layers.0.mlp.gate_up_proj.weight"].splits == "gate 48 | up 48"
+        assert decisions["model.layers.1.mlp.gate_up_proj.weight"].splits == "whole"
+
+    def test_the_first_match_wins(self) -> None:
+        splits = {"model.layers.0.*.qkv_proj.weight": "whole", QKV: "a 32 | b 32"}
+        decisions = decide(build("phi3"), splits=splits)
+        found = [decisions[QKV.replace("*", str(layer), 1)].splits for layer in (0, 1)]
+        assert found == ["whole", "a 32 | b 32"]
+
+    def test_an_override_comes_before_them(self) -> None:
+        overrides = {"model.layers.0.*.qkv_proj.weight": {"splits": "q 32 | rest 32"}}
+        decisions = decide(build("phi3"), splits={QKV: "a 32 | b 32"}, overrides=overrides)
+        found = [decisions[QKV.replace("*", str(layer), 1)].splits for layer in (0, 1)]
+        assert found == ["q 32 | rest 32", "a 32 | b 32"]
+
+    def test_other_options_of_an_override_leave_what_is_found(self) -> None:
+        decisions = decide(build("phi3"), overrides={QKV: {"lr": 0.5}})
+        assert decisions[QKV.replace("*", "0", 1)].splits == "q 32 | k 16 | v 16"
+
+    def test_what_overrides_say_of_the_storage_drops_what_is_found(self) -> None:
+        decisions = decide(build("gpt2"), overrides={"*.c_attn.weight": {"transposed": False}})
+        assert decisions["transformer.h.0.attn.c_attn.weight"].splits == "whole"
+
+    def test_of_what_an_override_sends_to_matrices(self) -> None:
+        arguments = {"overrides": {"cls.predictions.transform.dense.weight": "dion2"}}
+        decisions = decide(build("deberta"), splits={"cls.*.dense.weight": "a 16 | b 16"}, **arguments)
+        assert decisions["cls.predictions.transform.dense.weight"].splits == "a 16 | b 16"
+
+    def test_experts(self) -> None:
+        decisions = decide(build("mixtral"), splits={"*.gate_up_proj": "48 x (gate 1 | up 1)"})
+        assert decisions["model.layers.0.mlp.experts.gate_up_proj"].splits == "48 x (gate 1 | up 1)"
+
+    @pytest.mark.parametrize(
+        ("splits", "message"),
+        [
+            (
+                {QKV: "q 32 | k 32"} | {"*.o_proj.weight": "q 32 | k 16 | v 16"},
+                r"^splits '\*.o_proj.weight': parameter 'model.layers.0.self_attn.o_proj.weight' of shape \(32, 32\) "
+                r"is not what its splits say: 'q 32 \| k 16 \| v 16' is 64 outputs, and the weight has 32",
+            ),
+            (
+                {"*.embed_tokens.weight": "a 48 | b 48"},
+                r"matches nothing that could be split, but .*'model.embed_tokens",
+            ),
+            ({"*.nothing.weight": "a 48 | b 48"}, r"^splits '\*.nothing.weight' matches no parameter"),
+            ({QKV: "whole", "*.layers.0.*.qkv_proj.weight": "whole"}, "has no effect: earlier patterns"),
+            ({QKV: "q 32, k 16"}, r"^splits 'model.layers.\*.self_attn.qkv_proj.weight': 'q 32, k 16' is no list"),
+        ],
+    )
+    def test_bad_values(self, splits: dict[str, str], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            route_parameters(build("phi3"), splits=splits)
+
+    def test_overrides_split_all(self) -> None:
+        overrides = {QKV: {"splits": "whole"}}
+        with pytest.raises(ValueError, match="has no effect: overrides split all that it matches; remove it"):
+            route_parameters(build("phi3"), splits={QKV: "a 32 | b 32"}, overrides=overrides)
+
+    @pytest.mark.parametrize(
+        ("splits", "message"),
+        [
+            ({QKV: [32, 32]}, r"^splits 'model.layers.\*.self_attn.qkv_proj.weight' must be a text such as"),
+            (["a 32 | b 32"], "^splits must be a mapping from patterns of names, got list"),
+        ],
+    )
+    def test_bad_types(self, splits: Any, message: str) -> None:
+        with pytest.raises(TypeError, match=message):
+            route_parameters(build("phi3"), splits=splits)
+        with pytest.raises(TypeError, match=message):
+            OptimizerSettings(lr=0.1, splits=splits)
+
+    def test_build_optimizer(self) -> None:
+        settings = OptimizerSettings(lr=0.1, splits={"*.gate_up_proj.weight": "whole"}, per_head=True)
+        groups = settings.build(build("phi3")).param_groups
+        found = {group["name"]: group["splits"] for group in groups if group["algorithm"] == "dion2"}
+        assert found == {
+            "dion2": "whole",
+            "dion2-q-k-v": "q 4*8 | k 2*8 | v 2*8",
+            "dion2-head": "head 4*8 along inputs",
+        }
+        groups = build_optimizer(build("phi3"), lr=0.1).param_groups
+        assert [group["name"] for group in groups][:3] == ["dion2", "dion2-gate-up", "dion2-q-k-v"]
