@@ -6,7 +6,7 @@ rows, and the gate is not.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from dion2_lightning import OptimizerSettings, build_optimizer
-from dion2_lightning.matrices.splits import read_splits
+from dion2_lightning.matrices.splits import blocks_of
 from dion2_lightning.routing.router import route_parameters
 from tests.routing import models
 from tests.routing.models import build, decide, on_meta
@@ -67,9 +67,7 @@ class Case(NamedTuple):
 
 def rows_of(text: str, name: str) -> Tensor:
     """Return the places of a block on its axis."""
-    splits = read_splits(text)
-    assert splits is not None
-    block = next(block for block in splits.blocks if block.name == name)
+    block = next(block for block in blocks_of(text) if block.name == name)
     return torch.tensor([block.place(index) for index in range(block.total)])
 
 
@@ -283,8 +281,9 @@ def test_gates(name: str) -> None:
     case, gated, gate = GATES[name]
     probe = Probe(case)
     assert probe.decision.splits == case.splits
-    if hasattr(probe.module, "limit"):
-        probe.module.limit = 1e6  # what is clamped is affine no more
+    module: Any = probe.module
+    if hasattr(module, "limit"):
+        module.limit = 1e6  # what is clamped is affine no more
     assert probe.bend(probe.rows(gated)) < 1e-5
     assert probe.bend(probe.rows(gate)) > 1e-2
 
@@ -369,7 +368,7 @@ def test_mixers(name: str) -> None:
 
 def test_what_linear_attention_takes_apart() -> None:
     model = models.qwen3_next()
-    attention = model.get_submodule("model.layers.0.linear_attn")
+    attention: Any = model.get_submodule("model.layers.0.linear_attn")
     decisions = decide(model)
     found = {name: decisions[f"model.layers.0.linear_attn.in_proj_{name}.weight"] for name in ("qkvz", "ba")}
     assert found["qkvz"].splits == "2 x (q 8 | k 8 | v 12 | z 12)"
@@ -402,8 +401,7 @@ def test_queries_with_a_gate(builder: Callable[[], nn.Module]) -> None:
     without_q = probe.scaled(probe.rows("q"), 0)
     half = probe.scaled(torch.arange(64), 0)  # a gate at zero lets half of it pass
     torch.testing.assert_close(probe.scaled(probe.rows("gate"), 0)[0, 0], half[0, 0])  # the first sees itself alone
-    keys = probe.module.get_submodule("k_proj").weight
-    keys.data.zero_()
+    nn.init.zeros_(probe.module.get_parameter("k_proj.weight"))
     torch.testing.assert_close(probe.output(), without_q)
 
 
@@ -445,10 +443,9 @@ def test_heads_of_v_are_those_of_the_output(name: str) -> None:
     assert probe.decision.splits == text
     decisions = decide(case.model(), per_head=True)
     other = decisions[case.weight.removesuffix(case.weight.split(".")[-2] + ".weight") + f"{output}.weight"].splits
-    heads = rows_of(other, "head").chunk(read_splits(other).blocks[0].matrices)  # type: ignore[union-attr]
-    splits = read_splits(text)
-    assert splits is not None and other.endswith(" along inputs")
-    matrices = next(each.matrices for each in splits.blocks if each.name == block)
+    heads = rows_of(other, "head").chunk(blocks_of(other)[0].matrices)
+    assert other.endswith(" along inputs")
+    matrices = next(each.matrices for each in blocks_of(text) if each.name == block)
     for index, rows in enumerate(probe.rows(block).chunk(matrices)):
         got = probe.scaled(rows, 0)
         group = len(heads) // matrices
@@ -564,7 +561,7 @@ class TestHeadsThatDoNotFit:
 
     def test_not_a_bool(self) -> None:
         with pytest.raises(TypeError, match="per_head must be True or False, got 'yes'"):
-            route_parameters(models.mlp(), per_head="yes")  # type: ignore[arg-type]
+            route_parameters(models.mlp(), per_head=cast("Any", "yes"))
 
 
 # What is kept whole
@@ -600,14 +597,14 @@ def test_what_does_not_fit_is_kept_whole() -> None:
 
 def test_cross_attention_of_gpt_bigcode_is_kept_whole() -> None:
     model = on_meta(gpt_bigcode_of_heads)
-    attention = model.get_submodule("transformer.h.0.attn")
+    attention: Any = model.get_submodule("transformer.h.0.attn")
     attention.is_cross_attention = True
     decision = decide(model)["transformer.h.0.attn.c_attn.weight"]
     assert (decision.splits, "kept whole" in decision.reason) == ("whole", True)
 
 
 def test_a_class_that_inherits_is_known() -> None:
-    class Mine(transformers.models.phi3.modeling_phi3.Phi3Attention):  # type: ignore[misc]
+    class Mine(transformers.models.phi3.modeling_phi3.Phi3Attention):
         pass
 
     model = on_meta(models.phi3)
