@@ -63,15 +63,20 @@ class Layer:
     Attributes:
         name: Under which name its module has the layer, such as ``"qkv_proj"``.
         module: That module.
+        parent: The module that has it; None for a root.
         outputs: How many outputs it has.
         inputs: How many inputs it has.
     """
 
     def __init__(self, path: ModulePath, shape: tuple[int, int]) -> None:
         """Read a weight of this module path, and of this shape (out, in)."""
-        is_weight_of_layer = path.names[-1] == "weight" and len(path.modules) > 1
-        self.name = path.module_name(1) if is_weight_of_layer else path.names[-1]
-        self.module = path.modules[-2] if is_weight_of_layer else path.owner
+        # The layer itself, or what wraps it alone, as Gemma's layers that clip do.
+        level = 1 if path.names[-1] == "weight" and len(path.modules) > 1 else 0
+        while path.module_name(level) in ("linear", "base_layer") and level + 2 <= len(path.modules):
+            level += 1
+        self.name = path.module_name(level)
+        self.module = path.modules[-1 - level]
+        self.parent = path.modules[-2 - level] if level + 2 <= len(path.modules) else None
         self.outputs, self.inputs = shape
         self._configs = [module.config for module in reversed(path.modules) if hasattr(module, "config")]
 
@@ -95,7 +100,10 @@ class Layer:
         """Return the first of some numbers that the module has, or else the configuration that is nearest to it."""
         for source in (self.module, *self._configs):
             for name in names:
-                value = getattr(source, name, None)
+                try:
+                    value = getattr(source, name, None)
+                except Exception:  # a configuration whose layers differ in it
+                    continue
                 if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                     return value
         return None
@@ -224,6 +232,21 @@ def _mamba(layer: Layer) -> Taken:
     return Parts((Part("gate", inner), Part("x", inner), Part("B", groups * state), last))
 
 
+def _levit(layer: Layer) -> Taken:
+    found = layer.numbers("num_attention_heads", "key_dim", "attention_ratio")
+    if found is None:
+        return None
+    heads, size, ratio = found
+    names = "qk" if layer.name == "queries_keys_values" else "k"
+    return Parts((*(Part(name, size, 1) for name in names), Part("v", ratio * size, 1)), heads)
+
+
+def _focal(layer: Layer) -> Taken:
+    width = layer.inputs
+    # The gates, one row a level and one more, are too few for a matrix of their own.
+    return Parts((Part("q", width), Part("context_gates", layer.outputs - width)))
+
+
 def _every_second(first: str, second: str) -> Callable[[Layer], Taken]:
     return lambda layer: Parts((Part(first, 1), Part(second, 1)), layer.outputs // 2)
 
@@ -260,6 +283,7 @@ RULES: Final = (
     Rule("Mpt|Dbrx|ModernBert", "Wqkv", _side_by_side),
     Rule(None, "c_attn", _side_by_side_or_cross),
     Rule(None, "qkv|qkv_linear|att_proj", _side_by_side),
+    Rule("LevitAttention", "(queries_)?keys_values", _levit),
     Rule(None, "to_kv", _keys_and_values),
     Rule("JetMoeAttention", "kv_proj", _keys_and_values),
     Rule("Qwen", "q_proj", _query_and_gate),
@@ -271,6 +295,7 @@ RULES: Final = (
     Rule("Mamba|Bamba|FalconH1Mixer", "in_proj", _mamba),
     Rule("Mamba", "x_proj", lambda layer: "dt, B and C have few rows"),
     Rule("Lfm.*ShortConv", "in_proj", _thirds("B", "C", "x")),
+    Rule("FocalNetModulation", "projection_in", _focal),
     # gate and up
     Rule("GptOssExperts", "gate_up_proj", _every_second("gate", "up")),
     Rule("Phi4MultimodalAudio", "gate_up_proj", _halves("up", "gate")),
@@ -279,15 +304,19 @@ RULES: Final = (
     Rule("JetMoeMoE|GraniteMoe.*MLP", "input_linear", _halves("gate", "up")),
     Rule("ModernBert", "Wi", _halves("input", "gate")),
     Rule("Moonshine.*DecoderMLP", "fc1", _halves("up", "gate")),
+    Rule("Gemma.*LightConv1d", "linear_start", _halves("up", "gate")),
+    Rule("GraniteSpeech5.*ConvolutionModule", "pointwise_lin1", _halves("up", "gate")),
 )
 """What is known, the first that fits wins. Each has been read in the source of its class, transformers 5.23."""
 
 _HEAD_SIZE: Final = ("head_dim", "head_size", "attention_head_size")
-_LOOKS_FUSED: Final = re.compile(r"qkv|query_key_value|c_attn|gate_up|^in_proj_weight$|^w1[23]$|^Wi$")
+_OUTPUT_BESIDE: Final = {"qkv": "proj", "c_attn": "c_proj"}
+"""Layers that hold q, k and v side by side in timm and in GPT-2's many copies, and what is beside them there."""
+_LOOKS_FUSED: Final = re.compile(r"qkv|query_key_value|keys_values|c_attn|gate_up|^in_proj_weight$|^w1[23]$|^Wi$")
 _ATTENTION: Final = re.compile(r"Att(entio)?n|GatedDeltaNet")
-_QUERY: Final = re.compile(r"(to_|w|linear_)?q(uery)?(_b)?(_proj(_weight)?|_lin|_attn)?")
+_QUERY: Final = re.compile(r"(to_|w|linear_)?q(uery|ueries)?(_b)?(_proj(_weight)?|_lin|_attn)?")
 _KEY_OR_VALUE: Final = re.compile(r"(to_|w|linear_)?(k|v|key|value)(_proj(_weight)?|_lin)?")
-_ATTENTION_OUTPUT: Final = re.compile(r"(to_|w|W|linear_)?o(ut)?(_proj|_lin)?|dense|proj|c_proj")
+_ATTENTION_OUTPUT: Final = re.compile(r"(to_|w|W|linear_)?o(ut)?(_proj|_lin)?|dense|proj(ection)?|c_proj")
 
 
 def find_splits(path: ModulePath, shape: tuple[int, int], per_head: bool) -> Found:
@@ -309,7 +338,8 @@ def find_splits(path: ModulePath, shape: tuple[int, int], per_head: bool) -> Fou
             taken = rule.take(layer)
             if taken is not None:
                 return _checked(taken, path, layer, per_head, "by its class")
-    if layer.name == "qkv" and layer.outputs == 3 * layer.inputs and layer.heads and hasattr(layer.module, "proj"):
+    has_output = hasattr(layer.module, _OUTPUT_BESIDE.get(layer.name, ""))
+    if has_output and layer.outputs == 3 * layer.inputs and layer.heads:
         return _checked(_side_by_side(layer), path, layer, per_head, "by its name and shape")
     if per_head and (found := _heads(path, layer)) is not None:
         return found
@@ -332,7 +362,7 @@ def _checked(taken: Taken, path: ModulePath, layer: Layer, per_head: bool, sourc
 
 def _heads(path: ModulePath, layer: Layer) -> Found | None:
     """The heads of q, k or v in a weight of their own, or of what follows attention; None for another weight."""
-    attention = _attention(path, layer.module)
+    attention = _attention(layer)
     if attention is None:
         return None
     layer.module = attention
@@ -344,12 +374,12 @@ def _heads(path: ModulePath, layer: Layer) -> Found | None:
         heads, size, axis = layer.heads, layer.inputs, "inputs"
     else:
         return None
-    if heads is None:
-        return Found(WHOLE, "kept whole: no number of heads is known")
     # What the module itself says of its heads' size tells also how many they are, under whatever name.
-    head_size = next((getattr(attention, name, None) for name in _HEAD_SIZE if hasattr(attention, name)), None)
+    head_size = next((getattr(attention, name) for name in _HEAD_SIZE if hasattr(attention, name)), None)
     if isinstance(head_size, int) and head_size > 0 and size % head_size == 0:
         heads = size // head_size
+    if heads is None:
+        return Found(WHOLE, "kept whole: no number of heads is known")
     if heads == 1:
         return None
     _check_heads(path, f"{size} {axis}", size, heads)
@@ -357,12 +387,12 @@ def _heads(path: ModulePath, layer: Layer) -> Found | None:
     return Found(text, text)
 
 
-def _attention(path: ModulePath, module: nn.Module) -> nn.Module | None:
-    """The attention whose q, k, v or output a module holds; None where it is of another kind."""
+def _attention(layer: Layer) -> nn.Module | None:
+    """The attention whose q, k, v or output a layer is; None where it is of another kind."""
     # BERT and others keep the output in a module of its own beside that with q, k and v.
-    has_output_only = type(module).__name__.endswith("Output") and len(path.modules) > 2
-    beside = [unwrap(child) for child in path.modules[-3].children()] if has_output_only else []
-    return next((each for each in (module, *beside) if _is_attention(each)), None)
+    has_output_only = type(layer.module).__name__.endswith("Output") and layer.parent is not None
+    beside = [unwrap(child) for child in layer.parent.children()] if has_output_only and layer.parent else []
+    return next((each for each in (layer.module, *beside) if _is_attention(each)), None)
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -269,7 +269,8 @@ def codegen() -> nn.Module:
 
 def falcon(**changes: Any) -> nn.Module:
     form = {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": False} | changes
-    return transformers.FalconForCausalLM(transformers.FalconConfig(**_TEXT, **form))
+    config = transformers.FalconConfig(**_TEXT | {"num_attention_heads": 8}, **form)
+    return transformers.FalconForCausalLM(config)
 
 
 def falcon_multi_query() -> nn.Module:
