@@ -50,7 +50,7 @@ class Parts(NamedTuple):
     def text(self, per_head: bool) -> str:
         """Return the text for ``splits``."""
         pieces = [
-            f"{name} {heads}*{size // heads}" if per_head and heads and size % heads == 0 else f"{name} {size}"
+            f"{name} {heads}*{size // heads}" if per_head and heads else f"{name} {size}"
             for name, size, heads in self.parts
         ]
         period = " | ".join(pieces)
@@ -78,7 +78,7 @@ class Layer:
         self.module = path.modules[-1 - level]
         self.parent = path.modules[-2 - level] if level + 2 <= len(path.modules) else None
         self.outputs, self.inputs = shape
-        self._configs = [module.config for module in reversed(path.modules) if hasattr(module, "config")]
+        self._config = next((each.config for each in reversed(path.modules) if hasattr(each, "config")), None)
 
     @property
     def heads(self) -> int | None:
@@ -98,7 +98,7 @@ class Layer:
 
     def number(self, *names: str) -> int | None:
         """Return the first of some numbers that the module has, or else the configuration that is nearest to it."""
-        for source in (self.module, *self._configs):
+        for source in (self.module, self._config):
             for name in names:
                 try:
                     value = getattr(source, name, None)
@@ -350,7 +350,8 @@ def _checked(taken: Taken, path: ModulePath, layer: Layer, per_head: bool, sourc
     if not isinstance(taken, Parts):
         return Found(WHOLE, f"kept whole: {taken}")
     text = taken.text(per_head=False)
-    if misfit(text, (layer.outputs, layer.inputs)) is not None:
+    is_empty = taken.repeats < 1 or any(part.size < 1 for part in taken.parts)
+    if is_empty or misfit(text, (layer.outputs, layer.inputs)) is not None:
         return Found(WHOLE, f"fused projections kept whole, as {text} does not fit: pass splits=")
     if per_head:
         for name, size, heads in taken.parts:

@@ -5,6 +5,7 @@ of q has rank one, and that of k has not. Without v the output is zero. What a g
 rows, and the gate is not.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -675,6 +676,30 @@ def test_what_does_not_fit_is_kept_whole() -> None:
         "linear; fused projections kept whole, as q 32 | k 16 | v 16 does not fit: pass splits="
     )
     assert decisions["model.layers.1.self_attn.qkv_proj.weight"].splits == "q 32 | k 16 | v 16"
+
+
+@pytest.mark.parametrize(
+    ("builder", "module", "changes"),
+    [
+        (models.deepseek_v3, "model.layers.0.self_attn.kv_a_proj_with_mqa", {"kv_lora_rank": 7}),
+        (models.deepseek_v3, "model.layers.0.self_attn.kv_b_proj", {"v_head_dim": 7}),
+        (models.falcon, "transformer.h.0.self_attention.query_key_value", {"num_kv_heads": 16}),
+        (models.gpt_neox, "gpt_neox.layers.0.attention.query_key_value", {"num_heads": 64}),
+        (models.gpt_neox, "gpt_neox.layers.0.attention.query_key_value", {"num_heads": 5}),
+        (models.mamba2, "backbone.layers.0.mixer.in_proj", {"n_groups": 3}),
+        (models.qwen3_next, "model.layers.0.linear_attn.in_proj_qkvz", {"num_v_heads": 1}),
+    ],
+)
+def test_numbers_that_do_not_fit_are_no_error(
+    builder: Callable[[], nn.Module], module: str, changes: dict[str, int]
+) -> None:
+    model = on_meta(builder)
+    for name, value in changes.items():
+        setattr(model.get_submodule(module.rpartition(".")[0]), name, value)
+    for per_head in (False, True):
+        decision = decide(model, per_head=per_head)[f"{module}.weight"]
+        assert decision.splits == "whole"
+        assert re.fullmatch("linear; fused projections kept whole, as .* does not fit: pass splits=", decision.reason)
 
 
 def test_cross_attention_of_gpt_bigcode_is_kept_whole() -> None:
