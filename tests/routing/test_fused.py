@@ -42,7 +42,7 @@ class SelfAttention(nn.Module):
 class Holder(nn.Module):
     """A model that is one module, and calls it with its tokens and other arguments."""
 
-    def __init__(self, held: nn.Module, **arguments: Tensor) -> None:
+    def __init__(self, held: nn.Module, **arguments: Any) -> None:
         super().__init__()
         self.held, self.arguments = held, arguments
 
@@ -155,6 +155,37 @@ def protein_attention() -> nn.Module:
 def evolla_attention() -> nn.Module:
     attention = transformers.models.evolla.modeling_evolla.EvollaSequenceCompressorAttention(32, 8, 4)
     return Holder(attention, latents=torch.rand(1, 5, 32), mask=torch.ones(1, 11))
+
+
+def dbrx() -> nn.Module:
+    config = transformers.DbrxConfig(
+        vocab_size=96,
+        d_model=32,
+        n_heads=4,
+        n_layers=1,
+        max_seq_len=16,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    )
+    return transformers.DbrxForCausalLM(config)
+
+
+def exaone_vision_attention() -> nn.Module:
+    from transformers.models.exaone4_5.configuration_exaone4_5 import Exaone4_5_VisionConfig
+    from transformers.models.exaone4_5.modeling_exaone4_5 import Exaone4_5_VisionAttention
+
+    config = Exaone4_5_VisionConfig(hidden_size=32, num_heads=4, num_key_value_heads=2)
+    positions = (torch.ones(6, 8), torch.zeros(6, 8))
+    return Holder(Exaone4_5_VisionAttention(config), cu_seqlens=torch.tensor([0, 6]), position_embeddings=positions)
+
+
+def hiera_attention() -> nn.Module:
+    return Holder(transformers.models.hiera.modeling_hiera.HieraMaskUnitAttention(32, 64, 4))
+
+
+def sam_attention() -> nn.Module:
+    config = transformers.SamVisionConfig(hidden_size=32, num_attention_heads=4, image_size=16, patch_size=4)
+    return Holder(transformers.models.sam.modeling_sam.SamVisionAttention(config, window_size=0))
 
 
 def focal_modulation() -> nn.Module:
@@ -276,6 +307,18 @@ ATTENTION |= {
         "4 x (k 8 | v 16)",
         "projection",
     ),
+    "dbrx": Case(
+        dbrx,
+        TOKENS,
+        "transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight",
+        "q 32 | k 16 | v 16",
+        "out_proj",
+    ),
+    "exaone, vision": Case(
+        exaone_vision_attention, {"tokens": torch.rand(6, 32)}, "held.qkv.weight", "q 32 | k 16 | v 16", "proj"
+    ),
+    "hiera": Case(hiera_attention, VECTORS, "held.qkv.weight", "q 64 | k 64 | v 64", "proj"),
+    "sam": Case(sam_attention, {"tokens": torch.rand(1, 4, 4, 32)}, "held.qkv.weight", "q 32 | k 32 | v 32", "proj"),
     "evolla": Case(evolla_attention, VECTORS, "held.to_kv.weight", "k 32 | v 32", "to_out"),
 }
 
@@ -628,6 +671,21 @@ class TestHeadsThatDoNotFit:
     def test_the_size_of_a_head_tells_how_many_there_are(self) -> None:
         decision = decide(nn.Sequential(Attention(4, head_dim=3)), per_head=True)["0.q_proj.weight"]
         assert decision.splits == "head 8*3"
+
+    def test_layers_in_a_wrapper_of_their_own(self) -> None:
+        model = nn.Sequential(Attention(4))
+        attention: Any = model[0]
+        attention.q_proj = nn.ModuleDict({"linear": nn.Linear(24, 24)})
+        assert decide(model, per_head=True)["0.q_proj.linear.weight"].splits == "head 4*6"
+
+    def test_a_configuration_that_refuses_to_tell(self) -> None:
+        class Config:
+            @property
+            def num_attention_heads(self) -> int:
+                raise RuntimeError("it varies by layer")
+
+        model = nn.Sequential(Attention(None, config=Config(), head_dim=6))
+        assert decide(model, per_head=True)["0.q_proj.weight"].splits == "head 4*6"
 
     def test_not_a_bool(self) -> None:
         with pytest.raises(TypeError, match="per_head must be True or False, got 'yes'"):
