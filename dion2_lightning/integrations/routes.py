@@ -10,7 +10,6 @@ of attention 12 a layer, a hidden unit, a token and a token that it sees, half o
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -74,6 +73,8 @@ def load_config(name: str) -> Any:
     """
     AutoConfig, model_types = _transformers().AutoConfig, _model_types()
     path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"folder {name} has no config.json; give the folder of a saved model, or a model type")
     try:
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -87,8 +88,6 @@ def load_config(name: str) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} is no JSON file: {error}") from None
     except OSError as error:
-        if path.is_dir():
-            raise ValueError(f"{name} has no config.json that can be read; give the folder of a saved model") from error
         raise ValueError(
             f"{name!r} is no folder, no file, no model type such as 'llama', and neither in the cache nor to be had "
             "from the hub; check the name, unset HF_HUB_OFFLINE to reach the hub, or give the model's config.json"
@@ -200,18 +199,19 @@ def _attention(model: nn.Module, config: Any, batch: int, length: int, source: i
         return 0
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     keys = getattr(text, "qk_head_dim", None) or head
-    width = heads * (keys + (getattr(text, "v_head_dim", None) or head)) / 2
+    width: float = heads * (keys + (getattr(text, "v_head_dim", None) or head)) / 2
     layers = text.num_hidden_layers
     if config.is_encoder_decoder:
         decoder = getattr(text, "decoder_layers", None) or getattr(text, "num_decoder_layers", None) or layers
         of_encoder = (getattr(text, "encoder_layers", None) or layers) * source * source
-        return round(12 * width * batch * (of_encoder + decoder * length * (length / 2 + source)))
+        pairs: float = of_encoder + decoder * length * (length / 2 + source)
+        return round(12 * width * batch * pairs)
     is_causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
     seen = length / 2 if is_causal else length
     window = getattr(text, "sliding_window", None) or seen
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
     attends = [kind for kind in kinds if kind.endswith("attention") and "linear" not in kind]
-    reach = sum(min(window, seen) if "sliding" in kind else seen for kind in attends)
+    reach: float = sum(min(window, seen) if "sliding" in kind else seen for kind in attends)
     return round(12 * width * batch * length * reach)
 
 
@@ -268,7 +268,7 @@ def costs_of(
     )
 
     def placed_at(value: float | None) -> list[Placed]:
-        given = dict(choice.settings) if setting is None or value is None else {setting: value}
+        given: dict[str, Any] = dict(choice.settings) if setting is None else {**choice.settings, setting: value}
         name_of = {id(each.parameter): each.name for each in routing.decisions}
         plan = getattr(model, "tp_plan", None) or {}
         return [
@@ -280,7 +280,7 @@ def costs_of(
     chosen = None if setting is None else fraction or ALGORITHMS[choice.matrices].defaults()[setting]
     placed, one = placed_at(chosen), Layout()
     trainable = sum(each.parameter.numel() for each in placed)
-    per_rank = passes.flops * layout.batches / layout.ranks
+    per_rank = max(1.0, passes.flops * layout.batches / layout.ranks)
     rows = []
     for value in [chosen] if chosen is None else sorted({*FRACTIONS, chosen}, reverse=True):
         members = placed_at(value)
@@ -294,7 +294,7 @@ def costs_of(
                 "factorizations_flops": step.factorizations,
                 "elementwise_flops": step.elementwise,
                 "flops": step.flops,
-                "share_of_forward_backward": step.flops / per_rank if per_rank else math.nan,
+                "share_of_forward_backward": step.flops / per_rank,
                 "sums_bytes_sent": step.sums,
                 "submatrices_bytes_sent": step.submatrices,
                 "bytes_sent": step.sent,
@@ -329,7 +329,7 @@ def costs_of(
             "state_bytes": adamw_state_bytes(placed, layout),
             "state_bytes_per_parameter": adamw_state_bytes(placed, one) / trainable,
             "flops": control.flops,
-            "share_of_forward_backward": control.flops / per_rank if per_rank else math.nan,
+            "share_of_forward_backward": control.flops / per_rank,
             "bytes_sent": 0,
         },
         "gradients_bytes_sent": gradient_bytes(placed, layout),
@@ -377,8 +377,8 @@ def render(routing: Routing, figures: Mapping[str, Any]) -> str:
         f"{figures['algorithm']}{at} on {on}" + (f", {figures['tokens']:,} tokens" if ranks == 1 else ""),
         "",
         f"State of a rank: {state}; torch's AdamW {_bytes(adamw['state_bytes'])}",
-        f"Forward and backward, of a rank: {_flops(passes['flops_per_rank'])}; of all products with weights "
-        f"{_flops(passes['products_flops'])} and attention {_flops(passes['attention_flops'])} a batch",
+        f"Forward and backward, of a rank: {_flops(passes['flops_per_rank'])}; of a batch: products with weights "
+        f"{_flops(passes['products_flops'])}, attention {_flops(passes['attention_flops'])}",
         f"Sent by a rank to average gradients, whatever the optimizer: {_bytes(figures['gradients_bytes_sent'])}",
         "",
         "A step of one rank, the one with the most:",
