@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 
@@ -143,11 +145,14 @@ CASES = [
     ("llama", "dion3", "fsdp2=2"),
     ("llama", "dion", "fsdp2=2"),
     ("llama", "dion2", "ddp=2"),
+    ("llama", "dion2", "tp=2"),
+    ("llama", "dion3", "tp=2"),
+    ("llama", "dion", "tp=2"),
     ("mixtral", "dion2", "fsdp2=2"),
     ("mixtral", "dion", "fsdp2=2"),
 ]
 SHARES = [1.0, 0.25]
-STEPS = 4
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -170,35 +175,29 @@ def count_traffic(path: str) -> None:
 
 
 def traffic_of(name: str, algorithm: str, layout: str, fraction: float) -> dict[str, float]:
-    model = make_model(CONFIGS[name]())
     mesh = init_device_mesh("cpu", (2,))
-    if layout.startswith("fsdp2"):
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        trained: nn.Module = fully_shard(model, mesh=mesh)
-    else:
-        trained = DistributedDataParallel(model, broadcast_buffers=False)
+    model = make_model(CONFIGS[name]())
+    trained = spread(model, layout, mesh)
     optimizer = build_optimizer(
         model,
         algorithm=algorithm,
         strategy=mesh.get_group() if layout.startswith("ddp") else None,
+        orthonormalize=None if algorithm == "dion" else lambda submatrices: submatrices,  # not what is counted
         **{FRACTION_OF[algorithm]: fraction},
         **in_half_precision(algorithm),
     )
     gradients, steps = CollectiveCounter(), CollectiveCounter()
     for step in range(STEPS + 1):
-        loss = loss_of(trained)
-        with gradients:
-            loss.backward()
-        torch.manual_seed(dist.get_rank() + 10 * step)
-        for parameter in model.parameters():  # of a batch the largest slices lie close to each other
-            if layout.startswith("fsdp2"):
+        if trained is not None:
+            loss = loss_of(trained)
+            with gradients:
+                loss.backward()
+        if layout != "ddp=2":  # of a small model's own gradients the largest slices lie close to each other
+            torch.manual_seed(dist.get_rank() + 10 * step)
+            for parameter in model.parameters():
                 parameter.grad = torch.randn_like(parameter)
-        if step == 0:
-            optimizer.step()  # this one also compares the ranks' settings
-        else:
-            with steps:
-                optimizer.step()
+        with steps if step else nullcontext():  # the first one also compares the ranks' settings
+            optimizer.step()
         optimizer.zero_grad()
     kind = "all-reduce" if layout.startswith("ddp") else "reduce-scatter"
     return {
@@ -207,6 +206,23 @@ def traffic_of(name: str, algorithm: str, layout: str, fraction: float) -> dict[
         "submatrices": steps.traffic.submatrices / STEPS,
         "state": sum(held_bytes(optimizer)),
     }
+
+
+def spread(model: nn.Module, layout: str, mesh: DeviceMesh) -> nn.Module | None:
+    """Spread a model's parameters; return what a backward pass is counted in, None under TP."""
+    if layout == "ddp=2":
+        return DistributedDataParallel(model, broadcast_buffers=False)
+    if layout == "fsdp2=2":
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    for name, module in model.named_modules():
+        for own, parameter in list(module.named_parameters(recurse=False)):
+            columns = name.endswith(("o_proj", "down_proj"))  # norms are replicated
+            if parameter.ndim > 1:
+                part = distribute_tensor(parameter.detach(), mesh, [Shard(1 if columns else 0)], src_data_rank=None)
+                module.register_parameter(own, nn.Parameter(part))
+    return None
 
 
 @pytest.mark.parametrize("fraction", SHARES)
