@@ -10,7 +10,7 @@ ring, in which a rank sends 2 (n - 1) / n of the buffer.
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -23,8 +23,8 @@ from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.distributed.owners import plan_owners
 from dion2_lightning.kernels.orthonormal_columns import sketch_rows
 from dion2_lightning.kernels.orthonormalize import flops
-from dion2_lightning.matrices.layout import Span, local_shape
-from dion2_lightning.matrices.splits import INPUTS, Block, blocks_of, read_splits
+from dion2_lightning.matrices.layout import Span, group_by, local_shape
+from dion2_lightning.matrices.splits import OUTPUTS, Block, read_splits
 from dion2_lightning.matrices.views import OUTPUT_AXIS, Matrices, Observed
 
 SUM_BYTES: Final = 8
@@ -128,6 +128,14 @@ class Placed:
         """Bytes of an entry of a submatrix on its way to its owner."""
         return int(getattr(torch, self.group["orthonormalize_dtype"] or "bfloat16").itemsize)
 
+    def is_shared(self, layout: Layout) -> bool:
+        """Whether ranks hold parts of each of its matrices."""
+        return layout.shards > 1 and self.dim is not None and not self.holds_whole_matrices
+
+    def count(self, matrices: Matrices, layout: Layout) -> int:
+        """Return how many of its matrices the first rank holds, or holds a part of."""
+        return -(-matrices.count // layout.shards) if self.holds_whole_matrices else matrices.count
+
     def entries(self, layout: Layout) -> int:
         """Return how many of its entries the first rank holds, which has the most."""
         if self.dim is None:
@@ -138,19 +146,20 @@ class Placed:
     def held(self, index: int, layout: Layout) -> Iterator[tuple[int, tuple[Span, ...], bool]]:
         """Yield how many matrices of a block are alike, what each rank holds of one, and whether that is rows."""
         matrices = self.observed[index].matrices
+        sizes = matrices.shape[::-1] if matrices.transposed else matrices.shape
+        if not self.is_shared(layout):
+            yield self.count(matrices, layout), ((0, sizes[0]),), True
+            return
         is_rows = self.dim == (1 if self.group.get("batched") else 0)
-        rows = matrices.in_size if matrices.transposed else matrices.out_size
-        blocks, splits = blocks_of(self.group["splits"]), read_splits(self.group["splits"])
-        if len(blocks) == len(self.observed) and splits is not None and self.dim is not None:
-            outputs_are_rows = not matrices.transposed
-            if is_rows == (outputs_are_rows if splits.axis != INPUTS else not outputs_are_rows):
-                edges = shard(splits.size, layout.shards)
-                copies = matrices.count // blocks[index].matrices
-                for place in range(blocks[index].matrices):
-                    yield copies, _inside(blocks[index], place, edges), is_rows
+        splits = read_splits(self.group["splits"])
+        if splits is not None and len(splits.blocks) == len(self.observed):
+            blocks_are_rows = (splits.axis == OUTPUTS) != matrices.transposed
+            if blocks_are_rows == is_rows:
+                block, edges = splits.blocks[index], shard(splits.size, layout.shards)
+                for place in range(block.matrices):
+                    yield matrices.count // block.matrices, _inside(block, place, edges), is_rows
                 return
-        size = rows if is_rows else math.prod(matrices.shape) // rows
-        yield matrices.count, tuple(shard(size, layout.shards)), is_rows
+        yield matrices.count, tuple(shard(sizes[0 if is_rows else 1], layout.shards)), is_rows
 
 
 class Costs(NamedTuple):
@@ -348,78 +357,54 @@ def _inside(block: Block, place: int, edges: Sequence[Span]) -> tuple[Span, ...]
 
 def _sliced(placed: Sequence[Placed], layout: Layout) -> Costs:
     """Of what selects slices and orthonormalizes them, by owners where ranks share a matrix or hold replicas."""
-    own = elementwise = 0
-    norms, neurons, flags, owned = Counter[bool](), Counter[bool](), Counter[bool](), defaultdict[bool, list[Any]](list)
-    for each in placed:
-        # Whether ranks of a replica share its matrices by parts, or only replicas hold the same.
-        by_parts = layout.shards > 1 and each.dim is not None and not each.holds_whole_matrices
-        goes_alone = not by_parts and layout.replicas == 1
-        held_matrices = -(-each.parameter.shape[0] // layout.shards) if each.holds_whole_matrices else None
-        per_selected = SELECTED_FLOPS + NEURON_FLOPS * each.normalizes_neurons
-        elementwise += DION2_FLOPS * each.entries(layout)
-        for index, (matrices, axis, k, _) in enumerate(each.observed):
-            slices, entries = matrices.shape[axis], matrices.shape[1 - axis]
-            count = matrices.count if held_matrices is None else matrices.count * held_matrices // matrices.count
-            share = 1 / layout.shards if by_parts else 1
-            elementwise += round(per_selected * count * k * entries * share)
-            if goes_alone:
-                own += count * flops(k, entries)
-                continue
-            flags[by_parts] += index == 0
-            norms[by_parts] += count * slices
-            if each.normalizes_neurons:
-                neurons[by_parts] += count * (k if axis == OUTPUT_AXIS else entries)
-            if by_parts:
+    products = elementwise = sums = sent = 0
+    # Matrices that ranks share by parts, and those of which only replicas hold the same, take separate messages.
+    for is_shared, members in group_by(placed, lambda each: each.is_shared(layout)).items():
+        ranks = layout.shards if is_shared else 1
+        submatrices: list[Submatrix] = []
+        norms = neurons = 0
+        for each in members:
+            elementwise += DION2_FLOPS * each.entries(layout)
+            per_selected = SELECTED_FLOPS + NEURON_FLOPS * each.normalizes_neurons
+            for index, (matrices, axis, k, _) in enumerate(each.observed):
+                slices, entries = matrices.shape[axis], matrices.shape[1 - axis]
+                count = each.count(matrices, layout)
+                elementwise += per_selected * count * k * entries // ranks
+                norms += count * slices
+                if each.normalizes_neurons:
+                    neurons += count * (k if axis == OUTPUT_AXIS else entries)
                 for copies, held, is_rows in each.held(index, layout):
-                    owned[True] += [submatrix(matrices, axis, k, held, is_rows, each.itemsize)] * copies
-            else:
-                rows = matrices.in_size if matrices.transposed else matrices.out_size
-                owned[False] += [submatrix(matrices, axis, k, ((0, rows),), True, each.itemsize)] * count
-    sums = sent = 0
-    for by_parts, submatrices in owned.items():
-        ranks = layout.shards if by_parts else 1
-        work, its_bytes = shared_work(submatrices, ranks, layout.replicas)
-        own, sent = own + max(work), sent + max(its_bytes)
-        sums += round(ring(SUM_BYTES * (1 + flags[by_parts] + norms[by_parts]), ranks * layout.replicas))
-        if neurons[by_parts]:
-            sums += round(ring(SUM_BYTES * (1 + neurons[by_parts]), ranks))
-    return Costs(0, own, 0, elementwise, sums, sent)
+                    submatrices += [submatrix(matrices, axis, k, held, is_rows, each.itemsize)] * copies
+        work, nbytes = shared_work(submatrices, ranks, layout.replicas)
+        products, sent = products + max(work), sent + max(nbytes)
+        sums += round(ring(SUM_BYTES * (1 + len(members) + norms), ranks * layout.replicas))
+        sums += round(ring(SUM_BYTES * (1 + neurons), ranks)) if neurons else 0
+    return Costs(0, products, 0, elementwise, sums, sent)
 
 
 def _low_rank(placed: Sequence[Placed], layout: Layout) -> Costs:
     """Of updates of low rank: ranks add up what is smaller than the matrix, and replicas each do all of the work."""
-    products = factorizations = elementwise = 0
-    summed, flags = Counter[bool](), Counter[bool]()
-    for each in placed:
-        by_parts = layout.shards > 1 and each.dim is not None and not each.holds_whole_matrices
-        cut = layout.shards if by_parts else 1
-        elementwise += LOW_RANK_FLOPS * each.entries(layout)
-        if by_parts or layout.replicas > 1:
-            flags[by_parts] += 1
-        for index, (matrices, short_axis, _, rank) in enumerate(each.observed):
-            count = -(-matrices.count // layout.shards) if each.holds_whole_matrices else matrices.count
-            short, long = matrices.shape[short_axis], matrices.shape[1 - short_axis]
-            its_products, exact_qr = dion_flops((short, long), rank)
-            products += count * its_products // cut
-            # As dion_shared.py does: by a randomized Cholesky QR where ranks hold different long rows.
-            rows_are_long = matrices.slices_are_rows(1 - short_axis)
-            long_is_cut = by_parts and rows_are_long == (next(each.held(index, layout))[2])
-            sketch = sketch_rows(rank)
-            itemsize = each.state["Q"].dtype.itemsize
-            if long_is_cut and each.group["qr"] != "qr" and sketch < long:
-                part = -(-long // cut)
-                products += count * (2 * sketch * part * rank + 2 * part * rank**2)
-                factorizations += count * (2 * sketch * rank**2 + 2 * part * rank**2 - rank**3 // 3)
-                summed[by_parts] += count * itemsize * (sketch * rank + rank**2 + short * rank)
-                continue
-            factorizations += count * exact_qr
-            if long_is_cut:
-                summed[by_parts] += count * itemsize * (long + short) * rank
-            elif by_parts:
-                summed[by_parts] += count * (itemsize * long * rank + SUM_BYTES * rank)
-    sums = 0
-    for by_parts, number in flags.items():
-        shards = layout.shards if by_parts else 1
-        header = ring(SUM_BYTES * (1 + number), shards * layout.replicas)
-        sums += round(header + ring(summed[by_parts], shards))
+    products = factorizations = elementwise = sums = 0
+    for is_shared, members in group_by(placed, lambda each: each.is_shared(layout)).items():
+        ranks, summed = layout.shards if is_shared else 1, 0
+        for each in members:
+            elementwise += LOW_RANK_FLOPS * each.entries(layout)
+            for index, (matrices, short_axis, _, rank) in enumerate(each.observed):
+                count, itemsize = each.count(matrices, layout), each.state["Q"].dtype.itemsize
+                short, long = matrices.shape[short_axis], matrices.shape[1 - short_axis]
+                its_products, exact_qr = dion_flops((short, long), rank)
+                products += count * its_products // ranks
+                # As dion_shared.py does: by a randomized Cholesky QR where ranks hold different long rows.
+                is_rows = next(each.held(index, layout))[2]
+                long_is_cut = is_shared and matrices.slices_are_rows(1 - short_axis) == is_rows
+                sketch = sketch_rows(rank)
+                if long_is_cut and each.group["qr"] != "qr" and sketch < long:
+                    part = -(-long // ranks)
+                    products += count * (2 * sketch * part * rank + 2 * part * rank**2)
+                    factorizations += count * (2 * sketch * rank**2 + 2 * part * rank**2 - rank**3 // 3)
+                    summed += count * itemsize * (sketch * rank + rank**2 + short * rank)
+                    continue
+                factorizations += count * exact_qr
+                summed += count * (itemsize * (long + short * long_is_cut) + SUM_BYTES * (not long_is_cut)) * rank
+        sums += round(ring(SUM_BYTES * (1 + len(members)), ranks * layout.replicas) + ring(summed, ranks))
     return Costs(0, products, factorizations, elementwise, sums, 0)

@@ -30,7 +30,7 @@ from tests.distributed.ranks import run_on_ranks
 
 BATCH, LENGTH = 2, 32
 # A quarter of every matrix has at least 32 slices: fewer are iterated in float32, which saves FLOPs.
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 256,
     "intermediate_size": 128,
@@ -215,7 +215,8 @@ def spread(model: nn.Module, layout: str, mesh: DeviceMesh) -> nn.Module | None:
     if layout == "fsdp2=2":
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
     for name, module in model.named_modules():
         for own, parameter in list(module.named_parameters(recurse=False)):
             columns = name.endswith(("o_proj", "down_proj"))  # norms are replicated
