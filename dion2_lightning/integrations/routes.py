@@ -35,7 +35,7 @@ LENGTH: Final = 2048
 _AUTO_CLASSES = ("Seq2SeqLM", "SpeechSeq2Seq", "CausalLM", "MaskedLM", "ImageClassification")
 _POSITIONS = ("max_target_positions", "n_positions", "max_position_embeddings")
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
-_LISTED_EXPERT = re.compile(r"(?<!shared_)experts\.(\d+)\.")
+_LISTED_EXPERT = re.compile(r"(?<!shared_)experts\.(?:expert_)?(\d+)\.")
 _OF_ENCODER = re.compile(r"(encoder_attn|EncDecAttention|crossattention)\.([kv]|key|value)")
 _WITHOUT_PRODUCT = frozenset({Role.EMBEDDING, Role.VECTOR, Role.OTHER, Role.LORA_OTHER})
 
@@ -169,6 +169,8 @@ def forward_backward(
         of_convolutions += of_weight * (decision is not None and decision.role == Role.CONVOLUTION)
     if of_convolutions > products / 20:
         notes.append("convolutions were counted at one position a token; a convolutional network has others")
+    if getattr(config, "sub_configs", None) and not config.is_encoder_decoder:
+        notes.append(f"its parts were all counted at {length:,} tokens; images and sound have lengths of their own")
     if isinstance(getattr(config, "depths", None), list | tuple):
         notes.append("its stages were all counted at the positions of the first; later ones have fewer")
     attention = _attention(model, config, batch, length, source)

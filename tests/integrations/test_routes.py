@@ -280,6 +280,27 @@ def test_experts_that_a_token_meets() -> None:
     assert figures["active_parameters"] == 2 * layer + 64 * 256
 
 
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("switch_transformers", "how many experts a token goes to"),
+        ("resnet", "convolutions were counted at one position a token"),
+        ("swin", "its stages were all counted at the positions of the first"),
+        ("clip", "its parts were all counted at 77 tokens"),
+    ],
+)
+def test_what_a_config_does_not_say_is_said(name: str, note: str) -> None:
+    config = load_config(name)
+    assert any(note in each for each in costs_of(build_model(config), config)[1]["notes"])
+
+
+def test_a_length_that_the_config_has_no_positions_for() -> None:
+    assert (
+        "a length of 4,096 is more than the 2,048 positions of its config" in figures_of(llama(), length=4096)["notes"]
+    )
+    assert not figures_of(llama())["notes"]
+
+
 def test_tensor_parallelism_by_the_plan_of_transformers() -> None:
     """Every matrix is cut in half, the output projections along their columns; norms are not."""
     config = llama()
