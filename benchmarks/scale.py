@@ -47,7 +47,7 @@ from dion2_lightning.costs import (
     shared_work,
 )
 from dion2_lightning.kernels.selection import selected_count
-from dion2_lightning.matrices.views import Matrices
+from dion2_lightning.matrices.views import read_matrices
 
 Shape = tuple[int, ...]
 
@@ -156,7 +156,7 @@ def sizes(shape: Shape, layout: Layout) -> list[int]:
 @lru_cache
 def submatrix(shape: Shape, fraction: float, ranks: int, algorithm: str = "dion2") -> Submatrix:
     """Return what is selected of a matrix of this shape, if it spreads evenly over the slices."""
-    matrices = Matrices.of(shape[-2:])
+    (matrices,) = read_matrices(shape[-2:])
     axis = matrices.selection_axis(SELECT[algorithm])
     k = selected_count(matrices.shape[axis], fraction)
     return costs.submatrix(matrices, axis, k, tuple(shard(shape[-2], ranks)), is_rows=True)

@@ -24,7 +24,7 @@ from dion2_lightning.distributed.owners import plan_owners
 from dion2_lightning.kernels.orthonormal_columns import sketch_rows
 from dion2_lightning.kernels.orthonormalize import flops
 from dion2_lightning.matrices.layout import Span, group_by, local_shape
-from dion2_lightning.matrices.splits import OUTPUTS, Block, read_splits
+from dion2_lightning.matrices.splits import Block
 from dion2_lightning.matrices.views import OUTPUT_AXIS, Matrices, Observed
 
 SUM_BYTES: Final = 8
@@ -105,8 +105,7 @@ class Placed:
     @cached_property
     def observed(self) -> tuple[Observed, ...]:
         """How a step updates its matrices, one entry for each of the blocks that lie side by side in it."""
-        observed = ALGORITHMS[self.group["algorithm"]].observed(self.parameter, self.group)
-        return () if observed is None else (observed,)
+        return tuple(ALGORITHMS[self.group["algorithm"]].observed(self.parameter, self.group))
 
     @cached_property
     def state(self) -> dict[str, Any]:
@@ -143,23 +142,19 @@ class Placed:
         size = self.parameter.shape[self.dim]
         return self.parameter.numel() // max(size, 1) * -(-size // layout.shards)
 
-    def held(self, index: int, layout: Layout) -> Iterator[tuple[int, tuple[Span, ...], bool]]:
+    def held(self, matrices: Matrices, layout: Layout) -> Iterator[tuple[int, tuple[Span, ...], bool]]:
         """Yield how many matrices of a block are alike, what each rank holds of one, and whether that is rows."""
-        matrices = self.observed[index].matrices
-        sizes = matrices.shape[::-1] if matrices.transposed else matrices.shape
+        sizes, block = matrices.shape[::-1] if matrices.transposed else matrices.shape, matrices.block
         if not self.is_shared(layout):
             yield self.count(matrices, layout), ((0, sizes[0]),), True
             return
-        is_rows = self.dim == (1 if self.group.get("batched") else 0)
-        splits = read_splits(self.group["splits"])
-        if splits is not None and len(splits.blocks) == len(self.observed):
-            blocks_are_rows = (splits.axis == OUTPUTS) != matrices.transposed
-            if blocks_are_rows == is_rows:
-                block, edges = splits.blocks[index], shard(splits.size, layout.shards)
-                for place in range(block.matrices):
-                    yield matrices.count // block.matrices, _inside(block, place, edges), is_rows
-                return
-        yield matrices.count, tuple(shard(sizes[0 if is_rows else 1], layout.shards)), is_rows
+        is_rows = self.dim == (1 if matrices.is_stack else 0)
+        if block is None or matrices.blocks_are_rows != is_rows:
+            yield matrices.count, tuple(shard(sizes[0 if is_rows else 1], layout.shards)), is_rows
+            return
+        edges = shard(block.period * block.repeats, layout.shards)
+        for place in range(block.matrices):
+            yield matrices.count // block.matrices, _inside(block, place, edges), is_rows
 
 
 class Costs(NamedTuple):
@@ -227,7 +222,7 @@ def submatrix(
     Args:
         matrices: Of which this is one.
         axis: Of the slices, 0 output or 1 input.
-        k: How many are selected.
+        k: How many rows or columns are selected.
         held: By rank, which of the stored rows or columns it holds.
         is_rows: Whether they are rows.
         itemsize: Bytes of an entry.
@@ -366,14 +361,14 @@ def _sliced(placed: Sequence[Placed], layout: Layout) -> Costs:
         for each in members:
             elementwise += DION2_FLOPS * each.entries(layout)
             per_selected = SELECTED_FLOPS + NEURON_FLOPS * each.normalizes_neurons
-            for index, (matrices, axis, k, _) in enumerate(each.observed):
-                slices, entries = matrices.shape[axis], matrices.shape[1 - axis]
+            for matrices, axis, selected, _ in each.observed:
+                k, entries = selected * matrices.taps_along(axis), matrices.shape[1 - axis]
                 count = each.count(matrices, layout)
                 elementwise += per_selected * count * k * entries // ranks
-                norms += count * slices
+                norms += count * matrices.slices_along(axis)
                 if each.normalizes_neurons:
                     neurons += count * (k if axis == OUTPUT_AXIS else entries)
-                for copies, held, is_rows in each.held(index, layout):
+                for copies, held, is_rows in each.held(matrices, layout):
                     submatrices += [submatrix(matrices, axis, k, held, is_rows, each.itemsize)] * copies
         work, nbytes = shared_work(submatrices, ranks, layout.replicas)
         products, sent = products + max(work), sent + max(nbytes)
@@ -389,13 +384,13 @@ def _low_rank(placed: Sequence[Placed], layout: Layout) -> Costs:
         ranks, summed = layout.shards if is_shared else 1, 0
         for each in members:
             elementwise += LOW_RANK_FLOPS * each.entries(layout)
-            for index, (matrices, short_axis, _, rank) in enumerate(each.observed):
-                count, itemsize = each.count(matrices, layout), each.state["Q"].dtype.itemsize
+            for matrices, short_axis, _, rank in each.observed:
+                count, itemsize = each.count(matrices, layout), each.state["momentum"].dtype.itemsize
                 short, long = matrices.shape[short_axis], matrices.shape[1 - short_axis]
                 its_products, exact_qr = dion_flops((short, long), rank)
                 products += count * its_products // ranks
                 # As dion_shared.py does: by a randomized Cholesky QR where ranks hold different long rows.
-                is_rows = next(each.held(index, layout))[2]
+                is_rows = next(each.held(matrices, layout))[2]
                 long_is_cut = is_shared and matrices.slices_are_rows(1 - short_axis) == is_rows
                 sketch = sketch_rows(rank)
                 if long_is_cut and each.group["qr"] != "qr" and sketch < long:
@@ -405,6 +400,8 @@ def _low_rank(placed: Sequence[Placed], layout: Layout) -> Costs:
                     summed += count * itemsize * (sketch * rank + rank**2 + short * rank)
                     continue
                 factorizations += count * exact_qr
-                summed += count * (itemsize * (long + short * long_is_cut) + SUM_BYTES * (not long_is_cut)) * rank
+                # Of a block every rank has all of Q, so that R is summed up in any case.
+                all_of_right = long_is_cut or matrices.block is not None
+                summed += count * (itemsize * (long + short * all_of_right) + SUM_BYTES * (not long_is_cut)) * rank
         sums += round(ring(SUM_BYTES * (1 + len(members)), ranks * layout.replicas) + ring(summed, ranks))
     return Costs(0, products, factorizations, elementwise, sums, 0)

@@ -134,7 +134,7 @@ class MatrixOptimizer(Optimizer):
         self.route_parameters = None
         self._settings = plain(settings)
         self._given: dict[str, Group] = {}
-        self._selections: dict[Tensor, Selection] = {}
+        self._selections: dict[tuple[Tensor, str], Selection] = {}
         self._skipped_steps: Tensor | int = 0
         self._failure: str | None = None
         self._is_agreed = False
@@ -243,25 +243,31 @@ class MatrixOptimizer(Optimizer):
         self._failure = None
         return loss
 
-    def selection_of(self, parameter: Tensor) -> Selection | None:
+    def selection_of(self, parameter: Tensor, block: str = "") -> Selection | None:
         """Return what the last step selected of a parameter.
 
         Args:
             parameter: A parameter of whose matrices slices are selected.
+            block: Name of the block of a parameter that is split, such as ``"q"`` (default: none, it is not).
 
         Returns:
             The selection, with indices on the parameter's device; None if there was no step since the start or the last
             load, or no gradient in it.
 
         Raises:
-            ValueError: The parameter is in no group whose algorithm selects slices.
+            ValueError: The parameter is in no group whose algorithm selects slices, or has no block of that name.
         """
-        if parameter in self._selections:
-            return self._selections[parameter]
-        if not any(parameter is each.parameter and each.observed.selected for each in self.observed_parameters()):
+        if (parameter, block) in self._selections:
+            return self._selections[parameter, block]
+        observed = [each.observed for each in self.observed_parameters() if each.parameter is parameter]
+        blocks = [each.matrices.name for each in observed if each.selected]
+        if not blocks:
             raise ValueError(
                 f"parameter of shape {tuple(parameter.shape)} is in no group whose algorithm selects slices of matrices"
             )
+        if block not in blocks:
+            known = f"has the blocks {', '.join(map(repr, blocks))}" if blocks != [""] else "is not split"
+            raise ValueError(f"block={block!r}: the parameter of shape {tuple(parameter.shape)} {known}; name one")
         return None
 
     @property
@@ -270,15 +276,16 @@ class MatrixOptimizer(Optimizer):
         return int(self._skipped_steps)
 
     def observed_parameters(self) -> list[ObservedParameter]:
-        """Return the parameters that statistics observe, in the order of the groups."""
+        """Return the parameters, and blocks of parameters, that statistics observe, in the order of the groups."""
         found = []
         for group in self.param_groups:
             given = group.get("param_names")
             names = parameter_names(group) if given is None else given
             for parameter, name in zip(group["params"], names, strict=True):
-                observed = ALGORITHMS[group["algorithm"]].observed(parameter, group)
-                if observed is not None:
-                    found.append(ObservedParameter(parameter, group["name"], name, given is not None, observed))
+                for observed in ALGORITHMS[group["algorithm"]].observed(parameter, group):
+                    block = observed.matrices.name
+                    label = f"{name}[{block}]" if block else name
+                    found.append(ObservedParameter(parameter, group["name"], label, given is not None, observed))
         return found
 
     @property
@@ -561,7 +568,9 @@ class MatrixOptimizer(Optimizer):
                 if parameter.device != device or parameter.dtype != dtype:
                     device, dtype = parameter.device, parameter.dtype
                     expected = algorithm.state(parameter, group)
-                for entry in state.keys() & algorithm.state_by_setting - expected.keys():  # asked for no longer
+                for entry in filter(
+                    algorithm.depends_on_settings, state.keys() - expected.keys()
+                ):  # asked for no longer
                     del state[entry]
                 for entry, like in expected.items():
                     if entry not in state:  # a checkpoint from before had none, or a setting asks for it from now on

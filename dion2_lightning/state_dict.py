@@ -93,7 +93,7 @@ def carry_over_state(saved: StateDict, groups: Sequence[Group]) -> StateDict:
         if key not in saved["state"]:
             continue
         entries, expected = saved["state"][key], algorithm.state(parameter, group)
-        shared = expected.keys() - algorithm.state_by_setting
+        shared = {entry for entry in expected if not algorithm.depends_on_settings(entry)}
         if missing := sorted(shared - entries.keys() - algorithm.optional_state):
             raise ValueError(f"{label}: the checkpoint holds {sorted(entries)} for it, and not {_some(missing)}")
         new = expected.keys() - shared
@@ -285,7 +285,10 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, labe
     algorithm = algorithm_of(group)
     expected = algorithm.state(parameter, group)
     if not set(state) <= set(expected) <= set(state) | algorithm.optional_state:
-        differs_by_setting = set(state) ^ set(expected) <= algorithm.state_by_setting | algorithm.optional_state
+        differs_by_setting = all(
+            algorithm.depends_on_settings(entry) or entry in algorithm.optional_state
+            for entry in set(state) ^ set(expected)
+        )
         advice = (
             "to go on with the rest of it, call the optimizer's carry_over(state_dict)"
             if differs_by_setting

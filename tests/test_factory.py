@@ -265,9 +265,15 @@ def frozen_body() -> nn.Module:
 
 NOTHING_TO_DION2 = {
     "convolutions": (
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)),
+        nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4)),
         {},
-        "Sequential: dion2 trains nothing, adamw everything. Convolutions (1): dion2 does not train them.",
+        "Sequential: dion2 trains nothing, adamw everything. Convolutions without a matrix (1): the report says of "
+        "each why it has none.",
+    ),
+    "dense convolutions": (
+        nn.Conv2d(4, 4, 3),
+        {"overrides": {"weight": "adamw"}},
+        "Conv2d: dion2 trains nothing, adamw everything. Dense convolutions (1): overrides send them elsewhere.",
     ),
     "frozen": (
         frozen_body(),

@@ -96,7 +96,7 @@ def test_groups_override_every_setting():
     groups += [{"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw", **of_adamw}]
     optimizer = Dion2(groups)
     entries = {"params", "algorithm", "name"}
-    of_dion2 = overrides | {"batched": False, "transposed": False}
+    of_dion2 = overrides | {"batched": False, "transposed": False, "convolution": False, "splits": "whole"}
     for group, expected in zip(optimizer.param_groups, (of_dion2, of_adamw), strict=True):
         assert group.keys() == expected.keys() | entries
         assert all(group[name] == value for name, value in expected.items())

@@ -26,7 +26,7 @@ from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, placed
 from dion2_lightning.matrices.splits import WHOLE, blocks_of, check_splits, misfit
-from dion2_lightning.matrices.views import Matrices, Observed
+from dion2_lightning.matrices.views import Observed, Source, matrices_of
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
@@ -57,21 +57,22 @@ class Observer(Protocol):
     def end_step(self) -> None:
         """Called after a step that did not fail."""
 
-    def selected(self, parameter: Tensor, indices: Tensor, norms: Tensor) -> None:
+    def selected(self, source: Source, indices: Tensor, norms: Tensor) -> None:
         """Called with the selected slices (count, k) and the norms of all slices (count, n), the same on every rank."""
 
-    def orthonormalized(self, parameter: Tensor, result: Tensor) -> None:
+    def orthonormalized(self, source: Source, result: Tensor) -> None:
         """Called with whole orthonormal submatrices (count, k, m), on the rank that computed them."""
 
-    def normalized(self, parameter: Tensor, variance: Tensor) -> None:
+    def normalized(self, source: Source, variance: Tensor) -> None:
         """Called with the variances of all neurons (count, out), the same on every rank that holds their matrices."""
 
-    def moved(self, parameter: Tensor, change: Tensor) -> None:
+    def moved(self, source: Source, change: Tensor) -> None:
         """Called with what is added to this rank's part of some selected slices."""
 
     def projected(
         self,
-        parameters: Sequence[Tensor],
+        sources: Sequence[Source],
+        counts: Sequence[int],
         energies: Tensor,
         captured: Tensor,
         norms: Tensor,
@@ -82,7 +83,8 @@ class Observer(Protocol):
         """Called after updates P Q^T of one rank r, the same on every rank that holds parts of the matrices.
 
         Args:
-            parameters: Whose matrices follow, one parameter after the other.
+            sources: Whose matrices follow, one after the other.
+            counts: How many each has.
             energies: Squared Frobenius norms of the momenta B, (matrices,); means where replicas differ in B.
             captured: Squared Frobenius norms of B^T P, the same.
             norms: Of the columns of R = B^T P, (matrices, r).
@@ -166,7 +168,7 @@ class StepContext:
             not averaged; None where no others do.
         share_replicas: Whether ranks that hold replicas share the work on them; None where it pays.
         observer: What receives the events of the step; None for none.
-        selections: What is selected, by parameter: filled in by the step.
+        selections: What is selected, by parameter and block: filled in by the step.
         fallbacks: How often a faster way has failed and a slower one was taken, by the name of the faster one.
         layouts: The layouts that were read in this step.
         gates: By device, what decides there whether the step is taken. Where there is one, an algorithm must change
@@ -178,7 +180,7 @@ class StepContext:
     process_group: "ProcessGroup | None" = None
     share_replicas: bool | None = None
     observer: Observer | None = None
-    selections: dict[Tensor, Selection] = field(default_factory=dict)
+    selections: dict[tuple[Tensor, str], Selection] = field(default_factory=dict)
     fallbacks: Counter[str] = field(default_factory=Counter)
     layouts: Layouts = field(default_factory=dict)
     gates: Mapping[torch.device, Gate] = field(default_factory=dict)
@@ -205,7 +207,8 @@ class Algorithm(ABC):
         needs_matrices: Whether it updates matrices, or parameters of any shape.
         orthonormalizes: Whether a callable can replace its orthonormalization.
         optional_state: Entries of the state that a checkpoint may lack, as those from before had none; they begin anew.
-        state_by_setting: Entries that come and go with settings, and mean another thing under others.
+        state_by_setting: Entries that come and go with settings, and mean another thing under others. Those of a
+            block have its name in brackets behind.
         state_by_replica: Entries that differ between replicas of a parameter that is compressed.
         settings_of_run: Settings about the ranks of a run, not about the result: a checkpoint does not replace them.
     """
@@ -245,9 +248,13 @@ class Algorithm(ABC):
         if self.needs_matrices:
             check_matrix(parameter, label, group, self.name)
 
-    def observed(self, parameter: Tensor, group: Mapping[str, Any]) -> Observed | None:
-        """Return what statistics observe of a parameter; None for nothing."""
-        return None
+    def observed(self, parameter: Tensor, group: Mapping[str, Any]) -> Sequence[Observed]:
+        """Return what statistics observe of a parameter, block by block; nothing, unless an algorithm says so."""
+        return ()
+
+    def depends_on_settings(self, entry: str) -> bool:
+        """Return whether an entry of the state is one of :attr:`state_by_setting`."""
+        return entry.partition("[")[0] in self.state_by_setting
 
     def continues(self, other: "Algorithm") -> bool:
         """Return whether it can go on with another algorithm's state, all but what depends on settings."""
@@ -286,11 +293,6 @@ class Algorithm(ABC):
         """
 
 
-def matrices_of(parameter: Tensor, group: Mapping[str, Any]) -> Matrices:
-    """Return the matrices of a parameter, as its group says that they are stored."""
-    return Matrices.of(parameter.shape, batched=group["batched"], transposed=group["transposed"])
-
-
 def check_matrix(parameter: Tensor, label: str, group: Mapping[str, Any], algorithm: str) -> None:
     """Raise an error where a parameter is no matrix, or no stack of matrices in a group that is ``batched``."""
     if parameter.numel() == 0:
@@ -303,6 +305,8 @@ def check_matrix(parameter: Tensor, label: str, group: Mapping[str, Any], algori
         wrong = misfit(group["splits"], (columns, rows) if group["transposed"] else (rows, columns))
         if wrong is None and is_batched and any(block.matrices > 1 for block in blocks_of(group["splits"])):
             wrong = "a stack of matrices cannot be split into stacks; give blocks of one matrix each"
+        if wrong is None and is_convolution and group["splits"] != WHOLE:
+            wrong = _misfit_of_kernel(parameter, group)
         if wrong is not None:
             raise ValueError(f"{label} is not what its splits say: {wrong}")
         return
@@ -321,3 +325,12 @@ def check_matrix(parameter: Tensor, label: str, group: Mapping[str, Any], algori
         f"{label} is not {form}, which algorithm {algorithm!r} needs; put it into a group with algorithm='adamw', or "
         f"let build_optimizer(model, lr=...) split the model{hint}"
     )
+
+
+def _misfit_of_kernel(parameter: Tensor, group: Mapping[str, Any]) -> str | None:
+    """Return why a kernel cannot be split so, and what would do; None if it can."""
+    first, *_ = matrices_of(parameter, group)
+    if first.block is not None and first.blocks_are_rows and first.block.repeats == 1:
+        return None
+    side = "inputs" if group["transposed"] else "outputs"
+    return f"{group['splits']!r} is not made of its first axis, its {side}; groups of it are, as in 'group 4*8'"

@@ -24,7 +24,6 @@ from dion2_lightning.algorithms.algorithm import (
     StateTensor,
     StepContext,
     StepWork,
-    matrices_of,
 )
 from dion2_lightning.algorithms.dion_shared import update_shared
 from dion2_lightning.algorithms.hyperparameters import (
@@ -39,6 +38,7 @@ from dion2_lightning.algorithms.low_rank import (
     apply,
     batches,
     column_norms,
+    entry_of,
     is_compressed,
     left_products,
     long_axis,
@@ -51,7 +51,7 @@ from dion2_lightning.algorithms.low_rank import (
 from dion2_lightning.algorithms.matrix_update import accumulate, count_step, draw_bits
 from dion2_lightning.algorithms.projections import Projections
 from dion2_lightning.algorithms.shared import split_by_ranks
-from dion2_lightning.matrices.views import Observed
+from dion2_lightning.matrices.views import Observed, matrices_of
 
 
 @dataclass(kw_only=True)
@@ -99,20 +99,22 @@ class DionAlgorithm(Algorithm):
         """Return momentum and Q, in float32 at least, and the number of steps, on which random bits depend."""
         return {
             "momentum": StateTensor.like(parameter, state_dtype(parameter)),
-            "Q": right_factor(parameter, group),
+            **{entry_of(each): right_factor(parameter, each, group) for each in matrices_of(parameter, group)},
             "step": StateTensor((), torch.float32, parameter.device),
         }
 
-    def observed(self, parameter: Tensor, group: Mapping[str, Any]) -> Observed:
-        """Return a parameter's matrices, their shorter axis, and the rank of the update."""
-        matrices = matrices_of(parameter, group)
-        return Observed(matrices, 1 - long_axis(matrices), selected=0, rank=rank_of(matrices, group))
+    def observed(self, parameter: Tensor, group: Mapping[str, Any]) -> list[Observed]:
+        """Return a parameter's matrices, block by block, their shorter axis, and the rank of the update."""
+        return [
+            Observed(matrices, 1 - long_axis(matrices), selected=0, rank=rank_of(matrices, group))
+            for matrices in matrices_of(parameter, group)
+        ]
 
     def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
         """Plan a step: the matrices of this rank alone, and those that it shares."""
-        updates = [LowRankUpdate.read(member, context) for member in members]
+        updates = [update for member in members for update in LowRankUpdate.read(member, context)]
         unshared, shared = split_by_ranks(updates, context.share_replicas)
-        present = [update for update in unshared if update.gradient is not None]
+        present = [update for update in unshared if update.has_gradient]
         return StepWork([update_shared(part, context) for part in shared], [partial(update_alone, present, context)])
 
 

@@ -28,7 +28,6 @@ from dion2_lightning.algorithms.algorithm import (
     StateTensor,
     StepContext,
     StepWork,
-    matrices_of,
 )
 from dion2_lightning.algorithms.dion2_shared import update_shared
 from dion2_lightning.algorithms.hyperparameters import (
@@ -59,8 +58,8 @@ from dion2_lightning.algorithms.shared import split_by_ranks
 from dion2_lightning.kernels.orthonormalize import default_dtype
 from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.kernels.rounding import HALF_PRECISION
-from dion2_lightning.kernels.selection import selected_count, slice_sums
-from dion2_lightning.matrices.views import Observed
+from dion2_lightning.kernels.selection import selected_count
+from dion2_lightning.matrices.views import Matrices, Observed, matrices_of
 
 
 @dataclass(kw_only=True)
@@ -137,11 +136,13 @@ class Dion2Algorithm(Algorithm):
                 )
         super().check_parameter(parameter, label, group)
 
-    def observed(self, parameter: Tensor, group: Mapping[str, Any]) -> Observed:
-        """Return a parameter's matrices, the axis of the slices, and how many of them a step selects."""
-        matrices = matrices_of(parameter, group)
+    def observed(self, parameter: Tensor, group: Mapping[str, Any]) -> list[Observed]:
+        """Return a parameter's matrices, block by block, the axis of the slices, and how many a step selects."""
+        return [self._observed(matrices, group) for matrices in matrices_of(parameter, group)]
+
+    def _observed(self, matrices: Matrices, group: Mapping[str, Any]) -> Observed:
         axis = matrices.selection_axis(self.select(group))
-        return Observed(matrices, axis, selected_count(matrices.shape[axis], group["fraction"]))
+        return Observed(matrices, axis, selected_count(matrices.slices_along(axis), group["fraction"]))
 
     def continues(self, other: Algorithm) -> bool:
         """Return whether it is one that keeps this momentum, whatever it makes of it."""
@@ -163,30 +164,33 @@ class Dion2Algorithm(Algorithm):
             state["variance"] = neurons.variance_of(parameter, matrices_of(parameter, group))
         return state
 
-    def update_of(self, member: Member, context: StepContext) -> MatrixUpdate:
-        """Read a parameter and its settings, as they are now."""
+    def updates_of(self, member: Member, context: StepContext) -> list[MatrixUpdate]:
+        """Read a parameter and its settings, as they are now: its matrices, block by block."""
         parameter, group = member.parameter, member.group
-        matrices, axis, k, _ = self.observed(parameter, group)
-        slices = matrices.shape[axis]
-        scale = update_scale(matrices.shape, slices, k, group["adjust_lr_fn"], group["scale_lr_by_fraction"])
-        return MatrixUpdate.of(
-            member,
-            context,
-            axis=axis,
-            k=k,
-            momentum_factor=group["momentum"],
-            step_size=group["lr"] * scale,
-            shrink=1.0 - group["lr"] * group["weight_decay"],
-            dtype=_orthonormalization_dtype(parameter, group),
-            nesterov=group["nesterov"],
-            neuron_beta=group["neuron_beta"] if self.normalizes_neurons(group) else None,
-        )
+        updates: list[MatrixUpdate] = []
+        for matrices, axis, selected, _ in self.observed(parameter, group):
+            slices, rule = matrices.slices_along(axis), group["adjust_lr_fn"]
+            scale = update_scale(matrices.shape, slices, selected, rule, group["scale_lr_by_fraction"])
+            updates += MatrixUpdate.of(
+                member,
+                context,
+                matrices=matrices,
+                axis=axis,
+                selected=selected,
+                momentum_factor=group["momentum"],
+                step_size=group["lr"] * scale,
+                shrink=1.0 - group["lr"] * group["weight_decay"],
+                dtype=_orthonormalization_dtype(parameter, group),
+                nesterov=group["nesterov"],
+                neuron_beta=group["neuron_beta"] if self.normalizes_neurons(group) else None,
+            )
+        return updates
 
     def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
         """Plan a step: the matrices of this rank alone, and those that it shares."""
-        updates = [self.update_of(member, context) for member in members]
+        updates = [update for member in members for update in self.updates_of(member, context)]
         unshared, shared = split_by_ranks(updates, context.share_replicas)
-        present = [update for update in unshared if update.gradient is not None]
+        present = [update for update in unshared if update.has_gradient]
         return StepWork([update_shared(part, context) for part in shared], [partial(update_alone, present, context)])
 
 
@@ -195,22 +199,24 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
     draw_bits(updates)
     for batch in batches(updates):
         accumulate(batch)
-        norms = [slice_sums(update.momentum).float() for update in batch]
+        norms = [update.norms().float() for update in batch]
         selected = select(batch, norms)
+        places = [update.places(indices) for update, indices in zip(batch, selected, strict=True)]
         submatrices = [
-            take(update, update.momentum, update.gradient, indices, update.bits.get("decay"))
-            for update, indices in zip(batch, selected, strict=True)
+            take(update, update.momentum, update.gradient, its_places, update.bits.get("decay"))
+            for update, its_places in zip(batch, places, strict=True)
         ]
         results = polar_factors(submatrices, batch, context)
         shrink(batch)
         normalized = [pair for pair in zip(batch, results, strict=True) if pair[0].neuron_beta is not None]
         sums = {update: neurons.square_sums(update, result) for update, result in normalized}
-        factors = neurons.factors(sums, dict(zip(batch, selected, strict=True)), context)
-        for update, indices, its_norms, result in zip(batch, selected, norms, results, strict=True):
+        factors = neurons.factors(sums, dict(zip(batch, places, strict=True)), context)
+        for update, indices, its_places, its_norms, result in zip(batch, selected, places, norms, results, strict=True):
             show_result(update, result, context)
             bits = update.bits.get("apply")
-            apply(update, update.weight, update.momentum, indices, result, factors.get(update), bits, context)
+            apply(update, update.weight, update.momentum, its_places, result, factors.get(update), bits, context)
             record_selection(update, indices, its_norms, context)
+            update.write_back()
     count_step(updates)
 
 

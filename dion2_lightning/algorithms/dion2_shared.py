@@ -44,7 +44,6 @@ from dion2_lightning.distributed.owner_exchange import OwnerExchange, SharedSubm
 from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormalize import flops
 from dion2_lightning.kernels.rounding import RandomBits
-from dion2_lightning.kernels.selection import slice_sums
 from dion2_lightning.matrices.layout import Replicas, group_by
 
 
@@ -64,7 +63,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     everyone = group if replicas is None else replicas.everyone
     assert everyone is not None
     checksum = zlib.crc32(repr((context.settings_checksum, [update.checksum() for update in updates])).encode())
-    has_gradient = [update.gradient is not None for update in updates]
+    has_gradient = [update.has_gradient for update in updates]
     receive = sum_over_ranks([everyone], checksum, has_gradient, _partial_sums(updates, replicas, rank), device)
     yield IN_FLIGHT
 
@@ -72,9 +71,10 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     header, norms = receive()
     norms_of = dict(zip(updates, norms, strict=True))
     selected = _select(updates, norms)
+    places = {update: update.places(indices) for update, indices in selected.items()}
     split = [update for update in updates if update.is_split]
     reads = bool(split) or not all(has_gradient) or _reading_is_free(device)
-    on_host = yield [header, *(selected[update] for update in split)] if reads else []
+    on_host = yield [header, *(places[update] for update in split)] if reads else []
     edges: dict[MatrixUpdate, Tensor] = {}
     refuse_disagreement(on_host[0] if reads else header, [everyone], checksum)
     if reads:
@@ -86,25 +86,26 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
 
     # What is left of the box, for all submatrices of one precision together.
     owners = _owners(
-        [update for update in updates for _ in range(len(selected[update]))], group, replicas, context.share_replicas
+        [update for update in updates for _ in range(len(places[update]))], group, replicas, context.share_replicas
     )
-    parts = [part for update in updates for part in _parts(update, selected[update], edges.get(update), rank, owners)]
+    parts = [part for update in updates for part in _parts(update, places[update], edges.get(update), rank, owners)]
     precisions = group_by(parts, lambda part: part.update.dtype).values()
-    exchanges = [_update_by_owners(its_parts, group, replicas, selected, context) for its_parts in precisions]
+    exchanges = [_update_by_owners(its_parts, group, replicas, places, context) for its_parts in precisions]
     for _ in itertools.zip_longest(*exchanges):
         yield IN_FLIGHT
     for update in updates:
         record_selection(update, selected[update], norms_of[update], context)
+        update.write_back()
     count_step(updates)
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """This rank's part of consecutive matrices of a parameter, of which it holds equally many selected slices.
+    """This rank's part of consecutive matrices of an update, of which it holds equally many selected slices.
 
     Attributes:
-        update: The parameter they belong to.
-        first: Which of the parameter's matrices on this rank is the first.
+        update: The update they belong to.
+        first: Which of its matrices on this rank is the first.
         start: Which of the k selected slices is the first that this rank holds.
         left: Which of the m entries of a slice is the first that this rank holds.
         indices: Shape (count, r), the selected slices that this rank holds, counted from its first slice.
@@ -138,7 +139,7 @@ def _update_by_owners(
     parts: Sequence[_Part],
     group: "dist.ProcessGroup | None",
     replicas: Replicas | None,
-    selected: dict[MatrixUpdate, Tensor],
+    places: dict[MatrixUpdate, Tensor],
     context: StepContext,
 ) -> Generator[None, object, None]:
     """Take S, have it orthonormalized by its owners and apply O, for parts of one precision."""
@@ -166,7 +167,7 @@ def _update_by_owners(
     # X[K] <- X[K] - lr scale O.
     returned = iter(receive())
     results = [concatenate([next(returned).unsqueeze(0) for _ in part.submatrices]) for part in parts]
-    factors = yield from _neuron_factors(parts, results, group, selected, context)
+    factors = yield from _neuron_factors(parts, results, group, places, context)
     for part, result in zip(parts, results, strict=True):
         its_factors = part.of_neurons(factors[part.update]) if part.update in factors else None
         weight, momentum = part.of_matrices(part.update.weight), part.of_matrices(part.update.momentum)
@@ -184,7 +185,7 @@ def _neuron_factors(
     parts: Sequence[_Part],
     results: Sequence[Tensor],
     group: "dist.ProcessGroup | None",
-    selected: dict[MatrixUpdate, Tensor],
+    places: dict[MatrixUpdate, Tensor],
     context: StepContext,
 ) -> Generator[None, object, dict[MatrixUpdate, Tensor]]:
     """What the neurons of O are multiplied by, where they are normalized: from the sums of squares of all parts."""
@@ -194,14 +195,14 @@ def _neuron_factors(
         if update.neuron_beta is None:
             continue
         if update not in sums:
-            shape = (len(update.momentum), update.k if update.slices_are_neurons else update.entries)
+            shape = (update.count, update.k if update.slices_are_neurons else update.entries)
             sums[update] = torch.zeros(shape, dtype=torch.float64, device=result.device)
         part.of_neurons(sums[update]).copy_(neurons.square_sums(update, result))
     if sums and group is not None:
         receive = sum_over_ranks([group], 0, (), list(sums.values()), results[0].device)
         yield IN_FLIGHT
         sums = dict(zip(sums, receive()[1], strict=True))
-    return neurons.factors(sums, selected, context)
+    return neurons.factors(sums, places, context)
 
 
 def _partial_sums(updates: Sequence[MatrixUpdate], replicas: Replicas | None, rank: int) -> list[Tensor]:
@@ -213,11 +214,12 @@ def _partial_sums(updates: Sequence[MatrixUpdate], replicas: Replicas | None, ra
     count, number = (1, 0) if replicas is None else (replicas.count, replicas.number)
     sums = []
     for index, update in enumerate(updates):
-        start, stop = update.held[rank]
+        start, stop = (place // update.taps for place in update.held[rank])
+        slices = update.slices // update.taps
         if index % count == number:
-            sums.append(pad(slice_sums(update.momentum), (start, update.slices - stop)))
+            sums.append(pad(update.norms(), (start, slices - stop)))
         else:
-            sums.append(update.momentum.new_zeros((len(update.momentum), update.slices), dtype=torch.float64))
+            sums.append(update.momentum.new_zeros((update.count, slices), dtype=torch.float64))
     return sums
 
 
@@ -225,7 +227,7 @@ def _select(updates: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> dict[Ma
     """K for every update, those of one (n, k) together."""
     selected: dict[MatrixUpdate, Tensor] = {}
     pairs = zip(updates, norms, strict=True)
-    for batch in group_by(pairs, lambda pair: (pair[0].slices, pair[0].k)).values():
+    for batch in group_by(pairs, lambda pair: (pair[1].shape[1], pair[0].selected)).values():
         its_updates, its_norms = zip(*batch, strict=True)
         selected.update(zip(its_updates, select(its_updates, its_norms), strict=True))
     return selected
@@ -263,19 +265,19 @@ def _owners(
 
 
 def _parts(
-    update: MatrixUpdate, selected: Tensor, edges: Tensor | None, rank: int, owners: Iterator[Owner]
+    update: MatrixUpdate, places: Tensor, edges: Tensor | None, rank: int, owners: Iterator[Owner]
 ) -> Iterator[_Part]:
-    """This rank's parts of a parameter's matrices, given the selection (count, k); none where others have them all.
+    """This rank's parts of an update's matrices, given which n are selected (count, k); none where others have them.
 
     ``edges`` say where each rank's slices start and stop among the k selected ones, on the host (count, ranks, 2); None
     where every rank holds a part of all.
     """
     left, right = update.columns[rank]
     whole, first = (update.k, update.entries), 0
-    spans = [(0, update.k)] * len(selected) if edges is None else edges[:, rank].tolist()
+    spans = [(0, update.k)] * len(places) if edges is None else edges[:, rank].tolist()
     for (start, stop), equal in itertools.groupby(spans):
         count = len(list(equal))
-        indices = selected.narrow(0, first, count).narrow(1, start, stop - start) - update.held[rank][0]
+        indices = places.narrow(0, first, count).narrow(1, start, stop - start) - update.held[rank][0]
         own = (stop - start, right - left)
         submatrices = [
             SharedSubmatrix(next(owners), whole, own, None if edges is None else edges[matrix], update.columns)

@@ -59,7 +59,7 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
     groups = [layout.group, first.replicas] if replicas is None else [replicas.everyone]
     everyone = [group for group in groups if group is not None]
     checksum = zlib.crc32(repr((context.settings_checksum, [update.checksum() for update in updates])).encode())
-    has_gradient = [update.gradient is not None for update in updates]
+    has_gradient = [update.has_gradient for update in updates]
     receive = sum_over_ranks(everyone, checksum, has_gradient, (), device)
     yield IN_FLIGHT
 
@@ -107,17 +107,20 @@ def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:
 
     # R <- B^T P: summed up where rows are spread, and then this rank's part of it again.
     right = own_right = right_products(batch, left)
+    whole_right: Tensor | None = None
     if first.is_split:
         whole = yield Summand(_padded(right, first.own_columns, first.entries))
         own_right = _part(whole, first.own_columns)
         if first.replicas is not None:
             whole = yield Summand(whole, Over.SHARES)
-        norms, right = column_norms(whole), _part(whole, first.own_columns)
+        norms, right, whole_right = column_norms(whole), _part(whole, first.own_columns), whole
     else:
         if first.replicas is not None:
             right = yield Summand(right, Over.REPLICAS)
         norms = (yield Summand(column_norms(right).square())).sqrt()
-    apply(batch, left, right, norms, own_right)
+        if first.q_is_whole:
+            whole_right = yield Summand(_padded(right, first.own_columns, first.entries))
+    apply(batch, left, right, norms, own_right, whole_right if first.q_is_whole else None)
     if projections is not None:
         sums = yield Summand(projections.sums(own_right))
         if first.replicas is not None:  # replicas differ in B, and in what P captures of it
@@ -140,4 +143,4 @@ def _padded(part: Tensor, span: Span, size: int) -> Tensor:
 
 def _sent_entries(batch: Sequence[LowRankUpdate]) -> int:
     """What a batch sums up at once, at most."""
-    return sum(len(update.momentum) * update.slices * update.rank for update in batch)
+    return sum(update.count * update.slices * update.rank for update in batch)

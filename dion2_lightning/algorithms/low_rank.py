@@ -1,4 +1,4 @@
-"""What one parameter brings to a step of Dion, and the lines of its box: one function each.
+"""What some matrices bring to a step of Dion, and the lines of its box: one function each.
 
 Every matrix is a (count, long, short) view, oriented by its shape alone: whatever the layout, it is the same matrix.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from dion2_lightning.algorithms.algorithm import Member, StateTensor, StepContext, matrices_of
+from dion2_lightning.algorithms.algorithm import Member, StateTensor, StepContext
 from dion2_lightning.algorithms.learning_rates import update_scale
 from dion2_lightning.algorithms.matrix_update import BATCH_ELEMENTS, MatrixUpdate, bounded
 from dion2_lightning.algorithms.matrix_update import shrink as decay_weights
@@ -24,8 +24,15 @@ from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.kernels.random_numbers import normals
 from dion2_lightning.kernels.rounding import HALF_PRECISION, multiply_add_, store_
 from dion2_lightning.kernels.selection import selected_count
-from dion2_lightning.matrices.layout import Span, group_by, held_coordinates, is_dtensor, local
-from dion2_lightning.matrices.views import INPUT_AXIS, OUTPUT_AXIS, Matrices
+from dion2_lightning.matrices.layout import (
+    Span,
+    group_by,
+    held_coordinates,
+    is_dtensor,
+    local,
+    placements_of_matrices,
+)
+from dion2_lightning.matrices.views import INPUT_AXIS, OUTPUT_AXIS, Matrices, matrices_of
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
@@ -42,46 +49,71 @@ FALLBACK: Final = "rcqr"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LowRankUpdate(MatrixUpdate):
-    """One parameter in a step of Dion: n is the longer axis, m the shorter one, and k the rank r.
+    """Matrices of a parameter in a step of Dion: n is the longer axis, m the shorter one, and k the rank r.
 
     Attributes:
-        q: Q, this rank's part (count, short, r), updated in place.
         qr: How P is orthonormalized, see :class:`~dion2_lightning.algorithms.dion.DionSettings`.
         replicas: The ranks that hold replicas, each with a gradient and a momentum of its own; None where gradients are
             averaged, or there are no others.
     """
 
-    q: Tensor
     qr: str
     replicas: "ProcessGroup | None"
 
     @classmethod
-    def read(cls, member: Member, context: StepContext) -> "LowRankUpdate":
-        """Read a parameter, its state and its settings, as they are now."""
-        group = member.group
-        matrices = matrices_of(member.parameter, group)
-        axis, rank = long_axis(matrices), rank_of(matrices, group)
-        q = local(member.state["Q"])
-        if q.shape[-1] != rank:
-            raise ValueError(
-                f"{member.label}: rank_fraction and rank_multiple_of ask for rank {rank}, and its state has rank "
-                f"{q.shape[-1]}; set them back, or delete 'Q' of the parameter in optimizer.state, which begins anew"
-            )
-        scale = update_scale(
-            matrices.shape, matrices.shape[1 - axis], rank, group["adjust_lr_fn"], group["scale_lr_by_fraction"]
-        )
-        update = MatrixUpdate.of(
-            member,
-            context,
-            axis=axis,
-            k=rank,
-            momentum_factor=group["momentum"],
-            step_size=group["lr"] * scale,
-            shrink=1.0 - group["lr"] * group["weight_decay"],
-            dtype=local(member.state["momentum"]).dtype,
-        )
+    def read(cls, member: Member, context: StepContext) -> "list[LowRankUpdate]":
+        """Read a parameter, its state and its settings, as they are now: its matrices, block by block."""
+        group, updates = member.group, list[LowRankUpdate]()
         replicas = context.process_group if is_compressed(member.parameter, group) else None
-        return cls(**vars(update), q=q if q.ndim == 3 else q.unsqueeze(0), qr=group["qr"], replicas=replicas)
+        for matrices in matrices_of(member.parameter, group):
+            axis, rank, entry = long_axis(matrices), rank_of(matrices, group), entry_of(matrices)
+            if member.state[entry].shape[-1] != rank:
+                raise ValueError(
+                    f"{member.label}: rank_fraction and rank_multiple_of ask for rank {rank}, and its state has rank "
+                    f"{member.state[entry].shape[-1]}; set them back, or delete {entry!r} of the parameter in "
+                    "optimizer.state, which begins anew"
+                )
+            scale = update_scale(
+                matrices.shape, matrices.shape[1 - axis], rank, group["adjust_lr_fn"], group["scale_lr_by_fraction"]
+            )
+            found = MatrixUpdate.of(
+                member,
+                context,
+                matrices=matrices,
+                axis=axis,
+                selected=rank,
+                momentum_factor=group["momentum"],
+                step_size=group["lr"] * scale,
+                shrink=1.0 - group["lr"] * group["weight_decay"],
+                dtype=local(member.state["momentum"]).dtype,
+            )
+            updates += [cls(**vars(each), qr=group["qr"], replicas=replicas) for each in found]
+        return updates
+
+    @property
+    def taps(self) -> int:
+        """1, as no slices are selected."""
+        return 1
+
+    @property
+    def whole_q(self) -> Tensor:
+        """What this rank has of Q, (count, short or fewer, r): all rows where the parameter is split, else its own."""
+        q = local(self.state[entry_of(self.matrices)])
+        stack = q if q.ndim == 3 else q.unsqueeze(0)
+        return stack if self.part.count is None else stack.narrow(0, self.part.first, self.part.count)
+
+    @property
+    def q(self) -> Tensor:
+        """Q, this rank's part (count, own short, r), updated in place."""
+        if not self.q_is_whole:
+            return self.whole_q
+        start, stop = self.own_columns
+        return self.whole_q.narrow(1, start, stop - start)
+
+    @property
+    def q_is_whole(self) -> bool:
+        """Whether every rank has all rows of Q, and works on its own: no placement says who holds which of a block."""
+        return self.matrices.block is not None and self.layout.group is not None
 
     def sharing(self, share_replicas: bool | None) -> "tuple[ProcessGroup | None, ...]":
         """Return the groups of ranks with which this one takes the step; compressed ones go by themselves."""
@@ -131,11 +163,18 @@ def rank_of(matrices: Matrices, group: Mapping[str, Any]) -> int:
     return min(short, multiple * math.ceil(selected_count(short, group["rank_fraction"]) / multiple))
 
 
+def entry_of(matrices: Matrices) -> str:
+    """Return under which name the state has Q: ``"Q"``, or ``"Q[k]"`` for block k."""
+    return f"Q[{matrices.name}]" if matrices.block is not None else "Q"
+
+
 def is_compressed(parameter: Tensor, group: Mapping[str, Any]) -> bool:
     """Return whether replicas average P and R, which have fewer bytes than the gradient they would average else."""
-    matrices = matrices_of(parameter, group)
-    product_bytes = sum(matrices.shape) * rank_of(matrices, group) * state_dtype(parameter).itemsize
-    return group["sync"] == "compressed" and product_bytes < math.prod(matrices.shape) * parameter.dtype.itemsize
+    if group["sync"] != "compressed":
+        return False
+    blocks = matrices_of(parameter, group)
+    entries = sum(block.count * sum(block.shape) * rank_of(block, group) for block in blocks)
+    return entries * state_dtype(parameter).itemsize < parameter.numel() * parameter.dtype.itemsize
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
@@ -143,13 +182,19 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def right_factor(parameter: Any, group: Mapping[str, Any]) -> StateTensor:
-    """Return the state Q: shape (short, r), of a stack (count, short, r), spread over ranks as the shorter axis is."""
-    matrices = matrices_of(parameter, group)
+def right_factor(parameter: Any, matrices: Matrices, group: Mapping[str, Any]) -> StateTensor:
+    """Return the state Q: shape (short, r), of several matrices (count, short, r).
+
+    It is spread over ranks as the shorter axis is, but for blocks, of which every rank has all.
+    """
     sizes = min(matrices.shape), rank_of(matrices, group)
-    shape = sizes if parameter.ndim == 2 else (matrices.count, *sizes)
-    fill = partial(_fill_with_normals, group["rounding_seed"])
-    return StateTensor(shape, state_dtype(parameter), parameter.device, _right_placements(parameter, matrices), fill)
+    shape = (matrices.count, *sizes) if matrices.is_stack or matrices.count > 1 else sizes
+    if matrices.block is not None:
+        placements = placements_of_matrices(parameter, is_stack=matrices.is_stack)
+    else:
+        placements = _right_placements(parameter, matrices)
+    fill = partial(_fill_with_normals, group["rounding_seed"], matrices.name)
+    return StateTensor(shape, state_dtype(parameter), parameter.device, placements, fill)
 
 
 def _right_placements(parameter: Any, matrices: Matrices) -> tuple[Any, ...] | None:
@@ -159,7 +204,8 @@ def _right_placements(parameter: Any, matrices: Matrices) -> tuple[Any, ...] | N
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    rows, columns = parameter.ndim - 2, parameter.ndim - 1
+    rows = 1 if matrices.is_stack else 0
+    columns = rows + 1
     short = columns if matrices.slices_are_rows(long_axis(matrices)) else rows
 
     def of_right_factor(placement: Any) -> Any:
@@ -172,9 +218,9 @@ def _right_placements(parameter: Any, matrices: Matrices) -> tuple[Any, ...] | N
     return tuple(of_right_factor(each) for each in parameter.placements)
 
 
-def _fill_with_normals(seed: int, q: Tensor, name: str) -> None:
-    """Q starts as standard normals, a function of the seed, the parameter's name and the place in Q alone."""
-    part = local(q)
+def _fill_with_normals(seed: int, block: str, q: Tensor, name: str) -> None:
+    """Q starts as standard normals, a function of the seed, the name and the place in Q alone."""
+    part, name = local(q), f"{name}[{block}]" if block else name
     part.copy_(normals(*held_coordinates(q), zlib.crc32(f"Q {seed} {name}".encode())).view(part.shape))
 
 
@@ -183,11 +229,12 @@ def batches(updates: Sequence[LowRankUpdate]) -> Iterator[list[LowRankUpdate]]:
 
     def key(update: LowRankUpdate) -> Hashable:
         # Of what is the same on every rank: ranks that share matrices form the same batches.
-        shape = update.slices, update.entries, update.held, update.columns
-        return shape, update.rank, update.qr, update.momentum.device, update.momentum.dtype
+        shape = update.slices, update.entries, update.held, update.columns, update.q_is_whole
+        momentum = local(update.state["momentum"])
+        return shape, update.rank, update.qr, momentum.device, momentum.dtype
 
     for batch in group_by(updates, key).values():
-        yield from bounded(batch, lambda update: len(update.momentum) * update.slices * update.rank)
+        yield from bounded(batch, lambda update: update.count * update.slices * update.rank)
 
 
 def left_products(batch: Sequence[LowRankUpdate]) -> Tensor:
@@ -197,7 +244,7 @@ def left_products(batch: Sequence[LowRankUpdate]) -> Tensor:
 
 def right_products(batch: Sequence[LowRankUpdate], left: Tensor) -> Tensor:
     """R <- B^T P, one update after the other: (counts, short, r)."""
-    parts = left.split([len(update.momentum) for update in batch])
+    parts = left.split([update.count for update in batch])
     return _products([(update.momentum.mT, part) for update, part in zip(batch, parts, strict=True)])
 
 
@@ -245,7 +292,14 @@ def present_columns(norms: Tensor, update: LowRankUpdate) -> Tensor:
     return is_present
 
 
-def apply(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: Tensor, own_right: Tensor) -> None:
+def apply(
+    batch: Sequence[LowRankUpdate],
+    left: Tensor,
+    right: Tensor,
+    norms: Tensor,
+    own_right: Tensor,
+    whole_right: Tensor | None = None,
+) -> None:
     """M <- B - (1 - mu) P R^T, Q <- the columns of R over their norms, and X <- (1 - lr decay) X - lr scale P Q^T.
 
     A column of R that is zero, up to rounding, is a direction that B does not have: nothing is applied along it, and
@@ -257,17 +311,25 @@ def apply(batch: Sequence[LowRankUpdate], left: Tensor, right: Tensor, norms: Te
         right: R, this rank's rows.
         norms: Of the columns of the whole R, (batch, 1, r).
         own_right: R of this replica's own B, which is what M loses; R itself, unless that is a mean over replicas.
+        whole_right: All rows of R, where this rank has all of Q (default: None, they are ``right``).
     """
     is_present = present_columns(norms, batch[0])
-    columns = torch.where(is_present, right / (norms + EPS).to(right.dtype), 0)
     decay_weights(batch)
-    counts = [len(update.momentum) for update in batch]
-    parts = (each.split(counts) for each in (left, own_right, columns, is_present))
-    for update, p, r, q, present in zip(batch, *parts, strict=True):
+    counts = [update.count for update in batch]
+    everything = right if whole_right is None else whole_right
+    parts = (each.split(counts) for each in (left, own_right, right, everything, is_present, norms))
+    for update, p, r, its_right, its_whole, present, its_norms in zip(batch, *parts, strict=True):
         _add_product(update.momentum, p, r * update.number(update.momentum_factor - 1.0, 0.0, r))
         is_taken = present if update.gate is None else present & update.gate.is_open
-        update.q.copy_(torch.where(is_taken, q, update.q))
-        _move(update, p, q)
+        q = update.whole_q
+        q.copy_(torch.where(is_taken, _columns(its_whole, its_norms, present), q))
+        _move(update, p, _columns(its_right, its_norms, present))
+        update.write_back()
+
+
+def _columns(right: Tensor, norms: Tensor, present: Tensor) -> Tensor:
+    """The columns of R over their norms, zero where there are none."""
+    return torch.where(present, right / (norms + EPS).to(right.dtype), 0)
 
 
 def _move(update: LowRankUpdate, left: Tensor, right: Tensor) -> None:

@@ -1,33 +1,26 @@
-"""What one parameter brings to a step on matrices, and the lines of the boxes of Dion2 and Dion3: one function each.
+"""What some matrices bring to a step, and the lines of the boxes of Dion2 and Dion3: one function each.
 
-What a step needs of the settings is read by ``update_of`` in dion2.py and ``MatrixUpdate.of``; the rest is numbers.
+What a step needs of the settings is read by ``updates_of`` in dion2.py and ``MatrixUpdate.of``; the rest is numbers.
 """
 
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 from torch import Tensor
 
-from dion2_lightning.algorithms.algorithm import Member, StepContext, matrices_of
+from dion2_lightning.algorithms.algorithm import Member, StepContext
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.orthonormalize import orthonormalize
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
-from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest, put_
-from dion2_lightning.matrices.layout import (
-    Layout,
-    Spans,
-    group_by,
-    held_coordinates,
-    layout_of,
-    local,
-    local_gradient,
-    placed_like_stack,
-)
-from dion2_lightning.matrices.views import OUTPUT_AXIS, Matrices
+from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest, put_, slice_sums
+from dion2_lightning.matrices.layout import Layout, Spans, group_by, local, local_gradient, placed_like_stack
+from dion2_lightning.matrices.parts import Part, parts_of
+from dion2_lightning.matrices.views import OUTPUT_AXIS, Matrices, Source
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
@@ -44,20 +37,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class MatrixUpdate:
-    """One parameter in a step: its matrices as (count, n, m) views, n slices of m entries each, and its numbers.
+    """Matrices of a parameter in a step, as (count, n, m) views, n slices of m entries each, and numbers.
+
+    A slice of a kernel is a channel with all its taps: then it is ``taps`` of the n.
 
     Attributes:
-        parameter: The parameter itself.
+        parameter: The parameter they belong to.
         label: Its name for error messages.
         name: Its name, the same whatever the layout.
-        matrices: Its matrices, on all ranks together.
-        layout: Which ranks hold which part of them.
-        weight: X, this rank's part, updated in place.
-        gradient: G, this rank's part; None where only other ranks have it.
-        momentum: M, this rank's part, updated in place.
+        part: Which matrices they are, and which part of them this rank holds.
         state: The parameter's state, M in it.
         axis: What a slice is: 0 output, 1 input.
-        k: Slices to select in each matrix.
+        selected: Slices to select in each matrix.
         momentum_factor: mu.
         step_size: lr times the scale rule.
         shrink: 1 - lr * weight_decay.
@@ -73,14 +64,10 @@ class MatrixUpdate:
     parameter: Tensor
     label: str
     name: str
-    matrices: Matrices
-    layout: Layout
-    weight: Tensor
-    gradient: Tensor | None
-    momentum: Tensor
+    part: Part
     state: dict[str, Tensor]
     axis: int
-    k: int
+    selected: int
     momentum_factor: float
     step_size: float
     shrink: float
@@ -98,42 +85,106 @@ class MatrixUpdate:
         member: Member,
         context: StepContext,
         *,
+        matrices: Matrices,
         axis: int,
-        k: int,
+        selected: int,
         momentum_factor: float,
         step_size: float,
         shrink: float,
         dtype: torch.dtype,
         nesterov: bool = False,
         neuron_beta: float | None = None,
-    ) -> "MatrixUpdate":
-        """Read a parameter, the ``"momentum"`` of its state and its layout, as they are now; see the attributes."""
+    ) -> "list[MatrixUpdate]":
+        """Read the layout of some matrices of a parameter as it is now, and its state, with ``"momentum"`` in it.
+
+        There is one update, or several where ranks hold unequal parts of the matrices. See the attributes.
+        """
         parameter, state, group, label, name = member
-        matrices, gradient = matrices_of(parameter, group), local_gradient(parameter)
-        return cls(
-            parameter=parameter,
-            label=label,
-            name=name,
-            matrices=matrices,
-            layout=layout_of(
-                parameter, label, batched=group["batched"], process_group=context.process_group, known=context.layouts
-            ),
-            weight=matrices.slices(local(parameter), axis),
-            gradient=None if gradient is None else matrices.slices(gradient, axis),
-            momentum=matrices.slices(local(state["momentum"]), axis),
-            state=state,
-            axis=axis,
-            k=k,
-            momentum_factor=momentum_factor,
-            step_size=step_size,
-            shrink=shrink,
-            dtype=dtype,
-            nesterov=nesterov,
-            is_cautious=group["cautious_weight_decay"] and shrink != 1.0,
-            gate=context.gates.get(local(parameter).device),
-            neuron_beta=neuron_beta,
-            rounding_seed=group["rounding_seed"] if group["rounding"] == "stochastic" else None,
-        )
+        parts = parts_of(parameter, matrices, label, process_group=context.process_group, known=context.layouts)
+        return [
+            cls(
+                parameter=parameter,
+                label=label,
+                name=name,
+                part=part,
+                state=state,
+                axis=axis,
+                selected=selected,
+                momentum_factor=momentum_factor,
+                step_size=step_size,
+                shrink=shrink,
+                dtype=dtype,
+                nesterov=nesterov,
+                is_cautious=group["cautious_weight_decay"] and shrink != 1.0,
+                gate=context.gates.get(local(parameter).device),
+                neuron_beta=neuron_beta,
+                rounding_seed=group["rounding_seed"] if group["rounding"] == "stochastic" else None,
+            )
+            for part in parts
+        ]
+
+    @property
+    def matrices(self) -> Matrices:
+        """The matrices of the block, or of the whole parameter, that these are some of."""
+        return self.part.matrices
+
+    @property
+    def layout(self) -> Layout:
+        """Which ranks hold which part of them."""
+        return self.part.layout
+
+    @property
+    def source(self) -> Source:
+        """Which matrices they are, for observers."""
+        return Source(self.parameter, self.matrices.name, self.part.first)
+
+    @property
+    def count(self) -> int:
+        """How many matrices they are, on this rank."""
+        if self.part.count is not None:
+            return self.part.count
+        return len(local(self.parameter)) if self.matrices.is_stack else self.matrices.count
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """X, this rank's part, updated in place."""
+        return self._read(local(self.parameter))
+
+    @cached_property
+    def gradient(self) -> Tensor | None:
+        """G, this rank's part; None where only other ranks have it."""
+        gradient = local_gradient(self.parameter)
+        return None if gradient is None else self._read(gradient)
+
+    @cached_property
+    def momentum(self) -> Tensor:
+        """M, this rank's part, updated in place."""
+        return self._read(local(self.state["momentum"]))
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether this rank has a part of G."""
+        return self.parameter.grad is not None
+
+    @cached_property
+    def taps_first(self) -> bool:
+        """Whether the columns of a kernel are in the order of channels_last memory, so that they need no copy."""
+        whole = local(self.parameter)
+        if not self.matrices.is_kernel or self.layout.group is not None or whole.is_contiguous():
+            return False
+        return whole.movedim(1, -1).is_contiguous()
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        return self.matrices.slices(self.part.read(tensor, taps_first=self.taps_first), self.axis)
+
+    def write_back(self) -> None:
+        """Write what had to be copied, as it has no view, to where it came from, and let go of it."""
+        for name, whole in (("weight", local(self.parameter)), ("momentum", local(self.state["momentum"]))):
+            if name in vars(self) and not self.part.is_view(whole, taps_first=self.taps_first):
+                copy = self.matrices.slices(vars(self)[name], self.axis)  # its own inverse
+                self.part.write(whole, copy, taps_first=self.taps_first)
+        for name in ("weight", "gradient", "momentum"):
+            vars(self).pop(name, None)
 
     def number(self, value: float, neutral: float, of: Tensor) -> float | Tensor:
         """Return a number that the update multiplies a tensor by; the neutral one in a step that is skipped."""
@@ -148,8 +199,36 @@ class MatrixUpdate:
 
     @property
     def slices(self) -> int:
-        """Slices of each whole matrix, n."""
+        """Slices of each whole matrix, n; of a kernel each counts as many times as it has taps."""
         return self.matrices.shape[self.axis]
+
+    @property
+    def taps(self) -> int:
+        """How many of the n are selected together: all taps of a channel, or 1."""
+        return self.matrices.taps_along(self.axis)
+
+    @property
+    def k(self) -> int:
+        """How many of the n a step selects."""
+        return self.selected * self.taps
+
+    def norms(self) -> Tensor:
+        """Return the sum of |M| over each slice, or over what this rank holds of it, (count, held slices)."""
+        sums = slice_sums(self.momentum)
+        if self.taps > 1:
+            channels = sums.shape[1] // self.taps
+            shape = (self.taps, channels) if self.taps_first else (channels, self.taps)
+            sums = sums.view(len(sums), *shape).sum(1 if self.taps_first else 2)
+        return sums
+
+    def places(self, selected: Tensor) -> Tensor:
+        """Return which of the n are selected, sorted (count, k), given the slices (count, selected)."""
+        if self.taps == 1:
+            return selected
+        taps = torch.arange(self.taps, device=selected.device)
+        if self.taps_first:
+            return (selected.unsqueeze(1) + taps.unsqueeze(1) * (self.slices // self.taps)).flatten(1)
+        return (selected.unsqueeze(2) * self.taps + taps).flatten(1)
 
     @property
     def entries(self) -> int:
@@ -195,26 +274,29 @@ class MatrixUpdate:
         return not self.held.are_equal
 
     def selection(self, indices: Tensor) -> Selection:
-        """Return the indices (count, k) in the shape and placement that users see."""
-        if self.parameter.ndim == 2:
-            return Selection(self.axis, indices.squeeze(0))
-        return Selection(self.axis, placed_like_stack(indices, self.parameter, self.matrices.count))
+        """Return the indices (count, selected) in the shape and placement that users see."""
+        if self.matrices.is_stack:
+            return Selection(self.axis, placed_like_stack(indices, self.parameter, self.matrices.count))
+        return Selection(self.axis, indices.squeeze(0) if self.matrices.count == 1 else indices)
 
     def checksum(self) -> int:
         """Return a number made of all that ranks must agree about."""
         numbers = (self.k, self.momentum_factor, self.step_size, self.shrink, self.dtype, self.layout.fingerprint)
-        return zlib.crc32(repr((self.matrices, self.axis, numbers)).encode())
+        return zlib.crc32(repr((self.matrices, self.part.first, self.axis, self.taps_first, numbers)).encode())
 
 
 def batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
-    """Group updates that can be selected together, ``BATCH_ELEMENTS`` at a time unless one parameter has more."""
+    """Group updates that can be selected together, ``BATCH_ELEMENTS`` at a time unless one has more."""
 
     def key(update: MatrixUpdate) -> Hashable:
-        momentum = update.momentum
-        return momentum.shape[1:], update.k, momentum.stride(-1) != 1, momentum.device, momentum.dtype, update.dtype
+        # Read without the matrices, some of which are copies: those of a batch live as long as its step.
+        shape = update.slices, update.entries, update.k, update.taps, update.taps_first
+        momentum = update.state["momentum"]
+        runs_along = update.matrices.slices_are_rows(update.axis)
+        return shape, runs_along, local(momentum).device, momentum.dtype, update.dtype
 
     for batch in group_by(updates, key).values():
-        yield from bounded(batch, lambda update: len(update.momentum) * update.k * update.entries)
+        yield from bounded(batch, lambda update: update.count * update.k * update.entries)
 
 
 def bounded(items: Sequence[T], size_of: Callable[[T], int], limit: int | None = None) -> Iterator[list[T]]:
@@ -242,22 +324,23 @@ def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
         if getattr(update, name).dtype in HALF_PRECISION
     ]
     for equal in group_by(rounded, lambda pair: pair[1].weight.device).values():
-        coordinates = {each: held_coordinates(each.parameter) for each in dict.fromkeys(each for _, each in equal)}
+        coordinates = {
+            each: each.part.coordinates(each.parameter, taps_first=each.taps_first)
+            for each in dict.fromkeys(each for _, each in equal)
+        }
         drawn = random_bits(
             [coordinates[each] for _, each in equal],
             [zlib.crc32(f"{each.rounding_seed} {line} {each.name}".encode()) for line, each in equal],
             [each.state["step"] for _, each in equal],
         )
         for (line, each), bits in zip(equal, drawn, strict=True):
-            if each.matrices.slices_are_rows(each.axis):
-                each.bits[line] = bits.shaped(each.weight.shape)
-            else:
-                each.bits[line] = bits.shaped(each.weight.mT.shape).mT
+            each.bits[line] = bits if each.matrices.slices_are_rows(each.axis) else bits.mT
 
 
 def count_step(updates: Sequence[MatrixUpdate]) -> None:
-    """Count the step."""
-    for gate, equal in group_by(updates, lambda update: update.gate).items():
+    """Count the step, once for each parameter."""
+    of_parameters = {update.parameter: update for update in updates}.values()
+    for gate, equal in group_by(of_parameters, lambda update: update.gate).items():
         steps = [update.state["step"] for update in equal]
         if gate is None:
             torch._foreach_add_(steps, 1)
@@ -286,8 +369,8 @@ def accumulate(updates: Sequence[MatrixUpdate]) -> None:
 
 
 def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[Tensor]:
-    """K: the sorted indices of the largest slices, (count, k) for each update, from the norms (count, n)."""
-    return torch.split(largest(torch.cat(list(norms)), batch[0].k), [len(each) for each in norms])
+    """K: the sorted indices of the largest slices, (count, selected) for each, from the norms (count, slices)."""
+    return torch.split(largest(torch.cat(list(norms)), batch[0].selected), [len(each) for each in norms])
 
 
 def take(
@@ -395,20 +478,23 @@ def apply(
     else:
         add_(weight, indices, change)
     if context.observer is not None and context.observer.wants_results:
-        context.observer.moved(update.parameter, change)
+        context.observer.moved(update.source, change)
 
 
 def show_result(update: MatrixUpdate, result: Tensor, context: StepContext) -> None:
     """Show the observer whole orthonormal submatrices (count, k, m), if it wants them."""
     if context.observer is not None and context.observer.wants_results:
-        context.observer.orthonormalized(update.parameter, result)
+        context.observer.orthonormalized(update.source, result)
 
 
 def record_selection(update: MatrixUpdate, indices: Tensor, norms: Tensor, context: StepContext) -> None:
-    """Keep what was selected, indices (count, k), and show the observer that and the norms (count, n)."""
+    """Keep what was selected, (count, selected), and show the observer that and the norms of all slices."""
     if context.observer is not None:
-        context.observer.selected(update.parameter, indices, norms)
-    context.selections[update.parameter] = update.selection(indices)
+        context.observer.selected(update.source, indices, norms)
+    key = update.parameter, update.matrices.name
+    if update.part.first:  # more matrices of a block
+        indices = torch.cat([context.selections[key].indices.view(-1, update.selected), indices])
+    context.selections[key] = update.selection(indices)
 
 
 def concatenate(stacks: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ outputs, only the v of the selected ones change; where they are inputs, each of 
 do. v starts at zero and has no bias correction.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -24,14 +24,17 @@ from dion2_lightning.matrices.views import Matrices
 EPS: Final = 1e-8
 
 
-def variance_of(parameter: Tensor, matrices: Matrices) -> StateTensor:
-    """Return the state v of a parameter: shape (out, 1), of a stack (count, out, 1).
+def variance_of(parameter: Tensor, blocks: Sequence[Matrices]) -> StateTensor:
+    """Return the state v of a parameter: shape (out, 1), of a stack (count, out, 1); block after block.
 
     Every rank that holds a part of a matrix has all of its v: it is as small as one column of the momentum, and what
     the ranks add up to update it they all need for the Frobenius norms too.
     """
-    shape = (matrices.out_size, 1) if parameter.ndim == 2 else (matrices.count, matrices.out_size, 1)
-    return StateTensor(shape, torch.float32, parameter.device, placements_of_matrices(parameter))
+    first = blocks[0]
+    size = sum(block.neurons for block in blocks)
+    shape = (first.count, size, 1) if first.is_stack else (size, 1)
+    placements = placements_of_matrices(parameter, is_stack=first.is_stack)
+    return StateTensor(shape, torch.float32, parameter.device, placements)
 
 
 def square_sums(update: MatrixUpdate, result: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ def factors(
 
     Args:
         sums: What :func:`square_sums` returned, of whole matrices, by parameter. Where its gate is closed, v stays.
-        selected: K of each, (count, k).
+        selected: K of each, (count, k); of a kernel all taps of its channels.
         context: Of the step; its observer is shown v.
     """
     results: dict[MatrixUpdate, Tensor] = {}
@@ -77,7 +80,7 @@ def factors(
             else:
                 variance.copy_(its_known)
             if context.observer is not None and context.observer.wants_results:
-                context.observer.normalized(update.parameter, variance)
+                context.observer.normalized(update.source, variance)
     return results
 
 
@@ -89,5 +92,8 @@ def _known(update: MatrixUpdate, indices: Tensor) -> Tensor:
 
 def _variance(update: MatrixUpdate) -> Tensor:
     """View v as (count, out)."""
-    per_neuron = local(update.state["variance"]).squeeze(-1)
-    return per_neuron if per_neuron.ndim == 2 else per_neuron[None]
+    matrices, per_neuron = update.matrices, local(update.state["variance"]).squeeze(-1)
+    if matrices.is_stack:
+        return per_neuron.narrow(1, matrices.first_neuron, matrices.out_size)
+    first = matrices.first_neuron + update.part.first * matrices.out_size
+    return per_neuron.narrow(0, first, update.count * matrices.out_size).view(update.count, matrices.out_size)

@@ -52,13 +52,14 @@ class Projections:
         energies, captured, entries = sums.split([1, 1, sums.shape[1] - 2], dim=1)
         # P Q^T has the Frobenius norm of Q; what is NaN is no column of zeros.
         lengths = torch.where(present_columns(norms, first) | norms.isnan(), norms / (norms + EPS), 0.0)
-        counts = [len(update.momentum) for update in self._batch]
+        counts = [update.count for update in self._batch]
         squares = [
             each.square().sum((1, 2)) * update.number(update.step_size, 0.0, each) ** 2
             for update, each in zip(self._batch, lengths.split(counts), strict=True)
         ]
         observer.projected(
-            [update.parameter for update in self._batch],
+            [update.source for update in self._batch],
+            counts,
             energies.squeeze(1),
             captured.squeeze(1),
             norms.squeeze(1),

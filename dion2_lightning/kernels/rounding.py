@@ -78,24 +78,27 @@ def random_bits(
     """Return the random bits of several tensors on one device, each a function of seed, step, row and column alone.
 
     Args:
-        coordinates: The numbers of the rows of each tensor, and of its columns, in the whole that it may be a part of.
+        coordinates: The numbers of the rows of each tensor, and of its columns, in the whole that it may be a part of;
+            of any shape.
         seeds: One for each tensor, in [0, 2^32).
         steps: One for each tensor, 0-d. The host does not read it.
 
     Returns:
-        For each tensor one number a row and one a column.
+        For each tensor one number a row and one a column, in the shapes of their coordinates.
     """
+    shapes = [held.shape for each in coordinates for held in each]
     numbers = [
-        held ^ (salt - 2**31)
+        held.flatten() ^ (salt - 2**31)
         for (rows, columns), seed in zip(coordinates, seeds, strict=True)
         for held, salt in ((rows, seed), (columns, seed ^ _COLUMN))
     ]
     of_places = hashed(torch.cat(numbers).to(torch.int32))
     at_steps = [
-        step.to(of_places.device, non_blocking=True).expand(len(rows) + len(columns))
+        step.to(of_places.device, non_blocking=True).expand(rows.numel() + columns.numel())
         for step, (rows, columns) in zip(steps, coordinates, strict=True)
     ]
-    hashes = hashed(of_places ^ torch.cat(at_steps).to(torch.int32)).split([len(each) for each in numbers])
+    flat = hashed(of_places ^ torch.cat(at_steps).to(torch.int32)).split([len(each) for each in numbers])
+    hashes = [each.view(shape) for each, shape in zip(flat, shapes, strict=True)]
     return [RandomBits(rows | 1, columns) for rows, columns in zip(hashes[::2], hashes[1::2], strict=True)]
 
 

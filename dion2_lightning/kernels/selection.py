@@ -1,7 +1,8 @@
 """Selection: which slices of the momentum are the largest, and moving them out of and into their matrices.
 
 Everything here sees matrices as (count, n, m) views, n slices of m entries each. A view's memory runs along the slices
-(rows of the stored matrix) or across them (columns); the fast kernels differ, the results do not.
+(rows of the stored matrix) or across them (columns), with gaps where other matrices lie between; the fast kernels
+differ, the results do not.
 """
 
 import math
@@ -51,14 +52,21 @@ def gather(slices: Tensor, indices: Tensor) -> Tensor:
     """Return the slices at ``indices``, shape (count, k, m), in the memory order of ``slices``."""
     if _runs_along_slices(slices):
         count, _, m = slices.shape
-        return slices.flatten(0, 1).index_select(0, _flat(indices, slices)).view(count, indices.shape[-1], m)
+        flat = _as_one_matrix(slices)
+        if flat is None:
+            return slices.gather(1, _along(indices, slices))
+        return flat.index_select(0, _flat(indices, slices)).view(count, indices.shape[-1], m)
     return slices.mT.gather(-1, _across(indices, slices)).mT
 
 
 def put_(slices: Tensor, indices: Tensor, gathered: Tensor) -> None:
     """Write what :func:`gather` has returned back to the slices at ``indices``, in place."""
     if _runs_along_slices(slices):
-        slices.flatten(0, 1).index_copy_(0, _flat(indices, slices), gathered.flatten(0, 1))
+        flat = _as_one_matrix(slices)
+        if flat is None:
+            slices.scatter_(1, _along(indices, slices), gathered)
+        else:
+            flat.index_copy_(0, _flat(indices, slices), gathered.flatten(0, 1))
     else:
         slices.mT.scatter_(-1, _across(indices, slices), gathered.mT)
 
@@ -82,13 +90,24 @@ def add_(slices: Tensor, indices: Tensor, change: Tensor) -> None:
     """Add ``change``, shape (count, k, m), to the slices at ``indices``, in place."""
     change = change.to(slices.dtype)
     if _runs_along_slices(slices):
-        slices.flatten(0, 1).index_add_(0, _flat(indices, slices), change.flatten(0, 1))
+        flat = _as_one_matrix(slices)
+        if flat is None:
+            slices.scatter_add_(1, _along(indices, slices), change)
+        else:
+            flat.index_add_(0, _flat(indices, slices), change.flatten(0, 1))
     else:
         slices.mT.scatter_add_(-1, _across(indices, slices), change.mT)
 
 
 def _runs_along_slices(slices: Tensor) -> bool:
-    return slices.is_contiguous()
+    return slices.is_contiguous() or slices.stride(-1) < slices.stride(-2)
+
+
+def _as_one_matrix(slices: Tensor) -> Tensor | None:
+    """View the slices of all matrices as rows of one; None where there are gaps between matrices."""
+    if len(slices) == 1:
+        return slices.select(0, 0)
+    return slices.flatten(0, 1) if slices.stride(0) == slices.shape[1] * slices.stride(1) else None
 
 
 def _flat(indices: Tensor, slices: Tensor) -> Tensor:
@@ -97,6 +116,11 @@ def _flat(indices: Tensor, slices: Tensor) -> Tensor:
     if count == 1:
         return indices.view(-1)
     return (indices + torch.arange(0, count * n, n, device=indices.device).unsqueeze(-1)).view(-1)
+
+
+def _along(indices: Tensor, slices: Tensor) -> Tensor:
+    """Row indices (count, k, m), the same in every column."""
+    return indices.unsqueeze(-1).expand(-1, -1, slices.shape[-1])
 
 
 def _across(indices: Tensor, slices: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     return groups
 
 
-class Block(NamedTuple):
-    """The rectangle of each of a parameter's matrices that a rank holds, as stored; empty spans where it holds none."""
+class Rectangle(NamedTuple):
+    """What a rank holds of each of some matrices, as stored; empty spans where it holds nothing."""
 
     rows: Span
     columns: Span
@@ -92,12 +92,12 @@ class Layout:
 
     Attributes:
         group: The ranks that share each matrix by parts; None where this rank has it whole.
-        blocks: What each rank of the group holds, in the group's order; empty without a group.
+        rectangles: What each rank of the group holds, in the group's order; empty without a group.
         replicas: The ranks that hold the same as this one; None where no other does, or this rank knows of none.
     """
 
     group: "ProcessGroup | None" = None
-    blocks: tuple[Block, ...] = ()
+    rectangles: tuple[Rectangle, ...] = ()
     replicas: Replicas | None = None
 
     @property
@@ -108,17 +108,17 @@ class Layout:
     @cached_property
     def rows(self) -> "Spans":
         """Which rows each rank of the group holds."""
-        return Spans(block.rows for block in self.blocks)
+        return Spans(each.rows for each in self.rectangles)
 
     @cached_property
     def columns(self) -> "Spans":
         """Which columns each rank of the group holds."""
-        return Spans(block.columns for block in self.blocks)
+        return Spans(each.columns for each in self.rectangles)
 
     @cached_property
     def fingerprint(self) -> int:
         """A number made of what all ranks hold; replicas may order their ranks differently."""
-        return hash(tuple(sorted(self.blocks)))
+        return hash(tuple(sorted(self.rectangles)))
 
 
 Layouts = dict[Hashable, Layout]
@@ -130,20 +130,22 @@ def layout_of(
     label: str,
     *,
     batched: bool,
+    is_kernel: bool = False,
     process_group: "ProcessGroup | None",
     known: Layouts,
 ) -> Layout:
     """Read a parameter's layout from its mesh and placements, as they are now; ``known`` are those read in this step.
 
-    ``batched`` says whether its first axis counts matrices, ``process_group`` who holds replicas where it is plain. A
-    layout that leaves no rectangle of a matrix on each rank gets an error.
+    ``batched`` says whether its first axis counts matrices, ``is_kernel`` whether its axes from the third on are those
+    of a kernel, ``process_group`` who holds replicas where it is plain. A layout that leaves no rectangle of a matrix
+    on each rank gets an error.
     """
     key = None
     if is_dtensor(parameter):
-        key = parameter.device_mesh, parameter.placements, parameter.shape, batched  # type: ignore[attr-defined]
+        key = parameter.device_mesh, parameter.placements, parameter.shape, batched, is_kernel  # type: ignore[attr-defined]
     if key not in known:
         if key is not None:
-            known[key] = _layout_of_dtensor(parameter, label, batched)
+            known[key] = _layout_of_dtensor(parameter, label, batched, is_kernel)
         elif process_group is None or process_group.size() == 1:
             known[key] = Layout()
         else:
@@ -177,16 +179,21 @@ def placed(
     return whole
 
 
-def held_coordinates(parameter: Any) -> tuple[Tensor, Tensor]:
+def held_coordinates(parameter: Any, *, is_kernel: bool = False) -> tuple[Tensor, Tensor]:
     """Return the numbers, in the whole parameter, of the rows and of the columns that this rank holds.
 
-    The last axis counts columns, all others together rows: row ``e R + r`` is row r of matrix e of a stack (E, R, C). A
-    number is a row with one column. The part that this rank holds has all of these rows, and of each all these columns.
+    The last axis counts columns, all others together rows: row ``e R + r`` is row r of matrix e of a stack (E, R, C).
+    Of a kernel (out, in, *kernel) the first axis counts rows, all others together columns. A number is a row with one
+    column. The part that this rank holds has all of these rows, and of each all these columns.
     """
-    rows = torch.zeros(1, dtype=torch.int64, device=local(parameter).device)
-    *leading, columns = [_held_along(parameter, axis) for axis in range(parameter.ndim)] or [rows]
-    for held, size in zip(leading, parameter.shape, strict=False):
-        rows = (rows.unsqueeze(-1) * size + held).flatten()
+    one = torch.zeros(1, dtype=torch.int64, device=local(parameter).device)
+    held = [_held_along(parameter, axis) for axis in range(parameter.ndim)]
+    place = 1 if is_kernel else max(parameter.ndim - 1, 0)
+    rows, columns = one, one
+    for its_held, size in zip(held[:place], parameter.shape[:place], strict=True):
+        rows = (rows.unsqueeze(-1) * size + its_held).flatten()
+    for its_held, size in zip(held[place:], parameter.shape[place:], strict=True):
+        columns = (columns.unsqueeze(-1) * size + its_held).flatten()
     return rows, columns
 
 
@@ -219,10 +226,11 @@ def placed_like_stack(rows: Tensor, parameter: Any, count: int) -> Tensor:
     """Place one row for each matrix of a stack like the matrices: a DTensor where ranks hold different ones."""
     if not spread_dims(parameter):
         return rows
-    return placed(rows.contiguous(), parameter, placements_of_matrices(parameter), (count, rows.shape[1]))
+    placements = placements_of_matrices(parameter, is_stack=True)
+    return placed(rows.contiguous(), parameter, placements, (count, rows.shape[1]))
 
 
-def placements_of_matrices(parameter: Any) -> tuple[Any, ...] | None:
+def placements_of_matrices(parameter: Any, *, is_stack: bool) -> tuple[Any, ...] | None:
     """Return how to place a tensor that every rank of a matrix has whole; None where the parameter is plain.
 
     It is replicated, but for the first axis of a stack, which counts matrices.
@@ -231,7 +239,6 @@ def placements_of_matrices(parameter: Any) -> tuple[Any, ...] | None:
         return None
     from torch.distributed.tensor import Replicate
 
-    is_stack = parameter.ndim == 3
     return tuple(each if is_stack and _counts_matrices(each) else Replicate() for each in parameter.placements)
 
 
@@ -270,12 +277,14 @@ def _chunks(held: Tensor, count: int) -> list[Tensor]:
     return [held[index * size : (index + 1) * size] for index in range(count)]
 
 
-def _layout_of_dtensor(parameter: Any, label: str, batched: bool) -> Layout:
+def _layout_of_dtensor(parameter: Any, label: str, batched: bool, is_kernel: bool) -> Layout:
     refuse_misplaced(parameter, label)
     mesh, placements = parameter.device_mesh, parameter.placements
     sharded = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
     for dim in sharded:
         _check_placement(placements, dim, mesh, label)
+        if is_kernel and placements[dim].dim > 1 and mesh.size(dim) > 1:
+            raise ValueError(f"{label} is placed as {tuple(placements)}; the taps of a kernel cannot be sharded")
     # A stack that is sharded along its first axis leaves whole matrices on every rank: nothing is shared.
     shared = [dim for dim in sharded if not (batched and _counts_matrices(placements[dim])) and mesh.size(dim) > 1]
     if len(shared) > 2:
@@ -287,10 +296,11 @@ def _layout_of_dtensor(parameter: Any, label: str, batched: bool) -> Layout:
     group = _group_of(mesh, shared)
     if group is None:
         raise ValueError(f"{label} is sharded over two dimensions of a mesh without mesh_dim_names; name them")
-    blocks = _blocks(
-        tuple(parameter.shape), tuple(mesh.shape), tuple(placements), tuple(shared), tuple(mesh.get_coordinate() or ())
+    coordinate = tuple(mesh.get_coordinate() or ())
+    rectangles = _rectangles(
+        tuple(parameter.shape), tuple(mesh.shape), tuple(placements), tuple(shared), coordinate, is_kernel
     )
-    return Layout(group, _in_order_of(group, mesh, shared, blocks), replicas)
+    return Layout(group, _in_order_of(group, mesh, shared, rectangles), replicas)
 
 
 def _replicas(mesh: "DeviceMesh", shared: Sequence[int], replicated: Sequence[int]) -> Replicas | None:
@@ -348,22 +358,27 @@ def _in_order_of(group: "ProcessGroup", mesh: "DeviceMesh", dims: Sequence[int],
 
 
 @lru_cache(maxsize=4096)
-def _blocks(
+def _rectangles(
     shape: tuple[int, ...],
     mesh_shape: tuple[int, ...],
     placements: tuple[Any, ...],
     shared: tuple[int, ...],
     coordinate: tuple[int, ...],
-) -> tuple[Block, ...]:
-    """The blocks of all ranks that differ from ``coordinate`` along the ``shared`` dimensions, the last one fastest."""
+    is_kernel: bool,
+) -> tuple[Rectangle, ...]:
+    """The rectangles of all ranks that differ from ``coordinate`` along ``shared`` dimensions, the last one fastest."""
     from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
-    blocks = []
+    rectangles = []
     for position in itertools.product(*(range(mesh_shape[dim]) for dim in shared)):
         there = list(coordinate)
         for dim, index in zip(shared, position, strict=True):
             there[dim] = index
         sizes, offsets = _compute_local_shape_and_global_offset(shape, mesh_shape, there, placements)
-        spans = [(offset, offset + size) for size, offset in zip(sizes, offsets, strict=True)][-2:]
-        blocks.append(Block(*spans))
-    return tuple(blocks)
+        spans = [(offset, offset + size) for size, offset in zip(sizes, offsets, strict=True)]
+        if is_kernel:  # a channel has all its taps in columns side by side
+            taps = math.prod(shape[2:])
+            (first, last), spans = spans[1], spans[:1]
+            spans.append((first * taps, last * taps))
+        rectangles.append(Rectangle(*spans[-2:]))
+    return tuple(rectangles)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dion2_lightning.kernels.precision import move_sums, sum_dtype
 from dion2_lightning.matrices.layout import local, placed_like_stack, spread_dims
+from dion2_lightning.matrices.parts import held_entries
 from dion2_lightning.matrices.views import ObservedParameter
 from dion2_lightning.monitoring.history import BINS, bin_of
 from dion2_lightning.monitoring.metrics import COLUMNS, ParameterInfo
@@ -29,15 +30,18 @@ _WIDTH: Final = COUNTS + BINS
 
 
 class TrackedParameter:
-    """A parameter, its counters, and how ranks share it.
+    """A parameter, or a block of one, its counters, and how ranks share it.
 
     Attributes:
         parameter: The parameter itself.
+        source: It, and the name of the block.
         row: Its row of the table.
         info: Its names and its matrices.
-        count: How many of its matrices this rank holds a part of.
+        count: How many of its matrices this rank knows the selection of.
         counted: How many slices of each matrix have counters.
-        share: Which share of their entries this rank holds.
+        elements: Entries of all its matrices.
+        held: How many of them this rank holds.
+        share: Which share of the entries of the matrices that it knows of this rank holds.
         mesh: The ranks that hold it; None for a plain parameter.
         is_sharded: Whether ranks hold different parts of it.
         spread_over: Number of ranks over which the matrices of a stack are spread.
@@ -53,14 +57,16 @@ class TrackedParameter:
     def __init__(self, row: int, found: ObservedParameter) -> None:
         parameter: Any = found.parameter
         matrices, axis, selected, rank = found.observed
-        slices = matrices.shape[axis]
-        is_stack = parameter.ndim == 3
+        slices = matrices.slices_along(axis)
+        is_stack = matrices.is_stack
         self.parameter, self.row = parameter, row
+        self.source = parameter, matrices.name
         self.info = ParameterInfo(found.group, found.name, matrices.count, slices, axis, 0 < selected < slices, rank)
-        self.key = self.info.key if found.is_named else parameter
-        self.count = local(parameter).shape[0] if is_stack else 1
+        self.key = self.info.key if found.is_named else self.source
+        self.count = local(parameter).shape[0] if is_stack else matrices.count
         self.counted = slices if selected else 1
-        self.share = local(parameter).numel() * matrices.count / (parameter.numel() * max(1, self.count))
+        self.elements, self.held = matrices.entries, held_entries(parameter, matrices, found.name)
+        self.share = self.held * matrices.count / (self.elements * max(1, self.count))
         self.mesh = mesh = getattr(parameter, "device_mesh", None)
         self.is_sharded, self.spread_over, self.spread_index = False, 1, 0
         if mesh is not None:
@@ -101,7 +107,8 @@ class SelectionCounters:
     Attributes:
         last: Step of the last selection; if there was none, the step before the first; int32 (rows, n).
         hits: How often it was selected; int32 (rows, n).
-        selected: The selections of the present step: parameter, indices (count, k) and norms of all slices (count, n).
+        selected: The selections of the present step: parameter, number of its first matrix among those that this rank
+            knows of, indices (count, k), and norms of all slices (count, n).
     """
 
     def __init__(self, parameters: Sequence[TrackedParameter], slices: int, device: torch.device, step: int) -> None:
@@ -112,7 +119,7 @@ class SelectionCounters:
             rows += each.count
         self.last = torch.full((rows, slices), step, dtype=torch.int32, device=device)
         self.hits = torch.zeros((rows, slices), dtype=torch.int32, device=device)
-        self.selected: list[tuple[TrackedParameter, Tensor, Tensor]] = []
+        self.selected: list[tuple[TrackedParameter, int, Tensor, Tensor]] = []
 
     def update(self, step: int, record: "StepRecord | None") -> None:
         """Count the selections of a step; if it has metrics, add the rows of the table to its record."""
@@ -122,8 +129,8 @@ class SelectionCounters:
                 [
                     each.flatten()
                     for each in torch._foreach_add(
-                        [_flat_indices(indices, self._slices) for _, indices, _ in self.selected],
-                        [parameter.first_row * self._slices for parameter, _, _ in self.selected],
+                        [_flat_indices(indices, self._slices) for _, _, indices, _ in self.selected],
+                        [(parameter.first_row + first) * self._slices for parameter, first, _, _ in self.selected],
                     )
                 ]
             )
@@ -131,7 +138,9 @@ class SelectionCounters:
             self.hits.view(-1).index_add_(0, flat, self.hits.new_ones(1).expand(len(flat)))
         if record is not None:
             assert before is not None
-            norms = {parameter: its_norms for parameter, _, its_norms in self.selected}
+            norms = dict[TrackedParameter, Tensor]()
+            for parameter, _, _, its_norms in sorted(self.selected, key=lambda each: each[1]):
+                norms[parameter] = torch.cat([norms[parameter], its_norms]) if parameter in norms else its_norms
             record.rows.append((self._parameters, self._table_rows(step, record.window, before, norms)))
         self.selected = []
 
@@ -241,13 +250,13 @@ def sum_over_ranks(
     column = _to_device([[each.spread_index] for each in parameters], table.device)
     longest = table.new_zeros(len(parameters), width)
     longest.scatter_(1, column, table.narrow(1, COLUMNS["staleness_max"], 1))
-    held = _to_device([[local(each.parameter).numel()] for each in parameters], table.device)
+    held = _to_device([[each.held] for each in parameters], table.device)
     mine = torch.cat([table, longest, held], dim=1)
     sums = mine.clone()
     dist.all_reduce(sums, group=group)
     # Replicas add the same numbers. How many there are shows in the sums of matrices and of elements.
     matrices = _to_device([[each.info.matrices] for each in parameters], table.device)
-    elements = _to_device([each.parameter.numel() for each in parameters], table.device)
+    elements = _to_device([each.elements for each in parameters], table.device)
     copies = (sums.narrow(1, COLUMNS["matrices"], 1) / matrices).repeat(1, sums.shape[1])
     copies.select(1, COLUMNS["squared_update"]).copy_(sums.select(1, -1) / elements)
     copies.narrow(1, COLUMNS["orthogonality_error"], 2).fill_(1.0)  # only the ratio of errors and measured is used

@@ -15,7 +15,7 @@ from torch import Tensor
 from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.matrices.layout import group_by
-from dion2_lightning.matrices.views import ObservedParameter
+from dion2_lightning.matrices.views import ObservedParameter, Source
 from dion2_lightning.monitoring.counters import (
     COUNTS,
     HITS,
@@ -93,7 +93,7 @@ class SelectionTracker:
         self.history = SelectionHistory(window)
         self.wants_results = False
         self._optimizer: ObservableOptimizer | None = None
-        self._parameters: dict[Tensor, TrackedParameter] = {}
+        self._parameters: dict[tuple[Tensor, str], TrackedParameter] = {}
         self._counters: list[SelectionCounters] = []
         self._signature: Sequence[tuple[object, ...]] = []
         self._loaded: dict[str, Mapping[str, Tensor]] = {}
@@ -147,30 +147,34 @@ class SelectionTracker:
         self.wants_results = self._is_requested or (self.every is not None and self.step % self.every == 0)
         self._record = StepRecord(self.window) if self.wants_results else None
 
-    def selected(self, parameter: Tensor, indices: Tensor, norms: Tensor) -> None:
-        """Record what was selected of a parameter; called by the optimizer."""
-        tracked = self._parameters[parameter]
-        tracked.counters.selected.append((tracked, indices, norms))
+    def selected(self, source: Source, indices: Tensor, norms: Tensor) -> None:
+        """Record what was selected of some matrices; called by the optimizer."""
+        tracked = self._tracked(source)
+        tracked.counters.selected.append((tracked, source.first, indices, norms))
 
-    def orthonormalized(self, parameter: Tensor, result: Tensor) -> None:
+    def orthonormalized(self, source: Source, result: Tensor) -> None:
         """Record the errors of orthonormal submatrices; called by the optimizer."""
         if self._record is not None and self.orthogonality:
-            self._record.errors.append((self._parameters[parameter], orthogonality_errors(result)))
+            self._record.errors.append((self._tracked(source), orthogonality_errors(result)))
 
-    def normalized(self, parameter: Tensor, variance: Tensor) -> None:
+    def normalized(self, source: Source, variance: Tensor) -> None:
         """Record the spread of neurons' variances; called by the optimizer."""
         if self._record is not None:
-            self._record.spreads.append((self._parameters[parameter], variance_spreads(variance)))
+            self._record.spreads.append((self._tracked(source), variance_spreads(variance)))
 
-    def moved(self, parameter: Tensor, change: Tensor) -> None:
-        """Record by how much a part of a parameter changes; called by the optimizer."""
+    def moved(self, source: Source, change: Tensor) -> None:
+        """Record by how much a part of some matrices changes; called by the optimizer."""
         if self._record is not None:
             squares = torch.linalg.vector_norm(change).to(sum_dtype(change.device)).square().view(1)
-            self._record.squares.append((self._parameters[parameter], squares))
+            self._record.squares.append((self._tracked(source), squares))
+
+    def _tracked(self, source: Source) -> TrackedParameter:
+        return self._parameters[source.parameter, source.block]
 
     def projected(
         self,
-        parameters: Sequence[Tensor],
+        sources: Sequence[Source],
+        counts: Sequence[int],
         energies: Tensor,
         captured: Tensor,
         norms: Tensor,
@@ -178,7 +182,7 @@ class SelectionTracker:
         squares: Tensor,
         is_taken: Tensor | None,
     ) -> None:
-        """Record what updates of low rank take of the momenta of some parameters; called by the optimizer."""
+        """Record what updates of low rank take of the momenta of some matrices; called by the optimizer."""
         if self._record is None:
             return
         is_measured = energies != 0 if is_taken is None else (energies != 0) & is_taken
@@ -189,12 +193,11 @@ class SelectionTracker:
             torch.ones_like(energies),
         )
         values = torch.where(is_measured.unsqueeze(1), torch.stack(measured, dim=1), 0.0)
-        tracked = [self._parameters[parameter] for parameter in parameters]
-        counts = [each.count for each in tracked]
         parts = (each.split(counts) for each in (energies, squares, values))
-        for each, its_energies, its_squares, its_values in zip(tracked, *parts, strict=True):
-            its_energies = its_energies.unsqueeze(1)
-            each.counters.selected.append((each, torch.zeros_like(its_energies, dtype=torch.int64), its_energies))
+        for source, its_energies, its_squares, its_values in zip(sources, *parts, strict=True):
+            each, its_energies = self._tracked(source), its_energies.unsqueeze(1)
+            only = torch.zeros_like(its_energies, dtype=torch.int64)
+            each.counters.selected.append((each, source.first, only, its_energies))
             self._record.squares.append((each, its_squares.sum(0, keepdim=True) * each.share))
             self._record.projections.append((each, its_values.sum(0)))
 
@@ -227,7 +230,7 @@ class SelectionTracker:
         table = sum_over_ranks(table, tracked, self._optimizer.process_group, with_errors=self.orthogonality)
         host = table.cpu()  # the one wait for the device
         sums = host[:, :HITS].tolist()
-        rows = [ParameterSums(p.info, p.parameter.numel(), *row) for p, row in zip(tracked, sums, strict=True)]
+        rows = [ParameterSums(p.info, p.elements, *row) for p, row in zip(tracked, sums, strict=True)]
         # What is frozen by now is in a group too, and is meant to have no gradient.
         self._check_health([row for row, p in zip(rows, tracked, strict=True) if p.parameter.requires_grad])
         metrics = SelectionMetrics(
@@ -309,7 +312,7 @@ class SelectionTracker:
             SelectionCounters(members, slices, device, self.step)
             for (slices, device), members in group_by(tracked, lambda p: (p.counted, p.parameter.device)).items()
         ]
-        self._parameters = {each.parameter: each for each in tracked}
+        self._parameters = {each.source: each for each in tracked}
         for each in tracked:
             counts = known.get(each.key)
             saved = self._loaded.pop("/".join(each.info.key), None) if counts is None else None

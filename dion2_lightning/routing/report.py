@@ -16,7 +16,8 @@ _WHAT_CHANGES_IT: Final[Mapping[str, tuple[frozenset[Role], str]]] = {
     ),
     "Weights of linear layers": (frozenset({Role.MATRIX, Role.EXPERTS}), "overrides send them elsewhere"),
     "Weights of heads": (frozenset({Role.HEAD}), 'if they are inner layers, pass overrides={{"{name}": "{matrices}"}}'),
-    "Convolutions": (frozenset({Role.CONVOLUTION}), "{matrices} does not train them"),
+    "Dense convolutions": (frozenset({Role.CONVOLUTION}), "overrides send them elsewhere"),
+    "Convolutions without a matrix": (frozenset({Role.CONVOLUTION_OTHER}), "the report says of each why it has none"),
     "Parameters of no known layer": (frozenset({Role.OTHER}), 'if linear, pass overrides={{"{name}": "{matrices}"}}'),
     "Frozen weights": (frozenset({Role.FROZEN}), "unfreeze them before the optimizer is built"),
 }
@@ -65,7 +66,9 @@ def notes(decisions: Sequence["Decision"], backbone: str | None, matrices: str, 
     """Say what a user should know about how the model was read; ``backbone`` names its transformers model."""
     lines = []
     as_matrices = [each for each in decisions if each.as_matrices]
-    a_matrix_goes_elsewhere = any(each.role == Role.MATRIX and not each.as_matrices for each in decisions)
+    a_matrix_goes_elsewhere = any(
+        each.role in (Role.MATRIX, Role.CONVOLUTION) and not each.as_matrices for each in decisions
+    )
     if backbone is None and as_matrices and not a_matrix_goes_elsewhere:  # else an override has named the head
         last = as_matrices[-1].name
         lines.append(

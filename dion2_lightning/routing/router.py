@@ -11,16 +11,26 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from dion2_lightning.algorithms import ALGORITHMS, DEFAULT_MATRICES, DEFAULT_REST
+from dion2_lightning.algorithms import ALGORITHMS, DEFAULT_MATRICES, DEFAULT_REST, has_setting
 from dion2_lightning.algorithms.algorithm import STORAGE
 from dion2_lightning.algorithms.hyperparameters import one_of
 from dion2_lightning.matrices.splits import WHOLE, blocks_of
 from dion2_lightning.routing.model_tree import ModulePath, read_model
 from dion2_lightning.routing.overrides import Override, assign_overrides, check_matrices, parse_overrides
 from dion2_lightning.routing.report import decision_table, notes, total_line, total_table, why_no_matrices
-from dion2_lightning.routing.rules import Role, Verdict, classify, has_two_axes, is_bias, storage_of
+from dion2_lightning.routing.rules import (
+    FEW_SLICES,
+    Role,
+    Verdict,
+    classify,
+    has_two_axes,
+    is_bias,
+    rank_of,
+    storage_of,
+    why_groups_hold_no_matrix,
+)
 
-MATRIX_ROLES: Final = frozenset({Role.MATRIX, Role.EXPERTS})
+MATRIX_ROLES: Final = frozenset({Role.MATRIX, Role.EXPERTS, Role.CONVOLUTION})
 """The roles that are trained as matrices. All others are trained with the rest."""
 
 LORA_ROLES: Final[dict[str, frozenset[Role]]] = {
@@ -29,6 +39,9 @@ LORA_ROLES: Final[dict[str, frozenset[Role]]] = {
     "both": frozenset({Role.LORA_A, Role.LORA_B}),
 }
 """The LoRA factors that are trained as matrices too, by the argument ``lora``."""
+
+SHARES: Final = ("fraction", "rank_fraction")
+"""Settings that say which share of a matrix a step updates; 1 for LoRA factors of a rank under 16."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ class Decision:
         batched: Whether the leading axis counts matrices.
         convolution: Whether the axes from the third on are those of a kernel.
         splits: Which matrices lie side by side in it, as a text: see matrices/splits.py.
+        low_rank: Whether it is a LoRA factor of so low a rank that a step updates all of it.
         decays: Whether its group's weight decay applies to it.
         override: The override that brings options for its group, None without one.
     """
@@ -60,6 +74,7 @@ class Decision:
     batched: bool = False
     convolution: bool = False
     splits: str = WHOLE
+    low_rank: bool = False
     decays: bool = False
     override: Override | None = None
 
@@ -85,6 +100,7 @@ class Decision:
             "convolutions": self.convolution,
             "-".join(self.blocks): bool(self.blocks),
             "transposed": self.transposed,
+            "low-rank": self.low_rank,
             "no-decay": not self.decays,
         }
         name = "-".join([self.algorithm, *(flag for flag, is_set in flags.items() if is_set)])
@@ -120,8 +136,9 @@ class Routing:
         Returns:
             One new dictionary a group, the matrices first: ``params`` as (name, parameter) pairs in model order,
             ``name``, ``algorithm``, ``batched``, ``transposed`` and ``convolution`` where they are true, ``splits``
-            where a weight is several matrices, a zero ``weight_decay`` where the parameters must not decay, and the
-            options of an override. Names are unique, but where weights of the same blocks have them in other sizes.
+            where a weight is several matrices, a fraction of 1 for LoRA factors of low rank, a zero ``weight_decay``
+            where the parameters must not decay, and the options of an override. Names are unique, but where weights of
+            the same blocks have them in other sizes.
         """
         kept = None if only is None else {id(parameter) for parameter in only}
         groups: dict[tuple[str, str], dict[str, Any]] = {}
@@ -178,7 +195,8 @@ def route_parameters(
             correct the routing itself. The first matching pattern wins, and a tied parameter is matched by any of its
             names. Every pattern must match a trainable parameter that no earlier one has taken (default: None).
         lora: Which LoRA factors are trained as matrices: ``"both"``, ``"B"``, or ``"adamw"`` for none. Factors of
-            embeddings and magnitude vectors never are (default: ``"both"``).
+            embeddings and magnitude vectors never are. Where the rank is under 16, a step updates all of a factor,
+            unless an override sets the fraction (default: ``"both"``).
         matrices: Algorithm of what is trained as matrices (default: ``"dion2"``).
         rest: Algorithm of the rest, one that needs no matrices (default: ``"adamw"``).
         control: Whether ``rest`` trains the matrices too, whatever overrides send to ``matrices`` included: the same
@@ -246,9 +264,18 @@ def _decide(
             as_matrices, algorithm, reason = ALGORITHMS[override.algorithm].needs_matrices, override.algorithm, by
         storage = {**storage, **override.storage}
         if as_matrices:
+            wrong = why_groups_hold_no_matrix(parameter, path)
+            if wrong is not None and "splits" not in override.storage:
+                shape = tuple(parameter.shape)
+                raise ValueError(f"override {override.pattern!r}: parameter {path.name!r} of shape {shape} {wrong}")
             check_matrices(parameter, path.name, storage, override, algorithm)
         if not override.options:
             override = None
+    rank, share = rank_of(role, parameter, path), _share_of(algorithm)
+    is_set = override is not None and share in override.options
+    low_rank = as_matrices and rank is not None and rank < FEW_SLICES and share is not None and not is_set
+    if low_rank:
+        reason = f"{reason}; rank {rank}: {share} 1"
     return Decision(
         path.name,
         parameter,
@@ -257,6 +284,7 @@ def _decide(
         algorithm,
         as_matrices,
         **(storage if as_matrices else {}),
+        low_rank=low_rank,
         decays=_decays(parameter, path) or (override is not None and "weight_decay" in override.options),
         override=override,
     )
@@ -268,10 +296,14 @@ def _decays(parameter: nn.Parameter, path: ModulePath) -> bool:
     return has_two_axes(parameter) and not is_bias(path) and not marked
 
 
+def _share_of(algorithm: str) -> str | None:
+    return next((name for name in SHARES if has_setting(algorithm, name)), None)
+
+
 def _rank(decision: Decision) -> tuple[Any, ...]:
     """Sort key of groups: matrices first, then groups without options, then the plainest storage."""
     position = -1 if decision.override is None else decision.override.position
-    storage = decision.convolution, decision.batched, decision.transposed, decision.blocks
+    storage = decision.convolution, decision.batched, decision.transposed, decision.blocks, decision.low_rank
     return not decision.as_matrices, position, *storage, not decision.decays
 
 
@@ -281,6 +313,8 @@ def _group_entries(member: Decision) -> dict[str, Any]:
     if ALGORITHMS[member.algorithm].needs_matrices:
         stored = {name: getattr(member, name) for name in STORAGE}
         entries |= {name: value for name, value in stored.items() if value != STORAGE[name][0]}
+    if member.low_rank and (share := _share_of(member.algorithm)) is not None:
+        entries[share] = 1.0
     if not member.decays:
         entries["weight_decay"] = 0.0
     return entries if member.override is None else entries | member.override.options_for(member.algorithm)

@@ -3,6 +3,7 @@
 Rules look at the module that owns a parameter, then at its shape; never at a fixed list of layer names alone.
 """
 
+import math
 import re
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
@@ -19,11 +20,12 @@ class Role(StrEnum):
     EXPERTS = "experts"  # a stack of matrices, one for each expert
     LORA_A = "lora A"  # the factor of a LoRA adapter from the layer's input to the rank
     LORA_B = "lora B"  # the factor from the rank to the layer's output
-    LORA_OTHER = "lora other"  # of a LoRA adapter too: a factor of an embedding or a convolution, a magnitude
-    EMBEDDING = "embedding"  # vectors to look up, of tokens or positions; also where a head is tied to it
+    LORA_OTHER = "lora other"  # of a LoRA adapter too: a factor of an embedding or of groups, a magnitude
+    EMBEDDING = "embedding"  # of tokens, positions or patches; also where a head is tied to it
     HEAD = "head"  # an output embedding, or a layer from features to labels
     ROUTER = "router"  # what assigns tokens to experts
-    CONVOLUTION = "convolution"  # the kernel of a convolution
+    CONVOLUTION = "convolution"  # the kernel of a convolution, or of each group of it, that is a matrix
+    CONVOLUTION_OTHER = "convolution other"  # of a convolution too: a kernel that is none, or what one is computed from
     VECTOR = "vector"  # a bias, a norm, a scalar, a single row or column
     OTHER = "other"  # what no rule knows
     FROZEN = "frozen"  # whatever it is, it is not trained
@@ -39,13 +41,20 @@ class Verdict(NamedTuple):
 OUTSIDE_BACKBONE: Final = "head: outside transformers model"
 """Beginning of the reason for a head that was recognised by its place outside the transformers model."""
 
+FEW_SLICES: Final = 16
+"""Of fewer slices than these a quarter is three at most: too few to choose from."""
+
 _ROUTER_CLASS = re.compile(r"Router|Top(K|k|\d)\w*Gat|Mo[Ee](V\d+)?Gate$")
 _HIDDEN_SIZE_NAMES = ("hidden_size", "hidden_dim", "d_model", "embed_dim", "embedding_dim", "model_dim", "dim")
 _FROM_HIDDEN = re.compile(r"gate|up|^w1$|^w3$|^v1$|^wi")
 _TO_HIDDEN = re.compile(r"down|^w2$|^wo$")
+_EXPERT_COUNT = re.compile(r"(^|_)n(um)?_(\w+_)?experts$")
 _FUSED_PROJECTION = re.compile(r"qkv|query_key_value|c_attn|gate_up")
 _EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTION = nn.modules.conv._ConvNd
+_TRANSPOSED_CONVOLUTION = nn.modules.conv._ConvTransposeNd
+_PATCH_EMBEDDING = re.compile("patch_?embed", re.IGNORECASE)
+_PIXEL_CHANNELS = 4  # red, green, blue, and a fourth
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -59,6 +68,7 @@ def classify(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
         or _head(parameter, path, tree.backbone)
         or _router(parameter, path)
         or _expert_stack(parameter, path)
+        or _convolution(parameter, path)
         or _weight_of_layer(parameter, path)
         or Verdict(Role.OTHER, "not a linear module's weight; opt in with an override")
         for parameter, (path, *_) in tree.paths.items()
@@ -69,12 +79,41 @@ def storage_of(parameter: nn.Parameter, path: ModulePath) -> dict[str, Any]:
     """Return how a parameter's matrices are stored: the entries of its group, as far as they are not the defaults."""
     if _is_expert_stack(parameter, path):
         return {"transposed": bool(_experts_stored_in_out(path.owner)), "batched": True}
+    if count := _experts_below_each_other(parameter, path):
+        transposed = bool(_TO_HIDDEN.search(path.names[-1]))
+        return {"transposed": transposed, "splits": _stack("expert", count, parameter.shape[0], transposed)}
+    if (convolution := _convolution_of(path)) is not None:
+        transposed, groups = isinstance(convolution, _TRANSPOSED_CONVOLUTION), convolution.groups
+        splits = {"splits": _stack("group", groups, parameter.shape[0], transposed)} if groups > 1 else {}
+        return {"convolution": True, "transposed": transposed, **splits}
     return {"transposed": _is_linear_weight(parameter, path) and _is_transformers_conv1d(path.owner)}
 
 
 def has_two_axes(parameter: nn.Parameter) -> bool:
     """Whether a parameter has two axes of several entries: (1, d) and (d, 1, 1) have one, and are vectors."""
     return sum(size > 1 for size in parameter.shape) > 1
+
+
+def why_groups_hold_no_matrix(parameter: nn.Parameter, path: ModulePath) -> str | None:
+    """Say why no group of a convolution is a matrix, and what would be one; None where they are, or it has none."""
+    convolution = _convolution_of(path)
+    if convolution is None or convolution.groups == 1:
+        return None
+    rows, columns = _matrix_of_group(parameter, convolution)
+    if min(rows, columns) > 1:
+        return None
+    return (
+        f"is the kernel of a convolution with groups={convolution.groups}, each a vector of {max(rows, columns)} "
+        f"entries, which is no matrix; leave it to 'adamw', or pass splits='whole' to take all groups as one matrix "
+        f"({parameter.shape[0]}, {columns})"
+    )
+
+
+def rank_of(role: Role, parameter: nn.Parameter, path: ModulePath) -> int | None:
+    """Return the rank of a LoRA factor that is a matrix; None for any other parameter."""
+    axis = {Role.LORA_A: 0, Role.LORA_B: 1}.get(role)
+    # A factor for a stack of experts holds those of all of them.
+    return None if axis is None else parameter.shape[axis] // getattr(path.modules[-3], "num_experts", 1)
 
 
 def is_bias(path: ModulePath) -> bool:
@@ -103,7 +142,13 @@ def _lora_factor(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
         if "lora_A" in getattr(type(module), "adapter_layer_names", ()) and name.startswith("lora_"):
             if "embedding" in name:
                 return Verdict(Role.LORA_OTHER, "LoRA factor of an embedding")
-            roles = {"lora_A": Role.LORA_A, "lora_B": Role.LORA_B} if parameter.ndim == 2 else {}
+            convolution = _convolution_of(path)
+            is_matrix = parameter.ndim == 2 or (
+                convolution is not None
+                and convolution.groups == 1
+                and min(_matrix_of_group(parameter, convolution)) > 1
+            )
+            roles = {"lora_A": Role.LORA_A, "lora_B": Role.LORA_B} if is_matrix else {}
             return Verdict(roles.get(name, Role.LORA_OTHER), "LoRA factor: its shorter axis is the rank")
     return None
 
@@ -137,11 +182,38 @@ def _router(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
 
 
 def _expert_stack(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
+    if count := _experts_below_each_other(parameter, path):
+        order = "stored (in, out)" if _TO_HIDDEN.search(path.names[-1]) else "stored (out, in)"
+        return Verdict(Role.EXPERTS, f"stack of {count} experts in two dimensions, {order}")
     if not _is_expert_stack(parameter, path) or min(parameter.shape[1:]) < 2:
         return None
     stored = {True: "stored (in, out)", False: "stored (out, in)", None: "taken as (out, in)"}
     order = stored[_experts_stored_in_out(path.owner)]
     return Verdict(Role.EXPERTS, f"stack of {parameter.shape[0]} experts, {order}")
+
+
+def _convolution(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
+    convolution = _convolution_of(path)
+    if convolution is None:
+        # What weight_norm and others compute a kernel from: torch's parametrizations, and the older weight_g, weight_v.
+        owner = path.modules[-3] if path.module_name(2) == "parametrizations" else path.owner
+        reason = "part of a convolution, whose kernel is computed from it, as by weight_norm"
+        return Verdict(Role.CONVOLUTION_OTHER, reason) if isinstance(owner, _CONVOLUTION) else None
+    if _is_patch_embedding(convolution, path):
+        return Verdict(Role.EMBEDDING, "patch embedding")
+    is_transposed = isinstance(convolution, _TRANSPOSED_CONVOLUTION)
+    kind = "transposed convolution" if is_transposed else "convolution"
+    groups, (rows, columns) = convolution.groups, _matrix_of_group(parameter, convolution)
+    if groups > 1 and convolution.in_channels == groups:
+        return Verdict(Role.CONVOLUTION_OTHER, f"depthwise {kind}")
+    if min(rows, columns) == 1:
+        return Verdict(Role.CONVOLUTION_OTHER, f"{kind}: not a matrix, a single row or column")
+    if groups > 1:
+        if min(rows, columns) < FEW_SLICES:
+            small = f"with groups of {rows} x {columns}, one side under {FEW_SLICES}"
+            return Verdict(Role.CONVOLUTION_OTHER, f"{kind} {small}")
+        kind = f"{kind} of {groups} groups, each a matrix"
+    return Verdict(Role.CONVOLUTION, f"{kind}, stored (in, out)" if is_transposed else kind)
 
 
 def _weight_of_layer(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
@@ -152,7 +224,7 @@ def _weight_of_layer(parameter: nn.Parameter, path: ModulePath) -> Verdict | Non
         kind = "linear, stored (in, out)" if _is_transformers_conv1d(path.owner) else "linear"
         is_fused = bool(_FUSED_PROJECTION.search(path.module_name(1)))
     else:
-        return Verdict(Role.CONVOLUTION, "convolution") if isinstance(path.owner, _CONVOLUTION) else None
+        return None
     return Verdict(Role.MATRIX, f"{kind}, fused projections kept whole" if is_fused else kind)
 
 
@@ -167,7 +239,7 @@ def _find_embeddings(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
     tied_to: dict[nn.Parameter, str] = {}
     first_in: dict[tuple[int, ...], nn.Parameter] = {}
     for parameter, paths in tree.paths.items():
-        if any(not inputs.isdisjoint(path.modules) for path in paths):
+        if any(not inputs.isdisjoint(path.modules) and _convolution_of(path) is None for path in paths):
             found[parameter] = Verdict(Role.EMBEDDING, "input embedding")
         elif any(isinstance(path.owner, _EMBEDDING_MODULES) for path in paths):
             found[parameter] = Verdict(Role.EMBEDDING, "embedding")
@@ -226,6 +298,34 @@ def _is_linear_weight(parameter: nn.Parameter, path: ModulePath) -> bool:
     return isinstance(owner, nn.Linear) or type(owner).__name__.endswith("Linear") or _is_transformers_conv1d(owner)
 
 
+def _convolution_of(path: ModulePath) -> nn.modules.conv._ConvNd | None:
+    """The convolution whose kernel a parameter is, None for any other parameter."""
+    return path.owner if isinstance(path.owner, _CONVOLUTION) and path.names[-1] == "weight" else None
+
+
+def _matrix_of_group(parameter: nn.Parameter, convolution: nn.modules.conv._ConvNd) -> tuple[int, int]:
+    """Rows and columns, as stored, of the matrix that each group of a convolution is."""
+    return parameter.shape[0] // convolution.groups, math.prod(parameter.shape[1:])
+
+
+def _stack(name: str, count: int, size: int, along_inputs: bool) -> str:
+    """The splits of matrices below each other, as stored."""
+    return f"{name} {count}*{size // count}{' along inputs' * along_inputs}"
+
+
+def _is_patch_embedding(convolution: nn.modules.conv._ConvNd, path: ModulePath) -> bool:
+    """Whether a convolution makes vectors of patches of the input: told by its stride, or by its name."""
+    if isinstance(convolution, _TRANSPOSED_CONVOLUTION) or set(convolution.kernel_size) == {1}:
+        return False
+    names = [path.module_name(1), *(type(module).__name__ for module in path.modules[-2:-1])]
+    is_named = any(_PATCH_EMBEDDING.search(name) for name in names)
+    if convolution.in_channels <= _PIXEL_CHANNELS:
+        return is_named or convolution.stride == convolution.kernel_size
+    # Of other inputs, such as latents, only the name tells, and later stages have patch embeddings by name too.
+    model = [path.modules[0], *filter(is_transformers_model, path.modules)][-1]
+    return is_named and next(each for each in model.modules() if isinstance(each, _CONVOLUTION)) is convolution
+
+
 def _is_transformers_conv1d(module: nn.Module) -> bool:
     mro = type(module).__mro__
     return any(each.__name__ == "Conv1D" and each.__module__ == "transformers.pytorch_utils" for each in mro)
@@ -257,6 +357,19 @@ def _names_experts(name: str, module: nn.Module) -> bool:
 def _is_expert_stack(parameter: nn.Parameter, path: ModulePath) -> bool:
     is_stack = parameter.ndim == 3 and not isinstance(path.owner, _CONVOLUTION)
     return is_stack and _names_experts(path.module_name(1), path.owner)
+
+
+def _experts_below_each_other(parameter: nn.Parameter, path: ModulePath) -> int | None:
+    """How many experts have their rows below each other in a matrix (experts x intermediate, hidden), as DBRX's."""
+    experts, name = path.owner, path.names[-1]
+    if parameter.ndim != 2 or not _names_experts(path.module_name(1), experts):
+        return None
+    rows, columns = parameter.shape
+    hidden = [getattr(experts, each, None) for each in _HIDDEN_SIZE_NAMES]
+    if columns not in hidden or not (_FROM_HIDDEN.search(name) or _TO_HIDDEN.search(name)):
+        return None
+    counts = [size for each, size in vars(experts).items() if _EXPERT_COUNT.search(each) and isinstance(size, int)]
+    return next((count for count in counts if 0 < count < rows and rows % count == 0), None)
 
 
 def _experts_stored_in_out(experts: nn.Module) -> bool | None:

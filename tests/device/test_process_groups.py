@@ -18,7 +18,7 @@ from dion2_lightning import Dion2, SelectionTracker, build_optimizer, clip_grad_
 from dion2_lightning.distributed.owner_exchange import all_gather
 from dion2_lightning.distributed.summing import add_up
 from dion2_lightning.distributed.torch_versions import all_gather_single
-from dion2_lightning.matrices.layout import Block, Layout
+from dion2_lightning.matrices.layout import Layout, Rectangle
 from tests.device.host_sync import no_host_sync
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_layouts import CASES, errors_name_case, sharded, train_and_compare, whole_parameters
@@ -101,7 +101,7 @@ def one_rank_shares() -> Iterator[None]:
         if process_group is None:
             return read(parameter, label, process_group=None, **settings)
         rows, columns = parameter.shape[-2:]
-        return Layout(process_group, (Block((0, rows), (0, columns)),))
+        return Layout(process_group, (Rectangle((0, rows), (0, columns)),))
 
     with mock.patch.object(update, "layout_of", layout_of):
         yield

@@ -43,7 +43,7 @@ def optimizer_of(parameters: dict[str, nn.Parameter], **settings: Any) -> Dion2:
     groups = []
     for name, rank_fraction in zip(NAMES, cycle(RANK_FRACTIONS), strict=False):
         own = (MATRICES[name] if name in MATRICES else STACKS[name])[1]
-        kept = ("batched", "transposed", "cautious_weight_decay")
+        kept = ("batched", "transposed", "convolution", "splits", "cautious_weight_decay")
         stored: dict[str, Any] = {key: own[key] for key in kept if key in own}
         group: dict[str, Any] = {"params": [(name, parameters[name])], "name": name, "rank_fraction": rank_fraction}
         groups.append(group | stored | {"algorithm": "dion"})
@@ -86,10 +86,11 @@ def train_and_compare(parameters: dict[str, nn.Parameter], steps: int = STEPS, *
         with errors_name_case(name):
             expected = states[name]["momentum"]
             assert_near(local(state["momentum"]), part_of(expected, state["momentum"]), expected)
-            expected = part_of(states[name]["Q"], state["Q"])
-            assert local(state["Q"]).shape == expected.shape
-            signs = (local(state["Q"]) * expected).sum(-2, keepdim=True).sign()  # a QR may choose either
-            assert_near(local(state["Q"]) * signs, expected, states[name]["Q"])
+            for entry in states[name].keys() - {"momentum", "step"}:  # "Q", or one of each block
+                found, expected = local(state[entry]), part_of(states[name][entry], state[entry])
+                assert found.shape == expected.shape
+                signs = (found * expected).sum(-2, keepdim=True).sign()  # a QR may choose either
+                assert_near(found * signs, expected, states[name][entry])
             start, end = starts[name].detach(), weights[name]
             if dtype == torch.float32:
                 moved = local(parameter).detach() - part_of(start, parameter)

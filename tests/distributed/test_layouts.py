@@ -42,6 +42,14 @@ MATRICES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "half": ((30, 40), {"fraction": 0.5, "lr": 0.05}),
     "Dion3": ((37, 53), {**DION3, "nesterov": True}),
     "neurons of selected inputs": ((53, 37), {"normalize_neurons": True, "cautious_weight_decay": True}),
+    "q|k|v": ((30, 14), {"splits": "q 15 | k 8 | v 7", "cautious_weight_decay": True}),
+    "interleaved": ((24, 10), {"splits": "4 x (q 2 | k 2 | v 2)", "normalize_neurons": True}),
+    "interleaved heads": ((24, 10), {"splits": "3 x (q 2*2 | k 1*2 | v 1*2)"}),
+    "every second output, stored (in, out)": ((10, 24), {"splits": "12 x (gate 1 | up 1)", "transposed": True}),
+    "heads of inputs": ((10, 24), {"splits": "head 4*6 along inputs", **DION3}),
+    "kernel, selected channels": ((40, 4, 3), {"convolution": True, "normalize_neurons": True}),
+    "kernel, transposed": ((4, 10, 3), {"convolution": True, "transposed": True}),
+    "kernel in groups": ((24, 3, 3), {"convolution": True, "splits": "group 4*6"}),
 }
 STACKS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "experts": ((5, 12, 20), {"batched": True}),
@@ -49,6 +57,11 @@ STACKS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "Dion3's experts, stored (in, out)": (
         (5, 20, 12),
         {"batched": True, "transposed": True, **DION3, "nesterov": True, "cautious_weight_decay": True},
+    ),
+    "experts' gate|up": ((5, 12, 20), {"batched": True, "splits": "gate 6 | up 6", "normalize_neurons": True}),
+    "experts' every second output, stored (in, out)": (
+        (4, 12, 20),
+        {"batched": True, "transposed": True, "splits": "10 x (gate 1 | up 1)"},
     ),
 }
 ADAMW: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
@@ -203,12 +216,15 @@ def train_and_compare(
 def compare_step(
     name: str, parameter: Tensor, optimizer: Dion2, whole: Tensor, reference: Dion2, tolerance: float = 1e-5
 ) -> None:
-    selection, expected = optimizer.selection_of(parameter), reference.selection_of(whole)
-    indices = selection.indices
-    # Where ranks hold different experts, the indices are spread like them.
-    indices = indices.full_tensor() if isinstance(indices, DTensor) else indices
-    assert selection.axis == expected.axis, name
-    assert torch.equal(indices, expected.indices), name
+    blocks = [each.observed.matrices.name for each in reference.observed_parameters() if each.parameter is whole]
+    assert blocks
+    for block in blocks:
+        selection, expected = optimizer.selection_of(parameter, block), reference.selection_of(whole, block)
+        indices = selection.indices
+        # Where ranks hold different experts, the indices are spread like them.
+        indices = indices.full_tensor() if isinstance(indices, DTensor) else indices
+        assert selection.axis == expected.axis, name
+        assert torch.equal(indices, expected.indices), name
     momentum = optimizer.state[parameter]["momentum"]
     assert type(momentum) is (DTensor if isinstance(parameter, DTensor) else Tensor)
     assert torch.equal(local(momentum), part_of(reference.state[whole]["momentum"], parameter)), name

@@ -53,7 +53,16 @@ def mixtral() -> Any:
     )
 
 
-CONFIGS: dict[str, Callable[[], Any]] = {"llama": llama, "mixtral": mixtral}
+CONFIGS: dict[str, Callable[[], Any]] = {"llama": llama, "mixtral": mixtral, "llama in blocks": llama}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "llama in blocks": {
+        "*.q_proj.*": {"splits": "2 x (even 64 | odd 64)"},
+        "*.k_proj.*": {"splits": "head 1*128"},
+        "*.o_proj.*": {"splits": "64 x (a 2 | b 2) along inputs"},
+        "*.down_proj.*": {"splits": "first 128 | second 128"},
+    }
+}
+"""Of some weights, as if they were several matrices, of which two ranks hold halves or all."""
 
 
 def make_model(config: Any) -> nn.Module:
@@ -115,12 +124,17 @@ def test_a_step(name: str, algorithm: str, fraction: float) -> None:
     config = CONFIGS[name]()
     model = make_model(config)
     loss_of(model).backward()
+    overrides = OVERRIDES.get(name)
     optimizer = build_optimizer(
-        model, algorithm=algorithm, **{FRACTION_OF[algorithm]: fraction}, **in_half_precision(algorithm)
+        model,
+        algorithm=algorithm,
+        overrides=overrides,
+        **{FRACTION_OF[algorithm]: fraction},
+        **in_half_precision(algorithm),
     )
     with counted() as counter:
         optimizer.step()
-    step = step_at(figures_of(config, algorithm=algorithm), fraction)
+    step = step_at(figures_of(config, algorithm=algorithm, overrides=overrides), fraction)
     assert step["products_flops"] == pytest.approx(counter.get_total_flops(), rel=0.05)
     assert step["state_bytes"] == sum(held_bytes(optimizer))
     trained = sum(each.numel() for each in model.parameters())
@@ -148,6 +162,10 @@ CASES = [
     ("llama", "dion2", "tp=2"),
     ("llama", "dion3", "tp=2"),
     ("llama", "dion", "tp=2"),
+    ("llama in blocks", "dion2", "fsdp2=2"),
+    ("llama in blocks", "dion3", "fsdp2=2"),
+    ("llama in blocks", "dion", "fsdp2=2"),
+    ("llama in blocks", "dion", "tp=2"),
     ("mixtral", "dion2", "fsdp2=2"),
     ("mixtral", "dion", "fsdp2=2"),
 ]
@@ -181,6 +199,7 @@ def traffic_of(name: str, algorithm: str, layout: str, fraction: float) -> dict[
     optimizer = build_optimizer(
         model,
         algorithm=algorithm,
+        overrides=OVERRIDES.get(name),
         strategy=mesh.get_group() if layout.startswith("ddp") else None,
         orthonormalize=None if algorithm == "dion" else lambda submatrices: submatrices,  # not what is counted
         **{FRACTION_OF[algorithm]: fraction},
@@ -231,7 +250,8 @@ def spread(model: nn.Module, layout: str, mesh: DeviceMesh) -> nn.Module | None:
 def test_two_ranks(name: str, algorithm: str, layout: str, fraction: float, on_2_ranks: dict[str, Any]) -> None:
     """Bytes sent and state, of the rank with the most. The first rank has the most state."""
     by_rank = on_2_ranks[f"{name} {algorithm} {layout} {fraction}"]
-    figures = figures_of(CONFIGS[name](), algorithm=algorithm, layout=Layout.read(layout))
+    options = {"overrides": OVERRIDES.get(name), "layout": Layout.read(layout)}
+    figures = figures_of(CONFIGS[name](), algorithm=algorithm, **options)
     step = step_at(figures, fraction)
     assert step["sums_bytes_sent"] == pytest.approx(max(each["sums"] for each in by_rank), rel=0.05)
     assert step["submatrices_bytes_sent"] == pytest.approx(max(each["submatrices"] for each in by_rank), rel=0.05)
@@ -327,9 +347,8 @@ def test_blocks_of_a_fused_weight_are_held_where_they_lie() -> None:
     """Rows of q, k and v one after the other: of two ranks the first holds all of q, and half of k."""
     parameter = nn.Parameter(torch.empty(192, 64, device="meta"))
     group = build_optimizer(nn.Linear(64, 192).to("meta")).param_groups[0]
-    placed = Placed(parameter, {**group, "splits": "q 80 | k 32 | v 40 | gate 2*20"}, 0)
-    placed.__dict__["observed"] = placed.observed * 4  # as many as there are blocks
-    held = [[spans for _, spans, is_rows in placed.held(index, Layout("fsdp2", 1, 2)) if is_rows] for index in range(4)]
+    placed, layout = Placed(parameter, {**group, "splits": "q 80 | k 32 | v 40 | gate 2*20"}, 0), Layout("fsdp2", 1, 2)
+    held = [[spans for _, spans, is_rows in placed.held(each.matrices, layout) if is_rows] for each in placed.observed]
     assert held == [[((0, 80), (80, 80))], [((0, 16), (16, 32))], [((0, 0), (0, 40))], [((0, 0), (0, 20))] * 2]
 
 

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dion2_lightning.algorithms.algorithm import StateTensor
 from dion2_lightning.matrices.layout import (
-    Block,
     Layout,
+    Rectangle,
     Replicas,
     held_coordinates,
     layout_of,
@@ -73,10 +73,10 @@ def part_at(tensor: Tensor, coordinate: list[int], mesh: DeviceMesh, placements:
 
 def expected_blocks(
     shape: tuple[int, int], mesh: DeviceMesh, placements: tuple[Any, ...], ranks: list[int]
-) -> list[Block | None]:
+) -> list[Rectangle | None]:
     """The rectangle of each rank, read off a matrix of numbered entries; None where it holds nothing."""
     numbered = torch.arange(shape[0] * shape[1]).view(shape)
-    blocks: list[Block | None] = []
+    blocks: list[Rectangle | None] = []
     for rank in ranks:
         part = part_at(numbered, (mesh.mesh == rank).nonzero()[0].tolist(), mesh, placements)
         if part.numel() == 0:
@@ -84,11 +84,11 @@ def expected_blocks(
             continue
         (top, left), (bottom, right) = divmod(int(part[0, 0]), shape[1]), divmod(int(part[-1, -1]), shape[1])
         assert torch.equal(part, numbered[top : bottom + 1, left : right + 1])
-        blocks.append(Block((top, bottom + 1), (left, right + 1)))
+        blocks.append(Rectangle((top, bottom + 1), (left, right + 1)))
     return blocks
 
 
-def size(block: Block) -> int:
+def size(block: Rectangle) -> int:
     (top, bottom), (left, right) = block
     return (bottom - top) * (right - left)
 
@@ -127,9 +127,9 @@ def test_blocks(
         mesh, placements = mesh["b", "c"], placements[1:]
     placements = tuple(Shard(1) if placement == Shard(-1) else placement for placement in placements)
     expected = expected_blocks(shape, mesh, placements, sharing)
-    for rank, block, rectangle in zip(sharing, found.blocks, expected, strict=True):
+    for rank, block, rectangle in zip(sharing, found.rectangles, expected, strict=True):
         assert block == rectangle if rectangle is not None else size(block) == 0, f"rank {rank}"
-    assert sum(size(block) for block in found.blocks) == shape[0] * shape[1]
+    assert sum(size(block) for block in found.rectangles) == shape[0] * shape[1]
 
 
 def test_meshes_in_any_order() -> None:
@@ -137,13 +137,13 @@ def test_meshes_in_any_order() -> None:
     mesh = mesh_of(4, 2, order=[7, 0, 6, 1, 5, 2, 4, 3])
     found = layout((20, 30), mesh, (Shard(0), Replicate()))
     assert dist.get_process_group_ranks(found.group) == [4, 5, 6, 7]
-    assert [block.rows for block in found.blocks] == [(15, 20), (10, 15), (5, 10), (0, 5)]
+    assert [block.rows for block in found.rectangles] == [(15, 20), (10, 15), (5, 10), (0, 5)]
     # The mesh's second column belongs to the second replica, whatever its ranks.
     assert dist.get_process_group_ranks(found.replicas.group) == [2, 5]
     assert found.replicas.numbers == (1, 0)
     both = layout((20, 30), mesh, (Shard(0), Shard(1)))
     assert dist.get_process_group_ranks(both.group) == list(range(8))
-    assert both.blocks == tuple(expected_blocks((20, 30), mesh, (Shard(0), Shard(1)), list(range(8))))
+    assert both.rectangles == tuple(expected_blocks((20, 30), mesh, (Shard(0), Shard(1)), list(range(8))))
 
 
 def test_two_layouts_over_the_same_ranks_share_a_group() -> None:
@@ -167,7 +167,7 @@ def test_whole_matrices_are_shared_with_replicas_alone(
     shape: Any, placements: Any, batched: bool, holding_the_same: list[int] | None
 ) -> None:
     found = layout(shape, mesh_of(4, 2), placements, batched)
-    assert (found.group, found.blocks) == (None, ())
+    assert (found.group, found.rectangles) == (None, ())
     assert (found.replicas is None) == (holding_the_same is None)
     if holding_the_same is not None:
         assert dist.get_process_group_ranks(found.replicas.group) == holding_the_same
@@ -192,8 +192,8 @@ def test_no_replicas_on_a_mesh_without_names() -> None:
 def test_stacks_share_each_matrix_with_those_that_have_the_same_experts(axis: int, spans: Any) -> None:
     found = layout((6, 10, 14), mesh_of(4, 2), (Shard(0), Shard(axis)), batched=True)
     assert dist.get_process_group_ranks(found.group) == [4, 5]
-    assert [block[axis - 1] for block in found.blocks] == spans
-    assert {block[2 - axis] for block in found.blocks} == {(0, 14 if axis == 1 else 10)}
+    assert [block[axis - 1] for block in found.rectangles] == spans
+    assert {block[2 - axis] for block in found.rectangles} == {(0, 14 if axis == 1 else 10)}
 
 
 def test_plain_parameters_are_replicas_of_a_group() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dion2_lightning.matrices.views import Matrices
+from dion2_lightning.matrices.views import read_matrices
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from dion2_lightning.matrices.views import Matrices
     ],
 )
 def test_shapes_are_out_in_whatever_the_storage(shape, batched, transposed, expected):
-    matrices = Matrices.of(shape, batched=batched, transposed=transposed)
+    (matrices,) = read_matrices(shape, batched, transposed)
     assert (matrices.count, matrices.shape) == expected
 
 
@@ -34,7 +34,7 @@ def test_shapes_are_out_in_whatever_the_storage(shape, batched, transposed, expe
     ],
 )
 def test_selection_axis(shape, transposed, select, axis):
-    assert Matrices.of(shape, transposed=transposed).selection_axis(select) == axis
+    assert read_matrices(shape, False, transposed)[0].selection_axis(select) == axis
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -42,10 +42,10 @@ def test_selection_axis(shape, transposed, select, axis):
 def test_slices_are_views_along_the_axis(batched, transposed):
     """Slice i of axis 0 is what computes output i, of axis 1 what reads input i."""
     tensor = torch.arange(72.0).view(3, 6, 4) if batched else torch.arange(24.0).view(6, 4)
-    matrices = Matrices.of(tensor.shape, batched=batched, transposed=transposed)
+    (matrices,) = read_matrices(tuple(tensor.shape), batched, transposed)
     stack = tensor if batched else tensor[None]
     out_in = stack.mT if transposed else stack
-    assert torch.equal(matrices.slices(tensor, 0), out_in)
-    assert torch.equal(matrices.slices(tensor, 1), out_in.mT)
-    matrices.slices(tensor, 1).zero_()
+    assert torch.equal(matrices.slices(stack, 0), out_in)
+    assert torch.equal(matrices.slices(stack, 1), out_in.mT)
+    matrices.slices(stack, 1).zero_()
     assert tensor.count_nonzero() == 0

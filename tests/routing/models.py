@@ -198,6 +198,59 @@ def switch_transformer() -> nn.Module:
     return transformers.SwitchTransformersForConditionalGeneration(config)
 
 
+def dbrx() -> nn.Module:
+    config = transformers.DbrxConfig(
+        vocab_size=96,
+        d_model=32,
+        n_heads=4,
+        n_layers=2,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    )
+    return transformers.DbrxForCausalLM(config)
+
+
+def nemotron_h() -> nn.Module:
+    config = transformers.NemotronHConfig(
+        **_DECODER,
+        layers_block_type=["mamba", "moe", "attention", "moe"],
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=40,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=2,
+    )
+    return transformers.NemotronHForCausalLM(config)
+
+
+def aria_text() -> nn.Module:
+    config = transformers.AriaTextConfig(**_DECODER, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=2)
+    return transformers.AriaTextForCausalLM(config)
+
+
+def nllb_moe() -> nn.Module:
+    config = transformers.NllbMoeConfig(
+        vocab_size=96,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_experts=4,
+        encoder_sparse_step=2,
+        decoder_sparse_step=2,
+        max_position_embeddings=16,
+    )
+    return transformers.NllbMoeForConditionalGeneration(config)
+
+
 def mamba() -> nn.Module:
     config = transformers.MambaConfig(
         vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=2, bos_token_id=1, eos_token_id=2
@@ -210,6 +263,78 @@ def lora_llama(**changes: Any) -> nn.Module:
         **{"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]} | changes
     )
     return peft.get_peft_model(llama(), config)
+
+
+def lora_dora() -> nn.Module:
+    return lora_llama(use_dora=True, modules_to_save=None)
+
+
+def lora_embeddings() -> nn.Module:
+    return lora_llama(r=16, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+
+
+def lora_two_adapters() -> nn.Module:
+    model: Any = lora_llama(modules_to_save=None)
+    model.add_adapter("second", peft.LoraConfig(r=16, target_modules=["o_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def resnet_classifier() -> nn.Module:
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[32, 64], depths=[2, 2], layer_type="bottleneck", num_labels=10
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+def convnext_classifier() -> nn.Module:
+    config = transformers.ConvNextConfig(hidden_sizes=[16, 32], depths=[2, 2], num_stages=2, num_labels=10)
+    return transformers.ConvNextForImageClassification(config)
+
+
+def segformer() -> nn.Module:
+    config = transformers.SegformerConfig(
+        depths=[1, 1],
+        hidden_sizes=[16, 32],
+        num_encoder_blocks=2,
+        num_attention_heads=[1, 2],
+        sr_ratios=[4, 1],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=32,
+    )
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
+def wav2vec2_ctc() -> nn.Module:
+    config = transformers.Wav2Vec2Config(
+        **_TEXT,
+        conv_dim=[16, 16, 16],
+        conv_kernel=[10, 3, 2],
+        conv_stride=[5, 2, 2],
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+    )
+    return transformers.Wav2Vec2ForCTC(config)
+
+
+class UNet(nn.Module):
+    """Convolutions of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.down = nn.Conv2d(16, 32, 2, stride=2)
+        self.groups = nn.Conv2d(32, 32, 3, padding=1, groups=2)
+        self.small_groups = nn.Conv2d(32, 32, 3, padding=1, groups=4)
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(32, 32, 3, padding=1))
+        self.up = nn.ConvTranspose2d(32, 16, 2, stride=2)
+        self.groups_up = nn.ConvTranspose2d(32, 32, 4, padding=1, groups=2)
+        self.small_groups_up = nn.ConvTranspose2d(32, 32, 4, padding=1, groups=4)
+        self.depthwise_up = nn.ConvTranspose2d(32, 32, 2, stride=2, groups=32)
+        self.head = nn.Conv2d(16, 1, 3, padding=1)
 
 
 def mlp() -> nn.Module:
@@ -236,8 +361,11 @@ class Classifier(lightning.LightningModule):
 
 
 GOLDEN: dict[str, Callable[[], nn.Module]] = {
+    "aria_text": aria_text,
     "bert_classifier": bert_classifier,
     "conv_net": conv_net,
+    "convnext_classifier": convnext_classifier,
+    "dbrx": dbrx,
     "deberta_v2_classifier": deberta_v2_classifier,
     "deepseek_v3": deepseek_v3,
     "gemma2": gemma2,
@@ -250,20 +378,29 @@ GOLDEN: dict[str, Callable[[], nn.Module]] = {
     "llama": llama,
     "llama4_text": llama4_text,
     "llama_tied": llama_tied,
+    "lora_dora": lora_dora,
+    "lora_embeddings": lora_embeddings,
     "lora_llama": lora_llama,
+    "lora_two_adapters": lora_two_adapters,
     "mamba": mamba,
     "minilm_classifier": minilm_classifier,
     "mixtral": mixtral,
     "mlp": mlp,
+    "nemotron_h": nemotron_h,
+    "nllb_moe": nllb_moe,
     "phi3": phi3,
     "qwen2_moe": qwen2_moe,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
+    "resnet_classifier": resnet_classifier,
+    "segformer": segformer,
     "swin_classifier": swin_classifier,
     "switch_transformer": switch_transformer,
     "t5": t5,
     "transformer_encoder": transformer_encoder,
+    "u_net": UNet,
     "vit_classifier": vit_classifier,
+    "wav2vec2_ctc": wav2vec2_ctc,
     "whisper": whisper,
 }
 

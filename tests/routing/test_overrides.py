@@ -62,6 +62,54 @@ class TestOverrides:
         override = {"algorithm": "dion2", "batched": True, "transposed": True}
         assert decide(model, overrides={"stack": override})["stack"].group == "dion2-experts-transposed"
 
+    def test_convolution_by_hand(self) -> None:
+        model = nn.ParameterDict({"kernel": torch.zeros(8, 4, 3, 3), "up": torch.zeros(8, 4, 3)})
+        overrides: dict[str, Any] = {
+            "kernel": {"algorithm": "dion2", "convolution": True},
+            "up": {"algorithm": "dion2", "convolution": True, "transposed": True, "splits": "group 2*4 along inputs"},
+        }
+        decisions = decide(model, overrides=overrides)
+        assert {name: each.group for name, each in decisions.items()} == {
+            "kernel": "dion2-convolutions",
+            "up": "dion2-convolutions-group-transposed",
+        }
+
+    def test_groups_of_a_convolution_that_are_small(self) -> None:
+        model = nn.Conv2d(8, 16, 3, groups=4)
+        assert decide(model)["weight"].algorithm == "adamw"
+        weight = decide(model, overrides={"weight": "dion2"})["weight"]
+        assert (weight.group, weight.splits) == ("dion2-convolutions-group", "group 4*4")
+        whole = decide(model, overrides={"weight": {"algorithm": "dion2", "splits": "whole"}})["weight"]
+        assert (whole.group, whole.splits) == ("dion2-convolutions", "whole")
+
+    def test_patch_embedding(self) -> None:
+        name = "vit.embeddings.patch_embeddings.projection.weight"
+        assert decide(build("vit_classifier"), overrides={name: "dion2"})[name].group == "dion2-convolutions"
+
+    @pytest.mark.parametrize(
+        ("module", "message"),
+        [
+            (
+                nn.Conv2d(8, 8, 3, groups=8),
+                "override 'weight': parameter 'weight' of shape (8, 1, 3, 3) is the kernel of a convolution with "
+                "groups=8, each a vector of 9 entries, which is no matrix; leave it to 'adamw', or pass "
+                "splits='whole' to take all groups as one matrix (8, 9)",
+            ),
+            (
+                nn.ConvTranspose1d(8, 8, 3, groups=8),
+                "override 'weight': parameter 'weight' of shape (8, 1, 3) is the kernel of a convolution with "
+                "groups=8, each a vector of 3 entries, which is no matrix; leave it to 'adamw', or pass "
+                "splits='whole' to take all groups as one matrix (8, 3)",
+            ),
+        ],
+    )
+    def test_groups_of_a_convolution_that_are_vectors(self, module: nn.Module, message: str) -> None:
+        with pytest.raises(ValueError) as error:
+            decide(module, overrides={"weight": "dion2"})
+        assert str(error.value) == message
+        whole = {"algorithm": "dion2", "splits": "whole"}
+        assert decide(module, overrides={"weight": whole})["weight"].group.startswith("dion2-convolutions")
+
     def test_any_name_of_a_tied_parameter_matches(self) -> None:
         decisions = decide(build("llama_tied"), overrides={"lm_head.*": {"lr": 1e-3}})
         assert decisions["model.embed_tokens.weight"].group == "adamw [lm_head.*]"
@@ -110,7 +158,8 @@ class TestOverrides:
         [
             (
                 torch.zeros(3, 4, 5),
-                r"^override 'table': .* is not a matrix, .*; for a stack of matrices set batched=True",
+                r"^override 'table': .* is not a matrix, .*; for a stack of matrices set batched=True.*, for a "
+                "convolution convolution=True",
             ),
             (torch.zeros(2, 3, 4, 5), r"^override 'table': parameter 'table' of shape \(2, 3, 4, 5\) is not a matrix"),
             (torch.zeros(3, 4, dtype=torch.complex64), r"^override 'table': .* is torch.complex64; only real"),

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from torch import nn
 
+from dion2_lightning import build_optimizer
 from dion2_lightning.routing.router import route_parameters
 from dion2_lightning.routing.rules import Role
 from tests.routing import models
@@ -29,7 +31,17 @@ from tests.routing.models import algorithms, build, decide, on_meta
         ),
         ("llama_tied", {"model.embed_tokens.weight": Role.EMBEDDING}),
         ("bert_classifier", {"classifier.weight": Role.HEAD, "classifier.bias": Role.VECTOR}),
-        ("conv_net", {"0.weight": Role.CONVOLUTION, "1.weight": Role.VECTOR, "5.weight": Role.MATRIX}),
+        (
+            "conv_net",
+            {
+                "0.weight": Role.CONVOLUTION,
+                "1.weight": Role.VECTOR,
+                "3.weight": Role.CONVOLUTION_OTHER,
+                "5.weight": Role.MATRIX,
+            },
+        ),
+        ("vit_classifier", {"vit.embeddings.patch_embeddings.projection.weight": Role.EMBEDDING}),
+        ("dbrx", {"transformer.blocks.0.ffn.experts.mlp.w2": Role.EXPERTS}),
         ("mamba", {"backbone.layers.0.mixer.A_log": Role.OTHER}),
         ("transformer_encoder", {"layers.0.self_attn.in_proj_weight": Role.MATRIX}),
         (
@@ -81,6 +93,38 @@ class TestOrientation:
         for name, shape in shapes.items():
             model.experts.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         assert all(each.transposed is transposed for each in decide(model).values())
+
+    def test_stacks_in_two_dimensions(self) -> None:
+        """DBRX multiplies by w1[e]^T and v1[e]^T, and by w2[e] as it is: only that is stored (in, out)."""
+        decisions = decide(build("dbrx"))
+        name = "transformer.blocks.0.ffn.experts.mlp."
+        assert {
+            each: (decisions[name + each].transposed, decisions[name + each].splits) for each in ("w1", "v1", "w2")
+        } == {
+            "w1": (False, "expert 4*48"),
+            "v1": (False, "expert 4*48"),
+            "w2": (True, "expert 4*48 along inputs"),
+        }
+
+    @pytest.mark.parametrize(
+        ("name", "shape", "counts"),
+        [
+            ("scale", (12, 8), {"num_experts": 4}),
+            ("w1", (12, 6), {"num_experts": 4}),
+            ("w1", (4, 8), {"num_experts": 4}),
+            ("w1", (12, 8), {"num_experts": 5, "n_shared_experts": 0}),
+            ("w1", (12, 8), {"num_experts_per_tok": 4}),
+        ],
+        ids=["name", "hidden size", "one row each", "does not divide", "another number"],
+    )
+    def test_what_is_no_stack_in_two_dimensions(
+        self, name: str, shape: tuple[int, int], counts: dict[str, int]
+    ) -> None:
+        model: Any = nn.Module()
+        model.experts = nn.Module()
+        vars(model.experts).update(hidden_size=8, **counts)
+        model.experts.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        assert decide(model)[f"experts.{name}"].role is Role.OTHER
 
     def test_stack_of_vectors_is_no_stack_of_matrices(self) -> None:
         model = nn.Sequential(nn.Linear(2, 2))
@@ -219,15 +263,120 @@ class TestLinear:
         assert algorithms(module) == {"weight": "adamw", "bias": "adamw"}
 
     def test_other_weights(self) -> None:
-        decisions = decide(
-            nn.ModuleDict({"lstm": nn.LSTM(4, 4), "bilinear": nn.Bilinear(2, 3, 4), "conv": nn.Conv1d(4, 4, 2)})
-        )
-        assert decisions["conv.weight"].reason == "convolution"
+        decisions = decide(nn.ModuleDict({"lstm": nn.LSTM(4, 4), "bilinear": nn.Bilinear(2, 3, 4)}))
         assert decisions["lstm.weight_ih_l0"].reason == "not a linear module's weight; opt in with an override"
         assert {each.algorithm for each in decisions.values()} == {"adamw"}
 
     def test_complex_weights(self) -> None:
         assert decide(nn.Linear(4, 4, dtype=torch.complex64))["weight"].reason == "not a real matrix"
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, 32, 2, stride=2)
+
+
+class TestConvolutions:
+    @pytest.mark.parametrize(
+        ("module", "storage"),
+        [
+            (nn.Conv1d(4, 8, 3), (False, "whole")),
+            (nn.Conv2d(32, 64, 3, groups=2), (False, "group 2*32")),
+            (nn.Conv3d(4, 8, 3), (False, "whole")),
+            (nn.ConvTranspose1d(4, 8, 3), (True, "whole")),
+            (nn.ConvTranspose2d(64, 32, 3, groups=2), (True, "group 2*32 along inputs")),
+            (nn.ConvTranspose3d(4, 8, 3), (True, "whole")),
+        ],
+    )
+    def test_dense_ones_and_large_groups(self, module: nn.Module, storage: tuple[bool, str]) -> None:
+        weight = decide(module)["weight"]
+        assert (weight.algorithm, weight.convolution) == ("dion2", True)
+        assert (weight.transposed, weight.splits) == storage
+
+    @pytest.mark.parametrize(
+        ("module", "is_matrix"),
+        [
+            (nn.Conv2d(32, 32, 3, groups=2), True),
+            (nn.Conv2d(32, 30, 3, groups=2), False),
+            (nn.Conv1d(10, 64, 3, groups=2), False),
+            (nn.Conv1d(10, 64, 4, groups=2), True),
+            (nn.ConvTranspose1d(32, 10, 4, groups=2), True),
+            (nn.ConvTranspose1d(30, 10, 4, groups=2), False),
+            (nn.ConvTranspose1d(32, 10, 3, groups=2), False),
+        ],
+    )
+    def test_how_large_groups_have_to_be(self, module: nn.Module, is_matrix: bool) -> None:
+        """16 on both sides, with the taps counted."""
+        weight = decide(module)["weight"]
+        assert (weight.algorithm == "dion2") is is_matrix
+        assert ("one side under 16" in weight.reason) is not is_matrix
+
+    @pytest.mark.parametrize(
+        ("module", "reason"),
+        [
+            (nn.Conv2d(32, 32, 3, groups=32), "depthwise convolution"),
+            (nn.Conv2d(32, 64, 3, groups=32), "depthwise convolution"),
+            (nn.ConvTranspose2d(32, 64, 3, groups=32), "depthwise transposed convolution"),
+            (nn.Conv2d(32, 1, 3), "convolution: not a matrix, a single row or column"),
+            (nn.ConvTranspose2d(1, 8, 3), "transposed convolution: not a matrix, a single row or column"),
+        ],
+    )
+    def test_what_holds_no_matrix(self, module: nn.Module, reason: str) -> None:
+        weight = decide(module)["weight"]
+        assert (weight.group, weight.reason, weight.convolution) == ("adamw", reason, False)
+
+    @pytest.mark.parametrize(
+        ("model", "patch_embeddings"),
+        [
+            (nn.Sequential(nn.Conv2d(3, 32, 4, stride=4), nn.Conv2d(32, 64, 2, stride=2)), ["0.weight"]),
+            (nn.Sequential(nn.Conv2d(5, 32, 4, stride=4)), []),
+            (nn.Sequential(nn.Conv2d(3, 32, 7, stride=4)), []),
+            (nn.Sequential(nn.Conv2d(3, 32, 1)), []),
+            (nn.Sequential(nn.ConvTranspose2d(3, 32, 2, stride=2)), []),
+            (nn.Sequential(PatchEmbed(16), PatchEmbed(32)), ["0.proj.weight"]),
+            (nn.ModuleDict({"patch_embedding": nn.Conv2d(3, 32, 7, stride=4)}), ["patch_embedding.weight"]),
+        ],
+        ids=["pixels", "not pixels", "overlapping", "one tap", "transposed", "first of its name", "name"],
+    )
+    def test_patch_embeddings(self, model: nn.Module, patch_embeddings: list[str]) -> None:
+        found = [name for name, each in decide(model).items() if each.reason == "patch embedding"]
+        assert found == patch_embeddings
+
+    def test_patch_embeddings_of_transformers(self) -> None:
+        for name, patch_embedding in {
+            "vit_classifier": "vit.embeddings.patch_embeddings.projection.weight",
+            "convnext_classifier": "convnext.embeddings.patch_embeddings.weight",
+            "segformer": "segformer.stages.0.patch_embeddings.proj.weight",
+            "whisper": None,
+            "resnet_classifier": None,
+        }.items():
+            found = [each.name for each in decide(build(name)).values() if each.reason == "patch embedding"]
+            assert found == [patch_embedding] * (patch_embedding is not None)
+
+    @pytest.mark.parametrize(
+        "normalize", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
+    )
+    def test_parts_that_a_kernel_is_computed_from(self, normalize: Any) -> None:
+        found = [each for name, each in decide(normalize(nn.Conv2d(4, 8, 3))).items() if "original" in name]
+        assert found[-1].shape == (8, 4, 3, 3)
+        assert (found[-1].group, found[-1].role) == ("adamw", Role.CONVOLUTION_OTHER)
+        assert "weight_norm" in found[-1].reason
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+    def test_parts_of_the_older_weight_norm(self) -> None:
+        weights = decide(nn.utils.weight_norm(nn.Conv2d(4, 8, 3)))
+        assert weights["weight_v"].role is Role.CONVOLUTION_OTHER
+        assert weights["weight_g"].role is Role.VECTOR
+
+    def test_in_a_head(self) -> None:
+        assert decide(build("segformer"))["decode_head.linear_fuse.weight"].role is Role.HEAD
+
+    @pytest.mark.parametrize("algorithm", ["dion2", "dion3", "dion", "muon", "adamw"])
+    def test_the_optimizer_takes_their_groups(self, algorithm: Any) -> None:
+        groups = build_optimizer(models.UNet(), lr=0.1, algorithm=algorithm).param_groups
+        kernels = [name for group in groups for name in group["param_names"] if "convolutions" in group["name"]]
+        assert kernels == ["stem.weight", "down.weight", "groups.weight", "up.weight", "groups_up.weight"]
 
 
 class TestLora:
@@ -277,3 +426,92 @@ class TestLora:
     def test_unknown_mode(self) -> None:
         with pytest.raises(ValueError, match="lora must be one of 'adamw', 'B', 'both', got 'A'"):
             route_parameters(models.mlp(), lora="A")
+
+    @pytest.mark.parametrize(("rank", "fraction"), [(15, 1.0), (16, 0.25)])
+    def test_a_step_updates_all_of_a_factor_of_low_rank(self, rank: int, fraction: float) -> None:
+        """Also where the fraction was passed, but for an override."""
+        model = models.lora_llama(r=rank, modules_to_save=None)
+        [group] = build_optimizer(model, lr=0.1, fraction=0.25).param_groups
+        assert group["fraction"] == fraction
+        assert group["name"] == ("dion2" if rank == 16 else "dion2-low-rank")
+
+        overrides = {"*lora_A*": {"fraction": 0.5}, "*": {"lr": 0.2}}
+        a, b = build_optimizer(model, lr=0.1, fraction=0.25, overrides=overrides).param_groups
+        assert (a["fraction"], b["fraction"]) == (0.5, fraction)
+        reasons = {name: each.reason for name, each in decide(model, overrides=overrides).items() if "lora" in name}
+        assert [name for name, reason in reasons.items() if "fraction 1" in reason] == [
+            name for name in reasons if "lora_B" in name and rank == 15
+        ]
+
+    @pytest.mark.parametrize(
+        ("algorithm", "share"), [("dion2", "fraction"), ("dion3", "fraction"), ("dion", "rank_fraction")]
+    )
+    def test_the_setting_is_the_algorithms(self, algorithm: Any, share: str) -> None:
+        model = models.lora_llama(modules_to_save=None)
+        assert all(
+            each.reason.endswith(f"rank 4: {share} 1")
+            for each in decide(model, matrices=algorithm).values()
+            if each.group
+        )
+        [group] = build_optimizer(model, lr=0.1, algorithm=algorithm).param_groups
+        assert group[share] == 1.0
+
+    def test_factors_that_an_override_sends_to_matrices(self) -> None:
+        model = build("lora_llama")
+        [factor] = {
+            each.reason
+            for each in decide(model, lora="adamw", overrides={"*lora_B*": "dion2"}).values()
+            if each.low_rank
+        }
+        assert factor == "override `*lora_B*`; rank 4: fraction 1"
+
+    def test_the_control_has_the_same_groups(self) -> None:
+        groups = build_optimizer(models.lora_llama(), lr=0.1, algorithm="adamw").param_groups
+        assert [group["name"] for group in groups] == ["adamw-matrices-low-rank", "adamw"]
+
+    def test_ranks_that_differ_between_layers_and_adapters(self) -> None:
+        routing = route_parameters(build("lora_two_adapters"))
+        assert {group["name"]: len(group["params"]) for group in routing.param_groups()} == {
+            "dion2": 4,
+            "dion2-low-rank": 8,
+        }
+        pattern = on_meta(models.lora_llama, rank_pattern={"v_proj": 16})
+        ranks = {each.name: each.group for each in decide(pattern).values() if ".lora_B." in each.name}
+        assert all(group == ("dion2" if "v_proj" in name else "dion2-low-rank") for name, group in ranks.items())
+
+    @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+    def test_factors_of_convolutions(self) -> None:
+        """A is the kernel (rank, in, taps), B that of a convolution of one tap."""
+        model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=2))
+        factors = decide(peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "1"])))
+        trained = {name.split("model.")[-1]: each.group for name, each in factors.items() if each.group}
+        assert trained == {
+            "0.lora_A.default.weight": "dion2-convolutions-low-rank",
+            "0.lora_B.default.weight": "dion2-convolutions-low-rank",
+            "1.lora_A.default.weight": "dion2-convolutions-low-rank",
+            "1.lora_B.default.weight": "adamw",
+        }
+
+    def test_factors_of_convolutions_that_are_vectors(self) -> None:
+        factors = decide(
+            peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 3)), peft.LoraConfig(r=1, target_modules=["0"]))
+        )
+        assert not any(each.as_matrices for each in factors.values())
+
+    def test_factors_of_stacks_of_experts(self) -> None:
+        """They hold those of 4 experts, each of rank 4."""
+        config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+        factors = decide(on_meta(lambda: peft.get_peft_model(models.mixtral(), config)))
+        trained = [each for each in factors.values() if each.group]
+        assert {each.shape for each in trained} == {(16, 48), (32, 16)}
+        assert {(each.group, each.reason[-18:]) for each in trained} == {("dion2-low-rank", "rank 4: fraction 1")}
+
+    def test_an_adapter_that_is_not_active_is_frozen(self) -> None:
+        model: Any = build("lora_llama")
+        model.add_adapter("second", peft.LoraConfig(r=4, target_modules=["o_proj"]))
+        assert {each.group for name, each in decide(model).items() if ".second." in name} == {None}
+
+    def test_scaling_by_the_root_of_the_rank_changes_nothing(self) -> None:
+        """It is in the forward pass."""
+        plain, scaled = (decide(on_meta(models.lora_llama, use_rslora=value)) for value in (False, True))
+        assert plain == scaled

@@ -1,0 +1,231 @@
+"""Where in a tensor the matrices of a parameter are, of which this rank holds a part.
+
+Along its axis a block is a growing list of places, and a rank holds an interval of them. So what a rank holds of a
+block is, again, a rectangle of each of its matrices, wherever the border between ranks falls.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dion2_lightning.matrices.layout import Layout, Layouts, Rectangle, Span, held_coordinates, layout_of, local
+from dion2_lightning.matrices.splits import Block
+from dion2_lightning.matrices.views import Matrices
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive matrices of a block, or of a whole parameter, of which each rank holds an equal rectangle.
+
+    Attributes:
+        matrices: All matrices of the block.
+        first: Which of them is the first one here.
+        count: How many there are, on this rank where the parameter's leading axis counts them; None for all.
+        layout: Which rank holds which rectangle of each.
+        start: Where this rank's part begins on the axis of the blocks.
+    """
+
+    matrices: Matrices
+    first: int
+    count: int | None
+    layout: Layout
+    start: int = 0
+
+    def read(self, tensor: Tensor, *, taps_first: bool = False) -> Tensor:
+        """Return the matrices, as stored (count, rows, columns), out of this rank's part of a parameter-like tensor.
+
+        It is a view wherever memory has one. Blocks in several pieces have none, nor have kernels in another memory
+        order than ``taps_first`` says: then it is a copy, which :meth:`write` brings back.
+
+        Args:
+            tensor: This rank's part.
+            taps_first: Whether the columns of a convolution run through the channels of one tap, then of the next, as
+                in channels_last; else through the taps of one channel (default: False).
+        """
+        if self.matrices.is_kernel:
+            filters = self._filters(tensor)
+            return (filters.movedim(2, -1) if taps_first else filters).flatten(2)
+        return self.of_stack(self._stack(tensor))
+
+    def is_view(self, tensor: Tensor, *, taps_first: bool = False) -> bool:
+        """Return whether :meth:`read` returns a view of the tensor."""
+        if self.matrices.is_kernel:
+            return (tensor.movedim(1, -1) if taps_first else tensor).is_contiguous()
+        return not self._is_scattered
+
+    def write(self, tensor: Tensor, copy: Tensor, *, taps_first: bool = False) -> None:
+        """Write the copy that :meth:`read` has returned, changed since, back to the tensor."""
+        if self.matrices.is_kernel:
+            filters = self._filters(tensor)
+            in_order = filters.movedim(2, -1) if taps_first else filters
+            in_order.copy_(copy.view(in_order.shape))
+        else:
+            self._stack(tensor).index_copy_(self._dim, self._places(tensor.device), copy)
+
+    def of_stack(self, stack: Tensor) -> Tensor:
+        """Return the same out of (1, rows, columns), or (count, rows, columns) where the leading axis counts them.
+
+        The axis along which there are no blocks may have any size.
+        """
+        if self.matrices.block is None:
+            return stack
+        if self._is_scattered:
+            return stack.index_select(self._dim, self._places(stack.device))
+        shape, strides = list(stack.shape), list(stack.stride())
+        block, stride = self._block, strides[self._dim]
+        if not self.matrices.is_stack:
+            between = block.place(self._index + self._size) - block.place(self._index)
+            shape[0], strides[0] = self._own_count, between * stride
+        shape[self._dim], strides[self._dim] = self._width, (block.period if block.size == 1 else 1) * stride
+        if self._width == 0:
+            return stack.new_empty(shape)
+        return stack.as_strided(shape, strides, stack.storage_offset() + self._first_place * stride)
+
+    def coordinates(self, parameter: Any, *, taps_first: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the numbers, in the whole parameter, of the rows (count, r, 1) and columns (count, 1, c) held here."""
+        rows, columns = held_coordinates(parameter, is_kernel=self.matrices.is_kernel)
+        if taps_first:
+            columns = columns.view(-1, self.matrices.taps).mT.flatten()
+        stack = local(parameter).shape[:2] if self.matrices.is_stack else (1, len(rows))
+        of_rows, of_columns = rows.view(*stack, 1), columns.view(1, 1, len(columns))
+        if self.matrices.block is None:
+            return of_rows, of_columns
+        if self.matrices.blocks_are_rows:
+            return self.of_stack(of_rows), of_columns
+        return of_rows, self.of_stack(of_columns)
+
+    def _stack(self, tensor: Tensor) -> Tensor:
+        return tensor if self.matrices.is_stack else tensor.unsqueeze(0)
+
+    def _filters(self, tensor: Tensor) -> Tensor:
+        """View kernels (rows, channels, *kernel) as (count, rows of each, channels, *kernel)."""
+        if self.matrices.block is None:
+            return tensor.unsqueeze(0)
+        rows = tensor.narrow(0, self._first_place if self._width else 0, self._own_count * self._width)
+        return rows.view(self._own_count, self._width, *tensor.shape[1:])
+
+    # Along the axis of the blocks
+
+    @property
+    def _dim(self) -> int:
+        """Which dimension of (count, rows, columns) it is."""
+        return 1 if self.matrices.blocks_are_rows else 2
+
+    @property
+    def _block(self) -> Block:
+        assert self.matrices.block is not None
+        return self.matrices.block
+
+    @property
+    def _own_count(self) -> int:
+        return self.matrices.count if self.count is None else self.count
+
+    @property
+    def _size(self) -> int:
+        """Slices of one matrix, on all ranks."""
+        return self._block.total // self._block.matrices
+
+    @cached_property
+    def _held(self) -> Span:
+        """Which of these slices this rank holds."""
+        if self.layout.group is None:
+            return 0, self._size
+        spans = self.layout.rows if self.matrices.blocks_are_rows else self.layout.columns
+        return spans[self.layout.own_rank]
+
+    @property
+    def _width(self) -> int:
+        return self._held[1] - self._held[0]
+
+    @property
+    def _index(self) -> int:
+        """The number in the block of the first slice here."""
+        return self.first * self._size + self._held[0]
+
+    @property
+    def _first_place(self) -> int:
+        return self._block.place(self._index) - self.start
+
+    @cached_property
+    def _is_scattered(self) -> bool:
+        """Whether the slices of a matrix are unequally far apart."""
+        block = self.matrices.block
+        if block is None or block.size in (1, block.period) or self._width == 0:
+            return False
+        return self._index // block.size != (self._index + self._width - 1) // block.size
+
+    def _places(self, device: torch.device) -> Tensor:
+        """Where on this rank's part of the axis the slices are."""
+        block, first = self._block, self._index
+        index = torch.arange(first, first + self._width, device=device)
+        periods = index.div(block.size, rounding_mode="floor")
+        return periods * (block.period - block.size) + (block.offset - self.start) + index
+
+
+def parts_of(parameter: Tensor, matrices: Matrices, label: str, *, process_group: Any, known: Layouts) -> list[Part]:
+    """Return the parts of a block of a parameter, as its mesh and placements are now: the same ones on every rank.
+
+    There are several where ranks hold unequal parts of its matrices, or where these are not equally far apart.
+    """
+    layout = layout_of(
+        parameter,
+        label,
+        batched=matrices.is_stack,
+        is_kernel=matrices.is_kernel,
+        process_group=process_group,
+        known=known,
+    )
+    block = matrices.block
+    if block is None:
+        return [Part(matrices, 0, None, layout)]
+    size = block.total // block.matrices
+    spans = layout.rows if matrices.blocks_are_rows else layout.columns
+    start = spans[layout.own_rank][0] if layout.group is not None else 0
+    edges = [(block.before(low), block.before(high)) for low, high in spans]
+    # Each run: what every rank holds of each of its matrices, and where these begin.
+    runs: list[tuple[tuple[Span, ...], list[int]]] = []
+    for number in range(block.matrices):
+        held, place = _held(edges, number, size), block.place(number * size)
+        if runs and runs[-1][0] == held and _is_next(place, runs[-1][1]):
+            runs[-1][1].append(place)
+        else:
+            runs.append((held, [place]))
+    parts, first = [], 0
+    for held, places in runs:
+        count = None if matrices.is_stack else len(places)
+        parts.append(Part(matrices, first, count, _cut(layout, matrices, held), start))
+        first += len(places)
+    return parts
+
+
+def held_entries(parameter: Tensor, matrices: Matrices, label: str) -> int:
+    """Return how many entries of a block's matrices, or of a whole parameter, this rank holds."""
+    if matrices.block is None:
+        return local(parameter).numel()
+    parts = parts_of(parameter, matrices, label, process_group=None, known={})
+    return sum(part.read(local(parameter)).numel() for part in parts)
+
+
+def _is_next(place: int, places: list[int]) -> bool:
+    """Whether a place is as far from the last one as this is from the one before."""
+    return len(places) == 1 or place - places[-1] == places[-1] - places[-2]
+
+
+def _held(edges: list[Span], number: int, size: int) -> tuple[Span, ...]:
+    """Which slices of one matrix of a block each rank holds, given what it holds of the block."""
+    first = number * size
+    return tuple((min(max(low - first, 0), size), min(max(high - first, 0), size)) for low, high in edges)
+
+
+def _cut(layout: Layout, matrices: Matrices, held: tuple[Span, ...]) -> Layout:
+    """The layout of some matrices of a block, of which each rank holds these slices."""
+    if layout.group is None:
+        return layout
+    rectangles = tuple(
+        Rectangle(its_held, each.columns) if matrices.blocks_are_rows else Rectangle(each.rows, its_held)
+        for its_held, each in zip(held, layout.rectangles, strict=True)
+    )
+    return Layout(layout.group, rectangles, layout.replicas)

@@ -1,0 +1,187 @@
+"""A weight that holds several matrices is updated as these matrices would be by themselves."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dion2_lightning import Dion2
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dion2": {"fraction": 0.4},
+    "dion2 nesterov, cautious, output": {
+        "fraction": 0.3,
+        "nesterov": True,
+        "cautious_weight_decay": True,
+        "select": "output",
+    },
+    "dion3": {"algorithm": "dion3", "fraction": 0.4},
+    "normuon": {"fraction": 1.0, "normalize_neurons": True},
+    "muon": {"fraction": 1.0},
+    "dion": {"algorithm": "dion", "rank_fraction": 0.5, "qr": "qr"},
+}
+COMMON = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+
+Blocks = Callable[[Tensor], dict[str, Tensor]]
+
+
+def side_by_side(*sizes: tuple[str, int]) -> Blocks:
+    """Blocks of rows, one after the other."""
+    return lambda weight: dict(zip([n for n, _ in sizes], weight.split([s for _, s in sizes]), strict=True))
+
+
+def interleaved(repeats: int, *sizes: tuple[str, int]) -> Blocks:
+    """Blocks of rows, in pieces that take turns."""
+
+    def blocks(weight: Tensor) -> dict[str, Tensor]:
+        pieces = weight.reshape(repeats, -1, weight.shape[1]).split([size for _, size in sizes], dim=1)
+        return {name: piece.reshape(-1, weight.shape[1]) for (name, _), piece in zip(sizes, pieces, strict=True)}
+
+    return blocks
+
+
+def by_head(blocks: Blocks, size: int) -> Blocks:
+    return lambda weight: {name: each.reshape(-1, size, each.shape[1]) for name, each in blocks(weight).items()}
+
+
+def of_each_expert(blocks: Blocks) -> Blocks:
+    def of_stack(stack: Tensor) -> dict[str, Tensor]:
+        of_experts = [blocks(weight) for weight in stack]
+        return {name: torch.stack([each[name] for each in of_experts]) for name in of_experts[0]}
+
+    return of_stack
+
+
+def stored_in_out(blocks: Blocks) -> Blocks:
+    return lambda weight: {name: each.mT.contiguous() for name, each in blocks(weight.mT.contiguous()).items()}
+
+
+QKV = side_by_side(("q", 12), ("k", 6), ("v", 6))
+FORMS: dict[str, tuple[tuple[int, ...], str, dict[str, Any], Blocks]] = {
+    "q|k|v": ((24, 10), "q 12 | k 6 | v 6", {}, QKV),
+    "gate|up, tall": ((28, 10), "gate 14 | up 14", {}, side_by_side(("gate", 14), ("up", 14))),
+    "q|k|v by head": ((24, 10), "q 4*3 | k 2*3 | v 2*3", {}, by_head(QKV, 3)),
+    "interleaved by head": (
+        (24, 10),
+        "4 x (q 2 | k 2 | v 2)",
+        {},
+        interleaved(4, ("q", 2), ("k", 2), ("v", 2)),
+    ),
+    "interleaved, tall": ((48, 10), "4 x (q 4 | k 4 | v 4)", {}, interleaved(4, ("q", 4), ("k", 4), ("v", 4))),
+    "interleaved, each head": (
+        (24, 10),
+        "4 x (q 1*2 | k 1*2 | v 1*2)",
+        {},
+        by_head(interleaved(4, ("q", 2), ("k", 2), ("v", 2)), 2),
+    ),
+    "grouped": ((24, 10), "3 x (q 4 | k 2 | v 2)", {}, interleaved(3, ("q", 4), ("k", 2), ("v", 2))),
+    "grouped, each head": (
+        (24, 10),
+        "3 x (q 2*2 | k 1*2 | v 1*2)",
+        {},
+        by_head(interleaved(3, ("q", 4), ("k", 2), ("v", 2)), 2),
+    ),
+    "every second row": ((24, 16), "12 x (gate 1 | up 1)", {}, interleaved(12, ("gate", 1), ("up", 1))),
+    "every second row, tall": ((24, 7), "12 x (gate 1 | up 1)", {}, interleaved(12, ("gate", 1), ("up", 1))),
+    "o by head": (
+        (10, 24),
+        "head 4*6 along inputs",
+        {},
+        lambda weight: {"head": weight.reshape(10, 4, 6).transpose(0, 1).contiguous()},
+    ),
+    "stored (in, out)": (
+        (10, 24),
+        "q 12 | k 6 | v 6",
+        {"transposed": True},
+        stored_in_out(QKV),
+    ),
+    "interleaved, stored (in, out)": (
+        (10, 24),
+        "4 x (q 2 | k 2 | v 2)",
+        {"transposed": True},
+        stored_in_out(interleaved(4, ("q", 2), ("k", 2), ("v", 2))),
+    ),
+    "experts": (
+        (3, 24, 10),
+        "gate 12 | up 12",
+        {"batched": True},
+        of_each_expert(side_by_side(("gate", 12), ("up", 12))),
+    ),
+    "experts, every second column": (
+        (3, 10, 24),
+        "12 x (gate 1 | up 1)",
+        {"batched": True, "transposed": True},
+        of_each_expert(stored_in_out(interleaved(12, ("gate", 1), ("up", 1)))),
+    ),
+    "experts, interleaved": (
+        (3, 24, 10),
+        "4 x (a 2 | b 4)",
+        {"batched": True},
+        of_each_expert(interleaved(4, ("a", 2), ("b", 4))),
+    ),
+    "stack in two dimensions": ((24, 10), "expert 3*8", {}, by_head(side_by_side(("expert", 24)), 8)),
+    "stack in two dimensions, stored (in, out)": (
+        (24, 10),
+        "expert 3*8 along inputs",
+        {"transposed": True},
+        by_head(side_by_side(("expert", 24)), 8),
+    ),
+}
+
+
+def gradients(shape: tuple[int, ...], steps: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        rows = torch.rand(*shape[:-1], 1, generator=generator) ** 3
+        yield torch.randn(shape, generator=generator) * (0.02 + rows) * (1 + step % 3)
+
+
+def step_with_zero_gradients(optimizer: Dion2) -> None:
+    """Take a step that creates the state and changes nothing else."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("form", FORMS)
+def test_fused_equals_separate(form: str, settings: dict[str, Any]) -> None:
+    shape, splits, storage, blocks = FORMS[form]
+    is_dion = settings.get("algorithm") == "dion"
+    parameter = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    own = {name: torch.nn.Parameter(each.clone()) for name, each in blocks(parameter.detach()).items()}
+    fused = Dion2([{"params": [parameter], "splits": splits, **storage, **settings}], **COMMON)
+    stored = {"transposed": storage.get("transposed", False), **settings}
+    apart = Dion2([{"params": [each], "batched": each.ndim == 3, **stored} for each in own.values()], **COMMON)
+    if is_dion:  # names decide where Q begins
+        step_with_zero_gradients(fused)
+        step_with_zero_gradients(apart)
+        for name, each in own.items():
+            apart.state[each]["Q"].copy_(fused.state[parameter][f"Q[{name}]"])
+
+    for gradient in gradients(shape, 12):
+        parameter.grad = gradient
+        for name, its_gradient in blocks(gradient).items():
+            own[name].grad = its_gradient.clone()
+        fused.step()
+        apart.step()
+        momenta = blocks(fused.state[parameter]["momentum"])
+        for name, each in own.items():
+            momentum = apart.state[each]["momentum"]
+            if is_dion:
+                torch.testing.assert_close(momenta[name], momentum, rtol=1e-4, atol=1e-4 * momentum.abs().max().item())
+                continue
+            assert torch.equal(momenta[name], momentum)
+            found, expected = fused.selection_of(parameter, name), apart.selection_of(each)
+            assert found is not None and expected is not None
+            assert found.axis == expected.axis and torch.equal(found.indices, expected.indices)
+    for name, each in blocks(parameter.detach()).items():
+        tolerance = 1e-4 if is_dion else 1e-5
+        torch.testing.assert_close(each, own[name].detach(), rtol=tolerance, atol=tolerance)
