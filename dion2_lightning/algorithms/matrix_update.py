@@ -273,12 +273,13 @@ class MatrixUpdate:
 
     @property
     def goes_alone(self) -> bool:
-        """Whether its matrices are orthonormalized one by one, so that stochastic rounding is alike on every layout.
+        """Whether its matrices are orthonormalized one by one, so that all bits are alike on every layout.
 
         On a CPU the last bits of small odd products depend on what else is in their batch, and on the memory order.
+        Stochastic rounding makes more of them, and who asks torch for deterministic algorithms wants them alike.
         """
         is_rounded = self.rounding_seed is not None and self.weight.dtype in HALF_PRECISION
-        return is_rounded and self.weight.device.type == "cpu"
+        return (is_rounded or torch.are_deterministic_algorithms_enabled()) and self.weight.device.type == "cpu"
 
     @property
     def held(self) -> Spans:
