@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
-from dion2_lightning.algorithms.algorithm import StateTensor
+from dion2_lightning.algorithms.algorithm import STORAGE, StateTensor
 from dion2_lightning.algorithms.hyperparameters import plain
 from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import has_float64
@@ -25,10 +25,14 @@ WEIGHTS_ALONE: Final = (
 """What to do with a checkpoint whose optimizer state does not fit."""
 
 OTHERWISE: Final = (
-    "build the optimizer with the arguments of that run (algorithm, lora, overrides, what was frozen), or "
-    f"{WEIGHTS_ALONE}"
+    "build the optimizer with the arguments of that run (algorithm, lora, splits, per_head, overrides, what was "
+    f"frozen), or {WEIGHTS_ALONE}"
 )
 """What to do with a checkpoint of an optimizer whose groups are others."""
+
+
+_STORED_PLAINLY: Final = {name: default for name, (default, _) in STORAGE.items()}
+"""How matrices were stored where a group says nothing of it, as those from before did."""
 
 
 def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[Group]) -> StateDict:
@@ -44,8 +48,10 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
     without_state = []
     for old, new in zip(matched, groups, strict=True):
         for key, parameter, name in zip(old["params"], new["params"], parameter_names(new), strict=True):
+            label = f"group {new['name']!r}: {name}"
+            algorithm_of(new).check_parameter(parameter, f"with the checkpoint's settings {label}", old)
             if key in saved["state"]:
-                _check_state(saved["state"][key], parameter, old, f"group {new['name']!r}: {name}")
+                _check_state(saved["state"][key], parameter, old, label)
             elif saved["state"] and parameter.requires_grad:
                 without_state.append(name)
     if without_state:
@@ -195,7 +201,7 @@ def _changed_settings(saved_groups: Sequence[Group], groups: Sequence[Group], gi
     """
     changes: dict[str, list[str]] = {}
     for old, group, its_given in zip(saved_groups, groups, given, strict=True):
-        saved, asked = plain(old), dict(its_given)
+        saved, asked = {**_STORED_PLAINLY, **plain(old)}, dict(its_given)
         if "initial_lr" in old and "initial_lr" in group:
             saved["lr"], asked["lr"] = old["initial_lr"], group["initial_lr"]
         elif "initial_lr" in old or "initial_lr" in group:
@@ -219,8 +225,8 @@ def _match_order(saved: StateDict, groups: Sequence[Group]) -> Sequence[Group]:
     old_names, new_names = [group.get("name") for group in old_groups], [group["name"] for group in groups]
     if len(old_groups) != len(groups):
         raise ValueError(
-            f"the checkpoint has {len(old_groups)} groups, {old_names}; this optimizer {len(groups)}, {new_names}; "
-            f"{OTHERWISE}"
+            f"the checkpoint has {len(old_groups)} groups, {old_names}; this optimizer {len(groups)}, {new_names}; to "
+            f"go on with the momenta, call the optimizer's carry_over(state_dict); else {OTHERWISE}"
         )
     if set(old_names) != set(new_names):
         return old_groups
@@ -248,7 +254,8 @@ def _match_group(old: Group, new: Group) -> dict[str, Any]:
     # Version 0.1.0 wrote the settings of all algorithms into every group; what schedulers have added stays.
     foreign = {name for each in ALGORITHMS.values() for name in each.defaults()} - new.keys()
     left_out = foreign | algorithm_of(new).settings_of_run
-    group = {**new, **{name: value for name, value in old.items() if name not in left_out}}
+    kept = {name: value for name, value in old.items() if name not in left_out}
+    group = {**new, **_STORED_PLAINLY, **kept} if algorithm_of(new).needs_matrices else {**new, **kept}
     if "param_names" in new:
         group["params"] = _in_order(old, new, prefix)
         group["param_names"] = list(new["param_names"])

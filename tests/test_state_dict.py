@@ -598,3 +598,66 @@ def test_neurons_are_normalized_from_now_on():
             [(12, 1), (5, 1)] if is_on else [None, None]
         )
         assert all(("variance" in state) == is_on for state in states)
+
+
+def fused(splits: str, algorithm: str = "dion3") -> tuple[nn.Parameter, Dion2]:
+    weight = nn.Parameter(torch.randn(24, 10, generator=torch.manual_seed(0)))
+    group = {"params": [("qkv", weight)], "name": "its", "splits": splits, "algorithm": algorithm}
+    optimizer = Dion2([group], lr=0.1)
+    weight.grad = torch.randn(24, 10, generator=torch.manual_seed(1))
+    optimizer.step()
+    return weight, optimizer
+
+
+def test_a_checkpoint_from_before_splits_is_of_whole_weights() -> None:
+    """The order of its variances is that of the rows, whatever blocks this optimizer was given."""
+    _, old = fused("whole")
+    saved = old.state_dict()
+    for entry in ("splits", "convolution"):
+        del saved["param_groups"][0][entry]
+    _, optimizer = fused("4 x (q 2 | k 2 | v 2)")
+    with pytest.warns(UserWarning, match=r"splits 'whole' instead of '4 x \(q 2 \| k 2 \| v 2\)' \('its'\)"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["splits"] == "whole"
+
+
+def test_splits_of_a_checkpoint_that_do_not_fit_are_refused() -> None:
+    _, old = fused("q 12 | k 6 | v 6")
+    saved = old.state_dict()
+    saved["param_groups"][0]["splits"] = "q 9 | k 9"
+    weight, optimizer = fused("q 12 | k 6 | v 6")
+    before = optimizer.state[weight]["momentum"].clone()
+    with pytest.raises(
+        ValueError, match=r"^with the checkpoint's settings .*'its'.* what its splits say: 'q 9 \| k 9'"
+    ):
+        optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[weight]["momentum"], before)
+    assert optimizer.param_groups[0]["splits"] == "q 12 | k 6 | v 6"
+
+
+@pytest.mark.parametrize("algorithm", ["dion2", "dion3", "dion"])
+def test_blocks_resume_bit_for_bit(algorithm: str) -> None:
+    weight, optimizer = fused("4 x (q 2 | k 2 | v 2)", algorithm)
+    other, resumed = fused("4 x (q 2 | k 2 | v 2)", algorithm)
+    for step in range(3):
+        weight.grad = torch.randn(24, 10, generator=torch.manual_seed(10 + step))
+        optimizer.step()
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        other.copy_(weight)
+    for step in range(3):
+        for each, its_optimizer in ((weight, optimizer), (other, resumed)):
+            each.grad = torch.randn(24, 10, generator=torch.manual_seed(20 + step))
+            its_optimizer.step()
+    assert torch.equal(weight, other)
+
+
+def test_momenta_of_a_whole_weight_are_carried_over_to_its_blocks() -> None:
+    weight, old = fused("whole")
+    _, optimizer = fused("q 12 | k 6 | v 6")
+    momentum = old.state[weight]["momentum"].clone()
+    with pytest.warns(UserWarning, match="this starts anew: 'variance' of parameter 'qkv'"):
+        optimizer.carry_over(old.state_dict())
+    (other,) = optimizer.param_groups[0]["params"]
+    assert torch.equal(optimizer.state[other]["momentum"], momentum)
+    assert optimizer.param_groups[0]["splits"] == "q 12 | k 6 | v 6"

@@ -53,7 +53,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     A gradient that some ranks of a group lack counts as zero there; what has none on any rank is left out. Ranks whose
     settings differ get an error, and so does a gradient that some replicas have and others lack.
     """
-    group, device = updates[0].layout.group, updates[0].momentum.device
+    group, device = updates[0].layout.group, updates[0].device
     replicas = updates[0].layout.replicas if context.share_replicas is not False else None
     rank = 0 if group is None else dist.get_rank(group)
 
@@ -150,7 +150,7 @@ def _update_by_owners(
     """Take S, have it orthonormalized by its owners and apply O, for parts of one precision."""
     submatrices = [submatrix for part in parts for submatrix in part.submatrices]
     update_of = [part.update for part in parts for _ in part.submatrices]
-    exchange = OwnerExchange(submatrices, group, replicas, update_of[0].dtype, update_of[0].momentum.device)
+    exchange = OwnerExchange(submatrices, group, replicas, update_of[0].dtype, update_of[0].device)
 
     # S <- M[K], to the owners; M[K] <- mu M[K].
     receive = exchange.to_owners([submatrix for part in parts for submatrix in _take(part)])

@@ -53,7 +53,7 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
     settings differ get an error, and so does a gradient that some replicas have and others lack.
     """
     first = updates[0]
-    layout, device = first.layout, first.momentum.device
+    layout, device = first.layout, first.device
     # Replicas with momenta of their own may lack a gradient that others have, as ranks that share a matrix may.
     replicas = layout.replicas if context.share_replicas is not False and first.replicas is None else None
     groups = [layout.group, first.replicas] if replicas is None else [replicas.everyone]

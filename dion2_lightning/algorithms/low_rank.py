@@ -96,6 +96,11 @@ class LowRankUpdate(MatrixUpdate):
         return 1
 
     @property
+    def state_knows_taps(self) -> bool:
+        """Whether Q has a row for each tap."""
+        return self.matrices.taps_along(1 - self.axis) > 1
+
+    @property
     def whole_q(self) -> Tensor:
         """What this rank has of Q, (count, short or fewer, r): all rows where the parameter is split, else its own."""
         q = local(self.state[entry_of(self.matrices)])
@@ -185,7 +190,7 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
 def right_factor(parameter: Any, matrices: Matrices, group: Mapping[str, Any]) -> StateTensor:
     """Return the state Q: shape (short, r), of several matrices (count, short, r).
 
-    It is spread over ranks as the shorter axis is, but for blocks, of which every rank has all.
+    It is spread over ranks as the shorter axis is, but for blocks, of which every rank has all rows.
     """
     sizes = min(matrices.shape), rank_of(matrices, group)
     shape = (matrices.count, *sizes) if matrices.is_stack or matrices.count > 1 else sizes
@@ -287,7 +292,7 @@ def column_norms(right: Tensor) -> Tensor:
 
 def present_columns(norms: Tensor, update: LowRankUpdate) -> Tensor:
     """Return which columns of R are more than what rounding makes of zero, given their norms (batch, 1, r)."""
-    floor = NOISE * torch.finfo(update.momentum.dtype).eps * math.sqrt(update.slices)
+    floor = NOISE * torch.finfo(update.dtype).eps * math.sqrt(update.slices)
     is_present: Tensor = norms > floor * torch.linalg.vector_norm(norms, dim=-1, keepdim=True)
     return is_present
 

@@ -144,6 +144,11 @@ class MatrixUpdate:
         return Source(self.parameter, self.matrices.name, self.part.first)
 
     @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return local(self.parameter).device
+
+    @property
     def count(self) -> int:
         """How many matrices they are, on this rank."""
         if self.part.count is not None:
@@ -173,11 +178,19 @@ class MatrixUpdate:
 
     @cached_property
     def taps_first(self) -> bool:
-        """Whether the columns of a kernel are in the order of channels_last memory, so that they need no copy."""
+        """Whether the columns of a kernel are in the order of channels_last memory, so that they need no copy.
+
+        Not where the state has a number for each of them: its order is the same whatever the memory's.
+        """
         whole = local(self.parameter)
         if not self.matrices.is_kernel or self.layout.group is not None or whole.is_contiguous():
             return False
-        return whole.movedim(1, -1).is_contiguous()
+        return not self.state_knows_taps and whole.movedim(1, -1).is_contiguous()
+
+    @property
+    def state_knows_taps(self) -> bool:
+        """Whether the state has numbers for each tap, as the variances of a transposed kernel are."""
+        return self.neuron_beta is not None and self.matrices.taps_along(OUTPUT_AXIS) > 1
 
     def _read(self, tensor: Tensor) -> Tensor:
         return self.matrices.slices(self.part.read(tensor, taps_first=self.taps_first), self.axis)
@@ -278,8 +291,8 @@ class MatrixUpdate:
         On a CPU the last bits of small odd products depend on what else is in their batch, and on the memory order.
         Stochastic rounding makes more of them, and who asks torch for deterministic algorithms wants them alike.
         """
-        is_rounded = self.rounding_seed is not None and self.weight.dtype in HALF_PRECISION
-        return (is_rounded or torch.are_deterministic_algorithms_enabled()) and self.weight.device.type == "cpu"
+        is_rounded = self.rounding_seed is not None and self.parameter.dtype in HALF_PRECISION
+        return (is_rounded or torch.are_deterministic_algorithms_enabled()) and self.device.type == "cpu"
 
     @property
     def held(self) -> Spans:
@@ -348,9 +361,9 @@ def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
         for update in updates
         if update.rounding_seed is not None
         for line, name in _ROUNDED.items()
-        if getattr(update, name).dtype in HALF_PRECISION
+        if (update.parameter if name == "weight" else update.state[name]).dtype in HALF_PRECISION
     ]
-    for equal in group_by(rounded, lambda pair: pair[1].weight.device).values():
+    for equal in group_by(rounded, lambda pair: pair[1].device).values():
         coordinates = {
             each: each.part.coordinates(each.parameter, taps_first=each.taps_first)
             for each in dict.fromkeys(each for _, each in equal)
@@ -474,7 +487,7 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
     decaying = [
         each
         for each in updates
-        if each.shrink != 1.0 and not each.is_cautious and each.weight.dtype not in HALF_PRECISION
+        if each.shrink != 1.0 and not each.is_cautious and each.parameter.dtype not in HALF_PRECISION
     ]
     for gate, equal in group_by(decaying, lambda update: update.own_gate).items():
         if gate is None:

@@ -20,7 +20,7 @@ class Projections:
 
     def __init__(self, batch: Sequence[LowRankUpdate], context: StepContext) -> None:
         self._batch, self._context = batch, context
-        dtype = sum_dtype(batch[0].momentum.device)
+        dtype = sum_dtype(batch[0].device)
         # In their memory order, which takes a CPU a third of the time.
         momenta = [each.momentum if each.momentum.stride(-1) == 1 else each.momentum.mT for each in batch]
         norms = [torch.linalg.vector_norm(momentum.flatten(1), dim=1, dtype=dtype) for momentum in momenta]
@@ -73,6 +73,6 @@ def _taken(batch: Sequence[LowRankUpdate]) -> Tensor | None:
     """Whether the step is taken, 0-d, or by which matrices (batch,); None where it is for certain, by all."""
     if not any(update.own_gates for update in batch):
         return None if batch[0].gate is None else batch[0].gate.is_open
-    certain = torch.ones((), dtype=torch.bool, device=batch[0].momentum.device)
+    certain = torch.ones((), dtype=torch.bool, device=batch[0].device)
     flags = [certain if update.own_gate is None else update.own_gate.is_open for update in batch]
     return torch.cat([each.expand(update.count, 1, 1) for each, update in zip(flags, batch, strict=True)]).flatten()

@@ -18,7 +18,7 @@ def split_by_ranks(updates: Sequence[U], share_replicas: bool | None) -> tuple[l
     groups_of = {update: update.sharing(share_replicas) for update in updates}
     shared = [update for update in updates if any(groups_of[update])]
     for update in shared:
-        device = update.momentum.device
+        device = update.device
         if not has_float64(device):
             ranks = math.prod(group.size() for group in groups_of[update] if group is not None)
             raise ValueError(
@@ -26,7 +26,7 @@ def split_by_ranks(updates: Sequence[U], share_replicas: bool | None) -> tuple[l
                 "there is none on this device; train in one process, or on CUDA or the CPU"
             )
     unshared = [update for update in updates if not any(groups_of[update])]
-    return unshared, list(group_by(shared, lambda each: (*groups_of[each], each.momentum.device)).values())
+    return unshared, list(group_by(shared, lambda each: (*groups_of[each], each.device)).values())
 
 
 def nonzero_gradients(updates: Sequence[U]) -> dict[U, Tensor]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 DISAGREE: Final = (
-    "ranks share parameters but disagree about their settings (lr, weight_decay, dtypes, ...), "
+    "ranks share parameters but disagree about their settings (lr, weight_decay, dtypes, memory formats, ...), "
     "their number or their order; give all ranks the same groups"
 )
 

@@ -5,7 +5,7 @@ block is, again, a rectangle of each of its matrices, wherever the border betwee
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -141,6 +141,11 @@ class Part:
         return self._held[1] - self._held[0]
 
     @property
+    def held_slices(self) -> int:
+        """How many slices of the parameter's axis this rank holds of them."""
+        return self._width * (1 if self.matrices.is_stack else self._own_count)
+
+    @property
     def _index(self) -> int:
         """The number in the block of the first slice here."""
         return self.first * self._size + self._held[0]
@@ -182,38 +187,57 @@ def parts_of(parameter: Tensor, matrices: Matrices, label: str, *, process_group
         return [Part(matrices, 0, None, layout)]
     key = matrices, id(layout)  # which is kept alive beside it
     if key not in known:
-        known[key] = _parts_of_block(matrices, matrices.block, layout)
+        start = 0
+        if layout.group is not None:
+            start = (layout.rows if matrices.blocks_are_rows else layout.columns)[layout.own_rank][0]
+        known[key] = [
+            Part(matrices, first, count, Layout(layout.group, rectangles, layout.replicas), start)
+            for first, count, rectangles in _runs(matrices, layout.rectangles)
+        ]
     parts: list[Part] = known[key]
     return parts
 
 
-def _parts_of_block(matrices: Matrices, block: Block, layout: Layout) -> list[Part]:
+@lru_cache(maxsize=1024)  # a step asks for as many as there are heads and ranks
+def _runs(matrices: Matrices, rectangles: tuple[Rectangle, ...]) -> list[tuple[int, int | None, tuple[Rectangle, ...]]]:
+    """The first of consecutive matrices of a block, how many there are, and what each rank holds of each.
+
+    ``rectangles`` are what ranks hold of the whole parameter.
+    """
+    block = matrices.block
+    assert block is not None
     size = block.total // block.matrices
-    spans = layout.rows if matrices.blocks_are_rows else layout.columns
-    start = spans[layout.own_rank][0] if layout.group is not None else 0
+    spans = [each.rows if matrices.blocks_are_rows else each.columns for each in rectangles]
     edges = [(block.before(low), block.before(high)) for low, high in spans]
     # Each run: what every rank holds of each of its matrices, and where these begin.
     runs: list[tuple[tuple[Span, ...], list[int]]] = []
     for number in range(block.matrices):
-        held, place = _held(edges, number, size), block.place(number * size)
+        held, place = _held_of_matrix(edges, number, size), block.place(number * size)
         if runs and runs[-1][0] == held and _is_next(place, runs[-1][1]):
             runs[-1][1].append(place)
         else:
             runs.append((held, [place]))
-    parts, first = [], 0
+    found: list[tuple[int, int | None, tuple[Rectangle, ...]]] = []
+    first = 0
     for held, places in runs:
-        count = None if matrices.is_stack else len(places)
-        parts.append(Part(matrices, first, count, _cut(layout, matrices, held), start))
+        pairs = zip(held, rectangles, strict=True)
+        if matrices.blocks_are_rows:
+            its_rectangles = tuple(Rectangle(its_held, each.columns) for its_held, each in pairs)
+        else:
+            its_rectangles = tuple(Rectangle(each.rows, its_held) for its_held, each in pairs)
+        found.append((first, None if matrices.is_stack else len(places), its_rectangles))
         first += len(places)
-    return parts
+    return found
 
 
 def held_entries(parameter: Tensor, matrices: Matrices, label: str) -> int:
     """Return how many entries of a block's matrices, or of a whole parameter, this rank holds."""
+    own = local(parameter)
     if matrices.block is None:
-        return local(parameter).numel()
+        return own.numel()
+    dim = (0 if matrices.blocks_are_rows else 1) + matrices.is_stack
     parts = parts_of(parameter, matrices, label, process_group=None, known={})
-    return sum(part.read(local(parameter)).numel() for part in parts)
+    return sum(part.held_slices for part in parts) * own.numel() // max(own.shape[dim], 1)
 
 
 def _is_next(place: int, places: list[int]) -> bool:
@@ -221,18 +245,7 @@ def _is_next(place: int, places: list[int]) -> bool:
     return len(places) == 1 or place - places[-1] == places[-1] - places[-2]
 
 
-def _held(edges: list[Span], number: int, size: int) -> tuple[Span, ...]:
+def _held_of_matrix(edges: list[Span], number: int, size: int) -> tuple[Span, ...]:
     """Which slices of one matrix of a block each rank holds, given what it holds of the block."""
     first = number * size
     return tuple((min(max(low - first, 0), size), min(max(high - first, 0), size)) for low, high in edges)
-
-
-def _cut(layout: Layout, matrices: Matrices, held: tuple[Span, ...]) -> Layout:
-    """The layout of some matrices of a block, of which each rank holds these slices."""
-    if layout.group is None:
-        return layout
-    rectangles = tuple(
-        Rectangle(its_held, each.columns) if matrices.blocks_are_rows else Rectangle(each.rows, its_held)
-        for its_held, each in zip(held, layout.rectangles, strict=True)
-    )
-    return Layout(layout.group, rectangles, layout.replicas)
