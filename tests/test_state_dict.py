@@ -304,7 +304,7 @@ def no_groups(saved):
         ),
         (
             missing_group,
-            r"the checkpoint has 1 groups, \['dion2'\]; this optimizer 2, \['dion2', 'adamw'\]; build .* of that run",
+            r"the checkpoint has 1 groups, \['dion2'\]; this optimizer 2, \['dion2', 'adamw'\]; .*; else build .*",
         ),
         (
             missing_parameter,

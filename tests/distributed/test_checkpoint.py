@@ -29,20 +29,25 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Network(nn.Module):
-    """Matrices of one shape, whose momenta could be swapped unnoticed; odd sizes; an embedding."""
+    """Matrices of one shape, whose momenta could be swapped unnoticed; odd sizes; blocks, a kernel; an embedding."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(17, 13)
         self.body = nn.ModuleList(nn.Linear(13, 13) for _ in range(3))
         self.norm = nn.LayerNorm(13)
+        self.gated = nn.Linear(13, 26)
+        self.both = nn.Linear(13, 26)
+        self.mix = nn.Conv1d(13, 13, 3, padding=1)
         self.head = nn.Linear(13, 17, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         for layer in self.body:
             x = x + torch.tanh(layer(self.norm(x)))
-        return self.head(x)
+        gate, up = self.gated(x).unflatten(-1, (13, 2)).unbind(-1)
+        first, second = self.both(gate.sigmoid() * up).chunk(2, dim=-1)
+        return self.head(x + first * second + self.mix(x.mT).mT)
 
 
 def network(dtype: torch.dtype, seed: int, sharded: bool = True) -> nn.Module:
@@ -57,9 +62,15 @@ def network(dtype: torch.dtype, seed: int, sharded: bool = True) -> nn.Module:
 
 
 def optimizer_of(model: nn.Module, lr: float = 0.05) -> Dion2:
-    """One matrix is trained by Dion3, whose variances every rank has whole, one by Dion, whose Q has another shape."""
+    """Some are trained by Dion3, whose variances every rank has whole, some by Dion, whose Q has another shape."""
     settings = {"weight_decay": 0.1, "momentum": 0.9, "orthonormalize_dtype": "float32"}
-    return build_optimizer(model, lr, overrides={"body.1.weight": "dion3", "body.2.weight": "dion"}, **settings)
+    overrides = {
+        "body.1.weight": "dion3",
+        "body.2.weight": "dion",
+        "gated.weight": {"algorithm": "dion3", "splits": "13 x (gate 1 | up 1)"},
+        "both.weight": {"algorithm": "dion", "splits": "first 13 | second 13"},
+    }
+    return build_optimizer(model, lr, overrides=overrides, **settings)
 
 
 def train(model: nn.Module, optimizer: Dion2, steps: range) -> None:

@@ -30,8 +30,11 @@ MATRICES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "square": ((16, 16), {}),
     "stored (in, out)": ((20, 60), {"transposed": True}),
     "experts": ((3, 12, 20), {"batched": True}),
+    "heads": ((36, 20), {"splits": "head 3*12"}),
     "of too high a rank": ((16, 16), {"rank_fraction": 0.75}),
 }
+STACKS = {"heads": (3, 12, 20)}
+"""The matrices of a weight in two dimensions that holds several."""
 REST = {"embedding": (29, 6)}
 MEAN = ("of too high a rank", "embedding")
 """What is averaged as a gradient: what P and R have more numbers than, and what is no matrix."""
@@ -99,7 +102,7 @@ class Expected:
         made.step()
         self.references: dict[str, list[DionReference]] = {}
         for name in MATRICES:
-            q = made.state[self.parameters[name]]["Q"].double()
+            q = made.state[self.parameters[name]]["Q[head]" if name in STACKS else "Q"].double()
             self.references[name] = [
                 DionReference(weight, its_q, lr=LR, weight_decay=0.1, replicas=1 if name in MEAN else replicas)
                 for weight, its_q in zip(
@@ -112,7 +115,7 @@ class Expected:
     @staticmethod
     def matrices(name: str, stored: Tensor) -> list[Tensor]:
         """The matrices of a parameter in (out, in)."""
-        stack = stored.double().view(-1, *stored.shape[-2:])
+        stack = stored.double().view(STACKS.get(name, (-1, *stored.shape[-2:])))
         return list(stack.mT if MATRICES[name][1].get("transposed") else stack)
 
     def step(self, step: int, factor: float = 1.0) -> None:
