@@ -77,7 +77,7 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 def figures_of(config: Any, **options: Any) -> dict[str, Any]:
     options = {"batch": BATCH, "length": LENGTH, **options}
-    return costs_of(build_model(config), config, **options)[1]
+    return costs_of(build_model(config), **options)[1]
 
 
 def step_at(figures: dict[str, Any], fraction: float) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def test_default_configs(name: str) -> None:
     config = load_config(name)
     model = build_model(config)
     assert all(each.is_meta for each in model.parameters())
-    routing, figures = costs_of(model, config, layout=Layout("hsdp", 4, 8))
+    routing, figures = costs_of(model, layout=Layout("hsdp", 4, 8))
     assert figures["parameters"] == sum(each.numel() for each in model.parameters())
     assert figures["trainable_parameters"] == sum(group["parameters"] for group in figures["groups"])
     assert [each["fraction"] for each in figures["steps"]] == [1.0, 0.5, 0.25, 0.125]
@@ -285,7 +285,7 @@ def test_default_configs(name: str) -> None:
 
 def test_known_sizes() -> None:
     """Llama-2-7B's default config, by hand: 6 FLOPs a parameter of matrices and head, and of attention half of all."""
-    figures = costs_of(build_model(load_config("llama")), load_config("llama"), batch=4, length=1024)[1]
+    figures = costs_of(build_model(load_config("llama")), batch=4, length=1024)[1]
     matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert figures["active_parameters"] == matrices + 32000 * 4096
     assert figures["forward_backward"]["products_flops"] == 6 * 4 * 1024 * (matrices + 32000 * 4096)
@@ -311,7 +311,7 @@ def test_experts_that_a_token_meets() -> None:
 )
 def test_what_a_config_does_not_say_is_said(name: str, note: str) -> None:
     config = load_config(name)
-    assert any(note in each for each in costs_of(build_model(config), config)[1]["notes"])
+    assert any(note in each for each in costs_of(build_model(config))[1]["notes"])
 
 
 def test_a_length_that_the_config_has_no_positions_for() -> None:
