@@ -43,6 +43,7 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "
 _LISTED_EXPERT = re.compile(r"(?<!shared_)experts\.(?:expert_)?(\d+)\.")
 _OF_ENCODER = re.compile(r"(encoder_attn|EncDecAttention|crossattention)\.([kv]|key|value)")
 _WITHOUT_PRODUCT = frozenset({Role.EMBEDDING, Role.VECTOR, Role.OTHER, Role.LORA_OTHER})
+_CONVOLUTIONS = frozenset({Role.CONVOLUTION, Role.CONVOLUTION_OTHER})  # and not an embedding of patches
 _ATTENDS_TO_ALL = frozenset({"full_attention", "attention", "hybrid"})
 _ATTENDS_TO_NONE = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp", "dense", "sparse"})
 _OTHER_WINDOWS = ("attention_window", "window_size")
@@ -158,7 +159,7 @@ def forward_backward(model: nn.Module, routing: Routing, batch: int, length: int
         if each.ndim > 2
     }
     if any(
-        decisions[key].role != Role.EMBEDDING and (max(module.stride) > 1 or len(module.stride) > 1)
+        decisions[key].role in _CONVOLUTIONS and (max(module.stride) > 1 or len(module.stride) > 1)
         for key, module in convolutions.items()
         if key in decisions
     ):
