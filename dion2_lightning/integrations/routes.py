@@ -45,7 +45,7 @@ _OF_ENCODER = re.compile(r"(encoder_attn|EncDecAttention|crossattention)\.([kv]|
 _WITHOUT_PRODUCT = frozenset({Role.EMBEDDING, Role.VECTOR, Role.OTHER, Role.LORA_OTHER})
 _CONVOLUTIONS = frozenset({Role.CONVOLUTION, Role.CONVOLUTION_OTHER})  # and not an embedding of patches
 _ATTENDS_TO_ALL = frozenset({"full_attention", "attention", "hybrid"})
-_ATTENDS_TO_NONE = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp", "dense", "sparse"})
+_ATTENDS_TO_NONE = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"})
 _OTHER_WINDOWS = ("attention_window", "window_size")
 
 
@@ -129,7 +129,7 @@ def add_adapters(model: nn.Module, rank: int) -> nn.Module:
     return adapted
 
 
-def forward_backward(model: nn.Module, routing: Routing, batch: int, length: int | None = None) -> dict[str, Any]:
+def forward_backward(model: Any, routing: Routing, batch: int, length: int | None = None) -> dict[str, Any]:
     """Return what a forward and a backward pass take, from shapes and the config, and notes on what was assumed.
 
     A product with a weight takes 2 FLOPs an entry and token, and in the backward pass 2 for the gradient of its input
@@ -141,50 +141,42 @@ def forward_backward(model: nn.Module, routing: Routing, batch: int, length: int
         batch: Sequences, or images.
         length: Tokens of each (default: None, 2048, or as many as there are positions for).
     """
-    config, notes = _config_of(model), list[str]()
+    built = {type(module.config) for module in model.modules() if hasattr(module, "config")}
+    parts = [each for each in _nested(model.config) if type(each) in built]
+    config, notes = model.config.get_text_config(), list[str]()
+    if parts and type(config) not in built:  # a tower of images, of a model that has one of text too
+        config = parts[0]
     length, source = _lengths(model, config, length, notes)
+    if any(each is not config for each in parts) and not config.is_encoder_decoder:
+        notes.append(f"its parts were all counted at {length:,} tokens; images and sound have lengths of their own")
+    if isinstance(getattr(config, "depths", None), list | tuple):
+        notes.append("its stages were all counted at the positions of the first; later ones have fewer")
+
     heads = {id(each) for each in _parameters_of(model, "get_output_embeddings")}
     encoder = {id(each) for each in _parameters_of(model, "get_encoder")} if config.is_encoder_decoder else set()
+    convolutions = [each for each in model.modules() if isinstance(each, nn.modules.conv._ConvNd)]
+    strides = {id(each): module.stride for module in convolutions for each in module.parameters() if each.ndim > 2}
+    of_kernels = [strides.get(id(each.parameter), ()) for each in routing.decisions if each.role in _CONVOLUTIONS]
+    if any(len(stride) > 1 or max(stride, default=1) > 1 for stride in of_kernels):
+        notes.append("convolutions were counted at one position a token; they may have others")
     decisions = {id(each.parameter): each for each in routing.decisions}
     listed = [int(found[1]) for each in routing.decisions if (found := _LISTED_EXPERT.search(each.name))]
     per_token = _number(_ACTIVE_EXPERTS, config, *_nested(config))
     if per_token is None and (listed or any(map(_experts_in, routing.decisions))):
         notes.append("its config does not say how many experts a token goes to; all were counted as active")
 
-    convolutions = {
-        id(each): module
-        for module in model.modules()
-        if isinstance(module, nn.modules.conv._ConvNd)
-        for each in module.parameters()
-        if each.ndim > 2
-    }
-    if any(
-        decisions[key].role in _CONVOLUTIONS and (max(module.stride) > 1 or len(module.stride) > 1)
-        for key, module in convolutions.items()
-        if key in decisions
-    ):
-        notes.append("convolutions were counted at one position a token; they may have others")
-
     products = active = 0
     for name, parameter in model.named_parameters():
         decision, size = decisions.get(id(parameter)), parameter.numel()
         count = 0
         if decision is not None:  # None of an adapter
-            if decision.role in _WITHOUT_PRODUCT and id(parameter) not in heads | convolutions.keys():
+            if decision.role in _WITHOUT_PRODUCT and id(parameter) not in heads | strides.keys():
                 continue
             count = _experts_in(decision) or (max(listed) + 1 if _LISTED_EXPERT.search(name) else 0)
         if count and per_token is not None:
             size = size * min(per_token, count) // count
         its_tokens = batch * (source if id(parameter) in encoder or _OF_ENCODER.search(name) else length)
         products, active = products + (6 if parameter.requires_grad else 4) * size * its_tokens, active + size
-
-    parts = {type(module.config) for module in model.modules() if hasattr(module, "config")}
-    if not config.is_encoder_decoder and any(
-        type(each) in parts for each in _nested(model.config) if each is not config
-    ):
-        notes.append(f"its parts were all counted at {length:,} tokens; images and sound have lengths of their own")
-    if isinstance(getattr(config, "depths", None), list | tuple):
-        notes.append("its stages were all counted at the positions of the first; later ones have fewer")
     return {
         "tokens": batch * length,  # of an encoder and a decoder those of the decoder
         "active_parameters": active,  # that a token meets in products
@@ -192,13 +184,6 @@ def forward_backward(model: nn.Module, routing: Routing, batch: int, length: int
         "attention_flops": _attention(model, config, batch, length, source, notes),
         "notes": notes,
     }
-
-
-def _config_of(model: Any) -> Any:
-    """The config of the part whose tokens count: of the text, or where there is none of what is built."""
-    built = {type(module.config) for module in model.modules() if hasattr(module, "config")}
-    text = model.config.get_text_config()
-    return text if type(text) in built else next((each for each in _nested(model.config) if type(each) in built), text)
 
 
 def _nested(config: Any) -> list[Any]:
@@ -277,9 +262,9 @@ def _attention(model: nn.Module, config: Any, batch: int, length: int, source: i
     for kind in kinds or ["full_attention" if window is None else "sliding_attention"] * layers:
         if kind not in _ATTENDS_TO_NONE:
             reach += in_window if "sliding" in kind else in_chunk if "chunked" in kind else everything
-    known = _ATTENDS_TO_NONE | _ATTENDS_TO_ALL
-    if others := sorted({each for each in kinds or () if each not in known and not re.search("sliding|chunked", each)}):
-        notes.append(f"layers of {' and '.join(others)} were counted as if each token saw all")
+    others = {each for each in kinds or () if "sliding" not in each and "chunked" not in each}
+    if others := others - _ATTENDS_TO_NONE - _ATTENDS_TO_ALL:
+        notes.append(f"layers of {' and '.join(sorted(others))} were counted as if each token saw all")
     if window is None and any(getattr(config, name, None) for name in _OTHER_WINDOWS):
         notes.append("its windows of attention were not counted: each token sees all")
     return round(12 * width * batch * length * reach)

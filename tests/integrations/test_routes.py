@@ -355,15 +355,16 @@ def falcon_h1() -> Any:
 
 
 def zamba2() -> Any:
-    sizes = {**SIZES, "layers_block_type": ["mamba", "hybrid"], "mamba_headdim": 64, "n_mamba_heads": 8}
-    return transformers.Zamba2Config(**{**sizes, "head_dim": None}, num_mem_blocks=1, adapter_rank=4)
+    sizes = {**SIZES, "layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1, "adapter_rank": 4}
+    del sizes["head_dim"]
+    return transformers.Zamba2Config(**sizes)
 
 
 CAUSAL = [token + 0.5 for token in range(LENGTH)]
 """Tokens that each sees, itself by half, as the masked half counts."""
 IN_WINDOW = [min(seen, 8) for seen in CAUSAL]
 IN_CHUNK = [token % 8 + 0.5 for token in range(LENGTH)]
-ATTENTION = {
+ATTENTION: dict[str, tuple[Any, list[float]]] = {
     "llama": (llama(), [*CAUSAL, *CAUSAL]),
     "mistral": (mistral(8), [*IN_WINDOW, *IN_WINDOW]),
     "a longer window": (mistral(4096), [*CAUSAL, *CAUSAL]),
