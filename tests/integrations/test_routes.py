@@ -370,7 +370,7 @@ ATTENTION: dict[str, tuple[Any, list[float]]] = {
     "a longer window": (mistral(4096), [*CAUSAL, *CAUSAL]),
     "gemma2": (gemma2(), [*IN_WINDOW, *CAUSAL]),
     "llama4": (llama4(), [*IN_CHUNK, *CAUSAL]),
-    "modernbert": (modernbert(), [8] * LENGTH + [LENGTH] * LENGTH),
+    "modernbert": (modernbert(), [8.0] * LENGTH + [float(LENGTH)] * LENGTH),
     "falcon_h1": (falcon_h1(), [*CAUSAL, *CAUSAL]),
     "zamba2": (zamba2(), [2 * seen for seen in CAUSAL]),  # one of two layers attends, with heads twice as wide
 }
