@@ -23,7 +23,7 @@ from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.distributed.owners import plan_owners
 from dion2_lightning.kernels.orthonormal_columns import sketch_rows
 from dion2_lightning.kernels.orthonormalize import flops
-from dion2_lightning.matrices.layout import Span, group_by, local_shape
+from dion2_lightning.matrices.layout import Span, group_by
 from dion2_lightning.matrices.splits import Block
 from dion2_lightning.matrices.views import OUTPUT_AXIS, Matrices, Observed
 
@@ -306,38 +306,27 @@ def step_costs(placed: Sequence[Placed], layout: Layout) -> Costs:
 
 def state_bytes(placed: Sequence[Placed], layout: Layout) -> int:
     """Return the bytes of state on the first rank, which has the most of everything that is cut."""
-    mesh, total = _mesh(layout.shards), 0
+    total = 0
     for each in placed:
-        parameter = _as_spread(each, mesh)
+        parameter = _as_spread(each, layout)
         for tensor in ALGORITHMS[each.group["algorithm"]].state(parameter, each.group).values():
-            shape = tensor.shape
-            if tensor.placements is not None:
-                shape = local_shape(shape, parameter, tensor.placements)
+            shape = list(tensor.shape)
+            for placement in tensor.placements or ():
+                if not placement.is_replicate():
+                    shape[placement.dim] = -(-shape[placement.dim] // layout.shards)
             total += math.prod(shape) * tensor.dtype.itemsize
     return total
 
 
-def _mesh(shards: int) -> Any:
-    """A mesh of ranks that are not there: nothing is sent on it."""
-    from torch.distributed.device_mesh import DeviceMesh
+def _as_spread(placed: Placed, layout: Layout) -> Any:
+    """The parameter with what algorithms ask a DTensor for: a mesh of ranks that are not there is not to be had."""
+    if layout.shards == 1 or placed.dim is None:
+        return placed.parameter
+    from torch.distributed.tensor import Shard
 
-    return None if shards == 1 else DeviceMesh("meta", torch.arange(shards), _init_backend=False, _rank=0)
-
-
-def _as_spread(placed: Placed, mesh: Any) -> Any:
-    """The parameter as the first rank of a mesh would have it, without its memory."""
-    parameter = placed.parameter
-    if mesh is None or placed.dim is None:
-        return parameter
-    from torch.distributed.tensor import DTensor, Shard
-
-    shape = list(parameter.shape)
-    shape[placed.dim] = -(-shape[placed.dim] // mesh.size())
-    part = torch.empty(shape, dtype=parameter.dtype, device="meta")
-    whole = torch.empty(parameter.shape, device="meta")
-    return DTensor.from_local(
-        part, mesh, [Shard(placed.dim)], run_check=False, shape=whole.shape, stride=whole.stride()
-    )
+    spread: Any = placed.parameter.detach()
+    spread.device_mesh, spread.placements, spread.to_local = None, (Shard(placed.dim),), spread.detach
+    return spread
 
 
 def _inside(block: Block, place: int, edges: Sequence[Span]) -> tuple[Span, ...]:

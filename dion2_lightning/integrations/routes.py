@@ -12,18 +12,22 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dion2_lightning.algorithms import ALGORITHMS, CHOICES
 from dion2_lightning.costs import Layout, Placed, adamw_state_bytes, gradient_bytes, state_bytes, step_costs
 from dion2_lightning.factory import Dion2
-from dion2_lightning.routing.router import LORA_ROLES, Routing, route_parameters
+from dion2_lightning.matrices.layout import group_by
+from dion2_lightning.matrices.splits import blocks_of
+from dion2_lightning.routing.router import Decision, Routing, route_parameters
 from dion2_lightning.routing.rules import Role
 
 FRACTIONS: Final = (1.0, 0.5, 0.25, 0.125)
@@ -34,34 +38,15 @@ LENGTH: Final = 2048
 
 _AUTO_CLASSES = ("Seq2SeqLM", "SpeechSeq2Seq", "CausalLM", "MaskedLM", "ImageClassification")
 _POSITIONS = ("max_target_positions", "n_positions", "max_position_embeddings")
+_POSITION_TABLES = ("position_embeddings", "position_embedding")
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
 _LISTED_EXPERT = re.compile(r"(?<!shared_)experts\.(?:expert_)?(\d+)\.")
 _OF_ENCODER = re.compile(r"(encoder_attn|EncDecAttention|crossattention)\.([kv]|key|value)")
 _WITHOUT_PRODUCT = frozenset({Role.EMBEDDING, Role.VECTOR, Role.OTHER, Role.LORA_OTHER})
-
-
-@dataclass(frozen=True)
-class ForwardBackward:
-    """What a forward and a backward pass over a batch take.
-
-    Attributes:
-        products: FLOPs of products with weights.
-        attention: FLOPs of attention, between tokens.
-        tokens: Tokens of the batch; of an encoder and a decoder those of the decoder.
-        active: Parameters that a token meets in products.
-        notes: What was assumed, and may be wrong.
-    """
-
-    products: int
-    attention: int
-    tokens: int
-    active: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def flops(self) -> int:
-        """All FLOPs."""
-        return self.products + self.attention
+_CONVOLUTIONS = frozenset({Role.CONVOLUTION, Role.CONVOLUTION_OTHER})  # and not an embedding of patches
+_ATTENDS_TO_ALL = frozenset({"full_attention", "attention", "hybrid"})
+_ATTENDS_TO_NONE = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"})
+_OTHER_WINDOWS = ("attention_window", "window_size")
 
 
 def load_config(name: str) -> Any:
@@ -69,29 +54,32 @@ def load_config(name: str) -> Any:
 
     Raises:
         ImportError: transformers is missing.
-        ValueError: It is none of them.
+        ValueError: It is none of them, or transformers refuses it.
     """
-    AutoConfig, model_types = _transformers().AutoConfig, _model_types()
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"folder {name} has no config.json; give the folder of a saved model, or a model type")
-    try:
-        if path.is_file():
+    transformers, path = _transformers(), Path(name)
+    content: Any = {"model_type": name}
+    if path.is_dir():
+        path /= "config.json"
+        if not path.is_file():
+            raise ValueError(f"folder {name} has no config.json; give the folder of a saved model, or a model type")
+    if path.is_file():
+        try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            model_type = content.pop("model_type", None) if isinstance(content, dict) else None
-            if model_type not in model_types:
-                raise ValueError(f"{name} has the model_type {model_type!r}, which transformers does not know")
-            return AutoConfig.for_model(model_type, **content)
-        if not path.is_dir() and name in model_types:
-            return AutoConfig.for_model(name)
-        return AutoConfig.from_pretrained(name)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is no JSON file: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON file: {error}") from None
+    model_type = content.pop("model_type", None) if isinstance(content, dict) else None
+    try:
+        with _in_few_words():
+            if model_type in transformers.CONFIG_MAPPING:
+                return transformers.AutoConfig.for_model(model_type, **content)
+            if not path.is_file():
+                return transformers.AutoConfig.from_pretrained(name)
     except OSError as error:
         raise ValueError(
             f"{name!r} is no folder, no file, no model type such as 'llama', and neither in the cache nor to be had "
             "from the hub; check the name, unset HF_HUB_OFFLINE to reach the hub, or give the model's config.json"
         ) from error
+    raise ValueError(f"{path} has the model_type {model_type!r}, which transformers does not know")
 
 
 def build_model(config: Any, dtype: str | None = None) -> nn.Module:
@@ -100,15 +88,30 @@ def build_model(config: Any, dtype: str | None = None) -> nn.Module:
     Args:
         config: Of transformers.
         dtype: Of its weights, ``"float32"`` or ``"bfloat16"`` (default: None, the config's, or else float32).
+
+    Raises:
+        ValueError: transformers refuses the config.
     """
     transformers = _transformers()
     named = [getattr(transformers, each, None) for each in config.architectures or ()]
     known = [getattr(transformers, f"AutoModelFor{each}") for each in _AUTO_CLASSES]
     automatic = next((each for each in known if type(config) in each._model_mapping), transformers.AutoModel)
     wanted = getattr(torch, dtype) if dtype else config.dtype or torch.float32
-    with torch.device("meta"):
+    with torch.device("meta"), _in_few_words():
         model: nn.Module = named[0]._from_config(config) if named and named[0] else automatic.from_config(config)
     return model.to(wanted)
+
+
+@contextmanager
+def _in_few_words() -> Iterator[None]:
+    """Turn what transformers raises, of any class and up to a page long, into one line."""
+    try:
+        yield
+    except OSError:  # a name that is not to be had
+        raise
+    except Exception as error:
+        words = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        raise ValueError(f"transformers cannot build this config: {words}") from error
 
 
 def add_adapters(model: nn.Module, rank: int) -> nn.Module:
@@ -126,107 +129,155 @@ def add_adapters(model: nn.Module, rank: int) -> nn.Module:
     return adapted
 
 
-def forward_backward(
-    model: nn.Module, config: Any, routing: Routing, batch: int, length: int | None = None
-) -> ForwardBackward:
-    """Return what a forward and a backward pass take, computed from shapes and the config.
+def forward_backward(model: Any, routing: Routing, batch: int, length: int | None = None) -> dict[str, Any]:
+    """Return what a forward and a backward pass take, from shapes and the config, and notes on what was assumed.
 
     A product with a weight takes 2 FLOPs an entry and token, and in the backward pass 2 for the gradient of its input
     and 2 for its own, where it is trained. Embeddings are looked up; where a head is tied to one, that is a product.
 
     Args:
-        model: On any device; it says which weights are trained.
-        config: Its config.
+        model: Of transformers, on any device; it says which weights are trained.
         routing: Of the same parameters, all trained, which says what they are.
         batch: Sequences, or images.
         length: Tokens of each (default: None, 2048, or as many as there are positions for).
     """
-    text, notes = config.get_text_config(), list[str]()
-    length, source = _lengths(config, length, notes)
-    heads = {id(each) for each in _parameters_of(model, "get_output_embeddings")}
-    encoder = {id(each) for each in _parameters_of(model, "get_encoder")} if config.is_encoder_decoder else set()
-    trained = {id(each): each.requires_grad for each in model.parameters()}
-    experts = [int(found[1]) for each in routing.decisions if (found := _LISTED_EXPERT.search(each.name))]
-    per_token = next((value for name in _ACTIVE_EXPERTS if isinstance(value := getattr(text, name, None), int)), None)
-    has_experts = bool(experts) or any(each.batched for each in routing.decisions)
-    if has_experts and per_token is None:
-        notes.append("its config does not say how many experts a token goes to; all were counted as active")
-
-    products, active, of_convolutions = 0, 0, 0
-    adapters = [each for name, each in model.named_parameters() if "lora_" in name and each.ndim == 2]
-    for decision, parameter in [(each, each.parameter) for each in routing.decisions] + [(None, x) for x in adapters]:
-        its_tokens, size = batch * length, parameter.numel()
-        if decision is not None:
-            if decision.role in _WITHOUT_PRODUCT and id(parameter) not in heads:
-                continue
-            if id(parameter) in encoder or _OF_ENCODER.search(decision.name):
-                its_tokens = batch * source
-            if per_token is not None and (decision.batched or _LISTED_EXPERT.search(decision.name)):
-                count = parameter.shape[0] if decision.batched else max(experts) + 1
-                size = size * min(per_token, count) // count
-        of_weight = (6 if trained[id(parameter)] else 4) * size * its_tokens
-        products, active = products + of_weight, active + size
-        of_convolutions += of_weight * (decision is not None and decision.role == Role.CONVOLUTION)
-    if of_convolutions > products / 20:
-        notes.append("convolutions were counted at one position a token; a convolutional network has others")
-    if getattr(config, "sub_configs", None) and not config.is_encoder_decoder:
+    built = {type(module.config) for module in model.modules() if hasattr(module, "config")}
+    parts = [each for each in _nested(model.config) if type(each) in built]
+    config, notes = model.config.get_text_config(), list[str]()
+    if parts and type(config) not in built:  # a tower of images, of a model that has one of text too
+        config = parts[0]
+    length, source = _lengths(model, config, length, notes)
+    if any(each is not config for each in parts) and not config.is_encoder_decoder:
         notes.append(f"its parts were all counted at {length:,} tokens; images and sound have lengths of their own")
     if isinstance(getattr(config, "depths", None), list | tuple):
         notes.append("its stages were all counted at the positions of the first; later ones have fewer")
-    attention = _attention(model, config, batch, length, source)
-    return ForwardBackward(products, attention, batch * length, active, tuple(notes))
+
+    heads = {id(each) for each in _parameters_of(model, "get_output_embeddings")}
+    encoder = {id(each) for each in _parameters_of(model, "get_encoder")} if config.is_encoder_decoder else set()
+    convolutions = [each for each in model.modules() if isinstance(each, nn.modules.conv._ConvNd)]
+    strides = {id(each): module.stride for module in convolutions for each in module.parameters() if each.ndim > 2}
+    of_kernels = [strides.get(id(each.parameter), ()) for each in routing.decisions if each.role in _CONVOLUTIONS]
+    if any(len(stride) > 1 or max(stride, default=1) > 1 for stride in of_kernels):
+        notes.append("convolutions were counted at one position a token; they may have others")
+    decisions = {id(each.parameter): each for each in routing.decisions}
+    listed = [int(found[1]) for each in routing.decisions if (found := _LISTED_EXPERT.search(each.name))]
+    per_token = _number(_ACTIVE_EXPERTS, config, *_nested(config))
+    if per_token is None and (listed or any(map(_experts_in, routing.decisions))):
+        notes.append("its config does not say how many experts a token goes to; all were counted as active")
+
+    products = active = 0
+    for name, parameter in model.named_parameters():
+        decision, size = decisions.get(id(parameter)), parameter.numel()
+        count = 0
+        if decision is not None:  # None of an adapter
+            if decision.role in _WITHOUT_PRODUCT and id(parameter) not in heads | strides.keys():
+                continue
+            count = _experts_in(decision) or (max(listed) + 1 if _LISTED_EXPERT.search(name) else 0)
+        if count and per_token is not None:
+            size = size * min(per_token, count) // count
+        its_tokens = batch * (source if id(parameter) in encoder or _OF_ENCODER.search(name) else length)
+        products, active = products + (6 if parameter.requires_grad else 4) * size * its_tokens, active + size
+    return {
+        "tokens": batch * length,  # of an encoder and a decoder those of the decoder
+        "active_parameters": active,  # that a token meets in products
+        "products_flops": products,
+        "attention_flops": _attention(model, config, batch, length, source, notes),
+        "notes": notes,
+    }
 
 
-def _lengths(config: Any, length: int | None, notes: list[str]) -> tuple[int, int]:
-    """Tokens of a sequence, and those that an encoder sees in front of a decoder; adds to the notes."""
-    text = config.get_text_config()
-    image, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
-    if image is not None and patch is not None and not hasattr(config, "vocab_size"):
-        height, width = (image, image) if isinstance(image, int) else tuple(image)[-2:]
-        side, other = (patch, patch) if isinstance(patch, int) else tuple(patch)[-2:]
-        return (tokens := (height // side) * (width // other) + 1), tokens
-    positions = next((value for name in _POSITIONS if isinstance(value := getattr(text, name, None), int)), None)
-    if length is not None and positions is not None and length > positions:
-        notes.append(f"a length of {length:,} is more than the {positions:,} positions of its config")
-    chosen = length or min(LENGTH, positions or LENGTH)
-    source = getattr(text, "max_source_positions", None)
-    return chosen, source if isinstance(source, int) else chosen
+def _nested(config: Any) -> list[Any]:
+    """The configs that a config holds."""
+    return [each for each in vars(config).values() if hasattr(each, "to_dict")]
 
 
-def _attention(model: nn.Module, config: Any, batch: int, length: int, source: int) -> int:
-    """FLOPs between tokens: 12 a layer, a hidden unit, a token and a token that it sees."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    if not isinstance(heads, int) or not isinstance(getattr(text, "hidden_size", None), int):
+def _number(names: Sequence[str], *configs: Any) -> int | None:
+    """The first of some entries that is a number."""
+    found = (getattr(config, name, None) for config in configs for name in names)
+    return next((each for each in found if isinstance(each, int)), None)
+
+
+def _experts_in(decision: Decision) -> int:
+    """How many experts a stack of them holds; 0 of any other parameter."""
+    if decision.role != Role.EXPERTS:
         return 0
-    head = getattr(text, "head_dim", None) or text.hidden_size // heads
-    keys = getattr(text, "qk_head_dim", None) or head
-    width: float = heads * (keys + (getattr(text, "v_head_dim", None) or head)) / 2
-    layers = text.num_hidden_layers
+    return decision.shape[0] if decision.batched else sum(each.matrices for each in blocks_of(decision.splits))
+
+
+def _lengths(model: nn.Module, config: Any, length: int | None, notes: list[str]) -> tuple[int, int]:
+    """Tokens of a sequence, and those that an encoder sees in front of a decoder; adds to the notes."""
+    positions = _number(_POSITIONS, config)
+    if positions is not None and length is not None and length > positions:
+        notes.append(f"a length of {length:,} is more than the {positions:,} positions of its config")
+    default = min(LENGTH, positions or LENGTH)
+    vocabulary = getattr(config, "vocab_size", None)
+    if not any(isinstance(each, nn.Embedding) and each.num_embeddings == vocabulary for each in model.modules()):
+        default = _patches(model, config, notes) or default
+    chosen = default if length is None else length
+    return chosen, _number(("max_source_positions",), config) or chosen
+
+
+def _patches(model: nn.Module, config: Any, notes: list[str]) -> int | None:
+    """Tokens of images or sound: the rows of the table of positions, or else the patches and one; adds to the notes."""
+    tables = [getattr(module, name, None) for module in model.modules() for name in _POSITION_TABLES]
+    tables = [each.weight[None] if isinstance(each, nn.Embedding) else each for each in tables]
+    rows = [each.shape[1] for each in tables if isinstance(each, Tensor) and each.ndim == 3 and len(each) == 1]
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if image is None or patch is None:
+        return rows[0] if rows else None
+    (height, width), (side, other) = (
+        tuple(each)[-2:] if isinstance(each, list | tuple) else (each, each) for each in (image, patch)
+    )
+    patches = (height // side) * (width // other) + 1
+    tokens, frames = rows[0] if rows else patches, _number(("num_frames",), config)
+    if frames is not None and tokens <= patches:
+        notes.append(f"one of its {frames} frames was counted")
+    return tokens
+
+
+def _attention(model: nn.Module, config: Any, batch: int, length: int, source: int, notes: list[str]) -> int:
+    """FLOPs between tokens: 12 a layer, a hidden unit, a token and a token that it sees; adds to the notes."""
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(hidden, int):
+        if any("attention" in type(module).__name__.lower() for module in model.modules()):
+            notes.append("its attention was not counted: its config does not give one number of heads")
+        return 0
+    head = _number(("head_dim", "attention_head_dim"), config) or hidden // heads
+    width = heads * ((_number(("qk_head_dim",), config) or head) + (_number(("v_head_dim",), config) or head)) / 2
+    layers = config.num_hidden_layers
     if config.is_encoder_decoder:
-        decoder = getattr(text, "decoder_layers", None) or getattr(text, "num_decoder_layers", None) or layers
-        of_encoder = (getattr(text, "encoder_layers", None) or layers) * source * source
-        pairs: float = of_encoder + decoder * length * (length / 2 + source)
-        return round(12 * width * batch * pairs)
+        decoder = _number(("decoder_layers", "num_decoder_layers"), config) or layers
+        of_encoder = (_number(("encoder_layers",), config) or layers) * source * source
+        return round(12 * width * batch * (of_encoder + decoder * length * (length / 2 + source)))
     is_causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
-    seen = length / 2 if is_causal else length
-    window = getattr(text, "sliding_window", None) or seen
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
-    attends = [kind for kind in kinds if kind.endswith("attention") and "linear" not in kind]
-    reach: float = sum(min(window, seen) if "sliding" in kind else seen for kind in attends)
+    everything = length / 2 if is_causal else length
+    window, chunk = _number(("sliding_window",), config), _number(("attention_chunk_size",), config)
+    in_window = in_chunk = everything
+    if window is not None and window < length:  # the first tokens have fewer before them
+        in_window = window - window**2 / (2 * length) if is_causal else min(2 * window, length)
+    if chunk is not None:
+        in_chunk = everything * min(chunk / length, 1)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    reach: float = 0
+    for kind in kinds or ["full_attention" if window is None else "sliding_attention"] * layers:
+        if kind not in _ATTENDS_TO_NONE:
+            reach += in_window if "sliding" in kind else in_chunk if "chunked" in kind else everything
+    others = {each for each in kinds or () if "sliding" not in each and "chunked" not in each}
+    if others := others - _ATTENDS_TO_NONE - _ATTENDS_TO_ALL:
+        notes.append(f"layers of {' and '.join(sorted(others))} were counted as if each token saw all")
+    if window is None and any(getattr(config, name, None) for name in _OTHER_WINDOWS):
+        notes.append("its windows of attention were not counted: each token sees all")
     return round(12 * width * batch * length * reach)
 
 
 def costs_of(
     model: nn.Module,
-    config: Any,
     *,
     algorithm: str = "dion2",
     fraction: float | None = None,
     batch: int = 8,
     length: int | None = None,
     layout: Layout | None = None,
-    lora: str | None = None,
     lora_rank: int | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> tuple[Routing, dict[str, Any]]:
@@ -234,13 +285,11 @@ def costs_of(
 
     Args:
         model: Of transformers, on any device.
-        config: Its config.
         algorithm: As ``build_optimizer`` takes it (default: ``"dion2"``).
         fraction: Of the slices to select; of Dion, of the rank (default: None, 0.25).
         batch: Sequences of each rank, or of all together under TP (default: 8).
         length: Tokens of a sequence (default: None, 2048, or as many as there are positions for).
         layout: Of the ranks (default: None, one rank).
-        lora: Which LoRA factors are matrices, with ``lora_rank`` (default: None, ``"both"``).
         lora_rank: Of the adapters to train instead of the model (default: None, no adapters).
         overrides: As ``build_optimizer`` takes them (default: None).
 
@@ -252,43 +301,48 @@ def costs_of(
     setting = None if choice.control else next((name for name in known if name not in choice.settings), None)
     if fraction is not None and setting is None:
         raise ValueError(f"--fraction {fraction:g} has no effect with --algorithm {algorithm}; leave it out")
-    if lora is not None and lora_rank is None:
-        raise ValueError(f"--lora {lora} has no effect without adapters; add them by --lora-rank 16")
-    if min(batch, length or 1, lora_rank or 1) < 1:
-        raise ValueError("--batch, --length and --lora-rank must be positive")
-    if layout.kind == "tp" and (lora_rank or not getattr(model, "tp_plan", None)):
-        raise ValueError(
-            f"--layout tp={layout.shards}: transformers has no plan of tensor parallelism for "
-            f"{'adapters' if lora_rank else type(model).__name__}; choose fsdp2, hsdp or ddp"
-        )
+    for name, number in {"batch": batch, "length": length, "lora-rank": lora_rank}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}")
+    model_class, dtype, plan = type(model).__name__, model.dtype, getattr(model, "tp_plan", None) or {}
     whole = route_parameters(model)
     if lora_rank is not None:
         model = add_adapters(model, lora_rank)
-    passes = forward_backward(model, config, whole, batch, length)
-    routing = route_parameters(
-        model, overrides=overrides, lora=lora or "both", matrices=choice.matrices, control=choice.control
-    )
+    passes = forward_backward(model, whole, batch, length)
+    passes["flops"] = passes["products_flops"] + passes["attention_flops"]
+    routing = route_parameters(model, overrides=overrides, matrices=choice.matrices, control=choice.control)
+    name_of = {id(each.parameter): each.name for each in routing.decisions}
 
-    def placed_at(value: float | None) -> list[Placed]:
+    def groups_at(value: float | None) -> list[dict[str, Any]]:
         given: dict[str, Any] = dict(choice.settings) if setting is None else {**choice.settings, setting: value}
-        name_of = {id(each.parameter): each.name for each in routing.decisions}
-        plan = getattr(model, "tp_plan", None) or {}
+        return Dion2(routing.param_groups(), **given).param_groups
+
+    def place(groups: Iterable[dict[str, Any]]) -> list[Placed]:
         return [
             Placed(each, group, _sharded_dim(each, name_of[id(each)], layout, plan))
-            for group in Dion2(routing.param_groups(), **given).param_groups
+            for group in groups
             for each in group["params"]
         ]
 
-    chosen = None if setting is None else fraction or ALGORITHMS[choice.matrices].defaults()[setting]
-    placed, one = placed_at(chosen), Layout()
+    if setting is not None and fraction is None:
+        fraction = ALGORITHMS[choice.matrices].defaults()[setting]
+    groups, one = groups_at(fraction), Layout()
+    placed = place(groups)
+    matrices = {id(each.parameter) for each in routing.decisions if each.as_matrices}
+    if layout.kind == "tp" and all(each.dim is None for each in placed if id(each.parameter) in matrices):
+        raise ValueError(
+            f"--layout tp={layout.shards}: transformers' plan of tensor parallelism for {model_class} cuts none of the "
+            "matrices that are trained; choose fsdp2, hsdp or ddp"
+        )
     trainable = sum(each.parameter.numel() for each in placed)
-    per_rank = max(1.0, passes.flops * layout.batches / layout.ranks)
+    passes["flops_per_rank"] = per_rank = max(1, round(passes["flops"] * layout.batches / layout.ranks))
     rows = []
-    for value in [chosen] if chosen is None else sorted({*FRACTIONS, chosen}, reverse=True):
-        members = placed_at(value)
+    for value in [fraction] if fraction is None else sorted({*FRACTIONS, fraction}, reverse=True):
+        members = place(groups_at(value))
         step = step_costs(members, layout)
         rows.append(
             {
+                "label": algorithm if value is None else f"{algorithm} at {value:g}",
                 "fraction": value,
                 "state_bytes": step.state,
                 "state_bytes_per_parameter": state_bytes(members, one) / trainable,
@@ -303,39 +357,33 @@ def costs_of(
             }
         )
     control = step_costs([Placed(each.parameter, _ADAMW_GROUP, each.dim) for each in placed], layout)
-    algorithms = dict.fromkeys(each.group["algorithm"] for each in placed)
+    by_algorithm = group_by(placed, lambda each: each.group["algorithm"])
     return routing, {
-        "model": type(model).__name__,
+        "model": model_class,
         "parameters": sum(each.numel() for each in model.parameters()),
         "trainable_parameters": trainable,
-        "active_parameters": passes.active,
-        "dtype": str(placed[0].parameter.dtype).removeprefix("torch."),
+        "active_parameters": passes.pop("active_parameters"),
+        "dtype": str(dtype).removeprefix("torch."),
         "algorithm": algorithm,
-        "fraction": chosen,
-        "layout": {"kind": layout.kind, "ranks": layout.ranks, "replicas": layout.replicas, "shards": layout.shards},
+        "fraction": fraction,
+        "layout": {**asdict(layout), "ranks": layout.ranks},
         "batch": batch,
-        "tokens": passes.tokens,
-        "groups": [_group_row(group) for group in routing.param_groups()],
-        "state_bytes": {
-            name: state_bytes([each for each in placed if each.group["algorithm"] == name], layout)
-            for name in algorithms
-        },
-        "forward_backward": {
-            "products_flops": passes.products,
-            "attention_flops": passes.attention,
-            "flops": passes.flops,
-            "flops_per_rank": round(per_rank),
-        },
+        "tokens": passes.pop("tokens"),
+        "notes": passes.pop("notes"),
+        "groups": [_group_row(group) for group in groups],
+        "state_bytes": {name: state_bytes(members, layout) for name, members in by_algorithm.items()},
+        "forward_backward": passes,
         "steps": rows,
         "adamw": {
+            "label": "torch's AdamW",
             "state_bytes": adamw_state_bytes(placed, layout),
             "state_bytes_per_parameter": adamw_state_bytes(placed, one) / trainable,
             "flops": control.flops,
             "share_of_forward_backward": control.flops / per_rank,
+            "sums_bytes_sent": 0,
             "bytes_sent": 0,
         },
         "gradients_bytes_sent": gradient_bytes(placed, layout),
-        "notes": list(passes.notes),
     }
 
 
@@ -343,9 +391,8 @@ _ADAMW_GROUP: Final = {"algorithm": "adamw", **ALGORITHMS["adamw"].defaults()}
 
 
 def _group_row(group: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = [parameter.numel() for _, parameter in group["params"]]
-    entries = {name: value for name, value in group.items() if name != "params"}
-    return {**entries, "tensors": len(sizes), "parameters": sum(sizes)}
+    entries = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+    return {**entries, "tensors": len(group["params"]), "parameters": sum(each.numel() for each in group["params"])}
 
 
 def _sharded_dim(parameter: nn.Parameter, name: str, layout: Layout, plan: Mapping[str, str]) -> int | None:
@@ -370,7 +417,7 @@ def render(routing: Routing, figures: Mapping[str, Any]) -> str:
     at = "" if figures["fraction"] is None else f" at {figures['fraction']:g}"
     each = "together" if layout["kind"] == "tp" else "of each"
     on = "one rank" if ranks == 1 else f"{ranks} ranks ({layout['kind']}), {figures['tokens']:,} tokens {each}"
-    state = ", ".join(f"{name} {_bytes(number)}" for name, number in figures["state_bytes"].items())
+    state = ", ".join(f"{name} {_unit(number, 'B')}" for name, number in figures["state_bytes"].items())
     lines = [
         routing.report(),
         "",
@@ -378,10 +425,10 @@ def render(routing: Routing, figures: Mapping[str, Any]) -> str:
         f"{figures['dtype']}; a token meets {figures['active_parameters']:,}",
         f"{figures['algorithm']}{at} on {on}" + (f", {figures['tokens']:,} tokens" if ranks == 1 else ""),
         "",
-        f"State of a rank: {state}; torch's AdamW {_bytes(adamw['state_bytes'])}",
-        f"Forward and backward, of a rank: {_flops(passes['flops_per_rank'])}; of a batch: products with weights "
-        f"{_flops(passes['products_flops'])}, attention {_flops(passes['attention_flops'])}",
-        f"Sent by a rank to average gradients, whatever the optimizer: {_bytes(figures['gradients_bytes_sent'])}",
+        f"State of a rank: {state}; torch's AdamW {_unit(adamw['state_bytes'], 'B')}",
+        f"Forward and backward, of a rank: {_unit(passes['flops_per_rank'], 'FLOP')}; of a batch: products with "
+        f"weights {_unit(passes['products_flops'], 'FLOP')}, attention {_unit(passes['attention_flops'], 'FLOP')}",
+        f"Sent by a rank to average gradients, whatever the optimizer: {_unit(figures['gradients_bytes_sent'], 'B')}",
         "",
         "A step of one rank, the one with the most:",
         "",
@@ -392,37 +439,24 @@ def render(routing: Routing, figures: Mapping[str, Any]) -> str:
 
 
 def _fractions_table(figures: Mapping[str, Any]) -> str:
-    header = ["", "state", "bytes a parameter", "FLOPs", "of forward and backward", "sent", "of it sums"]
-    rows = [
-        [
-            figures["algorithm"] if step["fraction"] is None else f"{figures['algorithm']} at {step['fraction']:g}",
-            _bytes(step["state_bytes"]),
-            f"{step['state_bytes_per_parameter']:.2f}",
-            _flops(step["flops"]),
-            f"{step['share_of_forward_backward']:.2%}",
-            _bytes(step["bytes_sent"]),
-            _bytes(step["sums_bytes_sent"]),
-        ]
-        for step in figures["steps"]
-    ]
-    adamw = figures["adamw"]
-    share = f"{adamw['share_of_forward_backward']:.2%}"
-    per_parameter = f"{adamw['state_bytes_per_parameter']:.2f}"
-    rows.append(
-        ["torch's AdamW", _bytes(adamw["state_bytes"]), per_parameter, _flops(adamw["flops"]), share, _bytes(0), "-"]
+    cells = [["", "state", "bytes a parameter", "FLOPs", "of forward and backward", "sent", "of it sums"]]
+    for step in (*figures["steps"], figures["adamw"]):
+        cells.append(
+            [
+                step["label"],
+                _unit(step["state_bytes"], "B"),
+                f"{step['state_bytes_per_parameter']:.2f}",
+                _unit(step["flops"], "FLOP"),
+                f"{step['share_of_forward_backward']:.2%}",
+                _unit(step["bytes_sent"], "B"),
+                _unit(step["sums_bytes_sent"], "B"),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    aligned = [[f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)] for row in cells]
+    return "\n".join(
+        "  ".join([f"{row[0]:{widths[0]}}", *right[1:]]) for row, right in zip(cells, aligned, strict=True)
     )
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    cells = [[f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)][1:] for row in (header, *rows)]
-    first = [f"{row[0]:{widths[0]}}" for row in (header, *rows)]
-    return "\n".join("  ".join([name, *row]) for name, row in zip(first, cells, strict=True))
-
-
-def _bytes(number: float) -> str:
-    return _unit(number, "B")
-
-
-def _flops(number: float) -> str:
-    return _unit(number, "FLOP")
 
 
 def _unit(number: float, unit: str) -> str:
@@ -440,12 +474,6 @@ def _transformers() -> Any:
     except ImportError as error:
         raise ImportError("dion2-routes needs transformers: pip install 'dion2-lightning[transformers]'") from error
     return transformers
-
-
-def _model_types() -> Any:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return CONFIG_MAPPING
 
 
 def _parameters_of(model: nn.Module, method: str) -> list[nn.Parameter]:
@@ -495,14 +523,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: the config's)")
     parser.add_argument("--lora-rank", type=int, help="train LoRA adapters of this rank on every linear layer")
-    parser.add_argument("--lora", choices=LORA_ROLES, help="which LoRA factors are matrices (default: both)")
     parser.add_argument("--overrides", type=_overrides, help="as build_optimizer takes them, in JSON")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = vars(parser.parse_args(arguments))
     name, dtype, as_json = (options.pop(each) for each in ("model", "dtype", "json"))
     try:
-        config = load_config(name)
-        routing, figures = costs_of(build_model(config, dtype), config, **options)
+        routing, figures = costs_of(build_model(load_config(name), dtype), **options)
     except (ImportError, ValueError, TypeError) as error:
         print(f"dion2-routes: error: {error}", file=sys.stderr)
         return 1
