@@ -189,12 +189,29 @@ def _read(arguments: TrainingArguments) -> dict[str, Any]:
 
 def _pairs(optim_args: str) -> dict[str, str]:
     pairs = {}
-    for piece in filter(None, (piece.strip() for piece in optim_args.split(","))):
+    for piece in filter(None, map(str.strip, _pieces(optim_args))):
         name, separator, value = piece.partition("=")
         if not separator:
             raise ValueError(f"optim_args must be like 'fraction=0.25,momentum=0.8', got {piece!r} in {optim_args!r}")
         pairs[name.strip()] = value.strip()
     return pairs
+
+
+def _pieces(text: str) -> list[str]:
+    """Split a text at its commas, but for those in quotes or brackets."""
+    pieces, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "([{") - (character in ")]}")
+        if character == "," and not quote and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return pieces
 
 
 def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,15 +94,19 @@ def read_splits(text: str) -> Splits | None:
             f"'q 32*64 | k 8*64 | v 8*64', each also with ' along inputs', or {WHOLE!r}"
         )
     repeats = int(match["repeats"] or 1)
-    found = [(each["name"], int(each["count"] or 0), int(each["size"])) for each in pieces if each is not None]
+    found = [
+        (each["name"], None if each["count"] is None else int(each["count"]), int(each["size"]))
+        for each in pieces
+        if each is not None
+    ]
     names = [name for name, _, _ in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{text!r} has two blocks named {twice[0]!r}; give each a name of its own")
-    if repeats == 0 or any(size == 0 for _, _, size in found):
+    if repeats == 0 or any(count == 0 or size == 0 for _, count, size in found):
         raise ValueError(f"{text!r} has an empty block; leave it out")
-    sizes = [max(count, 1) * size for _, count, size in found]
+    sizes = [size if count is None else count * size for _, count, size in found]
     blocks = tuple(
-        Block(name, sum(sizes[:place]), sizes[place], sum(sizes), repeats, count * repeats if count else 1)
+        Block(name, sum(sizes[:place]), sizes[place], sum(sizes), repeats, 1 if count is None else count * repeats)
         for place, (name, count, _) in enumerate(found)
     )
     return Splits(INPUTS if match["inputs"] else OUTPUTS, blocks)

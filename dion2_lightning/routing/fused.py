@@ -7,15 +7,17 @@ the shape of the weight: where it does not fit, the weight is kept whole, and th
 
 import re
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 
 from dion2_lightning.matrices.splits import WHOLE, misfit
 from dion2_lightning.routing.model_tree import ModulePath, unwrap
+from dion2_lightning.routing.rules import FEW_SLICES
 
 
-class Found(NamedTuple):
+class SplitsFound(NamedTuple):
     """What was found: the text for ``splits``, and a few words for the report, empty where there is nothing to say."""
 
     splits: str
@@ -47,8 +49,8 @@ class Parts(NamedTuple):
     parts: tuple[Part, ...]
     repeats: int = 1
 
-    def text(self, per_head: bool) -> str:
-        """Return the text for ``splits``."""
+    def splits(self, per_head: bool) -> str:
+        """Return the text for ``splits``, each head a matrix or not."""
         pieces = [
             f"{name} {heads}*{size // heads}" if per_head and heads else f"{name} {size}"
             for name, size, heads in self.parts
@@ -57,6 +59,7 @@ class Parts(NamedTuple):
         return period if self.repeats == 1 else f"{self.repeats} x ({period})"
 
 
+@dataclass(frozen=True)
 class Layer:
     """A weight as rules see it.
 
@@ -64,31 +67,44 @@ class Layer:
         name: Under which name its module has the layer, such as ``"qkv_proj"``.
         module: That module.
         parent: The module that has it; None for a root.
+        config: The configuration that is nearest to it; None where there is none.
         outputs: How many outputs it has.
         inputs: How many inputs it has.
     """
 
-    def __init__(self, path: ModulePath, shape: tuple[int, int]) -> None:
+    name: str
+    module: nn.Module
+    parent: nn.Module | None
+    config: Any
+    outputs: int
+    inputs: int
+
+    @classmethod
+    def read(cls, path: ModulePath, shape: tuple[int, int]) -> "Layer":
         """Read a weight of this module path, and of this shape (out, in)."""
-        # The layer itself, or what wraps it alone, as Gemma's layers that clip do.
+        # The layer itself, or what wraps it alone, as Gemma's layers that clip and peft's adapters do.
         level = 1 if path.names[-1] == "weight" and len(path.modules) > 1 else 0
-        while path.module_name(level) in ("linear", "base_layer") and level + 2 <= len(path.modules):
-            level += 1
-        self.name = path.module_name(level)
-        self.module = path.modules[-1 - level]
-        self.parent = path.modules[-2 - level] if level + 2 <= len(path.modules) else None
-        self.outputs, self.inputs = shape
-        self._config = next((each.config for each in reversed(path.modules) if hasattr(each, "config")), None)
+        while level + 2 <= len(path.modules):
+            if path.module_name(level) in ("linear", "base_layer"):
+                level += 1
+            elif path.module_name(level + 1) == "modules_to_save":
+                level += 2
+            else:
+                break
+        parent = path.modules[-2 - level] if level + 2 <= len(path.modules) else None
+        config = next((each.config for each in reversed(path.modules) if hasattr(each, "config")), None)
+        return cls(path.module_name(level), path.modules[-1 - level], parent, config, *shape)
 
     @property
     def heads(self) -> int | None:
         """How many heads queries have."""
-        return self.number("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "num_v_heads")
+        return self.number(*_HEADS)
 
     @property
     def kv_heads(self) -> int | None:
-        """How many heads keys and values have."""
-        return self.number("num_key_value_heads", "num_kv_heads", "n_kv_heads") or self.heads
+        """How many heads keys and values have; those of a configuration may belong to another attention."""
+        has_heads = self.own_number(*_HEADS) is not None
+        return (self.own_number if has_heads else self.number)(*_KV_HEADS) or self.heads
 
     @property
     def head_size(self) -> int | None:
@@ -98,15 +114,11 @@ class Layer:
 
     def number(self, *names: str) -> int | None:
         """Return the first of some numbers that the module has, or else the configuration that is nearest to it."""
-        for source in (self.module, self._config):
-            for name in names:
-                try:
-                    value = getattr(source, name, None)
-                except Exception:  # a configuration whose layers differ in it
-                    continue
-                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                    return value
-        return None
+        return self.own_number(*names) or _number(self.config, names)
+
+    def own_number(self, *names: str) -> int | None:
+        """Return the first of some numbers that the module has."""
+        return _number(self.module, names)
 
     def numbers(self, *names: str) -> list[int] | None:
         """Return all of some numbers; None where one is missing."""
@@ -122,17 +134,28 @@ class Layer:
         return any(each.__module__.startswith("transformers.models.") for each in type(self.module).__mro__)
 
 
+def _number(source: object, names: tuple[str, ...]) -> int | None:
+    for name in names:
+        try:
+            value = getattr(source, name, None)
+        except Exception:  # a configuration whose layers differ in it
+            continue
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
 # How outputs are taken apart. Each returns the parts, a reason to keep the weight whole, or None where it is one matrix
 # or a number is missing.
 
-Taken = Parts | str | None
+PartsOrReason = Parts | str | None
 
 
-def _halves(first: str, second: str) -> Callable[[Layer], Taken]:
+def _halves(first: str, second: str) -> Callable[[Layer], PartsOrReason]:
     return lambda layer: Parts((Part(first, layer.outputs // 2), Part(second, layer.outputs // 2)))
 
 
-def _side_by_side(layer: Layer) -> Taken:
+def _side_by_side(layer: Layer) -> PartsOrReason:
     """All heads of q, then those of k, then those of v; k and v alone where another layer has q."""
     heads, kv_heads, size = layer.heads, layer.kv_heads, layer.head_size
     third = layer.outputs // 3
@@ -142,16 +165,16 @@ def _side_by_side(layer: Layer) -> Taken:
     return Parts((Part("q", heads * size, heads), keys, keys._replace(name="v")))
 
 
-def _keys_and_values(layer: Layer) -> Taken:
+def _keys_and_values(layer: Layer) -> PartsOrReason:
     half = layer.outputs // 2
     return Parts((Part("k", half, layer.kv_heads), Part("v", half, layer.kv_heads)))
 
 
-def _side_by_side_or_cross(layer: Layer) -> Taken:
+def _side_by_side_or_cross(layer: Layer) -> PartsOrReason:
     return _keys_and_values(layer) if layer.outputs == 2 * layer.inputs else _side_by_side(layer)
 
 
-def _by_head(layer: Layer) -> Taken:
+def _by_head(layer: Layer) -> PartsOrReason:
     """The first head of q, of k and of v, then the second of each."""
     if layer.heads is None:
         return None
@@ -159,7 +182,19 @@ def _by_head(layer: Layer) -> Taken:
     return Parts(tuple(Part(name, size, 1) for name in "qkv"), layer.heads)
 
 
-def _falcon(layer: Layer) -> Taken:
+def _by_name(layer: Layer) -> PartsOrReason:
+    """Side by side, as in timm's attention and in copies of GPT-2, unless the module says that it is by head."""
+    if layer.heads is None:
+        return None
+    if key_size := layer.own_number("key_dim"):
+        values = layer.outputs // layer.heads - 2 * key_size
+        return Parts((Part("q", key_size, 1), Part("k", key_size, 1), Part("v", values, 1)), layer.heads)
+    if layer.outputs != 3 * layer.inputs:
+        return None
+    return _by_head(layer) if getattr(layer.module, "head_first", False) else _side_by_side(layer)
+
+
+def _falcon(layer: Layer) -> PartsOrReason:
     heads, kv_heads, size = layer.heads, layer.kv_heads, layer.head_size
     if heads is None or kv_heads is None or size is None:
         return None
@@ -171,7 +206,7 @@ def _falcon(layer: Layer) -> Taken:
     return _by_head(layer)
 
 
-def _gpt_bigcode(layer: Layer) -> Taken:
+def _gpt_bigcode(layer: Layer) -> PartsOrReason:
     if getattr(layer.module, "is_cross_attention", False):
         return "its class takes one head of k and of v from it, and it has more outputs"
     size = layer.head_size
@@ -180,30 +215,30 @@ def _gpt_bigcode(layer: Layer) -> Taken:
     return Parts((Part("q", layer.inputs, layer.heads), Part("k", size, 1), Part("v", size, 1)))
 
 
-def _codegen(layer: Layer) -> Taken:
+def _codegen(layer: Layer) -> PartsOrReason:
     size, heads = layer.outputs // 12, (layer.heads or 0) // 4 or None
     return Parts((Part("q", size, heads), Part("v", size, heads), Part("k", size, heads)), 4)
 
 
-def _query_and_gate(layer: Layer) -> Taken:
+def _query_and_gate(layer: Layer) -> PartsOrReason:
     if layer.heads is None or layer.head_size is None or layer.outputs != 2 * layer.heads * layer.head_size:
         return None
     return Parts((Part("q", layer.head_size, 1), Part("gate", layer.head_size, 1)), layer.heads)
 
 
-def _latent_and_rotary(layer: Layer) -> Taken:
+def _latent_and_rotary(layer: Layer) -> PartsOrReason:
     rank, rotary = layer.number("kv_lora_rank"), layer.number("qk_rope_head_dim")
     return None if rank is None or rank == layer.outputs else Parts((Part("kv", rank), Part("k_rope", rotary or 0)))
 
 
-def _from_latent(layer: Layer) -> Taken:
+def _from_latent(layer: Layer) -> PartsOrReason:
     sizes = layer.numbers("qk_nope_head_dim", "v_head_dim")
     if sizes is None or layer.heads is None:
         return None
     return Parts((Part("k", sizes[0], 1), Part("v", sizes[1], 1)), layer.heads)
 
 
-def _delta_net(layer: Layer) -> Taken:
+def _delta_net(layer: Layer) -> PartsOrReason:
     found = layer.numbers("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
     if found is None:
         return None
@@ -213,26 +248,37 @@ def _delta_net(layer: Layer) -> Taken:
         queries = Part("q", keys * key_size, keys)
         return Parts((queries, queries._replace(name="k"), Part("v", values * value_size, values)))
     if layer.name == "in_proj_ba":
-        return Parts((Part("b", group), Part("a", group)), keys)
+        return _of_enough_rows(Part("b", group), Part("a", group), repeats=keys)
     per_key = (Part("q", key_size, 1), Part("k", key_size, 1))
     per_value = (Part("v", group * value_size, group), Part("z", group * value_size, group))
     return Parts((*per_key, *per_value), keys)
 
 
-def _mamba(layer: Layer) -> Taken:
-    inner = layer.number("intermediate_size")
+def _mamba(layer: Layer) -> PartsOrReason:
+    inner = layer.number("intermediate_size", "d_inner")
     if layer.outputs == 2 * (inner or 0):
         return _halves("x", "gate")(layer)
-    found = layer.numbers("n_groups", "ssm_state_size", "num_heads")
-    if inner is None or found is None:
+    groups, heads = layer.number("n_groups", "ngroups"), layer.number("num_heads", "nheads")
+    state = layer.number(*_STATE_SIZE)
+    if inner is None or groups is None or heads is None or state is None:
         return "its sizes are not known: pass splits="
-    groups, state, heads = found
-    # dt is one row a head, too few for a matrix of its own.
-    last = Part("C_dt", groups * state + heads)
-    return Parts((Part("gate", inner), Part("x", inner), Part("B", groups * state), last))
+    return _of_enough_rows(
+        Part("gate", inner),
+        Part("x", inner),
+        Part("B", groups * state),
+        Part("C", groups * state),
+        Part("dt", heads),
+    )
 
 
-def _levit(layer: Layer) -> Taken:
+def _mamba_x(layer: Layer) -> PartsOrReason:
+    rank, state = layer.number("time_step_rank", "dt_rank"), layer.number(*_STATE_SIZE)
+    if rank is None or state is None:
+        return "its sizes are not known: pass splits="
+    return _of_enough_rows(Part("dt", rank), Part("B", state), Part("C", state))
+
+
+def _levit(layer: Layer) -> PartsOrReason:
     found = layer.numbers("num_attention_heads", "key_dim", "attention_ratio")
     if found is None:
         return None
@@ -241,17 +287,30 @@ def _levit(layer: Layer) -> Taken:
     return Parts((*(Part(name, size, 1) for name in names), Part("v", ratio * size, 1)), heads)
 
 
-def _focal(layer: Layer) -> Taken:
+def _focal(layer: Layer) -> PartsOrReason:
     width = layer.inputs
-    # The gates, one row a level and one more, are too few for a matrix of their own.
-    return Parts((Part("q", width), Part("context_gates", layer.outputs - width)))
+    return _of_enough_rows(Part("q", width), Part("context", width), Part("gates", layer.outputs - 2 * width))
 
 
-def _every_second(first: str, second: str) -> Callable[[Layer], Taken]:
+def _every_second(first: str, second: str) -> Callable[[Layer], PartsOrReason]:
     return lambda layer: Parts((Part(first, 1), Part(second, 1)), layer.outputs // 2)
 
 
-def _thirds(*names: str) -> Callable[[Layer], Taken]:
+def _of_enough_rows(*parts: Part, repeats: int = 1) -> PartsOrReason:
+    """Take what has too few rows for a matrix of its own together with what is beside it, the smaller of two."""
+    kept = list(parts)
+    while len(kept) > 1:
+        pairs = [kept[place : place + 2] for place in range(len(kept) - 1)]
+        small = [pair for pair in pairs if min(part.size for part in pair) * repeats < FEW_SLICES]
+        if not small:
+            return Parts(tuple(kept), repeats)
+        first, second = min(small, key=lambda pair: pair[0].size + pair[1].size)
+        place = kept.index(first)
+        kept[place : place + 2] = [Part(f"{first.name}_{second.name}", first.size + second.size)]
+    return f"too few rows for {Parts(parts, repeats).splits(per_head=False)}"
+
+
+def _thirds(*names: str) -> Callable[[Layer], PartsOrReason]:
     return lambda layer: Parts(tuple(Part(name, layer.outputs // 3) for name in names))
 
 
@@ -261,12 +320,12 @@ class Rule(NamedTuple):
     Attributes:
         module: What the name of the module's class contains; None: every class of transformers that has such a layer.
         name: Pattern of the layer's name in that module.
-        take: How the outputs are taken apart.
+        parts_of: How the outputs are taken apart.
     """
 
     module: str | None
     name: str
-    take: Callable[[Layer], Taken]
+    parts_of: Callable[[Layer], PartsOrReason]
 
 
 RULES: Final = (
@@ -293,7 +352,7 @@ RULES: Final = (
     Rule("GatedDeltaNet", "in_proj_(qkvz|qkv|ba)", _delta_net),
     Rule("ZambaMambaMixer", "in_proj", _every_second("x", "gate")),
     Rule("Mamba|Bamba|FalconH1Mixer", "in_proj", _mamba),
-    Rule("Mamba", "x_proj", lambda layer: "dt, B and C have few rows"),
+    Rule("Mamba", "x_proj", _mamba_x),
     Rule("Lfm.*ShortConv", "in_proj", _thirds("B", "C", "x")),
     Rule("FocalNetModulation", "projection_in", _focal),
     # gate and up
@@ -309,17 +368,28 @@ RULES: Final = (
 )
 """What is known, the first that fits wins. Each has been read in the source of its class, transformers 5.23."""
 
+_HEADS: Final = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "num_v_heads")
+_KV_HEADS: Final = (
+    "num_key_value_heads",
+    "num_kv_heads",
+    "n_kv_heads",
+    "n_kv_head",
+    "num_query_groups",
+    "n_query_groups",
+)
 _HEAD_SIZE: Final = ("head_dim", "head_size", "attention_head_size")
+_STATE_SIZE: Final = ("ssm_state_size", "d_state")
 _OUTPUT_BESIDE: Final = {"qkv": "proj", "c_attn": "c_proj"}
-"""Layers that hold q, k and v side by side in timm and in GPT-2's many copies, and what is beside them there."""
+"""Layers that hold q, k and v in timm and in GPT-2's many copies, and what is beside them there."""
 _LOOKS_FUSED: Final = re.compile(r"qkv|query_key_value|keys_values|c_attn|gate_up|^in_proj_weight$|^w1[23]$|^Wi$")
 _ATTENTION: Final = re.compile(r"Att(entio)?n|GatedDeltaNet")
-_QUERY: Final = re.compile(r"(to_|w|linear_)?q(uery|ueries)?(_b)?(_proj(_weight)?|_lin|_attn)?")
-_KEY_OR_VALUE: Final = re.compile(r"(to_|w|linear_)?(k|v|key|value)(_proj(_weight)?|_lin)?")
+_QUERY: Final = re.compile(r"(to_|w|c_|linear_)?q(uery|ueries)?(_b)?(_proj(_weight)?|_lin|_attn)?")
+_KEY: Final = re.compile(r"(to_|w|c_|linear_)?k(ey)?(_proj(_weight)?|_lin)?")
+_VALUE: Final = re.compile(r"(to_|w|c_|linear_)?v(alue)?(_proj(_weight)?|_lin)?")
 _ATTENTION_OUTPUT: Final = re.compile(r"(to_|w|W|linear_)?o(ut)?(_proj|_lin)?|dense|proj(ection)?|c_proj")
 
 
-def find_splits(path: ModulePath, shape: tuple[int, int], per_head: bool) -> Found:
+def find_splits(path: ModulePath, shape: tuple[int, int], per_head: bool) -> SplitsFound:
     """Find the matrices in the weight of a linear layer, or in each matrix of a stack of experts.
 
     Args:
@@ -331,61 +401,106 @@ def find_splits(path: ModulePath, shape: tuple[int, int], per_head: bool) -> Fou
         ValueError: ``per_head``, and a number of heads does not divide the outputs of q, k or v, or the inputs of what
             follows attention.
     """
-    layer = Layer(path, shape)
+    layer = Layer.read(path, shape)
     for rule in RULES:
         is_known = layer.is_of_transformers() if rule.module is None else layer.is_a(rule.module)
         if re.fullmatch(rule.name, layer.name) and is_known:
-            taken = rule.take(layer)
-            if taken is not None:
-                return _checked(taken, path, layer, per_head, "by its class")
-    has_output = hasattr(layer.module, _OUTPUT_BESIDE.get(layer.name, ""))
-    if has_output and layer.outputs == 3 * layer.inputs and layer.heads:
-        return _checked(_side_by_side(layer), path, layer, per_head, "by its name and shape")
-    if per_head and (found := _heads(path, layer)) is not None:
+            parts = rule.parts_of(layer)
+            if parts is not None:
+                return _checked(parts, path, layer, per_head, "by its class")
+    if hasattr(layer.module, _OUTPUT_BESIDE.get(layer.name, "")) and (parts := _by_name(layer)) is not None:
+        return _checked(parts, path, layer, per_head, "by its name and shape")
+    if per_head and (found := _separate_heads(path, layer)) is not None:
         return found
-    return Found(WHOLE, "fused projections kept whole: pass splits=" if _LOOKS_FUSED.search(layer.name) else "")
+    return SplitsFound(WHOLE, "fused projections kept whole: pass splits=" if _LOOKS_FUSED.search(layer.name) else "")
 
 
-def _checked(taken: Taken, path: ModulePath, layer: Layer, per_head: bool, source: str) -> Found:
-    if not isinstance(taken, Parts):
-        return Found(WHOLE, f"kept whole: {taken}")
-    text = taken.text(per_head=False)
-    is_empty = taken.repeats < 1 or any(part.size < 1 for part in taken.parts)
+def _checked(parts: Parts | str, path: ModulePath, layer: Layer, per_head: bool, source: str) -> SplitsFound:
+    if isinstance(parts, str):
+        return SplitsFound(WHOLE, f"kept whole: {parts}")
+    text = parts.splits(per_head=False)
+    is_empty = parts.repeats < 1 or any(part.size < 1 for part in parts.parts)
     if is_empty or misfit(text, (layer.outputs, layer.inputs)) is not None:
-        return Found(WHOLE, f"fused projections kept whole, as {text} does not fit: pass splits=")
+        return SplitsFound(WHOLE, f"fused projections kept whole, as {text} does not fit: pass splits=")
     if per_head:
-        for name, size, heads in taken.parts:
+        for name, size, heads in parts.parts:
             if heads is not None:
                 _check_heads(path, f"{size} outputs of {name}", size, heads)
-        text = taken.text(per_head)
-    return Found(text, f"{text} {source}")
+        text = parts.splits(per_head)
+    return SplitsFound(text, f"{text} {source}")
 
 
-def _heads(path: ModulePath, layer: Layer) -> Found | None:
+def _separate_heads(path: ModulePath, layer: Layer) -> SplitsFound | None:
     """The heads of q, k or v in a weight of their own, or of what follows attention; None for another weight."""
     attention = _attention(layer)
     if attention is None:
         return None
-    layer.module = attention
+    layer = replace(layer, module=attention)
+    heads: int | str | None
+    is_output = False
     if _QUERY.fullmatch(layer.name):
-        heads, size, axis = layer.heads, layer.outputs, "outputs"
-    elif _KEY_OR_VALUE.fullmatch(layer.name):
-        heads, size, axis = layer.kv_heads, layer.outputs, "outputs"
+        heads, size = _heads_of_query(layer, layer.outputs), layer.outputs
+    elif _KEY.fullmatch(layer.name):
+        heads, size = _heads_of_key(layer), layer.outputs
+    elif _VALUE.fullmatch(layer.name):
+        heads, size = _heads_of_value(layer), layer.outputs
     elif _ATTENTION_OUTPUT.fullmatch(layer.name):
-        heads, size, axis = layer.heads, layer.inputs, "inputs"
+        heads, size, is_output = _heads_of_output(layer), layer.inputs, True
     else:
         return None
-    # What the module itself says of its heads' size tells also how many they are, under whatever name.
-    head_size = next((getattr(attention, name) for name in _HEAD_SIZE if hasattr(attention, name)), None)
-    if isinstance(head_size, int) and head_size > 0 and size % head_size == 0:
-        heads = size // head_size
-    if heads is None:
-        return Found(WHOLE, "kept whole: no number of heads is known")
+    if heads is None or isinstance(heads, str):
+        return SplitsFound(WHOLE, f"kept whole: {heads or 'no number of heads is known'}")
     if heads == 1:
         return None
-    _check_heads(path, f"{size} {axis}", size, heads)
-    text = f"head {heads}*{size // heads}" + " along inputs" * (axis == "inputs")
-    return Found(text, text)
+    _check_heads(path, f"{size} {'inputs' if is_output else 'outputs'}", size, heads)
+    text = f"head {heads}*{size // heads}" + " along inputs" * is_output
+    return SplitsFound(text, text)
+
+
+# How many heads a layer of an attention has; or why it is kept whole; None where nothing tells. Sizes tell more than
+# numbers: layers of a model differ in theirs, and a configuration has those of one kind only.
+
+
+def _heads_of_query(layer: Layer, queries: int) -> int | None:
+    size = layer.own_number(*_HEAD_SIZE)
+    return queries // size if size and queries % size == 0 else layer.number("num_k_heads", *_HEADS)
+
+
+def _heads_of_key(layer: Layer) -> int | str | None:
+    """Heads of k are as large as those of q."""
+    queries, keys = _outputs_of(layer.module, _QUERY), _outputs_of(layer.module, _KEY)
+    heads = queries and _heads_of_query(layer, queries)
+    if not queries or not keys or not heads or queries % heads:
+        return layer.own_number("num_k_heads") or layer.kv_heads
+    size = queries // heads
+    return f"heads of q have {size} outputs, and k {keys}" if keys % size else keys // size
+
+
+def _heads_of_value(layer: Layer) -> int | str | None:
+    """There are as many heads of v as of k, unless the module says otherwise."""
+    return layer.own_number("num_v_heads") or _heads_of_key(layer)
+
+
+def _heads_of_output(layer: Layer) -> int | None:
+    """Heads of the output are as large as those of v."""
+    heads, values = _heads_of_value(layer), _outputs_of(layer.module, _VALUE)
+    size = layer.own_number("v_head_dim", *_HEAD_SIZE)
+    if isinstance(heads, int) and values and values % heads == 0:
+        size = values // heads
+    return layer.inputs // size if size and layer.inputs % size == 0 else layer.heads
+
+
+def _outputs_of(attention: nn.Module, pattern: re.Pattern[str]) -> int | None:
+    """How many outputs the layer of such a name has in an attention; None where it has none."""
+    for name, parameter in attention.named_parameters(recurse=False):
+        if pattern.fullmatch(name):
+            return parameter.shape[0]
+    for name, child in attention.named_children():
+        if pattern.fullmatch(name):
+            layer = unwrap(child)
+            layers = (layer, dict(layer.named_children()).get("linear"))
+            return next((found for each in layers if (found := _number(each, ("out_features", "nf")))), None)
+    return None
 
 
 def _attention(layer: Layer) -> nn.Module | None:

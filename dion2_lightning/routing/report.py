@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from dion2_lightning.matrices.splits import blocks_of
 from dion2_lightning.routing.model_tree import collapse_numbers
 from dion2_lightning.routing.rules import OUTSIDE_BACKBONE, Role
 
@@ -62,7 +63,9 @@ def total_line(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> st
     return f"{line}; {sum(frozen):,} frozen" if frozen else line
 
 
-def notes(decisions: Sequence["Decision"], backbone: str | None, matrices: str, rest: str) -> tuple[str, ...]:
+def notes(
+    decisions: Sequence["Decision"], backbone: str | None, matrices: str, rest: str, per_head: bool
+) -> tuple[str, ...]:
     """Say what a user should know about how the model was read; ``backbone`` names its transformers model."""
     lines = []
     as_matrices = [each for each in decisions if each.as_matrices]
@@ -79,6 +82,14 @@ def notes(decisions: Sequence["Decision"], backbone: str | None, matrices: str, 
         lines.append(
             f"weights outside `{backbone}` were taken for heads. If one is an inner layer, pass "
             f'overrides={{"<its name>": "{matrices}"}}.'
+        )
+    has_heads = any(
+        block.matrices > 1 for each in as_matrices if each.role is Role.MATRIX for block in blocks_of(each.splits)
+    )
+    if per_head and not has_heads:
+        lines.append(
+            f"per_head=True cuts nothing: no attention of several heads was found in what {matrices} trains. Pass "
+            'splits={"<name of a weight>": "head <heads>*<size>"}.'
         )
     return tuple(lines)
 

@@ -15,6 +15,7 @@ from dion2_lightning.algorithms import ALGORITHMS, DEFAULT_MATRICES, DEFAULT_RES
 from dion2_lightning.algorithms.algorithm import STORAGE
 from dion2_lightning.algorithms.hyperparameters import flag, one_of
 from dion2_lightning.matrices.splits import WHOLE, blocks_of
+from dion2_lightning.parameter_groups import unique_name
 from dion2_lightning.routing.fused import find_splits
 from dion2_lightning.routing.model_tree import ModulePath, read_model
 from dion2_lightning.routing.overrides import (
@@ -144,8 +145,8 @@ class Routing:
             One new dictionary a group, the matrices first: ``params`` as (name, parameter) pairs in model order,
             ``name``, ``algorithm``, ``batched``, ``transposed`` and ``convolution`` where they are true, ``splits``
             where a weight is several matrices, a fraction of 1 for LoRA factors of low rank, a zero ``weight_decay``
-            where the parameters must not decay, and the options of an override. Names are unique, but where weights of
-            the same blocks have them in other sizes.
+            where the parameters must not decay, and the options of an override. Names are unique: those of groups with
+            the same blocks in other sizes end in a number.
         """
         kept = None if only is None else {id(parameter) for parameter in only}
         groups: dict[tuple[str, str], dict[str, Any]] = {}
@@ -155,7 +156,8 @@ class Routing:
             key = each.group, each.splits
             if key not in groups:
                 common = {} if each.as_matrices else rest or {}
-                groups[key] = {**common, "params": [], "name": each.group, **_group_entries(each)}
+                group = {**common, "params": [], "name": each.group, **_group_entries(each)}
+                groups[key] = group | {"name": unique_name(group, list(groups.values()))}
             groups[key]["params"].append((each.name, each.parameter))
         return list(groups.values())
 
@@ -192,9 +194,10 @@ def route_parameters(
 ) -> Routing:
     """Decide for every parameter of a model whether it is trained as matrices or with the rest.
 
-    Weights of linear modules, attention projections and stacks of experts are trained as matrices. Embeddings, output
-    embeddings, heads, routers, convolutions, biases, norms and all other parameters are the rest. In a transformers
-    model the head is what lies outside its ``base_model``; in a plain module no head is guessed.
+    Weights of linear modules, attention projections, stacks of experts and convolutions, but for depthwise ones and
+    those in small groups, are trained as matrices. Embeddings, of patches too, output embeddings, heads, routers,
+    biases, norms and all other parameters are the rest. In a transformers model the head is what lies outside its
+    ``base_model``; in a plain module no head is guessed.
 
     Args:
         model: The model, wrapped or not, on any device. It may hold DTensor parameters.
@@ -254,7 +257,7 @@ def route_parameters(
             override.check_options({each.algorithm for each in decisions if each.override is override})
     return Routing(
         tuple(decisions),
-        notes(decisions, tree.backbone, matrices, rest),
+        notes(decisions, tree.backbone, matrices, rest, per_head),
         (rest if control else matrices, rest),
         why_no_matrices(decisions, matrices, rest),
     )
@@ -282,18 +285,18 @@ def _decide(
             reason = f"{reason}; {by}"
         else:
             as_matrices, algorithm, reason = ALGORITHMS[override.algorithm].needs_matrices, override.algorithm, by
+    storage |= given
     if as_matrices and role not in LORA_ROLES["both"]:
         if blocks is not None and "splits" not in given:
             storage |= blocks.storage
             reason = f"{reason}; {storage['splits']} by splits `{blocks.pattern}`"
-        elif not given and "splits" not in storage and (shape := _shape_of_matrices(parameter, storage)) is not None:
+        elif "splits" not in storage and (shape := _shape_of_matrices(parameter, storage)) is not None:
             storage["splits"], found = find_splits(path, shape, per_head)
             reason = f"{reason}; {found}" if found else reason
-    storage |= given
     for source in (override, blocks):
         if as_matrices and source is not None:
             wrong = why_groups_hold_no_matrix(parameter, path)
-            if wrong is not None and "splits" not in source.storage:
+            if wrong is not None and blocks is None and "splits" not in given:
                 label = f"parameter {path.name!r} of shape {tuple(parameter.shape)}"
                 raise ValueError(f"{source.label}: {label} {wrong}")
             check_matrices(parameter, path.name, storage, source, algorithm)

@@ -111,8 +111,10 @@ def why_groups_hold_no_matrix(parameter: nn.Parameter, path: ModulePath) -> str 
 def rank_of(role: Role, parameter: nn.Parameter, path: ModulePath) -> int | None:
     """Return the rank of a LoRA factor that is a matrix; None for any other parameter."""
     axis = {Role.LORA_A: 0, Role.LORA_B: 1}.get(role)
+    if axis is None or (layer := _lora_layer(path)) is None:
+        return None
     # A factor for a stack of experts holds those of all of them.
-    return None if axis is None else parameter.shape[axis] // getattr(path.modules[-3], "num_experts", 1)
+    return parameter.shape[axis] // getattr(path.modules[layer], "num_experts", 1)
 
 
 def is_bias(path: ModulePath) -> bool:
@@ -136,20 +138,30 @@ def _untrained_or_vector(parameter: nn.Parameter, path: ModulePath) -> Verdict |
 
 
 def _lora_factor(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
-    for module, name in zip(path.modules, path.names, strict=True):
-        # A LoRA layer of peft, and its attribute that holds the parameter, e.g. lora_A.
-        if "lora_A" in getattr(type(module), "adapter_layer_names", ()) and name.startswith("lora_"):
-            if "embedding" in name:
-                return Verdict(Role.LORA_OTHER, "LoRA factor of an embedding")
-            convolution = _convolution_of(path)
-            is_matrix = parameter.ndim == 2 or (
-                convolution is not None
-                and convolution.groups == 1
-                and min(_matrix_of_group(parameter, convolution)) > 1
-            )
-            roles = {"lora_A": Role.LORA_A, "lora_B": Role.LORA_B} if is_matrix else {}
-            return Verdict(roles.get(name, Role.LORA_OTHER), "LoRA factor: its shorter axis is the rank")
-    return None
+    layer = _lora_layer(path)
+    if layer is None:
+        return None
+    name = path.names[layer]
+    if "embedding" in name:
+        return Verdict(Role.LORA_OTHER, "LoRA factor of an embedding")
+    convolution = _convolution_of(path)
+    is_matrix = parameter.ndim == 2 or (
+        convolution is not None and convolution.groups == 1 and min(_matrix_of_group(parameter, convolution)) > 1
+    )
+    roles = {"lora_A": Role.LORA_A, "lora_B": Role.LORA_B} if is_matrix else {}
+    return Verdict(roles.get(name, Role.LORA_OTHER), "LoRA factor: its shorter axis is the rank")
+
+
+def _lora_layer(path: ModulePath) -> int | None:
+    """Where in a path a LoRA layer of peft is whose attribute, such as lora_A, holds the parameter."""
+    return next(
+        (
+            index
+            for index, (module, name) in enumerate(zip(path.modules, path.names, strict=True))
+            if "lora_A" in getattr(type(module), "adapter_layer_names", ()) and name.startswith("lora_")
+        ),
+        None,
+    )
 
 
 def _head(parameter: nn.Parameter, path: ModulePath, backbone: str | None) -> Verdict | None:
@@ -316,11 +328,13 @@ def _is_patch_embedding(convolution: nn.modules.conv._ConvNd, path: ModulePath) 
         return False
     names = [path.module_name(1), *(type(module).__name__ for module in path.modules[-2:-1])]
     is_named = any(_PATCH_EMBEDDING.search(name) for name in names)
-    if convolution.in_channels <= _PIXEL_CHANNELS:
-        return is_named or convolution.stride == convolution.kernel_size
-    # Of other inputs, such as latents, only the name tells, and later stages have patch embeddings by name too.
+    is_of_pixels = convolution.in_channels <= _PIXEL_CHANNELS
+    if not is_named and not (is_of_pixels and convolution.stride == convolution.kernel_size):
+        return False
+    # Later stages are patch embeddings by name too, and a model of two parts has one for the pixels of each.
     model = [path.modules[0], *filter(is_transformers_model, path.modules)][-1]
-    return is_named and next(each for each in model.modules() if isinstance(each, _CONVOLUTION)) is convolution
+    is_first = next(each for each in model.modules() if isinstance(each, _CONVOLUTION)) is convolution
+    return is_first or (is_named and is_of_pixels)
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
@@ -358,15 +372,23 @@ def _is_expert_stack(parameter: nn.Parameter, path: ModulePath) -> bool:
 
 def _experts_below_each_other(parameter: nn.Parameter, path: ModulePath) -> int | None:
     """How many experts have their rows below each other in a matrix (experts x intermediate, hidden), as DBRX's."""
-    experts, name = path.owner, path.names[-1]
-    if parameter.ndim != 2 or not _names_experts(path.module_name(1), experts):
+    experts, registered = path.owner, path.module_name(1)
+    if not _names_experts(registered, experts) or "shared" in registered:
+        return None
+    shapes = {
+        name: each.shape
+        for name, each in experts.named_parameters(recurse=False)
+        if each.ndim == 2 and (_FROM_HIDDEN.search(name) or _TO_HIDDEN.search(name))
+    }
+    # In a single expert those from the hidden size and those to it lie across each other.
+    if path.names[-1] not in shapes or len(set(shapes.values())) > 1:
         return None
     rows, columns = parameter.shape
-    hidden = [getattr(experts, each, None) for each in _HIDDEN_SIZE_NAMES]
-    if columns not in hidden or not (_FROM_HIDDEN.search(name) or _TO_HIDDEN.search(name)):
+    sizes = {name: size for name, size in vars(experts).items() if isinstance(size, int)}
+    if columns not in [sizes.get(name) for name in _HIDDEN_SIZE_NAMES]:
         return None
-    counts = [size for each, size in vars(experts).items() if _EXPERT_COUNT.search(each) and isinstance(size, int)]
-    return next((count for count in counts if 0 < count < rows and rows % count == 0), None)
+    counts = [size for name, size in sizes.items() if _EXPERT_COUNT.search(name)]
+    return next((count for count in counts if any(count * size == rows for size in sizes.values() if size > 1)), None)
 
 
 def _experts_stored_in_out(experts: nn.Module) -> bool | None:

@@ -15,6 +15,7 @@ from torch import nn
 
 import dion2_lightning
 from dion2_lightning import Dion2, Dion2Factory, build_optimizer
+from dion2_lightning.integrations.transformers import _pairs, _parsed
 from tests.integrations.huggingface import plain_groups
 from tests.integrations.training import make_model
 
@@ -159,6 +160,22 @@ def test_optim_args_are_arguments_too() -> None:
     factory, settings = Dion2Factory.from_arguments(args, momentum=0.7)
     group = factory()(make_model(), **settings).param_groups[0]
     assert (group["fraction"], group["momentum"], group["check_finite"]) == (0.125, 0.7, True)
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "settings"),
+    [
+        ("splits={'*.a': 'whole', '*.b': 'q 1*2 | k 2'},lr=1", {"splits": {"*.a": "whole", "*.b": "q 1*2 | k 2"}}),
+        ("lr=1, betas=(0.9, 0.95)", {"betas": (0.9, 0.95)}),
+        (
+            """overrides={"a,[b]": {'lr': 2, 'note': "a, b"}},lr=1""",
+            {"overrides": {"a,[b]": {"lr": 2, "note": "a, b"}}},
+        ),
+        ("splits={'*.(.a': 'whole'},lr=1", {"splits": {"*.(.a": "whole"}}),
+    ],
+)
+def test_commas_within_an_optim_arg(optim_args: str, settings: dict[str, Any]) -> None:
+    assert _parsed(_pairs(optim_args)) == settings | {"lr": 1}
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def test_matrices(shape: tuple[int, ...], storage: dict, expected: dict[str, tup
         ("q 3 | q 2", "has two blocks named 'q'; give each a name of its own"),
         ("q 3 | k 0", "has an empty block; leave it out"),
         ("0 x (q 3)", "has an empty block; leave it out"),
+        ("q 0*4 | k 3", "has an empty block; leave it out"),
     ],
 )
 def test_texts_that_are_none(text: str, message: str) -> None:

@@ -485,10 +485,10 @@ def minimax() -> nn.Module:
     return transformers.MiniMaxForCausalLM(config)
 
 
-def qwen3_next() -> nn.Module:
+def qwen3_next(**changes: Any) -> nn.Module:
     config = transformers.Qwen3NextConfig(
         **_DECODER,
-        **_DELTA_NET,
+        **_DELTA_NET | changes,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=24,
@@ -515,10 +515,9 @@ def timesformer_classifier() -> nn.Module:
     return transformers.TimesformerForVideoClassification(config)
 
 
-def mamba2() -> nn.Module:
-    config = transformers.Mamba2Config(
-        vocab_size=96, hidden_size=32, state_size=8, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=2, **_ENDS
-    )
+def mamba2(**changes: Any) -> nn.Module:
+    sizes = {"hidden_size": 32, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2} | changes
+    config = transformers.Mamba2Config(vocab_size=96, num_hidden_layers=2, **sizes, **_ENDS)
     return transformers.Mamba2ForCausalLM(config)
 
 
@@ -529,13 +528,12 @@ def falcon_h1() -> nn.Module:
     return transformers.FalconH1ForCausalLM(config)
 
 
-def jamba() -> nn.Module:
+def jamba(**changes: Any) -> nn.Module:
     config = transformers.JambaConfig(
         **_TEXT,
+        **{"mamba_d_state": 4, "mamba_dt_rank": 4} | changes,
         num_key_value_heads=2,
         num_experts=4,
-        mamba_d_state=4,
-        mamba_dt_rank=4,
         attn_layer_period=2,
         attn_layer_offset=1,
         use_mamba_kernels=False,
@@ -574,6 +572,19 @@ def granite_moe_hybrid() -> nn.Module:
     return transformers.GraniteMoeHybridForCausalLM(config)
 
 
+def mimo_v2_flash() -> nn.Module:
+    config = transformers.AutoConfig.for_model(
+        "mimo_v2_flash",
+        **_TEXT | {"num_attention_heads": 8},
+        num_key_value_heads=2,
+        head_dim=12,
+        v_head_dim=8,
+        layer_types=["full_attention", "sliding_attention"],
+        mlp_layer_types=["dense", "dense"],
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def lfm2() -> nn.Module:
     config = transformers.Lfm2Config(
         **_TEXT, num_key_value_heads=2, block_multiple_of=16, layer_types=["conv", "full_attention"]
@@ -610,6 +621,35 @@ class TimmAttention(nn.Module):
         qkv = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         attended = nn.functional.scaled_dot_product_attention(*qkv.unbind(0))
         return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
+
+
+class HeadFirstAttention(TimmAttention):
+    """The layout of MaxViT's attention: q, k and v of the first head, then of the second."""
+
+    head_first = True
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = tokens.shape
+        heads = self.qkv(tokens).reshape(batch, length, self.num_heads, 3, self.head_dim).permute(3, 0, 2, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(*heads.unbind(0))
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class TinyAttention(nn.Module):
+    """The layout of TinyViT's attention: by head too, with a size of its own for v."""
+
+    def __init__(self, dim: int, num_heads: int, key_dim: int, val_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.key_dim, self.val_dim = num_heads, key_dim, val_dim
+        self.qkv = nn.Linear(dim, num_heads * (2 * key_dim + val_dim))
+        self.proj = nn.Linear(num_heads * val_dim, dim)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = tokens.shape
+        heads = self.qkv(tokens).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        q, k, v = heads.split([self.key_dim, self.key_dim, self.val_dim], dim=-1)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class TimmBlock(nn.Module):

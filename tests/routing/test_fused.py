@@ -216,6 +216,16 @@ LAYER = "transformer.h.0"
 ATTENTION = {
     "torch": Case(SelfAttention, VECTORS, "attention.in_proj_weight", "q 32 | k 32 | v 32"),
     "timm": Case(lambda: Holder(models.timm_blocks()), VECTORS, "held.0.attn.qkv.weight", "q 32 | k 32 | v 32", "proj"),
+    "timm, by head": Case(
+        lambda: Holder(models.HeadFirstAttention(32, 4)), VECTORS, "held.qkv.weight", "4 x (q 8 | k 8 | v 8)", "proj"
+    ),
+    "timm, by head with other sizes": Case(
+        lambda: Holder(models.TinyAttention(32, 4, key_dim=8, val_dim=16)),
+        VECTORS,
+        "held.qkv.weight",
+        "4 x (q 8 | k 8 | v 16)",
+        "proj",
+    ),
     "gpt2": Case(models.gpt2, TOKENS, f"{LAYER}.attn.c_attn.weight", "q 32 | k 32 | v 32", "c_proj"),
     "gpt2 cross": Case(
         models.gpt2_cross_attention, CROSS, f"{LAYER}.crossattention.c_attn.weight", "k 32 | v 32", "c_proj"
@@ -466,6 +476,70 @@ def test_mixers(name: str) -> None:
     assert {block for block, rank in ranks.items() if rank == 1} == {gate, "C"} & set(blocks)
 
 
+class MambaOfAnotherLibrary(nn.Module):
+    """The attributes and layers of ``mamba_ssm``'s modules."""
+
+    def __init__(self, outputs: int, **sizes: int) -> None:
+        super().__init__()
+        self.__dict__ |= {"d_inner": 64, "d_state": 16} | sizes
+        self.in_proj, self.x_proj = nn.Linear(32, outputs), nn.Linear(64, sizes.get("dt_rank", 16) + 32)
+
+
+class Mamba(MambaOfAnotherLibrary):
+    pass
+
+
+class Mamba2(MambaOfAnotherLibrary):
+    pass
+
+
+def test_mamba_of_another_library() -> None:
+    decisions = decide(Mamba(128, dt_rank=24))
+    assert decisions["in_proj.weight"].splits == "x 64 | gate 64"
+    assert decisions["x_proj.weight"].splits == "dt 24 | B 16 | C 16"
+    decisions = decide(Mamba2(216, ngroups=2, nheads=24))
+    assert decisions["in_proj.weight"].splits == "gate 64 | x 64 | B 32 | C 32 | dt 24"
+    assert decide(Mamba(128))["x_proj.weight"].reason == "linear; kept whole: its sizes are not known: pass splits="
+
+
+class TestFewRows:
+    """What has under 16 rows is no matrix of its own, and what has more is one, in every family."""
+
+    @pytest.mark.parametrize(
+        ("heads", "state", "splits"),
+        [
+            (16, 8, "gate 64 | x 64 | B 16 | C 16 | dt 16"),
+            (8, 8, "gate 64 | x 64 | B 16 | C_dt 24"),
+            (8, 4, "gate 64 | x 64 | B_C_dt 24"),
+            (16, 4, "gate 64 | x 64 | B_C 16 | dt 16"),
+        ],
+    )
+    def test_mamba2(self, heads: int, state: int, splits: str) -> None:
+        model = on_meta(models.mamba2, num_heads=heads, head_dim=64 // heads, state_size=state)
+        assert decide(model)["backbone.layers.0.mixer.in_proj.weight"].splits == splits
+
+    @pytest.mark.parametrize(
+        ("rank", "state", "splits", "reason"),
+        [
+            (32, 16, "dt 32 | B 16 | C 16", "linear; dt 32 | B 16 | C 16 by its class"),
+            (4, 16, "dt_B 20 | C 16", "linear; dt_B 20 | C 16 by its class"),
+            (32, 8, "dt 32 | B_C 16", "linear; dt 32 | B_C 16 by its class"),
+            (4, 4, "whole", "linear; kept whole: too few rows for dt 4 | B 4 | C 4"),
+        ],
+    )
+    def test_jamba(self, rank: int, state: int, splits: str, reason: str) -> None:
+        model = on_meta(models.jamba, mamba_dt_rank=rank, mamba_d_state=state)
+        decision = decide(model)["model.layers.0.mamba.x_proj.weight"]
+        assert (decision.splits, decision.reason) == (splits, reason)
+
+    def test_linear_attention(self) -> None:
+        decision = decide(on_meta(models.qwen3_next))["model.layers.0.linear_attn.in_proj_ba.weight"]
+        assert (decision.splits, decision.reason) == (
+            "whole",
+            "linear; kept whole: too few rows for 2 x (b 2 | a 2)",
+        )
+
+
 def test_focal_modulation() -> None:
     case = Case(
         focal_modulation, {"tokens": torch.rand(1, 4, 4, 32)}, "held.projection_in.weight", "", "projection_out"
@@ -480,12 +554,12 @@ def test_focal_modulation() -> None:
 
 
 def test_what_linear_attention_takes_apart() -> None:
-    model = models.qwen3_next()
+    model = models.qwen3_next(linear_num_value_heads=16)
     attention: Any = model.get_submodule("model.layers.0.linear_attn")
     decisions = decide(model)
     found = {name: decisions[f"model.layers.0.linear_attn.in_proj_{name}.weight"] for name in ("qkvz", "ba")}
-    assert found["qkvz"].splits == "2 x (q 8 | k 8 | v 12 | z 12)"
-    assert found["ba"].splits == "2 x (b 2 | a 2)"
+    assert found["qkvz"].splits == "2 x (q 8 | k 8 | v 48 | z 48)"
+    assert found["ba"].splits == "2 x (b 8 | a 8)"
     weights = [attention.in_proj_qkvz.weight.T[None], attention.in_proj_ba.weight.T[None]]
     parts = dict(zip("qkvzba", attention.fix_query_key_value_ordering(*weights), strict=True))
     for name, decision in found.items():
@@ -633,6 +707,95 @@ class Attention(nn.Module):
             setattr(self, name, value)
 
 
+def test_keys_and_values_have_the_heads_that_their_sizes_say() -> None:
+    """The sliding layers of this model have twice as many as its configuration says, and heads of v are smaller."""
+    pytest.importorskip("transformers.models.mimo_v2_flash")  # newer than the oldest version that is supported
+    decisions = decide(on_meta(models.mimo_v2_flash), per_head=True)
+    found = {name.split(".", 2)[2]: each.splits for name, each in decisions.items() if "_proj.weight" in name}
+    assert {name: text for name, text in found.items() if "self_attn" in name} == {
+        "0.self_attn.q_proj.weight": "head 8*12",
+        "0.self_attn.k_proj.weight": "head 2*12",
+        "0.self_attn.v_proj.weight": "head 2*8",
+        "0.self_attn.o_proj.weight": "head 8*8 along inputs",
+        "1.self_attn.q_proj.weight": "head 8*12",
+        "1.self_attn.k_proj.weight": "head 4*12",
+        "1.self_attn.v_proj.weight": "head 4*8",
+        "1.self_attn.o_proj.weight": "head 8*8 along inputs",
+    }
+
+
+def test_a_configuration_does_not_say_how_many_heads_another_attention_has() -> None:
+    model: Any = evolla_attention()
+    model.config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2)
+    decisions = decide(model, per_head=True)
+    assert decisions["held.to_kv.weight"].splits == "k 4*8 | v 4*8"
+    assert decisions["held.to_q.weight"].splits == "head 4*8"
+
+
+class NamedAttention(nn.Module):
+    """Attention of 4 heads, k and v of 2, in layers of some names."""
+
+    def __init__(self, *names: str, keys: int = 12, **heads: int) -> None:
+        super().__init__()
+        for name, outputs in zip(names, (24, keys, keys, 24), strict=True):
+            self.register_module(name, nn.Linear(24, outputs, bias=False))
+        self.__dict__ |= heads or {"n_head": 4}
+
+
+class TestHeadsByName:
+    @pytest.mark.parametrize(
+        "names",
+        [("c_q", "c_k", "c_v", "c_proj"), ("wq", "wk", "wv", "wo"), ("query", "key", "value", "out_proj")],
+    )
+    def test_of_layers(self, names: tuple[str, ...]) -> None:
+        decisions = decide(NamedAttention(*names), per_head=True)
+        assert [decisions[f"{name}.weight"].splits for name in names] == [
+            "head 4*6",
+            "head 2*6",
+            "head 2*6",
+            "head 4*6 along inputs",
+        ]
+
+    @pytest.mark.parametrize("name", ["num_key_value_heads", "n_kv_head", "num_query_groups", "n_query_groups"])
+    def test_of_numbers_where_no_layer_has_q(self, name: str) -> None:
+        model = NamedAttention("other", "k_proj", "v_proj", "o_proj", **{"n_head": 4, name: 2})
+        model.query = nn.Parameter(torch.zeros(1, 3, 24))
+        decisions = decide(model, per_head=True)
+        assert decisions["k_proj.weight"].splits == decisions["v_proj.weight"].splits == "head 2*6"
+
+    def test_keys_that_are_no_heads_of_the_size_of_q(self) -> None:
+        model = NamedAttention("q_proj", "k_proj", "v_proj", "o_proj", keys=16)
+        decision = decide(model, per_head=True)["k_proj.weight"]
+        assert (decision.splits, decision.reason) == (
+            "whole",
+            "linear; kept whole: heads of q have 6 outputs, and k 16",
+        )
+
+    def test_linear_attention_with_more_heads_of_v(self) -> None:
+        config = transformers.OlmoHybridConfig(
+            **models._DECODER,
+            **models._DELTA_NET | {"linear_value_head_dim": 8},
+        )
+        model = on_meta(lambda: transformers.OlmoHybridForCausalLM(config))
+        decisions = decide(model, per_head=True)
+        name = "model.layers.0.linear_attn."
+        assert [decisions[f"{name}{each}_proj.weight"].splits for each in "qkvo"] == [
+            "head 2*8",
+            "head 2*8",
+            "head 4*8",
+            "head 4*8 along inputs",
+        ]
+
+    @pytest.mark.parametrize("model", [models.mlp(), NamedAttention("q_proj", "k", "v", "o", n_head=1, keys=24)])
+    def test_nothing_to_cut(self, model: nn.Module) -> None:
+        [*_, note] = route_parameters(model, per_head=True).notes
+        assert note.startswith("per_head=True cuts nothing: no attention of several heads was found in what dion2")
+
+    @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+    def test_something_to_cut(self, name: str) -> None:
+        assert not route_parameters(build(name), per_head=True).notes
+
+
 class TestHeadsThatDoNotFit:
     @pytest.mark.parametrize(("num_heads", "fits"), [(5, "4 or 6"), (7, "6 or 8"), (24, "8 or 12"), (50, "8 or 12")])
     def test_a_number_that_does_not_divide(self, num_heads: int, fits: str) -> None:
@@ -778,6 +941,22 @@ def test_a_class_that_inherits_is_known() -> None:
     assert decide(model)["model.layers.0.self_attn.qkv_proj.weight"].splits == "q 32 | k 16 | v 16"
 
 
+def test_weights_that_an_adapter_saves_are_split() -> None:
+    import peft
+
+    def save(builder: Callable[[], nn.Module], *names: str) -> nn.Module:
+        config = peft.LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=list(names))
+        return on_meta(lambda: peft.get_peft_model(builder(), config))
+
+    layer = "base_model.model.model.layers.0."
+    saved = "modules_to_save.default.weight"
+    decisions = decide(save(models.phi3, "qkv_proj", "gate_up_proj"), per_head=True)
+    assert decisions[f"{layer}self_attn.qkv_proj.{saved}"].splits == "q 4*8 | k 2*8 | v 2*8"
+    assert decisions[f"{layer}mlp.gate_up_proj.{saved}"].splits == "gate 48 | up 48"
+    decisions = decide(save(models.llama, "q_proj", "k_proj"), per_head=True)
+    assert decisions[f"{layer}self_attn.k_proj.{saved}"].splits == "head 2*8"
+
+
 def test_lora_factors_are_never_split() -> None:
     import peft
 
@@ -823,9 +1002,16 @@ class TestSplits:
         decisions = decide(build("phi3"), overrides={QKV: {"lr": 0.5}})
         assert decisions[QKV.replace("*", "0", 1)].splits == "q 32 | k 16 | v 16"
 
-    def test_what_overrides_say_of_the_storage_drops_what_is_found(self) -> None:
+    @pytest.mark.parametrize(("per_head", "splits"), [(False, "q 32 | k 32 | v 32"), (True, "q 4*8 | k 4*8 | v 4*8")])
+    def test_what_is_found_fits_what_overrides_say_of_the_storage(self, per_head: bool, splits: str) -> None:
+        arguments: dict[str, Any] = {"overrides": {"*.c_attn.weight": {"transposed": True}}, "per_head": per_head}
+        assert decide(build("gpt2"), **arguments)["transformer.h.0.attn.c_attn.weight"].splits == splits
+
+    def test_what_overrides_say_of_the_storage_drops_what_contradicts_it(self) -> None:
         decisions = decide(build("gpt2"), overrides={"*.c_attn.weight": {"transposed": False}})
-        assert decisions["transformer.h.0.attn.c_attn.weight"].splits == "whole"
+        decision = decisions["transformer.h.0.attn.c_attn.weight"]
+        assert (decision.transposed, decision.splits) == (False, "whole")
+        assert decision.reason.endswith("does not fit: pass splits=")
 
     def test_of_what_an_override_sends_to_matrices(self) -> None:
         arguments = {"overrides": {"cls.predictions.transform.dense.weight": "dion2"}}

@@ -82,6 +82,11 @@ class TestOverrides:
         whole = decide(model, overrides={"weight": {"algorithm": "dion2", "splits": "whole"}})["weight"]
         assert (whole.group, whole.splits) == ("dion2-convolutions", "whole")
 
+    def test_splits_beside_an_override_take_all_groups_together(self) -> None:
+        model = nn.Conv2d(64, 64, 3, groups=64)
+        whole = decide(model, overrides={"weight": {"algorithm": "dion2"}}, splits={"weight": "whole"})["weight"]
+        assert (whole.group, whole.splits) == ("dion2-convolutions", "whole")
+
     def test_patch_embedding(self) -> None:
         name = "vit.embeddings.patch_embeddings.projection.weight"
         assert decide(build("vit_classifier"), overrides={name: "dion2"})[name].group == "dion2-convolutions"

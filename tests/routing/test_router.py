@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from dion2_lightning import build_optimizer
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.adamw import AdamWAlgorithm
 from dion2_lightning.algorithms.dion2 import Dion2Algorithm
@@ -72,6 +73,14 @@ class TestGroups:
             {"name": "adamw", "algorithm": "adamw"},
             {"name": "adamw-no-decay", "algorithm": "adamw", "weight_decay": 0.0},
         ]
+
+    def test_names_are_those_of_the_optimizer(self) -> None:
+        model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+        splits = {"0.weight": "a 32 | b 32", "1.weight": "a 16 | b 48"}
+        routing = route_parameters(model, splits=splits)
+        names = [group["name"] for group in routing.param_groups()]
+        assert names == ["dion2", "dion2-a-b", "dion2-a-b-2"]
+        assert [group["name"] for group in build_optimizer(model, lr=0.1, splits=splits).param_groups] == names
 
     def test_torch_optimizers_take_them(self) -> None:
         optimizer = torch.optim.SGD(route_parameters(models.mlp()).param_groups(), lr=0.1)

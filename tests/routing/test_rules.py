@@ -107,24 +107,37 @@ class TestOrientation:
         }
 
     @pytest.mark.parametrize(
-        ("name", "shape", "counts"),
+        ("registered", "name", "shape", "sizes", "is_stack"),
         [
-            ("scale", (12, 8), {"num_experts": 4}),
-            ("w1", (12, 6), {"num_experts": 4}),
-            ("w1", (4, 8), {"num_experts": 4}),
-            ("w1", (12, 8), {"num_experts": 5, "n_shared_experts": 0}),
-            ("w1", (12, 8), {"num_experts_per_tok": 4}),
+            ("experts", "w1", (12, 8), {}, True),
+            ("experts", "scale", (12, 8), {}, False),
+            ("experts", "w1", (12, 6), {}, False),
+            ("experts", "w1", (4, 8), {"width": 1}, False),
+            ("experts", "w1", (12, 8), {"num_experts": 5, "n_shared_experts": 0}, False),
+            ("experts", "w1", (12, 8), {"num_experts": None, "num_experts_per_tok": 4}, False),
+            ("experts", "w1", (12, 8), {"width": 6}, False),
+            ("shared_experts", "w1", (12, 8), {}, False),
         ],
-        ids=["name", "hidden size", "one row each", "does not divide", "another number"],
+        ids=["it is", "name", "hidden size", "one row each", "count", "another number", "width", "shared"],
     )
     def test_what_is_no_stack_in_two_dimensions(
-        self, name: str, shape: tuple[int, int], counts: dict[str, int]
+        self, registered: str, name: str, shape: tuple[int, int], sizes: dict[str, Any], is_stack: bool
     ) -> None:
-        model: Any = nn.Module()
-        model.experts = nn.Module()
-        vars(model.experts).update(hidden_size=8, **counts)
-        model.experts.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        assert decide(model)[f"experts.{name}"].role is Role.OTHER
+        model, experts = nn.Module(), nn.Module()
+        model.register_module(registered, experts)
+        vars(experts).update({"hidden_size": 8, "width": 3, "num_experts": 4} | sizes)
+        experts.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        role = Role.EXPERTS if is_stack else Role.OTHER
+        assert decide(model)[f"{registered}.{name}"].role is role
+
+    def test_a_single_expert_is_no_stack(self) -> None:
+        """Its second weight lies across the first."""
+        model, expert = nn.Module(), nn.Module()
+        model.register_module("expert", expert)
+        vars(expert).update(hidden_size=8, num_experts=2)
+        for name, shape in {"w1": (16, 8), "w2": (8, 16)}.items():
+            expert.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        assert {each.role for each in decide(model).values()} == {Role.OTHER}
 
     def test_stack_of_vectors_is_no_stack_of_matrices(self) -> None:
         model = nn.Sequential(nn.Linear(2, 2))
@@ -336,8 +349,20 @@ class TestConvolutions:
             (nn.Sequential(nn.ConvTranspose2d(3, 32, 2, stride=2)), []),
             (nn.Sequential(PatchEmbed(16), PatchEmbed(32)), ["0.proj.weight"]),
             (nn.ModuleDict({"patch_embedding": nn.Conv2d(3, 32, 7, stride=4)}), ["patch_embedding.weight"]),
+            (nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 4, 1), nn.Conv2d(4, 32, 2, stride=2)), []),
+            (nn.Sequential(PatchEmbed(3), PatchEmbed(3)), ["0.proj.weight", "1.proj.weight"]),
         ],
-        ids=["pixels", "not pixels", "overlapping", "one tap", "transposed", "first of its name", "name"],
+        ids=[
+            "pixels",
+            "not pixels",
+            "overlapping",
+            "one tap",
+            "transposed",
+            "first of its name",
+            "name",
+            "not first",
+            "two images",
+        ],
     )
     def test_patch_embeddings(self, model: nn.Module, patch_embeddings: list[str]) -> None:
         found = [name for name, each in decide(model).items() if each.reason == "patch embedding"]
@@ -505,6 +530,14 @@ class TestLora:
         trained = [each for each in factors.values() if each.group]
         assert {each.shape for each in trained} == {(16, 48), (32, 16)}
         assert {(each.group, each.reason[-18:]) for each in trained} == {("dion2-low-rank", "rank 4: fraction 1")}
+
+    def test_a_number_of_experts_beside_a_layer_does_not_change_its_rank(self) -> None:
+        """AdaLoRA holds its factors one level higher than LoRA."""
+        block: Any = nn.Module()
+        block.lin, block.num_experts = nn.Linear(64, 64), 8
+        config = peft.AdaLoraConfig(init_r=32, target_r=16, total_step=9, tinit=1, tfinal=1, target_modules=["lin"])
+        factors = decide(peft.get_peft_model(nn.Sequential(block), config))
+        assert {each.group for each in factors.values() if each.as_matrices} == {"dion2"}
 
     def test_an_adapter_that_is_not_active_is_frozen(self) -> None:
         model: Any = build("lora_llama")
