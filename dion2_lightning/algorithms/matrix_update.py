@@ -174,13 +174,26 @@ class MatrixUpdate:
             return False
         return whole.movedim(1, -1).is_contiguous()
 
+    @cached_property
+    def is_in_pieces(self) -> bool:
+        """Whether the views are of pieces, see kernels/selection.py, so that a block in several ones needs no copy.
+
+        Random bits are those of whole matrices, and a subclass multiplies these.
+        """
+        wholes = local(self.parameter), local(self.state["momentum"])
+        is_simple = all(each.is_contiguous() and each.dtype not in HALF_PRECISION for each in wholes)
+        return self.part.is_in_pieces and is_simple and type(self) is MatrixUpdate
+
     def _read(self, tensor: Tensor) -> Tensor:
+        if self.is_in_pieces:
+            return self.matrices.slices(self.part.pieces(tensor.contiguous()), self.axis)
         return self.matrices.slices(self.part.read(tensor, taps_first=self.taps_first), self.axis)
 
     def write_back(self) -> None:
         """Write what had to be copied, as it has no view, to where it came from, and let go of it."""
         for name, whole in (("weight", local(self.parameter)), ("momentum", local(self.state["momentum"]))):
-            if name in vars(self) and not self.part.is_view(whole, taps_first=self.taps_first):
+            is_view = self.is_in_pieces or self.part.is_view(whole, taps_first=self.taps_first)
+            if name in vars(self) and not is_view:
                 copy = self.matrices.slices(vars(self)[name], self.axis)  # its own inverse
                 self.part.write(whole, copy, taps_first=self.taps_first)
         for name in ("weight", "gradient", "momentum"):
