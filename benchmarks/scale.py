@@ -34,13 +34,19 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-import torch
-
-from dion2_lightning.distributed.owner_exchange import SharedSubmatrix
-from dion2_lightning.distributed.owners import Owner, plan_owners
-from dion2_lightning.kernels.orthonormalize import flops
+from dion2_lightning import costs
+from dion2_lightning.costs import (
+    ADAMW_FLOPS,
+    DION2_FLOPS,
+    NEURON_FLOPS,
+    SELECTED_FLOPS,
+    SUM_BYTES,
+    Submatrix,
+    ring,
+    shard,
+    shared_work,
+)
 from dion2_lightning.kernels.selection import selected_count
-from dion2_lightning.matrices.layout import Span
 from dion2_lightning.matrices.views import read_matrices
 
 Shape = tuple[int, ...]
@@ -71,21 +77,6 @@ BESIDES_MATRICES = {"llama-3.2-1b": (128256 + 2 * 16 + 1) * 2048}
 """Parameters of embeddings and norms, for models that fit on one GPU: what AdamW updates and replicas average."""
 
 MUON = 1.0
-DTYPE = torch.bfloat16
-SUM_BYTES = 8
-"""A slice's norm, and a neuron's sum of squares, travel in float64."""
-
-ADAMW_FLOPS = 14
-"""An entry: weight decay 1, first moment 3, second moment 4, denominator 3, update 3."""
-
-DION2_FLOPS = 4
-"""An entry, selected or not: M + G, |M|, their sum, weight decay."""
-
-SELECTED_FLOPS = 3
-"""A selected entry: momentum decay, and the scaled update."""
-
-NEURON_FLOPS = 3
-"""More of Dion3, a selected entry: its square, their sum, and the neuron's factor."""
 
 MOVED = {"adamw": 28, "dion2": 24, "dion": 36}
 """Bytes of memory read and written for a float32 entry. Dion2: M + G 12, |M| 4, weight decay 8. Dion: M + G 12, B Q and
@@ -128,23 +119,6 @@ class Layout:
     replicas: int = 1
 
 
-@dataclass(frozen=True, eq=False)
-class Submatrix:
-    """The selected slices of a matrix that is sharded by rows.
-
-    Attributes:
-        cost: FLOPs of its orthonormalization.
-        held: Entries by rank.
-    """
-
-    cost: int
-    held: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(self.held)
-
-
 @dataclass(frozen=True)
 class Step:
     """A step, by rank, one replica after the other.
@@ -172,12 +146,6 @@ def stays_whole(shape: Shape, layout: Layout) -> bool:
     return len(shape) == 3 and not layout.experts_by_rows
 
 
-def shard(size: int, ranks: int) -> list[Span]:
-    """Return what each rank holds of a sharded axis, as ``torch.chunk`` cuts it; the last ranks may hold nothing."""
-    step = -(-size // ranks)
-    return [(min(size, rank * step), min(size, (rank + 1) * step)) for rank in range(ranks)]
-
-
 def sizes(shape: Shape, layout: Layout) -> list[int]:
     """Return the entries of a parameter on each rank."""
     axis = 0 if stays_whole(shape, layout) else -2
@@ -188,18 +156,10 @@ def sizes(shape: Shape, layout: Layout) -> list[int]:
 @lru_cache
 def submatrix(shape: Shape, fraction: float, ranks: int, algorithm: str = "dion2") -> Submatrix:
     """Return what is selected of a matrix of this shape, if it spreads evenly over the slices."""
-    rows, columns = shape[-2:]
-    (matrices,) = read_matrices((rows, columns))
+    (matrices,) = read_matrices(shape[-2:])
     axis = matrices.selection_axis(SELECT[algorithm])
-    slices, entries = matrices.shape[axis], matrices.shape[1 - axis]
-    k = selected_count(slices, fraction)
-    held = shard(rows, ranks)
-    if matrices.slices_are_rows(axis):
-        selected = torch.tensor([(k * start // slices, k * stop // slices) for start, stop in held])
-        shared = SharedSubmatrix(Owner(None, 0), (k, entries), (0, 0), selected, [(0, columns)] * ranks)
-    else:
-        shared = SharedSubmatrix(Owner(None, 0), (k, entries), (0, 0), None, held)
-    return Submatrix(flops(k, entries), tuple(shared.size_on(rank) for rank in range(ranks)))
+    k = selected_count(matrices.shape[axis], fraction)
+    return costs.submatrix(matrices, axis, k, tuple(shard(shape[-2], ranks)), is_rows=True)
 
 
 def simulate(shapes: Sequence[Shape], layout: Layout, fraction: float, algorithm: str = "dion2") -> Step:
@@ -215,32 +175,6 @@ def simulate(shapes: Sequence[Shape], layout: Layout, fraction: float, algorithm
         for rank in range(len(work)):
             work[rank] += copies * own[rank % layout.ranks]
     return Step([each.cost for each in shared], owned, work, sent)
-
-
-def shared_work(submatrices: Sequence[Submatrix], ranks: int, replicas: int) -> tuple[list[int], list[int]]:
-    """Plan owners; return by rank the FLOPs of what it owns, and the bytes it sends.
-
-    It sends its parts to the owners in its replica, results as an owner, and results to the other replicas, where these
-    share the work: as many bytes as the replica with the most has.
-    """
-    sizes = tuple(each.size * DTYPE.itemsize for each in submatrices)
-    owners = plan_owners(tuple(each.cost for each in submatrices), sizes, ranks, replicas, None)
-    if owners and owners[0].replica is None and replicas > 1:
-        work, sent = shared_work(submatrices, ranks, 1)
-        return work * replicas, sent * replicas
-    owned = Counter((each, replica or 0, rank) for each, (replica, rank) in zip(submatrices, owners, strict=True))
-    work, entries = [0] * (ranks * replicas), [0] * (ranks * replicas)
-    results = [[0] * replicas for _ in range(ranks)]
-    for kind in set(submatrices):
-        for replica in range(replicas):
-            of_rank = [owned[kind, replica, rank] for rank in range(ranks)]
-            for rank, (held, mine) in enumerate(zip(kind.held, of_rank, strict=True)):
-                position = replica * ranks + rank
-                work[position] += mine * kind.cost
-                entries[position] += (sum(of_rank) - mine) * held + mine * (kind.size - held)
-                results[rank][replica] += sum(of_rank) * held
-    gathered = [(replicas - 1) * max(each) for each in results] * replicas
-    return work, [(own + padded) * DTYPE.itemsize for own, padded in zip(entries, gathered, strict=True)]
 
 
 def own_flops(shape: Shape, layout: Layout, fraction: float, algorithm: str) -> list[int]:
@@ -375,9 +309,7 @@ class ReplicaStep:
 
 def dion_flops(shape: Shape, fraction: float) -> tuple[int, int]:
     """Return the FLOPs of Dion's four products with a matrix, and of the QR of P, its orthonormal factor included."""
-    short, long = sorted(shape)
-    rank = selected_count(short, fraction)
-    return 8 * long * short * rank, 4 * long * rank**2 - 4 * rank**3 // 3
+    return costs.dion_flops(shape, selected_count(min(shape), fraction))
 
 
 def compressed_bytes(shapes: Sequence[Shape], fraction: float, gradient_bytes: int) -> tuple[int, int]:
@@ -390,11 +322,6 @@ def compressed_bytes(shapes: Sequence[Shape], fraction: float, gradient_bytes: i
     ]
     gradients = sum(gradient for gradient, products in sizes if products >= gradient)
     return gradients, sum(products for gradient, products in sizes if products < gradient)
-
-
-def ring(nbytes: float, replicas: int) -> float:
-    """Return what a rank sends in an all-reduce of a buffer."""
-    return 2 * (replicas - 1) / replicas * nbytes
 
 
 def replica_steps(

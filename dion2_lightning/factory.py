@@ -37,6 +37,7 @@ from dion2_lightning.distributed.strategies import (
 from dion2_lightning.matrices.layout import is_dtensor
 from dion2_lightning.optimizer import MatrixOptimizer
 from dion2_lightning.routing.late_parameters import check_after_steps
+from dion2_lightning.routing.overrides import parse_splits
 from dion2_lightning.routing.replaced_parameters import check_before_steps
 from dion2_lightning.routing.router import route_parameters
 
@@ -56,6 +57,10 @@ TRAINER_HOOKS: Final[list[Callable[[Any], None]]] = []
 def _mapping(name: str, value: object) -> None:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a mapping from patterns of names, got {type(value).__name__}")
+
+
+def _splits(name: str, value: Any) -> None:
+    parse_splits(value)
 
 
 @dataclass(kw_only=True)
@@ -101,6 +106,15 @@ class FactorySettings(CommonArguments):
     )
     lora: Literal["adamw", "B", "both"] = setting(
         "both", 'Which LoRA factors count as matrices: "both", "B", or "adamw", none.'
+    )
+    splits: Mapping[str, str] | None = setting(
+        None,
+        "Which matrices lie side by side in weights whose names match a pattern, instead of what is found by itself: "
+        '{"pattern": "q 2048 | k 512 | v 512"}, or "whole".',
+        _splits,
+    )
+    per_head: bool = setting(
+        False, "Whether each attention head is a matrix of its own, in the weights of q, k, v and the output."
     )
 
 
@@ -240,6 +254,8 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
         route_parameters,
         overrides=arguments.overrides,
         lora=arguments.lora,
+        splits=arguments.splits,
+        per_head=arguments.per_head,
         matrices=choice.matrices,
         control=choice.control,
     )

@@ -10,13 +10,18 @@ from dion2_lightning import Dion2
 
 
 def groups_of_every_kind(device: torch.device | str) -> list[dict[str, Any]]:
-    """Both selection axes and storage orders, several in a batch, stacks, half precision, Dion3, Dion, and AdamW.
+    """Both selection axes and storage orders, stacks, blocks, kernels, half precision, Dion3, Dion, and AdamW.
 
     All weights are zero, and so are their gradients.
     """
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         parameter = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+        parameter.grad = torch.zeros_like(parameter)
+        return parameter
+
+    def channels_last(parameter: nn.Parameter) -> nn.Parameter:
+        parameter.data = parameter.data.to(memory_format=torch.channels_last)
         parameter.grad = torch.zeros_like(parameter)
         return parameter
 
@@ -41,11 +46,16 @@ def groups_of_every_kind(device: torch.device | str) -> list[dict[str, Any]]:
             "transposed": True,
             "cautious_weight_decay": True,
         },
+        {"params": [zeros(96, 40), zeros(96, 40, dtype=torch.bfloat16)], "splits": "8 x (q 4 | k 4 | v 4)"},
+        {"params": [zeros(40, 96)], "splits": "head 4*24 along inputs", "normalize_neurons": True},
+        {"params": [channels_last(zeros(48, 8, 3, 3)), zeros(48, 4, 3)], "convolution": True},
+        {"params": [zeros(48, 8, 3)], "convolution": True, "transposed": True, "splits": "group 4*12 along inputs"},
+        {"params": [zeros(96, 40)], "splits": "8 x (q 4 | k 4 | v 4)", "algorithm": "dion"},
         {"params": [zeros(40), zeros(30, 8), zeros(40, dtype=torch.bfloat16)], "algorithm": "adamw"},
     ]
 
 
-SLICES = 3 * 40 + 64 + 2 * 40 + 4 * 96 + 40 + (3 + 4)
+SLICES = 3 * 40 + 64 + 2 * 40 + 4 * 96 + 40 + (3 + 4) + 2 * 3 * 32 + 4 * 24 + 48 + 4 + 4 * 12 + 3
 """How many slices the matrices above have, along the axis that is selected from; each one of Dion counts as one."""
 
 
@@ -58,6 +68,15 @@ def matrices_of(optimizer: Dion2) -> Iterator[Tensor]:
     """The parameters of which slices are selected."""
     groups = (group for group in optimizer.param_groups if group["algorithm"] == "dion2")
     return (parameter for group in groups for parameter in group["params"])
+
+
+def selections_of(optimizer: Dion2) -> Iterator[Tensor]:
+    """What the last step selected of each matrix, or block of one."""
+    for each in optimizer.observed_parameters():
+        if each.observed.selected:
+            selection = optimizer.selection_of(each.parameter, each.observed.matrices.name)
+            assert selection is not None
+            yield selection.indices
 
 
 @torch.no_grad()

@@ -44,7 +44,8 @@ def step(optimizer: Dion2, seed: int, bad: tuple[int, float] | None = None) -> N
     """Take a step; ``bad`` says which parameter's gradient has a bad entry, and what it is."""
     fill(optimizer, gradients=seed)
     if bad is not None:
-        [*parameters_of(optimizer)][bad[0]].grad.view(-1)[7] = bad[1]
+        gradient = [*parameters_of(optimizer)][bad[0]].grad
+        gradient[torch.unravel_index(torch.tensor(7), gradient.shape)] = bad[1]
     optimizer.step()
 
 

@@ -11,13 +11,14 @@ from torch import nn
 from dion2_lightning.algorithms import ALGORITHMS, has_setting
 from dion2_lightning.algorithms.algorithm import STORAGE
 from dion2_lightning.algorithms.hyperparameters import check_values
+from dion2_lightning.matrices.splits import check_splits
 from dion2_lightning.parameter_groups import check_parameters
 from dion2_lightning.routing.model_tree import ModelTree, collapse_numbers
 
 
 @dataclass(frozen=True)
 class Override:
-    """One entry of ``overrides``.
+    """One entry of ``overrides``, or of ``splits``.
 
     Attributes:
         position: Its place among the overrides.
@@ -25,6 +26,7 @@ class Override:
         algorithm: Name of an algorithm; None leaves it as it was.
         storage: How matrices are stored: entries of a group that :data:`STORAGE` has.
         options: Entries for a parameter group.
+        kind: Of which argument it is an entry, for messages.
     """
 
     position: int
@@ -32,6 +34,12 @@ class Override:
     algorithm: str | None
     storage: Mapping[str, Any]
     options: Mapping[str, Any]
+    kind: str = "override"
+
+    @property
+    def label(self) -> str:
+        """What errors call it."""
+        return f"{self.kind} {self.pattern!r}"
 
     def options_for(self, algorithm: str) -> dict[str, Any]:
         """Return the options that a group of an algorithm takes: all but the settings of other algorithms."""
@@ -42,7 +50,7 @@ class Override:
         for name in self.options:
             if not any(has_setting(algorithm, name) for algorithm in algorithms):
                 raise ValueError(
-                    f"override {self.pattern!r}: {name!r} has no effect on what it matches, which is trained by "
+                    f"{self.label}: {name!r} has no effect on what it matches, which is trained by "
                     f"{', '.join(sorted(map(repr, algorithms)))}; remove it or change the pattern"
                 )
 
@@ -50,6 +58,18 @@ class Override:
 def parse_overrides(overrides: Mapping[str, str | Mapping[str, Any]]) -> list[Override]:
     """Read the argument ``overrides``, and refuse unknown algorithms and what cannot be set."""
     return [_parse(position, pattern, value) for position, (pattern, value) in enumerate(overrides.items())]
+
+
+def parse_splits(splits: Mapping[str, str]) -> list[Override]:
+    """Read the argument ``splits``, and refuse what is no list of blocks."""
+    if not isinstance(splits, Mapping):
+        raise TypeError(f"splits must be a mapping from patterns of names, got {type(splits).__name__}")
+    for pattern, text in splits.items():
+        check_splits(f"splits {pattern!r}", text)
+    return [
+        Override(position, pattern, None, {"splits": text}, {}, kind="splits")
+        for position, (pattern, text) in enumerate(splits.items())
+    ]
 
 
 def assign_overrides(overrides: Sequence[Override], tree: ModelTree) -> dict[nn.Parameter, Override]:
@@ -66,7 +86,7 @@ def assign_overrides(overrides: Sequence[Override], tree: ModelTree) -> dict[nn.
         ]
         new = [parameter for parameter in matched if parameter.requires_grad and parameter not in assigned]
         if not new:
-            raise ValueError(f"override {override.pattern!r} {_why_no_effect(override, matched, assigned, tree)}")
+            raise ValueError(f"{override.label} {_why_no_effect(override, matched, assigned, tree)}")
         assigned.update(dict.fromkeys(new, override))
     return assigned
 
@@ -77,7 +97,7 @@ def check_matrices(
     """Refuse an override that sends to an algorithm for matrices what holds none."""
     group = {**ALGORITHMS[algorithm].defaults(), "algorithm": algorithm, **storage}
     members = {"params": [parameter], "param_names": [name]}
-    check_parameters(group | members, (), f"override {override.pattern!r}: ")
+    check_parameters(group | members, (), f"{override.label}: ")
 
 
 def _parse(position: int, pattern: str, value: object) -> Override:

@@ -13,10 +13,17 @@ from torch import Tensor, nn
 
 from dion2_lightning.algorithms import ALGORITHMS, DEFAULT_MATRICES, DEFAULT_REST, has_setting
 from dion2_lightning.algorithms.algorithm import STORAGE
-from dion2_lightning.algorithms.hyperparameters import one_of
+from dion2_lightning.algorithms.hyperparameters import flag, one_of
 from dion2_lightning.matrices.splits import WHOLE, blocks_of
+from dion2_lightning.routing.fused import find_splits
 from dion2_lightning.routing.model_tree import ModulePath, read_model
-from dion2_lightning.routing.overrides import Override, assign_overrides, check_matrices, parse_overrides
+from dion2_lightning.routing.overrides import (
+    Override,
+    assign_overrides,
+    check_matrices,
+    parse_overrides,
+    parse_splits,
+)
 from dion2_lightning.routing.report import decision_table, notes, total_line, total_table, why_no_matrices
 from dion2_lightning.routing.rules import (
     FEW_SLICES,
@@ -177,6 +184,8 @@ def route_parameters(
     *,
     overrides: Mapping[str, str | Mapping[str, Any]] | None = None,
     lora: str = "both",
+    splits: Mapping[str, str] | None = None,
+    per_head: bool = False,
     matrices: str = DEFAULT_MATRICES,
     rest: str = DEFAULT_REST,
     control: bool = False,
@@ -197,6 +206,12 @@ def route_parameters(
         lora: Which LoRA factors are trained as matrices: ``"both"``, ``"B"``, or ``"adamw"`` for none. Factors of
             embeddings and magnitude vectors never are. Where the rank is under 16, a step updates all of a factor,
             unless an override sets the fraction (default: ``"both"``).
+        splits: Which matrices lie side by side in the weights whose names match a pattern, as ``{"*.qkv.weight":
+            "q 2048 | k 512 | v 512"}``, or ``"whole"``, instead of what is found by itself. The first matching pattern
+            wins, every one must match a weight that is trained as matrices, and an override's ``splits`` comes before
+            them. docs/routing.md has the notation (default: None).
+        per_head: Whether each attention head is a matrix of its own, in the weights of q, k and v, and in that of the
+            output, whose inputs are heads (default: False).
         matrices: Algorithm of what is trained as matrices (default: ``"dion2"``).
         rest: Algorithm of the rest, one that needs no matrices (default: ``"adamw"``).
         control: Whether ``rest`` trains the matrices too, whatever overrides send to ``matrices`` included: the same
@@ -207,29 +222,31 @@ def route_parameters(
 
     Raises:
         ValueError: If an argument is invalid, a pattern has no effect, an override sends what holds no matrix to an
-            algorithm that needs one, nothing is trainable, or the parameters are uninitialized or flattened by FSDP1 or
-            DeepSpeed ZeRO.
-        TypeError: If an override is neither a string nor a mapping.
+            algorithm that needs one, blocks do not fit a weight or heads do not divide it, nothing is trainable, or the
+            parameters are uninitialized or flattened by FSDP1 or DeepSpeed ZeRO.
+        TypeError: If an override is neither a string nor a mapping, or blocks are no text.
     """
     one_of(LORA_ROLES)("lora", lora)
+    flag("per_head", per_head)
     one_of(ALGORITHMS)("matrices", matrices)
     one_of(name for name, algorithm in ALGORITHMS.items() if not algorithm.needs_matrices)("rest", rest)
-    parsed = parse_overrides(overrides or {})
+    parsed, given_splits = parse_overrides(overrides or {}), parse_splits({} if splits is None else splits)
     tree = read_model(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no trainable parameter; call requires_grad_() on some")
 
-    override_of = assign_overrides(parsed, tree)
-    decisions = []
+    override_of, splits_of = assign_overrides(parsed, tree), assign_overrides(given_splits, tree)
+    decisions: list[Decision] = []
     for parameter, verdict in classify(tree).items():
         if verdict.role in LORA_ROLES[lora]:
             verdict = verdict._replace(reason=f'LoRA factor, lora="{lora}"')
         as_matrices = verdict.role in MATRIX_ROLES | LORA_ROLES[lora]
         algorithm = matrices if as_matrices else rest
-        decisions.append(
-            _decide(parameter, tree.paths[parameter][0], verdict, as_matrices, algorithm, override_of.get(parameter))
-        )
+        override, blocks = override_of.get(parameter), splits_of.get(parameter)
+        path = tree.paths[parameter][0]
+        decisions.append(_decide(parameter, path, verdict, as_matrices, algorithm, override, blocks, per_head))
     _check_coverage(model, decisions)
+    _check_splits_used(given_splits, splits_of, override_of, decisions)
     if control:
         decisions = [replace(each, algorithm=rest) if each.as_matrices else each for each in decisions]
     else:  # a control ignores the settings of what it stands for
@@ -250,27 +267,38 @@ def _decide(
     as_matrices: bool,
     algorithm: str,
     override: Override | None,
+    blocks: Override | None,
+    per_head: bool,
 ) -> Decision:
     """Decide about one parameter; ``as_matrices`` and ``algorithm`` follow from its role."""
     role, reason = verdict
     if role is Role.FROZEN:
         return Decision(path.name, parameter, role, reason)
     storage = storage_of(parameter, path)
+    given: Mapping[str, Any] = {}
     if override is not None:
-        by = f"override `{override.pattern}`"
+        by, given = f"override `{override.pattern}`", override.storage
         if override.algorithm is None:
             reason = f"{reason}; {by}"
         else:
             as_matrices, algorithm, reason = ALGORITHMS[override.algorithm].needs_matrices, override.algorithm, by
-        storage = {**storage, **override.storage}
-        if as_matrices:
+    if as_matrices and role not in LORA_ROLES["both"]:
+        if blocks is not None and "splits" not in given:
+            storage |= blocks.storage
+            reason = f"{reason}; {storage['splits']} by splits `{blocks.pattern}`"
+        elif not given and "splits" not in storage and (shape := _shape_of_matrices(parameter, storage)) is not None:
+            storage["splits"], found = find_splits(path, shape, per_head)
+            reason = f"{reason}; {found}" if found else reason
+    storage |= given
+    for source in (override, blocks):
+        if as_matrices and source is not None:
             wrong = why_groups_hold_no_matrix(parameter, path)
-            if wrong is not None and "splits" not in override.storage:
-                shape = tuple(parameter.shape)
-                raise ValueError(f"override {override.pattern!r}: parameter {path.name!r} of shape {shape} {wrong}")
-            check_matrices(parameter, path.name, storage, override, algorithm)
-        if not override.options:
-            override = None
+            if wrong is not None and "splits" not in source.storage:
+                label = f"parameter {path.name!r} of shape {tuple(parameter.shape)}"
+                raise ValueError(f"{source.label}: {label} {wrong}")
+            check_matrices(parameter, path.name, storage, source, algorithm)
+    if override is not None and not override.options:
+        override = None
     rank, share = rank_of(role, parameter, path), _share_of(algorithm)
     is_set = override is not None and share in override.options
     low_rank = as_matrices and rank is not None and rank < FEW_SLICES and share is not None and not is_set
@@ -288,6 +316,14 @@ def _decide(
         decays=_decays(parameter, path) or (override is not None and "weight_decay" in override.options),
         override=override,
     )
+
+
+def _shape_of_matrices(parameter: nn.Parameter, storage: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(out, in) of a weight, or of each in a stack of them; None for a kernel and for what is no matrix."""
+    if storage.get("convolution") or parameter.ndim != 2 + bool(storage.get("batched")):
+        return None
+    rows, columns = parameter.shape[-2:]
+    return (columns, rows) if storage.get("transposed") else (rows, columns)
 
 
 def _decays(parameter: nn.Parameter, path: ModulePath) -> bool:
@@ -318,6 +354,26 @@ def _group_entries(member: Decision) -> dict[str, Any]:
     if not member.decays:
         entries["weight_decay"] = 0.0
     return entries if member.override is None else entries | member.override.options_for(member.algorithm)
+
+
+def _check_splits_used(
+    given: Sequence[Override],
+    splits_of: Mapping[nn.Parameter, Override],
+    override_of: Mapping[nn.Parameter, Override],
+    decisions: Sequence[Decision],
+) -> None:
+    """Refuse an entry of ``splits`` that matches no matrix, or only what overrides split."""
+    split_by_overrides = {each for each, override in override_of.items() if "splits" in override.storage}
+    for entry in given:
+        matched = [each for each in decisions if splits_of.get(each.parameter) is entry]
+        others = [each for each in matched if each.parameter not in split_by_overrides]
+        if not others:
+            raise ValueError(f"{entry.label} has no effect: overrides split all that it matches; remove it")
+        if not any(each.as_matrices and each.role not in LORA_ROLES["both"] for each in others):
+            raise ValueError(
+                f"{entry.label} matches nothing that could be split, but for example {others[0].name!r}, which is "
+                f"trained by {others[0].algorithm} ({others[0].reason}); correct the pattern or remove it"
+            )
 
 
 def _check_coverage(model: nn.Module, decisions: Sequence[Decision]) -> None:

@@ -49,7 +49,6 @@ _HIDDEN_SIZE_NAMES = ("hidden_size", "hidden_dim", "d_model", "embed_dim", "embe
 _FROM_HIDDEN = re.compile(r"gate|up|^w1$|^w3$|^v1$|^wi")
 _TO_HIDDEN = re.compile(r"down|^w2$|^wo$")
 _EXPERT_COUNT = re.compile(r"(^|_)n(um)?_(\w+_)?experts$")
-_FUSED_PROJECTION = re.compile(r"qkv|query_key_value|c_attn|gate_up")
 _EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTION = nn.modules.conv._ConvNd
 _TRANSPOSED_CONVOLUTION = nn.modules.conv._ConvTransposeNd
@@ -219,13 +218,11 @@ def _convolution(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
 def _weight_of_layer(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
     name = path.names[-1]
     if isinstance(path.owner, nn.MultiheadAttention) and name in _ATTENTION_PROJECTIONS:
-        kind, is_fused = "attention projection", name == "in_proj_weight"
-    elif _is_linear_weight(parameter, path):
+        return Verdict(Role.MATRIX, "attention projection")
+    if _is_linear_weight(parameter, path):
         kind = "linear, stored (in, out)" if _is_transformers_conv1d(path.owner) else "linear"
-        is_fused = bool(_FUSED_PROJECTION.search(path.module_name(1)))
-    else:
-        return None
-    return Verdict(Role.MATRIX, f"{kind}, fused projections kept whole" if is_fused else kind)
+        return Verdict(Role.MATRIX, kind)
+    return None
 
 
 # Embeddings

@@ -179,9 +179,9 @@ def test_fused_equals_separate(form: str, settings: dict[str, Any]) -> None:
                 torch.testing.assert_close(momenta[name], momentum, rtol=1e-4, atol=1e-4 * momentum.abs().max().item())
                 continue
             assert torch.equal(momenta[name], momentum)
-            found, expected = fused.selection_of(parameter, name), apart.selection_of(each)
-            assert found is not None and expected is not None
-            assert found.axis == expected.axis and torch.equal(found.indices, expected.indices)
-    for name, each in blocks(parameter.detach()).items():
+            selection, expected = fused.selection_of(parameter, name), apart.selection_of(each)
+            assert selection is not None and expected is not None
+            assert selection.axis == expected.axis and torch.equal(selection.indices, expected.indices)
+    for name, found in blocks(parameter.detach()).items():
         tolerance = 1e-4 if is_dion else 1e-5
-        torch.testing.assert_close(each, own[name].detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(found, own[name].detach(), rtol=tolerance, atol=tolerance)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning import Dion2, SelectionTracker
-from tests.every_kind import fill, groups_of_every_kind, matrices_of, parameters_of
+from tests.every_kind import fill, groups_of_every_kind, matrices_of, parameters_of, selections_of
 from tests.test_state_dict import through_a_file
 
 STEPS = 3
@@ -24,7 +24,7 @@ def train(optimizer: Dion2, first: int) -> list[list[Tensor]]:
     for step in range(first, first + STEPS):
         fill(optimizer, gradients=step)
         optimizer.step()
-        selected.append([optimizer.selection_of(matrix).indices.cpu() for matrix in matrices_of(optimizer)])
+        selected.append([indices.cpu() for indices in selections_of(optimizer)])
     return selected
 
 

@@ -93,17 +93,17 @@ def check_process_group_of_one(device: str) -> None:
 @contextmanager
 def one_rank_shares() -> Iterator[None]:
     """Let the only rank of a process group take the path of several: it owns, and sends to itself, all parts."""
-    from dion2_lightning.algorithms import matrix_update as update
+    from dion2_lightning.matrices import parts
 
-    read = update.layout_of
+    read = parts.layout_of
 
-    def layout_of(parameter: Tensor, label: str, *, process_group: Any, **settings: Any) -> Layout:
+    def layout_of(parameter: Tensor, label: str, *, process_group: Any, is_kernel: bool, **settings: Any) -> Layout:
         if process_group is None:
-            return read(parameter, label, process_group=None, **settings)
-        rows, columns = parameter.shape[-2:]
+            return read(parameter, label, process_group=None, is_kernel=is_kernel, **settings)
+        rows, columns = (len(parameter), parameter[0].numel()) if is_kernel else parameter.shape[-2:]
         return Layout(process_group, (Rectangle((0, rows), (0, columns)),))
 
-    with mock.patch.object(update, "layout_of", layout_of):
+    with mock.patch.object(parts, "layout_of", layout_of):
         yield
 
 

@@ -767,3 +767,49 @@ def test_other_files_are_refused(tmp_path: Any, text: str, message: str) -> None
     (tmp_path / "other.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         SelectionHistory.load(tmp_path / "other.json")
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+@pytest.mark.parametrize("algorithm", ["dion2", "dion3", "dion"])
+def test_blocks_have_metrics_under_their_names(algorithm: str) -> None:
+    """As q, k and v have that are parameters of their own; the heads of a block are matrices of it."""
+    qkv = nn.Parameter(torch.randn(24, 10, generator=torch.manual_seed(0)))
+    own = dict(zip("qkv", qkv.detach().clone().split([12, 6, 6]), strict=True))
+    weights = {"q": nn.Parameter(own["q"].view(4, 3, 10)), "k": nn.Parameter(own["k"]), "v": nn.Parameter(own["v"])}
+    fused = Dion2(
+        [{"params": [("qkv", qkv)], "name": "its", "splits": "q 4*3 | k 6 | v 6", "algorithm": algorithm}], lr=0.1
+    )
+    groups = [
+        {"params": [(f"qkv[{name}]", each)], "name": name, "batched": name == "q", "algorithm": algorithm}
+        for name, each in weights.items()
+    ]
+    apart = Dion2(groups, lr=0.1)
+    trackers = [SelectionTracker(every=1, orthogonality=True) for _ in range(2)]
+    for tracker, optimizer in zip(trackers, (fused, apart), strict=True):
+        tracker.attach(optimizer)
+    for step in range(6):
+        qkv.grad = torch.randn(24, 10, generator=torch.manual_seed(step)) * torch.logspace(0, 1, 24).unsqueeze(1)
+        for each, gradient in zip(weights.values(), qkv.grad.split([12, 6, 6]), strict=True):
+            each.grad = gradient.clone().view(each.shape)
+        if step == 1 and algorithm == "dion":  # names decide where Q begins
+            momenta = fused.state[qkv]["momentum"].split([12, 6, 6])
+            for (name, each), momentum in zip(weights.items(), momenta, strict=True):
+                apart.state[each]["Q"].copy_(fused.state[qkv][f"Q[{name}]"])
+                apart.state[each]["momentum"].copy_(momentum.view(each.shape))
+        fused.step()
+        apart.step()
+        found, expected = (tracker.pop_metrics() for tracker in trackers)
+        assert found is not None and expected is not None
+        assert [name for _, name in found.parameters] == ["qkv[q]", "qkv[k]", "qkv[v]"]
+        if step < 2 and algorithm == "dion":
+            continue
+        for name in weights:
+            of_block, of_weight = found.parameters["its", f"qkv[{name}]"], expected.parameters[name, f"qkv[{name}]"]
+            assert of_block == pytest.approx(of_weight, rel=1e-4, abs=1e-6)
+        assert found.overall == pytest.approx(expected.overall, rel=1e-4, abs=1e-6)
+    counts = trackers[0].state_dict()["counts"]
+    assert {name: value["hits"].shape[0] for name, value in counts.items()} == {
+        "its/qkv[q]": 4,
+        "its/qkv[k]": 1,
+        "its/qkv[v]": 1,
+    }

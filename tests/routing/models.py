@@ -23,6 +23,24 @@ _TEXT: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_ENDS_OF_BERT: dict[str, Any] = {"cls_token_id": 1, "sep_token_id": 2}
+_GPT2: dict[str, Any] = {
+    "vocab_size": 96,
+    "n_positions": 16,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_DELTA_NET: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 _DECODER = _TEXT | {"num_key_value_heads": 2, "head_dim": 8}
 _VISION: dict[str, Any] = {"image_size": 16, "patch_size": 4, "num_channels": 3}
 
@@ -48,11 +66,7 @@ def phi3() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=96, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
-        )
-    )
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**_GPT2))
 
 
 def gpt_neox() -> nn.Module:
@@ -134,7 +148,7 @@ def qwen2_moe() -> nn.Module:
 
 
 def qwen3_moe() -> nn.Module:
-    config = transformers.Qwen3MoeConfig(**_DECODER, num_experts=4, moe_intermediate_size=24)
+    config = transformers.Qwen3MoeConfig(**_DECODER, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
     return transformers.Qwen3MoeForCausalLM(config)
 
 
@@ -351,6 +365,274 @@ def conv_net() -> nn.Module:
     )
 
 
+def gpt2_cross_attention() -> nn.Module:
+    config = transformers.GPT2Config(**_GPT2, add_cross_attention=True)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def gpt_bigcode(**changes: Any) -> nn.Module:
+    config = transformers.GPTBigCodeConfig(**_GPT2, n_inner=48, **changes)
+    return transformers.GPTBigCodeForCausalLM(config)
+
+
+def gpt_neox_japanese() -> nn.Module:
+    shape = _TEXT | {"intermediate_multiple_size": 2}
+    del shape["intermediate_size"]
+    return transformers.GPTNeoXJapaneseForCausalLM(transformers.GPTNeoXJapaneseConfig(**shape))
+
+
+def bloom() -> nn.Module:
+    config = transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4, **_ENDS)
+    return transformers.BloomForCausalLM(config)
+
+
+def codegen() -> nn.Module:
+    # Two heads in each of the four parts that its q, v and k come in.
+    config = transformers.CodeGenConfig(**_GPT2 | {"n_head": 8, "n_embd": 64}, n_inner=48, n_ctx=16, rotary_dim=4)
+    return transformers.CodeGenForCausalLM(config)
+
+
+def falcon(**changes: Any) -> nn.Module:
+    form = {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": False} | changes
+    config = transformers.FalconConfig(**_TEXT | {"num_attention_heads": 8}, **form)
+    return transformers.FalconForCausalLM(config)
+
+
+def falcon_multi_query() -> nn.Module:
+    return falcon(new_decoder_architecture=False, multi_query=True)
+
+
+def falcon_old() -> nn.Module:
+    return falcon(new_decoder_architecture=False, num_kv_heads=None, alibi=True)
+
+
+def mpt() -> nn.Module:
+    config = transformers.MptConfig(vocab_size=96, d_model=32, n_heads=4, n_layers=2, max_seq_len=16)
+    return transformers.MptForCausalLM(config)
+
+
+def glm4() -> nn.Module:
+    return transformers.Glm4ForCausalLM(transformers.Glm4Config(**_DECODER))
+
+
+def phi4_multimodal() -> nn.Module:
+    part = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    vision = part | {"num_hidden_layers": 2, "image_size": 16, "patch_size": 4, "crop_size": 16}
+    channels = {"ext_pw_out_channel": 16, "nemo_conv_channels": 8, "depthwise_separable_out_channel": 16}
+    audio = part | channels | {"num_blocks": 2, "input_size": 16}
+    config = transformers.Phi4MultimodalConfig(**_DECODER, vision_config=vision, audio_config=audio)
+    return transformers.Phi4MultimodalForCausalLM(config)
+
+
+def modernbert() -> nn.Module:
+    return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**_TEXT, **_ENDS_OF_BERT))
+
+
+def persimmon() -> nn.Module:
+    return transformers.PersimmonForCausalLM(transformers.PersimmonConfig(**_TEXT))
+
+
+def gptj() -> nn.Module:
+    return transformers.GPTJForCausalLM(transformers.GPTJConfig(**_GPT2, rotary_dim=4))
+
+
+def opt() -> nn.Module:
+    shape = {name: value for name, value in _TEXT.items() if name != "intermediate_size"}
+    config = transformers.OPTConfig(**shape, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=16)
+    return transformers.OPTForCausalLM(config)
+
+
+def bart() -> nn.Module:
+    config = transformers.BartConfig(
+        vocab_size=96,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=16,
+    )
+    return transformers.BartForConditionalGeneration(config)
+
+
+def distilbert_classifier() -> nn.Module:
+    config = transformers.DistilBertConfig(vocab_size=96, dim=32, hidden_dim=48, n_layers=2, n_heads=4, num_labels=3)
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+def deberta() -> nn.Module:
+    return transformers.DebertaForMaskedLM(transformers.DebertaConfig(**_TEXT))
+
+
+def olmo2() -> nn.Module:
+    return transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**_TEXT, num_key_value_heads=2))
+
+
+def cohere2() -> nn.Module:
+    return transformers.Cohere2ForCausalLM(transformers.Cohere2Config(**_DECODER))
+
+
+def stablelm() -> nn.Module:
+    return transformers.StableLmForCausalLM(transformers.StableLmConfig(**_TEXT, num_key_value_heads=2))
+
+
+def minimax() -> nn.Module:
+    config = transformers.MiniMaxConfig(
+        **_DECODER, num_local_experts=4, layer_types=["linear_attention", "full_attention"], block_size=4
+    )
+    return transformers.MiniMaxForCausalLM(config)
+
+
+def qwen3_next() -> nn.Module:
+    config = transformers.Qwen3NextConfig(
+        **_DECODER,
+        **_DELTA_NET,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+    )
+    return transformers.Qwen3NextForCausalLM(config)
+
+
+def qwen3_5() -> nn.Module:
+    return transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**_DECODER, **_DELTA_NET))
+
+
+def qwen2_vl_vision() -> nn.Module:
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    config = Qwen2VLVisionConfig(depth=2, embed_dim=32, hidden_size=48, num_heads=4, mlp_ratio=2, patch_size=4)
+    return Qwen2VisionTransformerPretrainedModel(config)
+
+
+def timesformer_classifier() -> nn.Module:
+    shape = {name: _TEXT[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = transformers.TimesformerConfig(**shape, **_VISION, num_frames=2, num_attention_heads=4, num_labels=10)
+    return transformers.TimesformerForVideoClassification(config)
+
+
+def mamba2() -> nn.Module:
+    config = transformers.Mamba2Config(
+        vocab_size=96, hidden_size=32, state_size=8, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=2, **_ENDS
+    )
+    return transformers.Mamba2ForCausalLM(config)
+
+
+def falcon_h1() -> nn.Module:
+    config = transformers.FalconH1Config(
+        **_DECODER, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=8
+    )
+    return transformers.FalconH1ForCausalLM(config)
+
+
+def jamba() -> nn.Module:
+    config = transformers.JambaConfig(
+        **_TEXT,
+        num_key_value_heads=2,
+        num_experts=4,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        use_mamba_kernels=False,
+    )
+    return transformers.JambaForCausalLM(config)
+
+
+def zamba() -> nn.Module:
+    config = transformers.ZambaConfig(
+        **_TEXT | {"num_hidden_layers": 4},
+        attention_hidden_size=64,
+        attention_head_dim=16,
+        num_key_value_heads=4,
+        n_mamba_heads=2,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        layers_block_type=["mamba", "hybrid"] * 2,
+        use_mamba_kernels=False,
+    )
+    return transformers.ZambaForCausalLM(config)
+
+
+def granite_moe_hybrid() -> nn.Module:
+    config = transformers.GraniteMoeHybridConfig(
+        **_TEXT,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=40,
+        layer_types=["mamba", "attention"],
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_n_groups=2,
+    )
+    return transformers.GraniteMoeHybridForCausalLM(config)
+
+
+def lfm2() -> nn.Module:
+    config = transformers.Lfm2Config(
+        **_TEXT, num_key_value_heads=2, block_multiple_of=16, layer_types=["conv", "full_attention"]
+    )
+    return transformers.Lfm2ForCausalLM(config)
+
+
+def moonshine() -> nn.Module:
+    config = transformers.MoonshineConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        encoder_num_hidden_layers=2,
+        decoder_num_hidden_layers=2,
+        encoder_num_attention_heads=4,
+        decoder_num_attention_heads=4,
+        **_ENDS,
+    )
+    return transformers.MoonshineForConditionalGeneration(config)
+
+
+class TimmAttention(nn.Module):
+    """The layout of timm's attention: a linear layer for q, k and v together."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        batch, length, dim = tokens.shape
+        qkv = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
+
+
+class TimmBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.attn = TimmAttention(32, 4)
+        self.fc1, self.fc2 = nn.Linear(32, 48), nn.Linear(48, 32)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens + self.attn(self.norm(tokens))
+        return tokens + self.fc2(nn.functional.gelu(self.fc1(tokens)))
+
+
+def timm_blocks() -> nn.Module:
+    return nn.Sequential(TimmBlock(), TimmBlock())
+
+
+def cross_attention() -> nn.Module:
+    """torch's attention, where q, k and v come from inputs of different sizes."""
+    return nn.ModuleDict({"attention": nn.MultiheadAttention(32, 4, kdim=24, vdim=16), "norm": nn.LayerNorm(32)})
+
+
 class Classifier(lightning.LightningModule):
     """A transformers backbone with the user's own head."""
 
@@ -362,18 +644,37 @@ class Classifier(lightning.LightningModule):
 
 GOLDEN: dict[str, Callable[[], nn.Module]] = {
     "aria_text": aria_text,
+    "bart": bart,
     "bert_classifier": bert_classifier,
+    "bloom": bloom,
+    "codegen": codegen,
+    "cohere2": cohere2,
     "conv_net": conv_net,
     "convnext_classifier": convnext_classifier,
+    "cross_attention": cross_attention,
     "dbrx": dbrx,
+    "deberta": deberta,
     "deberta_v2_classifier": deberta_v2_classifier,
     "deepseek_v3": deepseek_v3,
+    "distilbert_classifier": distilbert_classifier,
+    "falcon": falcon,
+    "falcon_h1": falcon_h1,
+    "falcon_multi_query": falcon_multi_query,
+    "falcon_old": falcon_old,
     "gemma2": gemma2,
+    "glm4": glm4,
     "gpt2": gpt2,
+    "gpt2_cross_attention": gpt2_cross_attention,
+    "gpt_bigcode": gpt_bigcode,
     "gpt_neox": gpt_neox,
+    "gpt_neox_japanese": gpt_neox_japanese,
     "gpt_oss": gpt_oss,
+    "gptj": gptj,
+    "granite_moe_hybrid": granite_moe_hybrid,
     "hunyuan_moe": hunyuan_moe,
+    "jamba": jamba,
     "jetmoe": jetmoe,
+    "lfm2": lfm2,
     "lightning_classifier": Classifier,
     "llama": llama,
     "llama4_text": llama4_text,
@@ -383,25 +684,41 @@ GOLDEN: dict[str, Callable[[], nn.Module]] = {
     "lora_llama": lora_llama,
     "lora_two_adapters": lora_two_adapters,
     "mamba": mamba,
+    "mamba2": mamba2,
     "minilm_classifier": minilm_classifier,
+    "minimax": minimax,
     "mixtral": mixtral,
     "mlp": mlp,
+    "modernbert": modernbert,
+    "moonshine": moonshine,
+    "mpt": mpt,
     "nemotron_h": nemotron_h,
     "nllb_moe": nllb_moe,
+    "olmo2": olmo2,
+    "opt": opt,
+    "persimmon": persimmon,
     "phi3": phi3,
+    "phi4_multimodal": phi4_multimodal,
     "qwen2_moe": qwen2_moe,
+    "qwen2_vl_vision": qwen2_vl_vision,
     "qwen3": qwen3,
+    "qwen3_5": qwen3_5,
     "qwen3_moe": qwen3_moe,
+    "qwen3_next": qwen3_next,
     "resnet_classifier": resnet_classifier,
     "segformer": segformer,
+    "stablelm": stablelm,
     "swin_classifier": swin_classifier,
     "switch_transformer": switch_transformer,
     "t5": t5,
+    "timesformer_classifier": timesformer_classifier,
+    "timm_blocks": timm_blocks,
     "transformer_encoder": transformer_encoder,
     "u_net": UNet,
     "vit_classifier": vit_classifier,
     "wav2vec2_ctc": wav2vec2_ctc,
     "whisper": whisper,
+    "zamba": zamba,
 }
 
 

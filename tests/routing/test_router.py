@@ -62,6 +62,13 @@ class TestGroups:
         assert entries(route_parameters(build("gpt_oss"))) == [
             {"name": "dion2", "algorithm": "dion2"},
             {"name": "dion2-experts-transposed", "algorithm": "dion2", "batched": True, "transposed": True},
+            {
+                "name": "dion2-experts-gate-up-transposed",
+                "algorithm": "dion2",
+                "batched": True,
+                "transposed": True,
+                "splits": "48 x (gate 1 | up 1)",
+            },
             {"name": "adamw", "algorithm": "adamw"},
             {"name": "adamw-no-decay", "algorithm": "adamw", "weight_decay": 0.0},
         ]
@@ -156,6 +163,7 @@ class TestControl:
         assert entries(route_parameters(build("gpt_oss"), control=True)) == [
             {"name": "adamw-matrices", "algorithm": "adamw"},
             {"name": "adamw-matrices-experts-transposed", "algorithm": "adamw"},
+            {"name": "adamw-matrices-experts-gate-up-transposed", "algorithm": "adamw"},
             {"name": "adamw", "algorithm": "adamw"},
             {"name": "adamw-no-decay", "algorithm": "adamw", "weight_decay": 0.0},
         ]
@@ -181,7 +189,7 @@ class TestControl:
         ]
         for one, other in zip(ours, control, strict=True):
             assert one["params"] == other["params"]
-            foreign = ("name", "algorithm", "batched", "transposed", "fraction")  # what AdamW does not know
+            foreign = ("name", "algorithm", "batched", "transposed", "splits", "fraction")  # what AdamW does not know
             assert {k: v for k, v in one.items() if k not in foreign} == {
                 k: v for k, v in other.items() if k not in ("name", "algorithm")
             }
