@@ -6,8 +6,8 @@
 `cost`: a step of weights that hold several matrices, against the same matrices as parameters of their own, in turn in
 one process. The ratio is the median over pairs of steps. Quote the ratios.
 
-`losses`: SmolLM2-135M, and the same model with q, k and v in one weight and gate and up in another, trained on the same
-batches of text. Exits with 1 if two losses are more than 0.001 apart.
+`losses`: SmolLM2-135M, and the same model with q, k and v in one weight and gate and up in another, as Phi-3 has them,
+trained on the same batches of text. Exits with 1 if two losses are more than 0.001 apart.
 """
 
 import argparse
@@ -20,10 +20,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
+
 from benchmarks.statistics import keep_memory
 from benchmarks.step import timed
-from dion2_lightning import Dion2
+from dion2_lightning import Dion2, build_optimizer
 from dion2_lightning.matrices.views import read_matrices
+from recipes.offline_data import read_prose
+from recipes.offline_models import SMOLLM2, model_folder
 
 # Cost
 
@@ -50,11 +54,14 @@ LAYERS: Final[dict[str, list[Weight]]] = {
         ((3072, 768), {}),
         ((768, 3072), {}),
     ],
-    "8 experts as in GPT-OSS: gate|up": [((8, 576, 1152), {**IN_OUT, "splits": "576 x (gate 1 | up 1)"})],
-    "8 experts as in GPT-OSS: a layer": [
-        ((8, 576, 1152), {**IN_OUT, "splits": "576 x (gate 1 | up 1)"}),
-        ((8, 576, 576), IN_OUT),
+    "2 experts of half GPT-OSS's width: gate|up": [
+        ((2, 1440, 2880), {**IN_OUT, "splits": "1440 x (gate 1 | up 1)"})
     ],
+    "2 experts of half GPT-OSS's width: a layer": [
+        ((2, 1440, 2880), {**IN_OUT, "splits": "1440 x (gate 1 | up 1)"}),
+        ((2, 1440, 1440), IN_OUT),
+    ],
+    "2 experts of a fifth of it: gate|up": [((2, 576, 1152), {**IN_OUT, "splits": "576 x (gate 1 | up 1)"})],
 }
 """By model and layer."""
 
@@ -114,6 +121,86 @@ def _optimizer_of(weights: list[Weight], settings: dict[str, Any], device: torch
     return Dion2(groups)
 
 
+# Losses
+
+TOLERANCE: Final = 1e-3
+"""How far apart two losses may be."""
+
+FUSED: Final = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+TRAINED: Final[dict[str, dict[str, Any]]] = {
+    "Dion2 at 1/4": {"algorithm": "dion2", "fraction": 0.25},
+    "Dion3 at 1/4": {"algorithm": "dion3", "fraction": 0.25},
+}
+
+
+def compare_losses(arguments: argparse.Namespace) -> bool:
+    """Print the losses of both models; return whether they agree."""
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
+    print(f"{arguments.steps} steps of {arguments.rows} x {arguments.length} tokens")
+    batches = _batches(arguments)
+    farthest = 0.0
+    for name, settings in TRAINED.items():
+        if arguments.only not in name:
+            continue
+        losses = [_losses(build(), batches, settings) for build in (_separate, _fused)]
+        print(f"{name:24}{'separate':>12}{'fused':>12}{'difference':>14}")
+        for step, (separate, fused) in enumerate(zip(*losses, strict=True), 1):
+            print(f"{step:24}{separate:12.6f}{fused:12.6f}{abs(separate - fused):14.2e}")
+        largest = max(abs(separate - fused) for separate, fused in zip(*losses, strict=True))
+        print(f"{'largest':48}{largest:14.2e}", flush=True)
+        farthest = max(farthest, largest)
+    return farthest <= TOLERANCE
+
+
+def _batches(arguments: argparse.Namespace) -> list[Tensor]:
+    """Return a batch of tokens (rows, length) for each step: documents, each closed with the end token, in a row."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(SMOLLM2))
+    documents = tokenizer(read_prose(), add_special_tokens=False, verbose=False)["input_ids"]
+    stream = torch.tensor([token for each in documents for token in [*each, tokenizer.eos_token_id]])
+    windows = stream[: len(stream) // arguments.length * arguments.length].view(-1, arguments.length)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    return list(windows[order[: arguments.steps * arguments.rows]].split(arguments.rows))
+
+
+def _separate() -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(model_folder(SMOLLM2))
+
+
+def _fused() -> nn.Module:
+    """Return the same model with fused weights."""
+    separate = _separate()
+    config = separate.config
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    same += ("num_key_value_heads", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "tie_word_embeddings")
+    ends = ("pad_token_id", "bos_token_id", "eos_token_id")
+    fused = Phi3ForCausalLM(Phi3Config(**{name: getattr(config, name) for name in same + ends}))
+    weights = separate.state_dict()
+    for name in fused.state_dict():
+        for whole, parts in FUSED.items():
+            if f".{whole}." in name:
+                weights[name] = torch.cat([weights.pop(name.replace(whole, part)) for part in parts])
+    fused.load_state_dict(weights)
+    tokens = torch.arange(32)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(tokens).logits, separate(tokens).logits, rtol=1e-5, atol=1e-5)
+    return fused
+
+
+def _losses(model: nn.Module, batches: list[Tensor], settings: dict[str, Any]) -> list[float]:
+    """Train a model and return the loss of each batch."""
+    optimizer = build_optimizer(model, lr=3e-4, adamw_lr=1e-4, weight_decay=0.1, **settings)
+    model.train()
+    losses = []
+    for batch in batches:
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def main() -> int:
     """Run what the command line asks for; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,7 +210,14 @@ def main() -> int:
     cost.add_argument("--rounds", type=int, default=15, help="pairs of steps that count (default: 15)")
     cost.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
     cost.add_argument("--only", default="", help="only what has this in its name")
+    losses = sections.add_parser("losses", help="losses with and without fusing")
+    losses.add_argument("--steps", type=int, default=24, help="default: 24")
+    losses.add_argument("--rows", type=int, default=2, help="of a batch (default: 2)")
+    losses.add_argument("--length", type=int, default=128, help="tokens of a row (default: 128)")
+    losses.add_argument("--only", default="", help="only what has this in its name")
     arguments = parser.parse_args()
+    if arguments.section == "losses":
+        return 0 if compare_losses(arguments) else 1
     compare_times(arguments)
     return 0
 
