@@ -126,7 +126,7 @@ def _runs_along_slices(slices: Tensor) -> bool:
 def _rows(slices: Tensor) -> Tensor | None:
     """View the memory from the first slice to the last one as rows, with what lies between them; None if it is none."""
     *leading, row, entry = slices.stride()
-    if len(slices) == 0 or row == 0 or any(stride % row for stride in leading):
+    if slices.numel() == 0 or any(stride % row for stride in leading):
         return None
     last = sum((size - 1) * stride for size, stride in zip(slices.shape, slices.stride()[:-1], strict=False))
     return slices.as_strided((last // row + 1, slices.shape[-1]), (row, entry))
