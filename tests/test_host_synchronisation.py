@@ -139,9 +139,10 @@ def checked_step(optimizer: Dion2, process_group: dist.ProcessGroup | None = Non
     return host
 
 
+@pytest.mark.parametrize("skip_idle_experts", [False, True])
 @pytest.mark.parametrize("check_finite", [False, "skip"])
-def test_a_step_on_one_device_neither_waits_nor_sends_anything(check_finite: Any) -> None:
-    optimizer = optimizer_of(check_finite=check_finite)
+def test_a_step_on_one_device_neither_waits_nor_sends_anything(check_finite: Any, skip_idle_experts: bool) -> None:
+    optimizer = optimizer_of(check_finite=check_finite, skip_idle_experts=skip_idle_experts)
     assert checked_step(optimizer).sent == []
     matrix, rest = optimizer.param_groups[0]["params"][0], optimizer.param_groups[-1]["params"][0]
     assert optimizer.state[matrix]["momentum"].device.type == "cuda"
@@ -175,11 +176,15 @@ def test_counters_follow_their_parameters() -> None:
         assert {each.device.type for each in kept if each.dtype == torch.int32} == {device}
 
 
-@pytest.mark.parametrize("check_finite", [False, "skip"])
+@pytest.mark.parametrize(("check_finite", "skip_idle_experts"), [(False, False), ("skip", False), (False, True)])
 @pytest.mark.parametrize("share_replicas", [True, False, None])
-def test_a_step_on_replicas_does_not_wait(ranks: None, share_replicas: bool | None, check_finite: Any) -> None:
+def test_a_step_on_replicas_does_not_wait(
+    ranks: None, share_replicas: bool | None, check_finite: Any, skip_idle_experts: bool
+) -> None:
     """Each algorithm sends one constant to the device, the header of an all-reduce: a checksum, and a flag a block."""
-    optimizer = optimizer_of(share_replicas=share_replicas, check_finite=check_finite)
+    optimizer = optimizer_of(
+        share_replicas=share_replicas, check_finite=check_finite, skip_idle_experts=skip_idle_experts
+    )
     sent = checked_step(optimizer, dist.group.WORLD).sent
     selected = [each.observed.selected > 0 for each in optimizer.observed_parameters()]
     assert sent == ([] if share_replicas is False else [selected.count(True) + 1, selected.count(False) + 1])
@@ -315,6 +320,26 @@ def test_a_step_on_shards_waits_once_at_most(
     assert reads.calls == 2 * waits
     matrices = len(precisions) * len(shapes)
     assert host.sent == [matrices + 1]
+
+
+@pytest.mark.parametrize("placements", [(Shard(1),), (Shard(2),), (Replicate(), Shard(1))], ids=str)
+def test_idle_experts_cost_no_wait_and_no_message(reads: FakeReads, placements: Placements) -> None:
+    """Their numbers of gradient entries are in the message with the norms."""
+    mesh = mesh_of(placements)
+    seen = []
+    for skip_idle_experts in (False, True):
+        groups = [
+            {"params": [spread(mesh, placements, 4, 40, 96)], "batched": True, "algorithm": algorithm}
+            for algorithm in ("dion2", "dion3")
+        ]
+        optimizer = Dion2(groups, lr=0.1, share_replicas=True, skip_idle_experts=skip_idle_experts)
+        optimizer.step()
+        reads.calls = 0
+        with NoHostWait() as host:
+            optimizer.step()
+        seen.append((reads.calls, host.sent, host.collectives))
+    assert seen[0] == seen[1]
+    assert seen[0][2] > 0
 
 
 # Tracking

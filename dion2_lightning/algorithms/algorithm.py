@@ -91,7 +91,8 @@ class Observer(Protocol):
             grams: Z^T Z of Z = [Q before the step, Q after it], (matrices, 2 r, 2 r). A column of Q after the step has
                 the direction of R's, unless that is zero up to rounding.
             squares: Sums of the squares of what is added to the weights, (matrices,).
-            is_taken: Boolean, 0-d: whether the step is taken; None where it is for certain.
+            is_taken: Boolean: whether the step is taken, 0-d, or by which of the matrices, (matrices,); None where all
+                take it for certain.
         """
 
 

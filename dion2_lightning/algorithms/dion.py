@@ -48,7 +48,7 @@ from dion2_lightning.algorithms.low_rank import (
     right_products,
     state_dtype,
 )
-from dion2_lightning.algorithms.matrix_update import accumulate, count_step, draw_bits
+from dion2_lightning.algorithms.matrix_update import accumulate, count_step, draw_bits, leave_idle
 from dion2_lightning.algorithms.projections import Projections
 from dion2_lightning.algorithms.shared import split_by_ranks
 from dion2_lightning.matrices.views import Observed, matrices_of
@@ -123,6 +123,7 @@ def update_alone(updates: Sequence[LowRankUpdate], context: StepContext) -> None
     draw_bits(updates)
     for batch in batches(updates):
         accumulate(batch)
+        leave_idle(batch)
         projections = Projections.wanted(batch, context)
         left = orthonormal(left_products(batch), batch[0], context)
         right = right_products(batch, left)

@@ -47,6 +47,7 @@ from dion2_lightning.algorithms.matrix_update import (
     batches,
     count_step,
     draw_bits,
+    leave_idle,
     polar_factors,
     record_selection,
     select,
@@ -199,6 +200,7 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
     draw_bits(updates)
     for batch in batches(updates):
         accumulate(batch)
+        leave_idle(batch)
         norms = [update.norms().float() for update in batch]
         selected = select(batch, norms)
         places = [update.places(indices) for update, indices in zip(batch, selected, strict=True)]

@@ -37,7 +37,7 @@ from dion2_lightning.algorithms.matrix_update import (
     shrink,
     take,
 )
-from dion2_lightning.algorithms.shared import with_gradient
+from dion2_lightning.algorithms.shared import nonzero_gradients, with_gradient
 from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
 from dion2_lightning.distributed.owner_exchange import OwnerExchange, SharedSubmatrix
@@ -64,11 +64,16 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     assert everyone is not None
     checksum = zlib.crc32(repr((context.settings_checksum, [update.checksum() for update in updates])).encode())
     has_gradient = [update.has_gradient for update in updates]
-    receive = sum_over_ranks([everyone], checksum, has_gradient, _partial_sums(updates, replicas, rank), device)
+    nonzero = nonzero_gradients(updates)
+    sums = [*_partial_sums(updates, replicas, rank), *nonzero.values()]
+    receive = sum_over_ranks([everyone], checksum, has_gradient, sums, device)
     yield IN_FLIGHT
 
     # K, the same on every rank. The host reads it where it decides who sends how much, or which gradients there are.
-    header, norms = receive()
+    header, sums = receive()
+    norms = sums[: len(updates)]
+    for update, its_nonzero in zip(nonzero, sums[len(updates) :], strict=True):
+        update.leave_idle(its_nonzero)
     norms_of = dict(zip(updates, norms, strict=True))
     selected = _select(updates, norms)
     places = {update: update.places(indices) for update, indices in selected.items()}
@@ -171,14 +176,15 @@ def _update_by_owners(
     for part, result in zip(parts, results, strict=True):
         its_factors = part.of_neurons(factors[part.update]) if part.update in factors else None
         weight, momentum = part.of_matrices(part.update.weight), part.of_matrices(part.update.momentum)
-        apply(part.update, weight, momentum, part.indices, result, its_factors, part.bits("apply"), context)
+        bits = part.bits("apply")
+        apply(part.update, weight, momentum, part.indices, result, its_factors, bits, context, part.first)
 
 
 def _take(part: _Part) -> Tensor:
     """This rank's part of S, (count, r, width)."""
     update, gradient = part.update, part.update.gradient
     its_gradient = None if gradient is None else part.of_matrices(gradient)
-    return take(update, part.of_matrices(update.momentum), its_gradient, part.indices, part.bits("decay"))
+    return take(update, part.of_matrices(update.momentum), its_gradient, part.indices, part.bits("decay"), part.first)
 
 
 def _neuron_factors(

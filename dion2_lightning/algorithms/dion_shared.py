@@ -35,7 +35,7 @@ from dion2_lightning.algorithms.low_rank import (
 )
 from dion2_lightning.algorithms.matrix_update import accumulate, bounded, count_step, draw_bits
 from dion2_lightning.algorithms.projections import Projections
-from dion2_lightning.algorithms.shared import with_gradient
+from dion2_lightning.algorithms.shared import nonzero_gradients, with_gradient
 from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
 from dion2_lightning.distributed.summing import Over, Summand, SummingWork, run_together
@@ -60,11 +60,14 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
     everyone = [group for group in groups if group is not None]
     checksum = zlib.crc32(repr((context.settings_checksum, [update.checksum() for update in updates])).encode())
     has_gradient = [update.has_gradient for update in updates]
-    receive = sum_over_ranks(everyone, checksum, has_gradient, (), device)
+    nonzero = nonzero_gradients(updates)
+    receive = sum_over_ranks(everyone, checksum, has_gradient, [*nonzero.values()], device)
     yield IN_FLIGHT
 
     # The host reads which gradients there are where this rank lacks one, or reading is free.
-    header, _ = receive()
+    header, sums = receive()
+    for update, its_nonzero in zip(nonzero, sums, strict=True):
+        update.leave_idle(its_nonzero)
     reads = not all(has_gradient) or device.type == "cpu"
     on_host = yield [header] if reads else []
     refuse_disagreement(on_host[0] if reads else header, everyone, checksum)

@@ -325,3 +325,8 @@ class MatrixSettings(RoundingSettings):
         "fraction (Dion3, arXiv 2608.11612); in Dion by sqrt(n/r), n being the shorter axis and r the rank. False is "
         "the papers' literal rule: users of the authors' code keep their learning rate with False.",
     )
+    skip_idle_experts: bool = setting(
+        False,
+        "Leave a matrix of a stack, such as an expert without tokens, as it is when its gradient is zero: its weights, "
+        "which do not decay either, and its state. False updates it by the momentum that it has.",
+    )

@@ -320,7 +320,7 @@ def apply(
     parts = (each.split(counts) for each in (left, own_right, right, everything, is_present, norms))
     for update, p, r, its_right, its_whole, present, its_norms in zip(batch, *parts, strict=True):
         _add_product(update.momentum, p, r * update.number(update.momentum_factor - 1.0, 0.0, r))
-        is_taken = present if update.gate is None else present & update.gate.is_open
+        is_taken = present if update.own_gate is None else present & update.own_gate.is_open
         q = update.whole_q
         q.copy_(torch.where(is_taken, _columns(its_whole, its_norms, present), q))
         _move(update, p, _columns(its_right, its_norms, present))
@@ -337,14 +337,14 @@ def _move(update: LowRankUpdate, left: Tensor, right: Tensor) -> None:
 
     Half precision is then rounded once, and the decay knows P Q^T.
     """
-    weight, step = update.weight, update.number(-update.step_size, 0.0, right)
+    weight, bits = update.weight, update.bits.get("apply")
     if weight.dtype not in HALF_PRECISION and not update.is_cautious:
-        _add_product(weight, left, right * step)
+        _add_product(weight, left, right * update.number(-update.step_size, 0.0, right))
         return
-    bits, factor = update.bits.get("apply"), update.number(update.shrink, 1.0, weight)
     size, first = max(1, BATCH_ELEMENTS // max(1, weight.shape[1:].numel())), 0
     for part, p, q in zip(weight.split(size), left.split(size), right.split(size), strict=True):
         its_bits = None if bits is None else bits.of_matrices(first, len(part))
+        factor, step = update.number(update.shrink, 1.0, part, first), update.number(-update.step_size, 0.0, q, first)
         first += len(part)
         if not update.is_cautious:
             multiply_add_(part, factor, _products([(p, (q * step).mT)]), its_bits)

@@ -56,9 +56,11 @@ class MatrixUpdate:
         nesterov: Whether the gradient is added to what is orthonormalized.
         is_cautious: Whether only entries decay that their update does not push away from zero.
         gate: What decides on the device whether the step is taken; None where every step is.
+        leaves_idle: Whether those whose gradient is zero stay as they are.
         neuron_beta: Decay rate of the neurons' variances; None where neurons are not normalized.
         rounding_seed: Decides how what is in half precision is rounded stochastically; None rounds to nearest.
         bits: The random bits, by the line of the box that they round: see :func:`draw_bits`.
+        own_gates: One, for each of the matrices, once it is known which are idle: see :meth:`leave_idle`.
     """
 
     parameter: Tensor
@@ -75,9 +77,11 @@ class MatrixUpdate:
     nesterov: bool
     is_cautious: bool
     gate: Gate | None
+    leaves_idle: bool
     neuron_beta: float | None
     rounding_seed: int | None
     bits: dict[str, RandomBits] = field(default_factory=dict)
+    own_gates: list[Gate] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -117,6 +121,7 @@ class MatrixUpdate:
                 nesterov=nesterov,
                 is_cautious=group["cautious_weight_decay"] and shrink != 1.0,
                 gate=context.gates.get(local(parameter).device),
+                leaves_idle=group["skip_idle_experts"] and (matrices.is_stack or matrices.count > 1),
                 neuron_beta=neuron_beta,
                 rounding_seed=group["rounding_seed"] if group["rounding"] == "stochastic" else None,
             )
@@ -178,11 +183,11 @@ class MatrixUpdate:
     def is_in_pieces(self) -> bool:
         """Whether the views are of pieces, see kernels/selection.py, so that a block in several ones needs no copy.
 
-        Random bits are those of whole matrices, and a subclass multiplies these.
+        Random bits and gates are those of whole matrices, and a subclass multiplies these.
         """
-        wholes = local(self.parameter), local(self.state["momentum"])
-        is_simple = all(each.is_contiguous() and each.dtype not in HALF_PRECISION for each in wholes)
-        return self.part.is_in_pieces and is_simple and type(self) is MatrixUpdate
+        tensors = local(self.parameter), local(self.state["momentum"])
+        is_simple = all(each.is_contiguous() and each.dtype not in HALF_PRECISION for each in tensors)
+        return self.part.is_in_pieces and is_simple and not self.leaves_idle and type(self) is MatrixUpdate
 
     def _read(self, tensor: Tensor) -> Tensor:
         if self.is_in_pieces:
@@ -202,11 +207,32 @@ class MatrixUpdate:
         for name in ("weight", "gradient", "momentum"):
             vars(self).pop(name, None)
 
-    def number(self, value: float, neutral: float, of: Tensor) -> float | Tensor:
-        """Return a number that the update multiplies a tensor by; the neutral one in a step that is skipped."""
-        if self.gate is None:
+    def nonzero_gradients(self) -> Tensor:
+        """Return how many entries of G are not zero, in this rank's part of each matrix, (count,)."""
+        if self.gradient is None:
+            return torch.zeros(self.count, dtype=torch.int64, device=self.momentum.device)
+        return torch.count_nonzero(self.gradient, (1, 2))
+
+    def leave_idle(self, nonzero: Tensor) -> None:
+        """From now on leave matrices as they are of which all ranks together have no entry of G that is not zero."""
+        is_active = (nonzero > 0).view(-1, 1, 1)
+        self.own_gates.append(Gate(is_active if self.gate is None else is_active & self.gate.is_open))
+
+    @property
+    def own_gate(self) -> Gate | None:
+        """What decides which of the matrices are updated; :attr:`gate` where it is all or none."""
+        return self.own_gates[0] if self.own_gates else self.gate
+
+    def number(self, value: float, neutral: float, of: Tensor, first: int = 0) -> float | Tensor:
+        """Return a number that the update multiplies a tensor by; the neutral one in a step that is skipped.
+
+        It is (count, 1, 1) where some matrices may be idle: then the tensor is of matrices from ``first`` on.
+        """
+        gate = self.own_gate
+        if gate is None:
             return value
-        return self.gate.number(value, neutral, torch.promote_types(of.dtype, torch.float32))
+        number = gate.number(value, neutral, torch.promote_types(of.dtype, torch.float32))
+        return number.narrow(0, first, len(of)) if self.own_gates else number
 
     def sharing(self, share_replicas: bool | None) -> "tuple[ProcessGroup | None, ...]":
         """Return the groups of ranks with which this one takes the step: those of parts, those of replicas."""
@@ -263,12 +289,13 @@ class MatrixUpdate:
 
     @property
     def goes_alone(self) -> bool:
-        """Whether its matrices are orthonormalized one by one, so that stochastic rounding is alike on every layout.
+        """Whether its matrices are orthonormalized one by one, so that all bits are alike on every layout.
 
         On a CPU the last bits of small odd products depend on what else is in their batch, and on the memory order.
+        Stochastic rounding makes more of them, and who asks torch for deterministic algorithms wants them alike.
         """
         is_rounded = self.rounding_seed is not None and self.weight.dtype in HALF_PRECISION
-        return is_rounded and self.weight.device.type == "cpu"
+        return (is_rounded or torch.are_deterministic_algorithms_enabled()) and self.weight.device.type == "cpu"
 
     @property
     def held(self) -> Spans:
@@ -375,7 +402,10 @@ def wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate], list[Ma
         tensors = local(parameter), local(blocks[0].state["momentum"])
         entries = sum(each.count * each.slices * each.entries for each in blocks)
         is_whole = entries == tensors[0].numel() and all(
-            each.layout.group is None and not each.bits and all(map(each.is_view, tensors)) for each in blocks
+            each.layout.group is None
+            and not (each.bits or each.leaves_idle)
+            and all(map(each.is_view, tensors))
+            for each in blocks
         )
         if is_whole:
             at_once.append(blocks[0])
@@ -406,17 +436,32 @@ def accumulate(updates: Sequence[MatrixUpdate]) -> None:
         torch._foreach_add_(momenta, gradients)
 
 
+def leave_idle(updates: Sequence[MatrixUpdate]) -> None:
+    """Leave idle matrices as they are, where the settings say so and no other rank shares them."""
+    for update in updates:
+        if update.leaves_idle:
+            update.leave_idle(update.nonzero_gradients())
+
+
 def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[Tensor]:
     """K: the sorted indices of the largest slices, (count, selected) for each, from the norms (count, slices)."""
     return torch.split(largest(torch.cat(list(norms)), batch[0].selected), [len(each) for each in norms])
 
 
 def take(
-    update: MatrixUpdate, momentum: Tensor, gradient: Tensor | None, indices: Tensor, bits: RandomBits | None
+    update: MatrixUpdate,
+    momentum: Tensor,
+    gradient: Tensor | None,
+    indices: Tensor,
+    bits: RandomBits | None,
+    first: int = 0,
 ) -> Tensor:
-    """S <- M[K], or G[K] + mu M[K] with Nesterov, then M[K] <- mu M[K]; S in the orthonormalization's precision."""
+    """S <- M[K], or G[K] + mu M[K] with Nesterov, then M[K] <- mu M[K]; S in the orthonormalization's precision.
+
+    The tensors are those of all matrices of the update, or of some of them from ``first`` on.
+    """
     submatrices = gather(momentum, indices)
-    factor = update.number(update.momentum_factor, 1.0, momentum)
+    factor = update.number(update.momentum_factor, 1.0, momentum, first)
     if bits is None:
         decay_(momentum, indices, submatrices, factor)
     else:
@@ -475,7 +520,7 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
         ]
     )
     pairs = [(each, local(each.parameter)) for each in at_once] + [(each, each.weight) for each in alone]
-    for gate, equal in group_by(pairs, lambda pair: pair[0].gate).items():
+    for gate, equal in group_by(pairs, lambda pair: pair[0].own_gate).items():
         if gate is None:
             torch._foreach_mul_([weight for _, weight in equal], [update.shrink for update, _ in equal])
         else:
@@ -492,17 +537,18 @@ def apply(
     factors: Tensor | None,
     bits: RandomBits | None,
     context: StepContext,
+    first: int = 0,
 ) -> None:
-    """X[K] <- X[K] - lr scale O, each neuron times its factor where there are any.
+    """X[K] <- X[K] - lr scale O, each neuron times its factor where there are any; see :func:`take` for ``first``.
 
     In half precision X <- (1 - lr weight_decay) X comes first, so that what is selected is rounded once; so it does
     where it is cautious. Slices that are not selected have no update, and are judged by M, of which it will be made.
     """
     precise = torch.promote_types(weight.dtype, torch.float32)
-    change = result.to(precise) * update.number(-update.step_size, 0.0, weight)
+    change = result.to(precise) * update.number(-update.step_size, 0.0, weight, first)
     if factors is not None:
         change *= factors.unsqueeze(update.neuron_dim)
-    shrink = update.number(update.shrink, 1.0, weight)
+    shrink = update.number(update.shrink, 1.0, weight, first)
     if update.is_cautious:
         new = decayed(weight, momentum, shrink)
         put_(new, indices, decayed(gather(weight, indices), result, shrink) + change)

@@ -59,7 +59,8 @@ def factors(
     results: dict[MatrixUpdate, Tensor] = {}
 
     def key(update: MatrixUpdate) -> Hashable:
-        return update.slices_are_neurons, update.k, update.entries, update.neuron_beta, update.gate, sums[update].device
+        shape = update.slices_are_neurons, update.k, update.entries
+        return shape, update.neuron_beta, update.own_gate, sums[update].device
 
     for equal in group_by(sums, key).values():
         first, counts = equal[0], [len(sums[update]) for update in equal]
@@ -67,7 +68,8 @@ def factors(
         squares = torch.cat([sums[update] for update in equal]).float()  # the same numbers under every layout
         means = squares / (first.entries if first.slices_are_neurons else first.k)
         known = torch.cat([_known(update, selected[update]) for update in equal])
-        known += (means - known) * first.number(1.0 - first.neuron_beta, 0.0, known)
+        change = (means - known).unsqueeze(-1) * first.number(1.0 - first.neuron_beta, 0.0, known)
+        known += change.squeeze(-1)
         inverse = 1.0 / (known.sqrt() + EPS)
         precise = squares.to(sum_dtype(squares.device))
         before, after = precise.sum(1, keepdim=True), (precise * inverse.square()).sum(1, keepdim=True)

@@ -54,7 +54,7 @@ class Projections:
         lengths = torch.where(present_columns(norms, first) | norms.isnan(), norms / (norms + EPS), 0.0)
         counts = [update.count for update in self._batch]
         squares = [
-            each.square().sum((1, 2)) * update.number(update.step_size, 0.0, each) ** 2
+            (each.square().sum((1, 2), keepdim=True) * update.number(update.step_size, 0.0, each) ** 2).flatten()
             for update, each in zip(self._batch, lengths.split(counts), strict=True)
         ]
         observer.projected(
@@ -65,5 +65,14 @@ class Projections:
             norms.squeeze(1),
             entries.unflatten(1, (2 * first.rank, 2 * first.rank)),
             torch.cat(squares),
-            None if first.gate is None else first.gate.is_open,
+            _taken(self._batch),
         )
+
+
+def _taken(batch: Sequence[LowRankUpdate]) -> Tensor | None:
+    """Whether the step is taken, 0-d, or by which matrices (batch,); None where it is for certain, by all."""
+    if not any(update.own_gates for update in batch):
+        return None if batch[0].gate is None else batch[0].gate.is_open
+    certain = torch.ones((), dtype=torch.bool, device=batch[0].momentum.device)
+    flags = [certain if update.own_gate is None else update.own_gate.is_open for update in batch]
+    return torch.cat([each.expand(update.count, 1, 1) for each, update in zip(flags, batch, strict=True)]).flatten()

@@ -29,6 +29,11 @@ def split_by_ranks(updates: Sequence[U], share_replicas: bool | None) -> tuple[l
     return unshared, list(group_by(shared, lambda each: (*groups_of[each], each.momentum.device)).values())
 
 
+def nonzero_gradients(updates: Sequence[U]) -> dict[U, Tensor]:
+    """Return what ranks have to add up to know which matrices are idle: float64, of those updates that ask for it."""
+    return {update: update.nonzero_gradients().double() for update in updates if update.leaves_idle}
+
+
 def with_gradient(updates: Sequence[U], header: Tensor, replicas: Replicas | None) -> list[U]:
     """Return the updates whose gradient some rank has; refuse one that not every replica has: momenta would differ."""
     counts = header[1:].tolist()

@@ -11,7 +11,7 @@ def decayed(weight: Tensor, direction: Tensor, factor: float | Tensor) -> Tensor
         weight: Any shape.
         direction: The same shape: what a step subtracts from the weight a positive multiple of. Where one of the two is
             zero there is nothing to be cautious about, and the weight decays.
-        factor: 1 - lr * weight_decay; a tensor is 0-d.
+        factor: 1 - lr * weight_decay; a tensor is 0-d, or broadcasts with the weight.
     """
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     # The sign and not the weight itself: products of small numbers vanish.

@@ -12,7 +12,7 @@ class Gate:
     """Open in a step that is taken. Closed, an update that asks it for gradients and numbers changes nothing.
 
     Attributes:
-        is_open: Boolean, 0-d, on the device of what is updated.
+        is_open: Boolean, on the device of what is updated: 0-d, or (count, 1, 1), one for each of several matrices.
     """
 
     def __init__(self, is_open: Tensor) -> None:
@@ -24,7 +24,7 @@ class Gate:
         return torch.where(self.is_open, gradient, 0)
 
     def number(self, value: float, neutral: float, dtype: torch.dtype) -> Tensor:
-        """Return a number of the update, 0-d; the neutral one where closed."""
+        """Return a number of the update, in the shape of :attr:`is_open`; the neutral one where closed."""
         key = value, neutral, dtype
         if key not in self._numbers:
             on_device = partial(torch.full, (), dtype=dtype, device=self.is_open.device)

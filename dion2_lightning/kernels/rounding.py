@@ -107,14 +107,15 @@ def multiply_add_(tensor: Tensor, factor: float | Tensor, addend: Tensor | None,
 
     Args:
         tensor: In half precision.
-        factor: Of float32's precision; a tensor is 0-d.
+        factor: Of float32's precision; a tensor is 0-d, or broadcasts with the tensor.
         addend: Of the tensor's shape; None for none.
         bits: To round stochastically; None rounds to the nearest number.
     """
+    factors = [factor.expand_as(tensor)] if isinstance(factor, Tensor) and factor.ndim > 0 else []
     addends = [] if addend is None else [addend]
-    for (part, *its_addends), its_bits in blocks([tensor, *addends], bits):
-        wide = part.float().mul_(factor)
-        for each in its_addends:
+    for (part, *others), its_bits in blocks([tensor, *factors, *addends], bits):
+        wide = part.float().mul_(others.pop(0) if factors else factor)
+        for each in others:
             wide.add_(each)
         _store(part, wide, its_bits)
 

@@ -83,7 +83,10 @@ def put_(slices: Tensor, indices: Tensor, gathered: Tensor) -> None:
 
 
 def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float | Tensor) -> None:
-    """Multiply the slices at ``indices``, which :func:`gather` has just returned, by ``factor``, in place."""
+    """Multiply the slices at ``indices``, which :func:`gather` has just returned, by ``factor``, in place.
+
+    A factor that is a tensor is 0-d, or has one for each matrix, (count, 1, 1).
+    """
     if _runs_along_slices(slices):
         # torch would first round a factor in a tensor to the precision of the slices.
         wide = gathered.to(factor.dtype) if isinstance(factor, Tensor) else gathered
@@ -98,7 +101,7 @@ def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float | Te
             slices = slices.as_strided((len(slices), size, slices.shape[-1]), (slices.stride(0), 1, slices.stride(-1)))
             indices = indices * step
         factors = torch.ones((len(slices), slices.shape[-2]), dtype=precise, device=slices.device)
-        factor = factor.expand(indices.shape) if isinstance(factor, Tensor) else factor
+        factor = factor.view(-1, 1).expand(indices.shape) if isinstance(factor, Tensor) else factor
         factors.scatter_(-1, indices, factor)
         slices.mul_(factors.view(len(slices), *[1] * (slices.ndim - 3), -1, 1))
 

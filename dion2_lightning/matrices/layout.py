@@ -121,8 +121,8 @@ class Layout:
         return hash(tuple(sorted(self.rectangles)))
 
 
-Layouts = dict[Hashable, Layout]
-"""Layouts that were read in this step: parameters of one shape, mesh and placement have the same."""
+Layouts = dict[Hashable, Any]
+"""What was read in this step: parameters of one shape, mesh and placement have the same layout, and the same parts."""
 
 
 def layout_of(
@@ -150,7 +150,8 @@ def layout_of(
             known[key] = Layout()
         else:
             known[key] = Layout(replicas=Replicas(process_group, tuple(range(process_group.size())), process_group))
-    return known[key]
+    layout: Layout = known[key]
+    return layout
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -199,9 +199,16 @@ def parts_of(parameter: Tensor, matrices: Matrices, label: str, *, process_group
         process_group=process_group,
         known=known,
     )
-    block = matrices.block
-    if block is None:
+    if matrices.block is None:
         return [Part(matrices, 0, None, layout)]
+    key = matrices, id(layout)  # which is kept alive beside it
+    if key not in known:
+        known[key] = _parts_of_block(matrices, matrices.block, layout)
+    parts: list[Part] = known[key]
+    return parts
+
+
+def _parts_of_block(matrices: Matrices, block: Block, layout: Layout) -> list[Part]:
     size = block.total // block.matrices
     spans = layout.rows if matrices.blocks_are_rows else layout.columns
     start = spans[layout.own_rank][0] if layout.group is not None else 0
