@@ -19,7 +19,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 from benchmarks.statistics import keep_memory
@@ -54,9 +53,7 @@ LAYERS: Final[dict[str, list[Weight]]] = {
         ((3072, 768), {}),
         ((768, 3072), {}),
     ],
-    "2 experts of half GPT-OSS's width: gate|up": [
-        ((2, 1440, 2880), {**IN_OUT, "splits": "1440 x (gate 1 | up 1)"})
-    ],
+    "2 experts of half GPT-OSS's width: gate|up": [((2, 1440, 2880), {**IN_OUT, "splits": "1440 x (gate 1 | up 1)"})],
     "2 experts of half GPT-OSS's width: a layer": [
         ((2, 1440, 2880), {**IN_OUT, "splits": "1440 x (gate 1 | up 1)"}),
         ((2, 1440, 1440), IN_OUT),
@@ -128,6 +125,23 @@ TOLERANCE: Final = 1e-3
 
 FUSED: Final = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
+SAME: Final = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+"""What the configurations of both models say alike."""
+
 TRAINED: Final[dict[str, dict[str, Any]]] = {
     "Dion2 at 1/4": {"algorithm": "dion2", "fraction": 0.25},
     "Dion3 at 1/4": {"algorithm": "dion3", "fraction": 0.25},
@@ -171,10 +185,7 @@ def _fused() -> nn.Module:
     """Return the same model with fused weights."""
     separate = _separate()
     config = separate.config
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    same += ("num_key_value_heads", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "tie_word_embeddings")
-    ends = ("pad_token_id", "bos_token_id", "eos_token_id")
-    fused = Phi3ForCausalLM(Phi3Config(**{name: getattr(config, name) for name in same + ends}))
+    fused = Phi3ForCausalLM(Phi3Config(**{name: getattr(config, name) for name in SAME}))
     weights = separate.state_dict()
     for name in fused.state_dict():
         for whole, parts in FUSED.items():

@@ -294,8 +294,8 @@ class MatrixUpdate:
         On a CPU the last bits of small odd products depend on what else is in their batch, and on the memory order.
         Stochastic rounding makes more of them, and who asks torch for deterministic algorithms wants them alike.
         """
-        is_rounded = self.rounding_seed is not None and self.weight.dtype in HALF_PRECISION
-        return (is_rounded or torch.are_deterministic_algorithms_enabled()) and self.weight.device.type == "cpu"
+        is_rounded = self.rounding_seed is not None and self.parameter.dtype in HALF_PRECISION
+        return (is_rounded or torch.are_deterministic_algorithms_enabled()) and self.parameter.device.type == "cpu"
 
     @property
     def held(self) -> Spans:
@@ -364,9 +364,9 @@ def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
         for update in updates
         if update.rounding_seed is not None
         for line, name in _ROUNDED.items()
-        if getattr(update, name).dtype in HALF_PRECISION
+        if (update.parameter if name == "weight" else update.state[name]).dtype in HALF_PRECISION
     ]
-    for equal in group_by(rounded, lambda pair: pair[1].weight.device).values():
+    for equal in group_by(rounded, lambda pair: local(pair[1].parameter).device).values():
         coordinates = {
             each: each.part.coordinates(each.parameter, taps_first=each.taps_first)
             for each in dict.fromkeys(each for _, each in equal)
@@ -402,9 +402,7 @@ def wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate], list[Ma
         tensors = local(parameter), local(blocks[0].state["momentum"])
         entries = sum(each.count * each.slices * each.entries for each in blocks)
         is_whole = entries == tensors[0].numel() and all(
-            each.layout.group is None
-            and not (each.bits or each.leaves_idle)
-            and all(map(each.is_view, tensors))
+            each.layout.group is None and not (each.bits or each.leaves_idle) and all(map(each.is_view, tensors))
             for each in blocks
         )
         if is_whole:
