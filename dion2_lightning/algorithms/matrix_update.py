@@ -192,13 +192,29 @@ class MatrixUpdate:
         """Whether the state has numbers for each tap, as the variances of a transposed kernel are."""
         return self.neuron_beta is not None and self.matrices.taps_along(OUTPUT_AXIS) > 1
 
+    @cached_property
+    def is_in_pieces(self) -> bool:
+        """Whether the views are of pieces, see kernels/selection.py, so that a block in several ones needs no copy.
+
+        Random bits and gates are those of whole matrices, and a subclass multiplies these.
+        """
+        tensors = local(self.parameter), local(self.state["momentum"])
+        is_simple = all(each.is_contiguous() and each.dtype not in HALF_PRECISION for each in tensors)
+        return self.part.is_in_pieces and is_simple and not self.leaves_idle and type(self) is MatrixUpdate
+
     def _read(self, tensor: Tensor) -> Tensor:
+        if self.is_in_pieces:
+            return self.matrices.slices(self.part.pieces(tensor.contiguous()), self.axis)
         return self.matrices.slices(self.part.read(tensor, taps_first=self.taps_first), self.axis)
+
+    def is_view(self, whole: Tensor) -> bool:
+        """Return whether what is read out of a tensor, such as the parameter, is a view of it."""
+        return self.is_in_pieces or self.part.is_view(whole, taps_first=self.taps_first)
 
     def write_back(self) -> None:
         """Write what had to be copied, as it has no view, to where it came from, and let go of it."""
         for name, whole in (("weight", local(self.parameter)), ("momentum", local(self.state["momentum"]))):
-            if name in vars(self) and not self.part.is_view(whole, taps_first=self.taps_first):
+            if name in vars(self) and not self.is_view(whole):
                 copy = self.matrices.slices(vars(self)[name], self.axis)  # its own inverse
                 self.part.write(whole, copy, taps_first=self.taps_first)
         for name in ("weight", "gradient", "momentum"):
@@ -388,21 +404,44 @@ def count_step(updates: Sequence[MatrixUpdate]) -> None:
             torch._foreach_add_(steps, [gate.number(1.0, 0.0, torch.float32)] * len(steps))
 
 
+def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate], list[MatrixUpdate]]:
+    """Return updates for what is the same for every entry of a parameter: one for all its blocks, and blocks alone.
+
+    A pass over every second column takes as long as one over all of them.
+    """
+    at_once: list[MatrixUpdate] = []
+    alone: list[MatrixUpdate] = []
+    for parameter, blocks in group_by(updates, lambda update: update.parameter).items():
+        tensors = local(parameter), local(blocks[0].state["momentum"])
+        entries = sum(each.count * each.slices * each.entries for each in blocks)
+        is_whole = entries == tensors[0].numel() and all(
+            each.layout.group is None and not (each.bits or each.leaves_idle) and all(map(each.is_view, tensors))
+            for each in blocks
+        )
+        if is_whole:
+            at_once.append(blocks[0])
+        else:
+            alone += blocks
+    return at_once, alone
+
+
 def accumulate(updates: Sequence[MatrixUpdate]) -> None:
     """M <- M + G, where there is a G."""
     together: list[tuple[Tensor, Tensor]] = []
-    for update in updates:
-        gradient, bits = update.gradient, update.bits.get("accumulate")
+    at_once, alone = split_off_wholes(updates)
+    pairs = [(each, local(each.state["momentum"]), local_gradient(each.parameter)) for each in at_once]
+    for update, momentum, gradient in pairs + [(each, each.momentum, each.gradient) for each in alone]:
+        bits = update.bits.get("accumulate")
         if gradient is None:
             continue
         if update.gate is not None:
             gradient = update.gate.gradient(gradient)
         if bits is not None:
-            multiply_add_(update.momentum, 1.0, gradient, bits)
+            multiply_add_(momentum, 1.0, gradient, bits)
         elif update.gate is not None:
-            update.momentum.add_(gradient)  # at once, as what the gate returns takes the memory of a gradient
+            momentum.add_(gradient)  # at once, as what the gate returns takes the memory of a gradient
         else:
-            together.append((update.momentum, gradient))
+            together.append((momentum, gradient))
     if together:
         momenta, gradients = zip(*together, strict=True)
         torch._foreach_add_(momenta, gradients)
@@ -484,17 +523,20 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
 
     What is in half precision, or decays cautiously, is left to :func:`apply`: it rounds once, and knows the update.
     """
-    decaying = [
-        each
-        for each in updates
-        if each.shrink != 1.0 and not each.is_cautious and each.parameter.dtype not in HALF_PRECISION
-    ]
-    for gate, equal in group_by(decaying, lambda update: update.own_gate).items():
+    at_once, alone = split_off_wholes(
+        [
+            each
+            for each in updates
+            if each.shrink != 1.0 and not each.is_cautious and each.parameter.dtype not in HALF_PRECISION
+        ]
+    )
+    pairs = [(each, local(each.parameter)) for each in at_once] + [(each, each.weight) for each in alone]
+    for gate, equal in group_by(pairs, lambda pair: pair[0].own_gate).items():
         if gate is None:
-            torch._foreach_mul_([update.weight for update in equal], [update.shrink for update in equal])
+            torch._foreach_mul_([weight for _, weight in equal], [update.shrink for update, _ in equal])
         else:
-            for update in equal:
-                update.weight.mul_(update.number(update.shrink, 1.0, update.weight))
+            for update, weight in equal:
+                weight.mul_(update.number(update.shrink, 1.0, weight))
 
 
 def apply(

@@ -50,6 +50,27 @@ class Part:
             return (filters.movedim(2, -1) if taps_first else filters).flatten(2)
         return self.of_stack(self._stack(tensor))
 
+    @property
+    def is_in_pieces(self) -> bool:
+        """Whether it is rows in several whole pieces of one size, all of them equally far apart."""
+        if not (self._is_scattered and self.matrices.blocks_are_rows):
+            return False
+        return self._index % self._block.size == 0 and self._width % self._block.size == 0
+
+    def pieces(self, tensor: Tensor) -> Tensor:
+        """View such rows as (count, pieces, rows of each, columns), which needs no copy, unlike :meth:`read`.
+
+        Args:
+            tensor: This rank's part, contiguous.
+        """
+        block, stack = self._block, self._stack(tensor)
+        of_matrix, of_row, of_column = stack.stride()
+        return stack.as_strided(
+            (len(stack), self._width // block.size, block.size, stack.shape[2]),
+            (of_matrix, block.period * of_row, of_row, of_column),
+            stack.storage_offset() + self._first_place * of_row,
+        )
+
     def is_view(self, tensor: Tensor, *, taps_first: bool = False) -> bool:
         """Return whether :meth:`read` returns a view of the tensor."""
         if self.matrices.is_kernel:

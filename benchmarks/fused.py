@@ -1,0 +1,237 @@
+"""Fused weights: what it costs to update their blocks one by one, and whether training goes as without fusing.
+
+    python -m benchmarks.fused cost
+    python -m benchmarks.fused losses        # some minutes on one core
+
+`cost`: a step of weights that hold several matrices, against the same matrices as parameters of their own, in turn in
+one process. The ratio is the median over pairs of steps. Quote the ratios.
+
+`losses`: SmolLM2-135M, and the same model with q, k and v in one weight and gate and up in another, as Phi-3 has them,
+trained on the same batches of text. Exits with 1 if two losses are more than 0.001 apart.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
+
+from benchmarks.statistics import keep_memory
+from benchmarks.step import timed
+from dion2_lightning import Dion2, build_optimizer
+from dion2_lightning.matrices.views import read_matrices
+from recipes.offline_data import read_prose
+from recipes.offline_models import SMOLLM2, model_folder
+
+# Cost
+
+Weight = tuple[tuple[int, ...], dict[str, Any]]
+"""The shape of a weight, and how its matrices are stored in it."""
+
+IN_OUT: Final = {"batched": True, "transposed": True}
+LAYERS: Final[dict[str, list[Weight]]] = {
+    "SmolLM2-135M: q|k|v": [((960, 576), {"splits": "q 576 | k 192 | v 192"})],
+    "SmolLM2-135M: gate|up": [((3072, 576), {"splits": "gate 1536 | up 1536"})],
+    "SmolLM2-135M: a layer": [
+        ((960, 576), {"splits": "q 576 | k 192 | v 192"}),
+        ((576, 576), {}),
+        ((3072, 576), {"splits": "gate 1536 | up 1536"}),
+        ((576, 1536), {}),
+    ],
+    "SmolLM2-135M: q|k|v by head": [((960, 576), {"splits": "q 9*64 | k 3*64 | v 3*64"})],
+    "SmolLM2-135M: o by head": [((576, 576), {"splits": "head 9*64 along inputs"})],
+    "Pythia-160M: q|k|v, interleaved": [((2304, 768), {"splits": "12 x (q 64 | k 64 | v 64)"})],
+    "Pythia-160M: by head": [((2304, 768), {"splits": "12 x (q 1*64 | k 1*64 | v 1*64)"})],
+    "Pythia-160M: a layer": [
+        ((2304, 768), {"splits": "12 x (q 64 | k 64 | v 64)"}),
+        ((768, 768), {}),
+        ((3072, 768), {}),
+        ((768, 3072), {}),
+    ],
+    "2 experts of half GPT-OSS's width: gate|up": [((2, 1440, 2880), {**IN_OUT, "splits": "1440 x (gate 1 | up 1)"})],
+    "2 experts of half GPT-OSS's width: a layer": [
+        ((2, 1440, 2880), {**IN_OUT, "splits": "1440 x (gate 1 | up 1)"}),
+        ((2, 1440, 1440), IN_OUT),
+    ],
+    "2 experts of a fifth of it: gate|up": [((2, 576, 1152), {**IN_OUT, "splits": "576 x (gate 1 | up 1)"})],
+}
+"""By model and layer."""
+
+SETTINGS: Final[dict[str, dict[str, Any]]] = {
+    "Dion2 at 1/4": {"fraction": 0.25},
+    "Muon": {"fraction": 1.0},
+}
+
+
+def compare_times(arguments: argparse.Namespace) -> None:
+    """Print a table of the ratios."""
+    keep_memory()
+    print(f"torch {torch.__version__}, {platform.machine()}, {arguments.device}, {torch.get_num_threads()} threads")
+    print(f"{arguments.layers} layers, medians of {arguments.rounds} pairs of steps")
+    print(f"{'':46}{'separate, ms':>13}{'fused, ms':>11}{'ratio':>8}")
+    for name, layer in LAYERS.items():
+        for algorithm, settings in SETTINGS.items():
+            label = f"{name}, {algorithm}"
+            if arguments.only in label:
+                separate, fused, ratio = _times(layer * arguments.layers, settings, arguments)
+                print(f"{label:46}{separate:13.1f}{fused:11.1f}{ratio:8.2f}", flush=True)
+
+
+def _times(layers: list[Weight], settings: dict[str, Any], arguments: argparse.Namespace) -> tuple[float, float, float]:
+    """Return the median milliseconds of a step of separate and of fused weights, and the median ratio of a pair."""
+    separate = [block for weight in layers for block in _apart(*weight)]
+    optimizers = [_optimizer_of(weights, settings, arguments.device) for weights in (separate, layers)]
+    times: list[list[float]] = [[], []]
+    for number in range(arguments.rounds + 1):
+        for each in (0, 1) if number % 2 else (1, 0):
+            elapsed = timed(optimizers[each].step, arguments.device)
+            if number > 0:  # the first creates state
+                times[each].append(elapsed)
+    ratio = statistics.median(fused / apart for apart, fused in zip(*times, strict=True))
+    return statistics.median(times[0]), statistics.median(times[1]), ratio
+
+
+def _apart(shape: tuple[int, ...], storage: dict[str, Any]) -> Iterator[Weight]:
+    """Yield the blocks of a weight as weights of their own; one with several matrices is a stack of them."""
+    for block in read_matrices(shape, **storage):
+        size = block.shape[::-1] if block.transposed else block.shape
+        is_stack = block.count > 1 or block.is_stack
+        yield (block.count, *size) if is_stack else size, {"batched": is_stack, "transposed": block.transposed}
+
+
+def _optimizer_of(weights: list[Weight], settings: dict[str, Any], device: torch.device) -> Dion2:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    groups = []
+    for shape, storage in weights:
+        parameter = nn.Parameter(random(shape))
+        parameter.grad = random(shape)
+        groups.append({"params": [parameter], **storage, **settings})
+    return Dion2(groups)
+
+
+# Losses
+
+TOLERANCE: Final = 1e-3
+"""How far apart two losses may be."""
+
+FUSED: Final = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+SAME: Final = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+"""What the configurations of both models say alike."""
+
+TRAINED: Final[dict[str, dict[str, Any]]] = {
+    "Dion2 at 1/4": {"algorithm": "dion2", "fraction": 0.25},
+    "Dion3 at 1/4": {"algorithm": "dion3", "fraction": 0.25},
+}
+
+
+def compare_losses(arguments: argparse.Namespace) -> bool:
+    """Print the losses of both models; return whether they agree."""
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
+    print(f"{arguments.steps} steps of {arguments.rows} x {arguments.length} tokens")
+    batches = _batches(arguments)
+    farthest = 0.0
+    for name, settings in TRAINED.items():
+        if arguments.only not in name:
+            continue
+        losses = [_losses(build(), batches, settings) for build in (_separate, _fused)]
+        print(f"{name:24}{'separate':>12}{'fused':>12}{'difference':>14}")
+        for step, (separate, fused) in enumerate(zip(*losses, strict=True), 1):
+            print(f"{step:24}{separate:12.6f}{fused:12.6f}{abs(separate - fused):14.2e}")
+        largest = max(abs(separate - fused) for separate, fused in zip(*losses, strict=True))
+        print(f"{'largest':48}{largest:14.2e}", flush=True)
+        farthest = max(farthest, largest)
+    return farthest <= TOLERANCE
+
+
+def _batches(arguments: argparse.Namespace) -> list[Tensor]:
+    """Return a batch of tokens (rows, length) for each step: documents, each closed with the end token, in a row."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(SMOLLM2))
+    documents = tokenizer(read_prose(), add_special_tokens=False, verbose=False)["input_ids"]
+    stream = torch.tensor([token for each in documents for token in [*each, tokenizer.eos_token_id]])
+    windows = stream[: len(stream) // arguments.length * arguments.length].view(-1, arguments.length)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    return list(windows[order[: arguments.steps * arguments.rows]].split(arguments.rows))
+
+
+def _separate() -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(model_folder(SMOLLM2))
+
+
+def _fused() -> nn.Module:
+    """Return the same model with fused weights."""
+    separate = _separate()
+    config = separate.config
+    fused = Phi3ForCausalLM(Phi3Config(**{name: getattr(config, name) for name in SAME}))
+    weights = separate.state_dict()
+    for name in fused.state_dict():
+        for whole, parts in FUSED.items():
+            if f".{whole}." in name:
+                weights[name] = torch.cat([weights.pop(name.replace(whole, part)) for part in parts])
+    fused.load_state_dict(weights)
+    tokens = torch.arange(32)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(tokens).logits, separate(tokens).logits, rtol=1e-5, atol=1e-5)
+    return fused
+
+
+def _losses(model: nn.Module, batches: list[Tensor], settings: dict[str, Any]) -> list[float]:
+    """Train a model and return the loss of each batch."""
+    optimizer = build_optimizer(model, lr=3e-4, adamw_lr=1e-4, weight_decay=0.1, **settings)
+    model.train()
+    losses = []
+    for batch in batches:
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def main() -> int:
+    """Run what the command line asks for; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sections = parser.add_subparsers(dest="section", required=True)
+    cost = sections.add_parser("cost", help="time of a step")
+    cost.add_argument("--layers", type=int, default=6, help="of each kind (default: 6)")
+    cost.add_argument("--rounds", type=int, default=15, help="pairs of steps that count (default: 15)")
+    cost.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
+    cost.add_argument("--only", default="", help="only what has this in its name")
+    losses = sections.add_parser("losses", help="losses with and without fusing")
+    losses.add_argument("--steps", type=int, default=24, help="default: 24")
+    losses.add_argument("--rows", type=int, default=2, help="of a batch (default: 2)")
+    losses.add_argument("--length", type=int, default=128, help="tokens of a row (default: 128)")
+    losses.add_argument("--only", default="", help="only what has this in its name")
+    arguments = parser.parse_args()
+    if arguments.section == "losses":
+        return 0 if compare_losses(arguments) else 1
+    compare_times(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
