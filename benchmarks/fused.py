@@ -53,12 +53,12 @@ LAYERS: Final[dict[str, list[Weight]]] = {
         ((3072, 768), {}),
         ((768, 3072), {}),
     ],
-    "2 experts of half GPT-OSS's width: gate|up": [((2, 1440, 2880), {**IN_OUT, "splits": "1440 x (gate 1 | up 1)"})],
-    "2 experts of half GPT-OSS's width: a layer": [
+    "GPT-OSS, half as wide, 2 experts: gate|up": [((2, 1440, 2880), {**IN_OUT, "splits": "1440 x (gate 1 | up 1)"})],
+    "GPT-OSS, half as wide, 2 experts: a layer": [
         ((2, 1440, 2880), {**IN_OUT, "splits": "1440 x (gate 1 | up 1)"}),
         ((2, 1440, 1440), IN_OUT),
     ],
-    "2 experts of a fifth of it: gate|up": [((2, 576, 1152), {**IN_OUT, "splits": "576 x (gate 1 | up 1)"})],
+    "GPT-OSS, a fifth as wide, 8 experts: gate|up": [((8, 576, 1152), {**IN_OUT, "splits": "576 x (gate 1 | up 1)"})],
 }
 """By model and layer."""
 
@@ -73,13 +73,13 @@ def compare_times(arguments: argparse.Namespace) -> None:
     keep_memory()
     print(f"torch {torch.__version__}, {platform.machine()}, {arguments.device}, {torch.get_num_threads()} threads")
     print(f"{arguments.layers} layers, medians of {arguments.rounds} pairs of steps")
-    print(f"{'':46}{'separate, ms':>13}{'fused, ms':>11}{'ratio':>8}")
+    print(f"{'':60}{'separate, ms':>13}{'fused, ms':>11}{'ratio':>8}")
     for name, layer in LAYERS.items():
         for algorithm, settings in SETTINGS.items():
             label = f"{name}, {algorithm}"
             if arguments.only in label:
                 separate, fused, ratio = _times(layer * arguments.layers, settings, arguments)
-                print(f"{label:46}{separate:13.1f}{fused:11.1f}{ratio:8.2f}", flush=True)
+                print(f"{label:60}{separate:13.1f}{fused:11.1f}{ratio:8.2f}", flush=True)
 
 
 def _times(layers: list[Weight], settings: dict[str, Any], arguments: argparse.Namespace) -> tuple[float, float, float]:
