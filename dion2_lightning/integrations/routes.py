@@ -147,13 +147,14 @@ def forward_backward(model: Any, routing: Routing, batch: int, length: int | Non
     if parts and type(config) not in built:  # a tower of images, of a model that has one of text too
         config = parts[0]
     length, source = _lengths(model, config, length, notes)
-    if any(each is not config for each in parts) and not config.is_encoder_decoder:
+    has_encoder = model.config.is_encoder_decoder
+    if any(each is not config for each in parts) and not has_encoder:
         notes.append(f"its parts were all counted at {length:,} tokens; images and sound have lengths of their own")
     if isinstance(getattr(config, "depths", None), list | tuple):
         notes.append("its stages were all counted at the positions of the first; later ones have fewer")
 
     heads = {id(each) for each in _parameters_of(model, "get_output_embeddings")}
-    encoder = {id(each) for each in _parameters_of(model, "get_encoder")} if config.is_encoder_decoder else set()
+    encoder = {id(each) for each in _parameters_of(model, "get_encoder")} if has_encoder else set()
     convolutions = [each for each in model.modules() if isinstance(each, nn.modules.conv._ConvNd)]
     strides = {id(each): module.stride for module in convolutions for each in module.parameters() if each.ndim > 2}
     of_kernels = [strides.get(id(each.parameter), ()) for each in routing.decisions if each.role in _CONVOLUTIONS]
@@ -235,7 +236,7 @@ def _patches(model: nn.Module, config: Any, notes: list[str]) -> int | None:
     return tokens
 
 
-def _attention(model: nn.Module, config: Any, batch: int, length: int, source: int, notes: list[str]) -> int:
+def _attention(model: Any, config: Any, batch: int, length: int, source: int, notes: list[str]) -> int:
     """FLOPs between tokens: 12 a layer, a hidden unit, a token and a token that it sees; adds to the notes."""
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(hidden, int):
@@ -245,7 +246,7 @@ def _attention(model: nn.Module, config: Any, batch: int, length: int, source: i
     head = _number(("head_dim", "attention_head_dim"), config) or hidden // heads
     width = heads * ((_number(("qk_head_dim",), config) or head) + (_number(("v_head_dim",), config) or head)) / 2
     layers = config.num_hidden_layers
-    if config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         decoder = _number(("decoder_layers", "num_decoder_layers"), config) or layers
         of_encoder = (_number(("encoder_layers",), config) or layers) * source * source
         return round(12 * width * batch * (of_encoder + decoder * length * (length / 2 + source)))

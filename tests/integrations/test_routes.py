@@ -360,6 +360,11 @@ def zamba2() -> Any:
     return transformers.Zamba2Config(**sizes)
 
 
+def encoder_decoder() -> Any:
+    encoder, decoder = transformers.BertConfig(**SIZES), transformers.BertConfig(**SIZES)
+    return transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+
+
 CAUSAL = [token + 0.5 for token in range(LENGTH)]
 """Tokens that each sees, itself by half, as the masked half counts."""
 IN_WINDOW = [min(seen, 8) for seen in CAUSAL]
@@ -371,6 +376,7 @@ ATTENTION: dict[str, tuple[Any, list[float]]] = {
     "gemma2": (gemma2(), [*IN_WINDOW, *CAUSAL]),
     "llama4": (llama4(), [*IN_CHUNK, *CAUSAL]),
     "modernbert": (modernbert(), [8.0] * LENGTH + [float(LENGTH)] * LENGTH),
+    "an encoder": (encoder_decoder(), [float(LENGTH)] * LENGTH * 4 + [*CAUSAL, *CAUSAL]),  # seen by itself and 2 layers
     "falcon_h1": (falcon_h1(), [*CAUSAL, *CAUSAL]),
     "zamba2": (zamba2(), [2 * seen for seen in CAUSAL]),  # one of two layers attends, with heads twice as wide
 }
