@@ -96,6 +96,11 @@ class LowRankUpdate(MatrixUpdate):
         return 1
 
     @property
+    def is_in_pieces(self) -> bool:
+        """False: a product is of a whole matrix."""
+        return False
+
+    @property
     def state_knows_taps(self) -> bool:
         """Whether Q has a row for each tap."""
         return self.matrices.taps_along(1 - self.axis) > 1

@@ -196,11 +196,11 @@ class MatrixUpdate:
     def is_in_pieces(self) -> bool:
         """Whether the views are of pieces, see kernels/selection.py, so that a block in several ones needs no copy.
 
-        Random bits and gates are those of whole matrices, and a subclass multiplies these.
+        Random bits and gates are those of whole matrices.
         """
         tensors = local(self.parameter), local(self.state["momentum"])
         is_simple = all(each.is_contiguous() and each.dtype not in HALF_PRECISION for each in tensors)
-        return self.part.is_in_pieces and is_simple and not self.leaves_idle and type(self) is MatrixUpdate
+        return self.part.is_in_pieces and is_simple and not self.leaves_idle
 
     def _read(self, tensor: Tensor) -> Tensor:
         if self.is_in_pieces:
