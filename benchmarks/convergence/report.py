@@ -2,8 +2,8 @@
 
     python -m benchmarks.convergence.report
 
-writes them into benchmarks/results/README.md, and the table of README.md; with --full it prints those of the runs at
-full size instead.
+writes them into benchmarks/results/README.md, and the tables of README.md and docs/fine-tuning.md; with --full it
+prints those of the runs at full size instead.
 """
 
 import argparse
@@ -87,7 +87,8 @@ def main() -> None:
     for name, (task, records) in studies.items():
         draw(task, records, RESULTS / f"{name}.png")
         replace_block(page, name, section(name, task, records))
-    replace_block(ROOT / "README.md", "convergence", summary(studies))
+    replace_block(ROOT / "README.md", "convergence", summary(compared(studies)))
+    replace_block(ROOT / "docs" / "fine-tuning.md", "fused", table(*studies["fused"]))
 
 
 def read_studies(folder: Path, full: bool = False) -> dict[str, tuple[Task, list[Record]]]:
@@ -95,6 +96,11 @@ def read_studies(folder: Path, full: bool = False) -> dict[str, tuple[Task, list
     tasks, end = (FULL, "-full") if full else (SMALL, "")
     studies = {name: (task, read_records(folder / f"{name}{end}.jsonl")) for name, task in tasks.items()}
     return {name: study for name, study in studies.items() if time_ratios(study[1])}
+
+
+def compared(studies: dict[str, tuple[Task, list[Record]]]) -> dict[str, tuple[Task, list[Record]]]:
+    """Returns the tasks that compare methods: all but the one that compares ways to split a weight."""
+    return {name: study for name, study in studies.items() if name != "fused"}
 
 
 def section(name: str, task: Task, records: list[Record]) -> str:
