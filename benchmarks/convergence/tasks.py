@@ -78,7 +78,7 @@ class Task(abc.ABC):
         weight_decay: Decoupled; of all parameters that decay.
         betas: AdamW's, also where it trains the rest.
         methods: The methods that are compared.
-        starts: First learning rates of the search, by algorithm; with a momentum, the search keeps it.
+        starts: First learning rates of the search, by algorithm; with a momentum, `lr` is all that is searched.
     """
 
     name: ClassVar[str]
@@ -206,7 +206,7 @@ class Fused(Pretraining):
         "adamw": Candidate(8.9e-4, 3e-3, "0.6"),
         "muon": Candidate(6.7e-3, 1e-2, "0.7"),
         "dion2": Candidate(4.5e-3, 6.7e-3, "0.8^(n/k)"),
-        "dion3": Candidate(4.5e-3, 4.5e-3, "0.8^(n/k)"),
+        "dion3": Candidate(1.5e-2, 4.5e-3, "0.8^(n/k)"),
     }
 
     def model(self) -> nn.Module:
@@ -377,7 +377,7 @@ _FROM_SCRATCH: dict[str, Any] = {
     "betas": (0.9, 0.95),
 }
 _PRETRAINING = Pretraining(**_FROM_SCRATCH, long_steps=1200)
-_FUSED = Fused(**{**_FROM_SCRATCH, "search_steps": 200})
+_FUSED = Fused(**{**_FROM_SCRATCH, "search_steps": 300, "measure_every": 40})
 _CLASSIFICATION = Classification(
     steps=80, search_steps=80, short_steps=60, measure_every=20, batch_size=16, weight_decay=0.01
 )

@@ -232,16 +232,19 @@ class TestSearch:
         assert {rate for name, rate in by_name.items() if "lora_B" in name} == {1.0}
         assert {rate for name, rate in by_name.items() if "lora_A" in name} == {2.0 if method.has_rest else 1.0}
 
-    def test_a_momentum_that_the_task_gives_is_kept(self, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_where_the_task_gives_a_momentum_one_rate_is_searched(
+        self, study: Study, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def loss(self: Study, method: Method, candidate: Candidate) -> float:
-            tried.add(candidate.momentum)
-            return math.log(candidate.lr / 0.02) ** 2 + math.log(candidate.adamw_lr / 0.02) ** 2
+            tried.append(candidate)
+            return math.log(candidate.lr / 0.02) ** 2
 
-        tried: set[str] = set()
+        tried: list[Candidate] = []
+        start = Candidate(0.01, 0.02, "0.8")
         monkeypatch.setattr(Study, "loss", loss)
-        monkeypatch.setattr(Regression, "starts", {"adamw": Candidate(0.01, 0.02, "0.8")})
-        assert study.search(ADAMW) == [Candidate(moved_rate(0.01, 2, 0.01), 0.02, "0.8")]
-        assert tried == {"0.8"}
+        monkeypatch.setattr(Regression, "starts", {"adamw": start})
+        assert study.search(ADAMW) == [replace(start, lr=moved_rate(0.01, 2, 0.01))]
+        assert {(each.adamw_lr, each.momentum) for each in tried} == {(0.02, "0.8")}
 
     def test_common_momenta_get_all_seeds_besides_the_best(self, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
         """The second of them may be no better than the first, and a shorter one better than both."""
