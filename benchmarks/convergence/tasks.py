@@ -196,15 +196,9 @@ class Fused(Pretraining):
 
     name = "fused"
     title = "Pretraining: byte-level GPT-2, from scratch"
-    methods: ClassVar[tuple[Method, ...]] = (
-        ADAMW,
-        *in_blocks(DION2_QUARTER),
-        *in_blocks(DION3_QUARTER),
-        *in_blocks(MUON),
-    )
+    methods: ClassVar[tuple[Method, ...]] = (ADAMW, *in_blocks(DION2_QUARTER), *in_blocks(DION3_QUARTER))
     starts: ClassVar = {
         "adamw": Candidate(8.9e-4, 3e-3, "0.6"),
-        "muon": Candidate(6.7e-3, 1e-2, "0.7"),
         "dion2": Candidate(4.5e-3, 6.7e-3, "0.8^(n/k)"),
         "dion3": Candidate(1.5e-2, 4.5e-3, "0.8^(n/k)"),
     }
