@@ -196,7 +196,10 @@ class Fused(Pretraining):
 
     name = "fused"
     title = "Pretraining: byte-level GPT-2, from scratch"
-    methods: ClassVar[tuple[Method, ...]] = (ADAMW, *in_blocks(DION2_QUARTER), *in_blocks(DION3_QUARTER))
+    methods: ClassVar[tuple[Method, ...]] = (
+        *(ADAMW, *in_blocks(DION2_QUARTER)),
+        *in_blocks(DION3_QUARTER)[:2],  # not per head
+    )
     starts: ClassVar = {
         "adamw": Candidate(8.9e-4, 3e-3, "0.6"),
         "dion2": Candidate(4.5e-3, 6.7e-3, "0.8^(n/k)"),
