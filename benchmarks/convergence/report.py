@@ -199,7 +199,8 @@ def draw(task: Task, records: list[Record], file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set(xlabel="step", ylabel="held-out loss", ylim=_view(rows))
     axes[1].set(xlabel=f"time, in runs of {BASELINE}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    columns = min(6, 110 // max(len(row.method.name) for row in rows))  # as many as the width holds
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"{task.title} (mean of {len(rows[0].records)} seeds, from lowest to highest)", fontsize=10)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130, metadata={"Software": None})
