@@ -1,6 +1,6 @@
 """The methods that are compared, and the hyperparameters that are searched for each."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 SHORTER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0)
@@ -18,6 +18,7 @@ class Method:
         select: Which slices Dion2 selects from; None where the algorithm says it.
         lora: Which LoRA factors count as matrices.
         has_rest: Whether there is anything that is no matrix, so that `adamw_lr` has an effect.
+        blocks: How a fused weight is trained, "whole", "split" or "per head"; None where a task has none.
         like: The name of a method whose best settings its search begins with; it then looks for the learning rate of
             the matrices alone.
         in_depth: Whether all seeds, and the longer run, are also made with the first two of its momenta; and all seeds
@@ -30,6 +31,7 @@ class Method:
     select: str | None = None
     lora: str = "adamw"
     has_rest: bool = True
+    blocks: str | None = None
     like: str | None = None
     in_depth: bool = False
 
@@ -93,3 +95,12 @@ ADAMW_LORA = Method("AdamW", "adamw", lora="both", has_rest=False)
 DION2_QUARTER_LORA = Method("Dion2 1/4, A and B", "dion2", 1 / 4, lora="both", has_rest=False)
 DION2_QUARTER_LORA_B = Method("Dion2 1/4, B alone", "dion2", 1 / 4, lora="B", like=DION2_QUARTER_LORA.name)
 DION2_EIGHTH = Method("Dion2 1/8", "dion2", 1 / 8, like="Dion2 1/4")
+
+
+def in_blocks(method: Method) -> tuple[Method, ...]:
+    """Returns a method three times, for fused weights: whole and per head begin with the settings of split."""
+    split = f"{method.name}, split"
+    return tuple(
+        replace(method, name=f"{method.name}, {blocks}", blocks=blocks, like=like, in_depth=False)
+        for blocks, like in (("whole", split), ("split", None), ("per head", split))
+    )

@@ -2,8 +2,8 @@
 
     python -m benchmarks.convergence.report
 
-writes them into benchmarks/results/README.md, and the table of README.md; with --full it prints those of the runs at
-full size instead.
+writes them into benchmarks/results/README.md, and the tables of README.md and docs/fine-tuning.md; with --full it
+prints those of the runs at full size instead.
 """
 
 import argparse
@@ -87,7 +87,8 @@ def main() -> None:
     for name, (task, records) in studies.items():
         draw(task, records, RESULTS / f"{name}.png")
         replace_block(page, name, section(name, task, records))
-    replace_block(ROOT / "README.md", "convergence", summary(studies))
+    replace_block(ROOT / "README.md", "convergence", summary(compared(studies)))
+    replace_block(ROOT / "docs" / "fine-tuning.md", "fused", table(*studies["fused"]))
 
 
 def read_studies(folder: Path, full: bool = False) -> dict[str, tuple[Task, list[Record]]]:
@@ -95,6 +96,11 @@ def read_studies(folder: Path, full: bool = False) -> dict[str, tuple[Task, list
     tasks, end = (FULL, "-full") if full else (SMALL, "")
     studies = {name: (task, read_records(folder / f"{name}{end}.jsonl")) for name, task in tasks.items()}
     return {name: study for name, study in studies.items() if time_ratios(study[1])}
+
+
+def compared(studies: dict[str, tuple[Task, list[Record]]]) -> dict[str, tuple[Task, list[Record]]]:
+    """Returns the tasks that compare methods: all but the one that compares ways to split a weight."""
+    return {name: study for name, study in studies.items() if name != "fused"}
 
 
 def section(name: str, task: Task, records: list[Record]) -> str:
@@ -193,7 +199,8 @@ def draw(task: Task, records: list[Record], file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set(xlabel="step", ylabel="held-out loss", ylim=_view(rows))
     axes[1].set(xlabel=f"time, in runs of {BASELINE}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    columns = min(6, 110 // max(len(row.method.name) for row in rows))  # as many as the width holds
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"{task.title} (mean of {len(rows[0].records)} seeds, from lowest to highest)", fontsize=10)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130, metadata={"Software": None})

@@ -89,17 +89,21 @@ class Study:
 
         The memory of the momentum is shortened until two lengths in a row are no better than the best one, by a
         margin; for each the learning rate of the matrices climbs, from where it was best before. In the end the
-        learning rate of everything else climbs, if there is anything else.
+        learning rate of everything else climbs, if there is anything else. Where the task gives a momentum, the
+        learning rate of the matrices alone climbs.
         """
         if method.like is not None:
             [model] = [each for each in self.task.methods if each.name == method.like]
             best = self._climb(method, self.search(model)[0], "lr")
             # If adamw_lr had no effect for the other method, it has not been searched yet.
             return [best if model.has_rest else self._climb(method, best, "adamw_lr")]
+        start = self.task.starts[method.algorithm]
+        if start.momentum:
+            return [self._climb(method, start, "lr")]
         best_of: list[Candidate] = []
         without_progress = 0
         for rule in method.momenta:
-            origin = best_of[-1] if best_of else self.task.starts[method.algorithm]
+            origin = best_of[-1] if best_of else start
             candidate = self._climb(method, replace(origin, momentum=rule), "lr")
             if not best_of or self.loss(method, candidate) <= self.loss(method, best_of[-1]) - MARGIN:
                 best_of.append(candidate)

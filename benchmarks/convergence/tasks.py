@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     ByT5Tokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -53,6 +55,7 @@ from benchmarks.convergence.methods import (
     MUON,
     Candidate,
     Method,
+    in_blocks,
 )
 from dion2_lightning import Dion2
 from recipes.offline_data import MODULES, Function
@@ -75,7 +78,7 @@ class Task(abc.ABC):
         weight_decay: Decoupled; of all parameters that decay.
         betas: AdamW's, also where it trains the rest.
         methods: The methods that are compared.
-        starts: First learning rates of the search, by algorithm.
+        starts: First learning rates of the search, by algorithm; with a momentum, `lr` is all that is searched.
     """
 
     name: ClassVar[str]
@@ -108,6 +111,10 @@ class Task(abc.ABC):
     def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Returns `loss`, and `accuracy` where there is one, on all of the validation data."""
 
+    def overrides(self, method: Method) -> dict[str, Any]:
+        """Returns the argument of `build_optimizer`."""
+        return {}
+
     def schedule(self, optimizer: Dion2, steps: int) -> LRScheduler:
         """Returns a warm-up over a tenth of the steps and half a cosine down to zero."""
         return get_cosine_schedule_with_warmup(optimizer, round(steps / 10), steps)
@@ -119,7 +126,7 @@ class Pretraining(Task):
 
     name = "pretraining"
     title = "Pretraining: byte-level Llama, from scratch"
-    methods = (
+    methods: ClassVar[tuple[Method, ...]] = (
         *(ADAMW, MUON, DION2_HALF, DION2_QUARTER, DION2_OUTPUTS, DION2_EIGHTH),
         *(DION3_HALF, DION3_QUARTER, DION3_EIGHTH, DION_HALF, DION_QUARTER),
     )
@@ -181,6 +188,44 @@ class Pretraining(Task):
     @cached_property
     def _windows(self) -> tuple[Tensor, Tensor]:
         return load_windows(self._tokenizer, self.length, wikitext=self.full)
+
+
+@dataclass(frozen=True)
+class Fused(Pretraining):
+    """The same with a byte-level GPT-2, whose q, k and v are one weight; the momenta are those of the Llama."""
+
+    name = "fused"
+    title = "Pretraining: byte-level GPT-2, from scratch"
+    methods: ClassVar[tuple[Method, ...]] = (
+        *(ADAMW, *in_blocks(DION2_QUARTER)),
+        *in_blocks(DION3_QUARTER)[:2],  # not per head
+    )
+    starts: ClassVar = {
+        "adamw": Candidate(8.9e-4, 3e-3, "0.6"),
+        "dion2": Candidate(4.5e-3, 6.7e-3, "0.8^(n/k)"),
+        "dion3": Candidate(1.5e-2, 4.5e-3, "0.8^(n/k)"),
+    }
+
+    def model(self) -> nn.Module:
+        config = GPT2Config(
+            vocab_size=len(self._tokenizer),
+            n_embd=self.hidden_size,
+            n_layer=self.layers,
+            n_head=self.heads,
+            n_positions=self.length,
+            activation_function="gelu_pytorch_tanh",  # GPT-2's, in one operation
+            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),  # no row is seen twice
+            **dict.fromkeys(("bos_token_id", "eos_token_id"), self._tokenizer.eos_token_id),
+            use_cache=False,
+        )
+        return GPT2LMHeadModel(config)
+
+    def overrides(self, method: Method) -> dict[str, Any]:
+        if method.blocks is None:
+            return {}
+        rows = {"split": f"{self.hidden_size}", "per head": f"{self.heads}*{self.hidden_size // self.heads}"}
+        splits = "whole" if method.blocks == "whole" else " | ".join(f"{name} {rows[method.blocks]}" for name in "qkv")
+        return {"*.c_attn.weight": {"splits": splits}}
 
 
 @dataclass(frozen=True)
@@ -313,17 +358,23 @@ class Lora(CausalFineTuning):
 
     lora_rank: int = 8
 
+    def overrides(self, method: Method) -> dict[str, Any]:
+        """Returns the method's fraction, which factors of so low a rank do not get by themselves."""
+        factors = {"both": "*lora_*", "B": "*lora_B*"}
+        return {} if method.algorithm == "adamw" else {factors[method.lora]: {"fraction": method.fraction}}
 
-_PRETRAINING = Pretraining(
-    steps=400,
-    search_steps=400,
-    short_steps=260,
-    long_steps=1200,
-    measure_every=20,
-    batch_size=16,
-    weight_decay=0.1,
-    betas=(0.9, 0.95),
-)
+
+_FROM_SCRATCH: dict[str, Any] = {
+    "steps": 400,
+    "search_steps": 400,
+    "short_steps": 260,
+    "measure_every": 20,
+    "batch_size": 16,
+    "weight_decay": 0.1,
+    "betas": (0.9, 0.95),
+}
+_PRETRAINING = Pretraining(**_FROM_SCRATCH, long_steps=1200)
+_FUSED = Fused(**{**_FROM_SCRATCH, "search_steps": 300, "measure_every": 40})
 _CLASSIFICATION = Classification(
     steps=80, search_steps=80, short_steps=60, measure_every=20, batch_size=16, weight_decay=0.01
 )
@@ -332,29 +383,31 @@ _FINE_TUNING = CausalFineTuning(
 )
 _LORA = Lora(steps=24, search_steps=12, short_steps=20, measure_every=4, batch_size=2, weight_decay=0.01)
 
-SMALL: dict[str, Task] = {task.name: task for task in (_PRETRAINING, _CLASSIFICATION, _FINE_TUNING, _LORA)}
+SMALL: dict[str, Task] = {task.name: task for task in (_PRETRAINING, _FUSED, _CLASSIFICATION, _FINE_TUNING, _LORA)}
 """What two cores of a CPU train in an hour or two a task."""
 
 _LONGER: dict[str, Any] = {"steps": 320, "search_steps": 80, "short_steps": 272, "measure_every": 20}
 
+_LARGER: dict[str, Any] = {
+    "steps": 8000,
+    "search_steps": 2000,
+    "short_steps": 5200,
+    "long_steps": None,
+    "measure_every": 200,
+    "batch_size": 64,
+    "length": 1024,
+    "hidden_size": 768,
+    "layers": 12,
+    "heads": 12,
+    "validation_windows": 256,
+    "full": True,
+}
+
 FULL: dict[str, Task] = {
     task.name: task
     for task in (
-        replace(
-            _PRETRAINING,
-            steps=8000,
-            search_steps=2000,
-            short_steps=5200,
-            long_steps=None,
-            measure_every=200,
-            batch_size=64,
-            length=1024,
-            hidden_size=768,
-            layers=12,
-            heads=12,
-            validation_windows=256,
-            full=True,
-        ),
+        replace(_PRETRAINING, **_LARGER),
+        replace(_FUSED, **_LARGER),
         replace(_CLASSIFICATION, **_LONGER),
         replace(_FINE_TUNING, batch_size=32, validation_size=256, **_LONGER),
         replace(_LORA, batch_size=32, validation_size=256, **_LONGER),

@@ -113,7 +113,7 @@ def machine(device: torch.device) -> Record:
 
 def _optimizer(task: Task, method: Method, candidate: Candidate, model: nn.Module) -> Dion2:
     settings = {**method.settings, **candidate.settings(method, task.betas)}
-    return build_optimizer(model, **settings, weight_decay=task.weight_decay)
+    return build_optimizer(model, **settings, weight_decay=task.weight_decay, overrides=task.overrides(method))
 
 
 def _step(task: Task, model: nn.Module, optimizer: Dion2, batch: Batch) -> None:

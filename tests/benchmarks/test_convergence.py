@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.convergence import data, search, training
 from benchmarks.convergence.methods import (
@@ -28,6 +30,7 @@ from benchmarks.convergence.methods import (
 from benchmarks.convergence.report import (
     RESULTS,
     ROOT,
+    compared,
     draw,
     outcomes,
     read_studies,
@@ -116,6 +119,28 @@ class TestMethods:
         optimizer = training._optimizer(task, ADAMW, Candidate(0.1, 0.2, "0.8"), task.model())
         assert [group["algorithm"] for group in optimizer.param_groups] == ["adamw"] * len(optimizer.param_groups)
         assert {group["betas"] for group in optimizer.param_groups} == {(0.8, task.betas[1])}
+
+    @pytest.mark.parametrize("method", SMALL["fused"].methods, ids=lambda method: method.name)
+    def test_every_method_of_a_fused_weight_says_how_it_is_divided(self, method: Method) -> None:
+        """The whole too: it is not to depend on what is found by itself."""
+        task: Any = SMALL["fused"]
+        texts = {"whole": "whole", "split": "q 128 | k 128 | v 128", "per head": "q 4*32 | k 4*32 | v 4*32"}
+        model = replace(task, layers=1).model()
+        optimizer = training._optimizer(task, method, task.starts[method.algorithm], model)
+        [group] = [
+            each for each in optimizer.param_groups if "transformer.h.0.attn.c_attn.weight" in each["param_names"]
+        ]
+        assert group.get("splits") == texts.get(method.blocks)
+
+    @pytest.mark.parametrize("method", SMALL["lora"].methods[1:], ids=lambda method: method.name)
+    def test_adapters_of_low_rank_have_the_fraction_of_their_method(self, method: Method) -> None:
+        config = LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+        adapters = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(LlamaForCausalLM(config), adapters)
+        optimizer = training._optimizer(SMALL["lora"], method, Candidate(1.0, 2.0, "0.95"), model)
+        assert {group["fraction"] for group in optimizer.param_groups if group["algorithm"] == "dion2"} == {
+            method.fraction
+        }
 
 
 class TestTraining:
@@ -206,6 +231,20 @@ class TestSearch:
         by_name = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
         assert {rate for name, rate in by_name.items() if "lora_B" in name} == {1.0}
         assert {rate for name, rate in by_name.items() if "lora_A" in name} == {2.0 if method.has_rest else 1.0}
+
+    def test_where_the_task_gives_a_momentum_one_rate_is_searched(
+        self, study: Study, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def loss(self: Study, method: Method, candidate: Candidate) -> float:
+            tried.append(candidate)
+            return math.log(candidate.lr / 0.02) ** 2
+
+        tried: list[Candidate] = []
+        start = Candidate(0.01, 0.02, "0.8")
+        monkeypatch.setattr(Study, "loss", loss)
+        monkeypatch.setattr(Regression, "starts", {"adamw": start})
+        assert study.search(ADAMW) == [replace(start, lr=moved_rate(0.01, 2, 0.01))]
+        assert {(each.adamw_lr, each.momentum) for each in tried} == {(0.02, "0.8")}
 
     def test_common_momenta_get_all_seeds_besides_the_best(self, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
         """The second of them may be no better than the first, and a shorter one better than both."""
@@ -365,8 +404,11 @@ class TestCommittedResults:
         assert section(name, task, records) in (RESULTS / "README.md").read_text()
         assert (RESULTS / f"{name}.png").stat().st_size > 10_000
 
+    def test_guide(self) -> None:
+        assert table(*STUDIES["fused"]) in (ROOT / "docs" / "fine-tuning.md").read_text()
+
     def test_readme(self) -> None:
-        assert summary(STUDIES) in (ROOT / "README.md").read_text()
+        assert summary(compared(STUDIES)) in (ROOT / "README.md").read_text()
 
     @pytest.mark.parametrize("name", STUDIES)
     def test_every_method_has_all_seeds(self, name: str) -> None:
@@ -434,6 +476,7 @@ class TestRealTasks:
         ("name", "smaller"),
         [
             ("pretraining", {"validation_windows": 4}),
+            ("fused", {"validation_windows": 4}),
             ("classification", {}),
             ("lora", {"length": 128, "validation_size": 8}),  # a fine-tuning task with adapters
         ],
