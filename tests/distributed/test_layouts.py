@@ -239,13 +239,15 @@ def compare_step(
 
 
 def check_sharded(name: str, case: Case) -> None:
-    for share_replicas in (None, True, False) if case.has_replicas else (None,):
+    """All steps as it is by default, and some with and without shared work."""
+    for share_replicas, steps in ((None, STEPS), (True, 5), (False, 5)) if case.has_replicas else ((None, STEPS),):
         with errors_name_case(f"{name}, share_replicas={share_replicas}"):
-            train_and_compare(sharded(case), share_replicas=share_replicas)
+            train_and_compare(sharded(case), steps, share_replicas=share_replicas)
 
 
 def check_replicated(share_replicas: bool | None) -> None:
-    train_and_compare(whole_parameters(), process_group=dist.group.WORLD, share_replicas=share_replicas)
+    steps = STEPS if share_replicas is None else 5
+    train_and_compare(whole_parameters(), steps, process_group=dist.group.WORLD, share_replicas=share_replicas)
 
 
 def check_without_reading_from_the_device() -> None:
