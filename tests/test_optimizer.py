@@ -83,6 +83,7 @@ def test_groups_override_every_setting():
         "nesterov": True,
         "normalize_neurons": True,
         "neuron_beta": 0.9,
+        "skip_idle_experts": True,
         "cautious_weight_decay": True,
         "orthonormalize_dtype": "float32",
         "state_dtype": "float64",

@@ -26,7 +26,7 @@ TINY = 128
 
 PHASES = {
     "accumulate": "accumulate",
-    "slice_sums": "norms",
+    "slice_norms": "norms",
     "select": "select",
     "take": "gather and decay",
     "polar_factors": "orthonormalize",

@@ -53,6 +53,7 @@ from dion2_lightning.algorithms.matrix_update import (
     select,
     show_result,
     shrink,
+    slice_norms,
     take,
 )
 from dion2_lightning.algorithms.shared import split_by_ranks
@@ -201,7 +202,7 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
     for batch in batches(updates):
         accumulate(batch)
         leave_idle(batch)
-        norms = [update.norms().float() for update in batch]
+        norms = [slice_norms(update).float() for update in batch]
         selected = select(batch, norms)
         places = [update.places(indices) for update, indices in zip(batch, selected, strict=True)]
         submatrices = [

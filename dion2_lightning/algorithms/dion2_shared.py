@@ -35,6 +35,7 @@ from dion2_lightning.algorithms.matrix_update import (
     select,
     show_result,
     shrink,
+    slice_norms,
     take,
 )
 from dion2_lightning.algorithms.shared import nonzero_gradients, with_gradient
@@ -223,7 +224,7 @@ def _partial_sums(updates: Sequence[MatrixUpdate], replicas: Replicas | None, ra
         start, stop = (place // update.taps for place in update.held[rank])
         slices = update.slices // update.taps
         if index % count == number:
-            sums.append(pad(update.norms(), (start, slices - stop)))
+            sums.append(pad(slice_norms(update), (start, slices - stop)))
         else:
             sums.append(update.momentum.new_zeros((update.count, slices), dtype=torch.float64))
     return sums

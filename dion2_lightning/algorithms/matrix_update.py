@@ -267,15 +267,6 @@ class MatrixUpdate:
         """How many of the n a step selects."""
         return self.selected * self.taps
 
-    def norms(self) -> Tensor:
-        """Return the sum of |M| over each slice, or over what this rank holds of it, (count, held slices)."""
-        sums = slice_sums(self.momentum)
-        if self.taps > 1:
-            channels = sums.shape[1] // self.taps
-            shape = (self.taps, channels) if self.taps_first else (channels, self.taps)
-            sums = sums.view(len(sums), *shape).sum(1 if self.taps_first else 2)
-        return sums
-
     def places(self, selected: Tensor) -> Tensor:
         """Return which of the n are selected, sorted (count, k), given the slices (count, selected)."""
         if self.taps == 1:
@@ -452,6 +443,16 @@ def leave_idle(updates: Sequence[MatrixUpdate]) -> None:
     for update in updates:
         if update.leaves_idle:
             update.leave_idle(update.nonzero_gradients())
+
+
+def slice_norms(update: MatrixUpdate) -> Tensor:
+    """Return the sum of |M| over each slice, or over what this rank holds of it, (count, held slices), in float64."""
+    sums = slice_sums(update.momentum)
+    if update.taps > 1:
+        channels = sums.shape[1] // update.taps
+        shape = (update.taps, channels) if update.taps_first else (channels, update.taps)
+        sums = sums.view(len(sums), *shape).sum(1 if update.taps_first else 2)
+    return sums
 
 
 def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -42,8 +42,14 @@ def test_two_runs_are_the_same(device: str) -> None:
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
 @pytest.mark.usefixtures("deterministic_mode_is_restored")
 def test_deterministic_algorithms_change_nothing(device: str) -> None:
-    """No scatter of a step writes two values to one place, so their order cannot matter."""
+    """No scatter of a step writes two values to one place, so their order cannot matter.
+
+    On a CPU matrices are then orthonormalized one by one, which rounds what is made of the results otherwise.
+    """
     fast, _ = train(device)
     torch.set_deterministic_debug_mode("error")
     deterministic, _ = train(device)
-    assert_same(deterministic, fast)
+    if device != "cpu":
+        assert_same(deterministic, fast)
+    for found, expected in zip(deterministic, fast, strict=True):
+        assert torch.linalg.norm((found - expected).float()) <= 1e-5 * torch.linalg.norm(expected.float())

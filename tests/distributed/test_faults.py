@@ -473,7 +473,8 @@ def redistribute_state(state: dict[str, Tensor], parameter: Tensor) -> dict[str,
     """Place a state for a parameter: what there is once for a matrix lies whole where a part of the matrix lies."""
     if not isinstance(parameter, DTensor):
         return {entry: redistribute(value, None, ()) for entry, value in state.items()}
-    placements = {"variance": placements_of_matrices(parameter, is_stack=parameter.ndim == 3) or ()}
+    is_stack = "variance" in state and state["variance"].ndim == 3
+    placements = {"variance": placements_of_matrices(parameter, is_stack=is_stack) or ()}
     return {
         entry: redistribute(value, parameter.device_mesh, placements.get(entry, parameter.placements))
         for entry, value in state.items()
