@@ -136,14 +136,15 @@ def misfit(text: str, shape: tuple[int, int]) -> str | None:
     size, axis = shape[splits.axis], ("outputs", "inputs")[splits.axis]
     if splits.size != size:
         first, fits = splits.blocks[0], ""
-        if size % first.period == 0:
-            fits = f"; {size // first.period} x (...) would fit" if first.repeats > 1 or size > first.period else ""
+        if size % first.period == 0 and (first.repeats > 1 or size > first.period):
+            fits = f"; {size // first.period} x (...) would fit"
         elif shape[1 - splits.axis] == splits.size:
             fits = f"; it would fit along {('inputs', 'outputs')[splits.axis]}"
         return f"{text!r} is {splits.size} {axis}, and the weight has {size}; its blocks must sum to that{fits}"
-    other = shape[1 - splits.axis]
+    if shape[1 - splits.axis] == 1:
+        return f"{text!r} makes vectors of it, as it has a single one of its {('inputs', 'outputs')[splits.axis]}"
     for block in splits.blocks:
-        if block.total // block.matrices == 1 or other == 1:
+        if block.total // block.matrices == 1:
             found = f"block {block.name!r} of {text!r} has a single {axis[:-1]} in each matrix, which is a vector"
             return f"{found}; make it a part of another block"
     return None

@@ -99,6 +99,7 @@ def test_other_types() -> None:
             "is 6 inputs, and the weight has 5; its blocks must sum to that; it would fit",
         ),
         ("q 4 | dt 1", (5, 5), "block 'dt' of 'q 4 | dt 1' has a single output in each matrix, which is a vector"),
+        ("a 4 | b 4", (8, 1), "'a 4 | b 4' makes vectors of it, as it has a single one of its inputs"),
         ("q 4*1 | k 4", (8, 5), "block 'q' of 'q 4*1 | k 4' has a single output in each matrix"),
     ],
 )
