@@ -348,10 +348,10 @@ def check_half_precision(ranks: int) -> None:
         for name, case in CASES.items():
             if math.prod(case.mesh) == ranks:
                 with errors_name_case(f"{name}, {state_dtype}"):
-                    train_and_compare(sharded(case, dtype=torch.bfloat16), steps=5, state_dtype=state_dtype)
+                    train_and_compare(sharded(case, dtype=torch.bfloat16), steps=3, state_dtype=state_dtype)
         with errors_name_case(f"DDP on {ranks}, {state_dtype}"):
             parameters = whole_parameters(dtype=torch.bfloat16)
-            train_and_compare(parameters, steps=5, state_dtype=state_dtype, process_group=dist.group.WORLD)
+            train_and_compare(parameters, steps=3, state_dtype=state_dtype, process_group=dist.group.WORLD)
 
 
 def check_deterministic(ranks: int) -> None:
@@ -360,9 +360,9 @@ def check_deterministic(ranks: int) -> None:
     for name, case in CASES.items():
         if math.prod(case.mesh) == ranks:
             with errors_name_case(f"{name}, deterministic"):
-                train_and_compare(sharded(case), steps=5)
+                train_and_compare(sharded(case), steps=3)
     with errors_name_case(f"DDP on {ranks}, deterministic"):
-        train_and_compare(whole_parameters(), steps=5, process_group=dist.group.WORLD)
+        train_and_compare(whole_parameters(), steps=3, process_group=dist.group.WORLD)
 
 
 @contextlib.contextmanager
