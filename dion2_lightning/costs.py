@@ -24,8 +24,8 @@ from dion2_lightning.distributed.owners import plan_owners
 from dion2_lightning.kernels.orthonormal_columns import sketch_rows
 from dion2_lightning.kernels.orthonormalize import flops
 from dion2_lightning.matrices.layout import Span, group_by
-from dion2_lightning.matrices.splits import Block
-from dion2_lightning.matrices.views import OUTPUT_AXIS, Matrices, Observed
+from dion2_lightning.matrices.splits import OUTPUT_AXIS, Block
+from dion2_lightning.matrices.views import Matrices, Observed
 
 SUM_BYTES: Final = 8
 """What is summed up over ranks travels in float64: a slice's norm, a neuron's sum of squares."""

@@ -32,7 +32,8 @@ from dion2_lightning.matrices.layout import (
     local,
     placements_of_matrices,
 )
-from dion2_lightning.matrices.views import INPUT_AXIS, OUTPUT_AXIS, Matrices, matrices_of
+from dion2_lightning.matrices.splits import INPUT_AXIS, OUTPUT_AXIS
+from dion2_lightning.matrices.views import Matrices, matrices_of
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup

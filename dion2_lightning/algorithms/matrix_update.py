@@ -20,7 +20,8 @@ from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multipl
 from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest, put_, slice_sums
 from dion2_lightning.matrices.layout import Layout, Spans, group_by, local, local_gradient, placed_like_stack
 from dion2_lightning.matrices.parts import Part, parts_of
-from dion2_lightning.matrices.views import OUTPUT_AXIS, Matrices, Source
+from dion2_lightning.matrices.splits import OUTPUT_AXIS
+from dion2_lightning.matrices.views import Matrices, Source
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup

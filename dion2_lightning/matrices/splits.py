@@ -18,8 +18,8 @@ from typing import Final, NamedTuple
 WHOLE: Final = "whole"
 """Says that a weight is one matrix."""
 
-OUTPUTS: Final = 0
-INPUTS: Final = 1
+OUTPUT_AXIS: Final = 0
+INPUT_AXIS: Final = 1
 
 _TEXT = re.compile(r"(?:(?P<repeats>\d+) x \((?P<period>[^()]*)\)|(?P<once>[^()]*?))(?P<inputs> along inputs)?")
 _PIECE = re.compile(r"(?P<name>[A-Za-z_][\w.-]*) (?:(?P<count>\d+)\*)?(?P<size>\d+)")
@@ -109,7 +109,7 @@ def read_splits(text: str) -> Splits | None:
         Block(name, sum(sizes[:place]), sizes[place], sum(sizes), repeats, 1 if count is None else count * repeats)
         for place, (name, count, _) in enumerate(found)
     )
-    return Splits(INPUTS if match["inputs"] else OUTPUTS, blocks)
+    return Splits(INPUT_AXIS if match["inputs"] else OUTPUT_AXIS, blocks)
 
 
 def blocks_of(text: str) -> tuple[Block, ...]:

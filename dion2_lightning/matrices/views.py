@@ -10,14 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dion2_lightning.matrices.splits import INPUTS, OUTPUTS, WHOLE, Block, read_splits
-
-OUTPUT_AXIS: Final = OUTPUTS
-INPUT_AXIS: Final = INPUTS
+from dion2_lightning.matrices.splits import INPUT_AXIS, OUTPUT_AXIS, WHOLE, Block, read_splits
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class SplitsFound(NamedTuple):
     reason: str
 
 
-class Part(NamedTuple):
+class Piece(NamedTuple):
     """One matrix in a period of the outputs.
 
     Attributes:
@@ -38,24 +38,24 @@ class Part(NamedTuple):
     heads: int | None = None
 
 
-class Parts(NamedTuple):
+class Pieces(NamedTuple):
     """The matrices of a weight.
 
     Attributes:
-        parts: Those of a period, in their order.
+        pieces: Those of a period, in their order.
         repeats: How many periods the outputs have.
     """
 
-    parts: tuple[Part, ...]
+    pieces: tuple[Piece, ...]
     repeats: int = 1
 
     def splits(self, per_head: bool) -> str:
         """Return the text for ``splits``, each head a matrix or not."""
-        pieces = [
+        texts = [
             f"{name} {heads}*{size // heads}" if per_head and heads else f"{name} {size}"
-            for name, size, heads in self.parts
+            for name, size, heads in self.pieces
         ]
-        period = " | ".join(pieces)
+        period = " | ".join(texts)
         return period if self.repeats == 1 else f"{self.repeats} x ({period})"
 
 
@@ -145,116 +145,116 @@ def _number(source: object, names: tuple[str, ...]) -> int | None:
     return None
 
 
-# How outputs are taken apart. Each returns the parts, a reason to keep the weight whole, or None where it is one matrix
-# or a number is missing.
+# How outputs are taken apart. Each returns the pieces, a reason to keep the weight whole, or None where it is one
+# matrix or a number is missing.
 
-PartsOrReason = Parts | str | None
-
-
-def _halves(first: str, second: str) -> Callable[[Layer], PartsOrReason]:
-    return lambda layer: Parts((Part(first, layer.outputs // 2), Part(second, layer.outputs // 2)))
+PiecesOrReason = Pieces | str | None
 
 
-def _side_by_side(layer: Layer) -> PartsOrReason:
+def _halves(first: str, second: str) -> Callable[[Layer], PiecesOrReason]:
+    return lambda layer: Pieces((Piece(first, layer.outputs // 2), Piece(second, layer.outputs // 2)))
+
+
+def _side_by_side(layer: Layer) -> PiecesOrReason:
     """All heads of q, then those of k, then those of v; k and v alone where another layer has q."""
     heads, kv_heads, size = layer.heads, layer.kv_heads, layer.head_size
     third = layer.outputs // 3
     if heads is None or kv_heads in (None, heads) or size is None or layer.outputs == 3 * heads * size:
-        return Parts((Part("q", third, heads), Part("k", third, heads), Part("v", third, heads)))
-    keys = Part("k", kv_heads * size, kv_heads)
-    return Parts((Part("q", heads * size, heads), keys, keys._replace(name="v")))
+        return Pieces((Piece("q", third, heads), Piece("k", third, heads), Piece("v", third, heads)))
+    keys = Piece("k", kv_heads * size, kv_heads)
+    return Pieces((Piece("q", heads * size, heads), keys, keys._replace(name="v")))
 
 
-def _keys_and_values(layer: Layer) -> PartsOrReason:
+def _keys_and_values(layer: Layer) -> PiecesOrReason:
     half = layer.outputs // 2
-    return Parts((Part("k", half, layer.kv_heads), Part("v", half, layer.kv_heads)))
+    return Pieces((Piece("k", half, layer.kv_heads), Piece("v", half, layer.kv_heads)))
 
 
-def _side_by_side_or_cross(layer: Layer) -> PartsOrReason:
+def _side_by_side_or_cross(layer: Layer) -> PiecesOrReason:
     return _keys_and_values(layer) if layer.outputs == 2 * layer.inputs else _side_by_side(layer)
 
 
-def _by_head(layer: Layer) -> PartsOrReason:
+def _by_head(layer: Layer) -> PiecesOrReason:
     """The first head of q, of k and of v, then the second of each."""
     if layer.heads is None:
         return None
     size = layer.outputs // (3 * layer.heads)
-    return Parts(tuple(Part(name, size, 1) for name in "qkv"), layer.heads)
+    return Pieces(tuple(Piece(name, size, 1) for name in "qkv"), layer.heads)
 
 
-def _by_name(layer: Layer) -> PartsOrReason:
+def _by_name(layer: Layer) -> PiecesOrReason:
     """Side by side, as in timm's attention and in copies of GPT-2, unless the module says that it is by head."""
     if layer.heads is None:
         return None
     if key_size := layer.own_number("key_dim"):
         values = layer.outputs // layer.heads - 2 * key_size
-        return Parts((Part("q", key_size, 1), Part("k", key_size, 1), Part("v", values, 1)), layer.heads)
+        return Pieces((Piece("q", key_size, 1), Piece("k", key_size, 1), Piece("v", values, 1)), layer.heads)
     if layer.outputs != 3 * layer.inputs:
         return None
     return _by_head(layer) if getattr(layer.module, "head_first", False) else _side_by_side(layer)
 
 
-def _falcon(layer: Layer) -> PartsOrReason:
+def _falcon(layer: Layer) -> PiecesOrReason:
     heads, kv_heads, size = layer.heads, layer.kv_heads, layer.head_size
     if heads is None or kv_heads is None or size is None:
         return None
     if getattr(layer.module, "new_decoder_architecture", False):
         group = heads // kv_heads
-        return Parts((Part("q", group * size, group), Part("k", size, 1), Part("v", size, 1)), kv_heads)
+        return Pieces((Piece("q", group * size, group), Piece("k", size, 1), Piece("v", size, 1)), kv_heads)
     if getattr(layer.module, "multi_query", False):
-        return Parts((Part("q", heads * size, heads), Part("k", size, 1), Part("v", size, 1)))
+        return Pieces((Piece("q", heads * size, heads), Piece("k", size, 1), Piece("v", size, 1)))
     return _by_head(layer)
 
 
-def _gpt_bigcode(layer: Layer) -> PartsOrReason:
+def _gpt_bigcode(layer: Layer) -> PiecesOrReason:
     if getattr(layer.module, "is_cross_attention", False):
         return "its class takes one head of k and of v from it, and it has more outputs"
     size = layer.head_size
     if not getattr(layer.module, "multi_query", False) or size is None:
         return _by_head(layer)
-    return Parts((Part("q", layer.inputs, layer.heads), Part("k", size, 1), Part("v", size, 1)))
+    return Pieces((Piece("q", layer.inputs, layer.heads), Piece("k", size, 1), Piece("v", size, 1)))
 
 
-def _codegen(layer: Layer) -> PartsOrReason:
+def _codegen(layer: Layer) -> PiecesOrReason:
     size, heads = layer.outputs // 12, (layer.heads or 0) // 4 or None
-    return Parts((Part("q", size, heads), Part("v", size, heads), Part("k", size, heads)), 4)
+    return Pieces((Piece("q", size, heads), Piece("v", size, heads), Piece("k", size, heads)), 4)
 
 
-def _query_and_gate(layer: Layer) -> PartsOrReason:
+def _query_and_gate(layer: Layer) -> PiecesOrReason:
     if layer.heads is None or layer.head_size is None or layer.outputs != 2 * layer.heads * layer.head_size:
         return None
-    return Parts((Part("q", layer.head_size, 1), Part("gate", layer.head_size, 1)), layer.heads)
+    return Pieces((Piece("q", layer.head_size, 1), Piece("gate", layer.head_size, 1)), layer.heads)
 
 
-def _latent_and_rotary(layer: Layer) -> PartsOrReason:
+def _latent_and_rotary(layer: Layer) -> PiecesOrReason:
     rank, rotary = layer.number("kv_lora_rank"), layer.number("qk_rope_head_dim")
-    return None if rank is None or rank == layer.outputs else Parts((Part("kv", rank), Part("k_rope", rotary or 0)))
+    return None if rank is None or rank == layer.outputs else Pieces((Piece("kv", rank), Piece("k_rope", rotary or 0)))
 
 
-def _from_latent(layer: Layer) -> PartsOrReason:
+def _from_latent(layer: Layer) -> PiecesOrReason:
     sizes = layer.numbers("qk_nope_head_dim", "v_head_dim")
     if sizes is None or layer.heads is None:
         return None
-    return Parts((Part("k", sizes[0], 1), Part("v", sizes[1], 1)), layer.heads)
+    return Pieces((Piece("k", sizes[0], 1), Piece("v", sizes[1], 1)), layer.heads)
 
 
-def _delta_net(layer: Layer) -> PartsOrReason:
+def _delta_net(layer: Layer) -> PiecesOrReason:
     found = layer.numbers("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
     if found is None:
         return None
     keys, values, key_size, value_size = found
     group = values // keys
     if layer.name == "in_proj_qkv":
-        queries = Part("q", keys * key_size, keys)
-        return Parts((queries, queries._replace(name="k"), Part("v", values * value_size, values)))
+        queries = Piece("q", keys * key_size, keys)
+        return Pieces((queries, queries._replace(name="k"), Piece("v", values * value_size, values)))
     if layer.name == "in_proj_ba":
-        return _of_enough_rows(Part("b", group), Part("a", group), repeats=keys)
-    per_key = (Part("q", key_size, 1), Part("k", key_size, 1))
-    per_value = (Part("v", group * value_size, group), Part("z", group * value_size, group))
-    return Parts((*per_key, *per_value), keys)
+        return _of_enough_rows(Piece("b", group), Piece("a", group), repeats=keys)
+    per_key = (Piece("q", key_size, 1), Piece("k", key_size, 1))
+    per_value = (Piece("v", group * value_size, group), Piece("z", group * value_size, group))
+    return Pieces((*per_key, *per_value), keys)
 
 
-def _mamba(layer: Layer) -> PartsOrReason:
+def _mamba(layer: Layer) -> PiecesOrReason:
     inner = layer.number("intermediate_size", "d_inner")
     if layer.outputs == 2 * (inner or 0):
         return _halves("x", "gate")(layer)
@@ -263,55 +263,55 @@ def _mamba(layer: Layer) -> PartsOrReason:
     if inner is None or groups is None or heads is None or state is None:
         return "its sizes are not known: pass splits="
     return _of_enough_rows(
-        Part("gate", inner),
-        Part("x", inner),
-        Part("B", groups * state),
-        Part("C", groups * state),
-        Part("dt", heads),
+        Piece("gate", inner),
+        Piece("x", inner),
+        Piece("B", groups * state),
+        Piece("C", groups * state),
+        Piece("dt", heads),
     )
 
 
-def _mamba_x(layer: Layer) -> PartsOrReason:
+def _mamba_x(layer: Layer) -> PiecesOrReason:
     rank, state = layer.number("time_step_rank", "dt_rank"), layer.number(*_STATE_SIZE)
     if rank is None or state is None:
         return "its sizes are not known: pass splits="
-    return _of_enough_rows(Part("dt", rank), Part("B", state), Part("C", state))
+    return _of_enough_rows(Piece("dt", rank), Piece("B", state), Piece("C", state))
 
 
-def _levit(layer: Layer) -> PartsOrReason:
+def _levit(layer: Layer) -> PiecesOrReason:
     found = layer.numbers("num_attention_heads", "key_dim", "attention_ratio")
     if found is None:
         return None
     heads, size, ratio = found
     names = "qk" if layer.name == "queries_keys_values" else "k"
-    return Parts((*(Part(name, size, 1) for name in names), Part("v", ratio * size, 1)), heads)
+    return Pieces((*(Piece(name, size, 1) for name in names), Piece("v", ratio * size, 1)), heads)
 
 
-def _focal(layer: Layer) -> PartsOrReason:
+def _focal(layer: Layer) -> PiecesOrReason:
     width = layer.inputs
-    return _of_enough_rows(Part("q", width), Part("context", width), Part("gates", layer.outputs - 2 * width))
+    return _of_enough_rows(Piece("q", width), Piece("context", width), Piece("gates", layer.outputs - 2 * width))
 
 
-def _every_second(first: str, second: str) -> Callable[[Layer], PartsOrReason]:
-    return lambda layer: Parts((Part(first, 1), Part(second, 1)), layer.outputs // 2)
+def _every_second(first: str, second: str) -> Callable[[Layer], PiecesOrReason]:
+    return lambda layer: Pieces((Piece(first, 1), Piece(second, 1)), layer.outputs // 2)
 
 
-def _of_enough_rows(*parts: Part, repeats: int = 1) -> PartsOrReason:
+def _of_enough_rows(*pieces: Piece, repeats: int = 1) -> PiecesOrReason:
     """Take what has too few rows for a matrix of its own together with what is beside it, the smaller of two."""
-    kept = list(parts)
+    kept = list(pieces)
     while len(kept) > 1:
         pairs = [kept[place : place + 2] for place in range(len(kept) - 1)]
         small = [pair for pair in pairs if min(part.size for part in pair) * repeats < FEW_SLICES]
         if not small:
-            return Parts(tuple(kept), repeats)
+            return Pieces(tuple(kept), repeats)
         first, second = min(small, key=lambda pair: pair[0].size + pair[1].size)
         place = kept.index(first)
-        kept[place : place + 2] = [Part(f"{first.name}_{second.name}", first.size + second.size)]
-    return f"too few rows for {Parts(parts, repeats).splits(per_head=False)}"
+        kept[place : place + 2] = [Piece(f"{first.name}_{second.name}", first.size + second.size)]
+    return f"too few rows for {Pieces(pieces, repeats).splits(per_head=False)}"
 
 
-def _thirds(*names: str) -> Callable[[Layer], PartsOrReason]:
-    return lambda layer: Parts(tuple(Part(name, layer.outputs // 3) for name in names))
+def _thirds(*names: str) -> Callable[[Layer], PiecesOrReason]:
+    return lambda layer: Pieces(tuple(Piece(name, layer.outputs // 3) for name in names))
 
 
 class Rule(NamedTuple):
@@ -320,12 +320,12 @@ class Rule(NamedTuple):
     Attributes:
         module: What the name of the module's class contains; None: every class of transformers that has such a layer.
         name: Pattern of the layer's name in that module.
-        parts_of: How the outputs are taken apart.
+        pieces_of: How the outputs are taken apart.
     """
 
     module: str | None
     name: str
-    parts_of: Callable[[Layer], PartsOrReason]
+    pieces_of: Callable[[Layer], PiecesOrReason]
 
 
 RULES: Final = (
@@ -405,28 +405,28 @@ def find_splits(path: ModulePath, shape: tuple[int, int], per_head: bool) -> Spl
     for rule in RULES:
         is_known = layer.is_of_transformers() if rule.module is None else layer.is_a(rule.module)
         if re.fullmatch(rule.name, layer.name) and is_known:
-            parts = rule.parts_of(layer)
-            if parts is not None:
-                return _checked(parts, path, layer, per_head, "by its class")
-    if hasattr(layer.module, _OUTPUT_BESIDE.get(layer.name, "")) and (parts := _by_name(layer)) is not None:
-        return _checked(parts, path, layer, per_head, "by its name and shape")
+            pieces = rule.pieces_of(layer)
+            if pieces is not None:
+                return _checked(pieces, path, layer, per_head, "by its class")
+    if hasattr(layer.module, _OUTPUT_BESIDE.get(layer.name, "")) and (pieces := _by_name(layer)) is not None:
+        return _checked(pieces, path, layer, per_head, "by its name and shape")
     if per_head and (found := _separate_heads(path, layer)) is not None:
         return found
     return SplitsFound(WHOLE, "fused projections kept whole: pass splits=" if _LOOKS_FUSED.search(layer.name) else "")
 
 
-def _checked(parts: Parts | str, path: ModulePath, layer: Layer, per_head: bool, source: str) -> SplitsFound:
-    if isinstance(parts, str):
-        return SplitsFound(WHOLE, f"kept whole: {parts}")
-    text = parts.splits(per_head=False)
-    is_empty = parts.repeats < 1 or any(part.size < 1 for part in parts.parts)
+def _checked(pieces: Pieces | str, path: ModulePath, layer: Layer, per_head: bool, source: str) -> SplitsFound:
+    if isinstance(pieces, str):
+        return SplitsFound(WHOLE, f"kept whole: {pieces}")
+    text = pieces.splits(per_head=False)
+    is_empty = pieces.repeats < 1 or any(part.size < 1 for part in pieces.pieces)
     if is_empty or misfit(text, (layer.outputs, layer.inputs)) is not None:
         return SplitsFound(WHOLE, f"fused projections kept whole, as {text} does not fit: pass splits=")
     if per_head:
-        for name, size, heads in parts.parts:
+        for name, size, heads in pieces.pieces:
             if heads is not None:
                 _check_heads(path, f"{size} outputs of {name}", size, heads)
-        text = parts.splits(per_head)
+        text = pieces.splits(per_head)
     return SplitsFound(text, f"{text} {source}")
 
 
