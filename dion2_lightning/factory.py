@@ -19,6 +19,7 @@ from dion2_lightning.algorithms.hyperparameters import (
     method_takes,
     not_negative,
     positive,
+    positive_integer,
     setting,
     takes,
 )
@@ -47,7 +48,7 @@ if logger.level == logging.NOTSET:
     logger.setLevel(logging.INFO)
 
 
-ATTRIBUTES: Final = ("orthonormalize", "process_group", "share_replicas", "max_grad_norm")
+ATTRIBUTES: Final = ("orthonormalize", "process_group", "share_replicas", "max_grad_norm", "working_memory")
 """What the optimizer keeps as attributes; all else is settings of its groups."""
 
 TRAINER_HOOKS: Final[list[Callable[[Any], None]]] = []
@@ -77,6 +78,13 @@ class CommonArguments(EverySetting):
         'To which norm of all gradients together a step clips them. With sync="compressed" pass it instead of clipping '
         "before the step, which would scale each replica by its own norm.",
         positive,
+    )
+    working_memory: int | None = setting(
+        None,
+        "How many bytes a step may take beside weights, gradients and state; always as many as the largest matrix "
+        "needs. Fewer make it slower: it goes over the matrices in more turns. None is 15% of the bytes of the weights "
+        "that a rank holds, and at least 256 MiB.",
+        positive_integer,
     )
 
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StateTensor, StepContext
-from dion2_lightning.algorithms.hyperparameters import flag, plain, positive
+from dion2_lightning.algorithms.hyperparameters import flag, plain, positive, positive_integer
 from dion2_lightning.compressed import (
     CompressedReplicas,
     compressed_parameters,
@@ -31,7 +31,15 @@ from dion2_lightning.distributed.collectives import (
 from dion2_lightning.distributed.overlap import run_side_by_side
 from dion2_lightning.kernels.gate import Gate, are_finite
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import group_by, is_dtensor, local, local_gradient, placed, refuse_misplaced
+from dion2_lightning.matrices.layout import (
+    group_by,
+    is_dtensor,
+    local,
+    local_gradient,
+    number_of_parts,
+    placed,
+    refuse_misplaced,
+)
 from dion2_lightning.matrices.views import ObservedParameter
 from dion2_lightning.parameter_groups import (
     Group,
@@ -53,11 +61,20 @@ if TYPE_CHECKING:  # some builds of torch have no process groups
 NOT_SETTINGS: Final = ("params", "param_names", "initial_lr")
 """Entries of groups that say nothing about the update."""
 
+WORKING_SHARE: Final = 0.15
+"""Working memory of a step, as a share of the weights' bytes."""
+
+MIN_WORKING_MEMORY: Final = 2**28
+"""And at least so much: small models are stepped in one turn."""
+
 NOT_COPIED: Final = {
     "process_group": "its process group, so it updates redundantly on every rank",
     "orthonormalize": "its custom orthonormalization, so it uses the package's own",
 }
 """What a copy or an unpickled optimizer lacks: a process group cannot be copied, a callable not always."""
+
+COPIED: Final = ("_failure", "share_replicas", "max_grad_norm", "working_memory")
+"""What a copy or an unpickled optimizer has too; None where an older version pickled it."""
 
 NOT_COMPILED: Final = (
     "step() of Dion2 runs as it is, with a graph break: it reads groups and placements anew and may wait for other "
@@ -78,6 +95,8 @@ class MatrixOptimizer(Optimizer):
             (default: None).
         share_replicas: Whether ranks that hold replicas share the work (default: None, where it pays).
         max_grad_norm: To which norm a step clips the gradients (default: None, it does not).
+        working_memory: How many bytes a step may take beside weights, gradients and state, or what the largest matrix
+            needs (default: None, the larger of 15% of the weights on this rank and 256 MiB).
 
     Raises:
         TypeError: An argument or a group's entry has the wrong type.
@@ -92,6 +111,7 @@ class MatrixOptimizer(Optimizer):
     process_group: "ProcessGroup | None"
     share_replicas: bool | None
     max_grad_norm: float | None
+    working_memory: int | None
     grad_norm: Tensor | None
     """The norm of all gradients in the last step, before ``max_grad_norm`` clipped it; 0-d, on their device."""
     observer: Observer | None
@@ -110,6 +130,7 @@ class MatrixOptimizer(Optimizer):
         process_group: "ProcessGroup | None" = None,
         share_replicas: bool | None = None,
         max_grad_norm: float | None = None,
+        working_memory: int | None = None,
     ) -> None:
         for algorithm in ALGORITHMS.values():
             algorithm.check_settings(settings)
@@ -124,10 +145,13 @@ class MatrixOptimizer(Optimizer):
             flag("share_replicas", share_replicas)
         if max_grad_norm is not None:
             positive("max_grad_norm", max_grad_norm)
+        if working_memory is not None:
+            positive_integer("working_memory", working_memory)
         self.orthonormalize = orthonormalize
         self.process_group = process_group
         self.share_replicas = share_replicas
         self.max_grad_norm = max_grad_norm
+        self.working_memory = working_memory
         self.grad_norm = None
         self.observer = None
         self.fallbacks = Counter()
@@ -224,6 +248,7 @@ class MatrixOptimizer(Optimizer):
             orthonormalize=self.orthonormalize,
             process_group=self.process_group,
             share_replicas=self.share_replicas,
+            working_memory=self._working_memory(),
             observer=None if skipped else self.observer,
             selections=self._selections,
             fallbacks=self.fallbacks,
@@ -396,8 +421,7 @@ class MatrixOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied, and remember that it was there."""
         lost = [name for name in NOT_COPIED if getattr(self, name) is not None]
-        kept_names = ("_failure", "_given", "_settings", "_compressed", "share_replicas", "max_grad_norm")
-        kept = {name: getattr(self, name) for name in kept_names}
+        kept = {name: getattr(self, name) for name in ("_given", "_settings", "_compressed", *COPIED)}
         return {**super().__getstate__(), **kept, "_lost": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -413,7 +437,7 @@ class MatrixOptimizer(Optimizer):
         self.fallbacks = Counter()
         self._is_agreed = False
         self.grad_norm = None
-        for name in (*NOT_COPIED, "_failure", "share_replicas", "max_grad_norm", "observer", "route_parameters"):
+        for name in (*NOT_COPIED, *COPIED, "observer", "route_parameters"):
             self.__dict__.setdefault(name, None)
         self.__dict__.setdefault("_given", {})
         self.__dict__.setdefault("_compressed", CompressedReplicas())
@@ -528,7 +552,7 @@ class MatrixOptimizer(Optimizer):
                     tuple(parameter.shape),
                     parameter.dtype,
                     ALGORITHMS[group["algorithm"]].agreement(parameter, group),
-                    (self.share_replicas, self.max_grad_norm),
+                    (self.share_replicas, self.max_grad_norm, self.working_memory),
                     settings[id(group)],
                 )
             )
@@ -536,6 +560,13 @@ class MatrixOptimizer(Optimizer):
         ]
         check_agreement(descriptions, [parameter for _, parameter, _ in shared], self._ranks())
         self._is_agreed = True
+
+    def _working_memory(self) -> int:
+        """How many bytes a step may take; the same on all ranks, which form the same batches."""
+        if self.working_memory is not None:
+            return self.working_memory
+        held = sum(parameter.nbytes // number_of_parts(parameter) for _, parameter, _ in self._labelled())
+        return max(int(WORKING_SHARE * held), MIN_WORKING_MEMORY)
 
     def _ranks(self) -> RanksAround:
         """The ranks that have a part or a replica of what this one has."""

@@ -24,7 +24,7 @@ from dion2_lightning.algorithms.hyperparameters import (
     setting,
     two_decay_rates,
 )
-from dion2_lightning.algorithms.matrix_update import BATCH_ELEMENTS, bounded
+from dion2_lightning.algorithms.matrix_update import WORKING_BYTES, bounded
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, random_bits, store_
@@ -56,7 +56,7 @@ class AdamWAlgorithm(Algorithm):
 
     def step(self, members: Sequence[Member], context: StepContext) -> StepWork:
         """Plan a step on the parameters that have a gradient."""
-        return StepWork(local=[partial(_update, members, context.gates)])
+        return StepWork(local=[partial(_update, members, context)])
 
 
 class _Piece(NamedTuple):
@@ -69,7 +69,7 @@ class _Piece(NamedTuple):
     step: Tensor
 
 
-def _update(members: Sequence[Member], gates: Mapping[torch.device, Gate]) -> None:
+def _update(members: Sequence[Member], context: StepContext) -> None:
     """Take one step; the fused kernel takes one group, device and dtype at a time."""
     present = [(member, gradient) for member in members if (gradient := local_gradient(member.parameter)) is not None]
 
@@ -78,7 +78,7 @@ def _update(members: Sequence[Member], gates: Mapping[torch.device, Gate]) -> No
 
     for bucket in group_by(present, key).values():
         parameter, group = bucket[0][0].parameter, bucket[0][0].group
-        gate, is_fused = gates.get(parameter.device), _is_fused([local(parameter)])
+        gate, is_fused = context.gates.get(parameter.device), _is_fused([local(parameter)])
         if gate is not None and not is_fused and not gate.is_open:  # only the fused kernel skips by itself
             continue
         found_inf = gate.found_inf if gate is not None and is_fused else None
@@ -88,7 +88,9 @@ def _update(members: Sequence[Member], gates: Mapping[torch.device, Gate]) -> No
             for (each, state, *_), gradient in bucket
         ]
         if parameter.dtype in HALF_PRECISION or _decays_cautiously(group):
-            _update_by_copies(pieces, _random_bits([member for member, _ in bucket]), group, gate if is_fused else None)
+            bits = _random_bits([member for member, _ in bucket])
+            entries = max(1, context.working_memory // WORKING_BYTES)
+            _update_by_copies(pieces, bits, group, gate if is_fused else None, entries)
         else:
             _adamw(pieces, group, found_inf)
 
@@ -98,8 +100,9 @@ def _update_by_copies(
     random_bits_of_each: Sequence[RandomBits | None],
     group: Mapping[str, Any],
     gate: Gate | None,
+    entries: int,
 ) -> None:
-    """Update copies, in float32 at least, and round them once; as many at a time as the working memory allows.
+    """Update copies, in float32 at least, and round them once; so many ``entries`` at a time.
 
     For cautious weight decay the copies are zero, and what torch makes of them is the update; its sign is exp_avg's.
     """
@@ -110,9 +113,9 @@ def _update_by_copies(
     cut = [
         (_Piece(*block, whole.step), bits)  # type: ignore[call-arg]
         for whole, its_bits in zip(pieces, random_bits_of_each, strict=True)
-        for block, bits in blocks([torch.atleast_1d(each) for each in whole[:4]], its_bits, BATCH_ELEMENTS)
+        for block, bits in blocks([torch.atleast_1d(each) for each in whole[:4]], its_bits, entries)
     ]
-    for run in bounded(cut, lambda each: each[0].weight.numel()):
+    for run in bounded(cut, lambda each: each[0].weight.numel(), entries):
         copies = [
             piece._replace(
                 weight=torch.zeros_like(piece.weight, dtype=precise) if is_cautious else piece.weight.to(precise),

@@ -168,6 +168,7 @@ class StepContext:
         process_group: The ranks that hold replicas of the plain parameters, and of all parameters where gradients are
             not averaged; None where no others do.
         share_replicas: Whether ranks that hold replicas share the work on them; None where it pays.
+        working_memory: How many bytes a step may take beside state and gradients, or what one matrix needs.
         observer: What receives the events of the step; None for none.
         selections: What is selected, by parameter and block: filled in by the step.
         fallbacks: How often a faster way has failed and a slower one was taken, by the name of the faster one.
@@ -180,6 +181,7 @@ class StepContext:
     orthonormalize: Orthonormalize | None = None
     process_group: "ProcessGroup | None" = None
     share_replicas: bool | None = None
+    working_memory: int = 2**28
     observer: Observer | None = None
     selections: dict[tuple[Tensor, str], Selection] = field(default_factory=dict)
     fallbacks: Counter[str] = field(default_factory=Counter)

@@ -121,14 +121,14 @@ class DionAlgorithm(Algorithm):
 def update_alone(updates: Sequence[LowRankUpdate], context: StepContext) -> None:
     """Take one step on matrices that are whole on this rank and have a gradient, equal shapes together."""
     draw_bits(updates)
-    for batch in batches(updates):
+    for batch in batches(updates, context):
         accumulate(batch)
         leave_idle(batch)
         projections = Projections.wanted(batch, context)
         left = orthonormal(left_products(batch), batch[0], context)
         right = right_products(batch, left)
         norms = column_norms(right)
-        apply(batch, left, right, norms, right)
+        apply(batch, left, right, norms, right, context)
         if projections is not None:
             projections.show(projections.sums(right), norms)
     count_step(updates)

@@ -42,19 +42,20 @@ from dion2_lightning.algorithms.hyperparameters import (
 from dion2_lightning.algorithms.learning_rates import update_scale
 from dion2_lightning.algorithms.matrix_update import (
     MatrixUpdate,
-    accumulate,
+    SelectedSlices,
+    accumulate_and_sum,
     apply,
-    batches,
     count_step,
     draw_bits,
     leave_idle,
     polar_factors,
     record_selection,
+    runs,
     select,
     show_result,
     shrink,
-    slice_norms,
     take,
+    within_memory,
 )
 from dion2_lightning.algorithms.shared import split_by_ranks
 from dion2_lightning.kernels.orthonormalize import default_dtype
@@ -197,28 +198,24 @@ class Dion2Algorithm(Algorithm):
 
 
 def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
-    """Take one step on matrices that are whole on this rank and have a gradient, equal shapes together."""
+    """Take one step on matrices that are whole on this rank and have a gradient, as many at a time as memory allows."""
     draw_bits(updates)
-    for batch in batches(updates):
-        accumulate(batch)
-        leave_idle(batch)
-        norms = [slice_norms(update).float() for update in batch]
-        selected = select(batch, norms)
-        places = [update.places(indices) for update, indices in zip(batch, selected, strict=True)]
-        submatrices = [
-            take(update, update.momentum, update.gradient, its_places, update.bits.get("decay"))
-            for update, its_places in zip(batch, places, strict=True)
-        ]
-        results = polar_factors(submatrices, batch, context)
-        shrink(batch)
-        normalized = [pair for pair in zip(batch, results, strict=True) if pair[0].neuron_beta is not None]
-        sums = {update: neurons.square_sums(update, result) for update, result in normalized}
-        factors = neurons.factors(sums, dict(zip(batch, places, strict=True)), context)
-        for update, indices, its_places, its_norms, result in zip(batch, selected, places, norms, results, strict=True):
-            show_result(update, result, context)
-            bits = update.bits.get("apply")
-            apply(update, update.weight, update.momentum, its_places, result, factors.get(update), bits, context)
-            record_selection(update, indices, its_norms, context)
+    for run in runs(updates, context):
+        sums = accumulate_and_sum(run)
+        leave_idle(run)
+        selected = select(run, sums)
+        slices = [SelectedSlices(update, update.places(K)) for update, (K, _) in zip(run, selected, strict=True)]
+        for some in within_memory(slices, context):
+            results = polar_factors([take(each) for each in some], [each.update for each in some], context)
+            shrink([each.update for each in some if each.first == 0])
+            normalized = [pair for pair in zip(some, results, strict=True) if pair[0].update.neuron_beta is not None]
+            squares = {each: neurons.square_sums(each.update, result) for each, result in normalized}
+            factors = neurons.factors(squares, context)
+            for each, result in zip(some, results, strict=True):
+                show_result(each.update, result, context)
+                apply(each, result, factors.get(each), context)
+        for update, (indices, norms) in zip(run, selected, strict=True):
+            record_selection(update, indices, norms, context)
             update.write_back()
     count_step(updates)
 

@@ -25,7 +25,9 @@ from dion2_lightning.algorithms import neurons
 from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.algorithms.matrix_update import (
     MatrixUpdate,
+    SelectedSlices,
     accumulate,
+    accumulate_and_sum,
     apply,
     concatenate,
     count_step,
@@ -35,7 +37,6 @@ from dion2_lightning.algorithms.matrix_update import (
     select,
     show_result,
     shrink,
-    slice_norms,
     take,
 )
 from dion2_lightning.algorithms.shared import nonzero_gradients, with_gradient
@@ -44,7 +45,6 @@ from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
 from dion2_lightning.distributed.owner_exchange import OwnerExchange, SharedSubmatrix
 from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormalize import flops
-from dion2_lightning.kernels.rounding import RandomBits
 from dion2_lightning.matrices.layout import Replicas, group_by
 
 
@@ -60,24 +60,22 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
 
     # M <- M + G, and the norms of the slices of M, summed over the ranks.
     draw_bits(updates)
-    accumulate(updates)
+    own_sums = _accumulate(updates, replicas, rank)
     everyone = group if replicas is None else replicas.everyone
     assert everyone is not None
     checksum = zlib.crc32(repr((context.settings_checksum, [update.checksum() for update in updates])).encode())
     has_gradient = [update.has_gradient for update in updates]
     nonzero = nonzero_gradients(updates)
-    sums = [*_partial_sums(updates, replicas, rank), *nonzero.values()]
+    sums = [*own_sums, *nonzero.values()]
     receive = sum_over_ranks([everyone], checksum, has_gradient, sums, device)
     yield IN_FLIGHT
 
     # K, the same on every rank. The host reads it where it decides who sends how much, or which gradients there are.
     header, sums = receive()
-    norms = sums[: len(updates)]
     for update, its_nonzero in zip(nonzero, sums[len(updates) :], strict=True):
         update.leave_idle(its_nonzero)
-    norms_of = dict(zip(updates, norms, strict=True))
-    selected = _select(updates, norms)
-    places = {update: update.places(indices) for update, indices in selected.items()}
+    selected = dict(zip(updates, select(updates, sums[: len(updates)]), strict=True))
+    places = {update: update.places(indices) for update, (indices, _) in selected.items()}
     split = [update for update in updates if update.is_split]
     reads = bool(split) or not all(has_gradient) or _reading_is_free(device)
     on_host = yield [header, *(places[update] for update in split)] if reads else []
@@ -100,39 +98,24 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     for _ in itertools.zip_longest(*exchanges):
         yield IN_FLIGHT
     for update in updates:
-        record_selection(update, selected[update], norms_of[update], context)
+        record_selection(update, *selected[update], context)
         update.write_back()
     count_step(updates)
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Part(SelectedSlices):
     """This rank's part of consecutive matrices of an update, of which it holds equally many selected slices.
 
     Attributes:
-        update: The update they belong to.
-        first: Which of its matrices on this rank is the first.
         start: Which of the k selected slices is the first that this rank holds.
         left: Which of the m entries of a slice is the first that this rank holds.
-        indices: Shape (count, r), the selected slices that this rank holds, counted from its first slice.
         submatrices: The submatrices that it is a part of.
     """
 
-    update: MatrixUpdate
-    first: int
     start: int
     left: int
-    indices: Tensor
     submatrices: list[SharedSubmatrix]
-
-    def of_matrices(self, tensor: Tensor) -> Tensor:
-        """View its matrices' part of a tensor that has all of the parameter's."""
-        return tensor.narrow(0, self.first, len(self.indices))
-
-    def bits(self, line: str) -> RandomBits | None:
-        """Return its matrices' random bits for a line of the box; None where it does not round by any."""
-        bits = self.update.bits.get(line)
-        return None if bits is None else bits.of_matrices(self.first, len(self.indices))
 
     def of_neurons(self, tensor: Tensor) -> Tensor:
         """View its part of a tensor about the neurons of O, of all the parameter's matrices."""
@@ -154,7 +137,7 @@ def _update_by_owners(
     exchange = OwnerExchange(submatrices, group, replicas, update_of[0].dtype, update_of[0].device)
 
     # S <- M[K], to the owners; M[K] <- mu M[K].
-    receive = exchange.to_owners([submatrix for part in parts for submatrix in _take(part)])
+    receive = exchange.to_owners([submatrix for part in parts for submatrix in take(part)])
     if group is not None:
         yield IN_FLIGHT
 
@@ -176,16 +159,7 @@ def _update_by_owners(
     factors = yield from _neuron_factors(parts, results, group, places, context)
     for part, result in zip(parts, results, strict=True):
         its_factors = part.of_neurons(factors[part.update]) if part.update in factors else None
-        weight, momentum = part.of_matrices(part.update.weight), part.of_matrices(part.update.momentum)
-        bits = part.bits("apply")
-        apply(part.update, weight, momentum, part.indices, result, its_factors, bits, context, part.first)
-
-
-def _take(part: _Part) -> Tensor:
-    """This rank's part of S, (count, r, width)."""
-    update, gradient = part.update, part.update.gradient
-    its_gradient = None if gradient is None else part.of_matrices(gradient)
-    return take(update, part.of_matrices(update.momentum), its_gradient, part.indices, part.bits("decay"), part.first)
+        apply(part, result, its_factors, context)
 
 
 def _neuron_factors(
@@ -209,35 +183,30 @@ def _neuron_factors(
         receive = sum_over_ranks([group], 0, (), list(sums.values()), results[0].device)
         yield IN_FLIGHT
         sums = dict(zip(sums, receive()[1], strict=True))
-    return neurons.factors(sums, places, context)
+    whole = {update: SelectedSlices(update, places[update]) for update in sums}
+    factors = neurons.factors({each: sums[update] for update, each in whole.items()}, context)
+    return {update: factors[each] for update, each in whole.items()}
 
 
-def _partial_sums(updates: Sequence[MatrixUpdate], replicas: Replicas | None, rank: int) -> list[Tensor]:
-    """Sums of |M| by slice, (count, n), over what this rank holds; zero for the slices that it does not.
+def _accumulate(updates: Sequence[MatrixUpdate], replicas: Replicas | None, rank: int) -> list[Tensor]:
+    """M <- M + G; return the sums of |M| by slice, (count, n), over what this rank holds, zero elsewhere.
 
     One replica contributes each matrix's sums (replicas take turns), so that all select the same, whatever the rounding
     of their gradients.
     """
     count, number = (1, 0) if replicas is None else (replicas.count, replicas.number)
+    own = updates[number::count]
+    accumulate([update for index, update in enumerate(updates) if index % count != number])
+    own_sums = dict(zip(own, accumulate_and_sum(own), strict=True))
     sums = []
-    for index, update in enumerate(updates):
+    for update in updates:
         start, stop = (place // update.taps for place in update.held[rank])
         slices = update.slices // update.taps
-        if index % count == number:
-            sums.append(pad(slice_norms(update), (start, slices - stop)))
+        if update in own_sums:
+            sums.append(pad(own_sums[update], (start, slices - stop)))
         else:
             sums.append(update.momentum.new_zeros((update.count, slices), dtype=torch.float64))
     return sums
-
-
-def _select(updates: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> dict[MatrixUpdate, Tensor]:
-    """K for every update, those of one (n, k) together."""
-    selected: dict[MatrixUpdate, Tensor] = {}
-    pairs = zip(updates, norms, strict=True)
-    for batch in group_by(pairs, lambda pair: (pair[1].shape[1], pair[0].selected)).values():
-        its_updates, its_norms = zip(*batch, strict=True)
-        selected.update(zip(its_updates, select(its_updates, its_norms), strict=True))
-    return selected
 
 
 def _reading_is_free(device: torch.device) -> bool:
@@ -290,5 +259,5 @@ def _parts(
             SharedSubmatrix(next(owners), whole, own, None if edges is None else edges[matrix], update.columns)
             for matrix in range(first, first + count)
         ]
-        yield _Part(update, first, start, left, indices, submatrices)
+        yield _Part(update, indices, first, start=start, left=left, submatrices=submatrices)
         first += count

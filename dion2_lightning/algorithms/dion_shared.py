@@ -78,7 +78,7 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
         torch._assert_async(is_complete, "some replicas lack gradients that others have")
     draw_bits(updates)
     accumulate(updates)
-    for run in bounded(list(batches(updates)), _sent_entries, SENT_ENTRIES):
+    for run in bounded(list(batches(updates, context)), _sent_entries, SENT_ENTRIES):
         yield from run_together([_update(batch, context) for batch in run], layout.group, first.replicas)
     count_step(updates)
 
@@ -123,7 +123,7 @@ def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:
         norms = (yield Summand(column_norms(right).square())).sqrt()
         if first.q_is_whole:
             whole_right = yield Summand(_padded(right, first.own_columns, first.entries))
-    apply(batch, left, right, norms, own_right, whole_right if first.q_is_whole else None)
+    apply(batch, left, right, norms, own_right, context, whole_right if first.q_is_whole else None)
     if projections is not None:
         sums = yield Summand(projections.sums(own_right))
         if first.replicas is not None:  # replicas differ in B, and in what P captures of it

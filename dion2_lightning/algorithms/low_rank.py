@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StateTensor, StepContext
 from dion2_lightning.algorithms.learning_rates import update_scale
-from dion2_lightning.algorithms.matrix_update import BATCH_ELEMENTS, MatrixUpdate, bounded
+from dion2_lightning.algorithms.matrix_update import WORKING_BYTES, MatrixUpdate, bounded
 from dion2_lightning.algorithms.matrix_update import shrink as decay_weights
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.orthonormal_columns import orthonormal_columns, randomized_cholesky_qr, sketch_rows
@@ -133,6 +133,11 @@ class LowRankUpdate(MatrixUpdate):
         return self.layout.group, None, self.replicas
 
     @property
+    def working_bytes(self) -> int:
+        """Working memory that the factors P and R of one matrix take."""
+        return self.rank * (self.slices + self.entries) * WORKING_BYTES
+
+    @property
     def rank(self) -> int:
         """The rank r of the update."""
         return self.k
@@ -235,8 +240,8 @@ def _fill_with_normals(seed: int, block: str, q: Tensor, name: str) -> None:
     part.copy_(normals(*held_coordinates(q), zlib.crc32(f"Q {seed} {name}".encode())).view(part.shape))
 
 
-def batches(updates: Sequence[LowRankUpdate]) -> Iterator[list[LowRankUpdate]]:
-    """Group updates whose P can be orthonormalized together, ``BATCH_ELEMENTS`` at a time unless one has more."""
+def batches(updates: Sequence[LowRankUpdate], context: StepContext) -> Iterator[list[LowRankUpdate]]:
+    """Group updates whose P can be orthonormalized together, as many at a time as the working memory allows."""
 
     def key(update: LowRankUpdate) -> Hashable:
         # Of what is the same on every rank: ranks that share matrices form the same batches.
@@ -245,7 +250,7 @@ def batches(updates: Sequence[LowRankUpdate]) -> Iterator[list[LowRankUpdate]]:
         return shape, update.rank, update.qr, momentum.device, momentum.dtype
 
     for batch in group_by(updates, key).values():
-        yield from bounded(batch, lambda update: update.count * update.slices * update.rank)
+        yield from bounded(batch, lambda update: update.count * update.working_bytes, context.working_memory)
 
 
 def left_products(batch: Sequence[LowRankUpdate]) -> Tensor:
@@ -309,6 +314,7 @@ def apply(
     right: Tensor,
     norms: Tensor,
     own_right: Tensor,
+    context: StepContext,
     whole_right: Tensor | None = None,
 ) -> None:
     """M <- B - (1 - mu) P R^T, Q <- the columns of R over their norms, and X <- (1 - lr decay) X - lr scale P Q^T.
@@ -322,6 +328,7 @@ def apply(
         right: R, this rank's rows.
         norms: Of the columns of the whole R, (batch, 1, r).
         own_right: R of this replica's own B, which is what M loses; R itself, unless that is a mean over replicas.
+        context: Of the step.
         whole_right: All rows of R, where this rank has all of Q (default: None, they are ``right``).
     """
     is_present = present_columns(norms, batch[0])
@@ -334,7 +341,7 @@ def apply(
         is_taken = present if update.own_gate is None else present & update.own_gate.is_open
         q = update.whole_q
         q.copy_(torch.where(is_taken, _columns(its_whole, its_norms, present), q))
-        _move(update, p, _columns(its_right, its_norms, present))
+        _move(update, p, _columns(its_right, its_norms, present), context)
         update.write_back()
 
 
@@ -343,7 +350,7 @@ def _columns(right: Tensor, norms: Tensor, present: Tensor) -> Tensor:
     return torch.where(present, right / (norms + EPS).to(right.dtype), 0)
 
 
-def _move(update: LowRankUpdate, left: Tensor, right: Tensor) -> None:
+def _move(update: LowRankUpdate, left: Tensor, right: Tensor, context: StepContext) -> None:
     """X <- X - lr scale P Q^T, after X <- (1 - lr decay) X; both at once in half precision, and where it is cautious.
 
     Half precision is then rounded once, and the decay knows P Q^T.
@@ -352,7 +359,7 @@ def _move(update: LowRankUpdate, left: Tensor, right: Tensor) -> None:
     if weight.dtype not in HALF_PRECISION and not update.is_cautious:
         _add_product(weight, left, right * update.number(-update.step_size, 0.0, right))
         return
-    size, first = max(1, BATCH_ELEMENTS // max(1, weight.shape[1:].numel())), 0
+    size, first = max(1, context.working_memory // max(1, weight.shape[1:].numel() * WORKING_BYTES)), 0
     for part, p, q in zip(weight.split(size), left.split(size), right.split(size), strict=True):
         its_bits = None if bits is None else bits.of_matrices(first, len(part))
         factor, step = update.number(update.shrink, 1.0, part, first), update.number(-update.step_size, 0.0, q, first)

@@ -26,8 +26,11 @@ from dion2_lightning.matrices.views import Matrices, Source
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
 
-BATCH_ELEMENTS: Final = 2**24
-"""Submatrix entries that are orthonormalized at once: enough to fill a GPU, few enough to bound the working memory."""
+WORKING_BYTES: Final = 24
+"""Working memory for an entry of a submatrix: the submatrix, normalized, its products, and the change of weights."""
+
+CACHED_BYTES: Final = 2**22
+"""Momentum that a CPU takes through the lines of the box at once: the later lines find it in the cache."""
 
 _ROUNDED: Final = {"accumulate": "momentum", "decay": "momentum", "apply": "weight"}
 """The lines of the box that change what may be in half precision. Each is rounded by random bits of its own: a second
@@ -283,6 +286,16 @@ class MatrixUpdate:
         return self.matrices.shape[1 - self.axis]
 
     @property
+    def working_bytes(self) -> int:
+        """Working memory that the selected slices of one matrix take."""
+        return self.k * self.entries * WORKING_BYTES
+
+    @property
+    def momentum_bytes(self) -> int:
+        """Bytes of M of these matrices."""
+        return self.count * self.slices * self.entries * self.state["momentum"].element_size()
+
+    @property
     def slices_are_neurons(self) -> bool:
         """Whether a slice is an output of the matrix; if not, every entry of a slice belongs to another one."""
         return self.axis == OUTPUT_AXIS
@@ -333,23 +346,81 @@ class MatrixUpdate:
         return zlib.crc32(repr((self.matrices, self.part.first, self.axis, self.taps_first, numbers)).encode())
 
 
-def batches(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
-    """Group updates that can be selected together, ``BATCH_ELEMENTS`` at a time unless one has more."""
+@dataclass(frozen=True, eq=False)
+class SelectedSlices:
+    """The slices that a step selects of some matrices of an update, as far as this rank holds them.
+
+    Attributes:
+        update: The update that the matrices belong to.
+        indices: Shape (count, r), counted from this rank's first slice.
+        first: Which of the update's matrices on this rank is the first one.
+    """
+
+    update: MatrixUpdate
+    indices: Tensor
+    first: int = 0
+
+    @property
+    def weight(self) -> Tensor:
+        """X of these matrices, this rank's part."""
+        return self.of_matrices(self.update.weight)
+
+    @property
+    def momentum(self) -> Tensor:
+        """M of these matrices, this rank's part."""
+        return self.of_matrices(self.update.momentum)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """G of these matrices, this rank's part; None where only other ranks have it."""
+        return None if self.update.gradient is None else self.of_matrices(self.update.gradient)
+
+    def of_matrices(self, tensor: Tensor) -> Tensor:
+        """View the part of these matrices of a tensor that has all of the update's."""
+        return tensor.narrow(0, self.first, len(self.indices))
+
+    def bits(self, line: str) -> RandomBits | None:
+        """Return the random bits of these matrices for a line of the box; None where it does not round by any."""
+        bits = self.update.bits.get(line)
+        return None if bits is None else bits.of_matrices(self.first, len(self.indices))
+
+    def number(self, value: float, neutral: float, of: Tensor) -> float | Tensor:
+        """Return :meth:`MatrixUpdate.number` for a tensor of these matrices."""
+        return self.update.number(value, neutral, of, self.first)
+
+
+def runs(updates: Sequence[MatrixUpdate], context: StepContext) -> Iterator[list[MatrixUpdate]]:
+    """Cut updates into runs that are updated together, those of equal shapes next to each other.
+
+    A run takes at most the working memory; on a CPU its momentum also fits into the cache. It is one update where that
+    takes more.
+    """
 
     def key(update: MatrixUpdate) -> Hashable:
-        # Read without the matrices, some of which are copies: those of a batch live as long as its step.
-        shape = update.slices, update.entries, update.k, update.taps, update.taps_first
-        momentum = update.state["momentum"]
-        runs_along = update.matrices.slices_are_rows(update.axis)
-        return shape, runs_along, local(momentum).device, momentum.dtype, update.dtype
+        return update.device, update.slices, update.entries, update.k
 
-    for batch in group_by(updates, key).values():
-        yield from bounded(batch, lambda update: update.count * update.k * update.entries)
+    in_order = [update for equal in group_by(updates, key).values() for update in equal]
+    for run in bounded(in_order, lambda update: update.working_bytes * update.count, context.working_memory):
+        on_cpu = run[0].device.type == "cpu"
+        yield from bounded(run, lambda update: update.momentum_bytes, CACHED_BYTES) if on_cpu else [run]
 
 
-def bounded(items: Sequence[T], size_of: Callable[[T], int], limit: int | None = None) -> Iterator[list[T]]:
-    """Cut a list into runs of at most ``limit`` together (default: None, ``BATCH_ELEMENTS``), or of one item."""
-    limit = BATCH_ELEMENTS if limit is None else limit
+def within_memory(slices: Sequence[SelectedSlices], context: StepContext) -> Iterator[list[SelectedSlices]]:
+    """Cut the slices of a run so that their submatrices take at most the working memory, or are those of one matrix.
+
+    There are several lists where one stack of matrices takes more.
+    """
+    single: list[SelectedSlices] = []
+    for each in slices:
+        size = max(1, context.working_memory // each.update.working_bytes)
+        starts = range(0, len(each.indices), size)
+        pieces = zip(starts, each.indices.split(size), strict=True)
+        single += [SelectedSlices(each.update, indices, each.first + start) for start, indices in pieces]
+    return bounded(single, lambda each: len(each.indices) * each.update.working_bytes, context.working_memory)
+
+
+def bounded(items: Sequence[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Cut a list into runs of at most ``limit`` together, or of one item."""
     run: list[T] = []
     total = 0
     for item in items:
@@ -417,6 +488,12 @@ def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate
     return at_once, alone
 
 
+def accumulate_and_sum(updates: Sequence[MatrixUpdate]) -> list[Tensor]:
+    """M <- M + G, where there is a G; return the sums of |M| over the slices, (count, held slices), in float64."""
+    accumulate(updates)
+    return [_slice_sums(update, slice_sums(update.momentum)) for update in updates]
+
+
 def accumulate(updates: Sequence[MatrixUpdate]) -> None:
     """M <- M + G, where there is a G."""
     together: list[tuple[Tensor, Tensor]] = []
@@ -446,35 +523,36 @@ def leave_idle(updates: Sequence[MatrixUpdate]) -> None:
             update.leave_idle(update.nonzero_gradients())
 
 
-def slice_norms(update: MatrixUpdate) -> Tensor:
-    """Return the sum of |M| over each slice, or over what this rank holds of it, (count, held slices), in float64."""
-    sums = slice_sums(update.momentum)
-    if update.taps > 1:
-        channels = sums.shape[1] // update.taps
-        shape = (update.taps, channels) if update.taps_first else (channels, update.taps)
-        sums = sums.view(len(sums), *shape).sum(1 if update.taps_first else 2)
-    return sums
+def _slice_sums(update: MatrixUpdate, sums: Tensor) -> Tensor:
+    """Add up the sums of the taps of a channel, where that is what a slice is."""
+    if update.taps == 1:
+        return sums
+    channels = sums.shape[1] // update.taps
+    shape = (update.taps, channels) if update.taps_first else (channels, update.taps)
+    return sums.view(len(sums), *shape).sum(1 if update.taps_first else 2)
 
 
-def select(batch: Sequence[MatrixUpdate], norms: Sequence[Tensor]) -> Sequence[Tensor]:
-    """K: the sorted indices of the largest slices, (count, selected) for each, from the norms (count, slices)."""
-    return torch.split(largest(torch.cat(list(norms)), batch[0].selected), [len(each) for each in norms])
+def select(updates: Sequence[MatrixUpdate], sums: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """K: the sorted indices of the largest slices, from the sums over all slices, (count, slices).
 
-
-def take(
-    update: MatrixUpdate,
-    momentum: Tensor,
-    gradient: Tensor | None,
-    indices: Tensor,
-    bits: RandomBits | None,
-    first: int = 0,
-) -> Tensor:
-    """S <- M[K], or G[K] + mu M[K] with Nesterov, then M[K] <- mu M[K]; S in the orthonormalization's precision.
-
-    The tensors are those of all matrices of the update, or of some of them from ``first`` on.
+    Returns:
+        For each update the indices, (count, selected), and the norms: the sums in float32.
     """
+    selected: dict[int, tuple[Tensor, Tensor]] = {}
+    for equal in group_by(range(len(updates)), lambda at: (sums[at].shape[1], updates[at].selected)).values():
+        counts = [len(sums[at]) for at in equal]
+        norms = torch.cat([sums[at] for at in equal]).float()
+        indices = largest(norms, updates[equal[0]].selected)
+        selected.update(zip(equal, zip(indices.split(counts), norms.split(counts), strict=True), strict=True))
+    return [selected[at] for at in range(len(updates))]
+
+
+def take(slices: SelectedSlices) -> Tensor:
+    """S <- M[K], or G[K] + mu M[K] with Nesterov, then M[K] <- mu M[K]; S in the orthonormalization's precision."""
+    update, momentum, indices = slices.update, slices.momentum, slices.indices
     submatrices = gather(momentum, indices)
-    factor = update.number(update.momentum_factor, 1.0, momentum, first)
+    factor = slices.number(update.momentum_factor, 1.0, momentum)
+    bits = slices.bits("decay")
     if bits is None:
         decay_(momentum, indices, submatrices, factor)
     else:
@@ -483,8 +561,8 @@ def take(
         put_(momentum, indices, shrunk)
     if update.nesterov:
         submatrices = submatrices.to(torch.promote_types(momentum.dtype, torch.float32)) * update.momentum_factor
-        if gradient is not None:
-            selected = gather(gradient, indices)
+        if slices.gradient is not None:
+            selected = gather(slices.gradient, indices)
             submatrices += selected if update.gate is None else update.gate.gradient(selected)
     return submatrices.to(update.dtype)
 
@@ -497,13 +575,15 @@ def polar_factors(stacks: Sequence[Tensor], updates: Sequence[MatrixUpdate], con
         for stack, update in zip(stacks, updates, strict=True)
     ]
     for equal in group_by(range(len(stacks)), lambda index: keys[index]).values():
-        for indices in bounded(equal, lambda index: stacks[index].numel()):
+        for indices in bounded(
+            equal, lambda index: len(stacks[index]) * updates[index].working_bytes, context.working_memory
+        ):
             batch = concatenate([stacks[index] for index in indices])
-            size = max(1, BATCH_ELEMENTS // max(1, batch.shape[1:].numel()))  # one stack may be larger
-            parts: Sequence[Tensor] = torch.split(batch, size)
             if updates[indices[0]].goes_alone:
                 parts = [matrix.contiguous() for matrix in torch.split(batch, 1)]
-            factors = concatenate([_polar_factors(part, context) for part in parts])
+                factors = concatenate([_polar_factors(part, context) for part in parts])
+            else:
+                factors = _polar_factors(batch, context)
             counts = [len(stacks[index]) for index in indices]
             results.update(zip(indices, torch.split(factors, counts), strict=True))
     return [results[index] for index in range(len(stacks))]
@@ -541,29 +621,20 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
                 weight.mul_(update.number(update.shrink, 1.0, weight))
 
 
-def apply(
-    update: MatrixUpdate,
-    weight: Tensor,
-    momentum: Tensor,
-    indices: Tensor,
-    result: Tensor,
-    factors: Tensor | None,
-    bits: RandomBits | None,
-    context: StepContext,
-    first: int = 0,
-) -> None:
-    """X[K] <- X[K] - lr scale O, each neuron times its factor where there are any; see :func:`take` for ``first``.
+def apply(slices: SelectedSlices, result: Tensor, factors: Tensor | None, context: StepContext) -> None:
+    """X[K] <- X[K] - lr scale O, each neuron times its factor where there are any.
 
     In half precision X <- (1 - lr weight_decay) X comes first, so that what is selected is rounded once; so it does
     where it is cautious. Slices that are not selected have no update, and are judged by M, of which it will be made.
     """
+    update, weight, indices, bits = slices.update, slices.weight, slices.indices, slices.bits("apply")
     precise = torch.promote_types(weight.dtype, torch.float32)
-    change = result.to(precise) * update.number(-update.step_size, 0.0, weight, first)
+    change = result.to(precise) * slices.number(-update.step_size, 0.0, weight)
     if factors is not None:
         change *= factors.unsqueeze(update.neuron_dim)
-    shrink = update.number(update.shrink, 1.0, weight, first)
+    shrink = slices.number(update.shrink, 1.0, weight)
     if update.is_cautious:
-        new = decayed(weight, momentum, shrink)
+        new = decayed(weight, slices.momentum, shrink)
         put_(new, indices, decayed(gather(weight, indices), result, shrink) + change)
         if weight.dtype in HALF_PRECISION:
             store_(weight, new, bits)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import StateTensor, StepContext
-from dion2_lightning.algorithms.matrix_update import MatrixUpdate
+from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.matrices.layout import group_by, local, placements_of_matrices
 from dion2_lightning.matrices.views import Matrices
@@ -46,50 +46,49 @@ def square_sums(update: MatrixUpdate, result: Tensor) -> Tensor:
     return norms.square()
 
 
-def factors(
-    sums: Mapping[MatrixUpdate, Tensor], selected: Mapping[MatrixUpdate, Tensor], context: StepContext
-) -> dict[MatrixUpdate, Tensor]:
+def factors(sums: Mapping[SelectedSlices, Tensor], context: StepContext) -> dict[SelectedSlices, Tensor]:
     """Update v, and return what each neuron of O is multiplied by, in the shape of its sum.
 
     Args:
-        sums: What :func:`square_sums` returned, of whole matrices, by parameter. Where its gate is closed, v stays.
-        selected: K of each, (count, k); of a kernel all taps of its channels.
+        sums: What :func:`square_sums` returned, of whole matrices, by what is selected of them; of a kernel all taps of
+            its channels. Where its gate is closed, v stays.
         context: Of the step; its observer is shown v.
     """
-    results: dict[MatrixUpdate, Tensor] = {}
+    results: dict[SelectedSlices, Tensor] = {}
 
-    def key(update: MatrixUpdate) -> Hashable:
+    def key(each: SelectedSlices) -> Hashable:
+        update = each.update
         shape = update.slices_are_neurons, update.k, update.entries
-        return shape, update.neuron_beta, update.own_gate, sums[update].device
+        return shape, update.neuron_beta, update.own_gate, sums[each].device
 
     for equal in group_by(sums, key).values():
-        first, counts = equal[0], [len(sums[update]) for update in equal]
+        first, counts = equal[0].update, [len(sums[each]) for each in equal]
         assert first.neuron_beta is not None
-        squares = torch.cat([sums[update] for update in equal]).float()  # the same numbers under every layout
+        squares = torch.cat([sums[each] for each in equal]).float()  # the same numbers under every layout
         means = squares / (first.entries if first.slices_are_neurons else first.k)
-        known = torch.cat([_known(update, selected[update]) for update in equal])
-        change = (means - known).unsqueeze(-1) * first.number(1.0 - first.neuron_beta, 0.0, known)
+        known = torch.cat([_known(each) for each in equal])
+        change = (means - known).unsqueeze(-1) * equal[0].number(1.0 - first.neuron_beta, 0.0, known)
         known += change.squeeze(-1)
         inverse = 1.0 / (known.sqrt() + EPS)
         precise = squares.to(sum_dtype(squares.device))
         before, after = precise.sum(1, keepdim=True), (precise * inverse.square()).sum(1, keepdim=True)
         inverse *= (before / after.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
         results.update(zip(equal, torch.split(inverse, counts), strict=True))
-        for update, its_known in zip(equal, torch.split(known, counts), strict=True):
-            variance = _variance(update)
-            if update.slices_are_neurons:
-                variance.scatter_(1, selected[update], its_known)
+        for each, its_known in zip(equal, torch.split(known, counts), strict=True):
+            variance = each.of_matrices(_variance(each.update))
+            if each.update.slices_are_neurons:
+                variance.scatter_(1, each.indices, its_known)
             else:
                 variance.copy_(its_known)
             if context.observer is not None and context.observer.wants_results:
-                context.observer.normalized(update.source, variance)
+                context.observer.normalized(each.update.source, variance)
     return results
 
 
-def _known(update: MatrixUpdate, indices: Tensor) -> Tensor:
+def _known(each: SelectedSlices) -> Tensor:
     """The v of the neurons of O, before the step."""
-    variance = _variance(update)
-    return variance.gather(1, indices) if update.slices_are_neurons else variance
+    variance = each.of_matrices(_variance(each.update))
+    return variance.gather(1, each.indices) if each.update.slices_are_neurons else variance
 
 
 def _variance(update: MatrixUpdate) -> Tensor:

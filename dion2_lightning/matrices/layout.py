@@ -258,6 +258,14 @@ def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def number_of_parts(parameter: Any) -> int:
+    """Return into how many parts its ranks divide a parameter; 1 where each has all of it."""
+    if not is_dtensor(parameter):
+        return 1
+    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
+
+
 def _held_along(parameter: Any, axis: int) -> Tensor:
     """Which indices along an axis this rank holds, in order; also where a strided placement scatters them."""
     held = torch.arange(parameter.shape[axis], device=local(parameter).device)

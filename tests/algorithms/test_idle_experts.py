@@ -195,10 +195,9 @@ def test_stochastic_rounding_leaves_them_as_they_are(
 ) -> None:
     """Also where tensors are so large that they are worked on part by part."""
     monkeypatch.setattr("dion2_lightning.kernels.rounding.BLOCK", 64)
-    monkeypatch.setattr("dion2_lightning.algorithms.low_rank.BATCH_ELEMENTS", 64)
     shape, stored, _, experts = FORMS[form]
     stack = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
-    optimizer = Dion2([{"params": [stack], **stored, **settings}], **COMMON, skip_idle_experts=True)
+    optimizer = Dion2([{"params": [stack], **stored, **settings}], **COMMON, skip_idle_experts=True, working_memory=1)
     stack.grad = torch.ones_like(stack)
     optimizer.step()
     for gradient, idle in zip(gradients(shape), IDLE, strict=True):
