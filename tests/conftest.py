@@ -17,7 +17,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse a device that is not there; allow deterministic matrix products on it."""
+    """Refuse a device that is not there; allow deterministic matrix products on it.
+
+    On a CPU let Triton's interpreter run its kernels: Triton asks when it is first imported, be it by torch.
+    """
+    if config.getoption("device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
     if config.getoption("device") == "cuda":
         import torch
 

@@ -1,0 +1,682 @@
+"""The passes of a step over memory, each a single one over all matrices together, by the kernels of triton_kernels.py.
+
+They do what these lines of the step do, to the same bits; sums in float64 differ by the order of their terms alone:
+
+    accumulate   M <- M + G, and the norms of the slices
+    take         S <- M[K], then M[K] <- mu M[K]
+    normalize    what precedes the products of orthonormalization
+    apply        X <- (1 - lr weight_decay) X, and X[K] <- X[K] - lr scale O
+
+All see stacks of matrices as (count, n, m) views, n slices of m entries each, of any strides; a list of them may mix
+shapes, memory orders and dtypes, of :data:`DTYPES`, on one device. Each is a custom operator ``dion2::...``, so that
+torch can trace it without data. What the operators know of every matrix is sent to the device in one small copy; the
+host waits for nothing.
+
+There is one launch for all that is alike but for shapes and numbers, and one compilation for each kind of launch.
+"""
+
+import os
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits
+
+DTYPES: Final = (torch.float32, *HALF_PRECISION)
+"""What the tensors may be in."""
+
+MIN_CAPABILITY: Final = (8, 0)
+"""The oldest GPUs of NVIDIA that convert to bfloat16."""
+
+PARTS: Final = 128
+"""In how many parts, at most, the squares of a matrix are summed."""
+
+
+class Tile(NamedTuple):
+    """How much a program works on.
+
+    Attributes:
+        slices: Of a matrix.
+        entries: Of each slice, at a time.
+        span: Of each slice, one after another, where other programs may have the rest.
+    """
+
+    slices: int
+    entries: int
+    span: int
+
+
+TILES: Final = {True: Tile(8, 256, 2048), False: Tile(32, 64, 512)}
+"""By whether memory runs along slices, or across them. Powers of 2.
+
+A tile has 16 numbers for each thread of 4 warps. Its rows in memory, of at least 128 bytes, are what a GPU reads
+together; a span is long enough to pay for finding its slices, short enough that one matrix occupies the GPU.
+"""
+
+Launch = tuple[dict[str, Any], int, int, list[int]]
+"""Constants that a kernel is compiled for; matrices; tiles in each; their row of the table."""
+
+
+@cache
+def _import_error() -> str | None:
+    try:
+        from dion2_lightning.kernels import triton_kernels  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on a device; None if they can.
+
+    Triton's interpreter, which ``TRITON_INTERPRET=1`` asks for before Triton is imported, runs them on CPUs, slowly.
+    """
+    is_interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if device.type == "cpu" and not is_interpreted:
+        return "Triton has no kernels for CPUs"
+    if device.type not in ("cuda", "cpu"):
+        return f"Triton has no kernels for devices of type {device.type}"
+    if device.type == "cuda" and torch.cuda.is_available():
+        if is_interpreted:
+            return "TRITON_INTERPRET is set, and Triton's interpreter cannot read the memory of a GPU: unset it"
+        if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+            return f"{torch.cuda.get_device_name(device)} is older than compute capability {MIN_CAPABILITY}"
+    error = _import_error()
+    return None if error is None else f"Triton cannot be imported ({error}): pip install triton"
+
+
+# M <- M + G
+
+
+def accumulate(
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    *,
+    opens: Sequence[Tensor | None] | None = None,
+    bits: Sequence[RandomBits | None] | None = None,
+) -> list[Tensor]:
+    """M <- M + G in place, and return the sums of |M| over every slice, as M is then stored.
+
+    Args:
+        momenta: (count, n, m) each.
+        gradients: Of the same shapes. Where it is None M stays as it is, and only its sums are taken.
+        opens: Boolean, 0-d or (count, 1, 1): where false G counts as zero, whatever it holds (default: None, always
+            true).
+        bits: How to round M in half precision stochastically (default: None, to the nearest numbers).
+
+    Returns:
+        (count, n) each, in float64: views of one buffer, in the order given.
+    """
+    count = len(momenta)
+    device = _checked("momenta", momenta)
+    _checked("gradients", gradients, momenta)
+    slice_hashes, entry_hashes = _hashes(bits, momenta)
+    sizes = [each.shape[0] * each.shape[1] for each in momenta]
+    sums = torch.empty(sum(sizes), dtype=torch.float64, device=device)
+    torch.ops.dion2.accumulate(momenta, gradients, _each(opens, count), slice_hashes, entry_hashes, sums)
+    return [each.view(of.shape[:2]) for each, of in zip(sums.split(sizes), momenta, strict=True)]
+
+
+@torch.library.custom_op("dion2::accumulate", mutates_args=("momenta", "sums"))
+def _accumulate(
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    opens: Sequence[Tensor | None],
+    slice_hashes: Sequence[Tensor | None],
+    entry_hashes: Sequence[Tensor | None],
+    sums: Tensor,
+) -> None:
+    rows: list[Launch] = []
+    address = sums.data_ptr()
+    for momentum, gradient, is_open, slice_hash, entry_hash in zip(
+        momenta, gradients, opens, slice_hashes, entry_hashes, strict=True
+    ):
+        count, n, m = momentum.shape
+        along = _runs_along(momentum)
+        tile = TILES[along]
+        constants = {
+            "M_TYPE": momentum.dtype,
+            "G_TYPE": None if gradient is None else gradient.dtype,
+            "ALONG": along,
+            "M_UNIT": _is_unit(momentum, along),
+            "G_UNIT": gradient is None or _is_unit(gradient, along),
+            "ALIGNED": _are_aligned(along, momentum, gradient),
+            "STOCHASTIC": slice_hash is not None,
+            "SLICES": tile.slices,
+            "ENTRIES": tile.entries,
+        }
+        views = *_view(momentum), *_view(gradient), *_gate(is_open)
+        numbers = [n, m, 0, *views, *_vector(slice_hash, -2), *_vector(entry_hash, -1), address]
+        rows.append((constants, count, _blocks(n, tile.slices), numbers))
+        address += count * n * sums.itemsize
+    _launch("accumulate", rows, sums.device)
+
+
+# S <- M[K], M[K] <- mu M[K]
+
+
+def take(
+    momenta: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    factors: Sequence[float | Tensor],
+    dtype: torch.dtype,
+    *,
+    gradients: Sequence[Tensor | None] | None = None,
+    nesterov_factors: Sequence[float] | None = None,
+    opens: Sequence[Tensor | None] | None = None,
+    bits: Sequence[RandomBits | None] | None = None,
+) -> list[Tensor]:
+    """Return S = M[K], or G[K] + mu M[K] with Nesterov; then M[K] <- mu M[K], in place.
+
+    Args:
+        momenta: (count, n, m) each.
+        indices: K, int64 (count, k), k of each matrix's slices.
+        factors: What M[K] is multiplied by: mu, or a float32 tensor of it, 0-d or (count, 1, 1).
+        dtype: Of S.
+        gradients: With Nesterov: of the shapes of the momenta; None where there is none (default: None, no Nesterov).
+        nesterov_factors: With Nesterov: the mu in S, also in a step that is skipped.
+        opens: With Nesterov: as in :func:`accumulate`.
+        bits: Of the whole of M: how to round it in half precision stochastically (default: None, to the nearest).
+
+    Returns:
+        (count, k, m) each, in the memory order of the momenta. Those of one (k, m) and memory order lie one after
+        another in the order given: see :func:`adjacent`.
+    """
+    count = len(momenta)
+    device = _checked("momenta", momenta)
+    if (gradients is None) != (nesterov_factors is None):
+        raise ValueError("gradients and nesterov_factors belong together: give both, or neither")
+    _checked("gradients", _each(gradients, count), momenta)
+    shapes = [(*of.shape, each.shape[2]) for of, each in zip(indices, momenta, strict=True)]
+    stacks = _empty(shapes, [_runs_along(each) for each in momenta], [dtype] * count, device)
+    constants, tensors = _split(factors)
+    torch.ops.dion2.take(
+        momenta,
+        _each(gradients, count),
+        indices,
+        constants,
+        tensors,
+        [] if nesterov_factors is None else nesterov_factors,
+        _each(opens, count),
+        *_hashes(bits, momenta),
+        stacks,
+    )
+    return stacks
+
+
+@torch.library.custom_op("dion2::take", mutates_args=("momenta", "stacks"))
+def _take(
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    indices: Sequence[Tensor],
+    factors: Sequence[float],
+    factor_tensors: Sequence[Tensor | None],
+    nesterov_factors: Sequence[float],
+    opens: Sequence[Tensor | None],
+    slice_hashes: Sequence[Tensor | None],
+    entry_hashes: Sequence[Tensor | None],
+    stacks: Sequence[Tensor],
+) -> None:
+    rows: list[Launch] = []
+    for number, (momentum, gradient, its_indices, stack, slice_hash, entry_hash) in enumerate(
+        zip(momenta, gradients, indices, stacks, slice_hashes, entry_hashes, strict=True)
+    ):
+        count, n, m = momentum.shape
+        k = its_indices.shape[1]
+        along = _runs_along(momentum)
+        tile = TILES[along]
+        constants = {
+            "M_TYPE": momentum.dtype,
+            "G_TYPE": None if gradient is None else gradient.dtype,
+            "S_TYPE": stack.dtype,
+            "NESTEROV": bool(nesterov_factors),
+            "ALONG": along,
+            "M_UNIT": _is_unit(momentum, along),
+            "G_UNIT": gradient is None or _is_unit(gradient, along),
+            "ALIGNED": _are_aligned(along, momentum, gradient, stack),
+            "STOCHASTIC": slice_hash is not None,
+            **tile._asdict(),
+        }
+        numbers = [
+            *(n, m, k),
+            *(*_view(momentum), *_view(gradient), *_view(stack), *_gate(opens[number])),
+            *_scalar(factors[number], factor_tensors[number]),
+            *_scalar(nesterov_factors[number] if nesterov_factors else 1.0, None),
+            *(its_indices.data_ptr(), *its_indices.stride()),
+            *(*_vector(slice_hash, -2), *_vector(entry_hash, -1)),
+        ]
+        rows.append((constants, count, _blocks(k, tile.slices) * _blocks(m, tile.span), numbers))
+    if rows:
+        _launch("take", rows, momenta[0].device)
+
+
+def adjacent(stacks: Sequence[Tensor]) -> Tensor | None:
+    """Return stacks of one shape (k, m) that lie one after another in memory as one stack, a view; else None.
+
+    Args:
+        stacks: (count, k, m) each, at least one.
+    """
+    first = stacks[0]
+    storage, offset, (step, *_) = first.untyped_storage(), first.storage_offset(), first.stride()
+    for each in stacks:
+        is_like = each.shape[1:] == first.shape[1:] and each.stride() == first.stride() and each.dtype == first.dtype
+        if not is_like or each.untyped_storage() is not storage or each.storage_offset() != offset:
+            return None
+        offset += len(each) * step
+    return first.as_strided((sum(map(len, stacks)), *first.shape[1:]), first.stride())
+
+
+# Before the products
+
+
+def normalize(stacks: Sequence[Tensor], safety: float, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Return matrices divided by ``safety`` times their Frobenius norms; a zero matrix stays zero.
+
+    Args:
+        stacks: (count, k, m) each.
+        safety: A little more than 1.
+        dtypes: What each result is rounded to.
+
+    Returns:
+        Of the same shapes and memory orders, without gaps.
+    """
+    device = _checked("stacks", stacks)
+    shapes = [tuple(each.shape) for each in stacks]
+    results = _empty(shapes, [_runs_along(each) for each in stacks], dtypes, device)
+    partial = torch.empty(sum(map(len, stacks)) * PARTS, dtype=torch.float64, device=device)
+    torch.ops.dion2.normalize(stacks, safety, partial, results)
+    return results
+
+
+@torch.library.custom_op("dion2::normalize", mutates_args=("partial", "results"))
+def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results: Sequence[Tensor]) -> None:
+    sums: list[Launch] = []
+    quotients: list[Launch] = []
+    address = partial.data_ptr()
+    for stack, result in zip(stacks, results, strict=True):
+        count, k, m = stack.shape
+        along = _runs_along(stack)
+        tile = TILES[along]
+        constants = {
+            "S_TYPE": stack.dtype,
+            "O_TYPE": result.dtype,
+            "ALONG": along,
+            "S_UNIT": _is_unit(stack, along),
+            "ALIGNED": _are_aligned(along, stack, result),
+            **tile._asdict(),
+            "PARTS": PARTS,
+        }
+        numbers = [k, m, 0, *_view(stack), *_view(result), address, _bits("d", safety)]
+        blocks = _blocks(k, tile.slices) * _blocks(m, tile.entries)
+        sums.append((constants, count, min(blocks, PARTS), numbers))
+        quotients.append((constants, count, _blocks(k, tile.slices) * _blocks(m, tile.span), numbers))
+        address += count * PARTS * partial.itemsize
+    _launch("square_sums", sums, partial.device)
+    _launch("divide", quotients, partial.device)
+
+
+# X <- (1 - lr weight_decay) X, X[K] <- X[K] - lr scale O
+
+
+def apply(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    results: Sequence[Tensor],
+    step_sizes: Sequence[float | Tensor],
+    shrinks: Sequence[float | Tensor],
+    *,
+    factors: Sequence[Tensor | None] | None = None,
+    factor_dims: Sequence[int] | None = None,
+    cautious: Sequence[Tensor | None] | None = None,
+    bits: Sequence[RandomBits | None] | None = None,
+) -> None:
+    """X <- shrink X, and X[K] <- X[K] - step_size O, in place; in half precision rounded once.
+
+    Where ``shrink`` is the float 1.0, only the selected slices are read and written.
+
+    Args:
+        weights: (count, n, m) each.
+        indices: K, int64 (count, k), sorted.
+        results: O, (count, k, m) each.
+        step_sizes: Numbers, or float32 tensors of them, 0-d or (count, 1, 1).
+        shrinks: In the same way.
+        factors: What each neuron of O is multiplied by as well, in float32: (count, k), or (count, m) where every entry
+            of a slice belongs to another neuron (default: None, by nothing).
+        factor_dims: For each stack the dimension of O along which the entries of a neuron lie: -1 for (count, k), -2
+            for (count, m) (default: None, -1).
+        cautious: M, (count, n, m), where the decay is cautious: an entry shrinks unless O, or M where it is not
+            selected, has the opposite sign (default: None, all shrink).
+        bits: Of the whole of X: how to round it in half precision stochastically (default: None, to the nearest).
+    """
+    count = len(weights)
+    _checked("weights", weights)
+    _checked("results", results)
+    _checked("cautious", _each(cautious, count), weights)
+    steps, step_tensors = _split(step_sizes)
+    constants, shrink_tensors = _split(shrinks)
+    torch.ops.dion2.apply(
+        weights,
+        indices,
+        results,
+        steps,
+        step_tensors,
+        constants,
+        shrink_tensors,
+        _each(factors, count),
+        [-1] * count if factor_dims is None else factor_dims,
+        _each(cautious, count),
+        *_hashes(bits, weights),
+    )
+
+
+@torch.library.custom_op("dion2::apply", mutates_args=("weights",))
+def _apply(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    results: Sequence[Tensor],
+    step_sizes: Sequence[float],
+    step_tensors: Sequence[Tensor | None],
+    shrinks: Sequence[float],
+    shrink_tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor | None],
+    factor_dims: Sequence[int],
+    momenta: Sequence[Tensor | None],
+    slice_hashes: Sequence[Tensor | None],
+    entry_hashes: Sequence[Tensor | None],
+) -> None:
+    rows: list[Launch] = []
+    for number, (weight, its_indices, result, slice_hash, entry_hash) in enumerate(
+        zip(weights, indices, results, slice_hashes, entry_hashes, strict=True)
+    ):
+        count, n, m = weight.shape
+        k = its_indices.shape[1]
+        along = _runs_along(weight)
+        tile = TILES[along]
+        decays = _decays(shrinks[number], shrink_tensors[number])
+        momentum = momenta[number] if decays else None
+        factor = factors[number]
+        constants = {
+            "X_TYPE": weight.dtype,
+            "O_TYPE": result.dtype,
+            "M_TYPE": None if momentum is None else momentum.dtype,
+            "DECAYS": decays,
+            "HAS_FACTORS": factor is not None,
+            "FACTORS_OF_SLICES": factor_dims[number] == -1,
+            "ALONG": along,
+            "X_UNIT": _is_unit(weight, along),
+            "O_UNIT": _is_unit(result, along),
+            "M_UNIT": momentum is None or _is_unit(momentum, along),
+            "ALIGNED": _are_aligned(along, weight, result, momentum),
+            "STOCHASTIC": slice_hash is not None,
+            **tile._asdict(),
+        }
+        numbers = [
+            *(n, m, k),
+            *(*_view(weight), *_view(result), *_view(momentum)),
+            *_scalar(step_sizes[number], step_tensors[number]),
+            *_scalar(shrinks[number], shrink_tensors[number]),
+            *(its_indices.data_ptr(), *its_indices.stride()),
+            *(*_vector(slice_hash, -2), *_vector(entry_hash, -1)),
+            *((0, 0, 0) if factor is None else (factor.data_ptr(), *factor.stride())),
+        ]
+        slices = n if decays else k
+        rows.append((constants, count, _blocks(slices, tile.slices) * _blocks(m, tile.span), numbers))
+    if rows:
+        _launch("apply", rows, weights[0].device)
+
+
+def _decays(shrink: float, tensor: Tensor | None) -> bool:
+    return tensor is not None or shrink != 1.0
+
+
+# torch traces the operators without data: they return nothing.
+for _operator in (_accumulate, _take, _normalize, _apply):
+    _operator.register_fake(lambda *_: None)
+
+
+# Traffic
+
+
+def traffic(name: str, arguments: tuple[Any, ...], result: object = None) -> tuple[int, int]:
+    """Return how many bytes a call of the operator ``dion2::name`` reads and writes.
+
+    Left out is what it reads of small tables: numbers by matrix, slice or entry, indices, and hashes.
+
+    Args:
+        name: Such as "accumulate".
+        arguments: All of the call, positional.
+        result: What it returned: nothing.
+
+    Raises:
+        KeyError: If there is no such operator.
+    """
+    return _TRAFFIC[name](*arguments)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _accumulate_traffic(
+    momenta: Sequence[Tensor], gradients: Sequence[Tensor | None], *others: Any
+) -> tuple[int, int]:
+    pairs = [(momentum, each) for momentum, each in zip(momenta, gradients, strict=True) if each is not None]
+    read = sum(map(_size, momenta)) + sum(_size(gradient) for _, gradient in pairs)
+    return read, sum(_size(momentum) for momentum, _ in pairs) + _size(others[-1])
+
+
+def _take_traffic(
+    momenta: Sequence[Tensor], gradients: Sequence[Tensor | None], *others: Any
+) -> tuple[int, int]:
+    stacks: Sequence[Tensor] = others[-1]
+    of_momenta = sum(stack.numel() * each.itemsize for stack, each in zip(stacks, momenta, strict=True))
+    of_gradients = sum(
+        stack.numel() * each.itemsize for stack, each in zip(stacks, gradients, strict=True) if each is not None
+    )
+    return of_momenta + of_gradients, of_momenta + sum(map(_size, stacks))
+
+
+def _normalize_traffic(
+    stacks: Sequence[Tensor], safety: float, partial: Tensor, results: Sequence[Tensor]
+) -> tuple[int, int]:
+    return 2 * sum(map(_size, stacks)), sum(map(_size, results))
+
+
+def _apply_traffic(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    results: Sequence[Tensor],
+    step_sizes: Sequence[float],
+    step_tensors: Sequence[Tensor | None],
+    shrinks: Sequence[float],
+    shrink_tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor | None],
+    factor_dims: Sequence[int],
+    momenta: Sequence[Tensor | None],
+    *hashes: Any,
+) -> tuple[int, int]:
+    read = written = 0
+    for weight, result, shrink, tensor, momentum in zip(
+        weights, results, shrinks, shrink_tensors, momenta, strict=True
+    ):
+        touched = weight.numel() if _decays(shrink, tensor) else result.numel()
+        read += touched * weight.itemsize + _size(result)
+        written += touched * weight.itemsize
+        if momentum is not None and _decays(shrink, tensor):
+            read += (momentum.numel() - result.numel()) * momentum.itemsize
+    return read, written
+
+
+_TRAFFIC: Final[dict[str, Callable[..., tuple[int, int]]]] = {
+    "accumulate": _accumulate_traffic,
+    "take": _take_traffic,
+    "normalize": _normalize_traffic,
+    "apply": _apply_traffic,
+}
+
+
+# Arguments
+
+
+def _checked(name: str, stacks: Sequence[Tensor | None], like: Sequence[Tensor] | None = None) -> torch.device | None:
+    """Check stacks, and return their device; None where there are none."""
+    device = None
+    if like is not None and len(stacks) != len(like):
+        raise ValueError(f"{name}: {len(stacks)} for {len(like)} stacks; there must be one for each, or None")
+    for number, stack in enumerate(stacks):
+        if stack is None:
+            continue
+        if stack.ndim != 3 or (like is not None and stack.shape != like[number].shape):
+            wanted = "(count, n, m)" if like is None else tuple(like[number].shape)
+            raise ValueError(f"{name}[{number}] must have the shape {wanted}, but it has {tuple(stack.shape)}")
+        if stack.dtype not in DTYPES:
+            raise TypeError(f"{name}[{number}] is in {stack.dtype}: use one of {DTYPES}, or the kernels of torch")
+        device = stack.device if device is None else device
+        if stack.device != device:
+            raise ValueError(f"{name} are on {device} and on {stack.device}: call once for each device")
+    return device
+
+
+def _each(values: Sequence[Tensor | None] | None, count: int) -> Sequence[Tensor | None]:
+    return [None] * count if values is None else values
+
+
+def _split(numbers: Sequence[float | Tensor]) -> tuple[list[float], list[Tensor | None]]:
+    """Take numbers and tensors of numbers apart."""
+    constants, tensors = [], []
+    for each in numbers:
+        is_tensor = isinstance(each, Tensor)
+        if isinstance(each, Tensor) and each.dtype != torch.float32:
+            raise TypeError(f"numbers of the update must be in float32 where they are tensors, but one is {each.dtype}")
+        constants.append(0.0 if isinstance(each, Tensor) else float(each))
+        tensors.append(each if isinstance(each, Tensor) else None)
+    return constants, tensors
+
+
+def _hashes(
+    bits: Sequence[RandomBits | None] | None, stacks: Sequence[Tensor]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Take random bits apart: the hashes of slices, (count or 1, n, 1), and those of entries, (count or 1, 1, m)."""
+    of_slices: list[Tensor | None] = [None] * len(stacks)
+    of_entries: list[Tensor | None] = [None] * len(stacks)
+    for number, each in enumerate(bits or ()):
+        if each is not None and stacks[number].dtype in HALF_PRECISION:
+            is_transposed = each.rows.shape[-1] != 1 or each.columns.shape[-2] != 1
+            of_slices[number], of_entries[number] = reversed(each) if is_transposed else each
+    return of_slices, of_entries
+
+
+def _empty(
+    shapes: Sequence[tuple[int, ...]], along: Sequence[bool], dtypes: Sequence[torch.dtype], device: torch.device | None
+) -> list[Tensor]:
+    """Make stacks (count, k, m), those of one (k, m), memory order and dtype one after another in one buffer."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, (shape, its_along, dtype) in enumerate(zip(shapes, along, dtypes, strict=True)):
+        groups.setdefault((*shape[1:], its_along, dtype), []).append(number)
+    stacks: dict[int, Tensor] = {}
+    for (k, m, its_along, dtype), numbers in groups.items():
+        counts = [shapes[number][0] for number in numbers]
+        buffer = torch.empty((sum(counts), *((k, m) if its_along else (m, k))), dtype=dtype, device=device)
+        stacks.update(zip(numbers, (buffer if its_along else buffer.mT).split(counts), strict=True))
+    return [stacks[number] for number in range(len(shapes))]
+
+
+# The memory order of a stack
+
+
+def _runs_along(stack: Tensor) -> bool:
+    """Whether its memory is dense along slices, and not across them."""
+    return stack.is_contiguous() or stack.stride(-1) < stack.stride(-2)
+
+
+def _is_unit(stack: Tensor, along: bool) -> bool:
+    return stack.stride(-1 if along else -2) == 1
+
+
+def _are_aligned(along: bool, *stacks: Tensor | None) -> bool:
+    """Whether all addresses are multiples of 16 bytes, and all strides but the last and the last size of 16 numbers."""
+    return all(
+        stack is None
+        or (
+            _is_unit(stack, along)
+            and stack.data_ptr() % 16 == 0
+            and stack.stride(0) % 16 == 0
+            and stack.stride(-2 if along else -1) % 16 == 0
+            and stack.shape[-1 if along else -2] % 16 == 0
+        )
+        for stack in stacks
+    )
+
+
+# The table, column by column
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _view(stack: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if stack is None else (stack.data_ptr(), *stack.stride())
+
+
+def _vector(numbers: Tensor | None, dim: int) -> tuple[int, int, int]:
+    """One of three axes, of which one has a number for each slice or entry; an axis of size 1 is the same for all."""
+    if numbers is None:
+        return 0, 0, 0
+    of_matrices, of_numbers = (numbers.stride(each) if numbers.shape[each] > 1 else 0 for each in (0, dim))
+    return numbers.data_ptr(), of_matrices, of_numbers
+
+
+def _gate(tensor: Tensor | None) -> tuple[int, int]:
+    """0-d, or one for each matrix."""
+    if tensor is None:
+        return 0, 0
+    return tensor.data_ptr(), tensor.stride(0) if tensor.ndim > 0 and len(tensor) > 1 else 0
+
+
+def _scalar(constant: float, tensor: Tensor | None) -> tuple[int, int, int]:
+    return *_gate(tensor), _bits("f", constant)
+
+
+def _bits(kind: str, number: float) -> int:
+    """The bits of a number in float32, "f", or float64, "d"."""
+    bits: int = struct.unpack({"f": "=i", "d": "=q"}[kind], struct.pack(f"={kind}", number))[0]
+    return bits
+
+
+def _launch(kernel: str, launches: Iterable[Launch], device: torch.device) -> None:
+    """Launch a kernel once for each set of constants, after one copy of all tables to the device."""
+    from dion2_lightning.kernels import triton_kernels
+
+    groups: dict[tuple[tuple[str, Any], ...], list[tuple[int, int, list[int]]]] = {}
+    for constants, count, tiles, numbers in launches:
+        if count * tiles > 0:
+            groups.setdefault(tuple(constants.items()), []).append((count, tiles, numbers))
+    if not groups:
+        return
+    table: list[int] = []
+    grids: list[tuple[int, int, int]] = []
+    for group in groups.values():
+        begin, matrices = len(table), sum(count for count, *_ in group)
+        rows: list[int] = []
+        first = 0
+        for count, _, numbers in group:
+            table += [matrices + len(rows)] * count
+            rows += first, *numbers
+            first += count
+        table += rows
+        grids.append((begin, matrices, max(tiles for _, tiles, _ in group)))
+    on_gpu = device.type == "cuda"
+    on_host = torch.tensor(table, dtype=torch.int64, pin_memory=on_gpu)
+    on_device = on_host.to(device, non_blocking=True)
+    with torch.cuda.device(device) if on_gpu else nullcontext():
+        for constants, (begin, matrices, tiles) in zip(groups, grids, strict=True):
+            named = {name.upper(): triton_kernels.TYPES.get(value, value) for name, value in constants}
+            getattr(triton_kernels, kernel)[(matrices * tiles,)](
+                on_device[begin:], tiles, **named, num_warps=4, enable_fp_fusion=False
+            )

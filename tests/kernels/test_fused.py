@@ -1,0 +1,681 @@
+"""The fused kernels against the torch path, bit for bit, in Triton's interpreter; with --device cuda, on a GPU.
+
+The interpreter takes milliseconds for a program, so matrices and tiles are small here. What only a GPU shows is whether
+the kernels compile: one test compiles them for one, which takes none.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dion2_lightning.kernels import fused, orthonormalize
+from dion2_lightning.kernels.decay import decayed
+from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
+from dion2_lightning.kernels.selection import add_, decay_, gather, largest, put_, slice_sums
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1), (1, 17, 33), (3, 9, 6), (2, 16, 32)]
+
+
+@pytest.fixture(scope="module")
+def device(pytestconfig: pytest.Config) -> str:
+    chosen: str = pytestconfig.getoption("device")
+    reason = fused.unavailable(torch.device(chosen))
+    if reason is not None:
+        pytest.skip(reason)
+    return chosen
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make tiles so small that matrices have several, in both directions."""
+    monkeypatch.setattr(fused, "TILES", {True: fused.Tile(8, 16, 32), False: fused.Tile(16, 8, 16)})
+
+
+# Stacks in all memory orders
+
+
+def rows(count: int, n: int, m: int) -> Tensor:
+    return torch.empty(count, n, m)
+
+
+def columns(count: int, n: int, m: int) -> Tensor:
+    return torch.empty(count, m, n).mT
+
+
+def rows_with_gaps(count: int, n: int, m: int) -> Tensor:
+    return torch.empty(count, n + 2, m + 3)[:, 1:-1, 3:]
+
+
+def columns_side_by_side(count: int, n: int, m: int) -> Tensor:
+    return torch.empty(m, count, n).permute(1, 2, 0)
+
+
+def every_second_column(count: int, n: int, m: int) -> Tensor:
+    return torch.empty(count, m, 2 * n).mT[:, 1::2]
+
+
+def every_second_entry(count: int, n: int, m: int) -> Tensor:
+    return torch.empty(count, n, 2 * m)[..., ::2]
+
+
+Order = Callable[[int, int, int], Tensor]
+ORDERS: list[Order] = [rows, columns, rows_with_gaps, columns_side_by_side, every_second_column, every_second_entry]
+each_order = pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_rounding = pytest.mark.parametrize(
+    ("dtype", "stochastic"),
+    [(torch.float32, False), *((dtype, stochastic) for dtype in HALF_PRECISION for stochastic in (False, True))],
+    ids=str,
+)
+
+
+def make(order: Order, shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> Tensor:
+    """Random numbers, also in the gaps; some are zero, so that there are ties and numbers without a sign."""
+    like = order(*shape)
+    size = like.untyped_storage().nbytes() // like.itemsize
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(size, generator=generator) * (torch.rand(size, generator=generator) > 0.1)
+    return numbers.to(dtype).as_strided(like.shape, like.stride(), like.storage_offset())
+
+
+def whole(stack: Tensor) -> Tensor:
+    """All of its memory, gaps included."""
+    return torch.empty(0, dtype=stack.dtype, device=stack.device).set_(stack.untyped_storage())
+
+
+def on(device: str, stack: Tensor) -> Tensor:
+    """A copy with the same strides and gaps."""
+    copy = whole(stack).to(device, copy=True)
+    return copy.as_strided(stack.shape, stack.stride(), stack.storage_offset())
+
+
+def bits_of(shape: tuple[int, int, int], is_transposed: bool, seed: int) -> RandomBits:
+    count, n, m = shape
+    if is_transposed:
+        return bits_of((count, m, n), False, seed).mT
+    coordinates = torch.arange(count * n).view(count, n, 1), torch.arange(m).view(1, 1, m)
+    [bits] = random_bits([coordinates], [seed], [torch.tensor(3.0)])
+    return bits
+
+
+def on_device(device: str, bits: Sequence[RandomBits | None]) -> list[RandomBits | None]:
+    return [None if each is None else RandomBits(*(part.to(device) for part in each)) for each in bits]
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    """Whether all bits are the same; NaN is NaN, whatever its bits."""
+    found, expected = found.cpu(), expected.cpu()
+    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[expected.itemsize]
+    raw = [torch.where(each.isnan(), torch.nan, each).contiguous().view(kind) for each in (found, expected)]
+    return found.dtype == expected.dtype and torch.equal(*raw)
+
+
+def all_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all(same(whole(one), whole(other)) for one, other in zip(found, expected, strict=True))
+
+
+# M <- M + G
+
+
+@each_order
+@each_rounding
+def test_accumulate(device: str, tiles: None, order: Order, dtype: torch.dtype, stochastic: bool) -> None:
+    momenta = [make(order, shape, dtype, seed) for seed, shape in enumerate(SHAPES)]
+    gradients: list[Tensor | None] = [make(order, shape, dtype, 10) for shape in SHAPES]
+    is_transposed = momenta[1].stride(-1) != 1
+    bits = [bits_of(shape, is_transposed, 7) if stochastic else None for shape in SHAPES]
+    found = [on(device, each) for each in momenta]
+    sums = fused.accumulate(found, [on(device, each) for each in gradients], bits=on_device(device, bits))
+    for momentum, gradient, its_bits in zip(momenta, gradients, bits, strict=True):
+        if its_bits is None:
+            momentum.add_(gradient)
+        else:
+            multiply_add_(momentum, 1.0, gradient, its_bits)
+    assert all_same(found, momenta)
+    for its_sums, momentum in zip(sums, momenta, strict=True):
+        torch.testing.assert_close(its_sums.cpu(), slice_sums(momentum), rtol=1e-15, atol=0)
+        assert torch.equal(its_sums.cpu().float(), slice_sums(momentum).float())
+    buffer = whole(sums[0])
+    assert same(buffer, torch.cat([each.flatten() for each in sums]))
+
+
+@each_dtype
+def test_gradients_of_other_dtypes_and_strides(device: str, tiles: None, dtype: torch.dtype) -> None:
+    shape = (1, 9, 17)
+    for order in (rows, columns):
+        momenta = [make(order, shape, dtype, seed) for seed in range(len(DTYPES) * len(ORDERS))]
+        gradients = [make(other, shape, its_dtype, 20) for its_dtype in DTYPES for other in ORDERS]
+        found = [on(device, each) for each in momenta]
+        fused.accumulate(found, [on(device, each) for each in gradients])
+        for momentum, gradient in zip(momenta, gradients, strict=True):
+            momentum.add_(gradient)
+        assert all_same(found, momenta)
+
+
+@each_dtype
+def test_gates_and_no_gradient(device: str, dtype: torch.dtype) -> None:
+    """Where a gate is closed, a gradient may hold anything; where there is none, only the sums are taken."""
+    shape = (3, 9, 17)
+    opens = [None, torch.tensor(True), torch.tensor(False), torch.tensor([True, False, True]).view(3, 1, 1), None]
+    momenta = [make(rows, shape, dtype, seed) for seed in range(5)]
+    gradients: list[Tensor | None] = [make(rows, shape, dtype, 10 + seed) for seed in range(4)] + [None]
+    gradients[2].fill_(torch.nan)
+    gradients[3][1].fill_(torch.nan)
+    momenta[4][0, 0, 0] = -0.0
+    found = [on(device, each) for each in momenta]
+    sums = fused.accumulate(
+        found,
+        [None if each is None else on(device, each) for each in gradients],
+        opens=[None if each is None else each.to(device) for each in opens],
+    )
+    for momentum, gradient, is_open in zip(momenta[:4], gradients, opens, strict=False):
+        momentum.add_(gradient if is_open is None else torch.where(is_open, gradient, 0))
+    assert all_same(found, momenta)
+    assert all(torch.equal(one.cpu().float(), slice_sums(other).float()) for one, other in zip(sums, momenta))
+
+
+# S <- M[K], M[K] <- mu M[K]
+
+
+def indices_of(stack: Tensor, k: int) -> Tensor:
+    return largest(stack.abs().sum(-1, dtype=torch.float64).float(), k)
+
+
+def taken(
+    momentum: Tensor,
+    indices: Tensor,
+    factor: float | Tensor,
+    dtype: torch.dtype,
+    bits: RandomBits | None,
+    nesterov: tuple[float, Tensor | None, Tensor | None] | None = None,
+) -> Tensor:
+    """The torch path."""
+    submatrices = gather(momentum, indices)
+    if bits is None:
+        decay_(momentum, indices, submatrices, factor)
+    else:
+        shrunk = submatrices.clone()
+        multiply_add_(shrunk, factor, None, bits.of_slices(indices))
+        put_(momentum, indices, shrunk)
+    if nesterov is not None:
+        mu, gradient, is_open = nesterov
+        submatrices = submatrices.float() * mu
+        if gradient is not None:
+            selected = gather(gradient, indices)
+            submatrices += selected if is_open is None else torch.where(is_open, selected, 0)
+    return submatrices.to(dtype)
+
+
+@each_order
+@each_rounding
+def test_take(device: str, tiles: None, order: Order, dtype: torch.dtype, stochastic: bool) -> None:
+    shapes = SHAPES + SHAPES[1:]
+    ks = [1, 5, 9, 4, 17, 0, 1]
+    momenta = [make(order, shape, dtype, seed) for seed, shape in enumerate(shapes)]
+    indices = [indices_of(each, k) for each, k in zip(momenta, ks, strict=True)]
+    factors: list[float | Tensor] = [0.95, torch.tensor(0.95), torch.tensor([0.9, 1.0, 0.8]).view(3, 1, 1), 0.9]
+    factors += [0.7, torch.tensor(1.0), 0.0]
+    is_transposed = momenta[1].stride(-1) != 1
+    bits = [bits_of(shape, is_transposed, 7) if stochastic else None for shape in shapes]
+    found = [on(device, each) for each in momenta]
+    for its_dtype in (torch.bfloat16, torch.float32):
+        stacks = fused.take(
+            found,
+            [each.to(device) for each in indices],
+            [each.to(device) if isinstance(each, Tensor) else each for each in factors],
+            its_dtype,
+            bits=on_device(device, bits),
+        )
+        for stack, *arguments, its_bits in zip(stacks, momenta, indices, factors, bits, strict=True):
+            expected = taken(*arguments, its_dtype, its_bits)
+            assert same(stack, expected)
+            assert min(stack.shape[1:]) < 2 or (stack.stride(-1) == 1) == (expected.stride(-1) == 1)
+        assert all_same(found, momenta)
+
+
+@pytest.mark.parametrize("order", [rows, every_second_column])
+@each_dtype
+def test_nesterov(device: str, tiles: None, order: Order, dtype: torch.dtype) -> None:
+    shape = (3, 9, 17)
+    momenta = [make(order, shape, dtype, seed) for seed in range(5)]
+    gradients: list[Tensor | None] = [make(rows, shape, each, 10) for each in (*DTYPES, dtype)] + [None]
+    gradients[1].fill_(torch.nan)
+    opens = [None, torch.tensor(False), torch.tensor(True), None, None]
+    indices = [indices_of(each, 4) for each in momenta]
+    factors = [0.9, torch.tensor(1.0), torch.tensor(0.9), 0.8, 0.7]
+    found = [on(device, each) for each in momenta]
+    stacks = fused.take(
+        found,
+        [each.to(device) for each in indices],
+        [each.to(device) if isinstance(each, Tensor) else each for each in factors],
+        torch.bfloat16,
+        gradients=[None if each is None else on(device, each) for each in gradients],
+        nesterov_factors=[0.9] * 5,
+        opens=[None if each is None else each.to(device) for each in opens],
+    )
+    for stack, *arguments, gradient, is_open in zip(stacks, momenta, indices, factors, gradients, opens, strict=True):
+        assert same(stack, taken(*arguments, torch.bfloat16, None, (0.9, gradient, is_open)))
+    assert all_same(found, momenta)
+
+
+@pytest.mark.parametrize("order", [rows, columns])
+def test_stacks_of_one_shape_are_adjacent(device: str, order: Order) -> None:
+    shapes = [(1, 9, 6), (2, 9, 5), (3, 7, 6), (2, 9, 6)]
+    momenta = [on(device, make(order, shape, torch.float32, 0)) for shape in shapes]
+    stacks = fused.take(momenta, [indices_of(each, 4) for each in momenta], [1.0] * 4, torch.float32)
+    equal = [stacks[index] for index in (0, 2, 3)]
+    together = fused.adjacent(equal)
+    assert together.shape == (6, 4, 6)
+    assert together.data_ptr() == stacks[0].data_ptr()
+    assert same(together, torch.cat(equal))
+    assert (together.stride(-1) == 1) == (order is rows)
+    assert same(fused.adjacent([stacks[2], stacks[3]]), torch.cat(equal[1:]))
+    for apart in ([stacks[0], stacks[1]], [stacks[0], stacks[3]], [stacks[2], stacks[0]], [equal[0], equal[1].clone()]):
+        assert fused.adjacent(apart) is None
+
+
+# Before the products
+
+
+@each_order
+@each_dtype
+def test_normalize(device: str, tiles: None, order: Order, dtype: torch.dtype) -> None:
+    stacks = [make(order, shape, dtype, seed) for seed, shape in enumerate(SHAPES)]
+    stacks[1] *= 1e-4
+    stacks[2][1] = 0.0
+    if dtype != torch.float16:
+        stacks[3][0] *= 1e-30  # whose squares float32 does not have
+        stacks[3][1] *= 1e30
+    dtypes = [torch.float32, dtype, torch.bfloat16, dtype]
+    results = fused.normalize([on(device, each) for each in stacks], orthonormalize.SAFETY, dtypes)
+    for result, stack, its_dtype in zip(results, stacks, dtypes, strict=True):
+        assert same(result, orthonormalize._normalize(stack).to(its_dtype))
+        assert (result.stride(-1) == 1) == (stack.is_contiguous() or stack.stride(-1) < stack.stride(-2))
+
+
+def test_the_parts_of_a_norm_are_many(device: str, tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "PARTS", 4)
+    stacks = [make(order, (2, 9, 40), torch.bfloat16, 0) for order in (rows, columns)]
+    results = fused.normalize([on(device, each) for each in stacks], 1.02, [torch.bfloat16] * 2)
+    for result, stack in zip(results, stacks, strict=True):
+        assert same(result, orthonormalize._normalize(stack).bfloat16())
+
+
+# X <- (1 - lr weight_decay) X, X[K] <- X[K] - lr scale O
+
+
+def apply_by_torch(
+    weight: Tensor,
+    indices: Tensor,
+    result: Tensor,
+    step: float | Tensor,
+    shrink: float | Tensor,
+    factors: Tensor | None,
+    momentum: Tensor | None,
+    bits: RandomBits | None,
+) -> None:
+    """The torch path: what it multiplies O by is -step_size, or 0 where a gate is closed."""
+    change = result.float() * (torch.where(step == 0, 0.0, -step) if isinstance(step, Tensor) else -step)
+    if factors is not None:
+        change *= factors.unsqueeze(-1 if factors.shape == indices.shape else -2)
+    decays = isinstance(shrink, Tensor) or shrink != 1.0
+    if momentum is not None and decays:
+        new = decayed(weight, momentum, shrink)
+        put_(new, indices, decayed(gather(weight, indices), result, shrink) + change)
+        if weight.dtype in HALF_PRECISION:
+            store_(weight, new, bits)
+        else:
+            weight.copy_(new)
+    elif weight.dtype in HALF_PRECISION:
+        moved = gather(weight, indices)
+        multiply_add_(moved, shrink, change, None if bits is None else bits.of_slices(indices))
+        if decays:
+            multiply_add_(weight, shrink, None, bits)
+        put_(weight, indices, moved)
+    else:
+        weight.mul_(shrink)
+        add_(weight, indices, change)
+
+
+def on_number(device: str, number: float | Tensor) -> float | Tensor:
+    return number.to(device) if isinstance(number, Tensor) else number
+
+
+@each_order
+@each_rounding
+@pytest.mark.parametrize("cautious", [False, True])
+def test_apply(
+    device: str, tiles: None, order: Order, dtype: torch.dtype, stochastic: bool, cautious: bool
+) -> None:
+    shapes = [SHAPES[0], SHAPES[1], SHAPES[2], SHAPES[3], SHAPES[1], SHAPES[2]]
+    ks = [1, 5, 9, 4, 0, 3]
+    by_matrix = torch.tensor([0.1, 0.0, 0.1]).view(3, 1, 1)
+    steps: list[float | Tensor] = [0.1, 0.02, by_matrix, torch.tensor(0.0), 0.1, 0.1]
+    shrinks: list[float | Tensor] = [0.99, 0.9, torch.where(by_matrix > 0, 0.9, 1.0), torch.tensor(1.0), 0.95, 1.0]
+    weights = [make(order, shape, dtype, seed) for seed, shape in enumerate(shapes)]
+    momenta = [make(order, shape, torch.float32, 10) for shape in shapes]
+    indices = [indices_of(each, k) for each, k in zip(momenta, ks, strict=True)]
+    results = [gather(each, its) for each, its in zip(momenta, indices, strict=True)]
+    results = [each.bfloat16() if number % 2 else each for number, each in enumerate(results)]
+    generator = torch.Generator().manual_seed(0)
+    factors: list[Tensor | None] = [None] * len(shapes)
+    factors[1] = torch.rand(1, 5, generator=generator)
+    factors[2] = torch.rand(3, 6, generator=generator)
+    factors[5] = torch.rand(3, 3, generator=generator)
+    dims = [-1, -1, -2, -1, -1, -1]
+    is_transposed = weights[1].stride(-1) != 1
+    bits = [bits_of(shape, is_transposed, 7) if stochastic else None for shape in shapes]
+    judges = momenta if cautious else [None] * len(shapes)
+    found = [on(device, each) for each in weights]
+    fused.apply(
+        found,
+        [each.to(device) for each in indices],
+        [on(device, each) for each in results],
+        [on_number(device, each) for each in steps],
+        [on_number(device, each) for each in shrinks],
+        factors=[None if each is None else each.to(device) for each in factors],
+        factor_dims=dims,
+        cautious=[None if each is None else on(device, each) for each in judges],
+        bits=on_device(device, bits),
+    )
+    for arguments in zip(weights, indices, results, steps, shrinks, factors, judges, bits, strict=True):
+        apply_by_torch(*arguments)
+    assert all_same(found, weights)
+
+
+# Bytes
+
+
+class Counted:
+    """Counts the bytes of floating-point numbers that the interpreter loads and stores, lane by lane."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self.read = self.written = 0
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def counted_load(builder: Any, pointers: Any, mask: Any, *others: Any) -> Any:
+            self.read += self.bytes_of(pointers, mask)
+            return load(builder, pointers, mask, *others)
+
+        def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
+            self.written += self.bytes_of(pointers, mask)
+            return store(builder, pointers, value, mask, *others)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+
+    @staticmethod
+    def bytes_of(pointers: Any, mask: Any) -> int:
+        """Tables, indices and hashes are integers; numbers by matrix are single ones."""
+        element = pointers.get_element_ty()
+        is_small = element.is_int() or pointers.data.size == 1
+        return 0 if is_small else int(mask.data.sum()) * element.primitive_bitwidth // 8
+
+
+@pytest.fixture
+def counted(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
+    if device != "cpu":
+        pytest.skip("a GPU does not say what it loads")
+    return Counted(monkeypatch)
+
+
+def declared(monkeypatch: pytest.MonkeyPatch, name: str, call: Callable[[], object]) -> tuple[int, int]:
+    """What a call of an operator says that it reads and writes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    totals = []
+
+    class Declared(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+            result = function(*arguments, **(keywords or {}))
+            if function.namespace == "dion2":
+                assert function._opname == name
+                totals.append(fused.traffic(name, arguments, result))
+            return result
+
+    with Declared():
+        call()
+    [total] = totals
+    return total
+
+
+@pytest.mark.parametrize("order", [rows, columns])
+@pytest.mark.parametrize("case", ["plain", "nesterov", "cautious", "selected", "half"])
+def test_traffic(counted: Counted, monkeypatch: pytest.MonkeyPatch, order: Order, case: str) -> None:
+    """Lane by lane exactly what is declared; for float32 at 1/4 in bytes an entry: 12, 0.25 (4 + 4 + 2), 8 + 0.5."""
+    dtype = torch.bfloat16 if case == "half" else torch.float32
+    shape, k = (2, 16, 32), 4
+    entries = 2 * 16 * 32
+    momenta = [make(order, shape, dtype, 0)]
+    gradients: list[Tensor | None] = [make(rows, shape, dtype, 1)]
+    weights = [make(order, shape, dtype, 2)]
+    stacks: list[Tensor] = []
+    indices = [indices_of(each, k) for each in momenta]
+    is_nesterov = case == "nesterov"
+
+    def take() -> None:
+        stacks[:] = fused.take(
+            momenta,
+            indices,
+            [0.9],
+            torch.bfloat16,
+            gradients=gradients if is_nesterov else None,
+            nesterov_factors=[0.9] if is_nesterov else None,
+        )
+
+    def apply() -> None:
+        shrink = 1.0 if case == "selected" else 0.9
+        fused.apply(weights, indices, stacks, [0.1], [shrink], cautious=momenta if case == "cautious" else None)
+
+    size = dtype.itemsize
+    expected = {
+        "accumulate": (2 * size * entries, size * entries + 8 * 2 * 16),
+        "take": (entries // 4 * (2 * size if is_nesterov else size), entries // 4 * (size + 2)),
+        "normalize": (entries // 4 * 4, entries // 4 * 2),
+        "apply": (size * entries + entries // 4 * 2, size * entries),
+    }
+    if case == "cautious":
+        expected["apply"] = (expected["apply"][0] + entries * 3 // 4 * 4, expected["apply"][1])
+    if case == "selected":
+        expected["apply"] = (entries // 4 * (4 + 2), entries // 4 * 4)
+    calls: dict[str, Callable[[], object]] = {
+        "accumulate": lambda: fused.accumulate(momenta, gradients),
+        "take": take,
+        "normalize": lambda: fused.normalize(stacks, 1.02, [torch.bfloat16]),
+        "apply": apply,
+    }
+    for name, call in calls.items():
+        counted.read = counted.written = 0
+        assert declared(monkeypatch, name, call) == expected[name]
+        partial = 0 if name != "normalize" else counted.read - expected[name][0]
+        assert (counted.read - partial, counted.written) == expected[name]
+        assert partial <= 2 * 8 * 32 * 16  # what the programs read of the partial sums, a number for each tile
+
+
+def test_without_gradients_momenta_are_only_read(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    momenta = [make(rows, (2, 9, 6), torch.float32, 0)]
+    total = declared(monkeypatch, "accumulate", lambda: fused.accumulate(momenta, [None]))
+    assert total == (counted.read, counted.written) == (4 * 2 * 9 * 6, 8 * 2 * 9)
+
+
+def test_traffic_of_no_operator() -> None:
+    with pytest.raises(KeyError, match="nothing"):
+        fused.traffic("nothing", ())
+
+
+# Launches
+
+
+def test_what_is_alike_but_for_shapes_and_numbers_is_one_launch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dion2_lightning.kernels import triton_kernels
+
+    grids: list[int] = []
+
+    class Recorded:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            grids.append(grid[0])
+            return self.kernel[grid]
+
+    monkeypatch.setattr(triton_kernels, "accumulate", Recorded(triton_kernels.accumulate))
+    alike = [on(device, make(rows, shape, torch.float32, 0)) for shape in ((1, 9, 6), (3, 17, 7), (2, 5, 35))]
+    fused.accumulate(alike, alike)
+    assert grids == [6 * 3]
+    other = on(device, make(columns, (1, 9, 6), torch.float32, 0))
+    fused.accumulate([*alike, other, alike[0]], [*alike, other, None])
+    assert grids[1:] == [6 * 3, 1, 2]
+
+
+def test_nothing_to_do(device: str) -> None:
+    empty = [torch.empty(shape, device=device) for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0))]
+    assert fused.accumulate([], []) == []
+    assert [each.tolist() for each in fused.accumulate(empty, empty)] == [[], [[], []], [[0.0] * 3] * 2]
+    assert fused.take([], [], [], torch.float32) == []
+    assert fused.normalize([], 1.02, []) == []
+    fused.apply([], [], [], [], [])
+    indices = [torch.empty(2, 0, dtype=torch.int64, device=device)]
+    weight = torch.ones(2, 3, 4, device=device)
+    [stack] = fused.take([weight], indices, [0.5], torch.float32)
+    assert stack.shape == (2, 0, 4)
+    fused.apply([weight], indices, [stack], [0.1], [1.0])
+    assert (weight == 1).all()
+
+
+def test_on_fake_cuda_tensors_nothing_waits() -> None:
+    """All that an operator does is inside it: torch sees an allocation and a call, and no copy from or to the host."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*arguments, **(keywords or {}))
+
+    with FakeTensorMode():
+        momenta = [torch.empty(2, 16, 32, device="cuda"), torch.empty(1, 8, 4, device="cuda").mT]
+        indices = [torch.empty(2, 4, dtype=torch.int64, device="cuda"), torch.empty(1, 1, dtype=torch.int64, device="cuda")]
+        with Seen():
+            sums = fused.accumulate(momenta, [momenta[0], None])
+            stacks = fused.take(momenta, indices, [0.9, 0.9], torch.bfloat16)
+            results = fused.normalize(stacks, 1.02, [torch.bfloat16, torch.float32])
+            fused.apply(momenta, indices, results, [0.1, 0.1], [0.9, 1.0])
+    assert [each.shape for each in sums] == [(2, 16), (1, 4)]
+    assert [(each.shape, each.dtype) for each in results] == [((2, 4, 32), torch.bfloat16), ((1, 1, 8), torch.float32)]
+    assert {each.device.type for each in (*sums, *stacks, *results)} == {"cuda"}
+    operators = [each for each in seen if each.startswith("dion2")]
+    assert operators == [f"dion2.{name}.default" for name in ("accumulate", "take", "normalize", "apply")]
+    views = {"aten.split.Tensor", "aten.split_with_sizes.default", "aten.view.default", "aten.transpose.int"}
+    assert set(seen) - set(operators) <= {"aten.empty.memory_format", *views}
+
+
+# Where it runs, and what it takes
+
+
+def test_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "devices of type mps" in fused.unavailable(torch.device("mps"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert fused.unavailable(torch.device("cpu")) == "Triton has no kernels for CPUs"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "cannot read the memory of a GPU" in fused.unavailable(torch.device("cuda"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    assert fused.unavailable(torch.device("cuda")).startswith("Tesla T4 is older than")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(fused, "_import_error", lambda: "No module named 'triton'")
+    assert "pip install triton" in fused.unavailable(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("momentum", "gradient", "error", "message"),
+    [
+        (torch.zeros(3, 4), None, ValueError, r"momenta\[0\] must have the shape \(count, n, m\)"),
+        (torch.zeros(1, 3, 4), torch.zeros(1, 4, 3), ValueError, r"gradients\[0\] must have the shape \(1, 3, 4\)"),
+        (torch.zeros(1, 3, 4).double(), None, TypeError, r"momenta\[0\] is in torch.float64"),
+        (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4, dtype=torch.int32), TypeError, r"gradients\[0\] is in torch.int32"),
+    ],
+)
+def test_what_is_refused(momentum: Tensor, gradient: Tensor | None, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fused.accumulate([momentum], [gradient])
+
+
+def test_numbers_must_be_in_float32() -> None:
+    weight, indices = torch.zeros(1, 3, 4), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(TypeError, match="must be in float32"):
+        fused.apply([weight], [indices], [weight[:, :1]], [torch.tensor(0.1).double()], [1.0])
+
+
+# A GPU's compiler
+
+COMPILED = """
+    import re, torch, triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from dion2_lightning.kernels import fused, triton_kernels
+
+    class Compiled:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return self
+
+        def __call__(self, *arguments, num_warps, **options):
+            fusion = options.pop("enable_fp_fusion")
+            names = self.kernel.arg_names
+            signature = {name: {"table": "*i64", "tiles": "i32"}.get(name, "constexpr") for name in names}
+            constants = {(names.index(name),): value for name, value in options.items()}
+            source = ASTSource(self.kernel, signature, constants)
+            how = dict(num_warps=num_warps, enable_fp_fusion=fusion)
+            code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=how).asm["ptx"]
+            assert not re.search(r"fma\\.\\w+\\.f32", code), "a product that is not rounded before it is added"
+            assert "div.full" not in code, "a division that is not exact"
+            wide = "ld.global.v4" in code
+            print(self.kernel.__name__, "wide" if wide else "narrow")
+
+    for name in ("accumulate", "take", "square_sums", "divide", "apply"):
+        setattr(triton_kernels, name, Compiled(getattr(triton_kernels, name)))
+    whole = torch.zeros(1, 32, 64)
+    for stack in (whole, whole.mT, whole[..., 1:]):
+        indices = torch.zeros(1, 8, dtype=torch.int64)
+        fused.accumulate([stack], [stack])
+        taken = fused.take([stack], [indices], [0.9], torch.bfloat16)
+        fused.apply([stack], [indices], fused.normalize(taken, 1.02, [torch.bfloat16]), [0.1], [0.9])
+    from dion2_lightning.kernels.rounding import random_bits
+    bits = random_bits([(torch.zeros(1, 32, 1), torch.zeros(1, 1, 64))], [0], [torch.tensor(0.0)])
+    half = whole.bfloat16()
+    fused.accumulate([half], [half], bits=bits)
+    fused.take([half], [indices], [0.9], torch.bfloat16, gradients=[half], nesterov_factors=[0.9], bits=bits)
+    fused.apply([half], [indices], taken, [0.1], [0.9], cautious=[half], factors=[torch.ones(1, 8)], bits=bits)
+"""
+
+
+def test_a_gpu_compiler_takes_them() -> None:
+    """For an H100 or H200. Aligned memory is read 16 bytes at a time, and no product fuses with a sum."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(COMPILED)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    passes = ["accumulate", "take", "square_sums", "divide", "apply"]
+    printed = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, _ in printed] == [*passes * 3, "accumulate", "take", "apply"]
+    assert {width for _, width in printed[:5]} == {"wide"}
+    assert {width for _, width in printed[10:15] if _ in ("accumulate", "apply")} == {"narrow"}
