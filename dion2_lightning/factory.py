@@ -48,7 +48,7 @@ if logger.level == logging.NOTSET:
     logger.setLevel(logging.INFO)
 
 
-ATTRIBUTES: Final = ("orthonormalize", "process_group", "share_replicas", "max_grad_norm", "working_memory")
+ATTRIBUTES: Final = ("orthonormalize", "process_group", "share_replicas", "max_grad_norm", "working_memory", "kernels")
 """What the optimizer keeps as attributes; all else is settings of its groups."""
 
 TRAINER_HOOKS: Final[list[Callable[[Any], None]]] = []
@@ -85,6 +85,12 @@ class CommonArguments(EverySetting):
         "needs. Fewer make it slower: it goes over the matrices in more turns. None is 15% of the bytes of the weights "
         "that a rank holds, and at least 256 MiB.",
         positive_integer,
+    )
+    kernels: Literal["auto", "torch", "triton"] = setting(
+        "auto",
+        'What goes over the memory of the matrices of Dion2 and Dion3: "torch", operations of torch; "triton", kernels '
+        'that make each pass once for all matrices, with the same result; "auto", these on CUDA devices where Triton '
+        "is installed. Matrices in float64, and interleaved blocks, are left to torch.",
     )
 
 
@@ -211,7 +217,7 @@ class Dion2(MatrixOptimizer):
     @method_takes(Dion2Arguments)
     def __init__(self, params: ParamsT, *args: Any, **settings: Any) -> None:
         given = bind("Dion2", Dion2Arguments, args, settings)
-        attributes = {name: given.pop(name, None) for name in ATTRIBUTES}
+        attributes = {name: given.pop(name) for name in ATTRIBUTES if name in given}
         super().__init__(params, given, **attributes)
 
 

@@ -4,7 +4,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StateTensor, StepContext
-from dion2_lightning.algorithms.hyperparameters import flag, plain, positive, positive_integer
+from dion2_lightning.algorithms.hyperparameters import flag, one_of, plain, positive, positive_integer
 from dion2_lightning.compressed import (
     CompressedReplicas,
     compressed_parameters,
@@ -29,6 +29,7 @@ from dion2_lightning.distributed.collectives import (
     refuse_unreachable,
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
+from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.gate import Gate, are_finite
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import (
@@ -73,7 +74,7 @@ NOT_COPIED: Final = {
 }
 """What a copy or an unpickled optimizer lacks: a process group cannot be copied, a callable not always."""
 
-COPIED: Final = ("_failure", "share_replicas", "max_grad_norm", "working_memory")
+COPIED: Final = ("_failure", "share_replicas", "max_grad_norm", "working_memory", "kernels")
 """What a copy or an unpickled optimizer has too; None where an older version pickled it."""
 
 NOT_COMPILED: Final = (
@@ -97,6 +98,7 @@ class MatrixOptimizer(Optimizer):
         max_grad_norm: To which norm a step clips the gradients (default: None, it does not).
         working_memory: How many bytes a step may take beside weights, gradients and state, or what the largest matrix
             needs (default: None, the larger of 15% of the weights on this rank and 256 MiB).
+        kernels: What goes over the memory of matrices, "torch", "triton" or "auto" (default: "auto").
 
     Raises:
         TypeError: An argument or a group's entry has the wrong type.
@@ -112,6 +114,7 @@ class MatrixOptimizer(Optimizer):
     share_replicas: bool | None
     max_grad_norm: float | None
     working_memory: int | None
+    kernels: Literal["auto", "torch", "triton"]
     grad_norm: Tensor | None
     """The norm of all gradients in the last step, before ``max_grad_norm`` clipped it; 0-d, on their device."""
     observer: Observer | None
@@ -131,6 +134,7 @@ class MatrixOptimizer(Optimizer):
         share_replicas: bool | None = None,
         max_grad_norm: float | None = None,
         working_memory: int | None = None,
+        kernels: Literal["auto", "torch", "triton"] = "auto",
     ) -> None:
         for algorithm in ALGORITHMS.values():
             algorithm.check_settings(settings)
@@ -147,11 +151,13 @@ class MatrixOptimizer(Optimizer):
             positive("max_grad_norm", max_grad_norm)
         if working_memory is not None:
             positive_integer("working_memory", working_memory)
+        one_of(("auto", "torch", "triton"))("kernels", kernels)
         self.orthonormalize = orthonormalize
         self.process_group = process_group
         self.share_replicas = share_replicas
         self.max_grad_norm = max_grad_norm
         self.working_memory = working_memory
+        self.kernels = kernels
         self.grad_norm = None
         self.observer = None
         self.fallbacks = Counter()
@@ -249,6 +255,7 @@ class MatrixOptimizer(Optimizer):
             process_group=self.process_group,
             share_replicas=self.share_replicas,
             working_memory=self._working_memory(),
+            kernels=self.kernels,
             observer=None if skipped else self.observer,
             selections=self._selections,
             fallbacks=self.fallbacks,
@@ -438,7 +445,7 @@ class MatrixOptimizer(Optimizer):
         self._is_agreed = False
         self.grad_norm = None
         for name in (*NOT_COPIED, *COPIED, "observer", "route_parameters"):
-            self.__dict__.setdefault(name, None)
+            self.__dict__.setdefault(name, "auto" if name == "kernels" else None)
         self.__dict__.setdefault("_given", {})
         self.__dict__.setdefault("_compressed", CompressedReplicas())
         for group in self.param_groups:
@@ -502,6 +509,13 @@ class MatrixOptimizer(Optimizer):
             refuse_flattened(parameter, label)
             refuse_misplaced(parameter, label)
             ALGORITHMS[group["algorithm"]].check_parameter(parameter, label, group)
+        if self.kernels == "triton":
+            for device in {local(parameter).device for _, parameter, _ in self._labelled()}:
+                reason = fused.unavailable(device)
+                if reason is not None:
+                    raise ValueError(
+                        f"kernels='triton' cannot run on {device}: {reason}; with 'auto' torch takes their place"
+                    )
 
     def _check_gradients(self) -> None:
         """Refuse gradients that have no update, before weights or state are changed."""

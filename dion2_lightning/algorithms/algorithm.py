@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from dion2_lightning.algorithms.hyperparameters import (
     flag,
 )
 from dion2_lightning.distributed.overlap import WaitingStep
+from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, placed
@@ -169,6 +170,8 @@ class StepContext:
             not averaged; None where no others do.
         share_replicas: Whether ranks that hold replicas share the work on them; None where it pays.
         working_memory: How many bytes a step may take beside state and gradients, or what one matrix needs.
+        kernels: What goes over the memory of matrices: "torch", operations of torch; "triton", kernels of Triton;
+            "auto", the latter on CUDA devices that have them.
         observer: What receives the events of the step; None for none.
         selections: What is selected, by parameter and block: filled in by the step.
         fallbacks: How often a faster way has failed and a slower one was taken, by the name of the faster one.
@@ -182,11 +185,18 @@ class StepContext:
     process_group: "ProcessGroup | None" = None
     share_replicas: bool | None = None
     working_memory: int = 2**28
+    kernels: Literal["auto", "torch", "triton"] = "auto"
     observer: Observer | None = None
     selections: dict[tuple[Tensor, str], Selection] = field(default_factory=dict)
     fallbacks: Counter[str] = field(default_factory=Counter)
     layouts: Layouts = field(default_factory=dict)
     gates: Mapping[torch.device, Gate] = field(default_factory=dict)
+
+    def fuses_on(self, device: torch.device) -> bool:
+        """Return whether kernels of Triton go over the memory of matrices on a device."""
+        if self.kernels == "auto":
+            return device.type == "cuda" and fused.unavailable(device) is None
+        return bool(self.kernels == "triton")
 
 
 class StepWork(NamedTuple):

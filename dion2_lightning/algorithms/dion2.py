@@ -206,14 +206,14 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
         selected = select(run, sums)
         slices = [SelectedSlices(update, update.places(K)) for update, (K, _) in zip(run, selected, strict=True)]
         for some in within_memory(slices, context):
-            results = polar_factors([take(each) for each in some], [each.update for each in some], context)
+            results = polar_factors(take(some), [each.update for each in some], context)
             shrink([each.update for each in some if each.first == 0])
             normalized = [pair for pair in zip(some, results, strict=True) if pair[0].update.neuron_beta is not None]
             squares = {each: neurons.square_sums(each.update, result) for each, result in normalized}
             factors = neurons.factors(squares, context)
             for each, result in zip(some, results, strict=True):
                 show_result(each.update, result, context)
-                apply(each, result, factors.get(each), context)
+            apply(some, results, [factors.get(each) for each in some], context)
         for update, (indices, norms) in zip(run, selected, strict=True):
             record_selection(update, indices, norms, context)
             update.write_back()

@@ -137,7 +137,7 @@ def _update_by_owners(
     exchange = OwnerExchange(submatrices, group, replicas, update_of[0].dtype, update_of[0].device)
 
     # S <- M[K], to the owners; M[K] <- mu M[K].
-    receive = exchange.to_owners([submatrix for part in parts for submatrix in take(part)])
+    receive = exchange.to_owners([submatrix for its_submatrices in take(parts) for submatrix in its_submatrices])
     if group is not None:
         yield IN_FLIGHT
 
@@ -157,9 +157,8 @@ def _update_by_owners(
     returned = iter(receive())
     results = [concatenate([next(returned).unsqueeze(0) for _ in part.submatrices]) for part in parts]
     factors = yield from _neuron_factors(parts, results, group, places, context)
-    for part, result in zip(parts, results, strict=True):
-        its_factors = part.of_neurons(factors[part.update]) if part.update in factors else None
-        apply(part, result, its_factors, context)
+    its_factors = [part.of_neurons(factors[part.update]) if part.update in factors else None for part in parts]
+    apply(parts, results, its_factors, context)
 
 
 def _neuron_factors(

@@ -102,6 +102,11 @@ class LowRankUpdate(MatrixUpdate):
         return False
 
     @property
+    def is_fused(self) -> bool:
+        """False: the products of Dion are torch's."""
+        return False
+
+    @property
     def state_knows_taps(self) -> bool:
         """Whether Q has a row for each tap."""
         return self.matrices.taps_along(1 - self.axis) > 1

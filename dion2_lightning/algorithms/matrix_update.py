@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StepContext
+from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.gate import Gate
-from dion2_lightning.kernels.orthonormalize import orthonormalize
+from dion2_lightning.kernels.orthonormalize import SAFETY, dtype_of_products, orthonormalize, polar_factor
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
 from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest, put_, slice_sums
 from dion2_lightning.matrices.layout import Layout, Spans, group_by, local, local_gradient, placed_like_stack
@@ -37,6 +38,7 @@ _ROUNDED: Final = {"accumulate": "momentum", "decay": "momentum", "apply": "weig
 rounding by the same bits would not be exact on average."""
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,7 @@ class MatrixUpdate:
         leaves_idle: Whether those whose gradient is zero stay as they are.
         neuron_beta: Decay rate of the neurons' variances; None where neurons are not normalized.
         rounding_seed: Decides how what is in half precision is rounded stochastically; None rounds to nearest.
+        may_fuse: Whether the kernels of kernels/fused.py may go over its memory, see :attr:`is_fused`.
         bits: The random bits, by the line of the box that they round: see :func:`draw_bits`.
         own_gates: One, for each of the matrices, once it is known which are idle: see :meth:`leave_idle`.
     """
@@ -84,6 +87,7 @@ class MatrixUpdate:
     leaves_idle: bool
     neuron_beta: float | None
     rounding_seed: int | None
+    may_fuse: bool
     bits: dict[str, RandomBits] = field(default_factory=dict)
     own_gates: list[Gate] = field(default_factory=list)
 
@@ -128,6 +132,7 @@ class MatrixUpdate:
                 leaves_idle=group["skip_idle_experts"] and (matrices.is_stack or matrices.count > 1),
                 neuron_beta=neuron_beta,
                 rounding_seed=group["rounding_seed"] if group["rounding"] == "stochastic" else None,
+                may_fuse=context.fuses_on(local(parameter).device),
             )
             for part in parts
         ]
@@ -205,6 +210,13 @@ class MatrixUpdate:
         tensors = local(self.parameter), local(self.state["momentum"])
         is_simple = all(each.is_contiguous() and each.dtype not in HALF_PRECISION for each in tensors)
         return self.part.is_in_pieces and is_simple and not self.leaves_idle
+
+    @cached_property
+    def is_fused(self) -> bool:
+        """Whether a kernel makes each pass over its memory, of all matrices at once; else operations of torch do."""
+        tensors = (self.parameter, self.state["momentum"], self.parameter.grad)
+        dtypes = {self.dtype, *(each.dtype for each in tensors if each is not None)}
+        return self.may_fuse and not self.is_in_pieces and dtypes <= set(fused.DTYPES)
 
     def _read(self, tensor: Tensor) -> Tensor:
         if self.is_in_pieces:
@@ -361,6 +373,11 @@ class SelectedSlices:
     first: int = 0
 
     @property
+    def is_fused(self) -> bool:
+        """Whether a kernel makes each pass over their memory."""
+        return self.update.is_fused
+
+    @property
     def weight(self) -> Tensor:
         """X of these matrices, this rank's part."""
         return self.of_matrices(self.update.weight)
@@ -389,20 +406,25 @@ class SelectedSlices:
         return self.update.number(value, neutral, of, self.first)
 
 
+S = TypeVar("S", MatrixUpdate, SelectedSlices)
+
+
 def runs(updates: Sequence[MatrixUpdate], context: StepContext) -> Iterator[list[MatrixUpdate]]:
     """Cut updates into runs that are updated together, those of equal shapes next to each other.
 
-    A run takes at most the working memory; on a CPU its momentum also fits into the cache. It is one update where that
-    takes more.
+    A run is on one device and takes at most the working memory; on a CPU its momentum also fits into the cache. It is
+    one update where that takes more.
     """
 
     def key(update: MatrixUpdate) -> Hashable:
-        return update.device, update.slices, update.entries, update.k
+        return update.slices, update.entries, update.k
 
-    in_order = [update for equal in group_by(updates, key).values() for update in equal]
-    for run in bounded(in_order, lambda update: update.working_bytes * update.count, context.working_memory):
-        on_cpu = run[0].device.type == "cpu"
-        yield from bounded(run, lambda update: update.momentum_bytes, CACHED_BYTES) if on_cpu else [run]
+    for device, there in group_by(updates, lambda update: update.device).items():
+        in_order = [update for equal in group_by(there, key).values() for update in equal]
+        for run in bounded(in_order, lambda update: update.working_bytes * update.count, context.working_memory):
+            yield from (
+                bounded(run, lambda update: update.momentum_bytes, CACHED_BYTES) if device.type == "cpu" else [run]
+            )
 
 
 def within_memory(slices: Sequence[SelectedSlices], context: StepContext) -> Iterator[list[SelectedSlices]]:
@@ -489,8 +511,18 @@ def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate
 
 def accumulate_and_sum(updates: Sequence[MatrixUpdate]) -> list[Tensor]:
     """M <- M + G, where there is a G; return the sums of |M| over the slices, (count, held slices), in float64."""
-    accumulate(updates)
-    return [_slice_sums(update, slice_sums(update.momentum)) for update in updates]
+    accumulate([update for update in updates if not update.is_fused])
+    sums = _at_once_or_one_by_one(updates, _accumulate_at_once, lambda update: slice_sums(update.momentum))
+    return [_sums_of_channels(*pair) for pair in zip(updates, sums, strict=True)]
+
+
+def _accumulate_at_once(updates: Sequence[MatrixUpdate]) -> list[Tensor]:
+    return fused.accumulate(
+        [update.momentum for update in updates],
+        [update.gradient for update in updates],
+        opens=[None if update.gate is None else update.gate.is_open for update in updates],
+        bits=[update.bits.get("accumulate") for update in updates],
+    )
 
 
 def accumulate(updates: Sequence[MatrixUpdate]) -> None:
@@ -522,7 +554,7 @@ def leave_idle(updates: Sequence[MatrixUpdate]) -> None:
             update.leave_idle(update.nonzero_gradients())
 
 
-def _slice_sums(update: MatrixUpdate, sums: Tensor) -> Tensor:
+def _sums_of_channels(update: MatrixUpdate, sums: Tensor) -> Tensor:
     """Add up the sums of the taps of a channel, where that is what a slice is."""
     if update.taps == 1:
         return sums
@@ -546,8 +578,30 @@ def select(updates: Sequence[MatrixUpdate], sums: Sequence[Tensor]) -> list[tupl
     return [selected[at] for at in range(len(updates))]
 
 
-def take(slices: SelectedSlices) -> Tensor:
+def take(slices: Sequence[SelectedSlices]) -> list[Tensor]:
     """S <- M[K], or G[K] + mu M[K] with Nesterov, then M[K] <- mu M[K]; S in the orthonormalization's precision."""
+    return _at_once_or_one_by_one(slices, _take_at_once, _take)
+
+
+def _take_at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
+    taken: dict[SelectedSlices, Tensor] = {}
+    for (dtype, nesterov), alike in group_by(slices, lambda each: (each.update.dtype, each.update.nesterov)).items():
+        gates = [each.update.gate for each in alike]
+        stacks = fused.take(
+            [each.momentum for each in alike],
+            [each.indices for each in alike],
+            [each.number(each.update.momentum_factor, 1.0, each.momentum) for each in alike],
+            dtype,
+            gradients=[each.gradient for each in alike] if nesterov else None,
+            nesterov_factors=[each.update.momentum_factor for each in alike] if nesterov else None,
+            opens=[None if gate is None else gate.is_open for gate in gates],
+            bits=[each.bits("decay") for each in alike],
+        )
+        taken.update(zip(alike, stacks, strict=True))
+    return [taken[each] for each in slices]
+
+
+def _take(slices: SelectedSlices) -> Tensor:
     update, momentum, indices = slices.update, slices.momentum, slices.indices
     submatrices = gather(momentum, indices)
     factor = slices.number(update.momentum_factor, 1.0, momentum)
@@ -568,47 +622,63 @@ def take(slices: SelectedSlices) -> Tensor:
 
 def polar_factors(stacks: Sequence[Tensor], updates: Sequence[MatrixUpdate], context: StepContext) -> list[Tensor]:
     """O: the polar factors of stacks of submatrices, (count, k, m) each; those of one (k, m) together."""
+
+    def key(at: int) -> Hashable:
+        stack, update = stacks[at], updates[at]
+        return stack.shape[1:], stack.stride(-1) != 1, stack.dtype, stack.device, update.goes_alone, update.is_fused
+
     results: dict[int, Tensor] = {}
-    keys = [
-        (stack.shape[1:], stack.stride(-1) != 1, stack.dtype, stack.device, update.goes_alone)
-        for stack, update in zip(stacks, updates, strict=True)
-    ]
-    for equal in group_by(range(len(stacks)), lambda index: keys[index]).values():
-        for indices in bounded(
-            equal, lambda index: len(stacks[index]) * updates[index].working_bytes, context.working_memory
-        ):
-            batch = concatenate([stacks[index] for index in indices])
-            if updates[indices[0]].goes_alone:
-                parts = [matrix.contiguous() for matrix in torch.split(batch, 1)]
-                factors = concatenate([_polar_factors(part, context) for part in parts])
-            else:
-                factors = _polar_factors(batch, context)
-            counts = [len(stacks[index]) for index in indices]
-            results.update(zip(indices, torch.split(factors, counts), strict=True))
-    return [results[index] for index in range(len(stacks))]
+    in_order = [at for alike in group_by(range(len(stacks)), key).values() for at in alike]
+    for turn in bounded(in_order, lambda at: len(stacks[at]) * updates[at].working_bytes, context.working_memory):
+        equal = list(group_by(turn, key).values())
+        batches = [concatenate([stacks[at] for at in alike]) for alike in equal]
+        factors = _polar_factors(batches, [updates[alike[0]] for alike in equal], context)
+        for alike, its_factors in zip(equal, factors, strict=True):
+            results.update(zip(alike, its_factors.split([len(stacks[at]) for at in alike]), strict=True))
+    return [results[at] for at in range(len(stacks))]
 
 
-def _polar_factors(stack: Tensor, context: StepContext) -> Tensor:
-    if context.orthonormalize is None:
-        return orthonormalize(stack, stack.dtype)
-    result = context.orthonormalize(stack.contiguous())
-    if result.shape != stack.shape:
+def _polar_factors(
+    batches: Sequence[Tensor], updates: Sequence[MatrixUpdate], context: StepContext
+) -> Iterator[Tensor]:
+    """The polar factors of batches, given an update that each is of."""
+    if context.orthonormalize is not None:
+        yield from (_checked_result(context.orthonormalize(batch.contiguous()), batch) for batch in batches)
+        return
+    at_once = [at for at, update in enumerate(updates) if update.is_fused and not update.goes_alone]
+    normalized: dict[int, Tensor] = {}
+    if at_once:
+        dtypes = [dtype_of_products(batches[at]) for at in at_once]
+        normalized.update(zip(at_once, fused.normalize([batches[at] for at in at_once], SAFETY, dtypes), strict=True))
+    for at, (batch, update) in enumerate(zip(batches, updates, strict=True)):
+        if at in normalized:
+            yield polar_factor(normalized.pop(at), batch.dtype)
+        elif update.goes_alone:
+            yield concatenate([orthonormalize(matrix.contiguous(), batch.dtype) for matrix in batch.split(1)])
+        else:
+            yield orthonormalize(batch, batch.dtype)
+
+
+def _checked_result(result: Tensor, batch: Tensor) -> Tensor:
+    """What a callable instead of the package's own has returned, in the precision of the batch."""
+    if result.shape != batch.shape:
         raise ValueError(
-            f"orthonormalize must return the shape it is given: got {tuple(result.shape)} for {tuple(stack.shape)}"
+            f"orthonormalize must return the shape it is given: got {tuple(result.shape)} for {tuple(batch.shape)}"
         )
-    return result.to(stack.dtype)
+    return result.to(batch.dtype)
 
 
 def shrink(updates: Sequence[MatrixUpdate]) -> None:
     """X <- (1 - lr weight_decay) X.
 
-    What is in half precision, or decays cautiously, is left to :func:`apply`: it rounds once, and knows the update.
+    What is in half precision, or decays cautiously, is left to :func:`apply`: it rounds once, and knows the update. So
+    is what a kernel goes over, once.
     """
     at_once, alone = split_off_wholes(
         [
             each
             for each in updates
-            if each.shrink != 1.0 and not each.is_cautious and each.parameter.dtype not in HALF_PRECISION
+            if each.shrink != 1.0 and not (each.is_cautious or each.is_fused or each.parameter.dtype in HALF_PRECISION)
         ]
     )
     pairs = [(each, local(each.parameter)) for each in at_once] + [(each, each.weight) for each in alone]
@@ -620,17 +690,56 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
                 weight.mul_(update.number(update.shrink, 1.0, weight))
 
 
-def apply(slices: SelectedSlices, result: Tensor, factors: Tensor | None, context: StepContext) -> None:
+def apply(
+    slices: Sequence[SelectedSlices],
+    results: Sequence[Tensor],
+    factors: Sequence[Tensor | None],
+    context: StepContext,
+) -> None:
     """X[K] <- X[K] - lr scale O, each neuron times its factor where there are any.
 
     In half precision X <- (1 - lr weight_decay) X comes first, so that what is selected is rounded once; so it does
     where it is cautious. Slices that are not selected have no update, and are judged by M, of which it will be made.
     """
-    update, weight, indices, bits = slices.update, slices.weight, slices.indices, slices.bits("apply")
-    precise = torch.promote_types(weight.dtype, torch.float32)
-    change = result.to(precise) * slices.number(-update.step_size, 0.0, weight)
+    of_results = dict(zip(slices, zip(results, factors, strict=True), strict=True))
+    _at_once_or_one_by_one(
+        slices,
+        lambda at_once: _apply_at_once(at_once, [of_results[each] for each in at_once]),
+        lambda each: _apply(each, *of_results[each]),
+    )
+    if context.observer is not None and context.observer.wants_results:
+        for each, (result, its_factors) in of_results.items():
+            context.observer.moved(each.update.source, _change(each, result, its_factors))
+
+
+def _apply_at_once(slices: Sequence[SelectedSlices], results: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[None]:
+    fused.apply(
+        [each.weight for each in slices],
+        [each.indices for each in slices],
+        [result for result, _ in results],
+        [each.number(each.update.step_size, 0.0, each.weight) for each in slices],
+        [1.0 if each.update.shrink == 1.0 else each.number(each.update.shrink, 1.0, each.weight) for each in slices],
+        factors=[factors for _, factors in results],
+        factor_dims=[each.update.neuron_dim for each in slices],
+        cautious=[each.momentum if each.update.is_cautious else None for each in slices],
+        bits=[each.bits("apply") for each in slices],
+    )
+    return [None] * len(slices)
+
+
+def _change(slices: SelectedSlices, result: Tensor, factors: Tensor | None) -> Tensor:
+    """What is added to X[K], in float32 at least."""
+    update, weight = slices.update, slices.weight
+    change = result.to(torch.promote_types(weight.dtype, torch.float32))
+    change = change * slices.number(-update.step_size, 0.0, weight)
     if factors is not None:
         change *= factors.unsqueeze(update.neuron_dim)
+    return change
+
+
+def _apply(slices: SelectedSlices, result: Tensor, factors: Tensor | None) -> None:
+    update, weight, indices, bits = slices.update, slices.weight, slices.indices, slices.bits("apply")
+    change = _change(slices, result, factors)
     shrink = slices.number(update.shrink, 1.0, weight)
     if update.is_cautious:
         new = decayed(weight, slices.momentum, shrink)
@@ -647,8 +756,15 @@ def apply(slices: SelectedSlices, result: Tensor, factors: Tensor | None, contex
         put_(weight, indices, moved)
     else:
         add_(weight, indices, change)
-    if context.observer is not None and context.observer.wants_results:
-        context.observer.moved(update.source, change)
+
+
+def _at_once_or_one_by_one(
+    items: Sequence[S], at_once: Callable[[list[S]], Sequence[R]], one: Callable[[S], R]
+) -> list[R]:
+    """Return what a function makes of all items together that kernels go over, and another one of each of the rest."""
+    together = [each for each in items if each.is_fused]
+    made = dict(zip(together, at_once(together), strict=True)) if together else {}
+    return [made[each] if each in made else one(each) for each in items]
 
 
 def show_result(update: MatrixUpdate, result: Tensor, context: StepContext) -> None:
@@ -668,9 +784,12 @@ def record_selection(update: MatrixUpdate, indices: Tensor, norms: Tensor, conte
 
 
 def concatenate(stacks: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the batch, in the memory order that the stacks have."""
+    """Concatenate along the batch, in the memory order that the stacks have; a view where they lie side by side."""
     if len(stacks) == 1:
         return stacks[0]
+    side_by_side = fused.adjacent(stacks)
+    if side_by_side is not None:
+        return side_by_side
     if stacks[0].stride(-1) != 1:
         return torch.cat([stack.mT for stack in stacks]).mT
     return torch.cat(list(stacks))

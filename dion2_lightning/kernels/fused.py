@@ -462,17 +462,13 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
 
-def _accumulate_traffic(
-    momenta: Sequence[Tensor], gradients: Sequence[Tensor | None], *others: Any
-) -> tuple[int, int]:
+def _accumulate_traffic(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None], *others: Any) -> tuple[int, int]:
     pairs = [(momentum, each) for momentum, each in zip(momenta, gradients, strict=True) if each is not None]
     read = sum(map(_size, momenta)) + sum(_size(gradient) for _, gradient in pairs)
     return read, sum(_size(momentum) for momentum, _ in pairs) + _size(others[-1])
 
 
-def _take_traffic(
-    momenta: Sequence[Tensor], gradients: Sequence[Tensor | None], *others: Any
-) -> tuple[int, int]:
+def _take_traffic(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None], *others: Any) -> tuple[int, int]:
     stacks: Sequence[Tensor] = others[-1]
     of_momenta = sum(stack.numel() * each.itemsize for stack, each in zip(stacks, momenta, strict=True))
     of_gradients = sum(

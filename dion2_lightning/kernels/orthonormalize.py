@@ -53,15 +53,22 @@ def orthonormalize(submatrices: Tensor, dtype: torch.dtype | None = None) -> Ten
     Returns:
         Shape (batch, k, m), of ``dtype``.
     """
-    _, k, m = submatrices.shape
     dtype = default_dtype(submatrices.device) if dtype is None else dtype
-    if k > m:
-        return orthonormalize(submatrices.mT, dtype).mT
     # Rounded before anything else, as it is on its way to another rank: every layout sees the same numbers.
     rounded = submatrices.to(dtype)
-    normalized = _normalize(rounded)
-    if k >= MIN_BF16_DIM:
-        normalized = normalized.to(dtype)
+    return polar_factor(_normalize(rounded).to(dtype_of_products(rounded)), dtype)
+
+
+def dtype_of_products(submatrices: Tensor) -> torch.dtype:
+    """Return the precision in which submatrices of a dtype are multiplied: float32 at least, where they are small."""
+    is_small = min(submatrices.shape[1:]) < MIN_BF16_DIM
+    return torch.promote_types(submatrices.dtype, torch.float32) if is_small else submatrices.dtype
+
+
+def polar_factor(normalized: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the polar factors of matrices (batch, k, m) whose Frobenius norms are 1 / :data:`SAFETY`, in ``dtype``."""
+    if normalized.shape[1] > normalized.shape[2]:
+        return polar_factor(normalized.mT, dtype).mT
     iterate = _gram_newton_schulz if _gram_pays(normalized) else _newton_schulz
     # A step inside an autocast block must not have its products rounded either.
     with torch.autocast(normalized.device.type, enabled=False):

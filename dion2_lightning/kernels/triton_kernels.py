@@ -410,16 +410,16 @@ def _offsets(s, e, of_slices, of_entries, ALONG: tl.constexpr, UNIT: tl.constexp
 def _rounded(values, bits, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Round float32 numbers to a dtype: to the nearest number, or by random bits to one of the two around."""
     if STOCHASTIC:
-        SPARE: tl.constexpr = 16 if TYPE == tl.bfloat16 else 13
+        SPARE: tl.constexpr = 16 if tl.bfloat16 == TYPE else 13
         noise = (bits >> (32 - SPARE)) & ((1 << SPARE) - 1)
         raw = values.to(tl.int32, bitcast=True)
         kept = ((raw + noise) & -(1 << SPARE)).to(tl.float32, bitcast=True)
-        if TYPE == tl.float16:
+        if tl.float16 == TYPE:
             multiples = tl.floor(tl.abs(values) * 16777216.0 + noise.to(tl.float32) * (1.0 / 8192)) * (1.0 / 16777216)
             small = multiples.to(tl.int32, bitcast=True) | (raw & -0x80000000)
             kept = tl.where(tl.abs(values) < 6.103515625e-05, small.to(tl.float32, bitcast=True), kept)
         values = tl.where(values != values, float("nan"), kept)
-    elif TYPE == tl.bfloat16:
+    elif tl.bfloat16 == TYPE:
         # To the nearest number, of two the even one. Written out, as Triton's interpreter cuts the lower bits off.
         raw = values.to(tl.int32, bitcast=True)
         kept = ((raw + 0x7FFF + ((raw >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)

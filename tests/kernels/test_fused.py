@@ -353,9 +353,7 @@ def on_number(device: str, number: float | Tensor) -> float | Tensor:
 @each_order
 @each_rounding
 @pytest.mark.parametrize("cautious", [False, True])
-def test_apply(
-    device: str, tiles: None, order: Order, dtype: torch.dtype, stochastic: bool, cautious: bool
-) -> None:
+def test_apply(device: str, tiles: None, order: Order, dtype: torch.dtype, stochastic: bool, cautious: bool) -> None:
     shapes = [SHAPES[0], SHAPES[1], SHAPES[2], SHAPES[3], SHAPES[1], SHAPES[2]]
     ks = [1, 5, 9, 4, 0, 3]
     by_matrix = torch.tensor([0.1, 0.0, 0.1]).view(3, 1, 1)
@@ -567,7 +565,10 @@ def test_on_fake_cuda_tensors_nothing_waits() -> None:
 
     with FakeTensorMode():
         momenta = [torch.empty(2, 16, 32, device="cuda"), torch.empty(1, 8, 4, device="cuda").mT]
-        indices = [torch.empty(2, 4, dtype=torch.int64, device="cuda"), torch.empty(1, 1, dtype=torch.int64, device="cuda")]
+        indices = [
+            torch.empty(2, 4, dtype=torch.int64, device="cuda"),
+            torch.empty(1, 1, dtype=torch.int64, device="cuda"),
+        ]
         with Seen():
             sums = fused.accumulate(momenta, [momenta[0], None])
             stacks = fused.take(momenta, indices, [0.9, 0.9], torch.bfloat16)
