@@ -8,9 +8,11 @@ A step runs on fake CUDA tensors, so that it issues what a GPU would be given. E
 - Any other operation reads each tensor it is given once, and writes its results once. What is changed in place is read
   and written; what is only overwritten, as by ``copy_``, is written. Of expanded tensors only distinct memory counts.
 - Where only some places are read or written, as by ``gather``, these count, and their indices.
+- A sum or norm in another dtype than its tensor's begins with a conversion of all of it, an operation of its own: torch
+  makes it inside, where neither dispatch modes nor fake tensors show it.
 - A ``_foreach_`` operation is one operation where torch's multi-tensor kernels take its tensors, else one for each of
   them. A device may need several launches for one; so may a sort.
-- Products, with the factorizations among them, are counted apart.
+- Products, with the factorizations among them, are counted apart, without what torch copies inside them.
 - Operators of the package's own kernels declare their bytes, see :func:`declared`. Each is one operation.
 
 What no rule knows is an error. Caches are left out, and so are memory transactions: a byte of a column counts as one,
@@ -66,12 +68,12 @@ OTHER, PRODUCTS = "other", "products"
 PHASES = [*dict.fromkeys(FUNCTIONS.values()), OTHER]
 """All but the products, whose phase goes by the operation."""
 
+NAME, WIDTHS = 27, [max(len(phase) + 1, 7) for phase in PHASES]
+"""Widths of the columns that are printed."""
+
 OWN_NAMESPACE = "dion2"
 OWN_TRAFFIC = "dion2_lightning.kernels.fused:traffic"
 """What is asked about operators of that namespace: ``traffic(name, arguments, result) -> (bytes read, written)``."""
-
-Bytes = tuple[int, int]
-"""Read, and written."""
 
 
 class UnknownOperationError(NotImplementedError):
@@ -97,10 +99,8 @@ class Traffic:
         """Bytes read and written."""
         return self.read + self.written
 
-    def add(self, operations: int, read: int, written: int) -> None:
-        self.operations += operations
-        self.read += read
-        self.written += written
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.operations + other.operations, self.read + other.read, self.written + other.written)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _memory(tensor: Tensor) -> object:
 # Rules
 
 
-def each_once(call: Call) -> Bytes:
+def each_once(call: Call) -> Traffic:
     """Every tensor is read once, every result written once; what is changed in place is read and written."""
     schema = call.function._schema
     changed = [each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
@@ -152,42 +152,54 @@ def each_once(call: Call) -> Bytes:
     read = [value for argument, value in call.arguments.items() if argument not in outputs]
     results = [call.result] if len(schema.returns) == 1 else call.result or []
     new = [value for value, each in zip(results, schema.returns, strict=True) if each.alias_info is None]
-    return call.bytes_of(read), call.bytes_of([call.arguments[name] for name in changed]) + call.bytes_of(new)
+    written = call.bytes_of([call.arguments[name] for name in changed]) + call.bytes_of(new)
+    return Traffic(_operations(call), call.bytes_of(read), written)
 
 
-def overwritten(call: Call) -> Bytes:
+def overwritten(call: Call) -> Traffic:
     """The first argument is written, others are read."""
     target, *others = call.arguments.values()
-    return call.bytes_of(others), call.bytes_of(target)
+    return Traffic(_operations(call), call.bytes_of(others), call.bytes_of(target))
 
 
-def filled(call: Call) -> Bytes:
+def filled(call: Call) -> Traffic:
     """A new tensor is written; one that it is to be like is not read."""
-    return 0, call.bytes_of(call.result)
+    return Traffic(1, 0, call.bytes_of(call.result))
 
 
-def taken(call: Call) -> Bytes:
+def reduced(call: Call) -> Traffic:
+    """A sum or norm; in another dtype that of a converted copy, as in torch's ATen/native/ReduceOpsUtils.h."""
+    source, result = call.arguments["self"], call.result
+    reduction = each_once(call)
+    is_half = source.dtype in (torch.bfloat16, torch.float16)
+    if source.dtype == result.dtype or (is_half and result.dtype == torch.float32 and call.device == "cuda"):
+        return reduction
+    copied = source.numel() * result.itemsize
+    return Traffic(1, call.bytes_of(source), copied) + Traffic(1, copied, reduction.written)
+
+
+def taken(call: Call) -> Traffic:
     """What is taken is read and written, and indices are read."""
     written = call.bytes_of(call.result)
-    return written + call.bytes_of(call.arguments["index"]), written
+    return Traffic(1, written + call.bytes_of(call.arguments["index"]), written)
 
 
-def placed(call: Call) -> Bytes:
+def placed(call: Call) -> Traffic:
     """Some places are overwritten by a number, or by a tensor that is read, at indices that are read."""
     arguments = call.arguments
     source = next(arguments[name] for name in ("source", "src", "value") if name in arguments)
     places = (source if "source" in arguments else arguments["index"]).numel()
     read = min(places * source.itemsize, call.bytes_of(source)) if isinstance(source, Tensor) else 0
-    return read + call.bytes_of(arguments["index"]), places * arguments["self"].itemsize
+    return Traffic(1, read + call.bytes_of(arguments["index"]), places * arguments["self"].itemsize)
 
 
-def added(call: Call) -> Bytes:
+def added(call: Call) -> Traffic:
     """The same, but the places are read too."""
-    read, written = placed(call)
-    return read + written, written
+    placing = placed(call)
+    return Traffic(1, placing.read + placing.written, placing.written)
 
 
-def fused_adamw(call: Call) -> Bytes:
+def fused_adamw(call: Call) -> Traffic:
     """Weights, gradients, moments and step counts are read; weights and moments are written.
 
     The schema says that gradients are written; they are only where the kernel unscales them.
@@ -195,17 +207,16 @@ def fused_adamw(call: Call) -> Bytes:
     changed = [call.arguments[name] for name in ("self", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")]
     if call.arguments["grad_scale"] is not None:
         changed.append(call.arguments["grads"])
-    return call.bytes_of(list(call.arguments.values())), call.bytes_of(changed)
+    return Traffic(1, call.bytes_of(list(call.arguments.values())), call.bytes_of(changed))
 
 
-def declared(call: Call) -> Bytes:
+def declared(call: Call) -> Traffic:
     """An operator of the package's own kernels says what it moves, given its name, all its arguments and its result."""
     try:
         traffic = pkgutil.resolve_name(OWN_TRAFFIC)
     except (ImportError, AttributeError) as error:
         raise UnknownOperationError(f"{call.function} declares no bytes: {OWN_TRAFFIC} does not exist") from error
-    read, written = traffic(_name(call.function), tuple(call.arguments.values()), call.result)
-    return read, written
+    return Traffic(1, *traffic(_name(call.function), tuple(call.arguments.values()), call.result))
 
 
 FREE = {
@@ -227,7 +238,7 @@ EACH_ONCE = {
     *("add", "sub", "mul", "div", "pow", "lerp", "addcmul", "addcdiv", "clamp", "clamp_min", "copysign", "where"),
     *("eq", "ne", "lt", "le", "gt", "ge"),
     *("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_left_shift", "bitwise_right_shift"),
-    *("all", "any", "amax", "amin", "aminmax", "count_nonzero", "linalg_vector_norm", "norm", "sum"),
+    *("all", "any", "amax", "amin", "aminmax", "norm"),
     *("cat", "stack", "sort"),
 }
 """Operations of aten; the names stand for their forms in place and on lists too."""
@@ -235,10 +246,11 @@ EACH_ONCE = {
 PRODUCT_NAMES = {"addmm", "baddbmm", "bmm", "linalg_cholesky_ex", "linalg_qr", "linalg_solve_triangular", "mm"}
 """The same for products."""
 
-RULES: dict[str, Callable[[Call], Bytes]] = {
+RULES: dict[str, Callable[[Call], Traffic]] = {
     **dict.fromkeys(("arange", "eye", "full", "ones", "scalar_tensor", "zeros"), filled),
     **dict.fromkeys(("full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros"), filled),
     **dict.fromkeys(("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"), overwritten),
+    **dict.fromkeys(("linalg_vector_norm", "sum"), reduced),
     **dict.fromkeys(("gather", "index_select"), taken),
     **dict.fromkeys(("index_copy_", "scatter_"), placed),
     **dict.fromkeys(("index_add_", "scatter_add_"), added),
@@ -247,7 +259,7 @@ RULES: dict[str, Callable[[Call], Bytes]] = {
 """Operations of aten with a rule of their own."""
 
 
-def rule_of(function: Any) -> Callable[[Call], Bytes] | None:
+def rule_of(function: Any) -> Callable[[Call], Traffic] | None:
     """Return how to count an operator; None where it moves nothing.
 
     Raises:
@@ -312,11 +324,7 @@ class TrafficCounter(TorchDispatchMode):
     @property
     def beside_products(self) -> Traffic:
         """The sum over all phases but the products."""
-        total = Traffic()
-        for phase, each in self.by_phase.items():
-            if phase != PRODUCTS:
-                total.add(each.operations, each.read, each.written)
-        return total
+        return sum((each for phase, each in self.by_phase.items() if phase != PRODUCTS), Traffic())
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = keywords or {}
@@ -327,7 +335,7 @@ class TrafficCounter(TorchDispatchMode):
         rule = rule_of(function)
         if rule is None:
             return result
-        self.by_phase[PRODUCTS if is_product(function) else self._phase()].add(_operations(call), *rule(call))
+        self.by_phase[PRODUCTS if is_product(function) else self._phase()] += rule(call)
         if is_product(function):
             formula = flop_registry.get(getattr(torch.ops.aten, _base(function)))
             self.flops += 0 if formula is None else formula(*arguments, **keywords, out_val=result)
@@ -443,35 +451,31 @@ def compare(shapes: str, layers: int, chosen: argparse.Namespace) -> dict[str, A
     sizes = LAYERS[shapes] * layers
     entries = sum(rows * columns for rows, columns in sizes)
     print(f"\n{shapes}, {layers} layers, {len(sizes)} matrices, {entries / 1e6:.1f}M parameters, {chosen.dtype}")
-    print(f"torch {torch.__version__}, fake {chosen.device} tensors; bytes are those read and written, by parameter")
-    print(f"{'':28}{'bytes, by phase':{sum(WIDTHS)}}{'beside products':>20}{'products':>14}")
+    print(
+        f"torch {torch.__version__}, fake {chosen.device} tensors; bytes are read and written ones for each parameter"
+    )
+    print(f"{'':{NAME}}{'bytes by phase, beside products':{sum(WIDTHS)}}{'together':>18}{'products':>17}")
     titles = "".join(f"{phase:>{width}}" for phase, width in zip(PHASES, WIDTHS, strict=True))
-    print(f"{'':28}{titles}{'bytes':>9}{'operations':>12}{'bytes':>9}{'operations':>12}{'GFLOP':>9}")
+    print(f"{'':{NAME}}{titles}{'bytes':>8}{'operations':>11}{'bytes':>8}{'operations':>11}{'GFLOP':>8}")
     figures = {}
     for name, build in optimizers(shapes, chosen.kernels):
         if chosen.only in name:
             counter = count_step(build, sizes, device=chosen.device, dtype=getattr(torch, chosen.dtype))
-            print(f"{name:28}{_row(counter, entries)}")
+            print(f"{name:{NAME}}{_row(counter, entries)}")
             phases = {phase: asdict(counter.by_phase[phase]) for phase in (*PHASES, PRODUCTS)}
             figures[name] = {"phases": phases, "flops": counter.flops}
     settings = {"shapes": shapes, "layers": layers, "dtype": chosen.dtype, "device": chosen.device}
     return {**settings, "torch": torch.__version__, "matrices": len(sizes), "entries": entries, "optimizers": figures}
 
 
-WIDTHS = [max(len(phase) + 2, 7) for phase in PHASES]
-
-
 def _row(counter: TrafficCounter, entries: int) -> str:
-    by_phase = "".join(
-        f"{counter.by_phase[phase].moved / entries:>{width}.2f}"
-        if counter.by_phase[phase].operations
-        else f"{'-':>{width}}"
-        for phase, width in zip(PHASES, WIDTHS, strict=True)
-    )
-    rest, products = counter.beside_products, counter.by_phase[PRODUCTS]
-    of_rest = f"{rest.moved / entries:9.2f}{rest.operations:12}"
-    of_products = f"{products.moved / entries:9.2f}{products.operations:12}{counter.flops / 1e9:9.1f}"
-    return by_phase + of_rest + of_products
+    columns = []
+    for phase, width in zip(PHASES, WIDTHS, strict=True):
+        its = counter.by_phase[phase]
+        columns.append(f"{its.moved / entries:{width}.2f}" if its.operations else f"{'-':>{width}}")
+    for each in (counter.beside_products, counter.by_phase[PRODUCTS]):
+        columns.append(f"{each.moved / entries:8.2f}{each.operations:11}")
+    return "".join(columns) + f"{counter.flops / 1e9:8.1f}"
 
 
 if __name__ == "__main__":
