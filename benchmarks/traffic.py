@@ -62,7 +62,7 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
     low_rank.apply: "apply",
     _muon._zeropower_via_newtonschulz: "normalize",
 }
-"""The phase of what a function issues itself or through others, unless one of those is here too."""
+"""The phase of what a function issues, itself or by calling others that are not here."""
 
 OTHER, PRODUCTS = "other", "products"
 PHASES = [*dict.fromkeys(FUNCTIONS.values()), OTHER]
@@ -80,7 +80,7 @@ class UnknownOperationError(NotImplementedError):
     """An operation without a rule."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Traffic:
     """What some operations of a step came to, added up.
 
@@ -226,10 +226,7 @@ FREE = {
     "aten::empty_strided",
     "aten::new_empty",
     "aten::new_empty_strided",
-    "aten::promote_types",
     "prim::device",
-    "profiler::_record_function_enter_new",
-    "profiler::_record_function_exit",
 }
 """What moves nothing, besides views."""
 
@@ -238,7 +235,7 @@ EACH_ONCE = {
     *("add", "sub", "mul", "div", "pow", "lerp", "addcmul", "addcdiv", "clamp", "clamp_min", "copysign", "where"),
     *("eq", "ne", "lt", "le", "gt", "ge"),
     *("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_left_shift", "bitwise_right_shift"),
-    *("all", "any", "amax", "amin", "aminmax", "norm"),
+    *("all", "any", "amax", "amin", "aminmax"),
     *("cat", "stack", "sort"),
 }
 """Operations of aten; the names stand for their forms in place and on lists too."""
@@ -254,6 +251,7 @@ RULES: dict[str, Callable[[Call], Traffic]] = {
     **dict.fromkeys(("gather", "index_select"), taken),
     **dict.fromkeys(("index_copy_", "scatter_"), placed),
     **dict.fromkeys(("index_add_", "scatter_add_"), added),
+    "_foreach_norm": each_once,
     "_fused_adamw_": fused_adamw,
 }
 """Operations of aten with a rule of their own."""
@@ -392,8 +390,8 @@ def optimizers(shapes: str, kernels: Sequence[str] = ()) -> Iterator[tuple[str, 
         kernels: Argument of the constructor; for each, there is a row of Dion2 and Dion3 (default: it is not given).
     """
 
-    def package(kernels: str | None = None, **settings: Any) -> Build:
-        constructor: dict[str, Any] = {} if kernels is None else {"kernels": kernels}
+    def package(chosen: str | None = None, **settings: Any) -> Build:
+        constructor: dict[str, Any] = {} if chosen is None else {"kernels": chosen}
         return lambda params: Dion2([{"params": params, "transposed": TRANSPOSED[shapes], **settings}], **constructor)
 
     yield "torch.optim.AdamW, fused", lambda params: torch.optim.AdamW(params, fused=True)
@@ -451,9 +449,7 @@ def compare(shapes: str, layers: int, chosen: argparse.Namespace) -> dict[str, A
     sizes = LAYERS[shapes] * layers
     entries = sum(rows * columns for rows, columns in sizes)
     print(f"\n{shapes}, {layers} layers, {len(sizes)} matrices, {entries / 1e6:.1f}M parameters, {chosen.dtype}")
-    print(
-        f"torch {torch.__version__}, fake {chosen.device} tensors; bytes are read and written ones for each parameter"
-    )
+    print(f"torch {torch.__version__}, fake {chosen.device} tensors; bytes read and written, per parameter")
     print(f"{'':{NAME}}{'bytes by phase, beside products':{sum(WIDTHS)}}{'together':>18}{'products':>17}")
     titles = "".join(f"{phase:>{width}}" for phase, width in zip(PHASES, WIDTHS, strict=True))
     print(f"{'':{NAME}}{titles}{'bytes':>8}{'operations':>11}{'bytes':>8}{'operations':>11}{'GFLOP':>8}")
