@@ -4,8 +4,6 @@ The step runs on fake CUDA tensors, which have shapes and devices but no data, s
 every operation and refuses those that bring data to the host. What runs under it is exactly what would be launched.
 """
 
-import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,13 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.fake_tensors import fake_tensors
 from benchmarks.statistics import size_of, tensors_of
 from dion2_lightning import Dion2, SelectionTracker
 from dion2_lightning.algorithms import dion2_shared as sharing
@@ -83,36 +82,13 @@ class NoHostWait(TorchDispatchMode):
             raise HostWaits(f"{function} sends {size} entries to the device and waits for their arrival")
 
 
-class WithoutCuda(TorchFunctionMode):
-    """Replace calls that need a build of torch with CUDA, so that they run on fake tensors."""
-
-    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        keywords = keywords or {}
-        if function is torch.isfinite:
-            return arguments[0].abs() < math.inf
-        if function is Tensor.__invert__:
-            return arguments[0].logical_not()
-        if function is Tensor.copy_:
-            return aten.copy_.default(*arguments, **keywords)
-        if function is Tensor.to:
-            device = next((each for each in arguments if isinstance(each, torch.device)), None)
-            dtype = next((each for each in arguments if isinstance(each, torch.dtype)), None)
-            if device not in (None, arguments[0].device):
-                return aten._to_copy.default(arguments[0], device=device, dtype=dtype, **keywords)
-        return function(*arguments, **keywords)
-
-
 def is_on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type == "cuda"
 
 
 @pytest.fixture(autouse=True)
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every tensor made in the test is fake; torch chooses its kernels as it does for real CUDA tensors."""
-    # The lists of plain kinds that these kernels take; fake tensors are a kind of their own.
-    for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
-        monkeypatch.setattr(sys.modules[module], "_foreach_supported_types", [Tensor, nn.Parameter, FakeTensor])
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), WithoutCuda():
+def fake_cuda() -> Iterator[None]:
+    with fake_tensors():
         yield
 
 

@@ -13,13 +13,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.fake_tensors import WithoutCuda
 from dion2_lightning import Dion2, SelectionTracker, clip_grad_norm_
 from dion2_lightning.kernels import precision
 from dion2_lightning.kernels.orthonormalize import orthonormalize
 from dion2_lightning.kernels.precision import move_sums, sum_dtype
 from tests.algorithms.test_dion2 import LARGE_SHAPES, SHAPES, check
 from tests.reference import Reference, polar
-from tests.test_host_synchronisation import WithoutCuda
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 
