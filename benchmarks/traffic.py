@@ -48,7 +48,8 @@ from dion2_lightning.kernels import orthonormalize
 
 FUNCTIONS: dict[Callable[..., Any], str] = {
     matrix_update.accumulate: "accumulate",
-    matrix_update.slice_norms: "norms",
+    matrix_update.accumulate_and_sum: "norms",
+    matrix_update._accumulate_at_once: "accumulate",
     matrix_update.select: "select",
     matrix_update.take: "take",
     matrix_update.polar_factors: "normalize",

@@ -238,7 +238,7 @@ def _take(
             "ALONG": along,
             "M_UNIT": _is_unit(momentum, along),
             "G_UNIT": gradient is None or _is_unit(gradient, along),
-            "ALIGNED": _are_aligned(along, momentum, gradient, stack),
+            "ALIGNED": along and _are_aligned(along, momentum, gradient, stack),  # single columns never are
             "STOCHASTIC": slice_hash is not None,
             **tile._asdict(),
         }
@@ -411,7 +411,7 @@ def _apply(
             "X_UNIT": _is_unit(weight, along),
             "O_UNIT": _is_unit(result, along),
             "M_UNIT": momentum is None or _is_unit(momentum, along),
-            "ALIGNED": _are_aligned(along, weight, result, momentum),
+            "ALIGNED": (along or decays) and _are_aligned(along, weight, result if along else None, momentum),
             "STOCHASTIC": slice_hash is not None,
             **tile._asdict(),
         }
@@ -544,9 +544,9 @@ def _each(values: Sequence[Tensor | None] | None, count: int) -> Sequence[Tensor
 
 def _split(numbers: Sequence[float | Tensor]) -> tuple[list[float], list[Tensor | None]]:
     """Take numbers and tensors of numbers apart."""
-    constants, tensors = [], []
+    constants: list[float] = []
+    tensors: list[Tensor | None] = []
     for each in numbers:
-        is_tensor = isinstance(each, Tensor)
         if isinstance(each, Tensor) and each.dtype != torch.float32:
             raise TypeError(f"numbers of the update must be in float32 where they are tensors, but one is {each.dtype}")
         constants.append(0.0 if isinstance(each, Tensor) else float(each))
@@ -671,8 +671,8 @@ def _launch(kernel: str, launches: Iterable[Launch], device: torch.device) -> No
     on_host = torch.tensor(table, dtype=torch.int64, pin_memory=on_gpu)
     on_device = on_host.to(device, non_blocking=True)
     with torch.cuda.device(device) if on_gpu else nullcontext():
-        for constants, (begin, matrices, tiles) in zip(groups, grids, strict=True):
-            named = {name.upper(): triton_kernels.TYPES.get(value, value) for name, value in constants}
+        for names, (begin, matrices, tiles) in zip(groups, grids, strict=True):
+            named = {name.upper(): triton_kernels.TYPES.get(value, value) for name, value in names}
             getattr(triton_kernels, kernel)[(matrices * tiles,)](
                 on_device[begin:], tiles, **named, num_warps=4, enable_fp_fusion=False
             )

@@ -25,8 +25,8 @@ import triton.language as tl
 TYPES: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """Triton's names of the dtypes."""
 
-# What a program does not know when it is compiled: otherwise a number that is 1 or a multiple of 16 is a kernel of its own.
 LAUNCH: Final = ("table", "tiles")
+"""Arguments that no kernel is compiled for: else a number that is 1, or a multiple of 16, would get one of its own."""
 
 
 @triton.jit(do_not_specialize=LAUNCH)
@@ -234,7 +234,7 @@ def apply(
     if tile >= tl.cdiv(size, SLICES) * spans:
         return
     weight, x_slice, x_entry = _view(row + 4, matrix, X_TYPE, ALONG, ALIGNED)
-    result, o_slice, o_entry = _view(row + 8, matrix, O_TYPE, ALONG, ALIGNED)
+    result, o_slice, o_entry = _view(row + 8, matrix, O_TYPE, ALONG, ALIGNED and ALONG)
     momentum, m_slice, m_entry = _view(row + 12, matrix, X_TYPE if M_TYPE is None else M_TYPE, ALONG, ALIGNED)
     step = 0.0 - _scalar(row + 16, matrix)  # of a step that is skipped 0, and not -0
     shrink = _scalar(row + 19, matrix)
@@ -373,34 +373,21 @@ def _hashes(row, matrix, places, mask, STOCHASTIC: tl.constexpr):
 @triton.jit
 def _of_slices(numbers, ALONG: tl.constexpr):
     """Spread numbers of slices over a tile."""
-    if ALONG:
-        spread = numbers[:, None]
-    else:
-        spread = numbers[None, :]
-    return spread
+    return numbers[:, None] if ALONG else numbers[None, :]
 
 
 @triton.jit
 def _of_entries(numbers, ALONG: tl.constexpr):
     """Spread numbers of entries over a tile."""
-    if ALONG:
-        spread = numbers[None, :]
-    else:
-        spread = numbers[:, None]
-    return spread
+    return numbers[None, :] if ALONG else numbers[:, None]
 
 
 @triton.jit
 def _offsets(s, e, of_slices, of_entries, ALONG: tl.constexpr, UNIT: tl.constexpr):
     """Return where the entries of a tile are in the matrix."""
-    if UNIT:
-        if ALONG:
-            offsets = s * of_slices + e
-        else:
-            offsets = e * of_entries + s
-    else:
-        offsets = s * of_slices + e * of_entries
-    return offsets
+    if not UNIT:
+        return s * of_slices + e * of_entries
+    return s * of_slices + e if ALONG else e * of_entries + s
 
 
 # Rounding, as in rounding.py
