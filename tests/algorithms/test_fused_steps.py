@@ -1,0 +1,116 @@
+"""Whole steps by the kernels of Triton, in its interpreter on a CPU, against the same steps by operations of torch."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from dion2_lightning import Dion2
+from dion2_lightning.kernels import fused
+from tests.distributed.ranks import run_on_ranks
+from tests.every_kind import fill, groups_of_every_kind, matrices_of, selections_of
+
+STEPS = 2
+
+IS_MISSING = fused.unavailable(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(IS_MISSING is not None, reason=str(IS_MISSING))
+
+
+def trained(kernels: str, **settings: Any) -> Dion2:
+    """Take steps on matrices of every kind; one is idle, where that counts."""
+    groups = [group for group in groups_of_every_kind("cpu") if group.get("algorithm", "dion2") == "dion2"]
+    optimizer = Dion2(groups, lr=0.1, weight_decay=0.1, kernels=kernels, **settings)
+    fill(optimizer, weights=0)
+    for step in range(STEPS):
+        fill(optimizer, gradients=1 + step)
+        for parameter in matrices_of(optimizer):
+            if parameter.ndim == 3:
+                parameter.grad[1] = 0.0
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"skip_idle_experts": True, "check_finite": "skip"},
+        {"nesterov": True, "cautious_weight_decay": True, "normalize_neurons": True, "fraction": 0.5},
+    ],
+    ids=["idle experts and gates", "nesterov, cautious, neurons"],
+)
+def test_steps_have_the_same_bits(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    apply = fused.apply
+    monkeypatch.setattr(
+        fused, "apply", lambda weights, *rest, **others: calls.extend(weights) or apply(weights, *rest, **others)
+    )
+    expected = trained("torch", **settings)
+    assert not calls
+    found = trained("triton", **settings)
+    assert len(calls) > STEPS * 12
+    pairs = zip(matrices_of(found), matrices_of(expected), strict=True)
+    for number, (weight, other) in enumerate(pairs):
+        assert torch.equal(weight, other), f"weight {number}"
+        for name, value in found.state[weight].items():
+            assert torch.equal(value, expected.state[other][name]), f"{name} of weight {number}"
+    for one, other in zip(selections_of(found), selections_of(expected), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_step_that_a_gate_skips_changes_nothing() -> None:
+    weight = nn.Parameter(torch.randn(16, 24))
+    optimizer = Dion2([weight], lr=0.1, kernels="triton", check_finite="skip")
+    weight.grad = torch.randn(16, 24)
+    optimizer.step()
+    before, momentum = weight.detach().clone(), optimizer.state[weight]["momentum"].clone()
+    weight.grad[3, 5] = math.nan
+    optimizer.step()
+    assert torch.equal(weight, before) and torch.equal(optimizer.state[weight]["momentum"], momentum)
+    assert optimizer.skipped_steps == 1
+
+
+def check_shards(rank_count: int) -> None:
+    """Sharded by rows and by columns, and unevenly: the same bits by both ways."""
+    mesh = init_device_mesh("cpu", (rank_count,))
+    results = []
+    for kernels in ("torch", "triton"):
+        torch.manual_seed(0)
+        weights = [
+            nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(dim)]))
+            for shape in ((17, 24), (24, 17))
+            for dim in (0, 1)
+        ]
+        optimizer = Dion2(weights, lr=0.1, kernels=kernels, normalize_neurons=True, orthonormalize_dtype="float32")
+        for step in range(STEPS):
+            for number, weight in enumerate(weights):
+                generator = torch.Generator().manual_seed(10 * step + number)
+                full = torch.randn(weight.shape, generator=generator)
+                weight.grad = distribute_tensor(full, mesh, weight.placements)
+            optimizer.step()
+        state = [value for weight in weights for value in optimizer.state[weight].values()]
+        results.append([each.full_tensor() if isinstance(each, DTensor) else each for each in (*weights, *state)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    dist.barrier()
+
+
+def test_matrices_that_ranks_share() -> None:
+    run_on_ranks(2, check_shards, 2)
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = nn.Parameter(torch.ones(4, 6))
+    weight.grad = torch.ones(4, 6)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(
+        ValueError, match=r"kernels='triton' cannot run on cpu: Triton has no kernels for CPUs; with 'auto'"
+    ):
+        Dion2([weight], lr=0.1, kernels="triton").step()
+    assert torch.equal(weight, torch.ones(4, 6))
+    Dion2([weight], lr=0.1, kernels="auto").step()
+    with pytest.raises(ValueError, match="kernels must be one of 'auto', 'torch', 'triton', got 'cuda'"):
+        Dion2([weight], lr=0.1, kernels="cuda")
