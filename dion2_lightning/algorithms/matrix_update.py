@@ -30,9 +30,6 @@ if TYPE_CHECKING:  # some builds of torch have no process groups
 WORKING_BYTES: Final = 24
 """Working memory for an entry of a submatrix: the submatrix, normalized, its products, and the change of weights."""
 
-CACHED_BYTES: Final = 2**22
-"""Momentum that a CPU takes through the lines of the box at once: the later lines find it in the cache."""
-
 _ROUNDED: Final = {"accumulate": "momentum", "decay": "momentum", "apply": "weight"}
 """The lines of the box that change what may be in half precision. Each is rounded by random bits of its own: a second
 rounding by the same bits would not be exact on average."""
@@ -303,11 +300,6 @@ class MatrixUpdate:
         return self.k * self.entries * WORKING_BYTES
 
     @property
-    def momentum_bytes(self) -> int:
-        """Bytes of M of these matrices."""
-        return self.count * self.slices * self.entries * self.state["momentum"].element_size()
-
-    @property
     def slices_are_neurons(self) -> bool:
         """Whether a slice is an output of the matrix; if not, every entry of a slice belongs to another one."""
         return self.axis == OUTPUT_AXIS
@@ -412,19 +404,15 @@ S = TypeVar("S", MatrixUpdate, SelectedSlices)
 def runs(updates: Sequence[MatrixUpdate], context: StepContext) -> Iterator[list[MatrixUpdate]]:
     """Cut updates into runs that are updated together, those of equal shapes next to each other.
 
-    A run is on one device and takes at most the working memory; on a CPU its momentum also fits into the cache. It is
-    one update where that takes more.
+    A run is on one device and takes at most the working memory, or is one update that takes more.
     """
 
     def key(update: MatrixUpdate) -> Hashable:
         return update.slices, update.entries, update.k
 
-    for device, there in group_by(updates, lambda update: update.device).items():
+    for there in group_by(updates, lambda update: update.device).values():
         in_order = [update for equal in group_by(there, key).values() for update in equal]
-        for run in bounded(in_order, lambda update: update.working_bytes * update.count, context.working_memory):
-            yield from (
-                bounded(run, lambda update: update.momentum_bytes, CACHED_BYTES) if device.type == "cpu" else [run]
-            )
+        yield from bounded(in_order, lambda update: update.working_bytes * update.count, context.working_memory)
 
 
 def within_memory(slices: Sequence[SelectedSlices], context: StepContext) -> Iterator[list[SelectedSlices]]:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from dion2_lightning.kernels.precision import sum_dtype
 
+BLOCK: Final = 2**17
+"""Entries that a CPU sums at once."""
+
 MAX_STEP: Final = 4
 """Up to which distance of columns a pass over all columns in between is faster than one over them alone."""
 
@@ -45,9 +48,22 @@ def slice_sums(slices: Tensor) -> Tensor:
     changes the selection; rounded float64 sums do not. Ranks that share a matrix need float64 to select alike; a device
     without it works alone.
     """
-    sums = slices.abs().sum(-1, dtype=sum_dtype(slices.device))
     if slices.ndim == 4:
+        sums = _sums_of_entries(slices)
         return sums.flatten(1) if _runs_along_slices(slices) else sums.sum(1)
+    return _sums_of_entries(slices)
+
+
+def _sums_of_entries(slices: Tensor) -> Tensor:
+    """Sum |M| over the last axis. torch sums a copy in float64: on a CPU block by block, so that it stays in the cache."""
+    dtype = sum_dtype(slices.device)
+    if slices.device.type != "cpu" or slices.numel() <= BLOCK:
+        return slices.abs().sum(-1, dtype=dtype)
+    if _runs_along_slices(slices):
+        size = max(1, BLOCK * slices.shape[-2] // slices.numel())
+        return torch.cat([block.abs().sum(-1, dtype=dtype) for block in slices.split(size, -2)], -1)
+    size = max(1, BLOCK * slices.shape[-1] // slices.numel())
+    sums: Tensor = sum(block.abs().sum(-1, dtype=dtype) for block in slices.split(size, -1))
     return sums
 
 

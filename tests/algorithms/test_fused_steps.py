@@ -44,11 +44,13 @@ def trained(kernels: str, **settings: Any) -> Dion2:
     ids=["idle experts and gates", "nesterov, cautious, neurons"],
 )
 def test_steps_have_the_same_bits(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    apply = fused.apply
-    monkeypatch.setattr(
-        fused, "apply", lambda weights, *rest, **others: calls.extend(weights) or apply(weights, *rest, **others)
-    )
+    calls, apply = list[torch.Tensor](), fused.apply
+
+    def spy(weights: list[torch.Tensor], *others: Any, **named: Any) -> None:
+        calls.extend(weights)
+        apply(weights, *others, **named)
+
+    monkeypatch.setattr(fused, "apply", spy)
     expected = trained("torch", **settings)
     assert not calls
     found = trained("triton", **settings)
@@ -106,9 +108,8 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
     weight = nn.Parameter(torch.ones(4, 6))
     weight.grad = torch.ones(4, 6)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(
-        ValueError, match=r"kernels='triton' cannot run on cpu: Triton has no kernels for CPUs; with 'auto'"
-    ):
+    message = "kernels='triton' cannot run on cpu: Triton has no kernels for CPUs; with 'auto'"
+    with pytest.raises(ValueError, match=message):
         Dion2([weight], lr=0.1, kernels="triton").step()
     assert torch.equal(weight, torch.ones(4, 6))
     Dion2([weight], lr=0.1, kernels="auto").step()
