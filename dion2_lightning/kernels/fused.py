@@ -17,6 +17,7 @@ There is one launch for all that is alike but for shapes and numbers, and one co
 
 import os
 import struct
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -139,19 +140,23 @@ def _accumulate(
         count, n, m = momentum.shape
         along = _runs_along(momentum)
         tile = TILES[along]
+        of_momentum, of_gradient = _view(momentum, along), _view(gradient, along)
         constants = {
             "M_TYPE": momentum.dtype,
             "G_TYPE": None if gradient is None else gradient.dtype,
             "ALONG": along,
-            "M_UNIT": _is_unit(momentum, along),
-            "G_UNIT": gradient is None or _is_unit(gradient, along),
-            "ALIGNED": _are_aligned(along, momentum, gradient),
+            "M_UNIT": of_momentum.is_unit,
+            "G_UNIT": of_gradient.is_unit,
+            "ALIGNED": of_momentum.is_aligned and of_gradient.is_aligned,
             "STOCHASTIC": slice_hash is not None,
             "SLICES": tile.slices,
             "ENTRIES": tile.entries,
         }
-        views = *_view(momentum), *_view(gradient), *_gate(is_open)
-        numbers = [n, m, 0, *views, *_vector(slice_hash, -2), *_vector(entry_hash, -1), address]
+        numbers = [
+            *(n, m, 0),
+            *(*of_momentum.numbers, *of_gradient.numbers, *_gate(is_open)),
+            *(*_vector(slice_hash, -2), *_vector(entry_hash, -1), address),
+        ]
         rows.append((constants, count, _blocks(n, tile.slices), numbers))
         address += count * n * sums.itemsize
     _launch("accumulate", rows, sums.device)
@@ -230,21 +235,22 @@ def _take(
         k = its_indices.shape[1]
         along = _runs_along(momentum)
         tile = TILES[along]
+        views = of_momentum, of_gradient, of_stack = [_view(each, along) for each in (momentum, gradient, stack)]
         constants = {
             "M_TYPE": momentum.dtype,
             "G_TYPE": None if gradient is None else gradient.dtype,
             "S_TYPE": stack.dtype,
             "NESTEROV": bool(nesterov_factors),
             "ALONG": along,
-            "M_UNIT": _is_unit(momentum, along),
-            "G_UNIT": gradient is None or _is_unit(gradient, along),
-            "ALIGNED": along and _are_aligned(along, momentum, gradient, stack),  # single columns never are
+            "M_UNIT": of_momentum.is_unit,
+            "G_UNIT": of_gradient.is_unit,
+            "ALIGNED": along and all(each.is_aligned for each in views),  # single columns never are
             "STOCHASTIC": slice_hash is not None,
             **tile._asdict(),
         }
         numbers = [
             *(n, m, k),
-            *(*_view(momentum), *_view(gradient), *_view(stack), *_gate(opens[number])),
+            *(*of_momentum.numbers, *of_gradient.numbers, *of_stack.numbers, *_gate(opens[number])),
             *_scalar(factors[number], factor_tensors[number]),
             *_scalar(nesterov_factors[number] if nesterov_factors else 1.0, None),
             *(its_indices.data_ptr(), *its_indices.stride()),
@@ -302,16 +308,17 @@ def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results
         count, k, m = stack.shape
         along = _runs_along(stack)
         tile = TILES[along]
+        of_stack, of_result = _view(stack, along), _view(result, along)
         constants = {
             "S_TYPE": stack.dtype,
             "O_TYPE": result.dtype,
             "ALONG": along,
-            "S_UNIT": _is_unit(stack, along),
-            "ALIGNED": _are_aligned(along, stack, result),
+            "S_UNIT": of_stack.is_unit,
+            "ALIGNED": of_stack.is_aligned and of_result.is_aligned,
             **tile._asdict(),
             "PARTS": PARTS,
         }
-        numbers = [k, m, 0, *_view(stack), *_view(result), address, _bits("d", safety)]
+        numbers = [k, m, 0, *of_stack.numbers, *of_result.numbers, address, _bits("d", safety)]
         blocks = _blocks(k, tile.slices) * _blocks(m, tile.entries)
         sums.append((constants, count, min(blocks, PARTS), numbers))
         quotients.append((constants, count, _blocks(k, tile.slices) * _blocks(m, tile.span), numbers))
@@ -400,6 +407,8 @@ def _apply(
         decays = _decays(shrinks[number], shrink_tensors[number])
         momentum = momenta[number] if decays else None
         factor = factors[number]
+        of_weight, of_result, of_momentum = [_view(each, along) for each in (weight, result, momentum)]
+        are_aligned = of_weight.is_aligned and of_momentum.is_aligned
         constants = {
             "X_TYPE": weight.dtype,
             "O_TYPE": result.dtype,
@@ -408,16 +417,16 @@ def _apply(
             "HAS_FACTORS": factor is not None,
             "FACTORS_OF_SLICES": factor_dims[number] == -1,
             "ALONG": along,
-            "X_UNIT": _is_unit(weight, along),
-            "O_UNIT": _is_unit(result, along),
-            "M_UNIT": momentum is None or _is_unit(momentum, along),
-            "ALIGNED": (along or decays) and _are_aligned(along, weight, result if along else None, momentum),
+            "X_UNIT": of_weight.is_unit,
+            "O_UNIT": of_result.is_unit,
+            "M_UNIT": of_momentum.is_unit,
+            "ALIGNED": are_aligned and (of_result.is_aligned if along else decays),  # single columns never are
             "STOCHASTIC": slice_hash is not None,
             **tile._asdict(),
         }
         numbers = [
             *(n, m, k),
-            *(*_view(weight), *_view(result), *_view(momentum)),
+            *(*of_weight.numbers, *of_result.numbers, *of_momentum.numbers),
             *_scalar(step_sizes[number], step_tensors[number]),
             *_scalar(shrinks[number], shrink_tensors[number]),
             *(its_indices.data_ptr(), *its_indices.stride()),
@@ -590,25 +599,6 @@ def _runs_along(stack: Tensor) -> bool:
     return stack.is_contiguous() or stack.stride(-1) < stack.stride(-2)
 
 
-def _is_unit(stack: Tensor, along: bool) -> bool:
-    return stack.stride(-1 if along else -2) == 1
-
-
-def _are_aligned(along: bool, *stacks: Tensor | None) -> bool:
-    """Whether all addresses are multiples of 16 bytes, and all strides but the last and the last size of 16 numbers."""
-    return all(
-        stack is None
-        or (
-            _is_unit(stack, along)
-            and stack.data_ptr() % 16 == 0
-            and stack.stride(0) % 16 == 0
-            and stack.stride(-2 if along else -1) % 16 == 0
-            and stack.shape[-1 if along else -2] % 16 == 0
-        )
-        for stack in stacks
-    )
-
-
 # The table, column by column
 
 
@@ -616,8 +606,31 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _view(stack: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if stack is None else (stack.data_ptr(), *stack.stride())
+class _View(NamedTuple):
+    """What a kernel knows of a stack.
+
+    Attributes:
+        numbers: Address, strides of (count, n, m).
+        is_unit: Whether the stride along which memory is dense is 1.
+        is_aligned: Whether, beyond that, the address is a multiple of 16 bytes, and the other strides and the size of
+            this dimension are multiples of 16.
+    """
+
+    numbers: tuple[int, ...]
+    is_unit: bool
+    is_aligned: bool
+
+
+_NO_VIEW: Final = _View((0, 0, 0, 0), True, True)
+
+
+def _view(stack: Tensor | None, along: bool) -> _View:
+    if stack is None:
+        return _NO_VIEW
+    address, (of_matrices, of_slices, of_entries) = stack.data_ptr(), stack.stride()
+    dense, other = (of_entries, of_slices) if along else (of_slices, of_entries)
+    multiples = address | of_matrices | other | stack.shape[-1 if along else -2]
+    return _View((address, of_matrices, of_slices, of_entries), dense == 1, dense == 1 and multiples % 16 == 0)
 
 
 def _vector(numbers: Tensor | None, dim: int) -> tuple[int, int, int]:
@@ -668,8 +681,8 @@ def _launch(kernel: str, launches: Iterable[Launch], device: torch.device) -> No
         table += rows
         grids.append((begin, matrices, max(tiles for _, tiles, _ in group)))
     on_gpu = device.type == "cuda"
-    on_host = torch.tensor(table, dtype=torch.int64, pin_memory=on_gpu)
-    on_device = on_host.to(device, non_blocking=True)
+    on_host = torch.frombuffer(array("q", table), dtype=torch.int64)  # of a list torch takes twice as long
+    on_device = on_host.pin_memory().to(device, non_blocking=True) if on_gpu else on_host
     with torch.cuda.device(device) if on_gpu else nullcontext():
         for names, (begin, matrices, tiles) in zip(groups, grids, strict=True):
             named = {name.upper(): triton_kernels.TYPES.get(value, value) for name, value in names}
