@@ -55,7 +55,7 @@ def slice_sums(slices: Tensor) -> Tensor:
 
 
 def _sums_of_entries(slices: Tensor) -> Tensor:
-    """Sum |M| over the last axis. torch sums a copy in float64: on a CPU block by block, so that it stays in the cache."""
+    """Sum |M| over the last axis. torch sums a copy in float64: on a CPU block by block, so that it stays in cache."""
     dtype = sum_dtype(slices.device)
     if slices.device.type != "cpu" or slices.numel() <= BLOCK:
         return slices.abs().sum(-1, dtype=dtype)
