@@ -2,9 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,26 +12,15 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu.machine import Timer, copy_bandwidth, product_rate, synchronize
 from benchmarks.gpu.section import Options, Row
 from benchmarks.half_precision import times_of_rounding
+from benchmarks.phases import shares_of_phases
 from benchmarks.step import LAYERS, Sizes, optimizers, weights
 from dion2_lightning import Dion2
-from dion2_lightning.algorithms import dion2 as update
 from dion2_lightning.kernels.orthonormalize import default_dtype, flops
 from dion2_lightning.kernels.selection import selected_count
 
 ROUNDS = 12
 TINY = 128
 """Rows or columns of the largest matrix with --tiny, which has two layers."""
-
-PHASES = {
-    "accumulate": "accumulate",
-    "slice_norms": "norms",
-    "select": "select",
-    "take": "gather and decay",
-    "polar_factors": "orthonormalize",
-    "shrink": "weight decay",
-    "apply": "apply",
-}
-"""Functions that ``algorithms/dion2.py`` calls, and their names in the report."""
 
 BYTES = {"AdamW": 28, "Dion2": 20}
 """Bytes moved per float32 parameter: weight, gradient and state read, weight and state written. Muon is like Dion2."""
@@ -70,7 +57,7 @@ def time_steps(options: Options, *, shapes: str, layers: int) -> Iterator[Row]:
         yield {**row, **_launches(optimizer, device), "extra memory, MB": _extra_memory(optimizer, device)}
     for name, optimizer in compared.items():
         if isinstance(optimizer, Dion2):
-            yield {"share of the phases": name, **_phase_shares(optimizer, device)}
+            yield {"share of the phases": name, **shares_of_phases(optimizer, device)}
 
 
 def time_rounding(options: Options, *, shapes: str, layers: int) -> Iterator[Row]:
@@ -137,41 +124,3 @@ def _extra_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> flo
     optimizer.step()
     synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-
-
-def _phase_shares(optimizer: Dion2, device: torch.device) -> dict[str, float]:
-    """The share of each phase in the time of a step, in percent; "rest" is what remains."""
-    timers: dict[str, list[Timer]] = defaultdict(list)
-    whole = Timer(device)
-    with _timed_phases(timers, device):
-        optimizer.step()
-        timers.clear()
-        synchronize(device)
-        with whole:
-            optimizer.step()
-    total = whole.seconds()
-    shares = {name: 100 * sum(timer.seconds() for timer in timers[name]) / total for name in PHASES.values()}
-    return {**shares, "rest": 100 - sum(shares.values())}
-
-
-@contextmanager
-def _timed_phases(timers: dict[str, list[Timer]], device: torch.device) -> Iterator[None]:
-    """Time every call of the update's functions."""
-
-    def timed(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
-        @wraps(function)
-        def call(*arguments: Any) -> Any:
-            timers[phase].append(Timer(device))
-            with timers[phase][-1]:
-                return function(*arguments)
-
-        return call
-
-    before = {name: getattr(update, name) for name in PHASES}
-    for name, function in before.items():
-        setattr(update, name, timed(function, PHASES[name]))
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(update, name, function)
