@@ -626,8 +626,17 @@ def test_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     assert reason("cuda").startswith("Tesla T4 is older than")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(fused, "_import_error", lambda: "No module named 'triton'")
+    monkeypatch.setattr(fused, "_error", lambda *, launches: "no C compiler" if launches else None)
+    assert reason("cuda") == "Triton cannot launch kernels (no C compiler)"
+    monkeypatch.setattr(fused, "_error", lambda *, launches: "No module named 'triton'")
     assert "pip install triton" in reason("cuda")
+
+
+def test_without_a_gpu_nothing_can_be_launched(device: str) -> None:
+    if device == "cuda":
+        pytest.skip("there is one")
+    assert fused._error(launches=False) is None
+    assert "RuntimeError" in str(fused._error(launches=True))
 
 
 @pytest.mark.parametrize(
