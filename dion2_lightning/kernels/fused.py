@@ -461,7 +461,8 @@ for _operator in (_accumulate, _take, _normalize, _apply):
 def traffic(name: str, arguments: tuple[Any, ...], result: object = None) -> tuple[int, int]:
     """Return how many bytes a call of the operator ``dion2::name`` reads and writes.
 
-    Left out is what it reads of small tables: numbers by matrix, slice or entry, indices, and hashes.
+    Left out is what it reads of small tables: numbers by matrix, slice or entry, indices, and hashes. Of single columns
+    a GPU moves more than they have: what lies between them in the same 32 bytes.
 
     Args:
         name: Such as "accumulate".
