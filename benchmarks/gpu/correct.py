@@ -1,4 +1,4 @@
-"""The tests in ``tests/device`` on the device, a row for each test function."""
+"""The tests in ``tests/device``, and those of the fused kernels, on the device, a row for each test function."""
 
 import json
 import os
@@ -17,11 +17,13 @@ from benchmarks.gpu.section import Options, Row
 SECONDS: Final = 90
 """Time limit of a test."""
 
+TESTS: Final = ("tests/device", "tests/kernels/test_fused.py")
+
 WORKERS: Final = {"cpu": 2, "cuda": 6}
 """Processes that run tests side by side."""
 
 
-def run_tests(options: Options, *, tests: Sequence[str] = ("tests/device",)) -> Iterator[Row]:
+def run_tests(options: Options, *, tests: Sequence[str] = TESTS) -> Iterator[Row]:
     """Yield a row for each test function, as soon as all its tests are done, and for each file that has none.
 
     Args:

@@ -64,11 +64,15 @@ Launch = tuple[dict[str, Any], int, int, list[int]]
 
 
 @cache
-def _import_error() -> str | None:
+def _error(*, launches: bool) -> str | None:
+    """Return why Triton cannot be imported, or cannot launch: for a GPU it needs a C compiler, and Python's headers."""
     try:
-        from dion2_lightning.kernels import triton_kernels  # noqa: F401
-    except ImportError as error:
-        return str(error)
+        from dion2_lightning.kernels.triton_kernels import triton
+
+        if launches:
+            triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # of many kinds, by what is missing
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -78,17 +82,20 @@ def unavailable(device: torch.device) -> str | None:
     Triton's interpreter, which ``TRITON_INTERPRET=1`` asks for before Triton is imported, runs them on CPUs, slowly.
     """
     is_interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    is_gpu = device.type == "cuda" and torch.cuda.is_available()  # and no fake one
     if device.type == "cpu" and not is_interpreted:
         return "Triton has no kernels for CPUs"
     if device.type not in ("cuda", "cpu"):
         return f"Triton has no kernels for devices of type {device.type}"
-    if device.type == "cuda" and torch.cuda.is_available():
-        if is_interpreted:
-            return "TRITON_INTERPRET is set, and Triton's interpreter cannot read the memory of a GPU: unset it"
-        if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-            return f"{torch.cuda.get_device_name(device)} is older than compute capability {MIN_CAPABILITY}"
-    error = _import_error()
-    return None if error is None else f"Triton cannot be imported ({error}): pip install triton"
+    if is_gpu and is_interpreted:
+        return "TRITON_INTERPRET is set, and Triton's interpreter cannot read the memory of a GPU: unset it"
+    if is_gpu and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability {MIN_CAPABILITY}"
+    if (error := _error(launches=False)) is not None:
+        return f"Triton cannot be imported ({error}): pip install triton"
+    if is_gpu and (error := _error(launches=True)) is not None:
+        return f"Triton cannot launch kernels ({error})"
+    return None
 
 
 # M <- M + G
@@ -454,7 +461,8 @@ for _operator in (_accumulate, _take, _normalize, _apply):
 def traffic(name: str, arguments: tuple[Any, ...], result: object = None) -> tuple[int, int]:
     """Return how many bytes a call of the operator ``dion2::name`` reads and writes.
 
-    Left out is what it reads of small tables: numbers by matrix, slice or entry, indices, and hashes.
+    Left out is what it reads of small tables: numbers by matrix, slice or entry, indices, and hashes. Of single columns
+    a GPU moves more than they have: what lies between them in the same 32 bytes.
 
     Args:
         name: Such as "accumulate".

@@ -626,8 +626,17 @@ def test_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     assert reason("cuda").startswith("Tesla T4 is older than")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(fused, "_import_error", lambda: "No module named 'triton'")
+    monkeypatch.setattr(fused, "_error", lambda *, launches: "no C compiler" if launches else None)
+    assert reason("cuda") == "Triton cannot launch kernels (no C compiler)"
+    monkeypatch.setattr(fused, "_error", lambda *, launches: "No module named 'triton'")
     assert "pip install triton" in reason("cuda")
+
+
+def test_without_a_gpu_nothing_can_be_launched(device: str) -> None:
+    if device == "cuda":
+        pytest.skip("there is one")
+    assert fused._error(launches=False) is None
+    assert "RuntimeError" in str(fused._error(launches=True))
 
 
 @pytest.mark.parametrize(
@@ -655,41 +664,49 @@ def test_numbers_must_be_in_float32() -> None:
 COMPILED = """
     import re, torch, triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
     from dion2_lightning.kernels import fused, triton_kernels
+    from dion2_lightning.kernels.rounding import random_bits
+
+    class Driver:  # of an H100 or H200 that is not there
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    triton.runtime.driver.set_active(Driver)
+    compiled = set()
 
     class Compiled:
         def __init__(self, kernel):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            return self
-
-        def __call__(self, *arguments, num_warps, **options):
-            fusion = options.pop("enable_fp_fusion")
-            names = self.kernel.arg_names
-            signature = {name: {"table": "*i64", "tiles": "i32"}.get(name, "constexpr") for name in names}
-            constants = {(names.index(name),): value for name, value in options.items()}
-            source = ASTSource(self.kernel, signature, constants)
-            how = dict(num_warps=num_warps, enable_fp_fusion=fusion)
-            code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=how).asm["ptx"]
-            assert not re.search(r"fma\\.\\w+\\.f32", code), "a product that is not rounded before it is added"
-            assert "div.full" not in code, "a division that is not exact"
-            wide = "ld.global.v4" in code
-            print(self.kernel.__name__, "wide" if wide else "narrow")
+            def compile(*arguments, **options):
+                code = self.kernel.warmup(*arguments, grid=grid, **options).asm["ptx"]
+                assert not re.search(r"fma\\.\\w+\\.f32", code), "a product that is not rounded before it is added"
+                assert "div.full" not in code, "a division that is not exact"
+                if code not in compiled:
+                    print(self.kernel.__name__, "wide" if "ld.global.v4" in code else "narrow")
+                compiled.add(code)
+            return compile
 
     for name in ("accumulate", "take", "square_sums", "divide", "apply"):
         setattr(triton_kernels, name, Compiled(getattr(triton_kernels, name)))
-    whole, indices = torch.zeros(1, 32, 64), torch.zeros(1, 16, dtype=torch.int64)
-    fused.accumulate([whole[..., 1:]], [whole[..., 1:]])
-    for stack in (whole, whole.mT):
+
+    def step(stack, k, factor):
+        indices = torch.zeros(len(stack), k, dtype=torch.int64)
         fused.accumulate([stack], [stack])
-        taken = fused.take([stack], [indices], [0.9], torch.bfloat16)
-        fused.apply([stack], [indices], fused.normalize(taken, 1.02, [torch.bfloat16]), [0.1], [0.9])
-    from dion2_lightning.kernels.rounding import random_bits
+        taken = fused.take([stack], [indices], [factor], torch.bfloat16)
+        fused.apply([stack], [indices], fused.normalize(taken, 1.02, [torch.bfloat16]), [0.1], [factor])
+
+    step(torch.zeros(1, 32, 64), 16, 0.9)
+    step(torch.zeros(3, 16, 2048), 1, 0.8)
+    step(torch.zeros(1, 64, 32).mT, 16, 0.9)
+    odd = torch.zeros(1, 32, 63)
+    fused.accumulate([odd], [odd])
+
     coordinates = torch.arange(32).view(1, 32, 1), torch.arange(64).view(1, 1, 64)
     bits = random_bits([coordinates], [0], [torch.tensor(0.0)])
-    half = whole.bfloat16()
+    half, indices = torch.zeros(1, 32, 64, dtype=torch.bfloat16), torch.zeros(1, 16, dtype=torch.int64)
     fused.accumulate([half], [half], bits=bits)
     taken = fused.take([half], [indices], [0.9], torch.bfloat16, gradients=[half], nesterov_factors=[0.9], bits=bits)
     fused.apply([half], [indices], taken, [0.1], [0.9], cautious=[half], factors=[torch.ones(1, 16)], bits=bits)
@@ -697,7 +714,7 @@ COMPILED = """
 
 
 def test_a_gpu_compiler_takes_them(tmp_path: Path) -> None:
-    """For an H100 or H200. Aligned memory is read 16 bytes at a time, and no product fuses with a sum."""
+    """No product fuses with a sum, aligned memory is read 16 bytes at a time; shapes and numbers compile nothing."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -705,10 +722,9 @@ def test_a_gpu_compiler_takes_them(tmp_path: Path) -> None:
         [sys.executable, "-c", textwrap.dedent(COMPILED)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    passes = ["accumulate", "take", "apply"]
-    aligned = ["accumulate", "take", "square_sums", "divide", "apply"]
-    printed = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, _ in printed] == ["accumulate", *aligned * 2, *passes]
-    assert [width for _, width in printed[:6]] == ["narrow", *["wide"] * 5]
-    assert dict(printed[6:11]) == dict.fromkeys(aligned, "wide") | {"take": "narrow"}  # single columns
-    assert {width for _, width in printed[11:]} == {"wide"}
+    passes = ["accumulate", "take", "square_sums", "divide", "apply"]
+    rows = dict.fromkeys(passes, "wide")
+    columns = rows | {"take": "narrow"}
+    printed = [tuple(line.split()) for line in done.stdout.splitlines()]
+    assert printed[:10] == [*rows.items(), *columns.items()]
+    assert printed[10:] == [("accumulate", "narrow"), ("accumulate", "wide"), ("take", "wide"), ("apply", "wide")]
