@@ -13,7 +13,7 @@ A step runs on fake CUDA tensors, so that it issues what a GPU would be given. E
 - A ``_foreach_`` operation is one operation where torch's multi-tensor kernels take its tensors, else one for each of
   them. A device may need several launches for one; so may a sort.
 - Products, with the factorizations among them, are counted apart, without what torch copies inside them.
-- Operators of the package's own kernels declare their bytes, see :func:`declared`. Each is one operation.
+- Operators of the package's own kernels declare their bytes, and how many launches each is, see :func:`declared`.
 
 What no rule knows is an error. Caches are left out, and so are memory transactions: a byte of a column counts as one,
 though a GPU fetches 32 at a time.
@@ -73,8 +73,9 @@ NAME, WIDTHS = 27, [max(len(phase) + 1, 7) for phase in PHASES]
 """Widths of the columns that are printed."""
 
 OWN_NAMESPACE = "dion2"
-OWN_TRAFFIC = "dion2_lightning.kernels.fused:traffic"
-"""What is asked about operators of that namespace: ``traffic(name, arguments, result) -> (bytes read, written)``."""
+OWN_KERNELS = "dion2_lightning.kernels.fused"
+"""What is asked about operators of that namespace: ``traffic(name, arguments, result) -> (bytes read, written)``, and
+``launches(name, arguments)``."""
 
 
 class UnknownOperationError(NotImplementedError):
@@ -214,10 +215,11 @@ def fused_adamw(call: Call) -> Traffic:
 def declared(call: Call) -> Traffic:
     """An operator of the package's own kernels says what it moves, given its name, all its arguments and its result."""
     try:
-        traffic = pkgutil.resolve_name(OWN_TRAFFIC)
+        traffic, launches = (pkgutil.resolve_name(f"{OWN_KERNELS}:{name}") for name in ("traffic", "launches"))
     except (ImportError, AttributeError) as error:
-        raise UnknownOperationError(f"{call.function} declares no bytes: {OWN_TRAFFIC} does not exist") from error
-    return Traffic(1, *traffic(_name(call.function), tuple(call.arguments.values()), call.result))
+        raise UnknownOperationError(f"{call.function} declares nothing: {OWN_KERNELS} has no such function") from error
+    name, arguments = _name(call.function), tuple(call.arguments.values())
+    return Traffic(launches(name, arguments), *traffic(name, arguments, call.result))
 
 
 FREE = {

@@ -475,6 +475,16 @@ def traffic(name: str, arguments: tuple[Any, ...], result: object = None) -> tup
     return _TRAFFIC[name](*arguments)
 
 
+def launches(name: str, arguments: tuple[Any, ...]) -> int:
+    """Return how many launches a call of the operator ``dion2::name`` takes, the copy of its table among them.
+
+    It is one for each memory order and dtype of the matrices, twice in ``normalize``; addresses and sizes that are not
+    multiples of 16 may add to that.
+    """
+    kinds = {(each.dtype, _runs_along(each), 1 in each.stride()[1:]) for each in arguments[0]}
+    return 1 + len(kinds) * (2 if name == "normalize" else 1)
+
+
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 

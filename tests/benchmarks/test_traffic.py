@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import traffic
 from benchmarks.fake_tensors import fake_tensors
-from benchmarks.step import LAYERS
+from benchmarks.step import LAYERS, TRANSPOSED
 from benchmarks.traffic import (
     OTHER,
     PHASES,
@@ -27,6 +27,7 @@ from benchmarks.traffic import (
     optimizers,
 )
 from dion2_lightning import Dion2
+from dion2_lightning.kernels import fused
 
 aten = torch.ops.aten
 
@@ -274,16 +275,17 @@ def test_operators_of_the_package_declare_their_bytes(monkeypatch: pytest.Monkey
         asked.append((name, arguments[1:], result.shape))
         return arguments[0].nbytes, arguments[0].nbytes + result.nbytes
 
-    monkeypatch.setitem(sys.modules, "dion2_lightning.kernels.fused", SimpleNamespace(traffic=declares))
-    assert counted(lambda: halve(OUT, offset=1.0)) == Traffic(1, 96, 96 + 16)
+    module = SimpleNamespace(traffic=declares, launches=lambda name, arguments: 3)
+    monkeypatch.setitem(sys.modules, "dion2_lightning.kernels.fused", module)
+    assert counted(lambda: halve(OUT, offset=1.0)) == Traffic(3, 96, 96 + 16)
     assert asked == [("halve_in_a_test", (1, 1.0), (4,))]
 
 
 def test_operators_that_declare_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownOperationError, match=r"elsewhere.halve_in_a_test.default has no rule"):
         counted(lambda: halve_elsewhere(OUT))
-    monkeypatch.setattr(traffic, "OWN_TRAFFIC", "dion2_lightning.kernels.absent:traffic")
-    with pytest.raises(UnknownOperationError, match=r"halve_in_a_test.default declares no bytes"):
+    monkeypatch.setattr(traffic, "OWN_KERNELS", "dion2_lightning.kernels.absent")
+    with pytest.raises(UnknownOperationError, match=r"halve_in_a_test.default declares nothing"):
         counted(lambda: halve(OUT))
 
 
@@ -348,6 +350,26 @@ def test_every_operation_of_the_package_has_a_rule(settings: dict[str, Any], dty
 
 
 # The table
+
+
+@pytest.mark.skipif(fused.unavailable(torch.device("cuda")) is not None, reason="Triton is not installed")
+@pytest.mark.parametrize("shapes", ["smollm2-135m", "gpt2", "llama-1b"])
+def test_fused_passes_move_fewer_bytes_than_adamw_in_launches_that_do_not_grow(shapes: str) -> None:
+    """At a quarter, at a fixed working memory; the products are bounded by the number of shapes."""
+
+    def build(params: list[Tensor]) -> torch.optim.Optimizer:
+        return Dion2([{"params": params, "transposed": TRANSPOSED[shapes]}], kernels="triton", working_memory=2**40)
+
+    counters = []
+    for layers in (2, 6, 30):
+        sizes = LAYERS[shapes] * layers
+        counter = count_step(build, sizes)
+        assert counter.beside_products.moved <= 28 * sum(rows * columns for rows, columns in sizes)
+        counters.append(counter)
+    assert len({counter.beside_products.operations for counter in counters}) == 1
+    assert counters[0].beside_products.operations <= 30
+    products = {counter.by_phase[PRODUCTS].operations for counter in counters}
+    assert len(products) == 1 and products.pop() <= 15 * len(set(LAYERS[shapes]))
 
 
 def test_main_prints_a_row_for_each_optimizer_and_writes_the_figures(
