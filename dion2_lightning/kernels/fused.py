@@ -67,9 +67,11 @@ Launch = tuple[dict[str, Any], int, int, list[int]]
 def _error(*, launches: bool) -> str | None:
     """Return why Triton cannot be imported, or cannot launch: for a GPU it needs a C compiler, and Python's headers."""
     try:
-        from dion2_lightning.kernels.triton_kernels import triton
+        from dion2_lightning.kernels import triton_kernels  # noqa: F401
 
         if launches:
+            import triton
+
             triton.runtime.driver.active.get_current_target()
     except Exception as error:  # of many kinds, by what is missing
         return f"{type(error).__name__}: {error}"
@@ -552,7 +554,7 @@ def _checked(
     shapes: Sequence[tuple[int, ...]] | None = None,
     device: torch.device | None = None,
 ) -> torch.device | None:
-    """Check stacks, of given shapes and on a given device if any, and return their device; None where there are none."""
+    """Check stacks, for shapes and a device if given, and return their device; None where there are no stacks."""
     _check_count(name, stacks, stacks if shapes is None else shapes)
     for number, stack in enumerate(stacks):
         if stack is None:
