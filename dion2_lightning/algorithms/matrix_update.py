@@ -413,9 +413,8 @@ def within_memory(slices: Sequence[SelectedSlices], context: StepContext) -> Ite
     single: list[SelectedSlices] = []
     for each in slices:
         size = max(1, context.working_memory // each.update.working_bytes)
-        starts = range(0, len(each.indices), size)
-        pieces = zip(starts, each.indices.split(size), strict=True)
-        single += [SelectedSlices(each.update, indices, each.first + start) for start, indices in pieces]
+        pieces = enumerate(each.indices.split(size))
+        single += [SelectedSlices(each.update, indices, each.first + number * size) for number, indices in pieces]
     return bounded(single, lambda each: len(each.indices) * each.update.working_bytes, context.working_memory)
 
 
