@@ -272,6 +272,7 @@ def _count_buckets(
     pairs = list(zip(of_matrices, owners, strict=True))
     return {
         dtype: count_buckets(
+            [flops(update.k, update.entries) for update, _ in equal],
             [owner for _, owner in equal],
             [update.k * update.entries * dtype.itemsize for update, _ in equal],
             [update.working_bytes for update, _ in equal],

@@ -11,8 +11,8 @@ from dion2_lightning.matrices.layout import group_by
 MAX_OVERLAPPED: Final = 3
 """Buckets that are made for overlap. What cannot overlap is sending the first and returning the last: a third each."""
 
-BUCKET_BYTES: Final = 2**25
-"""A bucket made for overlap has at least so many bytes a rank: between nodes, at 50 GB/s, they take 0.7 ms, about ten
+BUCKET_BYTES: Final = 2**24
+"""A bucket made for overlap has at least so many bytes a rank: between nodes, at 50 GB/s, they take 0.3 ms, several
 times what it takes to start two collectives more."""
 
 MESSAGE_BYTES: Final = 2**17
@@ -21,28 +21,43 @@ would wait for the network's latency, which more buckets multiply."""
 
 
 def count_buckets(
-    owners: Sequence[Hashable], sizes: Sequence[int], working: Sequence[int], ranks: int, working_memory: int
+    costs: Sequence[int],
+    owners: Sequence[Hashable],
+    sizes: Sequence[int],
+    working: Sequence[int],
+    ranks: int,
+    working_memory: int,
 ) -> int:
     """Return in how many buckets matrices travel: one where they are small, and never more than an owner has matrices.
 
-    Overlap asks for two or three. Memory asks for more where the work of an owner, and what is in flight beside it,
-    would take more than the working memory: while a bucket is orthonormalized, a rank's parts of its two neighbours
-    are there twice, as what it sends and as what it receives.
+    Overlap asks for two or three, where the work of the busiest owner can be divided so. Memory asks for more where
+    the work of an owner, and what is in flight beside it, would take more than the working memory, or than the largest
+    matrix: while a bucket is orthonormalized, a rank's parts of its two neighbours are there twice, as what it sends
+    and as what it receives.
 
     Args:
-        owners: Of each matrix.
+        costs: FLOPs of the work on each matrix.
+        owners: Of each.
         sizes: Bytes of each, on its way.
         working: Bytes that the work on each takes.
         ranks: How many share each by parts.
         working_memory: How many bytes a step may take.
     """
+    if not costs:
+        return 1
     parts = sum(sizes) // ranks
-    of_owner: Counter[Hashable] = Counter()
-    for owner, nbytes in zip(owners, working, strict=True):
-        of_owner[owner] += nbytes
-    for_overlap = min(MAX_OVERLAPPED, parts // max(BUCKET_BYTES, ranks * MESSAGE_BYTES))
-    for_memory = -(-(max(of_owner.values(), default=0) + 4 * parts) // working_memory)
-    return max(1, min(max(for_overlap, for_memory), max(Counter(owners).values(), default=0)))
+    divisible = max(_by_owner(owners, costs).values()) // max(costs)
+    for_overlap = min(MAX_OVERLAPPED, divisible, parts // max(BUCKET_BYTES, ranks * MESSAGE_BYTES))
+    needed = max(_by_owner(owners, working).values()) + 4 * parts
+    for_memory = -(-needed // max(working_memory, *working))
+    return max(1, min(max(for_overlap, for_memory), max(Counter(owners).values())))
+
+
+def _by_owner(owners: Sequence[Hashable], numbers: Sequence[int]) -> Counter[Hashable]:
+    totals: Counter[Hashable] = Counter()
+    for owner, number in zip(owners, numbers, strict=True):
+        totals[owner] += number
+    return totals
 
 
 @lru_cache(maxsize=256)

@@ -13,6 +13,9 @@ WHOLE = Case("fsdp2", layers=2, fraction=1.0, steps=1)
 PARTS = [replace(WHOLE, fraction=fraction) for fraction in (0.5, 0.25, 0.125)]
 QUARTER = PARTS[1]
 MORE_LAYERS = replace(QUARTER, layers=6)
+BUCKETS = replace(WHOLE, layers=8)
+"""An owner works on 14.2M entries with 24 bytes each, and has parts of as many in flight, 4 bytes four times: 2.1 times
+the 256 MiB of working memory."""
 TENSOR_PARALLEL = replace(QUARTER, layout="tp")
 REPLICATED = replace(QUARTER, layout="ddp")
 HYBRID = replace(QUARTER, layout="hsdp")
@@ -30,7 +33,7 @@ Measured = dict[Case, list[Traffic]]
 
 @pytest.fixture(scope="module")
 def on_2() -> Measured:
-    cases = [WHOLE, *PARTS, MORE_LAYERS, TENSOR_PARALLEL, REPLICATED, NORMALIZED, *SYNCHRONISED]
+    cases = [WHOLE, *PARTS, MORE_LAYERS, BUCKETS, TENSOR_PARALLEL, REPLICATED, NORMALIZED, *SYNCHRONISED]
     return dict(zip(cases, measure(2, cases), strict=True))
 
 
@@ -64,6 +67,13 @@ def test_norms_do_not_grow_with_the_ranks(on_2: Measured, on_4: Measured) -> Non
 def test_collectives_do_not_grow_with_the_layers(on_2: Measured) -> None:
     for traffic in (*on_2[QUARTER], *on_2[MORE_LAYERS]):
         assert traffic.calls == {"all-reduce": 1, "all-to-all": 2}
+
+
+def test_what_takes_more_than_the_working_memory_goes_in_buckets(on_2: Measured) -> None:
+    """As many bytes, in three times as many all-to-alls."""
+    for traffic in on_2[BUCKETS]:
+        assert traffic.calls == {"all-reduce": 1, "all-to-all": 2 * 3}
+    assert submatrices(on_2[BUCKETS]) == 4 * submatrices(on_2[WHOLE])
 
 
 def test_neurons_take_one_more_sum(on_2: Measured) -> None:
