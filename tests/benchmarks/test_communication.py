@@ -20,6 +20,7 @@ TENSOR_PARALLEL = replace(QUARTER, layout="tp")
 REPLICATED = replace(QUARTER, layout="ddp")
 HYBRID = replace(QUARTER, layout="hsdp")
 HYBRID_WHOLE = replace(WHOLE, layout="hsdp", dtype="bfloat16")
+HYBRID_BUCKETS = replace(HYBRID_WHOLE, layers=8)
 HALF_PRECISION = replace(WHOLE, dtype="bfloat16")
 NORMALIZED = replace(QUARTER, algorithm="dion3")
 FEW_SLICES = replace(HALF_PRECISION, fraction=0.125)  # 24 of a key's 192 rows: too few for products in bfloat16
@@ -39,7 +40,17 @@ def on_2() -> Measured:
 
 @pytest.fixture(scope="module")
 def on_4() -> Measured:
-    cases = [WHOLE, *PARTS, HYBRID, HYBRID_WHOLE, HALF_PRECISION, FEW_SLICES, *SYNCHRONISED, *SYNCHRONISED_SHARDS]
+    cases = [
+        WHOLE,
+        *PARTS,
+        HYBRID,
+        HYBRID_WHOLE,
+        HYBRID_BUCKETS,
+        HALF_PRECISION,
+        FEW_SLICES,
+        *SYNCHRONISED,
+        *SYNCHRONISED_SHARDS,
+    ]
     return dict(zip(cases, measure(4, cases), strict=True))
 
 
@@ -108,8 +119,11 @@ def test_replicas_sum_norms_like_shards(on_2: Measured) -> None:
 def test_simulation_predicts_what_is_counted(on_4: Measured) -> None:
     step = simulate(LAYERS["smollm2-135m"] * HALF_PRECISION.layers, Layout("", ranks=4), fraction=1.0)
     assert [traffic.submatrices for traffic in on_4[HALF_PRECISION]] == step.sent
-    hybrid = simulate(LAYERS["smollm2-135m"] * HYBRID_WHOLE.layers, Layout("", ranks=2, replicas=2), fraction=1.0)
-    assert [traffic.submatrices for traffic in on_4[HYBRID_WHOLE]] == hybrid.sent
+    for case, buckets in ((HYBRID_WHOLE, 1), (HYBRID_BUCKETS, 2)):
+        hybrid = simulate(LAYERS["smollm2-135m"] * case.layers, Layout("", ranks=2, replicas=2), fraction=1.0)
+        assert [traffic.submatrices for traffic in on_4[case]] == hybrid.sent
+        for traffic in on_4[case]:
+            assert traffic.calls == {"all-reduce": 1, "all-to-all": 2 * buckets, "all-gather": buckets}
 
 
 @pytest.mark.parametrize("case", COMPRESSED, ids=lambda case: f"{case.fraction:g}")

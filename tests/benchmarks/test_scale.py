@@ -204,9 +204,12 @@ def in_buckets(submatrix: Submatrix, buckets: list[int], cluster: Cluster) -> li
 def test_times_of_buckets_by_hand() -> None:
     """Each of two ranks owns two of four matrices, and sends its halves of the others'."""
     (together,) = in_buckets(HALVES, [0, 0, 0, 0], ONE_NODE)
-    assert vars(together) == pytest.approx({"exchange": 2.0, "products": [12.0, 12.0]})
+    assert together.exchange == pytest.approx(2.0)
+    assert together.products == pytest.approx([12.0, 12.0])
     first, second = in_buckets(HALVES, [0, 0, 1, 1], ONE_NODE)
-    assert vars(first) == vars(second) == pytest.approx({"exchange": 1.0, "products": [6.0, 6.0]})
+    assert vars(first) == vars(second)
+    assert first.exchange == pytest.approx(1.0)
+    assert first.products == pytest.approx([6.0, 6.0])
     late = replace(ONE_NODE, latency=1e6)
     assert in_buckets(HALVES, [0, 0, 0, 0], late)[0].exchange == pytest.approx(3.0)
 
@@ -281,7 +284,7 @@ def test_buckets_made_for_overlap_are_no_slower_than_one(model: str) -> None:
         )
         gains.append(one / many - 1)
     assert min(gains) >= 0.0
-    assert max(gains) > 0.1 or max(map(math.prod, shapes)) < 2**25
+    assert max(gains) > 0.1
 
 
 def test_table_of_buckets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,4 +296,4 @@ def test_table_of_buckets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     numbers = [float(each) for each in lines[-1].replace("|", " ").split()[2:7]]
     exchange, products, one, two, three = numbers
     assert one == pytest.approx(exchange + products, abs=0.02)
-    assert three < two < one
+    assert three <= two < one
