@@ -563,7 +563,7 @@ class MatrixOptimizer(Optimizer):
         self._is_agreed = True
 
     def _working_memory(self) -> int:
-        """How many bytes a step may take; the same on all ranks, which form the same batches."""
+        """How many bytes a step may take; the same on all ranks, which form the same batches and buckets."""
         if self.working_memory is not None:
             return self.working_memory
         held = sum(parameter.nbytes // number_of_parts(parameter) for _, parameter, _ in self._labelled())
