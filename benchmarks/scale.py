@@ -2,6 +2,7 @@
 
     python -m benchmarks.scale --models llama-3-8b llama-3-405b --ranks 8 64 4096 --algorithm dion3
     python -m benchmarks.scale --between 1 10 25 50 100 400
+    python -m benchmarks.scale --buckets --models llama-3-8b llama-3-405b
 
 The package's own planner counts, assigns the owners and says who holds which part. Assumed is that the selected slices
 spread evenly over a matrix; at fraction 1, which is Muon, there is nothing to assume. Only matrices count: embeddings
@@ -23,18 +24,26 @@ between them: that of the model and of the optimizer by assumed rates, and that 
 count nothing, nor does attention besides its matrices. An all-reduce is a ring, in which a rank sends 2 (n - 1) / n of
 the buffer. Dion's replicas each do all of the work. Dion2 is there twice: where its planner decides whether replicas
 share the work, and "alone", with ``share_replicas=False``.
+
+With ``--buckets`` the time of the exchange with owners under FSDP2 is computed, products included, in one
+bucket of matrices, in two and three, and in as many as a step plans. Buckets go in the order of the package's own
+schedule. An all-to-all begins when every rank has come to it and the one before has ended, and ends on all ranks when
+the last has sent and received everything: one message to each other rank, one after the other, and bytes by bandwidth,
+those within a node beside those between nodes. Products take no time from messages, nor the other way round. Passes
+over all entries, the all-reduces, and experts that stay whole are left out: they are the same in any number of buckets.
 """
 
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from dion2_lightning import costs
+from dion2_lightning.algorithms.algorithm import default_working_memory
 from dion2_lightning.costs import (
     ADAMW_FLOPS,
     DION2_FLOPS,
@@ -42,10 +51,14 @@ from dion2_lightning.costs import (
     SELECTED_FLOPS,
     SUM_BYTES,
     Submatrix,
+    plan_buckets,
     ring,
     shard,
     shared_work,
 )
+from dion2_lightning.distributed.buckets import assign_buckets
+from dion2_lightning.distributed.overlap import IN_FLIGHT, staggered
+from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.selection import selected_count
 from dion2_lightning.matrices.views import read_matrices
 
@@ -162,13 +175,24 @@ def submatrix(shape: Shape, fraction: float, ranks: int, algorithm: str = "dion2
     return costs.submatrix(matrices, axis, k, tuple(shard(shape[-2], ranks)), is_rows=True)
 
 
-def simulate(shapes: Sequence[Shape], layout: Layout, fraction: float, algorithm: str = "dion2") -> Step:
-    """Return what every rank computes and sends in one step on parameters of these shapes."""
+def shared_submatrices(shapes: Sequence[Shape], layout: Layout, fraction: float, algorithm: str) -> list[Submatrix]:
+    """Return what is selected of all matrices that ranks share."""
     shared: list[Submatrix] = []
     for shape in shapes:
         if not stays_whole(shape, layout):
             shared += [submatrix(shape, fraction, layout.ranks, algorithm)] * math.prod(shape[:-2])
-    owned, sent = shared_work(shared, layout.ranks, layout.replicas)
+    return shared
+
+
+def working_memory(shapes: Sequence[Shape], layout: Layout) -> int:
+    """Return the bytes of working memory that a step has by default, where weights are float32."""
+    return default_working_memory(4 * sum(math.prod(shape) // layout.ranks for shape in shapes))
+
+
+def simulate(shapes: Sequence[Shape], layout: Layout, fraction: float, algorithm: str = "dion2") -> Step:
+    """Return what every rank computes and sends in one step on parameters of these shapes."""
+    shared = shared_submatrices(shapes, layout, fraction, algorithm)
+    owned, sent = shared_work(shared, layout.ranks, layout.replicas, working_memory(shapes, layout))
     work = list(owned)
     for shape, copies in Counter(shapes).items():
         own = own_flops(shape, layout, fraction, algorithm)
@@ -273,18 +297,39 @@ def report(model: str, algorithm: str, fraction: float, ranks: Sequence[int], gr
 
 
 def assumed(default: Any, text: str) -> Any:
-    """Declare a field of :class:`SlowNetwork`, and an argument of the command line."""
+    """Declare something assumed: a field, and an argument of the command line."""
     return field(default=default, metadata={"text": text})
 
 
 @dataclass(frozen=True)
-class SlowNetwork:
+class Processor:
+    """What is assumed of a GPU."""
+
+    peak: float = assumed(989.0, "TFLOP/s, the GPU's peak in bfloat16")
+    mfu: float = assumed(0.4, "of the peak reached by the model, and by Dion2's products")
+
+    @property
+    def rate(self) -> float:
+        """FLOPs that the model and Dion2's products do in a second."""
+        return self.peak * self.mfu * 1e12
+
+
+@dataclass(frozen=True)
+class Cluster(Processor):
+    """What is assumed of nodes of several GPUs, and of the network."""
+
+    node: int = assumed(8, "GPUs of a node")
+    inside: float = assumed(3600.0, "Gbit/s that a GPU sends, and receives, within its node")
+    outside: float = assumed(400.0, "Gbit/s that it sends, and receives, beside that to and from other nodes")
+    latency: float = assumed(2.0, "us that a message takes besides its bytes")
+
+
+@dataclass(frozen=True)
+class SlowNetwork(Processor):
     """What is assumed of replicas of one GPU each, and of the network between them."""
 
     replicas: int = assumed(8, "replicas, of one GPU each")
     tokens: int = assumed(65536, "tokens of a replica in a step")
-    peak: float = assumed(989.0, "TFLOP/s, the GPU's peak in bfloat16")
-    mfu: float = assumed(0.4, "of the peak reached by the model, and by Dion2's products")
     float32: float = assumed(40.0, "TFLOP/s of Dion's products, in float32")
     qr: float = assumed(1.0, "TFLOP/s of Dion's exact QR, in float32")
     memory: float = assumed(3.35, "TB/s of memory")
@@ -344,7 +389,7 @@ def replica_steps(
     steps = {"AdamW": ReplicaStep(moving("adamw"), gradients)}
     for name, sharing in (("Dion2", replicas), ("Dion2, alone", 1)):
         simulated = simulate(shapes, Layout("", ranks=1, replicas=sharing), fraction)
-        products = max(simulated.owned) / (network.peak * network.mfu * 1e12)
+        products = max(simulated.owned) / network.rate
         norms = ring(sum_bytes(shapes, Layout("", 1), fraction, "dion2"), sharing)
         seconds = moving("dion2", MOVED_SELECTED * fraction) + products
         steps[name] = ReplicaStep(seconds, gradients, max(simulated.sent) + norms)
@@ -361,7 +406,7 @@ def replica_steps(
 
 def model_seconds(parameters: int, network: SlowNetwork) -> float:
     """Return the time of a forward and a backward pass: 6 FLOPs a parameter and token."""
-    return 6 * parameters * network.tokens / (network.peak * network.mfu * 1e12)
+    return 6 * parameters * network.tokens / network.rate
 
 
 def step_seconds(step: ReplicaStep, model: float, network: SlowNetwork, bandwidth: float) -> float:
@@ -382,6 +427,15 @@ def break_even(compressed: ReplicaStep, full: ReplicaStep, model: float, network
     return low
 
 
+A = TypeVar("A", bound=Processor)
+
+
+def print_assumptions(assumptions: Processor) -> None:
+    """Print a line for each."""
+    for each in fields(assumptions):
+        print(f"  {getattr(assumptions, each.name):<8g}{each.metadata['text']}")
+
+
 def report_slow_network(model: str, fraction: float, network: SlowNetwork, bandwidths: Sequence[float]) -> None:
     """Print a table of one model: what each optimizer needs, and its time of a step at each bandwidth."""
     shapes, others = parameters(model), BESIDES_MATRICES[model]
@@ -389,8 +443,7 @@ def report_slow_network(model: str, fraction: float, network: SlowNetwork, bandw
     model_time = model_seconds(count, network)
     steps = replica_steps(shapes, others, fraction, network)
     print(f"\n{model}, {count / 1e9:.2f}B parameters; fractions and ranks of {fraction:g}. Assumed:")
-    for each in fields(network):
-        print(f"  {getattr(network, each.name):<8g}{each.metadata['text']}")
+    print_assumptions(network)
     print(f"{'':24}{''.join(f'{name:>18}' for name in steps)}")
 
     def line(title: str, numbers: Sequence[float], marked: bool = False) -> None:
@@ -410,6 +463,117 @@ def report_slow_network(model: str, fraction: float, network: SlowNetwork, bandw
     print("* the fastest; the last line is in Gbit/s")
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """What a bucket of matrices takes.
+
+    Attributes:
+        exchange: Seconds of its all-to-all to the owners, and of that back.
+        products: Seconds of orthonormalizing what each rank owns of it.
+    """
+
+    exchange: float
+    products: list[float]
+
+
+def buckets_of(
+    submatrices: Sequence[Submatrix], owners: Sequence[Owner], buckets: Sequence[int], ranks: int, cluster: Cluster
+) -> list[Bucket]:
+    """Return what each bucket takes, given the owner and the bucket of each submatrix."""
+    result = []
+    for number in sorted(set(buckets)):
+        owned: Counter[tuple[Submatrix, int]] = Counter()
+        for each, owner, bucket in zip(submatrices, owners, buckets, strict=True):
+            owned[each, owner.rank] += bucket == number
+        result.append(_bucket(owned, ranks, cluster))
+    return result
+
+
+def _bucket(owned: Counter[tuple[Submatrix, int]], ranks: int, cluster: Cluster) -> Bucket:
+    """What a bucket takes, given how many submatrices of a kind each rank owns of it."""
+    products = [0] * ranks
+    sent_inside, received_inside, sent_outside, received_outside = ([0] * ranks for _ in range(4))
+    nodes = [range(start, min(ranks, start + cluster.node)) for start in range(0, ranks, cluster.node)]
+    for kind in {kind for kind, _ in owned}:
+        everywhere = sum(owned[kind, rank] for rank in range(ranks))
+        for node in nodes:
+            in_node, held = sum(owned[kind, rank] for rank in node), sum(kind.held[rank] for rank in node)
+            for rank in node:
+                mine, part = owned[kind, rank], kind.held[rank]
+                products[rank] += mine * kind.cost
+                sent_inside[rank] += (in_node - mine) * part * kind.itemsize
+                sent_outside[rank] += (everywhere - in_node) * part * kind.itemsize
+                received_inside[rank] += mine * (held - part) * kind.itemsize
+                received_outside[rank] += mine * (kind.size - held) * kind.itemsize
+    inside, outside = max(*sent_inside, *received_inside), max(*sent_outside, *received_outside)
+    bytes_take = 8e-9 * max(inside / cluster.inside, outside / cluster.outside)
+    messages_take = 1e-6 * cluster.latency * (ranks - 1)
+    return Bucket(bytes_take + messages_take, [flops / cluster.rate for flops in products])
+
+
+class Timeline:
+    """When the ranks and the network have done what they were given so far, in seconds.
+
+    Attributes:
+        ranks: By rank.
+        network: Of all ranks together.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = [0.0] * ranks
+        self.network = 0.0
+
+    def all_to_all(self, seconds: float) -> float:
+        """Begin one when all ranks have come to it; return when it ends."""
+        self.network = max(self.network, *self.ranks) + seconds
+        return self.network
+
+    def exchange(self, bucket: Bucket) -> Generator[None, object, None]:
+        """Do what a step does with a bucket."""
+        arrived = self.all_to_all(bucket.exchange)
+        yield IN_FLIGHT
+        self.ranks = [max(free, arrived) + own for free, own in zip(self.ranks, bucket.products, strict=True)]
+        returned = self.all_to_all(bucket.exchange)
+        yield IN_FLIGHT
+        self.ranks = [max(free, returned) for free in self.ranks]
+
+
+def exchange_seconds(buckets: Sequence[Bucket]) -> float:
+    """Return the time of an exchange with owners, products included, in the order in which a step goes over buckets."""
+    timeline = Timeline(len(buckets[0].products))
+    for _ in staggered([timeline.exchange(bucket) for bucket in buckets]):
+        pass
+    return max(timeline.ranks)
+
+
+def planned_owners(submatrices: Sequence[Submatrix], ranks: int) -> tuple[Owner, ...]:
+    """Return the owner of each submatrix under FSDP2."""
+    sizes = tuple(each.size * each.itemsize for each in submatrices)
+    return plan_owners(tuple(each.cost for each in submatrices), sizes, ranks, 1, None)
+
+
+def report_buckets(model: str, algorithm: str, fraction: float, ranks: Sequence[int], cluster: Cluster) -> None:
+    """Print a table of one model: exchange and products alone, and both together by the number of buckets."""
+    shapes = parameters(model)
+    print(f"\n{model}, {TITLES[algorithm]} at {fraction:g}, in ms")
+    print(f"{'':20}  exchange  products |  1 bucket         2         3 |{'planned':>16}    gain")
+    for layout in layouts(shapes, ranks, ()):
+        submatrices = shared_submatrices(shapes, layout, fraction, algorithm)
+        owners, costs = planned_owners(submatrices, layout.ranks), tuple(each.cost for each in submatrices)
+        planned = plan_buckets(submatrices, owners, layout.ranks, working_memory(shapes, layout))
+        plans = [
+            buckets_of(submatrices, owners, assigned, layout.ranks, cluster)
+            for assigned in (*(assign_buckets(costs, owners, number) for number in (1, 2, 3)), planned)
+        ]
+        (together,) = plans[0]
+        times = [2 * together.exchange, max(together.products), *map(exchange_seconds, plans)]
+        exchange, products, one, two, three, as_planned = (1e3 * seconds for seconds in times)
+        print(
+            f"{layout.name:20}{exchange:10.2f}{products:10.2f} |{one:10.2f}{two:10.2f}{three:10.2f}"
+            f" |{len(plans[-1]):6}{as_planned:10.2f}{1 - as_planned / one:8.0%}"
+        )
+
+
 def main() -> None:
     """Simulate what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -419,17 +583,31 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2**power for power in range(3, 13)])
     parser.add_argument("--groups", type=int, nargs="*", default=[8, 64], help="shard groups of HSDP (default: 8 64)")
     parser.add_argument("--between", type=float, nargs="+", help="Gbit/s between replicas: times of a whole step")
-    assumptions = parser.add_argument_group("what --between assumes")
-    for each in fields(SlowNetwork):
-        flag, text = f"--{each.name.replace('_', '-')}", f"{each.metadata['text']} (default: {each.default})"
-        assumptions.add_argument(flag, type=type(each.default), default=each.default, help=text)
+    parser.add_argument("--buckets", action="store_true", help="times of the exchange with owners, by bucket")
+    assumptions = parser.add_argument_group("what --between and --buckets assume")
+    for name, each in {each.name: each for kind in (SlowNetwork, Cluster) for each in fields(kind)}.items():
+        text = f"{each.metadata['text']} (default: {each.default})"
+        assumptions.add_argument(
+            f"--{name.replace('_', '-')}", type=type(each.default), default=each.default, help=text
+        )
     arguments = parser.parse_args()
+
+    def assumed_of(kind: type[A]) -> A:
+        return kind(**{each.name: getattr(arguments, each.name) for each in fields(kind)})
+
     if arguments.between:
-        network = SlowNetwork(**{each.name: getattr(arguments, each.name) for each in fields(SlowNetwork)})
+        network = assumed_of(SlowNetwork)
         for model in arguments.models or BESIDES_MATRICES:
             if model not in BESIDES_MATRICES:
                 parser.error(f"--between needs a model that fits on one GPU: {', '.join(BESIDES_MATRICES)}")
             report_slow_network(model, arguments.fraction, network, arguments.between)
+        return
+    if arguments.buckets:
+        cluster = assumed_of(Cluster)
+        print("Assumed:")
+        print_assumptions(cluster)
+        for model in arguments.models or MODELS:
+            report_buckets(model, arguments.algorithm, arguments.fraction, arguments.ranks, cluster)
         return
     for model in arguments.models or MODELS:
         report(model, arguments.algorithm, arguments.fraction, arguments.ranks, arguments.groups)

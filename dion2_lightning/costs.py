@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS
-from dion2_lightning.distributed.owners import plan_owners
+from dion2_lightning.algorithms.algorithm import default_working_memory
+from dion2_lightning.algorithms.matrix_update import WORKING_BYTES
+from dion2_lightning.distributed.buckets import assign_buckets, count_buckets
+from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormal_columns import sketch_rows
 from dion2_lightning.kernels.orthonormalize import flops
 from dion2_lightning.matrices.layout import Span, group_by
@@ -235,20 +238,37 @@ def submatrix(
     return Submatrix(flops(k, entries), sizes, itemsize)
 
 
-def shared_work(submatrices: Sequence[Submatrix], ranks: int, replicas: int) -> tuple[list[int], list[int]]:
+def plan_buckets(
+    submatrices: Sequence[Submatrix], owners: tuple[Owner, ...], ranks: int, working_memory: int
+) -> tuple[int, ...]:
+    """Return in which bucket each submatrix travels, as a step plans it for a working memory in bytes."""
+    flops_of_each = tuple(each.cost for each in submatrices)
+    count = count_buckets(
+        flops_of_each,
+        owners,
+        [each.size * each.itemsize for each in submatrices],
+        [each.size * WORKING_BYTES for each in submatrices],
+        ranks,
+        working_memory,
+    )
+    return assign_buckets(flops_of_each, owners, count)
+
+
+def shared_work(
+    submatrices: Sequence[Submatrix], ranks: int, replicas: int, working_memory: int
+) -> tuple[list[int], list[int]]:
     """Plan owners; return by rank the FLOPs of what it owns, and the bytes it sends.
 
     It sends its parts to the owners in its replica, results as an owner, and results to the other replicas, where these
-    share the work: as many bytes as the replica with the most has.
+    share the work: as many bytes as the replica with the most has, in each of the buckets that they travel in.
     """
     nbytes = tuple(each.size * each.itemsize for each in submatrices)
     owners = plan_owners(tuple(each.cost for each in submatrices), nbytes, ranks, replicas, None)
     if owners and owners[0].replica is None and replicas > 1:
-        work, sent = shared_work(submatrices, ranks, 1)
+        work, sent = shared_work(submatrices, ranks, 1, working_memory)
         return work * replicas, sent * replicas
     owned = Counter((each, replica or 0, rank) for each, (replica, rank) in zip(submatrices, owners, strict=True))
     work, sent = [0] * (ranks * replicas), [0] * (ranks * replicas)
-    results = [[0] * replicas for _ in range(ranks)]
     for kind in set(submatrices):
         for replica in range(replicas):
             of_rank = [owned[kind, replica, rank] for rank in range(ranks)]
@@ -256,9 +276,22 @@ def shared_work(submatrices: Sequence[Submatrix], ranks: int, replicas: int) -> 
                 position = replica * ranks + rank
                 work[position] += mine * kind.cost
                 sent[position] += ((sum(of_rank) - mine) * held + mine * (kind.size - held)) * kind.itemsize
-                results[rank][replica] += sum(of_rank) * held * kind.itemsize
-    gathered = [(replicas - 1) * max(each) for each in results] * replicas
-    return work, [own + padded for own, padded in zip(sent, gathered, strict=True)]
+    if replicas == 1:
+        return work, sent
+    buckets = plan_buckets(submatrices, owners, ranks, working_memory)
+    of_replicas: dict[int, list[Counter[Submatrix]]] = {each: [Counter() for _ in range(replicas)] for each in buckets}
+    for each, owner, bucket in zip(submatrices, owners, buckets, strict=True):
+        of_replicas[bucket][owner.replica or 0][each] += 1
+
+    def gathered(rank: int) -> int:
+        """Return the bytes of its parts, padded to those of the replica with the most."""
+        return sum(
+            max(sum(count * kind.held[rank] * kind.itemsize for kind, count in results.items()) for results in bucket)
+            for bucket in of_replicas.values()
+        )
+
+    padded = [(replicas - 1) * gathered(rank) for rank in range(ranks)] * replicas
+    return work, [own + more for own, more in zip(sent, padded, strict=True)]
 
 
 def dion_flops(shape: tuple[int, ...], rank: int) -> tuple[int, int]:
@@ -293,12 +326,15 @@ def gradient_bytes(placed: Sequence[Placed], layout: Layout) -> int:
 def step_costs(placed: Sequence[Placed], layout: Layout) -> Costs:
     """Return what a step takes of one rank, the one with the most."""
     total = Costs(state_bytes(placed, layout), 0, 0, 0, 0, 0)
+    parts_of = (layout.shards if each.dim is not None else 1 for each in placed)
+    held = sum(each.parameter.nbytes // parts for each, parts in zip(placed, parts_of, strict=True))
+    working_memory = default_working_memory(held)
     for algorithm in dict.fromkeys(each.group["algorithm"] for each in placed):
         members = [each for each in placed if each.group["algorithm"] == algorithm]
         sliced = [each for each in members if any(one.selected for one in each.observed)]
         low_rank = [each for each in members if any(one.rank for one in each.observed)]
         rest = [each for each in members if not each.observed]
-        parts = [_sliced(sliced, layout), _low_rank(low_rank, layout)]
+        parts = [_sliced(sliced, layout, working_memory), _low_rank(low_rank, layout)]
         parts.append(Costs(0, 0, 0, ADAMW_FLOPS * sum(each.entries(layout) for each in rest), 0, 0))
         total = Costs(*(sum(numbers) for numbers in zip(total, *parts, strict=True)))
     return total
@@ -339,7 +375,7 @@ def _inside(block: Block, place: int, edges: Sequence[Span]) -> tuple[Span, ...]
     return tuple((inside(start), inside(stop)) for start, stop in edges)
 
 
-def _sliced(placed: Sequence[Placed], layout: Layout) -> Costs:
+def _sliced(placed: Sequence[Placed], layout: Layout, working_memory: int) -> Costs:
     """Of what selects slices and orthonormalizes them, by owners where ranks share a matrix or hold replicas."""
     products = elementwise = sums = sent = 0
     # Matrices that ranks share by parts, and those of which only replicas hold the same, take separate messages.
@@ -359,7 +395,7 @@ def _sliced(placed: Sequence[Placed], layout: Layout) -> Costs:
                     neurons += count * (k if axis == OUTPUT_AXIS else entries)
                 for copies, held, is_rows in each.held(matrices, layout):
                     submatrices += [submatrix(matrices, axis, k, held, is_rows, each.itemsize)] * copies
-        work, nbytes = shared_work(submatrices, ranks, layout.replicas)
+        work, nbytes = shared_work(submatrices, ranks, layout.replicas, working_memory)
         products, sent = products + max(work), sent + max(nbytes)
         sums += round(ring(SUM_BYTES * (1 + len(members) + norms), ranks * layout.replicas))
         sums += round(ring(SUM_BYTES * (1 + neurons), ranks)) if neurons else 0

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
-from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StateTensor, StepContext
+from dion2_lightning.algorithms.algorithm import (
+    Algorithm,
+    Member,
+    Observer,
+    StateTensor,
+    StepContext,
+    default_working_memory,
+)
 from dion2_lightning.algorithms.hyperparameters import flag, one_of, plain, positive, positive_integer
 from dion2_lightning.compressed import (
     CompressedReplicas,
@@ -61,12 +68,6 @@ if TYPE_CHECKING:  # some builds of torch have no process groups
 
 NOT_SETTINGS: Final = ("params", "param_names", "initial_lr")
 """Entries of groups that say nothing about the update."""
-
-WORKING_SHARE: Final = 0.15
-"""Working memory of a step, as a share of the weights' bytes."""
-
-MIN_WORKING_MEMORY: Final = 2**28
-"""And at least so much: small models are stepped in one turn."""
 
 NOT_COPIED: Final = {
     "process_group": "its process group, so it updates redundantly on every rank",
@@ -576,11 +577,11 @@ class MatrixOptimizer(Optimizer):
         self._is_agreed = True
 
     def _working_memory(self) -> int:
-        """How many bytes a step may take; the same on all ranks, which form the same batches."""
+        """How many bytes a step may take; the same on all ranks, which form the same batches and buckets."""
         if self.working_memory is not None:
             return self.working_memory
         held = sum(parameter.nbytes // number_of_parts(parameter) for _, parameter, _ in self._labelled())
-        return max(int(WORKING_SHARE * held), MIN_WORKING_MEMORY)
+        return default_working_memory(held)
 
     def _ranks(self) -> RanksAround:
         """The ranks that have a part or a replica of what this one has."""

@@ -42,6 +42,12 @@ STORAGE: Final[dict[str, tuple[Any, Check]]] = {
 }
 """Entries of a group that say how its matrices are stored, with their defaults and checks."""
 
+WORKING_SHARE: Final = 0.15
+"""Working memory of a step, as a share of the weights' bytes."""
+
+MIN_WORKING_MEMORY: Final = 2**28
+"""And at least so much: small models are stepped in one turn."""
+
 
 class Observer(Protocol):
     """What receives the events of a step; see :class:`~dion2_lightning.SelectionTracker`.
@@ -157,6 +163,11 @@ class Member(NamedTuple):
     group: Mapping[str, Any]
     label: str
     name: str
+
+
+def default_working_memory(held: int) -> int:
+    """Return how many bytes a step may take beside state and gradients, given the bytes of weights on a rank."""
+    return max(int(WORKING_SHARE * held), MIN_WORKING_MEMORY)
 
 
 @dataclass

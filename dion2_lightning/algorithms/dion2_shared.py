@@ -9,12 +9,16 @@ There are two ways to share a matrix, which combine:
 
 Under HSDP a group shares a matrix by parts, and there are replicas of the group: owners are assigned over all of them,
 a submatrix travels inside its owner's replica, and the results are then gathered by the other replicas.
+
+What is left after the selection is done in buckets of matrices: while one is orthonormalized, the next travels to the
+owners, and the results of the last travel back.
 """
 
-import itertools
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -40,8 +44,9 @@ from dion2_lightning.algorithms.matrix_update import (
     take,
 )
 from dion2_lightning.algorithms.shared import nonzero_gradients, with_gradient
+from dion2_lightning.distributed.buckets import assign_buckets, count_buckets
 from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
-from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
+from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep, staggered
 from dion2_lightning.distributed.owner_exchange import OwnerExchange, SharedSubmatrix
 from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormalize import flops
@@ -63,7 +68,10 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     own_sums = _accumulate(updates, replicas, rank)
     everyone = group if replicas is None else replicas.everyone
     assert everyone is not None
-    checksum = zlib.crc32(repr((context.settings_checksum, [update.checksum() for update in updates])).encode())
+    owners_of = partial(_owners, group=group, replicas=replicas, share_replicas=context.share_replicas)
+    buckets = _count_buckets(updates, owners_of(updates), group, context)
+    settings = context.settings_checksum, list(buckets.values()), [update.checksum() for update in updates]
+    checksum = zlib.crc32(repr(settings).encode())
     has_gradient = [update.has_gradient for update in updates]
     nonzero = nonzero_gradients(updates)
     sums = [*own_sums, *nonzero.values()]
@@ -88,15 +96,14 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
         is_complete = (header.narrow(0, 1, len(header) - 1) % replicas.count == 0).all()
         torch._assert_async(is_complete, "some replicas lack gradients that others have")
 
-    # What is left of the box, for all submatrices of one precision together.
-    owners = _owners(
-        [update for update in updates for _ in range(len(places[update]))], group, replicas, context.share_replicas
-    )
-    parts = [part for update in updates for part in _parts(update, places[update], edges.get(update), rank, owners)]
-    precisions = group_by(parts, lambda part: part.update.dtype).values()
-    exchanges = [_update_by_owners(its_parts, group, replicas, places, context) for its_parts in precisions]
-    for _ in itertools.zip_longest(*exchanges):
-        yield IN_FLIGHT
+    # What is left of the box, for all submatrices of a bucket together; one bucket a pause behind the other.
+    exchanges, seen = [], set[MatrixUpdate]()
+    for bucket in _buckets(updates, places, owners_of(updates), buckets):
+        parts = [part for run in bucket for part in _parts(run, edges.get(run.update), rank)]
+        first = [update for update in dict.fromkeys(run.update for run in bucket) if update not in seen]
+        seen.update(first)
+        exchanges.append(_update_by_owners(parts, first, group, replicas, context))
+    yield from staggered(exchanges)
     for update in updates:
         record_selection(update, *selected[update], context)
         update.write_back()
@@ -104,34 +111,50 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Part(SelectedSlices):
-    """This rank's part of consecutive matrices of an update, of which it holds equally many selected slices.
+class _Run(SelectedSlices):
+    """What is selected of consecutive matrices of an update that travel in one bucket, on all ranks together.
 
     Attributes:
+        owners: The owner of each.
+    """
+
+    owners: Sequence[Owner]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Part(SelectedSlices):
+    """This rank's part of consecutive matrices of a run, of which it holds equally many selected slices.
+
+    Attributes:
+        run: The run.
         start: Which of the k selected slices is the first that this rank holds.
         left: Which of the m entries of a slice is the first that this rank holds.
         submatrices: The submatrices that it is a part of.
     """
 
+    run: _Run
     start: int
     left: int
     submatrices: list[SharedSubmatrix]
 
     def of_neurons(self, tensor: Tensor) -> Tensor:
-        """View its part of a tensor about the neurons of O, of all the parameter's matrices."""
+        """View its part of a tensor about the neurons of O, of all matrices of the run."""
         rows, columns = self.submatrices[0].own_shape
         start, length = (self.start, rows) if self.update.slices_are_neurons else (self.left, columns)
-        return self.of_matrices(tensor).narrow(1, start, length)
+        return tensor.narrow(0, self.first - self.run.first, len(self.indices)).narrow(1, start, length)
 
 
 def _update_by_owners(
     parts: Sequence[_Part],
+    first: Sequence[MatrixUpdate],
     group: "dist.ProcessGroup | None",
     replicas: Replicas | None,
-    places: dict[MatrixUpdate, Tensor],
     context: StepContext,
 ) -> Generator[None, object, None]:
-    """Take S, have it orthonormalized by its owners and apply O, for parts of one precision."""
+    """Take S, have it orthonormalized by its owners and apply O, for the parts of one bucket.
+
+    ``first`` are the updates that no earlier bucket has matrices of: their weights decay here.
+    """
     submatrices = [submatrix for part in parts for submatrix in part.submatrices]
     update_of = [part.update for part in parts for _ in part.submatrices]
     exchange = OwnerExchange(submatrices, group, replicas, update_of[0].dtype, update_of[0].device)
@@ -143,48 +166,49 @@ def _update_by_owners(
 
     # O of the submatrices that this rank owns, back to those who hold parts. X <- (1 - lr weight_decay) X meanwhile.
     owned = [update_of[index] for index in exchange.owned]
-    results = polar_factors([submatrix.unsqueeze(0) for submatrix in receive()], owned, context)
-    for update, result in zip(owned, results, strict=True):
-        show_result(update, result, context)
-    receive = exchange.from_owners([result.squeeze(0) for result in results])
+    receive = exchange.from_owners(_orthonormalized(receive(), owned, context))
     if group is not None and replicas is not None:
         yield IN_FLIGHT
     receive = exchange.to_replicas(receive)
-    shrink(list(dict.fromkeys(update_of)))
+    shrink(first)
     yield IN_FLIGHT
 
     # X[K] <- X[K] - lr scale O.
     returned = iter(receive())
     results = [concatenate([next(returned).unsqueeze(0) for _ in part.submatrices]) for part in parts]
-    factors = yield from _neuron_factors(parts, results, group, places, context)
-    its_factors = [part.of_neurons(factors[part.update]) if part.update in factors else None for part in parts]
+    factors = yield from _neuron_factors(parts, results, group, context)
+    its_factors = [part.of_neurons(factors[part.run]) if part.run in factors else None for part in parts]
     apply(parts, results, its_factors, context)
 
 
+def _orthonormalized(
+    submatrices: Sequence[Tensor], updates: Sequence[MatrixUpdate], context: StepContext
+) -> list[Tensor]:
+    """O of whole submatrices (k, m), given the update of each."""
+    results = polar_factors([submatrix.unsqueeze(0) for submatrix in submatrices], updates, context)
+    for update, result in zip(updates, results, strict=True):
+        show_result(update, result, context)
+    return [result.squeeze(0) for result in results]
+
+
 def _neuron_factors(
-    parts: Sequence[_Part],
-    results: Sequence[Tensor],
-    group: "dist.ProcessGroup | None",
-    places: dict[MatrixUpdate, Tensor],
-    context: StepContext,
-) -> Generator[None, object, dict[MatrixUpdate, Tensor]]:
+    parts: Sequence[_Part], results: Sequence[Tensor], group: "dist.ProcessGroup | None", context: StepContext
+) -> Generator[None, object, dict[SelectedSlices, Tensor]]:
     """What the neurons of O are multiplied by, where they are normalized: from the sums of squares of all parts."""
-    sums: dict[MatrixUpdate, Tensor] = {}
+    sums: dict[SelectedSlices, Tensor] = {}
     for part, result in zip(parts, results, strict=True):
-        update = part.update
+        run, update = part.run, part.update
         if update.neuron_beta is None:
             continue
-        if update not in sums:
-            shape = (update.count, update.k if update.slices_are_neurons else update.entries)
-            sums[update] = torch.zeros(shape, dtype=torch.float64, device=result.device)
-        part.of_neurons(sums[update]).copy_(neurons.square_sums(update, result))
+        if run not in sums:
+            shape = (len(run.indices), update.k if update.slices_are_neurons else update.entries)
+            sums[run] = torch.zeros(shape, dtype=torch.float64, device=result.device)
+        part.of_neurons(sums[run]).copy_(neurons.square_sums(update, result))
     if sums and group is not None:
         receive = sum_over_ranks([group], 0, (), list(sums.values()), results[0].device)
         yield IN_FLIGHT
         sums = dict(zip(sums, receive()[1], strict=True))
-    whole = {update: SelectedSlices(update, places[update]) for update in sums}
-    factors = neurons.factors({each: sums[update] for update, each in whole.items()}, context)
-    return {update: factors[each] for update, each in whole.items()}
+    return neurons.factors(sums, context)
 
 
 def _accumulate(updates: Sequence[MatrixUpdate], replicas: Replicas | None, rank: int) -> list[Tensor]:
@@ -220,43 +244,101 @@ def _edges(update: MatrixUpdate, indices: Tensor) -> Tensor:
 
 
 def _owners(
-    of_matrices: Sequence[MatrixUpdate],
+    updates: Sequence[MatrixUpdate],
     group: "dist.ProcessGroup | None",
     replicas: Replicas | None,
     share_replicas: bool | None,
-) -> Iterator[Owner]:
-    """The owner of each matrix on this rank, given the parameter of each; work is balanced over all precisions."""
-    shapes = [(update.k, update.entries) for update in of_matrices]
-    sizes = [k * m * update.dtype.itemsize for (k, m), update in zip(shapes, of_matrices, strict=True)]
-    return iter(
-        plan_owners(
-            tuple(flops(*shape) for shape in shapes),
-            tuple(sizes),
-            1 if group is None else group.size(),
-            1 if replicas is None else replicas.count,
-            share_replicas,
-        )
+) -> tuple[Owner, ...]:
+    """The owner of each matrix of some updates; work is balanced over all precisions."""
+    costs, sizes = [], []
+    for update in updates:
+        costs += [flops(update.k, update.entries)] * update.count
+        sizes += [update.k * update.entries * update.dtype.itemsize] * update.count
+    return plan_owners(
+        tuple(costs),
+        tuple(sizes),
+        1 if group is None else group.size(),
+        1 if replicas is None else replicas.count,
+        share_replicas,
     )
 
 
-def _parts(
-    update: MatrixUpdate, places: Tensor, edges: Tensor | None, rank: int, owners: Iterator[Owner]
-) -> Iterator[_Part]:
-    """This rank's parts of an update's matrices, given which n are selected (count, k); none where others have them.
+def _count_buckets(
+    updates: Sequence[MatrixUpdate], owners: Sequence[Owner], group: "dist.ProcessGroup | None", context: StepContext
+) -> dict[torch.dtype, int]:
+    """In how many buckets the matrices of each precision travel; the same on every rank, gradients or not."""
+    of_matrices = [update for update in updates for _ in range(update.count)]
+    pairs = list(zip(of_matrices, owners, strict=True))
+    return {
+        dtype: count_buckets(
+            [flops(update.k, update.entries) for update, _ in equal],
+            [owner for _, owner in equal],
+            [update.k * update.entries * dtype.itemsize for update, _ in equal],
+            [update.working_bytes for update, _ in equal],
+            1 if group is None else group.size(),
+            context.working_memory,
+        )
+        for dtype, equal in group_by(pairs, lambda pair: pair[0].dtype).items()
+    }
 
-    ``edges`` say where each rank's slices start and stop among the k selected ones, on the host (count, ranks, 2); None
-    where every rank holds a part of all.
+
+def _buckets(
+    updates: Sequence[MatrixUpdate],
+    places: dict[MatrixUpdate, Tensor],
+    owners: Sequence[Owner],
+    buckets: dict[torch.dtype, int],
+) -> Iterator[list[_Run]]:
+    """Yield the matrices of each bucket, those of one precision after the other; none that would be empty.
+
+    Args:
+        updates: That the matrices belong to.
+        places: Which of the n slices are selected, by update (count, k).
+        owners: Of all matrices.
+        buckets: In how many they travel, by precision.
     """
+    matrices = [(update, matrix) for update in updates for matrix in range(update.count)]
+    for dtype, equal in group_by(range(len(matrices)), lambda at: matrices[at][0].dtype).items():
+        costs = [flops(update.k, update.entries) for update, _ in (matrices[at] for at in equal)]
+        assigned = assign_buckets(tuple(costs), tuple(owners[at] for at in equal), buckets[dtype])
+        runs_of: dict[int, list[list[int]]] = {bucket: [] for bucket in sorted(set(assigned))}
+        for at, bucket in zip(equal, assigned, strict=True):
+            runs, (_, matrix) = runs_of[bucket], matrices[at]
+            if matrix and runs and runs[-1][-1] == at - 1:
+                runs[-1].append(at)
+            else:
+                runs.append([at])
+        for runs in runs_of.values():
+            yield [_run(*matrices[run[0]], places, [owners[at] for at in run]) for run in runs]
+
+
+def _run(update: MatrixUpdate, first: int, places: dict[MatrixUpdate, Tensor], owners: Sequence[Owner]) -> _Run:
+    return _Run(update, places[update].narrow(0, first, len(owners)), first, owners=owners)
+
+
+def _parts(run: _Run, edges: Tensor | None, rank: int) -> Iterator[_Part]:
+    """This rank's parts of a run's matrices; none where others have them.
+
+    ``edges`` say where each rank's slices start and stop among the k selected ones of all matrices of the update, on
+    the host (count, ranks, 2); None where every rank holds a part of all.
+    """
+    update, place = run.update, 0
     left, right = update.columns[rank]
-    whole, first = (update.k, update.entries), 0
-    spans = [(0, update.k)] * len(places) if edges is None else edges[:, rank].tolist()
-    for (start, stop), equal in itertools.groupby(spans):
-        count = len(list(equal))
-        indices = places.narrow(0, first, count).narrow(1, start, stop - start) - update.held[rank][0]
-        own = (stop - start, right - left)
+    spans = [(0, update.k)] * len(run.indices)
+    if edges is not None:
+        edges = edges.narrow(0, run.first, len(run.indices))
+        spans = edges[:, rank].tolist()
+    for (start, stop), equal in groupby(spans):
+        size = len(list(equal))
+        indices = run.indices.narrow(0, place, size).narrow(1, start, stop - start) - update.held[rank][0]
         submatrices = [
-            SharedSubmatrix(next(owners), whole, own, None if edges is None else edges[matrix], update.columns)
-            for matrix in range(first, first + count)
+            SharedSubmatrix(
+                run.owners[matrix],
+                (update.k, update.entries),
+                (stop - start, right - left),
+                None if edges is None else edges[matrix],
+                update.columns,
+            )
+            for matrix in range(place, place + size)
         ]
-        yield _Part(update, indices, first, start=start, left=left, submatrices=submatrices)
-        first += count
+        yield _Part(update, indices, run.first + place, run=run, start=start, left=left, submatrices=submatrices)
+        place += size

@@ -1,6 +1,7 @@
 """Steps that wait for other ranks, side by side, with other work done in the meantime."""
 
-from collections.abc import Callable, Generator, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Final
 
 import torch
@@ -36,6 +37,22 @@ def run_side_by_side(steps: Sequence[WaitingStep], local: Sequence[Callable[[], 
         paused = _advance([(step, [next(on_host) for _ in wanted or ()]) for step, wanted in paused])
     for piece in work:
         piece()
+
+
+def staggered(steps: Iterable[Generator[None, object, None]]) -> Generator[None, object, None]:
+    """Run steps that wait for messages, each begun when the one before it has come to its first pause.
+
+    Between two pauses of its own every step that has begun goes on to its next one, the newest first: what a new one
+    sends is in flight while an older one computes, and what that sends while the oldest uses what it has received.
+    """
+    waiting, running = iter(steps), list[Generator[None, object, None]]()
+    while True:
+        running = [*itertools.islice(waiting, 1), *running]
+        if not running:
+            return
+        running = [step for step in running if next(step, "ended") is IN_FLIGHT]
+        if running:
+            yield IN_FLIGHT
 
 
 def _advance(

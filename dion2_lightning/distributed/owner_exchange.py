@@ -1,8 +1,8 @@
 """Submatrices of shared matrices to their owners, and results back to every rank that holds a part.
 
-For each precision two all-to-alls where ranks hold parts, and one all-gather where ranks hold replicas, however many
-matrices there are. Every rank knows every other rank's rectangle and which slices are sent, so everyone knows how much
-everyone sends, and no sizes are exchanged.
+For each bucket of matrices two all-to-alls where ranks hold parts, and one all-gather where ranks hold replicas,
+however many matrices it has. Every rank knows every other rank's rectangle and which slices are sent, so everyone knows
+how much everyone sends, and no sizes are exchanged.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -176,8 +176,6 @@ def test_size_of_an_update(rank_fraction: float) -> None:
 
 def test_several_batches_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is batched by shape keeps its own settings, and bounding the working memory changes nothing."""
-    from dion2_lightning import optimizer as optimizer_module
-
     settings = [{"lr": lr, "momentum": mu, "weight_decay": 1.0 - mu} for lr in (0.1, 0.01) for mu in (0.9, 0.5)]
     shapes = [(24, 12), (12, 24)]
 
@@ -197,7 +195,7 @@ def test_several_batches_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         return parameters
 
     together, apart = trained(False), trained(True)
-    monkeypatch.setattr(optimizer_module, "MIN_WORKING_MEMORY", 3000)
+    monkeypatch.setattr("dion2_lightning.algorithms.algorithm.MIN_WORKING_MEMORY", 3000)
     for one, other, bounded in zip(together, apart, trained(False), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
         torch.testing.assert_close(one, bounded, rtol=0, atol=1e-6)

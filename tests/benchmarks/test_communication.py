@@ -13,10 +13,14 @@ WHOLE = Case("fsdp2", layers=2, fraction=1.0, steps=1)
 PARTS = [replace(WHOLE, fraction=fraction) for fraction in (0.5, 0.25, 0.125)]
 QUARTER = PARTS[1]
 MORE_LAYERS = replace(QUARTER, layers=6)
+BUCKETS = replace(WHOLE, layers=8)
+"""An owner works on 14.2M entries with 24 bytes each, and has parts of as many in flight, 4 bytes four times: 2.1 times
+the 256 MiB of working memory."""
 TENSOR_PARALLEL = replace(QUARTER, layout="tp")
 REPLICATED = replace(QUARTER, layout="ddp")
 HYBRID = replace(QUARTER, layout="hsdp")
 HYBRID_WHOLE = replace(WHOLE, layout="hsdp", dtype="bfloat16")
+HYBRID_BUCKETS = replace(HYBRID_WHOLE, layers=8)
 HALF_PRECISION = replace(WHOLE, dtype="bfloat16")
 NORMALIZED = replace(QUARTER, algorithm="dion3")
 FEW_SLICES = replace(HALF_PRECISION, fraction=0.125)  # 24 of a key's 192 rows: too few for products in bfloat16
@@ -30,13 +34,23 @@ Measured = dict[Case, list[Traffic]]
 
 @pytest.fixture(scope="module")
 def on_2() -> Measured:
-    cases = [WHOLE, *PARTS, MORE_LAYERS, TENSOR_PARALLEL, REPLICATED, NORMALIZED, *SYNCHRONISED]
+    cases = [WHOLE, *PARTS, MORE_LAYERS, BUCKETS, TENSOR_PARALLEL, REPLICATED, NORMALIZED, *SYNCHRONISED]
     return dict(zip(cases, measure(2, cases), strict=True))
 
 
 @pytest.fixture(scope="module")
 def on_4() -> Measured:
-    cases = [WHOLE, *PARTS, HYBRID, HYBRID_WHOLE, HALF_PRECISION, FEW_SLICES, *SYNCHRONISED, *SYNCHRONISED_SHARDS]
+    cases = [
+        WHOLE,
+        *PARTS,
+        HYBRID,
+        HYBRID_WHOLE,
+        HYBRID_BUCKETS,
+        HALF_PRECISION,
+        FEW_SLICES,
+        *SYNCHRONISED,
+        *SYNCHRONISED_SHARDS,
+    ]
     return dict(zip(cases, measure(4, cases), strict=True))
 
 
@@ -64,6 +78,13 @@ def test_norms_do_not_grow_with_the_ranks(on_2: Measured, on_4: Measured) -> Non
 def test_collectives_do_not_grow_with_the_layers(on_2: Measured) -> None:
     for traffic in (*on_2[QUARTER], *on_2[MORE_LAYERS]):
         assert traffic.calls == {"all-reduce": 1, "all-to-all": 2}
+
+
+def test_what_takes_more_than_the_working_memory_goes_in_buckets(on_2: Measured) -> None:
+    """As many bytes, in three times as many all-to-alls."""
+    for traffic in on_2[BUCKETS]:
+        assert traffic.calls == {"all-reduce": 1, "all-to-all": 2 * 3}
+    assert submatrices(on_2[BUCKETS]) == 4 * submatrices(on_2[WHOLE])
 
 
 def test_neurons_take_one_more_sum(on_2: Measured) -> None:
@@ -98,8 +119,11 @@ def test_replicas_sum_norms_like_shards(on_2: Measured) -> None:
 def test_simulation_predicts_what_is_counted(on_4: Measured) -> None:
     step = simulate(LAYERS["smollm2-135m"] * HALF_PRECISION.layers, Layout("", ranks=4), fraction=1.0)
     assert [traffic.submatrices for traffic in on_4[HALF_PRECISION]] == step.sent
-    hybrid = simulate(LAYERS["smollm2-135m"] * HYBRID_WHOLE.layers, Layout("", ranks=2, replicas=2), fraction=1.0)
-    assert [traffic.submatrices for traffic in on_4[HYBRID_WHOLE]] == hybrid.sent
+    for case, buckets in ((HYBRID_WHOLE, 1), (HYBRID_BUCKETS, 2)):
+        hybrid = simulate(LAYERS["smollm2-135m"] * case.layers, Layout("", ranks=2, replicas=2), fraction=1.0)
+        assert [traffic.submatrices for traffic in on_4[case]] == hybrid.sent
+        for traffic in on_4[case]:
+            assert traffic.calls == {"all-reduce": 1, "all-to-all": 2 * buckets, "all-gather": buckets}
 
 
 @pytest.mark.parametrize("case", COMPRESSED, ids=lambda case: f"{case.fraction:g}")

@@ -13,24 +13,33 @@ from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 from benchmarks.scale import (
     BESIDES_MATRICES,
     MODELS,
+    Bucket,
+    Cluster,
     Layout,
     ReplicaStep,
     SlowNetwork,
     break_even,
+    buckets_of,
     compressed_bytes,
     dion_flops,
+    exchange_seconds,
     imbalance,
     is_ruled_out,
     main,
     model_seconds,
     parameters,
+    planned_owners,
     replica_steps,
     shard,
+    shared_submatrices,
     simulate,
     step_seconds,
     verdict,
 )
 from dion2_lightning import Dion2
+from dion2_lightning.costs import Submatrix, plan_buckets
+from dion2_lightning.distributed.buckets import assign_buckets
+from dion2_lightning.distributed.owners import Owner
 
 RANKS = [2**power for power in range(3, 13)]
 SLOW = SlowNetwork(replicas=4, tokens=10, peak=2e-6, mfu=0.5, float32=1e-6, qr=1e-6, memory=1e-6)
@@ -176,3 +185,115 @@ def test_table_of_a_slow_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert slow.endswith("*")
     assert not fast.endswith("*")
     assert any(line.split()[:2] == ["2", "replicas,"] for line in lines)
+
+
+# The exchange with owners in buckets
+
+ONE_NODE = Cluster(peak=1e-6, mfu=1.0, node=8, inside=8e-3, outside=8e-3, latency=0.0)
+"""A million FLOPs and bytes a second."""
+HALVES = Submatrix(cost=6_000_000, held=(500_000, 500_000))
+"""A megabyte on each of two ranks, and six seconds of work."""
+
+
+def in_buckets(submatrix: Submatrix, buckets: list[int], cluster: Cluster) -> list[Bucket]:
+    """Two ranks own one of two submatrices after the other."""
+    owners = [Owner(None, index % 2) for index in range(len(buckets))]
+    return buckets_of([submatrix] * len(buckets), owners, buckets, 2, cluster)
+
+
+def test_times_of_buckets_by_hand() -> None:
+    """Each of two ranks owns two of four matrices, and sends its halves of the others'."""
+    (together,) = in_buckets(HALVES, [0, 0, 0, 0], ONE_NODE)
+    assert together.exchange == pytest.approx(2.0)
+    assert together.products == pytest.approx([12.0, 12.0])
+    first, second = in_buckets(HALVES, [0, 0, 1, 1], ONE_NODE)
+    assert vars(first) == vars(second)
+    assert first.exchange == pytest.approx(1.0)
+    assert first.products == pytest.approx([6.0, 6.0])
+    late = replace(ONE_NODE, latency=1e6)
+    assert in_buckets(HALVES, [0, 0, 0, 0], late)[0].exchange == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "products", "expected"),
+    [
+        # Products take longer: the first goes and the last comes back while nothing is multiplied.
+        ([2.0], [12.0], 2 + 12 + 2),
+        ([1.0, 1.0], [6.0, 6.0], 1 + 12 + 1),
+        ([1.0, 1.0, 1.0], [4.0, 4.0, 4.0], 1 + 12 + 1),
+        # The network takes longer: send 0-1 and 1-2, return 2-3; what arrived at 2 is multiplied by 2.5, return 3-4.
+        ([1.0, 1.0], [0.5, 0.5], 4),
+        # Send 0-2 and 2-4; products 2-5 and 5-6; return 5-7 and 7-9.
+        ([2.0, 2.0], [3.0, 1.0], 9),
+    ],
+)
+def test_schedule_by_hand(exchange: list[float], products: list[float], expected: float) -> None:
+    buckets = [Bucket(each, [work, work]) for each, work in zip(exchange, products, strict=True)]
+    assert exchange_seconds(buckets) == pytest.approx(expected)
+
+
+def test_ranks_wait_for_the_busiest() -> None:
+    """Sent at 1 and 2; the busiest multiplies 1-4 and 4-5, the other 1-2 and, as results go at 4 only, 2-5."""
+    assert exchange_seconds([Bucket(1.0, [3.0, 1.0]), Bucket(1.0, [1.0, 3.0])]) == pytest.approx(6)
+
+
+def test_bytes_between_nodes() -> None:
+    """Four ranks, two nodes: the owner on each gets a quarter from its neighbour, and two from the other node."""
+    quarters = Submatrix(cost=0, held=(1_000_000,) * 4)
+    owners = [Owner(None, 0), Owner(None, 2)]
+
+    def seconds(**changes: float) -> float:
+        (bucket,) = buckets_of([quarters] * 2, owners, [0, 0], 4, replace(ONE_NODE, **changes))
+        return bucket.exchange
+
+    assert seconds() == pytest.approx(6.0)
+    assert seconds(node=2) == pytest.approx(4.0)
+    assert seconds(node=2, outside=16e-3) == pytest.approx(2.0)
+    assert seconds(node=2, outside=80e-3) == pytest.approx(2.0)
+    assert seconds(node=2, latency=1e6) == pytest.approx(4.0 + 3.0)
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if not stacks(model)])
+def test_buckets_bring_the_time_down_to_the_longer_of_both(model: str) -> None:
+    """Without latency, where each owner has many matrices."""
+    shapes, cluster = parameters(model), Cluster(latency=0.0)
+    submatrices = shared_submatrices(shapes, Layout("", 8), 0.25, "dion2")
+    owners, costs = planned_owners(submatrices, 8), tuple(each.cost for each in submatrices)
+    times = []
+    for number in (1, 2, 3, 7):
+        buckets = buckets_of(submatrices, owners, assign_buckets(costs, owners, number), 8, cluster)
+        times.append(exchange_seconds(buckets))
+        if number == 1:
+            exchange, products = 2 * buckets[0].exchange, max(buckets[0].products)
+    assert times[0] == pytest.approx(exchange + products)
+    for number, seconds in zip((2, 3, 7), times[1:], strict=True):
+        assert seconds == pytest.approx(products + exchange / number, rel=0.02)
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if not stacks(model)])
+def test_buckets_made_for_overlap_are_no_slower_than_one(model: str) -> None:
+    shapes = parameters(model)
+    gains = []
+    for ranks in RANKS:
+        submatrices = shared_submatrices(shapes, Layout("", ranks), 0.25, "dion2")
+        owners = planned_owners(submatrices, ranks)
+        planned = plan_buckets(submatrices, owners, ranks, working_memory=2**50)
+        together = [0] * len(planned)
+        many, one = (
+            exchange_seconds(buckets_of(submatrices, owners, each, ranks, Cluster())) for each in (planned, together)
+        )
+        gains.append(one / many - 1)
+    assert min(gains) >= 0.0
+    assert max(gains) > 0.1
+
+
+def test_table_of_buckets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--buckets", "--models", "llama-3-8b", "--ranks", "16", "--outside", "100", "--latency", "0"]
+    monkeypatch.setattr(sys, "argv", ["scale", *arguments])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[0] == "100" and "other nodes" in line for line in lines)
+    numbers = [float(each) for each in lines[-1].replace("|", " ").split()[2:7]]
+    exchange, products, one, two, three = numbers
+    assert one == pytest.approx(exchange + products, abs=0.02)
+    assert three <= two < one

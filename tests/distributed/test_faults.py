@@ -92,6 +92,7 @@ def assert_unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> Non
 def check_gradients_and_settings() -> None:
     mesh = init_device_mesh("cpu", (2,))
     check_settings_that_differ(mesh)
+    check_working_memory_that_differs(mesh)
     check_gradient_on_one_rank_only(mesh)
     check_gradient_on_one_replica_only()
     check_no_gradient_anywhere(parameters_of(mesh))
@@ -303,6 +304,19 @@ def check_settings_that_differ(mesh: DeviceMesh) -> None:
             with pytest.raises(RuntimeError, match="ranks share parameters but disagree about their settings"):
                 optimizer.step()
             assert_refuses_until_load(optimizer, saved)
+            optimizer.step()
+
+
+def check_working_memory_that_differs(mesh: DeviceMesh) -> None:
+    """It decides in how many buckets matrices travel: an owner of two has two on one rank, and one on the other."""
+    for settings in ({}, {"process_group": dist.group.WORLD, "share_replicas": True}):
+        parameters = parameters_of(None if settings else mesh)
+        optimizer = optimizer_of(parameters, **settings)
+        set_gradients(parameters, whole(seed=1))
+        optimizer.step()
+        if dist.get_rank() == 1:
+            optimizer.working_memory = 1
+        with pytest.raises(RuntimeError, match="ranks share parameters but disagree about their settings"):
             optimizer.step()
 
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dion2_lightning import Dion2
+from dion2_lightning.algorithms import dion2_shared
 from dion2_lightning.matrices.layout import local
 from tests.distributed.ranks import run_on_ranks
 
@@ -365,6 +366,26 @@ def check_deterministic(ranks: int) -> None:
         train_and_compare(whole_parameters(), steps=3, process_group=dist.group.WORLD)
 
 
+def check_buckets(ranks: int) -> None:
+    """In as many buckets as there can be, and in two and three: bit for bit what all matrices together give."""
+    torch.use_deterministic_algorithms(True)
+    count = "dion2_lightning.algorithms.dion2_shared.count_buckets"
+    exchange = mock.patch.object(dion2_shared, "OwnerExchange", wraps=dion2_shared.OwnerExchange)
+    cases = [(name, case) for name, case in CASES.items() if math.prod(case.mesh) == ranks]
+    for name, case in cases:
+        with errors_name_case(f"{name}, one matrix at a time"), exchange as exchanges:
+            train_and_compare(sharded(case), steps=2, working_memory=1)
+            assert exchanges.call_count >= 2 * len(MATRICES) // ranks
+        for buckets, dtype in ((2, torch.float32), (3, torch.bfloat16)):
+            with errors_name_case(f"{name}, {buckets} buckets, {dtype}"), mock.patch(count, return_value=buckets):
+                train_and_compare(sharded(case, dtype=dtype), steps=2, share_replicas=case.has_replicas or None)
+    with errors_name_case(f"DDP on {ranks}"):
+        parameters = whole_parameters()
+        train_and_compare(
+            parameters, steps=2, process_group=dist.group.WORLD, share_replicas=True, working_memory=10_000
+        )
+
+
 @contextlib.contextmanager
 def errors_name_case(name: str) -> Iterator[None]:
     """Add the name of a layout to the errors raised in the block."""
@@ -388,6 +409,11 @@ def test_half_precision(ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_deterministic_algorithms(ranks: int) -> None:
     run_on_ranks(ranks, check_deterministic, ranks, seconds=200)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_buckets(ranks: int) -> None:
+    run_on_ranks(ranks, check_buckets, ranks, seconds=200)
 
 
 def test_without_reading_from_the_device() -> None:

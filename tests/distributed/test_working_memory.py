@@ -1,0 +1,75 @@
+"""What a step on shared matrices takes beside weights, gradients and state."""
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dion2_lightning import Dion2
+from tests.distributed.ranks import run_on_ranks
+from tests.distributed.test_layouts import place
+
+SHAPE, COUNT, FRACTION = (512, 512), 16, 0.25
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are made in a ``with`` block.
+
+    Attributes:
+        peak: The most that were there at the same time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        given = {each.untyped_storage()._cdata for each in tensors_in((arguments, keywords))}
+        result = function(*arguments, **(keywords or {}))
+        for each in tensors_in(result):
+            storage = each.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(tree) if type(each) in (Tensor, nn.Parameter)]
+
+
+def peak_of_a_step(mesh: DeviceMesh, working_memory: int) -> int:
+    """The most bytes that the second step takes, on this rank."""
+
+    def random() -> Tensor:
+        return place(torch.randn(SHAPE), mesh, (Shard(0),))
+
+    parameters = [nn.Parameter(random()) for _ in range(COUNT)]
+    optimizer = Dion2(parameters, fraction=FRACTION, orthonormalize_dtype="bfloat16", working_memory=working_memory)
+    live = LiveBytes()
+    for parameter in parameters:
+        parameter.grad = random()
+    optimizer.step()
+    with live:
+        optimizer.step()
+    return live.peak
+
+
+def check_peaks() -> None:
+    """Of 32 bytes an entry that a rank owns for all matrices together, a quarter is enough where it has to be."""
+    mesh = init_device_mesh("cpu", (2,))
+    entries = int(COUNT * SHAPE[0] * SHAPE[1] * FRACTION) // dist.get_world_size()
+    quarter = 32 * entries // 4
+    assert peak_of_a_step(mesh, working_memory=quarter) <= quarter < peak_of_a_step(mesh, working_memory=4 * quarter)
+
+
+def test_buckets_keep_to_the_working_memory() -> None:
+    run_on_ranks(2, check_peaks)
