@@ -67,9 +67,11 @@ Launch = tuple[dict[str, Any], int, int, list[int]]
 def _error(*, launches: bool) -> str | None:
     """Return why Triton cannot be imported, or cannot launch: for a GPU it needs a C compiler, and Python's headers."""
     try:
-        from dion2_lightning.kernels.triton_kernels import triton
+        from dion2_lightning.kernels import triton_kernels  # noqa: F401
 
         if launches:
+            import triton
+
             triton.runtime.driver.active.get_current_target()
     except Exception as error:  # of many kinds, by what is missing
         return f"{type(error).__name__}: {error}"
@@ -120,13 +122,13 @@ def accumulate(
     Returns:
         (count, n) each, in float64: views of one buffer, in the order given.
     """
-    count = len(momenta)
     device = _checked("momenta", momenta)
-    _checked("gradients", gradients, momenta)
+    _checked("gradients", gradients, _shapes(momenta), device)
+    _check_numbers("opens", opens := _each(opens, len(momenta)), torch.bool, momenta)
     slice_hashes, entry_hashes = _hashes(bits, momenta)
     sizes = [each.shape[0] * each.shape[1] for each in momenta]
     sums = torch.empty(sum(sizes), dtype=torch.float64, device=device)
-    torch.ops.dion2.accumulate(momenta, gradients, _each(opens, count), slice_hashes, entry_hashes, sums)
+    torch.ops.dion2.accumulate(momenta, gradients, opens, slice_hashes, entry_hashes, sums)
     return [each.view(of.shape[:2]) for each, of in zip(sums.split(sizes), momenta, strict=True)]
 
 
@@ -203,18 +205,20 @@ def take(
     device = _checked("momenta", momenta)
     if (gradients is None) != (nesterov_factors is None):
         raise ValueError("gradients and nesterov_factors belong together: give both, or neither")
-    _checked("gradients", _each(gradients, count), momenta)
-    shapes = [(*of.shape, each.shape[2]) for of, each in zip(indices, momenta, strict=True)]
+    _checked("gradients", gradients := _each(gradients, count), _shapes(momenta), device)
+    _check_count("nesterov_factors", nesterov_factors or momenta, momenta)
+    _check_numbers("opens", opens := _each(opens, count), torch.bool, momenta)
+    constants, tensors = _split("factors", factors, momenta)
+    shapes = _selected_shapes(indices, momenta)
     stacks = _empty(shapes, [_runs_along(each) for each in momenta], [dtype] * count, device)
-    constants, tensors = _split(factors)
     torch.ops.dion2.take(
         momenta,
-        _each(gradients, count),
+        gradients,
         indices,
         constants,
         tensors,
         [] if nesterov_factors is None else nesterov_factors,
-        _each(opens, count),
+        opens,
         *_hashes(bits, momenta),
         stacks,
     )
@@ -368,11 +372,19 @@ def apply(
         bits: Of the whole of X: how to round it in half precision stochastically (default: None, to the nearest).
     """
     count = len(weights)
-    _checked("weights", weights)
-    _checked("results", results)
-    _checked("cautious", _each(cautious, count), weights)
-    steps, step_tensors = _split(step_sizes)
-    constants, shrink_tensors = _split(shrinks)
+    device = _checked("weights", weights)
+    _checked("results", results, _selected_shapes(indices, weights), device)
+    _checked("cautious", cautious := _each(cautious, count), _shapes(weights), device)
+    steps, step_tensors = _split("step_sizes", step_sizes, weights)
+    constants, shrink_tensors = _split("shrinks", shrinks, weights)
+    factor_dims = [-1] * count if factor_dims is None else factor_dims
+    _check_numbers("factors", factors := _each(factors, count), torch.float32, weights)
+    for number, (factor, dim, result) in enumerate(zip(factors, factor_dims, results, strict=True)):
+        if factor is not None and factor.shape != (len(result), result.shape[-2 if dim == -1 else -1]):
+            raise ValueError(
+                f"factors[{number}] must have one number for each neuron of {tuple(result.shape)}, whose entries lie "
+                f"along dimension {dim}, but it has the shape {tuple(factor.shape)}"
+            )
     torch.ops.dion2.apply(
         weights,
         indices,
@@ -381,9 +393,9 @@ def apply(
         step_tensors,
         constants,
         shrink_tensors,
-        _each(factors, count),
-        [-1] * count if factor_dims is None else factor_dims,
-        _each(cautious, count),
+        factors,
+        factor_dims,
+        cautious,
         *_hashes(bits, weights),
     )
 
@@ -536,39 +548,72 @@ _TRAFFIC: Final[dict[str, Callable[..., tuple[int, int]]]] = {
 # Arguments
 
 
-def _checked(name: str, stacks: Sequence[Tensor | None], like: Sequence[Tensor] | None = None) -> torch.device | None:
-    """Check stacks, and return their device; None where there are none."""
-    device = None
-    if like is not None and len(stacks) != len(like):
-        raise ValueError(f"{name}: {len(stacks)} for {len(like)} stacks; there must be one for each, or None")
+def _checked(
+    name: str,
+    stacks: Sequence[Tensor | None],
+    shapes: Sequence[tuple[int, ...]] | None = None,
+    device: torch.device | None = None,
+) -> torch.device | None:
+    """Check stacks, for shapes and a device if given, and return their device; None where there are no stacks."""
+    _check_count(name, stacks, stacks if shapes is None else shapes)
     for number, stack in enumerate(stacks):
         if stack is None:
             continue
-        if stack.ndim != 3 or (like is not None and stack.shape != like[number].shape):
-            wanted = "(count, n, m)" if like is None else tuple(like[number].shape)
+        if stack.ndim != 3 or (shapes is not None and stack.shape != shapes[number]):
+            wanted = "(count, n, m)" if shapes is None else tuple(shapes[number])
             raise ValueError(f"{name}[{number}] must have the shape {wanted}, but it has {tuple(stack.shape)}")
         if stack.dtype not in DTYPES:
             raise TypeError(f"{name}[{number}] is in {stack.dtype}: use one of {DTYPES}, or the kernels of torch")
         device = stack.device if device is None else device
         if stack.device != device:
-            raise ValueError(f"{name} are on {device} and on {stack.device}: call once for each device")
+            raise ValueError(
+                f"{name}[{number}] is on {stack.device}, others are on {device}: call once for each device"
+            )
     return device
+
+
+def _check_numbers(name: str, tensors: Sequence[Tensor | None], dtype: torch.dtype, stacks: Sequence[Tensor]) -> None:
+    """Check numbers of matrices. Kernels get addresses alone: they would read what is not there."""
+    _check_count(name, tensors, stacks)
+    for number, (tensor, stack) in enumerate(zip(tensors, stacks, strict=True)):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or tensor.device != stack.device:
+            wanted = f"in {dtype} on {stack.device}"
+            raise TypeError(f"{name}[{number}] must be {wanted}, but it is in {tensor.dtype} on {tensor.device}")
+        if tensor.ndim > 0 and len(tensor) not in (1, len(stack)):
+            raise ValueError(f"{name}[{number}] has numbers for {len(tensor)} matrices; there are {len(stack)}")
+
+
+def _check_count(name: str, values: Sequence[Any], stacks: Sequence[Any]) -> None:
+    if len(values) != len(stacks):
+        raise ValueError(f"{name}: {len(values)} for {len(stacks)} stacks; there must be one for each")
+
+
+def _shapes(stacks: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [stack.shape for stack in stacks]
+
+
+def _selected_shapes(indices: Sequence[Tensor], stacks: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Check the indices, and return the shapes (count, k, m) of what they select."""
+    _check_numbers("indices", indices, torch.int64, stacks)
+    for number, (each, stack) in enumerate(zip(indices, stacks, strict=True)):
+        if each.ndim != 2 or len(each) != len(stack):
+            raise ValueError(f"indices[{number}] must have the shape ({len(stack)}, k), but it has {tuple(each.shape)}")
+    return [(*each.shape, stack.shape[2]) for each, stack in zip(indices, stacks, strict=True)]
 
 
 def _each(values: Sequence[Tensor | None] | None, count: int) -> Sequence[Tensor | None]:
     return [None] * count if values is None else values
 
 
-def _split(numbers: Sequence[float | Tensor]) -> tuple[list[float], list[Tensor | None]]:
+def _split(
+    name: str, numbers: Sequence[float | Tensor], stacks: Sequence[Tensor]
+) -> tuple[list[float], list[Tensor | None]]:
     """Take numbers and tensors of numbers apart."""
-    constants: list[float] = []
-    tensors: list[Tensor | None] = []
-    for each in numbers:
-        if isinstance(each, Tensor) and each.dtype != torch.float32:
-            raise TypeError(f"numbers of the update must be in float32 where they are tensors, but one is {each.dtype}")
-        constants.append(0.0 if isinstance(each, Tensor) else float(each))
-        tensors.append(each if isinstance(each, Tensor) else None)
-    return constants, tensors
+    tensors = [each if isinstance(each, Tensor) else None for each in numbers]
+    _check_numbers(name, tensors, torch.float32, stacks)
+    return [0.0 if isinstance(each, Tensor) else float(each) for each in numbers], tensors
 
 
 def _hashes(
@@ -577,10 +622,15 @@ def _hashes(
     """Take random bits apart: the hashes of slices, (count or 1, n, 1), and those of entries, (count or 1, 1, m)."""
     of_slices: list[Tensor | None] = [None] * len(stacks)
     of_entries: list[Tensor | None] = [None] * len(stacks)
-    for number, each in enumerate(bits or ()):
+    if bits is None:
+        return of_slices, of_entries
+    _check_count("bits", bits, stacks)
+    for number, each in enumerate(bits):
         if each is not None and stacks[number].dtype in HALF_PRECISION:
             is_transposed = each.rows.shape[-1] != 1 or each.columns.shape[-2] != 1
             of_slices[number], of_entries[number] = reversed(each) if is_transposed else each
+    _check_numbers("bits", of_slices, torch.int32, stacks)
+    _check_numbers("bits", of_entries, torch.int32, stacks)
     return of_slices, of_entries
 
 

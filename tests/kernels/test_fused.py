@@ -653,10 +653,40 @@ def test_what_is_refused(momentum: Tensor, gradient: Tensor | None, error: type[
         fused.accumulate([momentum], [gradient])
 
 
-def test_numbers_must_be_in_float32() -> None:
-    weight, indices = torch.zeros(1, 3, 4), torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(TypeError, match="must be in float32"):
-        fused.apply([weight], [indices], [weight[:, :1]], [torch.tensor(0.1).double()], [1.0])
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"indices": torch.zeros(2, 1)}, TypeError, r"indices\[0\] must be in torch.int64 on cpu"),
+        ({"indices": torch.zeros(1, 1, dtype=torch.int64)}, ValueError, r"indices\[0\] must have the shape \(2, k\)"),
+        ({"results": torch.zeros(2, 2, 4)}, ValueError, r"results\[0\] must have the shape \(2, 1, 4\)"),
+        ({"step_sizes": torch.zeros((), dtype=torch.float64)}, TypeError, r"step_sizes\[0\] must be in torch.float32"),
+        ({"step_sizes": torch.zeros((), device="meta")}, TypeError, r"but it is in torch.float32 on meta"),
+        ({"shrinks": torch.zeros(3, 1, 1)}, ValueError, r"shrinks\[0\] has numbers for 3 matrices; there are 2"),
+        ({"factors": torch.zeros(2, 4)}, ValueError, r"factors\[0\] must have one number for each neuron"),
+        ({"cautious": torch.zeros(2, 3, 5)}, ValueError, r"cautious\[0\] must have the shape \(2, 3, 4\)"),
+        ({"results": torch.zeros(2, 1, 4, device="meta")}, ValueError, r"results\[0\] is on meta, others are on cpu"),
+    ],
+)
+def test_kernels_get_no_wrong_addresses(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {
+        "weights": torch.zeros(2, 3, 4),
+        "indices": torch.zeros(2, 1, dtype=torch.int64),
+        "results": torch.zeros(2, 1, 4),
+        "step_sizes": 0.1,
+        "shrinks": 0.9,
+    } | wrong
+    with pytest.raises(error, match=message):
+        fused.apply(**{name: [value] for name, value in given.items()})
+
+
+def test_there_is_one_of_everything_for_each_stack() -> None:
+    momenta = [torch.zeros(2, 3, 4)] * 2
+    with pytest.raises(ValueError, match="gradients: 1 for 2 stacks; there must be one for each"):
+        fused.accumulate(momenta, [None])
+    with pytest.raises(ValueError, match="opens: 1 for 2 stacks"):
+        fused.accumulate(momenta, [None, None], opens=[None])
+    with pytest.raises(ValueError, match="gradients and nesterov_factors belong together"):
+        fused.take(momenta, [torch.zeros(2, 1, dtype=torch.int64)] * 2, [0.9] * 2, torch.float32, gradients=[None] * 2)
 
 
 # A GPU's compiler
