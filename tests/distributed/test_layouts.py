@@ -367,23 +367,20 @@ def check_deterministic(ranks: int) -> None:
 
 
 def check_buckets(ranks: int) -> None:
-    """In as many buckets as there can be, and in two and three: bit for bit what all matrices together give."""
+    """In two and three, in one for each matrix of an owner, and in as many as little memory takes: bit for bit."""
     torch.use_deterministic_algorithms(True)
-    count = "dion2_lightning.algorithms.dion2_shared.count_buckets"
+    for name, case in CASES.items():
+        for buckets, dtype in ((2, torch.float32), (3, torch.bfloat16), (99, torch.float32)):
+            number = mock.patch.object(dion2_shared, "count_buckets", return_value=buckets)
+            if math.prod(case.mesh) == ranks:
+                with errors_name_case(f"{name}, {buckets} buckets, {dtype}"), number:
+                    train_and_compare(sharded(case, dtype=dtype), steps=2, share_replicas=case.has_replicas or None)
     exchange = mock.patch.object(dion2_shared, "OwnerExchange", wraps=dion2_shared.OwnerExchange)
-    cases = [(name, case) for name, case in CASES.items() if math.prod(case.mesh) == ranks]
-    for name, case in cases:
-        with errors_name_case(f"{name}, one matrix at a time"), exchange as exchanges:
-            train_and_compare(sharded(case), steps=2, working_memory=1)
-            assert exchanges.call_count >= 2 * len(MATRICES) // ranks
-        for buckets, dtype in ((2, torch.float32), (3, torch.bfloat16)):
-            with errors_name_case(f"{name}, {buckets} buckets, {dtype}"), mock.patch(count, return_value=buckets):
-                train_and_compare(sharded(case, dtype=dtype), steps=2, share_replicas=case.has_replicas or None)
-    with errors_name_case(f"DDP on {ranks}"):
-        parameters = whole_parameters()
-        train_and_compare(
-            parameters, steps=2, process_group=dist.group.WORLD, share_replicas=True, working_memory=10_000
-        )
+    for name, parameters in (("FSDP2", sharded(Case((ranks,), (Shard(0),)))), ("DDP", whole_parameters())):
+        shared: dict[str, Any] = {"process_group": dist.group.WORLD, "share_replicas": True} if name == "DDP" else {}
+        with errors_name_case(f"{name} on {ranks}, little memory"), exchange as exchanges:
+            train_and_compare(parameters, steps=2, working_memory=1, **shared)
+            assert exchanges.call_count >= 2 * 3
 
 
 @contextlib.contextmanager
