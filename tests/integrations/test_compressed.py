@@ -346,7 +346,7 @@ def check_trainer_on_shards(folder: Path, kind: str) -> None:
         (
             {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)},
             DION,
-            "by parallelism_config=C",
+            "=CompressedParallelismConfig",
         ),
     ]
     for changed, given, message in refused:
