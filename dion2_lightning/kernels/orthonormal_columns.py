@@ -8,9 +8,9 @@ the rows is small:
     R2 <- the triangle in a Cholesky factorization of P^T P = R2^T R2
     P  <- P R2^-1
 
-All but the sketch is computed in float64, and what is kept and sent is rounded to the precision of P: a solve for P R1^-1
-in float32 would turn columns by 6e-8 times the condition number of P. It fails where P has no r independent columns, and
-says so; an exact QR then completes what there is to r orthonormal columns.
+All but the sketch is computed in float64, and what is kept and sent is rounded to the precision of P: in float32 the
+solve for P R1^-1 would turn columns by 6e-8 times the condition number of P. It fails where P has no r independent
+columns, and says so; an exact QR then completes what there is to r orthonormal columns.
 """
 
 from typing import Final
@@ -24,8 +24,8 @@ from dion2_lightning.kernels.random_numbers import uniforms
 SPARE_ROWS: Final = 8
 """Rows that a sketch has besides 2 r; without them that of two or three columns is now and then of nearly rank one.
 
-With 2 r rows P R1^-1 has a condition number below (1 + sqrt(1/2)) / (1 - sqrt(1/2)) = 5.8, and columns end orthonormal to
-1e-7; with 5/4 r, which others use, it is 18, and they are so to 4e-7.
+With 2 r rows P R1^-1 has a condition number below (1 + sqrt(1/2)) / (1 - sqrt(1/2)) = 5.8, and columns end as
+orthonormal as to 1e-7; with 5/4 r, which others use, it is 18, and they are so to 4e-7.
 """
 
 SMALLEST_PIVOT: Final = 0.1
@@ -35,7 +35,7 @@ TURNED: Final = (2.5e-5, 0.1)
 """Between which relative errors of its columns a float32 QR is repeated in float64; with more they are noise."""
 
 PROBES: Final = 16
-"""Random vectors that the norm of an inverse is estimated with; it is over three times as large in 1 of 100,000 cases."""
+"""Random vectors by which a norm of an inverse is estimated; it is over three times as large in 1 of 100,000 cases."""
 
 _SKETCH_SEED: Final = 0x44696F6E
 _PROBE_SEED: Final = 0x50726F62
@@ -44,9 +44,10 @@ _PROBE_SEED: Final = 0x50726F62
 def orthonormal_columns(matrices: Tensor) -> Tensor:
     """Return P's orthonormal factor in an exact QR, for a batch of P (batch, n, r), n at least r.
 
-    Its columns are orthonormal whatever the rank of P, also where P is zero. Those of a float32 QR are turned by rounding,
-    as far as P is ill-conditioned. On a CPU, where the host need not wait to know, such P get a float64 QR.
+    Its columns are orthonormal whatever the rank of P, also where P is zero. Those of a float32 QR are turned by
+    rounding, as far as P is ill-conditioned. On a CPU, where the host need not wait to know, such P get a float64 QR.
     """
+    basis: Tensor
     basis, triangles = torch.linalg.qr(matrices)
     if matrices.device.type == "cpu" and matrices.dtype == torch.float32:
         low, high = TURNED
@@ -143,7 +144,8 @@ def _expected_errors(triangles: Tensor) -> Tensor:
     probes = uniforms(*places, _PROBE_SEED).to(dtype).expand(len(triangles), -1, -1)
     inverse = torch.linalg.solve_triangular(triangles, probes, upper=True)
     norms = torch.linalg.matrix_norm(triangles) * torch.linalg.matrix_norm(inverse) / PROBES**0.5
-    return 2 * torch.finfo(dtype).eps * norms / size
+    errors: Tensor = 2 * torch.finfo(dtype).eps * norms / size
+    return errors
 
 
 def _unless_zero(squares: Tensor) -> Tensor:
