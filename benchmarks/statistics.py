@@ -41,6 +41,7 @@ def main() -> None:
     """Run the comparison that the command line asks for and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=LAYERS, nargs="+", default=CPU_SHAPES, help="default: those of step.py")
+    parser.add_argument("--algorithm", choices=("dion2", "dion3", "dion"), default="dion2", help="default: dion2")
     parser.add_argument("--layers", type=int, default=6, help="decoder layers (default: 6)")
     parser.add_argument(
         "--every", type=int, default=10, help="steps of a block, the last one with metrics (default: 10)"
@@ -71,7 +72,8 @@ def keep_memory() -> None:
 def compare(shapes: str, arguments: argparse.Namespace) -> None:
     """Time both on one model's shapes and print a row."""
     parameters = weights(LAYERS[shapes] * arguments.layers, arguments.device)
-    optimizer = Dion2([{"params": parameters, "transposed": TRANSPOSED[shapes]}])
+    group = {"params": parameters, "transposed": TRANSPOSED[shapes], "algorithm": arguments.algorithm}
+    optimizer = Dion2([group])
     sets = [[gradient_like(each, seed) for each in parameters] for seed in range(GRADIENTS)]
     tracker = TimedTracker(every=arguments.every)
 
@@ -130,6 +132,7 @@ class TimedTracker(SelectionTracker):
     selected = _timed_call("selected")
     orthonormalized = _timed_call("orthonormalized")
     moved = _timed_call("moved")
+    projected = _timed_call("projected")
     end_step = _timed_call("end_step")
     pop_metrics = _timed_call("pop_metrics")
 

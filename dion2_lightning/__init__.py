@@ -14,6 +14,9 @@ from dion2_lightning.settings import OptimizerSettings
 
 if TYPE_CHECKING:
     from dion2_lightning.integrations.accelerate import SelectionLogger as SelectionLogger
+    from dion2_lightning.integrations.accelerate_parallelism import (
+        CompressedParallelismConfig as CompressedParallelismConfig,
+    )
     from dion2_lightning.integrations.lightning import NamedOptimizerStates as NamedOptimizerStates
     from dion2_lightning.integrations.lightning_hooks import with_parameter_names as with_parameter_names
     from dion2_lightning.integrations.lightning_selection import SelectionMonitor as SelectionMonitor
@@ -39,6 +42,7 @@ __all__ = [
 ]
 
 _INTEGRATIONS: Final = {
+    "CompressedParallelismConfig": "accelerate_parallelism",
     "Dion2Factory": "transformers",
     "NamedOptimizerStates": "lightning",
     "SelectionCallback": "transformers_selection",

@@ -26,7 +26,8 @@ Labelled = tuple[Mapping[str, Any], Tensor, str]
 WITHOUT_REPLICAS: Final = (
     "sync='compressed' needs ranks that hold replicas, and this optimizer knows of none: pass strategy= to "
     "build_optimizer, or process_group= to Dion2; under FSDP2 the group of ranks that hold the same part, which "
-    "fully_shard must not know of. On one rank, or under FSDP2 alone, use sync='full'"
+    "fully_shard must not know of. In Accelerate and the Trainer: parallelism_config=CompressedParallelismConfig(...), "
+    "not ParallelismConfig. On one rank, or under FSDP2 alone, use sync='full'"
 )
 
 SMALL: Final = 2**16

@@ -29,9 +29,12 @@ from dion2_lightning.distributed.replicas import leave_to_ddp, leave_to_optimize
 from dion2_lightning.distributed.strategies import (
     call_before_saving,
     ddp_of,
+    leaves_out_replicas,
     process_group_of,
+    refuse_averaging_by_nobody,
     refuse_scaling_by_replica,
     refuse_wrappers_that_flatten,
+    replace_clipping,
     strategy_of,
     trainer_of,
 )
@@ -323,12 +326,15 @@ def _share_out_averaging(optimizer: Dion2, model: nn.Module, strategy: object | 
     others = {parameter for group in optimizer.param_groups for parameter in group["params"]}.difference(compressed)
     leave_to_ddp(module, others)
     if not optimizer.is_compressing:
+        refuse_averaging_by_nobody(strategy)
         return
     group = refuse_without_replicas([], optimizer.process_group, optimizer.share_replicas)
     refuse_scaling_by_replica(strategy)
-    plain_ones = [parameter for parameter in compressed if not is_dtensor(parameter)]
-    weakref.finalize(optimizer, leave_to_optimizer(module, plain_ones, group)).atexit = False
+    if not leaves_out_replicas(strategy):  # else there will be no DDP
+        plain_ones = [parameter for parameter in compressed if not is_dtensor(parameter)]
+        weakref.finalize(optimizer, leave_to_optimizer(module, plain_ones, group)).atexit = False
     call_before_saving(strategy, optimizer.synchronize)
+    replace_clipping(strategy, optimizer.replicas)
     if not compressed and is_first_rank():
         warnings.warn(
             "sync='compressed' compresses nothing: no matrix has P and R of fewer bytes than its gradient; "

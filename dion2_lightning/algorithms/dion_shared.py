@@ -9,13 +9,18 @@ over what is spread, and only what is smaller than the matrix travels:
   columns of B are; of R only the norms of its columns are summed up.
 - Both: P and R are summed up, each with zeros where a rank has no part.
 
-Ranks that hold replicas do the same work. Where their gradients are averaged, it is on the same numbers. Where P and R
-are averaged instead, X, P, R and Q are the same on all, and B is not: both products are linear in B, so that X moves as
-it would by the mean of the gradients. Each M loses what P captures of its own B, so what they differ by decays too.
+Ranks that hold replicas do the same work. Where their gradients are averaged, it is on the same numbers. Of plain
+replicas (DDP) each makes P and R of its share of the matrices where ``share_replicas=True`` asks for it, and one
+all-gather brings them to all, (long + short) r numbers a matrix.
+
+Where P and R are averaged instead, X, P, R and Q are the same on all, and B is not: both products are linear in B, so
+that X moves as it would by the mean of the gradients. Each M loses what P captures of its own B, so what they differ by
+decays too.
 """
 
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -38,9 +43,11 @@ from dion2_lightning.algorithms.projections import Projections
 from dion2_lightning.algorithms.shared import nonzero_gradients, with_gradient
 from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
+from dion2_lightning.distributed.owners import assign_owners
 from dion2_lightning.distributed.summing import Over, Summand, SummingWork, run_together
+from dion2_lightning.distributed.torch_versions import all_gather_single
 from dion2_lightning.kernels.orthonormal_columns import finish, grams, orthonormal_columns, precondition, sketches
-from dion2_lightning.matrices.layout import Span
+from dion2_lightning.matrices.layout import Replicas, Span, group_by
 
 SENT_ENTRIES: Final = 2**27
 """What ranks sum up at once, at most, unless one batch has more: 512 MB in float32. More takes several turns."""
@@ -78,7 +85,13 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
         torch._assert_async(is_complete, "some replicas lack gradients that others have")
     draw_bits(updates)
     accumulate(updates)
-    for run in bounded(list(batches(updates, context)), _sent_entries, SENT_ENTRIES):
+    its_batches = list(batches(updates, context))
+    if layout.group is None and replicas is not None and context.share_replicas:
+        for run in bounded(its_batches, _sent_entries, SENT_ENTRIES):
+            yield from _update_by_owners(run, replicas, context)
+        count_step(updates)
+        return
+    for run in bounded(its_batches, _sent_entries, SENT_ENTRIES):
         yield from run_together([_update(batch, context) for batch in run], layout.group, first.replicas)
     count_step(updates)
 
@@ -130,6 +143,66 @@ def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:
             energies = yield Summand(sums[:, :2].contiguous(), Over.REPLICAS)
             sums = torch.cat([energies, sums[:, 2:]], dim=1)
         projections.show(sums, norms)
+
+
+def _update_by_owners(run: Sequence[list[LowRankUpdate]], replicas: Replicas, context: StepContext) -> WaitingStep:
+    """Take the step on batches of matrices that are whole on every replica, and whose work the replicas share."""
+    for its_batches in group_by(run, lambda batch: batch[0].dtype).values():
+        updates = [update for batch in its_batches for update in batch]
+        shares = _shares(updates, replicas.count)
+        factors: dict[LowRankUpdate, tuple[Tensor, Tensor]] = {}
+        for batch in batches(shares[replicas.number], context):
+            left = orthonormal(left_products(batch), batch[0], context)
+            counts = [update.count for update in batch]
+            parts = left.split(counts), right_products(batch, left).split(counts)
+            factors.update(zip(batch, zip(*parts, strict=True), strict=True))
+        size = max(sum(map(_factor_entries, share)) for share in shares)
+        own = updates[0].momentum.new_zeros(size)
+        for update, (left, right) in _unpacked(shares[replicas.number], own):
+            left.copy_(factors[update][0])
+            right.copy_(factors[update][1])
+        everything = own.new_empty(replicas.count * size)
+        work = all_gather_single(everything, own, group=replicas.group, async_op=True)
+        yield IN_FLIGHT
+        work.wait()
+        for number, its_factors in zip(replicas.numbers, everything.split(size), strict=True):
+            factors.update(_unpacked(shares[number], its_factors))
+        for batch in its_batches:
+            left, right = (torch.cat(parts) for parts in zip(*(factors[update] for update in batch), strict=True))
+            norms = column_norms(right)
+            projections = Projections.wanted(batch, context)
+            apply(batch, left, right, norms, right, context)
+            if projections is not None:
+                projections.show(projections.sums(right), norms)
+
+
+def _shares(updates: Sequence[LowRankUpdate], replicas: int) -> list[list[LowRankUpdate]]:
+    """Which updates each replica works on: about as many FLOPs as the others."""
+    costs = tuple(update.count * update.slices * update.rank * (update.entries + update.rank) for update in updates)
+    owners = assign_owners(costs, replicas)
+    return [
+        [update for update, owner in zip(updates, owners, strict=True) if owner == replica]
+        for replica in range(replicas)
+    ]
+
+
+def _factor_entries(update: LowRankUpdate) -> int:
+    """How many numbers P and R have."""
+    return update.count * (update.slices + update.entries) * update.rank
+
+
+def _unpacked(
+    updates: Sequence[LowRankUpdate], factors: Tensor
+) -> Iterator[tuple[LowRankUpdate, tuple[Tensor, Tensor]]]:
+    """Yield each update with its P and R, which lie one after the other."""
+    first = 0
+    for update in updates:
+        found = []
+        for rows in (update.slices, update.entries):
+            shape = update.count, rows, update.rank
+            found.append(factors.narrow(0, first, math.prod(shape)).view(shape))
+            first += math.prod(shape)
+        yield update, (found[0], found[1])
 
 
 def _part(whole: Tensor, span: Span) -> Tensor:

@@ -21,10 +21,10 @@ class Projections:
     def __init__(self, batch: Sequence[LowRankUpdate], context: StepContext) -> None:
         self._batch, self._context = batch, context
         dtype = sum_dtype(batch[0].device)
-        # In their memory order, which takes a CPU a third of the time.
+        # Row by row in their memory order, which takes a CPU a fifth of the time or less; rows in their own precision.
         momenta = [each.momentum if each.momentum.stride(-1) == 1 else each.momentum.mT for each in batch]
-        norms = [torch.linalg.vector_norm(momentum.flatten(1), dim=1, dtype=dtype) for momentum in momenta]
-        self.energies = torch.cat(norms).square()
+        norms = [torch.linalg.vector_norm(momentum, dim=2).to(dtype) for momentum in momenta]
+        self.energies = torch.cat([each.square().sum(1) for each in norms])
         self.q = torch.cat([update.q for update in batch])
 
     @classmethod

@@ -8,13 +8,15 @@ the user's, or that of the Trainer or Fabric that runs the model. The frameworks
 without importing them.
 """
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from dion2_lightning.distributed.clipping import clip_grad_norm_
 from dion2_lightning.distributed.replicas import unaveraged_of
 
 if TYPE_CHECKING:
@@ -30,7 +32,10 @@ ALTERNATIVE: Final = "flattens matrices into vectors, so no matrix is left to up
 
 
 def process_group_of(strategy: object | None) -> "ProcessGroup | None":
-    """Return the ranks that hold replicas of the plain parameters; None where there is one rank or DTensors say it."""
+    """Return the ranks that hold replicas of which no DTensor tells; None where there is one rank or DTensors say it.
+
+    Those are replicas of plain parameters, or of shards where FSDP2 does not know that there are others.
+    """
     if strategy is None:
         return None
     for name, (packages, read) in _READERS.items():
@@ -141,18 +146,63 @@ def refuse_scaling_by_replica(strategy: Any) -> None:
         )
 
 
-def call_before_saving(strategy: Any, method: Callable[[], None]) -> None:
-    """Have Accelerate call a method on every rank before it saves a state, as long as the method's object lives."""
+def leaves_out_replicas(strategy: Any) -> bool:
+    """Return whether a framework has FSDP2 shard over each replica alone, so that it averages nothing over others."""
+    kinds = {"Accelerator": "accelerate", "AcceleratorState": "accelerate", "TrainingArguments": "transformers"}
+    if not any(_is(strategy, name, package) for name, package in kinds.items()):
+        return False
+    return _replicas_beside_fsdp2(strategy) is not None
+
+
+def refuse_averaging_by_nobody(strategy: Any) -> None:
+    """Raise an error where FSDP2 leaves the averaging over replicas to an optimizer that does none."""
+    if leaves_out_replicas(strategy):
+        raise ValueError(
+            f"{type(strategy.parallelism_config).__name__} keeps FSDP2 from averaging gradients over replicas, and "
+            "sync='full' needs them averaged; pass sync='compressed', or ParallelismConfig in its place"
+        )
+
+
+def replace_clipping(strategy: Any, replicas: Callable[[], "Mapping[Tensor, ProcessGroup]"]) -> None:
+    """Have Accelerate's ``clip_grad_norm_`` clip replicas alike, as long as the method's object lives.
+
+    Args:
+        strategy: An Accelerator; of others nothing is replaced.
+        replicas: The method ``replicas`` of an optimizer. A call without one of its parameters stays Accelerate's.
+    """
     if not _is(strategy, "Accelerator", "accelerate"):
         return
-    reference = weakref.WeakMethod(method)
+    reference, before = weakref.WeakMethod(replicas), strategy.clip_grad_norm_
 
-    def before_saving(models: Any, weights: Any, output_dir: Any) -> None:
+    @functools.wraps(before)
+    def clip(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor | None:
+        known, everything = reference(), list(parameters)
+        apart = {} if known is None else known()
+        if not any(parameter in apart for parameter in everything):
+            clipped: Tensor | None = before(everything, max_norm, norm_type)
+            return clipped
+        return clip_grad_norm_(everything, max_norm, norm_type, replicas=apart)
+
+    strategy.clip_grad_norm_ = clip
+
+
+def call_before_saving(strategy: Any, method: Callable[[], None]) -> None:
+    """Have Accelerate call a method on every rank before it saves a state, as long as the method's object lives.
+
+    Its own hook comes too late: under FSDP2 the optimizers have been saved by then.
+    """
+    if not _is(strategy, "Accelerator", "accelerate"):
+        return
+    reference, save_state = weakref.WeakMethod(method), strategy.save_state
+
+    @functools.wraps(save_state)
+    def save_state_afterwards(*arguments: Any, **settings: Any) -> Any:
         known = reference()
         if known is not None:
             known()
+        return save_state(*arguments, **settings)
 
-    strategy.register_save_state_pre_hook(before_saving)
+    strategy.save_state = save_state_afterwards
 
 
 def refuse_wrappers_that_flatten(model: nn.Module) -> None:
@@ -220,7 +270,7 @@ def _of_accelerator(accelerator: Any) -> "ProcessGroup | None":
         )
     if name in ("DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(f"strategy Accelerator with {name} {ALTERNATIVE}")
-    return _world() if name.startswith("MULTI_") else None
+    return _world() if name.startswith("MULTI_") else _replicas_beside_fsdp2(accelerator)
 
 
 def _of_training_arguments(arguments: Any) -> "ProcessGroup | None":
@@ -230,8 +280,24 @@ def _of_training_arguments(arguments: Any) -> "ProcessGroup | None":
         config = arguments.fsdp_config or {}
         if int(config.get("version", 2)) != 2:  # 2 is the default of transformers
             raise ValueError(f'strategy TrainingArguments with FSDP1 {ALTERNATIVE}: fsdp_config={{"version": 2}}')
+        return _replicas_beside_fsdp2(arguments)
+    # Accelerate's launcher turns FSDP on without a word in the arguments.
+    return _replicas_beside_fsdp2(arguments) or (_world() if arguments.world_size > 1 else None)
+
+
+def _replicas_beside_fsdp2(strategy: Any) -> "ProcessGroup | None":
+    """The ranks that hold replicas of shards where Accelerate's mesh has them and FSDP2 is not given that dimension."""
+    config = strategy.parallelism_config
+    is_hsdp = config is not None and config.dp_replicate_enabled and config.dp_shard_cp_dim_names
+    if not is_hsdp or "dp_replicate" in config.fsdp_dim_names:
         return None
-    return _world() if arguments.world_size > 1 else None
+    if config.device_mesh is None:
+        raise ValueError(
+            f"strategy {type(strategy).__name__} has a {type(config).__name__} whose mesh is not there yet; make the "
+            "Trainer first, which makes the mesh, and have it call Dion2Factory"
+        )
+    group: ProcessGroup = config.device_mesh["dp_replicate"].get_group()
+    return group
 
 
 def _of_mesh(mesh: Any) -> "ProcessGroup | None":

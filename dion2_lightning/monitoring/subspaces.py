@@ -30,7 +30,9 @@ def rank_uses(grams: Tensor, norms: Tensor) -> Tensor:
     """
     rank = norms.shape[-1]
     scaled = norms / norms.amax(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
-    gram = _blocks(grams)[2] * scaled.unsqueeze(-1) * scaled.unsqueeze(-2)
+    after = grams.narrow(1, rank, rank).narrow(2, rank, rank)
+    factors = scaled * _inverse_lengths(after)
+    gram = after * factors.unsqueeze(-1) * factors.unsqueeze(-2)
     squares, fourths = scaled.square().sum(-1), gram.square().sum((-2, -1))
     return torch.where(squares == 0, 0.0, squares.square() / (rank * fourths))
 
@@ -60,7 +62,13 @@ def turns(grams: Tensor) -> Tensor:
 
 def _blocks(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U^T U, U^T V and V^T V, (matrices, r, r): U and V are Q before a step and after it, with columns of norm 1."""
-    inverse = grams.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(grams.dtype).tiny).rsqrt()
+    inverse = _inverse_lengths(grams)
     upper, lower = (grams * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)).chunk(2, dim=1)
     before, between = upper.chunk(2, dim=2)
     return before, between, lower.chunk(2, dim=2)[1]
+
+
+def _inverse_lengths(grams: Tensor) -> Tensor:
+    """One over the norms of the columns that Gram matrices are of."""
+    inverse: Tensor = grams.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(grams.dtype).tiny).rsqrt()
+    return inverse

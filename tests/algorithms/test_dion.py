@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 from dion2_lightning import Dion2, build_optimizer
+from dion2_lightning.algorithms import low_rank
 from tests.algorithms.test_dion2 import SHAPES, gradients, matrices
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_layouts import place
@@ -268,21 +269,31 @@ def test_a_momentum_of_lower_rank_than_the_update(kind: str, qr: str) -> None:
     assert values[q.shape[-1] - 1] > 0.1
 
 
-@pytest.mark.parametrize("number", [1e2, 1e4, 1e6])
-def test_randomized_cholesky_qr_goes_where_an_exact_qr_goes(number: float) -> None:
-    """Over 12 steps, with gradients whose singular values span a condition number."""
+@pytest.mark.parametrize("qr", ["qr", "rcqr"])
+@pytest.mark.parametrize("rank_fraction", [1 / 8, 1 / 4, 1 / 2, 1.0])
+@pytest.mark.parametrize("number", [1e2, 1e3, 1e4])
+def test_weights_move_as_by_an_exact_qr_in_float64(
+    number: float, rank_fraction: float, qr: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each of 12 steps from the same weights and state, with gradients of a condition number."""
     left, _, right = torch.linalg.svd(gradients((256, 64), seed=0)[0], full_matrices=False)
-    values = torch.logspace(0, -math.log10(number), 64)
-    moved = {}
-    for qr in ("qr", "rcqr"):
-        parameter = nn.Parameter(torch.zeros(256, 64))
-        optimizer, _ = started(parameter, qr=qr, weight_decay=0.0, rank_fraction=0.5)
-        for _ in range(12):
-            parameter.grad = (left * values) @ right
-            optimizer.step()
-        assert not optimizer.fallbacks
-        moved[qr] = parameter.detach().double()
-    assert relative_error(moved["rcqr"], moved["qr"]) < 1e-4
+    gradient = (left * torch.logspace(0, -math.log10(number), 64)) @ right
+    parameter = nn.Parameter(torch.zeros(256, 64))
+    optimizer, _ = started(parameter, qr=qr, weight_decay=0.0, rank_fraction=rank_fraction)
+    for _ in range(12):
+        twin = nn.Parameter(torch.zeros(256, 64))
+        exact, _ = started(twin, qr="qr", weight_decay=0.0, rank_fraction=rank_fraction)
+        for entry, value in optimizer.state[parameter].items():
+            exact.state[twin][entry].copy_(value)
+        before = parameter.detach().clone()
+        parameter.grad, twin.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(low_rank, "orthonormal_columns", lambda p: torch.linalg.qr(p.double()).Q.float())
+            exact.step()
+        moved = parameter.detach().double() - before
+        assert relative_error(moved, twin.detach().double()) < 1e-4
+    assert not optimizer.fallbacks
 
 
 # Q

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from dion2_lightning import Dion2
+from dion2_lightning import Dion2, SelectionTracker
+from dion2_lightning.algorithms import dion_shared
 from dion2_lightning.matrices.layout import local
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_layouts import (
@@ -107,8 +108,56 @@ def check_layouts(ranks: int) -> None:
         if math.prod(case.mesh) == ranks:
             with errors_name_case(name):
                 assert not train_and_compare(sharded(case)).fallbacks
-    with errors_name_case("DDP"):
-        train_and_compare(whole_parameters(), process_group=dist.group.WORLD)
+    for share_replicas in (None, True):
+        with errors_name_case(f"DDP, share_replicas={share_replicas}"):
+            parameters = whole_parameters()
+            train_and_compare(parameters, process_group=dist.group.WORLD, share_replicas=share_replicas)
+            assert_equal_on_all_ranks(parameters)
+
+
+def assert_equal_on_all_ranks(parameters: dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        others = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
+        dist.all_gather(others, parameter.detach().contiguous())
+        assert all(torch.equal(parameter, other) for other in others), name
+
+
+def check_shared_work() -> None:
+    """Each replica multiplies its share, and gets P and R of the others: (long + short) r numbers a matrix."""
+    shapes = {"tall": (96, 24), "wide": (24, 96), "square": (48, 48), "experts": (3, 32, 16), "half": (40, 20)}
+    entries = {"tall": 120 * 6, "wide": 120 * 6, "square": 96 * 12, "experts": 3 * 48 * 4, "half": 60 * 5}
+    observed = []
+    for group, settings in ((None, {}), (dist.group.WORLD, {"share_replicas": True})):
+        parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+        groups = [{"params": [each], "batched": each[0] == "experts", "name": each[0]} for each in parameters.items()]
+        optimizer = Dion2([{**each, "algorithm": "dion"} for each in groups], lr=0.1, process_group=group, **settings)
+        tracker = SelectionTracker(every=1)
+        tracker.attach(optimizer)
+        gathered = mock.patch.object(dion_shared, "all_gather_single", wraps=dion_shared.all_gather_single)
+        multiplied = mock.patch.object(dion_shared, "left_products", wraps=dion_shared.left_products)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in parameters.values():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            with gathered as sent, multiplied as worked:
+                optimizer.step()
+        observed.append(tracker.pop_metrics().named(per_matrix=True))
+        if group is None:
+            continue
+        assert_equal_on_all_ranks(parameters)
+        assert sent.call_count == 1
+        received, own = sent.call_args.args
+        assert received.numel() == group.size() * own.numel()
+        assert max(entries.values()) <= own.numel() <= 0.6 * sum(entries.values())
+        own_work = sum(len(call.args[0]) for call in worked.call_args_list)
+        everyone = torch.tensor(own_work)
+        dist.all_reduce(everyone)
+        assert 0 < own_work < len(shapes)
+        assert everyone == len(shapes)
+    alone, shared = observed
+    assert alone.keys() == shared.keys()
+    for name, value in alone.items():
+        assert shared[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def check_other_ways() -> None:
@@ -214,6 +263,7 @@ def check_two_ranks() -> None:
     check_momenta_without_rank()
     check_gradients_and_settings_that_differ()
     check_replicas()
+    check_shared_work()
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

@@ -45,9 +45,10 @@ def make_accelerator(layout: str, **settings: Any) -> Accelerator:
         return Accelerator(**settings)
     fsdp2_on_cpu()
     if layout == "HSDP":
-        settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
-    plugin = fsdp_plugin(state_dict_type=STATE_DICTS.get(layout, "SHARDED_STATE_DICT"))
-    return Accelerator(fsdp_plugin=plugin, **settings)
+        settings.setdefault("parallelism_config", ParallelismConfig(dp_replicate_size=2, dp_shard_size=2))
+    if "fsdp_plugin" not in settings:
+        settings["fsdp_plugin"] = fsdp_plugin(state_dict_type=STATE_DICTS.get(layout, "SHARDED_STATE_DICT"))
+    return Accelerator(**settings)
 
 
 def fsdp_plugin(**settings: Any) -> FullyShardedDataParallelPlugin:

@@ -13,19 +13,27 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from dion2_lightning import Dion2, Dion2Factory, SynchronizeCallback, build_optimizer
+from dion2_lightning import (
+    CompressedParallelismConfig,
+    Dion2,
+    Dion2Factory,
+    SynchronizeCallback,
+    build_optimizer,
+)
 from dion2_lightning.distributed.strategies import refuse_scaling_by_replica
 from tests.distributed.ranks import run_like_torchrun, run_on_ranks
 from tests.distributed.test_compressed import assert_equal_on
 from tests.integrations import lightning_training
+from tests.integrations.huggingface import fsdp2_on_cpu, fsdp_plugin, make_accelerator
 from tests.integrations.resume import unwrapped
 from tests.integrations.test_fabric import make_fabric
 from tests.integrations.test_trainer import arguments, make_trainer
@@ -55,7 +63,8 @@ def loss_of(model: nn.Module, indices: list[int]) -> Tensor:
     return loss
 
 
-def expected_weights(pick: Pick, is_inside: bool) -> dict[str, Tensor]:
+def expected_weights(pick: Pick, is_inside: bool, all_apart: bool) -> dict[str, Tensor]:
+    """What one process makes of it; ``all_apart`` where no gradient is averaged yet when the norm is taken."""
     model = make_model().train()
     # Q begins as its parameter's name says, which is that in the module that the optimizer is built of.
     whole = nn.ModuleDict({"model": model}) if is_inside else model
@@ -72,8 +81,8 @@ def expected_weights(pick: Pick, is_inside: bool) -> dict[str, Tensor]:
         for parameter, *gradients in zip(model.parameters(), *of_replicas, strict=True):
             stacked = torch.stack(gradients)
             parameter.grad = stacked.mean(0).float()
-            is_compressed = any(parameter is each for each in compressed)
-            squares += stacked.square().sum() / 2 if is_compressed else stacked.mean(0).square().sum()
+            is_apart = all_apart or any(parameter is each for each in compressed)
+            squares += stacked.square().sum() / 2 if is_apart else stacked.mean(0).square().sum()
         assert squares.sqrt() > MAX_NORM
         for parameter in model.parameters():
             parameter.grad *= MAX_NORM / squares.sqrt()
@@ -93,9 +102,9 @@ def watched(optimizer: Dion2, group: Any = None) -> Dion2:
     return optimizer
 
 
-def assert_as_expected(model: nn.Module, pick: Pick, is_inside: bool = False) -> None:
+def assert_as_expected(model: nn.Module, pick: Pick, is_inside: bool = False, all_apart: bool = False) -> None:
     start = dict(make_model().named_parameters())
-    expected = expected_weights(pick, is_inside)
+    expected = expected_weights(pick, is_inside, all_apart)
     found = dict(model.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
@@ -186,12 +195,19 @@ def test_lightning_on_shards(tmp_path: Path) -> None:
     run_like_torchrun(4, check_sharded_lightning, tmp_path)
 
 
-def run_accelerate(folder: Path, resumes: bool) -> tuple[nn.Module, Dion2]:
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
-    # What a seed has made of one rank is sent to the others by DDP, and what DDP ignores by the optimizer.
+def run_accelerate(
+    folder: Path, resumes: bool = False, clips: bool = False, **settings: Any
+) -> tuple[nn.Module, Dion2]:
+    """Under DDP, or HSDP where settings are an Accelerator's for that; clipped by the optimizer or by Accelerate."""
+    layout = "HSDP" if settings else "DDP"
+    accelerator = make_accelerator(layout, gradient_accumulation_steps=ACCUMULATED, **settings)
+    # Every rank makes weights of its own, and gets those of the first one: by DDP, and for what DDP ignores by the
+    # optimizer; or by Accelerate, where it fills the shards of FSDP2.
     model = make_model(seed=accelerator.process_index).train()
-    optimizer = watched(build_optimizer(model, **DION, strategy=accelerator))
-    loader = DataLoader(Sequences(STEPS * ACCUMULATED), batch_size=BATCH // 2)
+    chosen = {**DION, "max_grad_norm": None} if clips else DION
+    group = accelerator.torch_device_mesh["dp_replicate"].get_group() if settings else None
+    optimizer = watched(build_optimizer(model, **chosen, strategy=accelerator), group)
+    loader = DataLoader(Sequences(STEPS * ACCUMULATED), batch_size=BATCH // accelerator.num_processes)
     model, prepared, loader = accelerator.prepare(model, optimizer, loader)
     if resumes:
         accelerator.load_state(str(folder))
@@ -199,6 +215,8 @@ def run_accelerate(folder: Path, resumes: bool) -> tuple[nn.Module, Dion2]:
     for number, batch in enumerate(loader, start=1):
         with accelerator.accumulate(model):
             accelerator.backward(model(**batch).loss)
+            if clips and accelerator.sync_gradients:
+                assert accelerator.clip_grad_norm_(model.parameters(), MAX_NORM) > MAX_NORM
             prepared.step()
             prepared.zero_grad()
         if number == STOP * ACCUMULATED and not resumes:
@@ -207,9 +225,11 @@ def run_accelerate(folder: Path, resumes: bool) -> tuple[nn.Module, Dion2]:
 
 
 def check_accelerate(folder: Path) -> None:
-    model, optimizer = run_accelerate(folder, resumes=False)
-    assert_as_expected(model, in_a_row)
-    assert_resumed(model, optimizer, *run_accelerate(folder, resumes=True))
+    for clips in (False, True):
+        path = folder / f"clipped by Accelerate {clips}"
+        model, optimizer = run_accelerate(path, clips=clips)
+        assert_as_expected(model, in_a_row)
+        assert_resumed(model, optimizer, *run_accelerate(path, resumes=True, clips=clips))
     accelerator = Accelerator(cpu=True)
     accelerator.state._mixed_precision = "fp16"
     with pytest.raises(ValueError, match=r"loss scaling, of float16, .* train in bfloat16, or with sync='full'"):
@@ -218,6 +238,27 @@ def check_accelerate(folder: Path) -> None:
 
 def test_accelerate(tmp_path: Path) -> None:
     run_like_torchrun(2, check_accelerate, tmp_path)
+
+
+def two_by_two() -> CompressedParallelismConfig:
+    return CompressedParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+
+
+def hsdp(kind: str) -> dict[str, Any]:
+    plugin = fsdp_plugin(state_dict_type=kind, cpu_ram_efficient_loading=True)
+    return {"parallelism_config": two_by_two(), "fsdp_plugin": plugin}
+
+
+def check_accelerate_on_shards(folder: Path, kind: str, clips: bool) -> None:
+    model, optimizer = run_accelerate(folder, clips=clips, **hsdp(kind))
+    assert {parameter.placements for parameter in model.parameters()} == {(Shard(0),)}
+    assert_as_expected(model, in_a_row, all_apart=clips)
+    assert_resumed(model, optimizer, *run_accelerate(folder, resumes=True, clips=clips, **hsdp(kind)))
+
+
+@pytest.mark.parametrize(("kind", "clips"), [("SHARDED_STATE_DICT", False), ("FULL_STATE_DICT", True)])
+def test_accelerate_on_shards(kind: str, clips: bool, tmp_path: Path) -> None:
+    run_like_torchrun(4, check_accelerate_on_shards, tmp_path, kind, clips)
 
 
 def run_fabric(folder: Path, before: bool, resumes: bool = False) -> tuple[nn.Module, Dion2]:
@@ -258,12 +299,15 @@ def test_fabric(tmp_path: Path) -> None:
 
 class Watching(Dion2Factory):
     def __call__(self, *args: Any, **settings: Any) -> Dion2:
-        return watched(super().__call__(*args, **settings))
+        optimizer = super().__call__(*args, **settings)
+        return watched(optimizer, optimizer.process_group)
 
 
-def run_trainer(folder: Path, callbacks: list[Any], checkpoint: str | None = None) -> tuple[nn.Module, Dion2]:
-    settings = {"gradient_accumulation_steps": ACCUMULATED, "max_grad_norm": 0, "save_strategy": "steps"}
-    args = arguments(folder, 2, STEPS, save_steps=STOP, **settings)
+def run_trainer(
+    folder: Path, callbacks: list[Any], checkpoint: str | None = None, ranks: int = 2, **settings: Any
+) -> tuple[nn.Module, Dion2]:
+    chosen = {"gradient_accumulation_steps": ACCUMULATED, "max_grad_norm": 0, "save_strategy": "steps", **settings}
+    args = arguments(folder, ranks, STEPS, save_steps=STOP, **chosen)
     pair = (Watching, {**DION, "strategy": args})
     trainer = make_trainer(args, make_model(), pair, callbacks=callbacks)
     trainer.train_dataset = Sequences(STEPS * ACCUMULATED)
@@ -272,19 +316,49 @@ def run_trainer(folder: Path, callbacks: list[Any], checkpoint: str | None = Non
 
 
 def check_trainer(folder: Path) -> None:
-    model, optimizer = run_trainer(folder, [SynchronizeCallback()])
-    assert_as_expected(model, in_a_row)
-    again = run_trainer(folder / "again", [SynchronizeCallback()], str(folder / f"checkpoint-{STOP}"))
-    for each in (optimizer, again[1]):
-        each.synchronize()
-    assert_resumed(model, optimizer, *again)
+    check_resumed_trainer(folder)
     args = arguments(folder, 2)
     with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 clips each replica .*; set max_grad_norm=0\.0, and pass"):
         refuse_scaling_by_replica(args)
 
 
+def check_resumed_trainer(folder: Path, **settings: Any) -> None:
+    model, optimizer = run_trainer(folder, [SynchronizeCallback()], **settings)
+    assert_as_expected(model, in_a_row)
+    again = run_trainer(folder / "again", [SynchronizeCallback()], str(folder / f"checkpoint-{STOP}"), **settings)
+    for each in (optimizer, again[1]):
+        each.synchronize()
+    assert_resumed(model, optimizer, *again)
+
+
 def test_trainer(tmp_path: Path) -> None:
     run_like_torchrun(2, check_trainer, tmp_path)
+
+
+def check_trainer_on_shards(folder: Path, kind: str) -> None:
+    fsdp2_on_cpu()
+    sharding = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "state_dict_type": kind}
+    settings: dict[str, Any] = {"fsdp": True, "fsdp_config": sharding, "parallelism_config": two_by_two()}
+    check_resumed_trainer(folder, ranks=4, **settings)
+    refused = [
+        ({"max_grad_norm": 1.0}, DION, r"max_grad_norm=1\.0 clips each replica .*; set max_grad_norm=0\.0, and pass"),
+        ({}, RATES, "CompressedParallelismConfig keeps FSDP2 from averaging .*; pass sync='compressed', or Para"),
+        (
+            {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)},
+            DION,
+            "=CompressedParallelismConfig",
+        ),
+    ]
+    for changed, given, message in refused:
+        args = arguments(folder, 4, STEPS, **{"max_grad_norm": 0, **settings, **changed})
+        for strategy in ({"strategy": args}, {}) if given is RATES else ({"strategy": args},):
+            with pytest.raises(ValueError, match=message):
+                make_trainer(args, make_model(), (Dion2Factory, {**given, **strategy})).train()
+
+
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_trainer_on_shards(kind: str, tmp_path: Path) -> None:
+    run_like_torchrun(4, check_trainer_on_shards, tmp_path, kind)
 
 
 def train_by_hand(model: nn.Module, optimizer: Dion2, pick: Pick, replica: int, no_sync: Any) -> None:
