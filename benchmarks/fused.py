@@ -47,6 +47,16 @@ LAYERS: Final[dict[str, list[Weight]]] = {
     "SmolLM2-135M: o by head": [((576, 576), {"splits": "head 9*64 along inputs"})],
     "Pythia-160M: q|k|v, interleaved": [((2304, 768), {"splits": "12 x (q 64 | k 64 | v 64)"})],
     "Pythia-160M: by head": [((2304, 768), {"splits": "12 x (q 1*64 | k 1*64 | v 1*64)"})],
+    "Pythia-160M: q|k|v, interleaved, bfloat16": [
+        ((2304, 768), {"dtype": "bfloat16", "splits": "12 x (q 64 | k 64 | v 64)"})
+    ],
+    "Pythia-160M: q|k|v, interleaved, stored (in, out)": [
+        ((768, 2304), {"transposed": True, "splits": "12 x (q 64 | k 64 | v 64)"})
+    ],
+    "Pythia-160M: q|k|v, interleaved, stored (in, out), bfloat16": [
+        ((768, 2304), {"dtype": "bfloat16", "transposed": True, "splits": "12 x (q 64 | k 64 | v 64)"})
+    ],
+    "DeepSeek-V2-Lite, half as wide: k|v from the latent": [((2048, 256), {"splits": "8 x (k 128 | v 128)"})],
     "Pythia-160M: a layer": [
         ((2304, 768), {"splits": "12 x (q 64 | k 64 | v 64)"}),
         ((768, 768), {}),
@@ -65,6 +75,7 @@ LAYERS: Final[dict[str, list[Weight]]] = {
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
     "Dion2 at 1/4": {"fraction": 0.25},
     "Muon": {"fraction": 1.0},
+    "Dion at 1/4": {"algorithm": "dion", "rank_fraction": 0.25},
 }
 
 
@@ -98,10 +109,15 @@ def _times(layers: list[Weight], settings: dict[str, Any], arguments: argparse.N
 
 def _apart(shape: tuple[int, ...], storage: dict[str, Any]) -> Iterator[Weight]:
     """Yield the blocks of a weight as weights of their own; one with several matrices is a stack of them."""
-    for block in read_matrices(shape, **storage):
+    dtype = storage.get("dtype", "float32")
+    for block in read_matrices(shape, **{name: each for name, each in storage.items() if name != "dtype"}):
         size = block.shape[::-1] if block.transposed else block.shape
         is_stack = block.count > 1 or block.is_stack
-        yield (block.count, *size) if is_stack else size, {"batched": is_stack, "transposed": block.transposed}
+        yield (block.count, *size) if is_stack else size, {
+            "dtype": dtype,
+            "batched": is_stack,
+            "transposed": block.transposed,
+        }
 
 
 def _optimizer_of(weights: list[Weight], settings: dict[str, Any], device: torch.device) -> Dion2:
@@ -112,9 +128,11 @@ def _optimizer_of(weights: list[Weight], settings: dict[str, Any], device: torch
 
     groups = []
     for shape, storage in weights:
-        parameter = nn.Parameter(random(shape))
-        parameter.grad = random(shape)
-        groups.append({"params": [parameter], **storage, **settings})
+        dtype = getattr(torch, storage.get("dtype", "float32"))
+        parameter = nn.Parameter(random(shape).to(dtype))
+        parameter.grad = random(shape).to(dtype)
+        stored = {name: each for name, each in storage.items() if name != "dtype"}
+        groups.append({"params": [parameter], **stored, **settings})
     return Dion2(groups)
 
 

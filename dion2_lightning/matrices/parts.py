@@ -4,6 +4,7 @@ Along its axis a block is a growing list of places, and a rank holds an interval
 block is, again, a rectangle of each of its matrices, wherever the border between ranks falls.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -84,7 +85,8 @@ class Part:
             in_order = filters.movedim(2, -1) if taps_first else filters
             in_order.copy_(copy.view(in_order.shape))
         else:
-            self._stack(tensor).index_copy_(self._dim, self._places(tensor.device), copy)
+            for there, here in self._pieces(self._stack(tensor), copy):
+                there.copy_(here)
 
     def of_stack(self, stack: Tensor) -> Tensor:
         """Return the same out of (1, rows, columns), or (count, rows, columns) where the leading axis counts them.
@@ -93,9 +95,13 @@ class Part:
         """
         if self.matrices.block is None:
             return stack
-        if self._is_scattered:
-            return stack.index_select(self._dim, self._places(stack.device))
         shape, strides = list(stack.shape), list(stack.stride())
+        if self._is_scattered:
+            shape[self._dim] = self._width
+            copy = stack.new_empty(shape)
+            for there, here in self._pieces(stack, copy):
+                here.copy_(there)
+            return copy
         block, stride = self._block, strides[self._dim]
         if not self.matrices.is_stack:
             between = block.place(self._index + self._size) - block.place(self._index)
@@ -183,12 +189,25 @@ class Part:
             return False
         return self._index // block.size != (self._index + self._width - 1) // block.size
 
-    def _places(self, device: torch.device) -> Tensor:
-        """Where on this rank's part of the axis the slices are."""
-        block, first = self._block, self._index
-        index = torch.arange(first, first + self._width, device=device)
-        periods = index.div(block.size, rounding_mode="floor")
-        return periods * (block.period - block.size) + (block.offset - self.start) + index
+    def _pieces(self, stack: Tensor, copy: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """View the slices of scattered matrices in the stack, and in their copy, piece by piece.
+
+        Whole pieces are equally far apart, so there is one pair of views for all of them together, and one for each of
+        the two that a border between ranks may have cut.
+        """
+        dim, size, first, last = self._dim, self._block.size, self._index, self._index + self._width
+        whole = -(-first // size) * size, last // size * size
+        for start, stop in ((first, whole[0]), whole, (whole[1], last)):
+            if start == stop:
+                continue
+            count = max(1, (stop - start) // size)
+            here = copy.narrow(dim, start - first, stop - start).unflatten(dim, (count, -1))
+            shape, strides = list(stack.shape), list(stack.stride())
+            stride = strides[dim]
+            shape[dim : dim + 1] = here.shape[dim : dim + 2]
+            strides[dim : dim + 1] = self._block.period * stride, stride
+            place = self._block.place(start) - self.start
+            yield stack.as_strided(shape, strides, stack.storage_offset() + place * stride), here
 
 
 def parts_of(parameter: Tensor, matrices: Matrices, label: str, *, process_group: Any, known: Layouts) -> list[Part]:
