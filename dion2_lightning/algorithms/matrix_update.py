@@ -3,6 +3,7 @@
 What a step needs of the settings is read by ``updates_of`` in dion2.py and ``MatrixUpdate.of``; the rest is numbers.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -317,6 +318,12 @@ class MatrixUpdate:
         return self.layout.columns if self.matrices.slices_are_rows(self.axis) else self.layout.rows
 
     @property
+    def held_entries(self) -> int:
+        """Entries of the matrices that this rank holds."""
+        rank = self.layout.own_rank
+        return self.count * math.prod(stop - start for start, stop in (self.held[rank], self.columns[rank]))
+
+    @property
     def is_split(self) -> bool:
         """Whether ranks hold different slices, so that message sizes depend on the selection."""
         return not self.held.are_equal
@@ -399,18 +406,13 @@ def count_step(updates: Sequence[MatrixUpdate]) -> None:
 def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate], list[MatrixUpdate]]:
     """Return updates for what is the same for every entry of a parameter: one for all its blocks, and blocks alone.
 
-    A pass over every second column takes as long as one over all of them.
+    A pass over every second column takes as long as one over all of them, and blocks in pieces may have to be copied.
     """
     at_once: list[MatrixUpdate] = []
     alone: list[MatrixUpdate] = []
     for parameter, blocks in group_by(updates, lambda update: update.parameter).items():
-        tensors = local(parameter), local(blocks[0].state["momentum"])
-        entries = sum(each.count * each.slices * each.entries for each in blocks)
-        is_whole = entries == tensors[0].numel() and all(
-            each.layout.group is None and not (each.bits or each.leaves_idle) and all(map(each.is_view, tensors))
-            for each in blocks
-        )
-        if is_whole:
+        is_alike = not any(each.own_gates or "accumulate" in each.bits for each in blocks)
+        if is_alike and sum(each.held_entries for each in blocks) == local(parameter).numel():
             at_once.append(blocks[0])
         else:
             alone += blocks
