@@ -97,8 +97,13 @@ class LowRankUpdate(MatrixUpdate):
         return 1
 
     @property
-    def is_in_pieces(self) -> bool:
+    def is_scattered(self) -> bool:
         """False: a product is of a whole matrix."""
+        return False
+
+    @property
+    def is_in_pieces(self) -> bool:
+        """False, for the same reason."""
         return False
 
     @property

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import repeat
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
@@ -195,23 +196,50 @@ class MatrixUpdate:
         return self.neuron_beta is not None and self.matrices.taps_along(OUTPUT_AXIS) > 1
 
     @cached_property
-    def is_in_pieces(self) -> bool:
-        """Whether the views are of pieces, see kernels/selection.py, so that a block in several ones needs no copy.
+    def is_scattered(self) -> bool:
+        """Whether slices lie in pieces among those of other blocks: the views are then of all, and need no copy.
 
-        Random bits and gates are those of whole matrices.
+        :meth:`at` and :meth:`own` say which of them are its own.
+        """
+        return self.part.is_in_pieces and self.axis == self.matrices.block_axis and not self.leaves_idle
+
+    @cached_property
+    def is_in_pieces(self) -> bool:
+        """Whether the entries of slices do: the views are then of pieces, see kernels/selection.py, and need no copy.
+
+        Random bits and gates are those of whole matrices, and pieces are rows of one size.
         """
         tensors = local(self.parameter), local(self.state["momentum"])
         is_simple = all(each.is_contiguous() and each.dtype not in HALF_PRECISION for each in tensors)
-        return self.part.is_in_pieces and is_simple and not self.leaves_idle
+        is_simple = is_simple and not self.leaves_idle and self.matrices.blocks_are_rows
+        return is_simple and self.axis != self.matrices.block_axis and self.part.is_in_equal_pieces
 
     def _read(self, tensor: Tensor) -> Tensor:
+        if self.is_scattered:
+            return self.matrices.slices(self.part.stack(tensor), self.axis)
         if self.is_in_pieces:
-            return self.matrices.slices(self.part.pieces(tensor.contiguous()), self.axis)
+            (pieces,) = self.part.pieces(self.part.stack(tensor), 1)
+            return pieces.mT
         return self.matrices.slices(self.part.read(tensor, taps_first=self.taps_first), self.axis)
 
     def is_view(self, whole: Tensor) -> bool:
         """Return whether what is read out of a tensor, such as the parameter, is a view of it."""
-        return self.is_in_pieces or self.part.is_view(whole, taps_first=self.taps_first)
+        return self.is_scattered or self.is_in_pieces or self.part.is_view(whole, taps_first=self.taps_first)
+
+    def at(self, indices: Tensor) -> Tensor:
+        """Return where in the views the slices are that this rank holds under these numbers."""
+        return self.part.places(indices) if self.is_scattered else indices
+
+    def own(self, view: Tensor) -> list[Tensor]:
+        """View its own slices in a view: all, or (count, pieces, slices of each, m) for pieces of one size."""
+        return self.part.pieces(view, 1) if self.is_scattered else [view]
+
+    def own_bits(self, bits: RandomBits | None) -> Sequence[RandomBits | None]:
+        """Return the random bits of what :meth:`own` returns, given those of its matrices; None for none."""
+        if not self.is_scattered or bits is None:
+            return [bits] * (len(self.part.runs) if self.is_scattered else 1)
+        cut = [[each.unsqueeze(1)] * len(self.part.runs) if each.shape[1] == 1 else self.part.in_pieces(each, 1) for each in bits]
+        return [RandomBits(*each) for each in zip(*cut, strict=True)]
 
     def write_back(self) -> None:
         """Write what had to be copied, as it has no view, to where it came from, and let go of it."""
@@ -423,9 +451,12 @@ def accumulate(updates: Sequence[MatrixUpdate]) -> None:
     """M <- M + G, where there is a G."""
     together: list[tuple[Tensor, Tensor]] = []
     at_once, alone = split_off_wholes(updates)
-    pairs = [(each, local(each.state["momentum"]), local_gradient(each.parameter)) for each in at_once]
-    for update, momentum, gradient in pairs + [(each, each.momentum, each.gradient) for each in alone]:
-        bits = update.bits.get("accumulate")
+    terms = [(each, local(each.state["momentum"]), local_gradient(each.parameter), None) for each in at_once]
+    for each in alone:
+        if each.gradient is not None:
+            bits = each.own_bits(each.bits.get("accumulate"))
+            terms += zip(repeat(each), each.own(each.momentum), each.own(each.gradient), bits)
+    for update, momentum, gradient, bits in terms:
         if gradient is None:
             continue
         if update.gate is not None:
@@ -450,7 +481,9 @@ def leave_idle(updates: Sequence[MatrixUpdate]) -> None:
 
 def slice_norms(update: MatrixUpdate) -> Tensor:
     """Return the sum of |M| over each slice, or over what this rank holds of it, (count, held slices), in float64."""
-    sums = slice_sums(update.momentum)
+    if update.is_in_pieces:
+        return slice_sums(update.momentum).sum(1)
+    sums = torch.cat([slice_sums(own).flatten(1) for own in update.own(update.momentum)], 1)
     if update.taps > 1:
         channels = sums.shape[1] // update.taps
         shape = (update.taps, channels) if update.taps_first else (channels, update.taps)
@@ -475,18 +508,19 @@ def take(
 
     The tensors are those of all matrices of the update, or of some of them from ``first`` on.
     """
-    submatrices = gather(momentum, indices)
+    places = update.at(indices)
+    submatrices = gather(momentum, places)
     factor = update.number(update.momentum_factor, 1.0, momentum, first)
     if bits is None:
-        decay_(momentum, indices, submatrices, factor)
+        decay_(momentum, places, submatrices, factor)
     else:
         shrunk = submatrices.clone()
         multiply_add_(shrunk, factor, None, bits.of_slices(indices))
-        put_(momentum, indices, shrunk)
+        put_(momentum, places, shrunk)
     if update.nesterov:
         submatrices = submatrices.to(torch.promote_types(momentum.dtype, torch.float32)) * update.momentum_factor
         if gradient is not None:
-            selected = gather(gradient, indices)
+            selected = gather(gradient, places)
             submatrices += selected if update.gate is None else update.gate.gradient(selected)
     return submatrices.to(update.dtype)
 
@@ -534,7 +568,8 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
             if each.shrink != 1.0 and not each.is_cautious and each.parameter.dtype not in HALF_PRECISION
         ]
     )
-    pairs = [(each, local(each.parameter)) for each in at_once] + [(each, each.weight) for each in alone]
+    pairs = [(each, local(each.parameter)) for each in at_once]
+    pairs += [(each, own) for each in alone for own in each.own(each.weight)]
     for gate, equal in group_by(pairs, lambda pair: pair[0].own_gate).items():
         if gate is None:
             torch._foreach_mul_([weight for _, weight in equal], [update.shrink for update, _ in equal])
@@ -564,21 +599,22 @@ def apply(
     if factors is not None:
         change *= factors.unsqueeze(update.neuron_dim)
     shrink = update.number(update.shrink, 1.0, weight, first)
+    places, selected_bits = update.at(indices), None if bits is None else bits.of_slices(indices)
     if update.is_cautious:
-        new = decayed(weight, momentum, shrink)
-        put_(new, indices, decayed(gather(weight, indices), result, shrink) + change)
-        if weight.dtype in HALF_PRECISION:
-            store_(weight, new, bits)
-        else:
-            weight.copy_(new)
+        moved = gather(weight, places)
+        store_(moved, decayed(moved, result, shrink) + change, selected_bits)
+        for own, direction, its_bits in zip(update.own(weight), update.own(momentum), update.own_bits(bits), strict=True):
+            store_(own, decayed(own, direction, shrink), its_bits)
+        put_(weight, places, moved)
     elif weight.dtype in HALF_PRECISION:
-        moved = gather(weight, indices)
-        multiply_add_(moved, shrink, change, None if bits is None else bits.of_slices(indices))
+        moved = gather(weight, places)
+        multiply_add_(moved, shrink, change, selected_bits)
         if update.shrink != 1.0:
-            multiply_add_(weight, shrink, None, bits)
-        put_(weight, indices, moved)
+            for own, its_bits in zip(update.own(weight), update.own_bits(bits), strict=True):
+                multiply_add_(own, shrink, None, its_bits)
+        put_(weight, places, moved)
     else:
-        add_(weight, indices, change)
+        add_(weight, places, change)
     if context.observer is not None and context.observer.wants_results:
         context.observer.moved(update.source, change)
 

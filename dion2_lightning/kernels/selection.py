@@ -39,16 +39,13 @@ def selected_count(slices: int, fraction: float) -> int:
 
 
 def slice_sums(slices: Tensor) -> Tensor:
-    """Return the sum of |M| over every slice, shape (count, n), in float64; in float32 on a device that has no float64.
+    """Return the sum of |M| over every slice (..., m), shape (...), in float64; in float32 on a device without it.
 
     Rounded to float32 it is the slice's norm. float32 sums depend on their order, and near the threshold an order
     changes the selection; rounded float64 sums do not. Ranks that share a matrix need float64 to select alike; a device
     without it works alone.
     """
-    sums = slices.abs().sum(-1, dtype=sum_dtype(slices.device))
-    if slices.ndim == 4:
-        return sums.flatten(1) if _runs_along_slices(slices) else sums.sum(1)
-    return sums
+    return slices.abs().sum(-1, dtype=sum_dtype(slices.device))
 
 
 def largest(norms: Tensor, k: int) -> Tensor:
@@ -137,12 +134,8 @@ def _rows(slices: Tensor) -> Tensor | None:
 
 def _rows_at(indices: Tensor, slices: Tensor) -> Tensor:
     """Which of these rows the slices at ``indices`` are."""
-    row = slices.stride(-2)
-    if slices.ndim == 4:
-        size = slices.shape[2]
-        indices = indices + indices.div(size, rounding_mode="floor") * (slices.stride(1) // row - size)
     if len(slices) > 1:
-        step = slices.stride(0) // row
+        step = slices.stride(0) // slices.stride(-2)
         indices = indices + torch.arange(0, len(slices) * step, step, device=indices.device).unsqueeze(-1)
     return indices.view(-1)
 

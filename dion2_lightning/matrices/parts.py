@@ -4,10 +4,10 @@ Along its axis a block is a growing list of places, and a rank holds an interval
 block is, again, a rectangle of each of its matrices, wherever the border between ranks falls.
 """
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,22 @@ from torch import Tensor
 from dion2_lightning.matrices.layout import Layout, Layouts, Rectangle, Span, held_coordinates, layout_of, local
 from dion2_lightning.matrices.splits import Block
 from dion2_lightning.matrices.views import Matrices
+
+
+class _Run(NamedTuple):
+    """Pieces of one size, equally far apart.
+
+    Attributes:
+        first: Number of the first slice, among those that this rank holds of the matrix.
+        count: How many pieces.
+        size: Slices of each.
+        place: Where on this rank's part of the axis they begin.
+    """
+
+    first: int
+    count: int
+    size: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -49,28 +65,46 @@ class Part:
         if self.matrices.is_kernel:
             filters = self._filters(tensor)
             return (filters.movedim(2, -1) if taps_first else filters).flatten(2)
-        return self.of_stack(self._stack(tensor))
+        return self.of_stack(self.stack(tensor))
 
     @property
     def is_in_pieces(self) -> bool:
-        """Whether it is rows in several whole pieces of one size, all of them equally far apart."""
-        if not (self._is_scattered and self.matrices.blocks_are_rows):
-            return False
-        return self._index % self._block.size == 0 and self._width % self._block.size == 0
+        """Whether the slices of a matrix are in pieces that are not side by side."""
+        return self._is_scattered
 
-    def pieces(self, tensor: Tensor) -> Tensor:
-        """View such rows as (count, pieces, rows of each, columns), which needs no copy, unlike :meth:`read`.
+    @property
+    def is_in_equal_pieces(self) -> bool:
+        """Whether all of them have one size."""
+        return self.is_in_pieces and len(self.runs) == 1
+
+    def pieces(self, stack: Tensor, dim: int) -> list[Tensor]:
+        """View its pieces in this rank's part: a dimension becomes two, pieces and slices of each.
+
+        There is one view of all pieces of one size, and one more for each that a border between ranks has cut.
 
         Args:
-            tensor: This rank's part, contiguous.
+            stack: This rank's part, (count, rows, columns).
+            dim: Which of its dimensions is the axis of the blocks.
         """
-        block, stack = self._block, self._stack(tensor)
-        of_matrix, of_row, of_column = stack.stride()
-        return stack.as_strided(
-            (len(stack), self._width // block.size, block.size, stack.shape[2]),
-            (of_matrix, block.period * of_row, of_row, of_column),
-            stack.storage_offset() + self._first_place * of_row,
-        )
+        return [
+            stack.narrow(dim, run.place, (run.count - 1) * self._block.period + run.size)
+            .unfold(dim, run.size, self._block.period)
+            .movedim(-1, dim + 1)
+            for run in self.runs
+        ]
+
+    def in_pieces(self, matrices: Tensor, dim: int) -> list[Tensor]:
+        """View its own matrices (count, rows, columns) in the same way."""
+        return [
+            matrices.narrow(dim, run.first, run.count * run.size).unflatten(dim, (run.count, run.size))
+            for run in self.runs
+        ]
+
+    def places(self, slices: Tensor) -> Tensor:
+        """Return where on this rank's part of the axis some of the slices that it holds are, given their numbers."""
+        block, numbers = self._block, slices + self._index
+        periods = numbers.div(block.size, rounding_mode="floor")
+        return numbers + periods * (block.period - block.size) + (block.offset - self.start)
 
     def is_view(self, tensor: Tensor, *, taps_first: bool = False) -> bool:
         """Return whether :meth:`read` returns a view of the tensor."""
@@ -85,8 +119,9 @@ class Part:
             in_order = filters.movedim(2, -1) if taps_first else filters
             in_order.copy_(copy.view(in_order.shape))
         else:
-            for there, here in self._pieces(self._stack(tensor), copy):
-                there.copy_(here)
+            pieces = self.pieces(self.stack(tensor), self._dim)
+            for piece, source in zip(pieces, self.in_pieces(copy, self._dim), strict=True):
+                piece.copy_(source)
 
     def of_stack(self, stack: Tensor) -> Tensor:
         """Return the same out of (1, rows, columns), or (count, rows, columns) where the leading axis counts them.
@@ -99,8 +134,8 @@ class Part:
         if self._is_scattered:
             shape[self._dim] = self._width
             copy = stack.new_empty(shape)
-            for there, here in self._pieces(stack, copy):
-                here.copy_(there)
+            for piece, source in zip(self.in_pieces(copy, self._dim), self.pieces(stack, self._dim), strict=True):
+                piece.copy_(source)
             return copy
         block, stride = self._block, strides[self._dim]
         if not self.matrices.is_stack:
@@ -124,7 +159,8 @@ class Part:
             return self.of_stack(of_rows), of_columns
         return of_rows, self.of_stack(of_columns)
 
-    def _stack(self, tensor: Tensor) -> Tensor:
+    def stack(self, tensor: Tensor) -> Tensor:
+        """View this rank's part as (count, rows, columns), whatever the blocks."""
         return tensor if self.matrices.is_stack else tensor.unsqueeze(0)
 
     def _filters(self, tensor: Tensor) -> Tensor:
@@ -189,25 +225,16 @@ class Part:
             return False
         return self._index // block.size != (self._index + self._width - 1) // block.size
 
-    def _pieces(self, stack: Tensor, copy: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """View the slices of scattered matrices in the stack, and in their copy, piece by piece.
-
-        Whole pieces are equally far apart, so there is one pair of views for all of them together, and one for each of
-        the two that a border between ranks may have cut.
-        """
-        dim, size, first, last = self._dim, self._block.size, self._index, self._index + self._width
-        whole = -(-first // size) * size, last // size * size
-        for start, stop in ((first, whole[0]), whole, (whole[1], last)):
-            if start == stop:
-                continue
-            count = max(1, (stop - start) // size)
-            here = copy.narrow(dim, start - first, stop - start).unflatten(dim, (count, -1))
-            shape, strides = list(stack.shape), list(stack.stride())
-            stride = strides[dim]
-            shape[dim : dim + 1] = here.shape[dim : dim + 2]
-            strides[dim : dim + 1] = self._block.period * stride, stride
-            place = self._block.place(start) - self.start
-            yield stack.as_strided(shape, strides, stack.storage_offset() + place * stride), here
+    @cached_property
+    def runs(self) -> list[_Run]:
+        """Its pieces: whole ones of the block, and before and behind them what a border between ranks left of others."""
+        size, start, stop = self._block.size, self._index, self._index + self._width
+        edges = start, -(-start // size) * size, stop // size * size, stop
+        return [
+            _Run(low - start, max(1, (high - low) // size), min(size, high - low), self._block.place(low) - self.start)
+            for low, high in itertools.pairwise(edges)
+            if low < high
+        ]
 
 
 def parts_of(parameter: Tensor, matrices: Matrices, label: str, *, process_group: Any, known: Layouts) -> list[Part]:
