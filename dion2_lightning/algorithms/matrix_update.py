@@ -197,22 +197,19 @@ class MatrixUpdate:
 
     @cached_property
     def is_scattered(self) -> bool:
-        """Whether slices lie in pieces among those of other blocks: the views are then of all, and need no copy.
+        """Whether slices lie apart, with those of other blocks in between: then the views have all of them.
 
-        :meth:`at` and :meth:`own` say which of them are its own.
+        :meth:`at` and :meth:`own` say which are its own, so that no block needs a copy.
         """
-        return self.part.is_in_pieces and self.axis == self.matrices.block_axis and not self.leaves_idle
+        return self.part.is_apart and self.axis == self.matrices.block_axis
 
     @cached_property
     def is_in_pieces(self) -> bool:
-        """Whether the entries of slices do: the views are then of pieces, see kernels/selection.py, and need no copy.
+        """Whether the entries of slices lie in rows apart, in pieces of one size: then the views have pieces.
 
-        Random bits and gates are those of whole matrices, and pieces are rows of one size.
+        They are (count, pieces, n, m of each), see kernels/selection.py, and need no copy either.
         """
-        tensors = local(self.parameter), local(self.state["momentum"])
-        is_simple = all(each.is_contiguous() and each.dtype not in HALF_PRECISION for each in tensors)
-        is_simple = is_simple and not self.leaves_idle and self.matrices.blocks_are_rows
-        return is_simple and self.axis != self.matrices.block_axis and self.part.is_in_equal_pieces
+        return self.part.is_in_equal_pieces and self.axis != self.matrices.block_axis and self.matrices.blocks_are_rows
 
     def _read(self, tensor: Tensor) -> Tensor:
         if self.is_scattered:
@@ -231,15 +228,17 @@ class MatrixUpdate:
         return self.part.places(indices) if self.is_scattered else indices
 
     def own(self, view: Tensor) -> list[Tensor]:
-        """View its own slices in a view: all, or (count, pieces, slices of each, m) for pieces of one size."""
+        """Return what of a view is its own: all, or views (count, pieces, n of each, m), one for each size of pieces."""
         return self.part.pieces(view, 1) if self.is_scattered else [view]
 
     def own_bits(self, bits: RandomBits | None) -> Sequence[RandomBits | None]:
         """Return the random bits of what :meth:`own` returns, given those of its matrices; None for none."""
-        if not self.is_scattered or bits is None:
+        if bits is None or not (self.is_scattered or self.is_in_pieces):
             return [bits] * (len(self.part.runs) if self.is_scattered else 1)
-        cut = [[each.unsqueeze(1)] * len(self.part.runs) if each.shape[1] == 1 else self.part.in_pieces(each, 1) for each in bits]
-        return [RandomBits(*each) for each in zip(*cut, strict=True)]
+        if self.is_in_pieces:
+            (entries,) = self.part.in_pieces(bits.columns, 2)
+            return [RandomBits(bits.rows.unsqueeze(1), entries.transpose(1, 2))]
+        return [RandomBits(each, bits.columns.unsqueeze(1)) for each in self.part.in_pieces(bits.rows, 1)]
 
     def write_back(self) -> None:
         """Write what had to be copied, as it has no view, to where it came from, and let go of it."""
@@ -254,7 +253,8 @@ class MatrixUpdate:
         """Return how many entries of G are not zero, in this rank's part of each matrix, (count,)."""
         if self.gradient is None:
             return torch.zeros(self.count, dtype=torch.int64, device=self.momentum.device)
-        return torch.count_nonzero(self.gradient, (1, 2))
+        own = self.own(self.gradient)
+        return torch.stack([torch.count_nonzero(each, tuple(range(1, each.ndim))) for each in own]).sum(0)
 
     def leave_idle(self, nonzero: Tensor) -> None:
         """From now on leave matrices as they are of which all ranks together have no entry of G that is not zero."""
@@ -269,13 +269,13 @@ class MatrixUpdate:
     def number(self, value: float, neutral: float, of: Tensor, first: int = 0) -> float | Tensor:
         """Return a number that the update multiplies a tensor by; the neutral one in a step that is skipped.
 
-        It is (count, 1, 1) where some matrices may be idle: then the tensor is of matrices from ``first`` on.
+        It is (count, 1, 1, ...) where some matrices may be idle: then the tensor is of matrices from ``first`` on.
         """
         gate = self.own_gate
         if gate is None:
             return value
         number = gate.number(value, neutral, torch.promote_types(of.dtype, torch.float32))
-        return number.narrow(0, first, len(of)) if self.own_gates else number
+        return number.narrow(0, first, len(of)).view(-1, *[1] * (of.ndim - 1)) if self.own_gates else number
 
     def sharing(self, share_replicas: bool | None) -> "tuple[ProcessGroup | None, ...]":
         """Return the groups of ranks with which this one takes the step: those of parts, those of replicas."""
@@ -510,7 +510,7 @@ def take(
     """
     places = update.at(indices)
     submatrices = gather(momentum, places)
-    factor = update.number(update.momentum_factor, 1.0, momentum, first)
+    factor = update.number(update.momentum_factor, 1.0, submatrices, first)
     if bits is None:
         decay_(momentum, places, submatrices, factor)
     else:
@@ -595,23 +595,24 @@ def apply(
     where it is cautious. Slices that are not selected have no update, and are judged by M, of which it will be made.
     """
     precise = torch.promote_types(weight.dtype, torch.float32)
-    change = result.to(precise) * update.number(-update.step_size, 0.0, weight, first)
+    change = result.to(precise)
+    change = change * update.number(-update.step_size, 0.0, change, first)
     if factors is not None:
         change *= factors.unsqueeze(update.neuron_dim)
-    shrink = update.number(update.shrink, 1.0, weight, first)
-    places, selected_bits = update.at(indices), None if bits is None else bits.of_slices(indices)
-    if update.is_cautious:
+    places, its_bits = update.at(indices), None if bits is None else bits.of_slices(indices)
+    if update.is_cautious or weight.dtype in HALF_PRECISION:
         moved = gather(weight, places)
-        store_(moved, decayed(moved, result, shrink) + change, selected_bits)
-        for own, direction, its_bits in zip(update.own(weight), update.own(momentum), update.own_bits(bits), strict=True):
-            store_(own, decayed(own, direction, shrink), its_bits)
-        put_(weight, places, moved)
-    elif weight.dtype in HALF_PRECISION:
-        moved = gather(weight, places)
-        multiply_add_(moved, shrink, change, selected_bits)
-        if update.shrink != 1.0:
-            for own, its_bits in zip(update.own(weight), update.own_bits(bits), strict=True):
-                multiply_add_(own, shrink, None, its_bits)
+        shrink = update.number(update.shrink, 1.0, moved, first)
+        if update.is_cautious:
+            store_(moved, decayed(moved, result, shrink) + change, its_bits)
+        else:
+            multiply_add_(moved, shrink, change, its_bits)
+        for own, direction, own_bits in zip(update.own(weight), update.own(momentum), update.own_bits(bits), strict=True):
+            shrink = update.number(update.shrink, 1.0, own, first)
+            if update.is_cautious:
+                store_(own, decayed(own, direction, shrink), own_bits)
+            elif update.shrink != 1.0:
+                multiply_add_(own, shrink, None, own_bits)
         put_(weight, places, moved)
     else:
         add_(weight, places, change)

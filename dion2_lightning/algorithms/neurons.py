@@ -68,8 +68,7 @@ def factors(
         squares = torch.cat([sums[update] for update in equal]).float()  # the same numbers under every layout
         means = squares / (first.entries if first.slices_are_neurons else first.k)
         known = torch.cat([_known(update, selected[update]) for update in equal])
-        change = (means - known).unsqueeze(-1) * first.number(1.0 - first.neuron_beta, 0.0, known)
-        known += change.squeeze(-1)
+        known += (means - known) * first.number(1.0 - first.neuron_beta, 0.0, known)
         inverse = 1.0 / (known.sqrt() + EPS)
         precise = squares.to(sum_dtype(squares.device))
         before, after = precise.sum(1, keepdim=True), (precise * inverse.square()).sum(1, keepdim=True)

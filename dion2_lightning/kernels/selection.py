@@ -9,16 +9,12 @@ then it is (count, p, n / p, m) where they are slices, (count, p, n, m / p) wher
 """
 
 import math
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dion2_lightning.kernels.precision import sum_dtype
-
-MAX_STEP: Final = 4
-"""Up to which distance of columns a pass over all columns in between is faster than one over them alone."""
-
 
 class Selection(NamedTuple):
     """The slices of a parameter's matrices that a step selected.
@@ -92,11 +88,6 @@ def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float | Te
         # Writing single columns costs more than a pass over the whole, which is in cache. Above, a momentum in half
         # precision is multiplied by the factor itself; so must it be here.
         precise = torch.promote_types(slices.dtype, torch.float32)
-        step = slices.stride(-2)
-        if 1 < step <= MAX_STEP:  # all columns, those in between by 1: several times as fast as every second one
-            size = (slices.shape[-2] - 1) * step + 1
-            slices = slices.as_strided((len(slices), size, slices.shape[-1]), (slices.stride(0), 1, slices.stride(-1)))
-            indices = indices * step
         factors = torch.ones((len(slices), slices.shape[-2]), dtype=precise, device=slices.device)
         factor = factor.view(-1, 1).expand(indices.shape) if isinstance(factor, Tensor) else factor
         factors.scatter_(-1, indices, factor)

@@ -67,14 +67,22 @@ class Part:
             return (filters.movedim(2, -1) if taps_first else filters).flatten(2)
         return self.of_stack(self.stack(tensor))
 
+    @cached_property
+    def is_apart(self) -> bool:
+        """Whether slices of other blocks lie between those of a matrix."""
+        block = self.matrices.block
+        if block is None or block.size == block.period or self._width == 0:
+            return False
+        return self._index // block.size != (self._index + self._width - 1) // block.size
+
     @property
     def is_in_pieces(self) -> bool:
-        """Whether the slices of a matrix are in pieces that are not side by side."""
-        return self._is_scattered
+        """Whether several slices lie side by side, then others: there is no view of such a matrix."""
+        return self.is_apart and self._block.size > 1
 
     @property
     def is_in_equal_pieces(self) -> bool:
-        """Whether all of them have one size."""
+        """Whether, moreover, all pieces have one size."""
         return self.is_in_pieces and len(self.runs) == 1
 
     def pieces(self, stack: Tensor, dim: int) -> list[Tensor]:
@@ -110,7 +118,7 @@ class Part:
         """Return whether :meth:`read` returns a view of the tensor."""
         if self.matrices.is_kernel:
             return (tensor.movedim(1, -1) if taps_first else tensor).is_contiguous()
-        return not self._is_scattered
+        return not self.is_in_pieces
 
     def write(self, tensor: Tensor, copy: Tensor, *, taps_first: bool = False) -> None:
         """Write the copy that :meth:`read` has returned, changed since, back to the tensor."""
@@ -131,7 +139,7 @@ class Part:
         if self.matrices.block is None:
             return stack
         shape, strides = list(stack.shape), list(stack.stride())
-        if self._is_scattered:
+        if self.is_in_pieces:
             shape[self._dim] = self._width
             copy = stack.new_empty(shape)
             for piece, source in zip(self.in_pieces(copy, self._dim), self.pieces(stack, self._dim), strict=True):
@@ -216,14 +224,6 @@ class Part:
     @property
     def _first_place(self) -> int:
         return self._block.place(self._index) - self.start
-
-    @cached_property
-    def _is_scattered(self) -> bool:
-        """Whether the slices of a matrix are unequally far apart."""
-        block = self.matrices.block
-        if block is None or block.size in (1, block.period) or self._width == 0:
-            return False
-        return self._index // block.size != (self._index + self._width - 1) // block.size
 
     @cached_property
     def runs(self) -> list[_Run]:
