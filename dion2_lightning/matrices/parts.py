@@ -5,6 +5,7 @@ block is, again, a rectangle of each of its matrices, wherever the border betwee
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -127,9 +128,17 @@ class Part:
             in_order = filters.movedim(2, -1) if taps_first else filters
             in_order.copy_(copy.view(in_order.shape))
         else:
-            pieces = self.pieces(self.stack(tensor), self._dim)
-            for piece, source in zip(pieces, self.in_pieces(copy, self._dim), strict=True):
-                piece.copy_(source)
+            for piece, its_copy in self._pairs(self.stack(tensor), copy):
+                piece.copy_(its_copy)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Return a copy, like :meth:`read`, also where that is a view with gaps: of matrices that are apart."""
+        return self._copy(self.stack(tensor))
+
+    def add(self, tensor: Tensor, change: Tensor) -> None:
+        """Add to matrices that are apart, as stored (count, rows, columns)."""
+        for piece, its_change in self._pairs(self.stack(tensor), change):
+            piece.add_(its_change)
 
     def of_stack(self, stack: Tensor) -> Tensor:
         """Return the same out of (1, rows, columns), or (count, rows, columns) where the leading axis counts them.
@@ -138,13 +147,9 @@ class Part:
         """
         if self.matrices.block is None:
             return stack
-        shape, strides = list(stack.shape), list(stack.stride())
         if self.is_in_pieces:
-            shape[self._dim] = self._width
-            copy = stack.new_empty(shape)
-            for piece, source in zip(self.in_pieces(copy, self._dim), self.pieces(stack, self._dim), strict=True):
-                piece.copy_(source)
-            return copy
+            return self._copy(stack)
+        shape, strides = list(stack.shape), list(stack.stride())
         block, stride = self._block, strides[self._dim]
         if not self.matrices.is_stack:
             between = block.place(self._index + self._size) - block.place(self._index)
@@ -177,6 +182,17 @@ class Part:
             return tensor.unsqueeze(0)
         rows = tensor.narrow(0, self._first_place if self._width else 0, self._own_count * self._width)
         return rows.view(self._own_count, self._width, *tensor.shape[1:])
+
+    def _copy(self, stack: Tensor) -> Tensor:
+        shape = list(stack.shape)
+        shape[self._dim] = self._width
+        copy = stack.new_empty(shape)
+        for piece, its_copy in self._pairs(stack, copy):
+            its_copy.copy_(piece)
+        return copy
+
+    def _pairs(self, stack: Tensor, matrices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.pieces(stack, self._dim), self.in_pieces(matrices, self._dim), strict=True)
 
     # Along the axis of the blocks
 
