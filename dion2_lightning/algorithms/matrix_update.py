@@ -228,17 +228,20 @@ class MatrixUpdate:
         return self.part.places(indices) if self.is_scattered else indices
 
     def own(self, view: Tensor) -> list[Tensor]:
-        """Return what of a view is its own: all, or views (count, pieces, n of each, m), one for each size of pieces."""
+        """Return what of a view is its own: all of it, or views (count, pieces, n of each, m), one a size of pieces."""
         return self.part.pieces(view, 1) if self.is_scattered else [view]
 
     def own_bits(self, bits: RandomBits | None) -> Sequence[RandomBits | None]:
         """Return the random bits of what :meth:`own` returns, given those of its matrices; None for none."""
         if bits is None or not (self.is_scattered or self.is_in_pieces):
             return [bits] * (len(self.part.runs) if self.is_scattered else 1)
-        if self.is_in_pieces:
-            (entries,) = self.part.in_pieces(bits.columns, 2)
-            return [RandomBits(bits.rows.unsqueeze(1), entries.transpose(1, 2))]
-        return [RandomBits(each, bits.columns.unsqueeze(1)) for each in self.part.in_pieces(bits.rows, 1)]
+        dim = 1 if self.is_scattered else 2
+        cut = [
+            self.part.in_pieces(each, dim) if each.shape[dim] > 1 else [each.unsqueeze(dim)] * len(self.part.runs)
+            for each in bits
+        ]
+        own = [RandomBits(*each) for each in zip(*cut, strict=True)]
+        return own if self.is_scattered else [RandomBits(*(factor.transpose(1, 2) for factor in own[0]))]
 
     def write_back(self) -> None:
         """Write what had to be copied, as it has no view, to where it came from, and let go of it."""
@@ -451,11 +454,13 @@ def accumulate(updates: Sequence[MatrixUpdate]) -> None:
     """M <- M + G, where there is a G."""
     together: list[tuple[Tensor, Tensor]] = []
     at_once, alone = split_off_wholes(updates)
-    terms = [(each, local(each.state["momentum"]), local_gradient(each.parameter), None) for each in at_once]
+    terms: list[tuple[MatrixUpdate, Tensor, Tensor | None, RandomBits | None]] = [
+        (each, local(each.state["momentum"]), local_gradient(each.parameter), None) for each in at_once
+    ]
     for each in alone:
         if each.gradient is not None:
-            bits = each.own_bits(each.bits.get("accumulate"))
-            terms += zip(repeat(each), each.own(each.momentum), each.own(each.gradient), bits)
+            own_bits = each.own_bits(each.bits.get("accumulate"))
+            terms += zip(repeat(each), each.own(each.momentum), each.own(each.gradient), own_bits)
     for update, momentum, gradient, bits in terms:
         if gradient is None:
             continue
@@ -607,7 +612,8 @@ def apply(
             store_(moved, decayed(moved, result, shrink) + change, its_bits)
         else:
             multiply_add_(moved, shrink, change, its_bits)
-        for own, direction, own_bits in zip(update.own(weight), update.own(momentum), update.own_bits(bits), strict=True):
+        everything = zip(update.own(weight), update.own(momentum), update.own_bits(bits), strict=True)
+        for own, direction, own_bits in everything:
             shrink = update.number(update.shrink, 1.0, own, first)
             if update.is_cautious:
                 store_(own, decayed(own, direction, shrink), own_bits)

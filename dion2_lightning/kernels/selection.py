@@ -4,8 +4,8 @@ Everything here sees matrices as (count, n, m) views, n slices of m entries each
 (rows of the stored matrix) or across them (columns), with gaps where other matrices lie between; the fast kernels
 differ, the results do not.
 
-Rows of the stored matrices may also lie in p equal pieces that are equally far apart, of which there is no such view:
-then it is (count, p, n / p, m) where they are slices, (count, p, n, m / p) where they are entries of slices.
+Where slices are columns, the rows of the stored matrices may also lie in p equal pieces that are equally far apart, of
+which there is no such view: then it is (count, p, n, m / p).
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.kernels.precision import sum_dtype
+
 
 class Selection(NamedTuple):
     """The slices of a parameter's matrices that a step selected.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dion2_lightning.matrices.layout import Layout, Layouts, Rectangle, Span, held_coordinates, layout_of, local
@@ -18,18 +17,18 @@ from dion2_lightning.matrices.splits import Block
 from dion2_lightning.matrices.views import Matrices
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """Pieces of one size, equally far apart.
 
     Attributes:
         first: Number of the first slice, among those that this rank holds of the matrix.
-        count: How many pieces.
+        pieces: How many.
         size: Slices of each.
         place: Where on this rank's part of the axis they begin.
     """
 
     first: int
-    count: int
+    pieces: int
     size: int
     place: int
 
@@ -55,7 +54,7 @@ class Part:
     def read(self, tensor: Tensor, *, taps_first: bool = False) -> Tensor:
         """Return the matrices, as stored (count, rows, columns), out of this rank's part of a parameter-like tensor.
 
-        It is a view wherever memory has one. Blocks in several pieces have none, nor have kernels in another memory
+        It is a view wherever memory has one. Matrices in several pieces have none, nor have kernels in another memory
         order than ``taps_first`` says: then it is a copy, which :meth:`write` brings back.
 
         Args:
@@ -96,7 +95,7 @@ class Part:
             dim: Which of its dimensions is the axis of the blocks.
         """
         return [
-            stack.narrow(dim, run.place, (run.count - 1) * self._block.period + run.size)
+            stack.narrow(dim, run.place, (run.pieces - 1) * self._block.period + run.size)
             .unfold(dim, run.size, self._block.period)
             .movedim(-1, dim + 1)
             for run in self.runs
@@ -105,7 +104,7 @@ class Part:
     def in_pieces(self, matrices: Tensor, dim: int) -> list[Tensor]:
         """View its own matrices (count, rows, columns) in the same way."""
         return [
-            matrices.narrow(dim, run.first, run.count * run.size).unflatten(dim, (run.count, run.size))
+            matrices.narrow(dim, run.first, run.pieces * run.size).unflatten(dim, (run.pieces, run.size))
             for run in self.runs
         ]
 
@@ -242,12 +241,12 @@ class Part:
         return self._block.place(self._index) - self.start
 
     @cached_property
-    def runs(self) -> list[_Run]:
-        """Its pieces: whole ones of the block, and before and behind them what a border between ranks left of others."""
+    def runs(self) -> list[Run]:
+        """Its pieces: whole ones, and before and behind them what a border between ranks has left of others."""
         size, start, stop = self._block.size, self._index, self._index + self._width
         edges = start, -(-start // size) * size, stop // size * size, stop
         return [
-            _Run(low - start, max(1, (high - low) // size), min(size, high - low), self._block.place(low) - self.start)
+            Run(low - start, max(1, (high - low) // size), min(size, high - low), self._block.place(low) - self.start)
             for low, high in itertools.pairwise(edges)
             if low < high
         ]
