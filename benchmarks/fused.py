@@ -1,10 +1,12 @@
 """Fused weights: what it costs to update their blocks one by one, and whether training goes as without fusing.
 
     python -m benchmarks.fused cost
+    python -m benchmarks.fused cost --ranks 2 --only "9 heads"    # a border between ranks cuts a head
     python -m benchmarks.fused losses        # some minutes on one core
 
 `cost`: a step of weights that hold several matrices, against the same matrices as parameters of their own, in turn in
-one process. The ratio is the median over pairs of steps. Quote the ratios.
+one process. The ratio is the median over pairs of steps. Quote the ratios. On several ranks, processes connected by
+gloo, every weight is sharded along its first axis, and a step lasts until the first rank has taken it.
 
 `losses`: SmolLM2-135M, and the same model with q, k and v in one weight and gate and up in another, as Phi-3 has them,
 trained on the same batches of text. Exits with 1 if two losses are more than 0.001 apart.
@@ -14,11 +16,17 @@ import argparse
 import platform
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.multiprocessing.spawn import start_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 from benchmarks.statistics import keep_memory
@@ -31,7 +39,7 @@ from recipes.offline_models import SMOLLM2, model_folder
 # Cost
 
 Weight = tuple[tuple[int, ...], dict[str, Any]]
-"""The shape of a weight, and how its matrices are stored in it."""
+"""The shape of a weight, and how its matrices are stored in it; ``dtype`` is the weight's, float32 by default."""
 
 IN_OUT: Final = {"batched": True, "transposed": True}
 LAYERS: Final[dict[str, list[Weight]]] = {
@@ -47,6 +55,17 @@ LAYERS: Final[dict[str, list[Weight]]] = {
     "SmolLM2-135M: o by head": [((576, 576), {"splits": "head 9*64 along inputs"})],
     "Pythia-160M: q|k|v, interleaved": [((2304, 768), {"splits": "12 x (q 64 | k 64 | v 64)"})],
     "Pythia-160M: by head": [((2304, 768), {"splits": "12 x (q 1*64 | k 1*64 | v 1*64)"})],
+    "Pythia-160M: q|k|v, interleaved, bfloat16": [
+        ((2304, 768), {"dtype": "bfloat16", "splits": "12 x (q 64 | k 64 | v 64)"})
+    ],
+    "Pythia-160M: q|k|v, interleaved, stored (in, out)": [
+        ((768, 2304), {"transposed": True, "splits": "12 x (q 64 | k 64 | v 64)"})
+    ],
+    "Pythia-160M: q|k|v, interleaved, stored (in, out), bfloat16": [
+        ((768, 2304), {"dtype": "bfloat16", "transposed": True, "splits": "12 x (q 64 | k 64 | v 64)"})
+    ],
+    "Pythia-160M, 9 heads: q|k|v, interleaved": [((1728, 576), {"splits": "9 x (q 64 | k 64 | v 64)"})],
+    "DeepSeek-V2-Lite, half as wide: k|v of each head": [((2048, 256), {"splits": "8 x (k 128 | v 128)"})],
     "Pythia-160M: a layer": [
         ((2304, 768), {"splits": "12 x (q 64 | k 64 | v 64)"}),
         ((768, 768), {}),
@@ -65,30 +84,55 @@ LAYERS: Final[dict[str, list[Weight]]] = {
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
     "Dion2 at 1/4": {"fraction": 0.25},
     "Muon": {"fraction": 1.0},
+    "Dion at 1/4": {"algorithm": "dion", "rank_fraction": 0.25},
 }
 
 
 def compare_times(arguments: argparse.Namespace) -> None:
     """Print a table of the ratios."""
+    threads = torch.get_num_threads() if arguments.ranks == 1 else 1
+    print(f"torch {torch.__version__}, {platform.machine()}, {arguments.device}, {threads} threads")
+    print(f"{arguments.ranks} ranks, {arguments.layers} layers, medians of {arguments.rounds} pairs of steps")
+    print(f"{'':80}{'separate, ms':>13}{'fused, ms':>11}{'ratio':>8}", flush=True)
+    if arguments.ranks == 1:
+        _print_times(arguments, None)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_rank, (f"file://{Path(folder) / 'store'}", arguments), nprocs=arguments.ranks)
+
+
+def _rank(rank: int, store: str, arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=arguments.ranks)
+    try:
+        _print_times(arguments, init_device_mesh(arguments.device.type, (arguments.ranks,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def _print_times(arguments: argparse.Namespace, mesh: DeviceMesh | None) -> None:
+    """Take the steps; the first rank prints a row for each weight and algorithm."""
     keep_memory()
-    print(f"torch {torch.__version__}, {platform.machine()}, {arguments.device}, {torch.get_num_threads()} threads")
-    print(f"{arguments.layers} layers, medians of {arguments.rounds} pairs of steps")
-    print(f"{'':60}{'separate, ms':>13}{'fused, ms':>11}{'ratio':>8}")
     for name, layer in LAYERS.items():
         for algorithm, settings in SETTINGS.items():
             label = f"{name}, {algorithm}"
             if arguments.only in label:
-                separate, fused, ratio = _times(layer * arguments.layers, settings, arguments)
-                print(f"{label:60}{separate:13.1f}{fused:11.1f}{ratio:8.2f}", flush=True)
+                separate, fused, ratio = _times(layer * arguments.layers, settings, arguments, mesh)
+                if mesh is None or mesh.get_rank() == 0:
+                    print(f"{label:80}{separate:13.1f}{fused:11.1f}{ratio:8.2f}", flush=True)
 
 
-def _times(layers: list[Weight], settings: dict[str, Any], arguments: argparse.Namespace) -> tuple[float, float, float]:
+def _times(
+    layers: list[Weight], settings: dict[str, Any], arguments: argparse.Namespace, mesh: DeviceMesh | None
+) -> tuple[float, float, float]:
     """Return the median milliseconds of a step of separate and of fused weights, and the median ratio of a pair."""
     separate = [block for weight in layers for block in _apart(*weight)]
-    optimizers = [_optimizer_of(weights, settings, arguments.device) for weights in (separate, layers)]
+    optimizers = [_optimizer_of(weights, settings, arguments.device, mesh) for weights in (separate, layers)]
     times: list[list[float]] = [[], []]
     for number in range(arguments.rounds + 1):
         for each in (0, 1) if number % 2 else (1, 0):
+            if mesh is not None:
+                dist.barrier()
             elapsed = timed(optimizers[each].step, arguments.device)
             if number > 0:  # the first creates state
                 times[each].append(elapsed)
@@ -98,23 +142,31 @@ def _times(layers: list[Weight], settings: dict[str, Any], arguments: argparse.N
 
 def _apart(shape: tuple[int, ...], storage: dict[str, Any]) -> Iterator[Weight]:
     """Yield the blocks of a weight as weights of their own; one with several matrices is a stack of them."""
-    for block in read_matrices(shape, **storage):
+    stored = dict(storage)
+    own = {"dtype": stored.pop("dtype")} if "dtype" in stored else {}
+    for block in read_matrices(shape, **stored):
         size = block.shape[::-1] if block.transposed else block.shape
         is_stack = block.count > 1 or block.is_stack
-        yield (block.count, *size) if is_stack else size, {"batched": is_stack, "transposed": block.transposed}
+        own |= {"batched": is_stack, "transposed": block.transposed}
+        yield (block.count, *size) if is_stack else size, dict(own)
 
 
-def _optimizer_of(weights: list[Weight], settings: dict[str, Any], device: torch.device) -> Dion2:
+def _optimizer_of(
+    weights: list[Weight], settings: dict[str, Any], device: torch.device, mesh: DeviceMesh | None
+) -> Dion2:
     generator = torch.Generator(device).manual_seed(0)
 
-    def random(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
+    def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = torch.randn(shape, generator=generator, device=device).to(dtype)
+        return tensor if mesh is None else distribute_tensor(tensor, mesh, [Shard(0)])
 
     groups = []
     for shape, storage in weights:
-        parameter = nn.Parameter(random(shape))
-        parameter.grad = random(shape)
-        groups.append({"params": [parameter], **storage, **settings})
+        stored = dict(storage)
+        dtype = getattr(torch, stored.pop("dtype", "float32"))
+        parameter = nn.Parameter(random(shape, dtype))
+        parameter.grad = random(shape, dtype)
+        groups.append({"params": [parameter], **stored, **settings})
     return Dion2(groups)
 
 
@@ -219,6 +271,7 @@ def main() -> int:
     cost = sections.add_parser("cost", help="time of a step")
     cost.add_argument("--layers", type=int, default=6, help="of each kind (default: 6)")
     cost.add_argument("--rounds", type=int, default=15, help="pairs of steps that count (default: 15)")
+    cost.add_argument("--ranks", type=int, default=1, help="that share each weight (default: 1)")
     cost.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
     cost.add_argument("--only", default="", help="only what has this in its name")
     losses = sections.add_parser("losses", help="losses with and without fusing")

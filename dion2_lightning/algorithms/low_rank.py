@@ -97,14 +97,28 @@ class LowRankUpdate(MatrixUpdate):
         return 1
 
     @property
-    def is_in_pieces(self) -> bool:
+    def is_scattered(self) -> bool:
         """False: a product is of a whole matrix."""
+        return False
+
+    @property
+    def is_in_pieces(self) -> bool:
+        """False, for the same reason."""
         return False
 
     @property
     def is_fused(self) -> bool:
         """False: the products of Dion are torch's."""
         return False
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        if self.part.is_apart:  # products of a view with gaps would copy it each time
+            return self.matrices.slices(self.part.copy(tensor), self.axis)
+        return super()._read(tensor)
+
+    def is_view(self, whole: Tensor) -> bool:
+        """Return whether what is read out of a tensor, such as the parameter, is a view of it."""
+        return not self.part.is_apart and super().is_view(whole)
 
     @property
     def state_knows_taps(self) -> bool:
@@ -360,10 +374,15 @@ def _move(update: LowRankUpdate, left: Tensor, right: Tensor, context: StepConte
 
     Half precision is then rounded once, and the decay knows P Q^T.
     """
-    weight, bits = update.weight, update.bits.get("apply")
-    if weight.dtype not in HALF_PRECISION and not update.is_cautious:
-        _add_product(weight, left, right * update.number(-update.step_size, 0.0, right))
+    if update.parameter.dtype not in HALF_PRECISION and not update.is_cautious:
+        right = right * update.number(-update.step_size, 0.0, right)
+        if update.part.is_apart and "weight" not in vars(update):  # then it need not be copied
+            rows, columns = (left, right) if update.matrices.slices_are_rows(update.axis) else (right, left)
+            update.part.add(local(update.parameter), _products([(rows, columns.mT)]))
+        else:
+            _add_product(update.weight, left, right)
         return
+    weight, bits = update.weight, update.bits.get("apply")
     size, first = max(1, context.working_memory // max(1, weight.shape[1:].numel() * WORKING_BYTES)), 0
     for part, p, q in zip(weight.split(size), left.split(size), right.split(size), strict=True):
         its_bits = None if bits is None else bits.of_matrices(first, len(part))

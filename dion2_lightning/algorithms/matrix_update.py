@@ -3,10 +3,12 @@
 What a step needs of the settings is read by ``updates_of`` in dion2.py and ``MatrixUpdate.of``; the rest is numbers.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import repeat
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
@@ -199,30 +201,59 @@ class MatrixUpdate:
         return self.neuron_beta is not None and self.matrices.taps_along(OUTPUT_AXIS) > 1
 
     @cached_property
-    def is_in_pieces(self) -> bool:
-        """Whether the views are of pieces, see kernels/selection.py, so that a block in several ones needs no copy.
+    def is_scattered(self) -> bool:
+        """Whether slices lie apart, with those of other blocks in between: then the views have all of them.
 
-        Random bits and gates are those of whole matrices.
+        :meth:`at` and :meth:`own` say which are its own, so that no block needs a copy.
         """
-        tensors = local(self.parameter), local(self.state["momentum"])
-        is_simple = all(each.is_contiguous() and each.dtype not in HALF_PRECISION for each in tensors)
-        return self.part.is_in_pieces and is_simple and not self.leaves_idle
+        return self.part.is_apart and self.axis == self.matrices.block_axis
+
+    @cached_property
+    def is_in_pieces(self) -> bool:
+        """Whether the entries of slices lie in rows apart, in pieces of one size: then the views have pieces.
+
+        They are (count, pieces, n, m of each), see kernels/selection.py, and need no copy either.
+        """
+        return self.part.is_in_equal_pieces and self.axis != self.matrices.block_axis and self.matrices.blocks_are_rows
 
     @cached_property
     def is_fused(self) -> bool:
         """Whether a kernel makes each pass over its memory, of all matrices at once; else operations of torch do."""
         tensors = (self.parameter, self.state["momentum"], self.parameter.grad)
         dtypes = {self.dtype, *(each.dtype for each in tensors if each is not None)}
-        return self.may_fuse and not self.is_in_pieces and dtypes <= set(fused.DTYPES)
+        return self.may_fuse and not (self.is_scattered or self.is_in_pieces) and dtypes <= set(fused.DTYPES)
 
     def _read(self, tensor: Tensor) -> Tensor:
+        if self.is_scattered:
+            return self.matrices.slices(self.part.stack(tensor), self.axis)
         if self.is_in_pieces:
-            return self.matrices.slices(self.part.pieces(tensor.contiguous()), self.axis)
+            (pieces,) = self.part.pieces(self.part.stack(tensor), 1)
+            return pieces.mT
         return self.matrices.slices(self.part.read(tensor, taps_first=self.taps_first), self.axis)
 
     def is_view(self, whole: Tensor) -> bool:
         """Return whether what is read out of a tensor, such as the parameter, is a view of it."""
-        return self.is_in_pieces or self.part.is_view(whole, taps_first=self.taps_first)
+        return self.is_scattered or self.is_in_pieces or self.part.is_view(whole, taps_first=self.taps_first)
+
+    def at(self, indices: Tensor) -> Tensor:
+        """Return where in the views the slices are that this rank holds under these numbers."""
+        return self.part.places(indices) if self.is_scattered else indices
+
+    def own(self, view: Tensor) -> list[Tensor]:
+        """Return what of a view is its own: all of it, or views (count, pieces, n of each, m), one a size of pieces."""
+        return self.part.pieces(view, 1) if self.is_scattered else [view]
+
+    def own_bits(self, bits: RandomBits | None) -> Sequence[RandomBits | None]:
+        """Return the random bits of what :meth:`own` returns, given those of its matrices; None for none."""
+        if bits is None or not (self.is_scattered or self.is_in_pieces):
+            return [bits] * (len(self.part.runs) if self.is_scattered else 1)
+        dim = 1 if self.is_scattered else 2
+        cut = [
+            self.part.in_pieces(each, dim) if each.shape[dim] > 1 else [each.unsqueeze(dim)] * len(self.part.runs)
+            for each in bits
+        ]
+        own = [RandomBits(*each) for each in zip(*cut, strict=True)]
+        return own if self.is_scattered else [RandomBits(*(factor.transpose(1, 2) for factor in own[0]))]
 
     def write_back(self) -> None:
         """Write what had to be copied, as it has no view, to where it came from, and let go of it."""
@@ -237,7 +268,8 @@ class MatrixUpdate:
         """Return how many entries of G are not zero, in this rank's part of each matrix, (count,)."""
         if self.gradient is None:
             return torch.zeros(self.count, dtype=torch.int64, device=self.momentum.device)
-        return torch.count_nonzero(self.gradient, (1, 2))
+        own = self.own(self.gradient)
+        return torch.stack([torch.count_nonzero(each, tuple(range(1, each.ndim))) for each in own]).sum(0)
 
     def leave_idle(self, nonzero: Tensor) -> None:
         """From now on leave matrices as they are of which all ranks together have no entry of G that is not zero."""
@@ -252,13 +284,13 @@ class MatrixUpdate:
     def number(self, value: float, neutral: float, of: Tensor, first: int = 0) -> float | Tensor:
         """Return a number that the update multiplies a tensor by; the neutral one in a step that is skipped.
 
-        It is (count, 1, 1) where some matrices may be idle: then the tensor is of matrices from ``first`` on.
+        It is (count, 1, 1, ...) where some matrices may be idle: then the tensor is of matrices from ``first`` on.
         """
         gate = self.own_gate
         if gate is None:
             return value
         number = gate.number(value, neutral, torch.promote_types(of.dtype, torch.float32))
-        return number.narrow(0, first, len(of)) if self.own_gates else number
+        return number.narrow(0, first, len(of)).view(-1, *[1] * (of.ndim - 1)) if self.own_gates else number
 
     def sharing(self, share_replicas: bool | None) -> "tuple[ProcessGroup | None, ...]":
         """Return the groups of ranks with which this one takes the step: those of parts, those of replicas."""
@@ -332,6 +364,12 @@ class MatrixUpdate:
         if self.layout.group is None:
             return Spans([(0, self.entries)])
         return self.layout.columns if self.matrices.slices_are_rows(self.axis) else self.layout.rows
+
+    @property
+    def held_entries(self) -> int:
+        """Entries of the matrices that this rank holds."""
+        rank = self.layout.own_rank
+        return self.count * math.prod(stop - start for start, stop in (self.held[rank], self.columns[rank]))
 
     @property
     def is_split(self) -> bool:
@@ -479,18 +517,13 @@ def count_step(updates: Sequence[MatrixUpdate]) -> None:
 def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate], list[MatrixUpdate]]:
     """Return updates for what is the same for every entry of a parameter: one for all its blocks, and blocks alone.
 
-    A pass over every second column takes as long as one over all of them.
+    A pass over every second column takes as long as one over all of them, and blocks in pieces may have to be copied.
     """
     at_once: list[MatrixUpdate] = []
     alone: list[MatrixUpdate] = []
     for parameter, blocks in group_by(updates, lambda update: update.parameter).items():
-        tensors = local(parameter), local(blocks[0].state["momentum"])
-        entries = sum(each.count * each.slices * each.entries for each in blocks)
-        is_whole = entries == tensors[0].numel() and all(
-            each.layout.group is None and not (each.bits or each.leaves_idle) and all(map(each.is_view, tensors))
-            for each in blocks
-        )
-        if is_whole:
+        is_alike = not any(each.own_gates or "accumulate" in each.bits for each in blocks)
+        if is_alike and sum(each.held_entries for each in blocks) == local(parameter).numel():
             at_once.append(blocks[0])
         else:
             alone += blocks
@@ -500,7 +533,7 @@ def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate
 def accumulate_and_sum(updates: Sequence[MatrixUpdate]) -> list[Tensor]:
     """M <- M + G, where there is a G; return the sums of |M| over the slices, (count, held slices), in float64."""
     accumulate([update for update in updates if not update.is_fused])
-    sums = _at_once_or_one_by_one(updates, _accumulate_at_once, lambda update: slice_sums(update.momentum))
+    sums = _at_once_or_one_by_one(updates, _accumulate_at_once, _slice_sums)
     return [_sums_of_channels(*pair) for pair in zip(updates, sums, strict=True)]
 
 
@@ -517,9 +550,14 @@ def accumulate(updates: Sequence[MatrixUpdate]) -> None:
     """M <- M + G, where there is a G."""
     together: list[tuple[Tensor, Tensor]] = []
     at_once, alone = split_off_wholes(updates)
-    pairs = [(each, local(each.state["momentum"]), local_gradient(each.parameter)) for each in at_once]
-    for update, momentum, gradient in pairs + [(each, each.momentum, each.gradient) for each in alone]:
-        bits = update.bits.get("accumulate")
+    terms: list[tuple[MatrixUpdate, Tensor, Tensor | None, RandomBits | None]] = [
+        (each, local(each.state["momentum"]), local_gradient(each.parameter), None) for each in at_once
+    ]
+    for each in alone:
+        if each.gradient is not None:
+            own_bits = each.own_bits(each.bits.get("accumulate"))
+            terms += zip(repeat(each), each.own(each.momentum), each.own(each.gradient), own_bits)
+    for update, momentum, gradient, bits in terms:
         if gradient is None:
             continue
         if update.gate is not None:
@@ -540,6 +578,12 @@ def leave_idle(updates: Sequence[MatrixUpdate]) -> None:
     for update in updates:
         if update.leaves_idle:
             update.leave_idle(update.nonzero_gradients())
+
+
+def _slice_sums(update: MatrixUpdate) -> Tensor:
+    if update.is_in_pieces:
+        return slice_sums(update.momentum).sum(1)
+    return torch.cat([slice_sums(own).flatten(1) for own in update.own(update.momentum)], 1)
 
 
 def _sums_of_channels(update: MatrixUpdate, sums: Tensor) -> Tensor:
@@ -591,19 +635,20 @@ def _take_at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
 
 def _take(slices: SelectedSlices) -> Tensor:
     update, momentum, indices = slices.update, slices.momentum, slices.indices
-    submatrices = gather(momentum, indices)
-    factor = slices.number(update.momentum_factor, 1.0, momentum)
+    places = update.at(indices)
+    submatrices = gather(momentum, places)
+    factor = slices.number(update.momentum_factor, 1.0, submatrices)
     bits = slices.bits("decay")
     if bits is None:
-        decay_(momentum, indices, submatrices, factor)
+        decay_(momentum, places, submatrices, factor)
     else:
         shrunk = submatrices.clone()
         multiply_add_(shrunk, factor, None, bits.of_slices(indices))
-        put_(momentum, indices, shrunk)
+        put_(momentum, places, shrunk)
     if update.nesterov:
         submatrices = submatrices.to(torch.promote_types(momentum.dtype, torch.float32)) * update.momentum_factor
         if slices.gradient is not None:
-            selected = gather(slices.gradient, indices)
+            selected = gather(slices.gradient, places)
             submatrices += selected if update.gate is None else update.gate.gradient(selected)
     return submatrices.to(update.dtype)
 
@@ -669,7 +714,8 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
             if each.shrink != 1.0 and not (each.is_cautious or each.is_fused or each.parameter.dtype in HALF_PRECISION)
         ]
     )
-    pairs = [(each, local(each.parameter)) for each in at_once] + [(each, each.weight) for each in alone]
+    pairs = [(each, local(each.parameter)) for each in at_once]
+    pairs += [(each, own) for each in alone for own in each.own(each.weight)]
     for gate, equal in group_by(pairs, lambda pair: pair[0].own_gate).items():
         if gate is None:
             torch._foreach_mul_([weight for _, weight in equal], [update.shrink for update, _ in equal])
@@ -717,33 +763,35 @@ def _apply_at_once(slices: Sequence[SelectedSlices], results: Sequence[tuple[Ten
 
 def _change(slices: SelectedSlices, result: Tensor, factors: Tensor | None) -> Tensor:
     """What is added to X[K], in float32 at least."""
-    update, weight = slices.update, slices.weight
-    change = result.to(torch.promote_types(weight.dtype, torch.float32))
-    change = change * slices.number(-update.step_size, 0.0, weight)
+    update = slices.update
+    change = result.to(torch.promote_types(update.parameter.dtype, torch.float32))
+    change = change * slices.number(-update.step_size, 0.0, change)
     if factors is not None:
         change *= factors.unsqueeze(update.neuron_dim)
     return change
 
 
 def _apply(slices: SelectedSlices, result: Tensor, factors: Tensor | None) -> None:
-    update, weight, indices, bits = slices.update, slices.weight, slices.indices, slices.bits("apply")
+    update, weight, bits = slices.update, slices.weight, slices.bits("apply")
     change = _change(slices, result, factors)
-    shrink = slices.number(update.shrink, 1.0, weight)
-    if update.is_cautious:
-        new = decayed(weight, slices.momentum, shrink)
-        put_(new, indices, decayed(gather(weight, indices), result, shrink) + change)
-        if weight.dtype in HALF_PRECISION:
-            store_(weight, new, bits)
+    places, its_bits = update.at(slices.indices), None if bits is None else bits.of_slices(slices.indices)
+    if update.is_cautious or weight.dtype in HALF_PRECISION:
+        moved = gather(weight, places)
+        shrink = slices.number(update.shrink, 1.0, moved)
+        if update.is_cautious:
+            store_(moved, decayed(moved, result, shrink) + change, its_bits)
         else:
-            weight.copy_(new)
-    elif weight.dtype in HALF_PRECISION:
-        moved = gather(weight, indices)
-        multiply_add_(moved, shrink, change, None if bits is None else bits.of_slices(indices))
-        if update.shrink != 1.0:
-            multiply_add_(weight, shrink, None, bits)
-        put_(weight, indices, moved)
+            multiply_add_(moved, shrink, change, its_bits)
+        everything = zip(update.own(weight), update.own(slices.momentum), update.own_bits(bits), strict=True)
+        for own, direction, own_bits in everything:
+            shrink = slices.number(update.shrink, 1.0, own)
+            if update.is_cautious:
+                store_(own, decayed(own, direction, shrink), own_bits)
+            elif update.shrink != 1.0:
+                multiply_add_(own, shrink, None, own_bits)
+        put_(weight, places, moved)
     else:
-        add_(weight, indices, change)
+        add_(weight, places, change)
 
 
 def _at_once_or_one_by_one(

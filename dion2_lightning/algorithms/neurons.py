@@ -67,8 +67,7 @@ def factors(sums: Mapping[SelectedSlices, Tensor], context: StepContext) -> dict
         squares = torch.cat([sums[each] for each in equal]).float()  # the same numbers under every layout
         means = squares / (first.entries if first.slices_are_neurons else first.k)
         known = torch.cat([_known(each) for each in equal])
-        change = (means - known).unsqueeze(-1) * equal[0].number(1.0 - first.neuron_beta, 0.0, known)
-        known += change.squeeze(-1)
+        known += (means - known) * equal[0].number(1.0 - first.neuron_beta, 0.0, known)
         inverse = 1.0 / (known.sqrt() + EPS)
         precise = squares.to(sum_dtype(squares.device))
         before, after = precise.sum(1, keepdim=True), (precise * inverse.square()).sum(1, keepdim=True)

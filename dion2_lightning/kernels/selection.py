@@ -4,8 +4,8 @@ Everything here sees matrices as (count, n, m) views, n slices of m entries each
 (rows of the stored matrix) or across them (columns), with gaps where other matrices lie between; the fast kernels
 differ, the results do not.
 
-Rows of the stored matrices may also lie in p equal pieces that are equally far apart, of which there is no such view:
-then it is (count, p, n / p, m) where they are slices, (count, p, n, m / p) where they are entries of slices.
+Where slices are columns, the rows of the stored matrices may also lie in p equal pieces that are equally far apart, of
+which there is no such view: then it is (count, p, n, m / p).
 """
 
 import math
@@ -18,9 +18,6 @@ from dion2_lightning.kernels.precision import sum_dtype
 
 BLOCK: Final = 2**17
 """Entries that a CPU sums at once."""
-
-MAX_STEP: Final = 4
-"""Up to which distance of columns a pass over all columns in between is faster than one over them alone."""
 
 
 class Selection(NamedTuple):
@@ -42,23 +39,16 @@ def selected_count(slices: int, fraction: float) -> int:
 
 
 def slice_sums(slices: Tensor) -> Tensor:
-    """Return the sum of |M| over every slice, shape (count, n), in float64; in float32 on a device that has no float64.
+    """Return the sum of |M| over every slice (..., m), shape (...), in float64; in float32 on a device without it.
 
     Rounded to float32 it is the slice's norm. float32 sums depend on their order, and near the threshold an order
     changes the selection; rounded float64 sums do not. Ranks that share a matrix need float64 to select alike; a device
     without it works alone.
     """
-    if slices.ndim == 4:
-        sums = _sums_of_entries(slices)
-        return sums.flatten(1) if _runs_along_slices(slices) else sums.sum(1)
-    return _sums_of_entries(slices)
-
-
-def _sums_of_entries(slices: Tensor) -> Tensor:
-    """Sum |M| over the last axis. torch sums a copy in float64: on a CPU block by block, so that it stays in cache."""
     dtype = sum_dtype(slices.device)
     if slices.device.type != "cpu" or slices.numel() <= BLOCK:
         return slices.abs().sum(-1, dtype=dtype)
+    # torch sums a copy in float64: block by block it stays in the cache.
     if _runs_along_slices(slices):
         size = max(1, BLOCK * slices.shape[-2] // slices.numel())
         return torch.cat([block.abs().sum(-1, dtype=dtype) for block in slices.split(size, -2)], -1)
@@ -111,11 +101,6 @@ def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float | Te
         # Writing single columns costs more than a pass over the whole, which is in cache. Above, a momentum in half
         # precision is multiplied by the factor itself; so must it be here.
         precise = torch.promote_types(slices.dtype, torch.float32)
-        step = slices.stride(-2)
-        if 1 < step <= MAX_STEP:  # all columns, those in between by 1: several times as fast as every second one
-            size = (slices.shape[-2] - 1) * step + 1
-            slices = slices.as_strided((len(slices), size, slices.shape[-1]), (slices.stride(0), 1, slices.stride(-1)))
-            indices = indices * step
         factors = torch.ones((len(slices), slices.shape[-2]), dtype=precise, device=slices.device)
         factor = factor.view(-1, 1).expand(indices.shape) if isinstance(factor, Tensor) else factor
         factors.scatter_(-1, indices, factor)
@@ -153,12 +138,8 @@ def _rows(slices: Tensor) -> Tensor | None:
 
 def _rows_at(indices: Tensor, slices: Tensor) -> Tensor:
     """Which of these rows the slices at ``indices`` are."""
-    row = slices.stride(-2)
-    if slices.ndim == 4:
-        size = slices.shape[2]
-        indices = indices + indices.div(size, rounding_mode="floor") * (slices.stride(1) // row - size)
     if len(slices) > 1:
-        step = slices.stride(0) // row
+        step = slices.stride(0) // slices.stride(-2)
         indices = indices + torch.arange(0, len(slices) * step, step, device=indices.device).unsqueeze(-1)
     return indices.view(-1)
 

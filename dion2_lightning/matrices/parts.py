@@ -4,16 +4,33 @@ Along its axis a block is a growing list of places, and a rank holds an interval
 block is, again, a rectangle of each of its matrices, wherever the border between ranks falls.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dion2_lightning.matrices.layout import Layout, Layouts, Rectangle, Span, held_coordinates, layout_of, local
 from dion2_lightning.matrices.splits import Block
 from dion2_lightning.matrices.views import Matrices
+
+
+class Run(NamedTuple):
+    """Pieces of one size, equally far apart.
+
+    Attributes:
+        first: Number of the first slice, among those that this rank holds of the matrix.
+        pieces: How many.
+        size: Slices of each.
+        place: Where on this rank's part of the axis they begin.
+    """
+
+    first: int
+    pieces: int
+    size: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,7 @@ class Part:
     def read(self, tensor: Tensor, *, taps_first: bool = False) -> Tensor:
         """Return the matrices, as stored (count, rows, columns), out of this rank's part of a parameter-like tensor.
 
-        It is a view wherever memory has one. Blocks in several pieces have none, nor have kernels in another memory
+        It is a view wherever memory has one. Matrices in several pieces have none, nor have kernels in another memory
         order than ``taps_first`` says: then it is a copy, which :meth:`write` brings back.
 
         Args:
@@ -48,34 +65,60 @@ class Part:
         if self.matrices.is_kernel:
             filters = self._filters(tensor)
             return (filters.movedim(2, -1) if taps_first else filters).flatten(2)
-        return self.of_stack(self._stack(tensor))
+        return self.of_stack(self.stack(tensor))
+
+    @cached_property
+    def is_apart(self) -> bool:
+        """Whether slices of other blocks lie between those of a matrix."""
+        block = self.matrices.block
+        if block is None or block.size == block.period or self._width == 0:
+            return False
+        return self._index // block.size != (self._index + self._width - 1) // block.size
 
     @property
     def is_in_pieces(self) -> bool:
-        """Whether it is rows in several whole pieces of one size, all of them equally far apart."""
-        if not (self._is_scattered and self.matrices.blocks_are_rows):
-            return False
-        return self._index % self._block.size == 0 and self._width % self._block.size == 0
+        """Whether several slices lie side by side, then others: there is no view of such a matrix."""
+        return self.is_apart and self._block.size > 1
 
-    def pieces(self, tensor: Tensor) -> Tensor:
-        """View such rows as (count, pieces, rows of each, columns), which needs no copy, unlike :meth:`read`.
+    @property
+    def is_in_equal_pieces(self) -> bool:
+        """Whether, moreover, all pieces have one size."""
+        return self.is_in_pieces and len(self.runs) == 1
+
+    def pieces(self, stack: Tensor, dim: int) -> list[Tensor]:
+        """View its pieces in this rank's part: a dimension becomes two, pieces and slices of each.
+
+        There is one view of all pieces of one size, and one more for each that a border between ranks has cut.
 
         Args:
-            tensor: This rank's part, contiguous.
+            stack: This rank's part, (count, rows, columns).
+            dim: Which of its dimensions is the axis of the blocks.
         """
-        block, stack = self._block, self._stack(tensor)
-        of_matrix, of_row, of_column = stack.stride()
-        return stack.as_strided(
-            (len(stack), self._width // block.size, block.size, stack.shape[2]),
-            (of_matrix, block.period * of_row, of_row, of_column),
-            stack.storage_offset() + self._first_place * of_row,
-        )
+        return [
+            stack.narrow(dim, run.place, (run.pieces - 1) * self._block.period + run.size)
+            .unfold(dim, run.size, self._block.period)
+            .movedim(-1, dim + 1)
+            for run in self.runs
+        ]
+
+    def in_pieces(self, matrices: Tensor, dim: int) -> list[Tensor]:
+        """View its own matrices (count, rows, columns) in the same way."""
+        return [
+            matrices.narrow(dim, run.first, run.pieces * run.size).unflatten(dim, (run.pieces, run.size))
+            for run in self.runs
+        ]
+
+    def places(self, slices: Tensor) -> Tensor:
+        """Return where on this rank's part of the axis some of the slices that it holds are, given their numbers."""
+        block, numbers = self._block, slices + self._index
+        periods = numbers.div(block.size, rounding_mode="floor")
+        return numbers + periods * (block.period - block.size) + (block.offset - self.start)
 
     def is_view(self, tensor: Tensor, *, taps_first: bool = False) -> bool:
         """Return whether :meth:`read` returns a view of the tensor."""
         if self.matrices.is_kernel:
             return (tensor.movedim(1, -1) if taps_first else tensor).is_contiguous()
-        return not self._is_scattered
+        return not self.is_in_pieces
 
     def write(self, tensor: Tensor, copy: Tensor, *, taps_first: bool = False) -> None:
         """Write the copy that :meth:`read` has returned, changed since, back to the tensor."""
@@ -84,7 +127,17 @@ class Part:
             in_order = filters.movedim(2, -1) if taps_first else filters
             in_order.copy_(copy.view(in_order.shape))
         else:
-            self._stack(tensor).index_copy_(self._dim, self._places(tensor.device), copy)
+            for piece, its_copy in self._pairs(self.stack(tensor), copy):
+                piece.copy_(its_copy)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Return a copy, like :meth:`read`, also where that is a view with gaps: of matrices that are apart."""
+        return self._copy(self.stack(tensor))
+
+    def add(self, tensor: Tensor, change: Tensor) -> None:
+        """Add to matrices that are apart, as stored (count, rows, columns)."""
+        for piece, its_change in self._pairs(self.stack(tensor), change):
+            piece.add_(its_change)
 
     def of_stack(self, stack: Tensor) -> Tensor:
         """Return the same out of (1, rows, columns), or (count, rows, columns) where the leading axis counts them.
@@ -93,8 +146,8 @@ class Part:
         """
         if self.matrices.block is None:
             return stack
-        if self._is_scattered:
-            return stack.index_select(self._dim, self._places(stack.device))
+        if self.is_in_pieces:
+            return self._copy(stack)
         shape, strides = list(stack.shape), list(stack.stride())
         block, stride = self._block, strides[self._dim]
         if not self.matrices.is_stack:
@@ -118,7 +171,8 @@ class Part:
             return self.of_stack(of_rows), of_columns
         return of_rows, self.of_stack(of_columns)
 
-    def _stack(self, tensor: Tensor) -> Tensor:
+    def stack(self, tensor: Tensor) -> Tensor:
+        """View this rank's part as (count, rows, columns), whatever the blocks."""
         return tensor if self.matrices.is_stack else tensor.unsqueeze(0)
 
     def _filters(self, tensor: Tensor) -> Tensor:
@@ -127,6 +181,17 @@ class Part:
             return tensor.unsqueeze(0)
         rows = tensor.narrow(0, self._first_place if self._width else 0, self._own_count * self._width)
         return rows.view(self._own_count, self._width, *tensor.shape[1:])
+
+    def _copy(self, stack: Tensor) -> Tensor:
+        shape = list(stack.shape)
+        shape[self._dim] = self._width
+        copy = stack.new_empty(shape)
+        for piece, its_copy in self._pairs(stack, copy):
+            its_copy.copy_(piece)
+        return copy
+
+    def _pairs(self, stack: Tensor, matrices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.pieces(stack, self._dim), self.in_pieces(matrices, self._dim), strict=True)
 
     # Along the axis of the blocks
 
@@ -176,19 +241,15 @@ class Part:
         return self._block.place(self._index) - self.start
 
     @cached_property
-    def _is_scattered(self) -> bool:
-        """Whether the slices of a matrix are unequally far apart."""
-        block = self.matrices.block
-        if block is None or block.size in (1, block.period) or self._width == 0:
-            return False
-        return self._index // block.size != (self._index + self._width - 1) // block.size
-
-    def _places(self, device: torch.device) -> Tensor:
-        """Where on this rank's part of the axis the slices are."""
-        block, first = self._block, self._index
-        index = torch.arange(first, first + self._width, device=device)
-        periods = index.div(block.size, rounding_mode="floor")
-        return periods * (block.period - block.size) + (block.offset - self.start) + index
+    def runs(self) -> list[Run]:
+        """Its pieces: whole ones, and before and behind them what a border between ranks has left of others."""
+        size, start, stop = self._block.size, self._index, self._index + self._width
+        edges = start, -(-start // size) * size, stop // size * size, stop
+        return [
+            Run(low - start, max(1, (high - low) // size), min(size, high - low), self._block.place(low) - self.start)
+            for low, high in itertools.pairwise(edges)
+            if low < high
+        ]
 
 
 def parts_of(parameter: Tensor, matrices: Matrices, label: str, *, process_group: Any, known: Layouts) -> list[Part]:

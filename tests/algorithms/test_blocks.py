@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning import Dion2
+from dion2_lightning.algorithms.matrix_update import MatrixUpdate
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dion2": {"fraction": 0.4},
@@ -148,6 +149,72 @@ def step_with_zero_gradients(optimizer: Dion2) -> None:
     optimizer.step()
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = lr
+
+
+HALF = {"rounding": "nearest", "state_dtype": "bfloat16", "orthonormalize_dtype": "float32"}
+
+
+@pytest.mark.parametrize("settings", [{"fraction": 0.4}, {"fraction": 0.4, "cautious_weight_decay": True}])
+@pytest.mark.parametrize("form", FORMS)
+def test_fused_equals_separate_in_half_precision(form: str, settings: dict[str, Any]) -> None:
+    """Rounded to nearest; random bits depend on names and places, which differ."""
+    shape, splits, storage, blocks = FORMS[form]
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    parameter = torch.nn.Parameter(values)
+    own = {name: torch.nn.Parameter(each.clone()) for name, each in blocks(values).items()}
+    fused = Dion2([{"params": [parameter], "splits": splits, **storage, **settings, **HALF}], **COMMON)
+    stored = {"transposed": storage.get("transposed", False), **settings, **HALF}
+    apart = Dion2([{"params": [each], "batched": each.ndim == 3, **stored} for each in own.values()], **COMMON)
+    for gradient in gradients(shape, 6):
+        parameter.grad = gradient.bfloat16()
+        for name, its_gradient in blocks(parameter.grad).items():
+            own[name].grad = its_gradient.clone()
+        fused.step()
+        apart.step()
+        for name, momentum in blocks(fused.state[parameter]["momentum"]).items():
+            assert torch.equal(momentum, apart.state[own[name]]["momentum"])
+    for name, found in blocks(parameter.detach()).items():
+        torch.testing.assert_close(found, own[name].detach(), rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"fraction": 0.4}, {"fraction": 0.4, "cautious_weight_decay": True}])
+@pytest.mark.parametrize("form", [form for form in FORMS if "interleaved" in form or "every second" in form])
+def test_random_bits_are_those_of_copies(form: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are updated where they are, are rounded as copies of them would be."""
+    shape, splits, storage, _ = FORMS[form]
+    rounded = {"rounding": "stochastic", "state_dtype": "bfloat16", "orthonormalize_dtype": "float32"}
+    results = []
+    for is_copied in (False, True):
+        if is_copied:
+            monkeypatch.setattr(MatrixUpdate, "is_scattered", False)
+            monkeypatch.setattr(MatrixUpdate, "is_in_pieces", False)
+        parameter = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
+        optimizer = Dion2([{"params": [parameter], "splits": splits, **storage, **settings, **rounded}], **COMMON)
+        for gradient in gradients(shape, 6):
+            parameter.grad = gradient.bfloat16()
+            optimizer.step()
+        results.append((parameter.detach(), optimizer.state[parameter]["momentum"]))
+    (weight, momentum), (expected_weight, expected_momentum) = results
+    assert torch.equal(momentum, expected_momentum) and torch.equal(weight, expected_weight)
+
+
+@pytest.mark.parametrize("settings", [{"fraction": 0.4}, {"algorithm": "dion3", "fraction": 0.4}])
+@pytest.mark.parametrize("form", ["experts", "experts, interleaved", "experts, every second column"])
+def test_idle_experts_stay(form: str, settings: dict[str, Any]) -> None:
+    shape, splits, storage, _ = FORMS[form]
+    parameter = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    group = {"params": [parameter], "splits": splits, "skip_idle_experts": True, **storage, **settings}
+    optimizer = Dion2([group], **COMMON)
+    for number, gradient in enumerate(gradients(shape, 3)):
+        before, momenta = parameter.detach().clone(), optimizer.state[parameter].get("momentum", torch.zeros(shape))
+        momenta = momenta.clone()
+        idle = number % 3
+        gradient[idle] = 0
+        parameter.grad = gradient
+        optimizer.step()
+        for expert in range(3):
+            assert torch.equal(parameter[expert], before[expert]) == (expert == idle)
+            assert torch.equal(optimizer.state[parameter]["momentum"][expert], momenta[expert]) == (expert == idle)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

@@ -82,6 +82,29 @@ def test_the_parts_of_all_ranks_are_the_blocks(text: str, ranks: int, along_inpu
         assert torch.equal(whole, expected)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("text", ["4 x (q 2 | k 2 | v 2)", "3 x (q 4 | k 2 | v 2)", "12 x (a 1 | b 1)"])
+def test_matrices_apart_are_pieces_in_places(text: str, ranks: int) -> None:
+    """Pieces, put together, are what is read, and places are those of its slices."""
+    weight = torch.arange(120.0).view(24, 5)
+    for matrices in read_matrices((24, 5), splits=text):
+        for rank in range(ranks):
+            layout = layout_on(ranks, rank, (24, 5), 0) if ranks > 1 else Layout()
+            start, stop = layout.rows[rank] if ranks > 1 else (0, 24)
+            own = weight[None, start:stop]
+            for part in found_parts(matrices, layout):
+                if part.is_apart:
+                    found = part.copy(own[0])
+                    assert torch.equal(torch.cat([each.flatten(1, 2) for each in part.pieces(own, 1)], 1), found)
+                    assert torch.equal(torch.cat([each.flatten(1, 2) for each in part.in_pieces(found, 1)], 1), found)
+                    assert torch.equal(own[0][part.places(torch.arange(found.shape[1]))], found[0])
+                    expected = own.clone()
+                    expected[0, part.places(torch.arange(found.shape[1]))] += 1
+                    changed = own.clone()
+                    part.add(changed[0], torch.ones_like(found))
+                    assert torch.equal(changed, expected)
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("text", TEXTS)
 def test_what_is_changed_arrives_in_the_weight(text: str, ranks: int) -> None:
