@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StepContext
 from dion2_lightning.kernels.decay import decayed
+from dion2_lightning.kernels.device_numbers import DeviceNumber, Number, as_factor
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.orthonormalize import orthonormalize
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
@@ -74,9 +75,9 @@ class MatrixUpdate:
     state: dict[str, Tensor]
     axis: int
     selected: int
-    momentum_factor: float
-    step_size: float
-    shrink: float
+    momentum_factor: Number
+    step_size: Number
+    shrink: Number
     dtype: torch.dtype
     nesterov: bool
     is_cautious: bool
@@ -96,9 +97,9 @@ class MatrixUpdate:
         matrices: Matrices,
         axis: int,
         selected: int,
-        momentum_factor: float,
-        step_size: float,
-        shrink: float,
+        momentum_factor: Number,
+        step_size: Number,
+        shrink: Number,
         dtype: torch.dtype,
         nesterov: bool = False,
         neuron_beta: float | None = None,
@@ -240,15 +241,16 @@ class MatrixUpdate:
         """What decides which of the matrices are updated; :attr:`gate` where it is all or none."""
         return self.own_gates[0] if self.own_gates else self.gate
 
-    def number(self, value: float, neutral: float, of: Tensor, first: int = 0) -> float | Tensor:
+    def number(self, value: Number, neutral: float, of: Tensor, first: int = 0) -> float | Tensor:
         """Return a number that the update multiplies a tensor by; the neutral one in a step that is skipped.
 
+        A tensor is of the other's precision, in float32 at least.
         It is (count, 1, 1) where some matrices may be idle: then the tensor is of matrices from ``first`` on.
         """
-        gate = self.own_gate
+        gate, precise = self.own_gate, torch.promote_types(of.dtype, torch.float32)
         if gate is None:
-            return value
-        number = gate.number(value, neutral, torch.promote_types(of.dtype, torch.float32))
+            return as_factor(value, precise)
+        number = gate.number(value, neutral, precise)
         return number.narrow(0, first, len(of)) if self.own_gates else number
 
     def sharing(self, share_replicas: bool | None) -> "tuple[ProcessGroup | None, ...]":
@@ -384,7 +386,7 @@ class SelectedSlices:
         bits = self.update.bits.get(line)
         return None if bits is None else bits.of_matrices(self.first, len(self.indices))
 
-    def number(self, value: float, neutral: float, of: Tensor) -> float | Tensor:
+    def number(self, value: Number, neutral: float, of: Tensor) -> float | Tensor:
         """Return :meth:`MatrixUpdate.number` for a tensor of these matrices."""
         return self.update.number(value, neutral, of, self.first)
 
@@ -560,7 +562,8 @@ def take(slices: SelectedSlices) -> Tensor:
         multiply_add_(shrunk, factor, None, bits.of_slices(indices))
         put_(momentum, indices, shrunk)
     if update.nesterov:
-        submatrices = submatrices.to(torch.promote_types(momentum.dtype, torch.float32)) * update.momentum_factor
+        submatrices = submatrices.to(torch.promote_types(momentum.dtype, torch.float32))
+        submatrices = submatrices * as_factor(update.momentum_factor, submatrices.dtype)
         if slices.gradient is not None:
             selected = gather(slices.gradient, indices)
             submatrices += selected if update.gate is None else update.gate.gradient(selected)
@@ -613,12 +616,20 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
         ]
     )
     pairs = [(each, local(each.parameter)) for each in at_once] + [(each, each.weight) for each in alone]
-    for gate, equal in group_by(pairs, lambda pair: pair[0].own_gate).items():
-        if gate is None:
-            torch._foreach_mul_([weight for _, weight in equal], [update.shrink for update, _ in equal])
-        else:
+
+    def key(pair: tuple[MatrixUpdate, Tensor]) -> tuple[Gate | None, DeviceNumber | None, torch.dtype]:
+        update, weight = pair
+        return update.own_gate, update.shrink if isinstance(update.shrink, DeviceNumber) else None, weight.dtype
+
+    for (gate, factor, dtype), equal in group_by(pairs, key).items():
+        if gate is not None:
             for update, weight in equal:
                 weight.mul_(update.number(update.shrink, 1.0, weight))
+        elif factor is not None:
+            torch._foreach_mul_([weight for _, weight in equal], factor.to(dtype))
+        else:
+            factors = [update.shrink for update, _ in equal if not isinstance(update.shrink, DeviceNumber)]
+            torch._foreach_mul_([weight for _, weight in equal], factors)
 
 
 def apply(slices: SelectedSlices, result: Tensor, factors: Tensor | None, context: StepContext) -> None:
