@@ -21,7 +21,7 @@ UNCAPTURED: Final = "a CUDA graph cannot hold this step of Dion2: "
 
 def is_capturing() -> bool:
     """Return whether what is launched now goes into a CUDA graph."""
-    return torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(

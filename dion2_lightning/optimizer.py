@@ -14,6 +14,7 @@ from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import Algorithm, Member, Observer, StateTensor, StepContext
 from dion2_lightning.algorithms.hyperparameters import flag, numbers, plain, positive, positive_integer
 from dion2_lightning.capture import is_capturing, refuse_capture
+from dion2_lightning.compiled import add_to_table, compilable, compilable_in_schedule
 from dion2_lightning.compressed import (
     CompressedReplicas,
     compressed_parameters,
@@ -84,12 +85,6 @@ NOT_COPIED: Final = {
 
 COPIED: Final = ("_failure", "share_replicas", "max_grad_norm", "working_memory")
 """What a copy or an unpickled optimizer has too; None where an older version pickled it."""
-
-NOT_COMPILED: Final = (
-    "step() of Dion2 runs as it is, with a graph break: it reads groups and placements anew and may wait for other "
-    "ranks; compile without fullgraph=True"
-)
-"""What torch.compile says of a step where it was asked for one graph."""
 
 
 class MatrixOptimizer(Optimizer):
@@ -474,14 +469,18 @@ class MatrixOptimizer(Optimizer):
             group.update(self._with_settings(ALGORITHMS[group["algorithm"]], group))
 
     def _patch_step_function(self) -> None:
-        """Wrap ``step`` in its hooks, as torch does, and have ``torch.compile`` leave both alone.
-
-        What is compiled inside, such as the model that a closure calls, stays compiled.
-        """
+        """Wrap ``step`` in its hooks, as torch does, and have ``torch.compile`` look into neither."""
         super()._patch_step_function()
         kind = type(self)
-        if not hasattr(kind.step, "_torchdynamo_disable"):
-            kind.step = torch.compiler.disable(kind.step, reason=NOT_COMPILED)  # type: ignore[method-assign]
+        if not hasattr(kind.step, "is_compilable"):
+            kind.step = compilable(kind.step)  # type: ignore[method-assign]
+        self._name_in_table = add_to_table(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a ``step`` in which a scheduler counts the steps stays compilable."""
+        if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
+            value = compilable_in_schedule(self, value)
+        super().__setattr__(name, value)
 
     def _checked(self, group: Group) -> Group:
         """A group with all settings, checked with its parameters."""

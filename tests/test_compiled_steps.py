@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from dion2_lightning import Dion2, build_optimizer
-from dion2_lightning.optimizer import NOT_COMPILED
+from dion2_lightning.compiled import NOT_COMPILED
 
 STEPS = 10
 Training = tuple[nn.Module, Dion2]

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from benchmarks.gpu.machine import Timer
 from benchmarks.gpu.section import Options, Row
 from dion2_lightning import build_optimizer
-from dion2_lightning.optimizer import NOT_COMPILED
+from dion2_lightning.compiled import NOT_COMPILED
 
 STEPS: Final = 10
 WARM_UP: Final = 4
