@@ -69,7 +69,7 @@ def compilable_in_schedule(optimizer: Optimizer, step: Callable[..., Any]) -> Ca
     return compilable_scheduled_step
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _prepare(name: str) -> bool:
     """Return whether a step can be an operator, and create the state, while dynamo traces: the graph gets it passed."""
     optimizer = _OPTIMIZERS[name]
@@ -96,7 +96,11 @@ def _call_operator(optimizer: Any) -> None:
     "dion2::step", mutates_args=("parameters", "gradients", "state"), tags=(torch.Tag.cudagraph_unsafe,)
 )
 def _step(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], state: Sequence[Tensor], rates: Sequence[Tensor], name: str
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rates: Sequence[Tensor],
+    name: str,
 ) -> None:
     """Take a step of an optimizer on what a graph passes."""
     optimizer = _OPTIMIZERS[name]
@@ -106,7 +110,11 @@ def _step(
 
 @_step.register_fake
 def _(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], state: Sequence[Tensor], rates: Sequence[Tensor], name: str
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rates: Sequence[Tensor],
+    name: str,
 ) -> None:
     return None
 
