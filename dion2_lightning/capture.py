@@ -67,8 +67,8 @@ def refuse_capture(
             )
         if (algorithm.needs_matrices and share_replicas is not False) or group["check_finite"] == "skip":
             raise RuntimeError(
-                f"{UNCAPTURED}{label} has replicas, whose ranks talk to each other in it; pass share_replicas=False and "
-                "check_finite=False"
+                f"{UNCAPTURED}{label} has replicas, whose ranks talk to each other in it; pass share_replicas=False "
+                "and check_finite=False"
             )
     if not is_agreed:
         raise RuntimeError(f"{UNCAPTURED}groups are new, or were loaded; take a step before the capture")

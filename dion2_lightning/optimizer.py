@@ -477,8 +477,8 @@ class MatrixOptimizer(Optimizer):
         self._name_in_table = add_to_table(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a ``step`` in which a scheduler counts the steps stays compilable."""
-        if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
+        """Set an attribute; a capturable step stays compilable where a scheduler counts its steps."""
+        if name == "step" and hasattr(value, "_wrapped_by_lr_sched") and self.is_capturable:
             value = compilable_in_schedule(self, value)
         super().__setattr__(name, value)
 
