@@ -89,6 +89,14 @@ def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def set_rate(group: dict[str, Any], name: str, value: float) -> None:
+    """Change a rate of a group: a tensor in place, as torch's schedulers do."""
+    if isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value
+
+
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values as data that every checkpoint format takes: ``torch.float32`` and its text are "float32"."""
     names = {f"torch.{name}": name for name in DTYPES}
