@@ -42,6 +42,7 @@ def compilable(step: Callable[..., Any]) -> Callable[..., Any]:
     What is compiled inside of it, such as the model that a closure calls, stays compiled.
     """
     uncompiled = torch.compiler.disable(step, reason=NOT_COMPILED)
+    torch.compiler.assume_constant_result(_prepare)  # not a decorator: it imports dynamo, which takes seconds
 
     @functools.wraps(step)
     def compilable_step(self: Any, *args: Any, **keywords: Any) -> Any:
@@ -69,7 +70,6 @@ def compilable_in_schedule(optimizer: Optimizer, step: Callable[..., Any]) -> Ca
     return compilable_scheduled_step
 
 
-@torch.compiler.assume_constant_result
 def _prepare(name: str) -> bool:
     """Return whether a step can be an operator, and create the state, while dynamo traces: the graph gets it passed."""
     optimizer = _OPTIMIZERS[name]
