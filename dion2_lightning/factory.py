@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from dion2_lightning.algorithms import ALGORITHMS, CHOICES, ChoiceName, EverySetting, algorithms_with
 from dion2_lightning.algorithms.hyperparameters import (
+    Rate,
     bind,
     described,
     method_takes,
@@ -108,8 +109,8 @@ class FactorySettings(CommonArguments):
         'normalized neurons; "adamw": the control, AdamW for all, with the groups, learning rates and weight decays as '
         "they would be.",
     )
-    adamw_lr: float | None = setting(None, "Learning rate of everything that is no matrix. None is lr.", not_negative)
-    adamw_weight_decay: float | None = setting(
+    adamw_lr: Rate | None = setting(None, "Learning rate of everything that is no matrix. None is lr.", not_negative)
+    adamw_weight_decay: Rate | None = setting(
         None,
         "Weight decay of embeddings, heads and other parameters that decay under AdamW; biases, norms and scalars "
         "never do. None is weight_decay.",

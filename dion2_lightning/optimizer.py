@@ -19,7 +19,9 @@ from dion2_lightning.algorithms.algorithm import (
     StepContext,
     default_working_memory,
 )
-from dion2_lightning.algorithms.hyperparameters import flag, one_of, plain, positive, positive_integer
+from dion2_lightning.algorithms.hyperparameters import flag, numbers, one_of, plain, positive, positive_integer
+from dion2_lightning.capture import is_capturing, refuse_capture
+from dion2_lightning.compiled import add_to_table, compilable, compilable_in_schedule
 from dion2_lightning.compressed import (
     CompressedReplicas,
     compressed_parameters,
@@ -56,12 +58,20 @@ from dion2_lightning.parameter_groups import (
     check_parameters,
     parameter_names,
     refuse_flattened,
+    refuse_misplaced_rates,
+    tensor_rates,
     unique_name,
     unwrapped_names,
     warn_of_lost_decay,
     with_listed_parameters,
 )
-from dion2_lightning.state_dict import carry_over_state, match_state_dict, restore_exactly, shares_memory
+from dion2_lightning.state_dict import (
+    carry_over_state,
+    match_state_dict,
+    restore_exactly,
+    restore_in_place,
+    shares_memory,
+)
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
@@ -77,12 +87,6 @@ NOT_COPIED: Final = {
 
 COPIED: Final = ("_failure", "share_replicas", "max_grad_norm", "working_memory", "kernels")
 """What a copy or an unpickled optimizer has too; None where an older version pickled it."""
-
-NOT_COMPILED: Final = (
-    "step() of Dion2 runs as it is, with a graph break: it reads groups and placements anew and may wait for other "
-    "ranks; compile without fullgraph=True"
-)
-"""What torch.compile says of a step where it was asked for one graph."""
 
 
 class MatrixOptimizer(Optimizer):
@@ -205,7 +209,8 @@ class MatrixOptimizer(Optimizer):
         for each in checked:
             name = unique_name(each, self.param_groups)
             super().add_param_group({**each, "name": name})
-            self._given[name] = {setting: each[setting] for setting in algorithm_of(each).defaults()}
+            given = numbers(each)  # as they are now: tensors change in place
+            self._given[name] = {setting: given[setting] for setting in algorithm_of(each).defaults()}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -229,27 +234,41 @@ class MatrixOptimizer(Optimizer):
                 where its ranks do not communicate, or it is on a device that has no float64, which its ranks or
                 settings need; or settings ask for replicas that there are not.
             RuntimeError: Ranks that share a matrix disagree about its settings, an earlier step failed partway through,
-                or gradients have been averaged over replicas that must not be, or have not been that must.
+                or gradients have been averaged over replicas that must not be, or have not been that must; or a CUDA
+                graph is captured that cannot hold the step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._refuse_after_failure()
+        if is_capturing():
+            refuse_capture(
+                self._labelled(),
+                self.state,
+                self._ranks(),
+                is_agreed=self._is_agreed,
+                is_observed=self.observer is not None,
+                share_replicas=self.share_replicas,
+            )
         self._compressed.refuse_change(self.param_groups)
         self._check_placements()
         self._check_agreement()
         self._check_gradients()
+        skipped = set() if self.state else self._skipped_on_init_step()
+        if not skipped:  # torch.distributed.checkpoint takes such a step with rates of its own
+            for group in self.param_groups:
+                refuse_misplaced_rates(group, f"group {group['name']!r}: ")
         if self.is_compressing and self.process_group is not None:
             self._compressed.average(list(self._labelled()), self.param_groups, self.process_group)
         gates = self._gates()
         if self.max_grad_norm is not None:
             parameters = [parameter for _, parameter, _ in self._labelled()]
-            self.grad_norm = clip_grad_norm_(parameters, self.max_grad_norm, replicas=self._compressed_parameters())
-        is_first = not self.state
+            self._keep_grad_norm(
+                clip_grad_norm_(parameters, self.max_grad_norm, replicas=self._compressed_parameters())
+            )
         self._prepare_state()
-        self._selections = {}
-        skipped = self._skipped_on_init_step() if is_first else set()
+        selections: dict[tuple[Tensor, str], Selection] = {}
         context = StepContext(
             settings_checksum=zlib.crc32(repr([_settings_of(group) for group in self.param_groups]).encode()),
             orthonormalize=self.orthonormalize,
@@ -258,7 +277,7 @@ class MatrixOptimizer(Optimizer):
             working_memory=self._working_memory(),
             kernels=self.kernels,
             observer=None if skipped else self.observer,
-            selections=self._selections,
+            selections=selections,
             fallbacks=self.fallbacks,
             gates=gates,
         )
@@ -270,6 +289,7 @@ class MatrixOptimizer(Optimizer):
         run_side_by_side(
             [step for each in work for step in each.waiting], [piece for each in work for piece in each.local]
         )
+        self._keep_selections(selections)
         if context.observer is not None:
             context.observer.end_step()
         self._compressed.momenta_differ |= bool(self._compressed_parameters()) and not skipped
@@ -359,7 +379,8 @@ class MatrixOptimizer(Optimizer):
 
         Parameters are matched by name where both sides know the names, else by position. The checkpoint's settings
         replace those that this optimizer was given, and a warning names the ones that differ; settings that the
-        checkpoint does not know keep their present values.
+        checkpoint does not know keep their present values. Rates that are tensors here stay these tensors and are
+        filled; with ``capturable`` state is, too, so that captured graphs go on with what was loaded.
 
         Args:
             state_dict: What :meth:`state_dict` returned; ``state`` and ``params`` may hold names instead of numbers.
@@ -384,10 +405,13 @@ class MatrixOptimizer(Optimizer):
                 raise
             return matched
 
+        rates = [tensor_rates(group) for group in self.param_groups]
+        before = {parameter: dict(state) for parameter, state in self.state.items()}
         # As the last hook it sees what the other hooks made of the input.
         with self.register_load_state_dict_pre_hook(match):
             super().load_state_dict(state_dict)
         restore_exactly(self, matched)
+        restore_in_place(self, rates, before)
         self._compressed.momenta_differ = False
         self._failure = None
 
@@ -453,14 +477,18 @@ class MatrixOptimizer(Optimizer):
             group.update(self._with_settings(ALGORITHMS[group["algorithm"]], group))
 
     def _patch_step_function(self) -> None:
-        """Wrap ``step`` in its hooks, as torch does, and have ``torch.compile`` leave both alone.
-
-        What is compiled inside, such as the model that a closure calls, stays compiled.
-        """
+        """Wrap ``step`` in its hooks, as torch does, and have ``torch.compile`` look into neither."""
         super()._patch_step_function()
         kind = type(self)
-        if not hasattr(kind.step, "_torchdynamo_disable"):
-            kind.step = torch.compiler.disable(kind.step, reason=NOT_COMPILED)  # type: ignore[method-assign]
+        if not hasattr(kind.step, "is_compilable"):
+            kind.step = compilable(kind.step)  # type: ignore[method-assign]
+        self._name_in_table = add_to_table(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a capturable step stays compilable where a scheduler counts its steps."""
+        if name == "step" and hasattr(value, "_wrapped_by_lr_sched") and self.is_capturable:
+            value = compilable_in_schedule(self, value)
+        super().__setattr__(name, value)
 
     def _checked(self, group: Group) -> Group:
         """A group with all settings, checked with its parameters."""
@@ -468,8 +496,8 @@ class MatrixOptimizer(Optimizer):
         prefix = f"group {group.get('name', len(self.param_groups))!r}: "
         algorithm = algorithm_of(group, prefix)
         check_names(group, algorithm, prefix)
-        algorithm.check_settings(group, prefix)
         group = self._with_settings(algorithm, plain(group))
+        algorithm.check_settings(group, prefix)
         check_parameters(group, {p for other in self.param_groups for p in other["params"]}, prefix)
         return group
 
@@ -546,7 +574,9 @@ class MatrixOptimizer(Optimizer):
         by_device = group_by(_have_finite_gradients(checked), lambda is_finite: is_finite.device).values()
         of_devices = [torch.stack(flags).all().to(checked[0].device) for flags in by_device]
         is_open = on_every_rank(torch.stack(of_devices).all(), parameters, self._ranks())
-        self._skipped_steps = self._skipped_steps + is_open.logical_not()
+        if not isinstance(self._skipped_steps, Tensor):
+            self._skipped_steps = torch.zeros((), dtype=torch.int64, device=is_open.device)
+        self._skipped_steps += is_open.logical_not()
         return {device: Gate(is_open.to(device)) for device in dict.fromkeys(each.device for each in parameters)}
 
     def _check_agreement(self) -> None:
@@ -560,7 +590,7 @@ class MatrixOptimizer(Optimizer):
             labelled = list(self._labelled())
             group = refuse_without_replicas(labelled, self.process_group, self.share_replicas)
             self._compressed.refuse_other_weights(labelled, group)
-        settings = {id(group): _settings_of(group) for group in self.param_groups}
+        settings = {id(group): _settings_of(numbers(group)) for group in self.param_groups} if shared else {}
         descriptions = [
             repr(
                 (
@@ -582,6 +612,29 @@ class MatrixOptimizer(Optimizer):
             return self.working_memory
         held = sum(parameter.nbytes // number_of_parts(parameter) for _, parameter, _ in self._labelled())
         return default_working_memory(held)
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a CUDA graph may hold a step, as all groups say."""
+        return all(group["capturable"] for group in self.param_groups)
+
+    def _keep_grad_norm(self, norm: Tensor) -> None:
+        """Keep the norm of the gradients; for captured steps always in the same tensor."""
+        if self.is_capturable and self.grad_norm is not None and self.grad_norm.device == norm.device:
+            self.grad_norm.copy_(norm)
+        else:
+            self.grad_norm = norm
+
+    def _keep_selections(self, found: dict[tuple[Tensor, str], Selection]) -> None:
+        """Keep what was selected; for captured steps always in the same tensors."""
+        if self.is_capturable:
+            known = {key: self._selections[key] for key in found if key in self._selections}
+            pairs = [(local(known[key].indices), local(found[key].indices)) for key in known]
+            if all(old.shape == new.shape and old.device == new.device for old, new in pairs):
+                for old, new in pairs:
+                    old.copy_(new)
+                found = {**found, **known}
+        self._selections = found
 
     def _ranks(self) -> RanksAround:
         """The ranks that have a part or a replica of what this one has."""
@@ -646,8 +699,15 @@ class MatrixOptimizer(Optimizer):
 
 
 def _settings_of(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What a group says about the update, which ranks that share parameters must have in common."""
-    return [(name, value) for name, value in group.items() if name not in NOT_SETTINGS]
+    """What a group says about the update, which ranks that share parameters must have in common.
+
+    Of a rate that is a tensor it is that: the host does not read it.
+    """
+    return [
+        (name, "a tensor" if isinstance(value, Tensor) else value)
+        for name, value in group.items()
+        if name not in NOT_SETTINGS
+    ]
 
 
 def _have_finite_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS, algorithms_with
 from dion2_lightning.algorithms.algorithm import Algorithm
-from dion2_lightning.algorithms.hyperparameters import did_you_mean, one_of
+from dion2_lightning.algorithms.hyperparameters import RATES, did_you_mean, numbers, one_of, refuse_other_tensors
 from dion2_lightning.kernels.rounding import HALF_PRECISION
 
 Group = dict[str, Any]
@@ -66,6 +66,23 @@ def check_parameters(group: Mapping[str, Any], taken: Collection[Tensor], prefix
         algorithm_of(group).check_parameter(parameter, label, group)
 
 
+def tensor_rates(group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the rates of a group that are tensors."""
+    return {name: group[name] for name in RATES if isinstance(group.get(name), Tensor)}
+
+
+def refuse_misplaced_rates(group: Mapping[str, Any], prefix: str) -> None:
+    """Refuse tensors that are no rates, or not on the device of the group's parameters; both may be set at any time."""
+    for name, value in tensor_rates(group).items():
+        refuse_other_tensors(prefix + name, value, is_capturable=group["capturable"])
+        for parameter, its_name in zip(group["params"], parameter_names(group), strict=True):
+            if parameter.device != value.device:
+                raise ValueError(
+                    f"{prefix}{name} is a tensor on {str(value.device)!r} and {its_name} on {str(parameter.device)!r}; "
+                    "put it on the parameters' device, and parameters of several devices into several groups"
+                )
+
+
 def parameter_names(group: Mapping[str, Any]) -> Sequence[str]:
     """Return the names of a group's parameters for messages: given names, or places in the group."""
     given = group.get("param_names")
@@ -92,7 +109,8 @@ def warn_of_lost_decay(groups: Sequence[Mapping[str, Any]]) -> None:
     """Warn, once for all groups, where half-precision weights that are rounded to nearest are too coarse to decay."""
     lost = []
     for group in groups:
-        decay = group["lr"] * group["weight_decay"]
+        rates = numbers(group)
+        decay = rates["lr"] * rates["weight_decay"]
         for dtype in {parameter.dtype for parameter in group["params"]}.intersection(HALF_PRECISION):
             largest = torch.finfo(dtype).eps / 2  # half of the last bit, of a weight just over a power of two
             if group.get("rounding") == "nearest" and 0 < decay < largest:

@@ -1,5 +1,6 @@
 """Checkpoints: which saved state belongs to which parameter, whether it fits, and restoring it without rounding."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -10,11 +11,11 @@ from torch.optim.optimizer import Optimizer, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import STORAGE, StateTensor
-from dion2_lightning.algorithms.hyperparameters import plain
+from dion2_lightning.algorithms.hyperparameters import numbers, plain
 from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.matrices.layout import is_dtensor, local
-from dion2_lightning.parameter_groups import ENTRIES, algorithm_of, parameter_names, unwrapped_names
+from dion2_lightning.parameter_groups import ENTRIES, algorithm_of, parameter_names, tensor_rates, unwrapped_names
 
 Group = Mapping[str, Any]
 
@@ -42,6 +43,7 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
     ``given`` holds the settings that each group was made with; where they differ from the saved ones a warning says so.
     """
     _check_keys(saved)
+    saved = {**saved, "param_groups": [numbers(group) for group in saved["param_groups"]]}
     _refuse_other_optimizers(saved["param_groups"])
     in_order = _match_order(saved, groups)
     matched = [_match_group(old, new) for old, new in zip(in_order, groups, strict=True)]
@@ -60,6 +62,7 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
             "start anew",
             stacklevel=2,
         )
+    _refuse_shared_rates(matched, groups)
     changes = _changed_settings(in_order, groups, given)
     if changes and is_first_rank():
         warnings.warn(
@@ -68,7 +71,7 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
             "scheduler's base_lrs",
             stacklevel=2,
         )
-    return {**saved, "param_groups": matched}
+    return {**saved, "param_groups": [numbers(group) for group in matched]}
 
 
 def carry_over_state(saved: StateDict, groups: Sequence[Group]) -> StateDict:
@@ -176,6 +179,37 @@ def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
                         state[entry] = value.to(parameter.device, dtype)
 
 
+def restore_in_place(
+    optimizer: Optimizer,
+    rates: Sequence[Mapping[str, Tensor]],
+    before: Mapping[Tensor, Mapping[str, Tensor]],
+) -> None:
+    """Put what was loaded into the tensors that there were before, which captured graphs read and write.
+
+    Args:
+        optimizer: It has loaded a state dict.
+        rates: The rates that were tensors, for each group.
+        before: The state of parameters. That of groups which are not ``capturable``, or what has changed its form,
+            stays as it was loaded.
+    """
+    for group, tensors in zip(optimizer.param_groups, rates, strict=True):
+        for name, tensor in tensors.items():
+            group[name] = tensor.fill_(group[name])
+        for parameter in group["params"] if group["capturable"] else ():
+            state = optimizer.state[parameter]
+            for entry, tensor in before.get(parameter, {}).items():
+                if entry in state and _has_form_of(state[entry], tensor):
+                    state[entry] = tensor.copy_(state[entry])
+
+
+def _has_form_of(loaded: Any, tensor: Any) -> bool:
+    """Return whether a tensor can be copied into another one that is then as it was."""
+    return all(
+        getattr(loaded, name, None) == getattr(tensor, name, None)
+        for name in ("shape", "dtype", "device", "placements", "device_mesh")
+    )
+
+
 def _check_keys(saved: StateDict) -> None:
     for key in ("state", "param_groups"):
         if key not in saved:
@@ -201,7 +235,7 @@ def _changed_settings(saved_groups: Sequence[Group], groups: Sequence[Group], gi
     """
     changes: dict[str, list[str]] = {}
     for old, group, its_given in zip(saved_groups, groups, given, strict=True):
-        saved, asked = {**_STORED_PLAINLY, **plain(old)}, dict(its_given)
+        saved, asked, group = {**_STORED_PLAINLY, **plain(old)}, dict(its_given), numbers(group)
         if "initial_lr" in old and "initial_lr" in group:
             saved["lr"], asked["lr"] = old["initial_lr"], group["initial_lr"]
         elif "initial_lr" in old or "initial_lr" in group:
@@ -210,9 +244,29 @@ def _changed_settings(saved_groups: Sequence[Group], groups: Sequence[Group], gi
             if name in algorithm_of(group).settings_of_run:
                 continue
             found = saved.get(name, value)
-            if _without_lists(found) != _without_lists(value):
+            if _without_lists(found) != _without_lists(value) and not _differ_by_rounding(found, value):
                 changes.setdefault(f"{name} {found!r} instead of {value!r}", []).append(repr(old.get("name")))
     return [f"{change} ({', '.join(groups)})" for change, groups in changes.items()]
+
+
+def _differ_by_rounding(found: Any, value: Any) -> bool:
+    """Return whether two numbers may be the same rate, of which one is a float32 tensor."""
+    return isinstance(found, float) and isinstance(value, float) and math.isclose(found, value, rel_tol=1e-6)
+
+
+def _refuse_shared_rates(saved_groups: Sequence[Group], groups: Sequence[Group]) -> None:
+    """Refuse rates of several groups that are one tensor here, and of which the checkpoint has several values."""
+    names, values = dict[tuple[str, Tensor], list[str]](), dict[tuple[str, Tensor], set[float]]()
+    for old, group in zip(saved_groups, groups, strict=True):
+        for name, tensor in tensor_rates(group).items():
+            names.setdefault((name, tensor), []).append(repr(group["name"]))
+            values.setdefault((name, tensor), set()).add(old[name])
+    for (name, tensor), found in values.items():
+        if len(found) > 1:
+            raise ValueError(
+                f"the groups {', '.join(names[name, tensor])} have one tensor as their {name}, and the checkpoint has "
+                f"{sorted(found)}; give each group a tensor of its own"
+            )
 
 
 def _without_lists(value: Any) -> Any:

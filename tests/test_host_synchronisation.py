@@ -22,6 +22,8 @@ from benchmarks.fake_tensors import fake_tensors
 from benchmarks.statistics import size_of, tensors_of
 from dion2_lightning import Dion2, SelectionTracker
 from dion2_lightning.algorithms import dion2_shared as sharing
+from dion2_lightning.algorithms.algorithm import StepContext
+from dion2_lightning.algorithms.hyperparameters import RATES
 from dion2_lightning.distributed import collectives
 from dion2_lightning.matrices import layout
 from dion2_lightning.monitoring.history import SelectionHistory
@@ -126,6 +128,93 @@ def test_a_step_on_one_device_neither_waits_nor_sends_anything(check_finite: Any
     assert optimizer.selection_of(matrix).indices.device.type == "cuda"
 
 
+def put_rates_on_device(optimizer: Dion2, dtype: torch.dtype = torch.float32) -> None:
+    """Have the rates of all groups be tensors, as a step that is captured needs them."""
+    for group in optimizer.param_groups:
+        rates = {name: torch.zeros((), dtype=dtype, device="cuda") for name in RATES if name in group}
+        group.update(rates, capturable=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"check_finite": "skip", "skip_idle_experts": True},
+        {"cautious_weight_decay": True, "rounding": "nearest"},
+        {"max_grad_norm": 1.0, "working_memory": 100_000},
+    ],
+    ids=str,
+)
+def test_rates_on_the_device_are_not_read(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """And a step is one that a CUDA graph could hold: nothing waits, nothing is sent, no state is replaced."""
+    optimizer = optimizer_of(**settings)
+    optimizer.step()
+    put_rates_on_device(optimizer, dtype)
+    state = [value for entries in optimizer.state.values() for value in entries.values()]
+    for _ in range(2):
+        with NoHostWait() as host:
+            optimizer.step()
+        assert host.sent == []
+    found = [value for entries in optimizer.state.values() for value in entries.values()]
+    assert all(one is other for one, other in zip(state, found, strict=True))
+
+
+def test_rates_on_the_device_are_not_read_by_adamw_without_a_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dion2_lightning.algorithms.adamw._is_fused", lambda _: False)
+    optimizer = Dion2(groups_of_every_kind("cuda")[-1:], lr=0.1, capturable=True)
+    optimizer.step()
+    put_rates_on_device(optimizer)
+    with NoHostWait() as host:
+        optimizer.step()
+    assert host.sent == []
+    assert {entries["step"].device.type for entries in optimizer.state.values()} == {"cuda"}
+
+
+def test_numbers_are_made_once_for_each_group_and_scale() -> None:
+    """However many matrices there are: a launch costs as much as a small product."""
+    launches = []
+    for count in (1, 20):
+        parameters = [nn.Parameter(torch.zeros(40, 96, device="cuda")) for _ in range(count)]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = Dion2([{"params": parameters}], lr=0.1)
+        optimizer.step()
+        put_rates_on_device(optimizer)
+        with CountedNumbers() as counted:
+            optimizer.step()
+        launches.append(counted.launches)
+    assert launches[0] == launches[1] > 0
+
+
+class CountedNumbers(TorchDispatchMode):
+    """Count what is calculated of 0-d tensors on the device alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        self.launches += is_on_device(result) and result.ndim == 0
+        return result
+
+
+@pytest.mark.parametrize("rate", RATES[:3])
+def test_a_rate_that_is_read_is_detected(rate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(context: StepContext, value: Any) -> Any:
+        return value.item() if isinstance(value, Tensor) else value
+
+    optimizer = optimizer_of()
+    optimizer.step()
+    for group in optimizer.param_groups:
+        if rate in group:
+            group.update({rate: torch.zeros((), device="cuda"), "capturable": True})
+    monkeypatch.setattr(StepContext, "number", read)
+    with pytest.raises(HostWaits), NoHostWait():
+        optimizer.step()
+
+
 @pytest.mark.parametrize(("left_on", "groups"), [("cpu", slice(None)), ("cuda", slice(-1, None))], ids=["cpu", "cuda"])
 def test_the_state_follows_its_parameter(left_on: str, groups: slice) -> None:
     """``model.to(device)`` moves parameters alone, Lightning moments as well, but no step counts."""
@@ -154,13 +243,17 @@ def test_counters_follow_their_parameters() -> None:
 
 @pytest.mark.parametrize(("check_finite", "skip_idle_experts"), [(False, False), ("skip", False), (False, True)])
 @pytest.mark.parametrize("share_replicas", [True, False, None])
+@pytest.mark.parametrize("tensors", [False, True], ids=["floats", "tensors"])
 def test_a_step_on_replicas_does_not_wait(
-    ranks: None, share_replicas: bool | None, check_finite: Any, skip_idle_experts: bool
+    ranks: None, tensors: bool, share_replicas: bool | None, check_finite: Any, skip_idle_experts: bool
 ) -> None:
     """Each algorithm sends one constant to the device, the header of an all-reduce: a checksum, and a flag a block."""
     optimizer = optimizer_of(
         share_replicas=share_replicas, check_finite=check_finite, skip_idle_experts=skip_idle_experts
     )
+    if tensors:
+        optimizer.step()
+        put_rates_on_device(optimizer)
     sent = checked_step(optimizer, dist.group.WORLD).sent
     selected = [each.observed.selected > 0 for each in optimizer.observed_parameters()]
     assert sent == ([] if share_replicas is False else [selected.count(True) + 1, selected.count(False) + 1])

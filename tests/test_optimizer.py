@@ -90,9 +90,10 @@ def test_groups_override_every_setting():
         "rounding": "nearest",
         "rounding_seed": 3,
         "check_finite": True,
+        "capturable": True,
     }
     of_adamw = {"lr": 2.0, "weight_decay": 0.3, "betas": (0.1, 0.2), "eps": 1e-3, "check_finite": True}
-    of_adamw |= {"rounding": "nearest", "rounding_seed": 4, "cautious_weight_decay": True}
+    of_adamw |= {"rounding": "nearest", "rounding_seed": 4, "cautious_weight_decay": True, "capturable": True}
     groups = [{"params": [torch.nn.Parameter(torch.ones(4, 4))], **overrides}]
     groups += [{"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw", **of_adamw}]
     optimizer = Dion2(groups)

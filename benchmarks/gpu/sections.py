@@ -73,7 +73,13 @@ SECTIONS: Final = (
         "compiled",
         "Compiled training steps, CUDA graphs among them: two models in turn, at changing learning rates",
         "benchmarks.gpu.compiled:compare",
-        minutes=1.5,
+        minutes=2,
+    ),
+    Section(
+        "captured",
+        "Steps in a CUDA graph, replayed at changing rates: the bits of steps as they are",
+        "benchmarks.gpu.captured:compare",
+        minutes=0.5,
     ),
     Section("attention", "Attentions on packed rows", "benchmarks.gpu.attention:compare", 1.5, needs=FRAMEWORKS),
     *(

@@ -26,6 +26,7 @@ from dion2_lightning.algorithms.hyperparameters import (
 )
 from dion2_lightning.algorithms.matrix_update import WORKING_BYTES, bounded
 from dion2_lightning.kernels.decay import decayed
+from dion2_lightning.kernels.device_numbers import DeviceNumber, Number, as_factor
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, random_bits, store_
 from dion2_lightning.matrices.layout import group_by, held_coordinates, local, local_gradient
@@ -49,7 +50,7 @@ class AdamWAlgorithm(Algorithm):
         """Return the state that ``torch.optim.AdamW`` has: a step count, and moments, in float32 at least."""
         moment = StateTensor.like(parameter, torch.float32 if parameter.dtype in HALF_PRECISION else None)
         return {
-            "step": StateTensor((), torch.float32, _step_device(parameter)),
+            "step": StateTensor((), torch.float32, _step_device(parameter, group)),
             "exp_avg": moment,
             "exp_avg_sq": moment,
         }
@@ -69,6 +70,31 @@ class _Piece(NamedTuple):
     step: Tensor
 
 
+class _Rates(NamedTuple):
+    """The rates of a group in a step."""
+
+    lr: Number
+    weight_decay: Number
+
+    @classmethod
+    def read(cls, group: Mapping[str, Any], context: StepContext) -> "_Rates":
+        """Read them as they are now."""
+        return cls(context.number(group["lr"]), context.number(group["weight_decay"]))
+
+    @property
+    def shrink(self) -> Number:
+        """1 - lr * weight_decay."""
+        return 1.0 - self.lr * self.weight_decay
+
+    def shrink_by(self, gate: Gate | None, dtype: torch.dtype) -> float | Tensor:
+        """Return what weights of a dtype decay by; 1 where the gate is closed."""
+        return as_factor(self.shrink, dtype) if gate is None else gate.number(self.shrink, 1.0, dtype)
+
+    def lr_of(self, device: torch.device) -> float | Tensor:
+        """Return the learning rate as torch takes it: a tensor in float32, in float64 on a CPU, which reads it."""
+        return as_factor(self.lr, torch.float64 if device.type == "cpu" else torch.float32)
+
+
 def _update(members: Sequence[Member], context: StepContext) -> None:
     """Take one step; the fused kernel takes one group, device and dtype at a time."""
     present = [(member, gradient) for member in members if (gradient := local_gradient(member.parameter)) is not None]
@@ -81,24 +107,25 @@ def _update(members: Sequence[Member], context: StepContext) -> None:
         gate, is_fused = context.gates.get(parameter.device), _is_fused([local(parameter)])
         if gate is not None and not is_fused and not gate.is_open:  # only the fused kernel skips by itself
             continue
-        found_inf = gate.found_inf if gate is not None and is_fused else None
-        _place_steps([member.state for member, _ in bucket], _step_device(parameter))
+        _place_steps([member.state for member, _ in bucket], _step_device(parameter, group))
+        rates = _Rates.read(group, context)
         pieces = [
             _Piece(local(each), gradient, local(state["exp_avg"]), local(state["exp_avg_sq"]), state["step"])
             for (each, state, *_), gradient in bucket
         ]
-        if parameter.dtype in HALF_PRECISION or _decays_cautiously(group):
+        if parameter.dtype in HALF_PRECISION or _decays_cautiously(group, rates):
             bits = _random_bits([member for member, _ in bucket])
             entries = max(1, context.working_memory // WORKING_BYTES)
-            _update_by_copies(pieces, bits, group, gate if is_fused else None, entries)
+            _update_by_copies(pieces, bits, group, rates, gate if is_fused else None, entries)
         else:
-            _adamw(pieces, group, found_inf)
+            _adamw(pieces, group, rates, gate if is_fused else None)
 
 
 def _update_by_copies(
     pieces: Sequence[_Piece],
     random_bits_of_each: Sequence[RandomBits | None],
     group: Mapping[str, Any],
+    rates: _Rates,
     gate: Gate | None,
     entries: int,
 ) -> None:
@@ -106,10 +133,9 @@ def _update_by_copies(
 
     For cautious weight decay the copies are zero, and what torch makes of them is the update; its sign is exp_avg's.
     """
-    is_cautious, found_inf = _decays_cautiously(group), None if gate is None else gate.found_inf
+    is_cautious = _decays_cautiously(group, rates)
     precise = torch.promote_types(pieces[0].weight.dtype, torch.float32)
-    factor: float = 1.0 - group["lr"] * group["weight_decay"]
-    shrink = factor if gate is None else gate.number(factor, 1.0, precise)
+    shrink = rates.shrink_by(gate, precise)
     cut = [
         (_Piece(*block, whole.step), bits)  # type: ignore[call-arg]
         for whole, its_bits in zip(pieces, random_bits_of_each, strict=True)
@@ -124,7 +150,7 @@ def _update_by_copies(
             )
             for piece, _ in run
         ]
-        _adamw(copies, group, found_inf)
+        _adamw(copies, group, rates, gate)
         for (piece, bits), copy in zip(run, copies, strict=True):
             if is_cautious:
                 copy.weight.add_(decayed(piece.weight, piece.exp_avg, shrink))
@@ -133,14 +159,14 @@ def _update_by_copies(
             else:
                 piece.weight.copy_(copy.weight)
     steps = [piece.step for piece in pieces]
-    if found_inf is None:
+    if gate is None:
         torch._foreach_add_(steps, 1)
     else:
-        torch._foreach_add_(steps, [1 - found_inf] * len(steps))
+        torch._foreach_add_(steps, [1 - gate.found_inf] * len(steps))
 
 
-def _decays_cautiously(group: Mapping[str, Any]) -> bool:
-    return bool(group["cautious_weight_decay"] and group["lr"] * group["weight_decay"])
+def _decays_cautiously(group: Mapping[str, Any], rates: _Rates) -> bool:
+    return bool(group["cautious_weight_decay"] and rates.shrink != 1.0)
 
 
 def _random_bits(members: Sequence[Member]) -> Sequence[RandomBits | None]:
@@ -156,9 +182,16 @@ def _random_bits(members: Sequence[Member]) -> Sequence[RandomBits | None]:
     return [bits.shaped(shape) for bits, shape in zip(drawn, shapes, strict=True)]
 
 
-def _adamw(pieces: Sequence[_Piece], group: Mapping[str, Any], found_inf: Tensor | None) -> None:
-    """Call torch's update, for tensors of one device and dtype."""
+def _adamw(pieces: Sequence[_Piece], group: Mapping[str, Any], rates: _Rates, gate: Gate | None) -> None:
+    """Call torch's update, for tensors of one device and dtype.
+
+    It reads a weight decay on the host; one on the device goes before it.
+    """
     weights, gradients, exp_avgs, exp_avg_sqs, steps = (list(each) for each in zip(*pieces, strict=True))
+    weight_decay = rates.weight_decay
+    if isinstance(weight_decay, DeviceNumber):
+        torch._foreach_mul_(weights, rates.shrink_by(gate, weights[0].dtype))
+        weight_decay = 0.0
     adamw(
         weights,
         gradients,
@@ -167,20 +200,22 @@ def _adamw(pieces: Sequence[_Piece], group: Mapping[str, Any], found_inf: Tensor
         [],
         steps,
         fused=_is_fused(weights) or None,  # None: torch chooses between foreach and a loop
-        found_inf=found_inf,
+        found_inf=None if gate is None else gate.found_inf,
+        capturable=group["capturable"],
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
+        lr=rates.lr_of(weights[0].device),
+        weight_decay=weight_decay,
         eps=group["eps"],
         maximize=False,
     )
 
 
-def _step_device(parameter: Tensor) -> torch.device:
-    """Return where a step count lives: beside its parameter for the fused kernel, else on the host, cheap to read."""
-    return parameter.device if _is_fused([local(parameter)]) else torch.device("cpu")
+def _step_device(parameter: Tensor, group: Mapping[str, Any]) -> torch.device:
+    """Return where a step count lives: beside its parameter, or on the host where it is read there."""
+    is_read = not (group["capturable"] or _is_fused([local(parameter)]))
+    return torch.device("cpu") if is_read else parameter.device
 
 
 def _is_fused(parameters: Sequence[Tensor]) -> bool:

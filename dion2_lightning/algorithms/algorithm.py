@@ -23,6 +23,7 @@ from dion2_lightning.algorithms.hyperparameters import (
 )
 from dion2_lightning.distributed.overlap import WaitingStep
 from dion2_lightning.kernels import fused
+from dion2_lightning.kernels.device_numbers import DeviceNumber, Number
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, placed
@@ -189,6 +190,7 @@ class StepContext:
         layouts: The layouts that were read in this step.
         gates: By device, what decides there whether the step is taken. Where there is one, an algorithm must change
             neither weights nor state while it is closed.
+        device_numbers: Rates that are tensors, as numbers of the update.
     """
 
     settings_checksum: int = 0
@@ -202,6 +204,15 @@ class StepContext:
     fallbacks: Counter[str] = field(default_factory=Counter)
     layouts: Layouts = field(default_factory=dict)
     gates: Mapping[torch.device, Gate] = field(default_factory=dict)
+    device_numbers: dict[Tensor, DeviceNumber] = field(default_factory=dict)
+
+    def number(self, rate: float | Tensor) -> Number:
+        """Return a rate of a group as a number to calculate with; the same one for the same tensor."""
+        if not isinstance(rate, Tensor):
+            return rate
+        if rate not in self.device_numbers:
+            self.device_numbers[rate] = DeviceNumber(rate)
+        return self.device_numbers[rate]
 
     def fuses_on(self, device: torch.device) -> bool:
         """Return whether kernels of Triton go over the memory of matrices on a device."""
@@ -234,7 +245,7 @@ class Algorithm(ABC):
         state_by_setting: Entries that come and go with settings, and mean another thing under others. Those of a
             block have its name in brackets behind.
         state_by_replica: Entries that differ between replicas of a parameter that is compressed.
-        settings_of_run: Settings about the ranks of a run, not about the result: a checkpoint does not replace them.
+        settings_of_run: Settings about how a run is executed, not about the result: a checkpoint does not replace them.
     """
 
     name: ClassVar[str]
@@ -244,7 +255,7 @@ class Algorithm(ABC):
     optional_state: ClassVar[frozenset[str]] = frozenset()
     state_by_setting: ClassVar[frozenset[str]] = frozenset()
     state_by_replica: ClassVar[frozenset[str]] = frozenset()
-    settings_of_run: ClassVar[frozenset[str]] = frozenset()
+    settings_of_run: ClassVar[frozenset[str]] = frozenset({"capturable"})
 
     def entries(self) -> dict[str, Any]:
         """Return the entries of a group that say how its parameters are stored, with their defaults."""
@@ -295,6 +306,10 @@ class Algorithm(ABC):
     def is_compressed(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
         """Return whether replicas of a parameter do send less, so that its gradient is not averaged over them."""
         return False
+
+    def why_not_captured(self, group: Mapping[str, Any]) -> str | None:
+        """Return why a CUDA graph cannot hold a step of a group on one rank, and what to do; None if it can."""
+        return None
 
     @abstractmethod
     def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:

@@ -85,7 +85,7 @@ class DionAlgorithm(Algorithm):
     needs_matrices: ClassVar[bool] = True
     state_by_setting: ClassVar[frozenset[str]] = frozenset({"Q"})
     state_by_replica: ClassVar[frozenset[str]] = frozenset({"momentum"})
-    settings_of_run: ClassVar[frozenset[str]] = frozenset({"sync"})
+    settings_of_run: ClassVar[frozenset[str]] = Algorithm.settings_of_run | {"sync"}
 
     def compresses(self, group: Mapping[str, Any]) -> bool:
         """Return whether replicas are to average P and R."""
@@ -94,6 +94,12 @@ class DionAlgorithm(Algorithm):
     def is_compressed(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
         """Return whether they do: where P and R are smaller than the gradient."""
         return is_compressed(parameter, group)
+
+    def why_not_captured(self, group: Mapping[str, Any]) -> str | None:
+        """Return that the host reads whether a randomized QR has failed."""
+        if group["qr"] != "rcqr":
+            return None
+        return "with qr='rcqr' the host reads whether a matrix needs an exact QR; use qr='auto' or 'qr'"
 
     def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
         """Return momentum and Q, in float32 at least, and the number of steps, on which random bits depend."""

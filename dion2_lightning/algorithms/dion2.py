@@ -171,6 +171,7 @@ class Dion2Algorithm(Algorithm):
         """Read a parameter and its settings, as they are now: its matrices, block by block."""
         parameter, group = member.parameter, member.group
         updates: list[MatrixUpdate] = []
+        lr, weight_decay = context.number(group["lr"]), context.number(group["weight_decay"])
         for matrices, axis, selected, _ in self.observed(parameter, group):
             slices, rule = matrices.slices_along(axis), group["adjust_lr_fn"]
             scale = update_scale(matrices.shape, slices, selected, rule, group["scale_lr_by_fraction"])
@@ -180,9 +181,9 @@ class Dion2Algorithm(Algorithm):
                 matrices=matrices,
                 axis=axis,
                 selected=selected,
-                momentum_factor=group["momentum"],
-                step_size=group["lr"] * scale,
-                shrink=1.0 - group["lr"] * group["weight_decay"],
+                momentum_factor=context.number(group["momentum"]),
+                step_size=lr * scale,
+                shrink=1.0 - lr * weight_decay,
                 dtype=_orthonormalization_dtype(parameter, group),
                 nesterov=group["nesterov"],
                 neuron_beta=group["neuron_beta"] if self.normalizes_neurons(group) else None,

@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 A = TypeVar("A")
@@ -25,6 +26,12 @@ Check = Callable[[str, object], None]
 
 DType = Literal["bfloat16", "float32", "float64"]
 DTYPES: Final[tuple[str, ...]] = get_args(DType)
+
+Rate = float | Tensor
+"""A float, or with ``capturable`` a 0-d tensor on the parameters' device, which is changed in place."""
+
+RATES: Final = ("lr", "weight_decay", "momentum", "adamw_lr", "adamw_weight_decay")
+"""The settings that may be such tensors."""
 
 PLACEHOLDER: Final = "**settings:"
 """Begins the line of a docstring in whose place the descriptions of settings are put."""
@@ -50,10 +57,44 @@ def defaults_of(settings: type) -> dict[str, Any]:
 
 
 def check_values(values: Mapping[str, Any], checks: Mapping[str, Check], prefix: str = "") -> None:
-    """Check the values that have checks; errors begin with the prefix and the name."""
+    """Check the values that have checks; errors begin with the prefix and the name.
+
+    Of rates that are tensors, which ``capturable`` among the values allows, the host reads what they hold now.
+    """
     for name, value in values.items():
         if name in checks:
-            checks[name](prefix + name, value)
+            is_rate = name in RATES and isinstance(value, Tensor)
+            checks[name](prefix + name, _read_rate(prefix + name, value, values) if is_rate else value)
+
+
+def _read_rate(name: str, value: Tensor, values: Mapping[str, Any]) -> float:
+    refuse_other_tensors(name, value, is_capturable=values.get("capturable") is True)
+    return value.item()
+
+
+def refuse_other_tensors(name: str, value: Tensor, *, is_capturable: bool) -> None:
+    """Raise an error about a tensor that is no rate: without ``capturable``, or of another shape or kind."""
+    if not is_capturable:
+        raise TypeError(f"{name} must be a number, got a Tensor; pass a float, or capturable=True with it")
+    if value.ndim or not value.is_floating_point():
+        raise ValueError(
+            f"{name} must be a 0-d tensor of floating point, got shape {tuple(value.shape)} of {value.dtype}"
+        )
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with the rates that are tensors as the floats that they hold now; waits for their device."""
+    return {
+        name: value.item() if isinstance(value, Tensor) and not value.ndim else value for name, value in values.items()
+    }
+
+
+def set_rate(group: dict[str, Any], name: str, value: float) -> None:
+    """Change a rate of a group: a tensor in place, as torch's schedulers do."""
+    if isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,9 +305,9 @@ def dtype(name: str, value: object) -> None:
 class SharedSettings:
     """The hyperparameters that every algorithm has. Like all settings classes it checks its values when it is made."""
 
-    lr: float = setting(3e-4, "Learning rate of the groups that have none of their own.", not_negative)
+    lr: Rate = setting(3e-4, "Learning rate of the groups that have none of their own.", not_negative)
     _: KW_ONLY
-    weight_decay: float = setting(
+    weight_decay: Rate = setting(
         0.01, "Decoupled weight decay: a step multiplies the weights of a group by 1 - lr * weight_decay.", not_negative
     )
     cautious_weight_decay: bool = setting(
@@ -279,6 +320,12 @@ class SharedSettings:
         "What to do when a gradient holds NaN or Inf. True raises an error that names the parameter, before any weight "
         'or state is changed, and waits for the device every step. "skip" leaves the step out, on all ranks that '
         "share parameters with this one, without waiting; skipped_steps counts them.",
+    )
+    capturable: bool = setting(
+        False,
+        "Take steps that a CUDA graph can hold, and torch.compile without a break of its graph. lr, weight_decay and "
+        "momentum may then be 0-d tensors on the device of the parameters, which are changed in place, as torch's "
+        "schedulers do; a float is a constant of a captured step.",
     )
 
     def __post_init__(self) -> None:
@@ -307,7 +354,7 @@ class RoundingSettings(SharedSettings):
 class MatrixSettings(RoundingSettings):
     """The hyperparameters of algorithms that make an orthonormal update of a part of the momentum."""
 
-    momentum: float = setting(
+    momentum: Rate = setting(
         0.95,
         "Decay rate of the momentum, in [0, 1). Only the part that a step takes its update from decays: in Dion2 the "
         "selected slices, in Dion what a matrix of low rank captures.",

@@ -66,6 +66,7 @@ class LowRankUpdate(MatrixUpdate):
         """Read a parameter, its state and its settings, as they are now: its matrices, block by block."""
         group, updates = member.group, list[LowRankUpdate]()
         replicas = context.process_group if is_compressed(member.parameter, group) else None
+        lr, weight_decay = context.number(group["lr"]), context.number(group["weight_decay"])
         for matrices in matrices_of(member.parameter, group):
             axis, rank, entry = long_axis(matrices), rank_of(matrices, group), entry_of(matrices)
             if member.state[entry].shape[-1] != rank:
@@ -83,9 +84,9 @@ class LowRankUpdate(MatrixUpdate):
                 matrices=matrices,
                 axis=axis,
                 selected=rank,
-                momentum_factor=group["momentum"],
-                step_size=group["lr"] * scale,
-                shrink=1.0 - group["lr"] * group["weight_decay"],
+                momentum_factor=context.number(group["momentum"]),
+                step_size=lr * scale,
+                shrink=1.0 - lr * weight_decay,
                 dtype=local(member.state["momentum"]).dtype,
             )
             updates += [cls(**vars(each), qr=group["qr"], replicas=replicas) for each in found]

@@ -17,6 +17,7 @@ from torch import Tensor
 from dion2_lightning.algorithms.algorithm import Member, StepContext
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.decay import decayed
+from dion2_lightning.kernels.device_numbers import DeviceNumber, Number, as_factor
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.orthonormalize import SAFETY, dtype_of_products, orthonormalize, polar_factor
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
@@ -76,9 +77,9 @@ class MatrixUpdate:
     state: dict[str, Tensor]
     axis: int
     selected: int
-    momentum_factor: float
-    step_size: float
-    shrink: float
+    momentum_factor: Number
+    step_size: Number
+    shrink: Number
     dtype: torch.dtype
     nesterov: bool
     is_cautious: bool
@@ -99,9 +100,9 @@ class MatrixUpdate:
         matrices: Matrices,
         axis: int,
         selected: int,
-        momentum_factor: float,
-        step_size: float,
-        shrink: float,
+        momentum_factor: Number,
+        step_size: Number,
+        shrink: Number,
         dtype: torch.dtype,
         nesterov: bool = False,
         neuron_beta: float | None = None,
@@ -281,15 +282,16 @@ class MatrixUpdate:
         """What decides which of the matrices are updated; :attr:`gate` where it is all or none."""
         return self.own_gates[0] if self.own_gates else self.gate
 
-    def number(self, value: float, neutral: float, of: Tensor, first: int = 0) -> float | Tensor:
+    def number(self, value: Number, neutral: float, of: Tensor, first: int = 0) -> float | Tensor:
         """Return a number that the update multiplies a tensor by; the neutral one in a step that is skipped.
 
-        It is (count, 1, 1, ...) where some matrices may be idle: then the tensor is of matrices from ``first`` on.
+        A tensor is of the other's precision, in float32 at least. It is (count, 1, 1, ...) where some matrices may be
+        idle: then the other is of matrices from ``first`` on.
         """
-        gate = self.own_gate
+        gate, precise = self.own_gate, torch.promote_types(of.dtype, torch.float32)
         if gate is None:
-            return value
-        number = gate.number(value, neutral, torch.promote_types(of.dtype, torch.float32))
+            return as_factor(value, precise)
+        number = gate.number(value, neutral, precise)
         return number.narrow(0, first, len(of)).view(-1, *[1] * (of.ndim - 1)) if self.own_gates else number
 
     def sharing(self, share_replicas: bool | None) -> "tuple[ProcessGroup | None, ...]":
@@ -431,7 +433,7 @@ class SelectedSlices:
         bits = self.update.bits.get(line)
         return None if bits is None else bits.of_matrices(self.first, len(self.indices))
 
-    def number(self, value: float, neutral: float, of: Tensor) -> float | Tensor:
+    def number(self, value: Number, neutral: float, of: Tensor) -> float | Tensor:
         """Return :meth:`MatrixUpdate.number` for a tensor of these matrices."""
         return self.update.number(value, neutral, of, self.first)
 
@@ -625,7 +627,9 @@ def _take_at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
             [each.number(each.update.momentum_factor, 1.0, each.momentum) for each in alike],
             dtype,
             gradients=[each.gradient for each in alike] if nesterov else None,
-            nesterov_factors=[each.update.momentum_factor for each in alike] if nesterov else None,
+            nesterov_factors=[as_factor(each.update.momentum_factor, torch.float32) for each in alike]
+            if nesterov
+            else None,
             opens=[None if gate is None else gate.is_open for gate in gates],
             bits=[each.bits("decay") for each in alike],
         )
@@ -646,7 +650,8 @@ def _take(slices: SelectedSlices) -> Tensor:
         multiply_add_(shrunk, factor, None, bits.of_slices(indices))
         put_(momentum, places, shrunk)
     if update.nesterov:
-        submatrices = submatrices.to(torch.promote_types(momentum.dtype, torch.float32)) * update.momentum_factor
+        submatrices = submatrices.to(torch.promote_types(momentum.dtype, torch.float32))
+        submatrices = submatrices * as_factor(update.momentum_factor, submatrices.dtype)
         if slices.gradient is not None:
             selected = gather(slices.gradient, places)
             submatrices += selected if update.gate is None else update.gate.gradient(selected)
@@ -716,12 +721,20 @@ def shrink(updates: Sequence[MatrixUpdate]) -> None:
     )
     pairs = [(each, local(each.parameter)) for each in at_once]
     pairs += [(each, own) for each in alone for own in each.own(each.weight)]
-    for gate, equal in group_by(pairs, lambda pair: pair[0].own_gate).items():
-        if gate is None:
-            torch._foreach_mul_([weight for _, weight in equal], [update.shrink for update, _ in equal])
-        else:
+
+    def key(pair: tuple[MatrixUpdate, Tensor]) -> tuple[Gate | None, DeviceNumber | None, torch.dtype]:
+        update, weight = pair
+        return update.own_gate, update.shrink if isinstance(update.shrink, DeviceNumber) else None, weight.dtype
+
+    for (gate, factor, dtype), equal in group_by(pairs, key).items():
+        if gate is not None:
             for update, weight in equal:
                 weight.mul_(update.number(update.shrink, 1.0, weight))
+        elif factor is not None:
+            torch._foreach_mul_([weight for _, weight in equal], factor.to(dtype))
+        else:
+            factors = [update.shrink for update, _ in equal if not isinstance(update.shrink, DeviceNumber)]
+            torch._foreach_mul_([weight for _, weight in equal], factors)
 
 
 def apply(

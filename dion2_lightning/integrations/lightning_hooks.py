@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from dion2_lightning.algorithms.hyperparameters import set_rate
 from dion2_lightning.optimizer import MatrixOptimizer
 from dion2_lightning.routing.model_tree import parameters_by_name
 
@@ -56,7 +57,7 @@ class OptimizerHooks:
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Remember the rates of the last groups, if ``BackboneFinetuning`` may change them."""
         if _has_callback(trainer, "BackboneFinetuning"):
-            self._rates = [optimizer.param_groups[-1]["lr"] for optimizer in trainer.optimizers]
+            self._rates = [_rates(optimizer)[-1] for optimizer in trainer.optimizers]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Change the rates of the backbone's other groups where that of the last one has changed."""
@@ -64,10 +65,11 @@ class OptimizerHooks:
             return
         backbone = set(pl_module.backbone.parameters())
         for optimizer, before in zip(trainer.optimizers, self._rates, strict=True):
-            for group in optimizer.param_groups:
+            rates = _rates(optimizer)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 is_of_backbone = isinstance(optimizer, MatrixOptimizer) and backbone.issuperset(group["params"])
-                if is_of_backbone and group["lr"] == before:
-                    group["lr"] = optimizer.param_groups[-1]["lr"]
+                if is_of_backbone and rate == before:
+                    set_rate(group, "lr", rates[-1])
         self._rates = ()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -156,15 +158,20 @@ def _has_callback(trainer: Any, name: str) -> bool:
     return name in {kind.__name__ for each in trainer.callbacks for kind in type(each).__mro__}
 
 
+def _rates(optimizer: Optimizer) -> list[float]:
+    """The learning rates of the groups, also where they are tensors, for which the host then waits."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
 def _keep_ratios(optimizer: Optimizer) -> RemovableHandle:
     """Let every step at which all groups have one rate give each its share of it; that of the first group stays."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = _rates(optimizer)
 
     def restore(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        first = optimizer.param_groups[0]["lr"]
-        if rates[0] and all(group["lr"] == first for group in optimizer.param_groups):
+        first, *others = _rates(optimizer)
+        if rates[0] and all(other == first for other in others):
             for group, rate in zip(optimizer.param_groups, rates, strict=False):  # groups may have been added
-                group["lr"] = first * (rate / rates[0])
+                set_rate(group, "lr", first * (rate / rates[0]))
 
     return optimizer.register_step_pre_hook(restore)
 

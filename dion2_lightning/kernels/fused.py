@@ -181,7 +181,7 @@ def take(
     dtype: torch.dtype,
     *,
     gradients: Sequence[Tensor | None] | None = None,
-    nesterov_factors: Sequence[float] | None = None,
+    nesterov_factors: Sequence[float | Tensor] | None = None,
     opens: Sequence[Tensor | None] | None = None,
     bits: Sequence[RandomBits | None] | None = None,
 ) -> list[Tensor]:
@@ -193,7 +193,7 @@ def take(
         factors: What M[K] is multiplied by: mu, or a float32 tensor of it, 0-d or (count, 1, 1).
         dtype: Of S.
         gradients: With Nesterov: of the shapes of the momenta; None where there is none (default: None, no Nesterov).
-        nesterov_factors: With Nesterov: the mu in S, also in a step that is skipped.
+        nesterov_factors: With Nesterov: the mu in S, also in a step that is skipped; in the same ways.
         opens: With Nesterov: as in :func:`accumulate`.
         bits: Of the whole of M: how to round it in half precision stochastically (default: None, to the nearest).
 
@@ -217,7 +217,8 @@ def take(
         indices,
         constants,
         tensors,
-        [] if nesterov_factors is None else nesterov_factors,
+        *_split("nesterov_factors", nesterov_factors or [1.0] * len(momenta), momenta),
+        nesterov_factors is not None,
         opens,
         *_hashes(bits, momenta),
         stacks,
@@ -233,6 +234,8 @@ def _take(
     factors: Sequence[float],
     factor_tensors: Sequence[Tensor | None],
     nesterov_factors: Sequence[float],
+    nesterov_tensors: Sequence[Tensor | None],
+    nesterov: bool,
     opens: Sequence[Tensor | None],
     slice_hashes: Sequence[Tensor | None],
     entry_hashes: Sequence[Tensor | None],
@@ -251,7 +254,7 @@ def _take(
             "M_TYPE": momentum.dtype,
             "G_TYPE": None if gradient is None else gradient.dtype,
             "S_TYPE": stack.dtype,
-            "NESTEROV": bool(nesterov_factors),
+            "NESTEROV": nesterov,
             "ALONG": along,
             "M_UNIT": of_momentum.is_unit,
             "G_UNIT": of_gradient.is_unit,
@@ -263,7 +266,7 @@ def _take(
             *(n, m, k),
             *(*of_momentum.numbers, *of_gradient.numbers, *of_stack.numbers, *_gate(opens[number])),
             *_scalar(factors[number], factor_tensors[number]),
-            *_scalar(nesterov_factors[number] if nesterov_factors else 1.0, None),
+            *_scalar(nesterov_factors[number], nesterov_tensors[number]),
             *(its_indices.data_ptr(), *its_indices.stride()),
             *(*_vector(slice_hash, -2), *_vector(entry_hash, -1)),
         ]

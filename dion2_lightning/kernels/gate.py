@@ -7,6 +7,8 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from dion2_lightning.kernels.device_numbers import DeviceNumber, Number
+
 
 class Gate:
     """Open in a step that is taken. Closed, an update that asks it for gradients and numbers changes nothing.
@@ -17,18 +19,19 @@ class Gate:
 
     def __init__(self, is_open: Tensor) -> None:
         self.is_open = is_open
-        self._numbers: dict[tuple[float, float, torch.dtype], Tensor] = {}
+        self._numbers: dict[tuple[Number, float, torch.dtype], Tensor] = {}
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """Return a gradient; zeros where closed."""
         return torch.where(self.is_open, gradient, 0)
 
-    def number(self, value: float, neutral: float, dtype: torch.dtype) -> Tensor:
+    def number(self, value: Number, neutral: float, dtype: torch.dtype) -> Tensor:
         """Return a number of the update, in the shape of :attr:`is_open`; the neutral one where closed."""
         key = value, neutral, dtype
         if key not in self._numbers:
             on_device = partial(torch.full, (), dtype=dtype, device=self.is_open.device)
-            self._numbers[key] = torch.where(self.is_open, on_device(value), on_device(neutral))
+            where_open = value.to(dtype) if isinstance(value, DeviceNumber) else on_device(value)
+            self._numbers[key] = torch.where(self.is_open, where_open, on_device(neutral))
         return self._numbers[key]
 
     @cached_property

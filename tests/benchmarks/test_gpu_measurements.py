@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from benchmarks.gpu import compiled, step, training
+from benchmarks.gpu import captured, compiled, step, training
 from benchmarks.gpu.flops import peak_flops, training_flops
 from benchmarks.gpu.machine import Timer
 from benchmarks.gpu.section import Options
@@ -70,9 +70,23 @@ def test_a_loss_that_is_not_finite_fails(loss: float, monkeypatch: pytest.Monkey
 def test_compiled_training_is_compared(tolerance: float, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "TOLERANCE", tolerance)
     plain, *rows = compiled.compare(Options("cpu", True, 60, "", "compiled"))
-    assert [(row["compiled"], row["graph breaks at step()"]) for row in rows] == [("model", 0), ("training step", 2)]
-    assert [row["loss"] for row in rows] == [plain["loss"]] * 2
-    assert [row["ok"] for row in rows] == [ok] * 2
+    breaks = [("model", 0), ("training step", 2), ("capturable training step", 0)]
+    assert [(row["compiled"], row["graph breaks at step()"]) for row in rows] == breaks
+    assert [row["loss"] for row in rows] == [plain["loss"], plain["loss"], pytest.approx(plain["loss"], rel=1e-4)]
+    assert [row["ok"] for row in rows] == [ok] * 3
+
+
+def test_captured_steps_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU rates that are tensors are, and each capture is skipped by name."""
+    options = Options("cpu", True, 60, "", "captured")
+    rows = list(captured.compare(options))
+    assert [(row["step of"], row["rates"]) for row in rows] == [
+        (way, rates) for way in captured.WAYS for rates in ("tensors", "tensors, captured")
+    ]
+    assert all(row["ok"] for row in rows[::2])
+    assert {row["skipped"] for row in rows[1::2]} == {"a CUDA graph needs a GPU"}
+    monkeypatch.setattr(Tensor, "fill_", lambda tensor, _: tensor)  # the rates stay as they are
+    assert not any(row["ok"] for row in list(captured.compare(options))[::2])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The examples of README.md, the guide and the frameworks' pages run as they stand, TRL's on a CPU and shortened."""
 
+import contextlib
 import copy
 import re
 import warnings
@@ -12,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ByT5Tokenizer, Trainer, TrainingArguments
 
@@ -193,6 +195,37 @@ def test_huggingface(example: str, tmp_path: Path) -> None:
     optimizer = names["trainer"].optimizer if "trainer" in names else names.get("optimizer")
     if optimizer is not None:  # an example has trained
         assert_trained(optimizer)
+
+
+def test_capturable_steps() -> None:
+    """The graph is one of a GPU; here its names are, and a replay does nothing."""
+    compiled, captured = examples("docs/algorithm.md")
+
+    class Graph(contextlib.nullcontext[None]):
+        replays = 0
+
+        def replay(self) -> None:
+            self.replays += 1
+
+    def train(model: nn.Module, optimizer: Any, steps: int) -> None:
+        for _ in range(steps):
+            model(torch.ones(3, 4)).square().mean().backward()
+            optimizer.step()
+
+    def names() -> dict[str, Any]:
+        cuda = SimpleNamespace(CUDAGraph=Graph, graph=lambda graph: graph)
+        without_gpu = SimpleNamespace(**{**vars(torch), "cuda": cuda})
+        batches = [torch.ones(3, 4)] * 2
+        common = {"torch": without_gpu, "build_optimizer": build_optimizer, "device": "cpu", "train": train}
+        return {**common, "model": nn.Linear(4, 6), "batches": batches, "static_batch": torch.ones(3, 4)}
+
+    known = run(compiled, "docs/algorithm.md", names())
+    assert 0 < known["lr"] < 3e-4
+    assert all(known["optimizer"].state[parameter] for parameter in known["model"].parameters())
+    given = {**names(), "batches": [(torch.ones(3, 4), 1e-3)] * 2}
+    known = run(captured.replace('"cuda"', '"cpu"'), "docs/algorithm.md", given)
+    assert known["graph"].replays == 2
+    assert known["lr"] == torch.tensor(1e-3)
 
 
 class TestLightning:

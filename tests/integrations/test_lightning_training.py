@@ -268,6 +268,7 @@ class TransferLearning:
         self.backbone = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 8))
         self.head = nn.Linear(8, 8)
         self.losses: list[float] = []
+        self.is_capturable = False
 
     def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
         loss = (self.head(self.backbone(batch)) - batch).square().mean()
@@ -275,7 +276,8 @@ class TransferLearning:
         return loss
 
     def configure_optimizers(self) -> Any:
-        return build_optimizer(self, lr=0.01)
+        lr = torch.tensor(0.01) if self.is_capturable else 0.01
+        return build_optimizer(self, lr=lr, capturable=self.is_capturable)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), batch_size=4)
@@ -294,17 +296,19 @@ class Thaw(BackboneFinetuning):
             self.make_trainable(pl_module.backbone)
 
 
-def finetune(epochs: int, checkpoint: Path | None = None) -> tuple[Transfer, L.Trainer]:
+def finetune(epochs: int, checkpoint: Path | None = None, *, capturable: bool) -> tuple[Transfer, L.Trainer]:
     thaw = Thaw(unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.5, lambda_func=lambda epoch: 1.2)
     trainer = make_trainer("one device", -1, max_epochs=epochs, callbacks=[thaw])
     module = Transfer()
+    module.is_capturable = capturable
     trainer.fit(module, ckpt_path=checkpoint)
     return module, trainer
 
 
-def test_backbone_finetuning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("capturable", [False, True], ids=["floats", "tensors"])
+def test_backbone_finetuning(capturable: bool, tmp_path: Path) -> None:
     """It adds one bare group, biases and norms included; resumed, it replaces all groups."""
-    whole, trainer = finetune(4)
+    whole, trainer = finetune(4, capturable=capturable)
     optimizer = trainer.optimizers[0]
     groups = {group["name"]: (group["algorithm"], group["param_names"]) for group in optimizer.param_groups}
     assert groups == {
@@ -313,12 +317,13 @@ def test_backbone_finetuning(tmp_path: Path) -> None:
         "dion2-2": ("dion2", ["backbone.0.weight", "backbone.2.weight"]),
         "adamw-no-decay-2": ("adamw", ["backbone.0.bias", "backbone.1.weight", "backbone.1.bias", "backbone.2.bias"]),
     }
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.01, *[0.01 * 0.5 * 1.2**2] * 2])
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.01, 0.01, *[0.01 * 0.5 * 1.2**2] * 2])
     assert optimizer.selection_of(whole.backbone[0].weight).indices.shape == (2,)
 
-    _, stopped = finetune(2)
+    _, stopped = finetune(2, capturable=capturable)
     stopped.save_checkpoint(tmp_path / "checkpoint.ckpt")
-    resumed, trainer = finetune(4, tmp_path / "checkpoint.ckpt")
+    resumed, trainer = finetune(4, tmp_path / "checkpoint.ckpt", capturable=capturable)
     assert resumed.losses == whole.losses[4:]
     for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other)
