@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "unknown, far": (
         ValueError,
         {"foreach": True},
-        "unknown argument 'foreach'; known are lr, weight_decay, cautious_weight_decay, check_finite, capturable, rounding,",
+        "unknown argument 'foreach'; known are lr, weight_decay, cautious_weight_decay, check_finite, capturable, ",
     ),
     "arguments by other names": (ValueError, {"args": None}, "unknown argument 'args'; did you mean 'arguments'?"),
     "arguments are known too": (ValueError, {"foreach": True}, "strategy, arguments"),
