@@ -171,6 +171,7 @@ class MatrixOptimizer(Optimizer):
         self._given: dict[str, Group] = {}
         self._selections: dict[tuple[Tensor, str], Selection] = {}
         self._skipped_steps: Tensor | int = 0
+        self._left: dict[object, Tensor] = {}
         self._failure: str | None = None
         self._is_agreed = False
         self._compressed = CompressedReplicas()
@@ -264,9 +265,8 @@ class MatrixOptimizer(Optimizer):
         gates = self._gates()
         if self.max_grad_norm is not None:
             parameters = [parameter for _, parameter, _ in self._labelled()]
-            self._keep_grad_norm(
-                clip_grad_norm_(parameters, self.max_grad_norm, replicas=self._compressed_parameters())
-            )
+            norm = clip_grad_norm_(parameters, self.max_grad_norm, replicas=self._compressed_parameters())
+            self.grad_norm = self._left_in_place("grad_norm", norm)
         self._prepare_state()
         selections: dict[tuple[Tensor, str], Selection] = {}
         context = StepContext(
@@ -289,7 +289,9 @@ class MatrixOptimizer(Optimizer):
         run_side_by_side(
             [step for each in work for step in each.waiting], [piece for each in work for piece in each.local]
         )
-        self._keep_selections(selections)
+        self._selections = {
+            key: Selection(axis, self._left_in_place(key, indices)) for key, (axis, indices) in selections.items()
+        }
         if context.observer is not None:
             context.observer.end_step()
         self._compressed.momenta_differ |= bool(self._compressed_parameters()) and not skipped
@@ -305,7 +307,7 @@ class MatrixOptimizer(Optimizer):
 
         Returns:
             The selection, with indices on the parameter's device; None if there was no step since the start or the last
-            load, or no gradient in it.
+            load, or no gradient in it. With ``capturable`` a load keeps it, and the next step overwrites it.
 
         Raises:
             ValueError: The parameter is in no group whose algorithm selects slices, or has no block of that name.
@@ -407,11 +409,14 @@ class MatrixOptimizer(Optimizer):
 
         rates = [tensor_rates(group) for group in self.param_groups]
         before = {parameter: dict(state) for parameter, state in self.state.items()}
+        left = self._selections, self._skipped_steps, self.grad_norm
         # As the last hook it sees what the other hooks made of the input.
         with self.register_load_state_dict_pre_hook(match):
             super().load_state_dict(state_dict)
         restore_exactly(self, matched)
         restore_in_place(self, rates, before)
+        if self.is_capturable:  # replays go on to write there
+            self._selections, self._skipped_steps, self.grad_norm = left
         self._compressed.momenta_differ = False
         self._failure = None
 
@@ -472,6 +477,7 @@ class MatrixOptimizer(Optimizer):
         for name in (*NOT_COPIED, *COPIED, "observer", "route_parameters"):
             self.__dict__.setdefault(name, "auto" if name == "kernels" else None)
         self.__dict__.setdefault("_given", {})
+        self.__dict__.setdefault("_left", {})
         self.__dict__.setdefault("_compressed", CompressedReplicas())
         for group in self.param_groups:
             group.update(self._with_settings(ALGORITHMS[group["algorithm"]], group))
@@ -574,9 +580,7 @@ class MatrixOptimizer(Optimizer):
         by_device = group_by(_have_finite_gradients(checked), lambda is_finite: is_finite.device).values()
         of_devices = [torch.stack(flags).all().to(checked[0].device) for flags in by_device]
         is_open = on_every_rank(torch.stack(of_devices).all(), parameters, self._ranks())
-        if not isinstance(self._skipped_steps, Tensor):
-            self._skipped_steps = torch.zeros((), dtype=torch.int64, device=is_open.device)
-        self._skipped_steps += is_open.logical_not()
+        self._skipped_steps = self._left_in_place("skipped_steps", self._skipped_steps + is_open.logical_not())
         return {device: Gate(is_open.to(device)) for device in dict.fromkeys(each.device for each in parameters)}
 
     def _check_agreement(self) -> None:
@@ -618,23 +622,12 @@ class MatrixOptimizer(Optimizer):
         """Whether a CUDA graph may hold a step, as all groups say."""
         return all(group["capturable"] for group in self.param_groups)
 
-    def _keep_grad_norm(self, norm: Tensor) -> None:
-        """Keep the norm of the gradients; for captured steps always in the same tensor."""
-        if self.is_capturable and self.grad_norm is not None and self.grad_norm.device == norm.device:
-            self.grad_norm.copy_(norm)
-        else:
-            self.grad_norm = norm
-
-    def _keep_selections(self, found: dict[tuple[Tensor, str], Selection]) -> None:
-        """Keep what was selected; for captured steps always in the same tensors."""
-        if self.is_capturable:
-            known = {key: self._selections[key] for key in found if key in self._selections}
-            pairs = [(local(known[key].indices), local(found[key].indices)) for key in known]
-            if all(old.shape == new.shape and old.device == new.device for old, new in pairs):
-                for old, new in pairs:
-                    old.copy_(new)
-                found = {**found, **known}
-        self._selections = found
+    def _left_in_place(self, key: object, value: Tensor) -> Tensor:
+        """Return what a step leaves; of a capturable one always in one tensor, into which replays of it write, too."""
+        if not self.is_capturable or is_dtensor(value):
+            return value
+        known = self._left.setdefault((key, value.shape, value.device), value)
+        return known if known is value else known.copy_(value)
 
     def _ranks(self) -> RanksAround:
         """The ranks that have a part or a replica of what this one has."""

@@ -279,6 +279,16 @@ def test_what_a_step_leaves_stays_where_it_is() -> None:
         assert all(one is other for one, other in zip(first, second, strict=True))
     assert not torch.equal(seen[0][1][0], seen[1][1][0])
     assert [values[2].item() for _, values in seen] == [0, 0, 1]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    last, _ = seen[-1]
+    kept = optimizer.selection_of(matrix).indices, optimizer.grad_norm, optimizer._skipped_steps
+    assert all(one is other for one, other in zip(last, kept, strict=True))
+    matrix.grad = None  # its tensor must live on: a graph may still write to it
+    optimizer.step()
+    assert optimizer.selection_of(matrix) is None
+    matrix.grad = torch.ones_like(matrix)
+    optimizer.step()
+    assert optimizer.selection_of(matrix).indices is last[0]
     control = optimizer_of(tensors=None, max_grad_norm=1.0)
     fill(control, gradients=0)
     control.step()
