@@ -54,7 +54,7 @@ def test_steps_have_the_same_bits(settings: dict[str, Any], monkeypatch: pytest.
     expected = trained("torch", **settings)
     assert not calls
     found = trained("triton", **settings)
-    assert len(calls) > STEPS * 12
+    assert len(calls) >= STEPS * 11
     pairs = zip(matrices_of(found), matrices_of(expected), strict=True)
     for number, (weight, other) in enumerate(pairs):
         assert torch.equal(weight, other), f"weight {number}"
