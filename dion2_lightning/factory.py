@@ -48,7 +48,7 @@ if logger.level == logging.NOTSET:
     logger.setLevel(logging.INFO)
 
 
-ATTRIBUTES: Final = ("orthonormalize", "process_group", "share_replicas", "max_grad_norm", "working_memory")
+ATTRIBUTES: Final = ("orthonormalize", "process_group", "share_replicas", "max_grad_norm", "working_memory", "offload")
 """What the optimizer keeps as attributes; all else is settings of its groups."""
 
 TRAINER_HOOKS: Final[list[Callable[[Any], None]]] = []
@@ -85,6 +85,13 @@ class CommonArguments(EverySetting):
         "needs. Fewer make it slower: it goes over the matrices in more turns. None is 15% of the bytes of the weights "
         "that a rank holds, and at least 256 MiB.",
         positive_integer,
+    )
+    offload: Literal["cpu"] | None = setting(
+        None,
+        'Where the state is kept between steps. "cpu": in pinned memory of the host, so that it costs no memory of a '
+        "GPU. A step brings it to the GPU, that of some parameters at a time and within working_memory, and takes it "
+        "back, without waiting. The result is the same. State of parameters on the CPU is there anyway. None keeps it "
+        "beside the parameters.",
     )
 
 
