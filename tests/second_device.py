@@ -1,7 +1,7 @@
-"""A twin of offloading for a CPU: its memory plays the host's and the device's, its streams are as late as they may be.
+"""A twin of offloading for a CPU: its memory is that of host and device, and its streams are as late as they may be.
 
-What a stream copies is done when another one, or the host, waits for it, and no earlier; until then a copy on the device
-is NaN. So a wait that is missing shows in the results. It is a twin: it does not show what a GPU's allocator does.
+What a stream copies is copied when another one, or the host, waits for it, and no earlier; until then a copy on the
+device is NaN. So a wait that is missing shows in the results. What a GPU's allocator does it does not show.
 """
 
 import contextlib
@@ -96,8 +96,8 @@ class SecondDevice(TorchFunctionMode):
             stream.record_event()()
 
 
-@pytest.fixture
-def second_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[SecondDevice]:
+@contextlib.contextmanager
+def offloading_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SecondDevice]:
     """Have optimizers with ``offload="cpu"`` move the state of parameters on the CPU, as from one memory to another."""
     device = SecondDevice()
     monkeypatch.setattr("dion2_lightning.offload.is_away", lambda tensor, _: tensor.ndim > 0)

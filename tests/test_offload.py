@@ -1,6 +1,6 @@
-"""``offload="cpu"``: the same bits as without, on a twin of a second device; tests/device/test_offload.py is the real one.
+"""``offload="cpu"``: the same bits as without, on a twin of a second device.
 
-What is copied when, on which device, and that nobody waits, tests/test_host_synchronisation.py says on fake CUDA tensors.
+What is copied when and to where, and that nobody waits: tests/test_host_synchronisation.py, on fake CUDA tensors.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dion2_lightning import Dion2, SelectionTracker, build_optimizer
 from tests.every_kind import fill, groups_of_every_kind, parameters_of, selections_of
-from tests.second_device import SecondDevice, second_device  # noqa: F401  a fixture
+from tests.second_device import SecondDevice, offloading_on_a_cpu
 
 STEPS = 4
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -26,6 +26,12 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "cautious decay": (2**17, {"cautious_weight_decay": True, "weight_decay": 1.0}),
 }
 """The working memory without offloading, and settings."""
+
+
+@pytest.fixture
+def second_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[SecondDevice]:
+    with offloading_on_a_cpu(monkeypatch) as device:
+        yield device
 
 
 @pytest.fixture
@@ -159,5 +165,5 @@ def test_the_argument() -> None:
 def test_other_devices_are_refused() -> None:
     parameter = nn.Parameter(torch.zeros(4, 6, device="meta"))
     parameter.grad = torch.zeros_like(parameter)
-    with pytest.raises(ValueError, match=r"group 'dion2': parameter 0 is on 'meta', from where offload='cpu' moves no state"):
+    with pytest.raises(ValueError, match="parameter 0 is on 'meta', from where offload='cpu' moves no state"):
         Dion2([parameter], offload="cpu").step()
