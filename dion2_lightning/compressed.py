@@ -133,12 +133,17 @@ class CompressedReplicas:
         if not self.momenta_differ or process_group is None:
             return
         apart = [
-            local(state[parameter][entry])
+            (local(state[parameter][entry]), local(parameter).device)
             for group, parameter in compressed_parameters(groups)
             if parameter in state
             for entry in sorted(ALGORITHMS[group["algorithm"]].state_by_replica)
         ]
-        average_(apart, process_group)
+        average_([tensor for tensor, device in apart if tensor.device == device], process_group)
+        for tensor, device in apart:
+            if tensor.device != device:  # offloaded: there is room for one of them
+                copy = tensor.to(device)
+                average_([copy], process_group)
+                tensor.copy_(copy)
         self.momenta_differ = False
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import default_working_memory
-from dion2_lightning.algorithms.matrix_update import WORKING_BYTES
+from dion2_lightning.algorithms.matrix_update import working_bytes
 from dion2_lightning.distributed.buckets import assign_buckets, count_buckets
 from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormal_columns import sketch_rows
@@ -198,11 +198,13 @@ class Submatrix:
         cost: FLOPs of its orthonormalization.
         held: Entries by rank.
         itemsize: Bytes of an entry.
+        working_bytes: Working memory of its orthonormalization.
     """
 
     cost: int
     held: tuple[int, ...]
     itemsize: int = 2
+    working_bytes: int = 0
 
     @property
     def size(self) -> int:
@@ -235,7 +237,7 @@ def submatrix(
         sizes = tuple((k * stop // slices - k * start // slices) * entries for start, stop in held)
     else:
         sizes = tuple(k * (stop - start) for start, stop in held)
-    return Submatrix(flops(k, entries), sizes, itemsize)
+    return Submatrix(flops(k, entries), sizes, itemsize, working_bytes(k, entries, slices, itemsize))
 
 
 def plan_buckets(
@@ -247,7 +249,7 @@ def plan_buckets(
         flops_of_each,
         owners,
         [each.size * each.itemsize for each in submatrices],
-        [each.size * WORKING_BYTES for each in submatrices],
+        [each.working_bytes for each in submatrices],
         ranks,
         working_memory,
     )

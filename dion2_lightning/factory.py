@@ -52,7 +52,15 @@ if logger.level == logging.NOTSET:
     logger.setLevel(logging.INFO)
 
 
-ATTRIBUTES: Final = ("orthonormalize", "process_group", "share_replicas", "max_grad_norm", "working_memory", "kernels")
+ATTRIBUTES: Final = (
+    "orthonormalize",
+    "process_group",
+    "share_replicas",
+    "max_grad_norm",
+    "working_memory",
+    "kernels",
+    "offload",
+)
 """What the optimizer keeps as attributes; all else is settings of its groups."""
 
 TRAINER_HOOKS: Final[list[Callable[[Any], None]]] = []
@@ -95,6 +103,13 @@ class CommonArguments(EverySetting):
         'What goes over the memory of the matrices of Dion2 and Dion3: "torch", operations of torch; "triton", kernels '
         'that make each pass once for all matrices, with the same result; "auto", these on CUDA devices where Triton '
         "is installed. Matrices in float64, and interleaved blocks, are left to torch.",
+    )
+    offload: Literal["cpu"] | None = setting(
+        None,
+        'Where the state is kept between steps. "cpu": in pinned memory of the host, so that it costs no memory of a '
+        "GPU. A step brings it to the GPU, that of some parameters at a time and within working_memory, and takes it "
+        "back, without waiting. The result is the same. State of parameters on the CPU is there anyway. None keeps it "
+        "beside the parameters.",
     )
 
 

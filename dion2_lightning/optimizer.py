@@ -17,6 +17,7 @@ from dion2_lightning.algorithms.algorithm import (
     Observer,
     StateTensor,
     StepContext,
+    StepWork,
     default_working_memory,
 )
 from dion2_lightning.algorithms.hyperparameters import flag, numbers, one_of, plain, positive, positive_integer
@@ -46,11 +47,12 @@ from dion2_lightning.matrices.layout import (
     is_dtensor,
     local,
     local_gradient,
+    moved,
     number_of_parts,
-    placed,
     refuse_misplaced,
 )
 from dion2_lightning.matrices.views import ObservedParameter
+from dion2_lightning.offload import Offloading, Visit, cut_into_visits, kept, refuse_device
 from dion2_lightning.parameter_groups import (
     Group,
     algorithm_of,
@@ -85,7 +87,7 @@ NOT_COPIED: Final = {
 }
 """What a copy or an unpickled optimizer lacks: a process group cannot be copied, a callable not always."""
 
-COPIED: Final = ("_failure", "share_replicas", "max_grad_norm", "working_memory", "kernels")
+COPIED: Final = ("_failure", "share_replicas", "max_grad_norm", "working_memory", "kernels", "offload")
 """What a copy or an unpickled optimizer has too; None where an older version pickled it."""
 
 
@@ -104,6 +106,8 @@ class MatrixOptimizer(Optimizer):
         working_memory: How many bytes a step may take beside weights, gradients and state, or what the largest matrix
             needs (default: None, the larger of 15% of the weights on this rank and 256 MiB).
         kernels: What goes over the memory of matrices, "torch", "triton" or "auto" (default: "auto").
+        offload: Where the state is kept between steps: "cpu", in pinned memory of the host (default: None, beside the
+            parameters).
 
     Raises:
         TypeError: An argument or a group's entry has the wrong type.
@@ -120,6 +124,7 @@ class MatrixOptimizer(Optimizer):
     max_grad_norm: float | None
     working_memory: int | None
     kernels: Literal["auto", "torch", "triton"]
+    offload: Literal["cpu"] | None
     grad_norm: Tensor | None
     """The norm of all gradients in the last step, before ``max_grad_norm`` clipped it; 0-d, on their device."""
     observer: Observer | None
@@ -140,6 +145,7 @@ class MatrixOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         working_memory: int | None = None,
         kernels: Literal["auto", "torch", "triton"] = "auto",
+        offload: Literal["cpu"] | None = None,
     ) -> None:
         for algorithm in ALGORITHMS.values():
             algorithm.check_settings(settings)
@@ -157,12 +163,14 @@ class MatrixOptimizer(Optimizer):
         if working_memory is not None:
             positive_integer("working_memory", working_memory)
         one_of(("auto", "torch", "triton"))("kernels", kernels)
+        one_of(["cpu", None])("offload", offload)
         self.orthonormalize = orthonormalize
         self.process_group = process_group
         self.share_replicas = share_replicas
         self.max_grad_norm = max_grad_norm
         self.working_memory = working_memory
         self.kernels = kernels
+        self.offload = offload
         self.grad_norm = None
         self.observer = None
         self.fallbacks = Counter()
@@ -175,6 +183,7 @@ class MatrixOptimizer(Optimizer):
         self._failure: str | None = None
         self._is_agreed = False
         self._compressed = CompressedReplicas()
+        self._offloading = Offloading()
         if isinstance(params, Tensor):
             raise TypeError("params must be parameters or groups in a list, got a single tensor")
         groups = list(cast(Iterable[Any], params))
@@ -269,12 +278,17 @@ class MatrixOptimizer(Optimizer):
             self.grad_norm = self._left_in_place("grad_norm", norm)
         self._prepare_state()
         selections: dict[tuple[Tensor, str], Selection] = {}
+        members, working_memory = self._members(skipped), self._working_memory()
+        visits = [Visit(members)]
+        if any(visit.size for visit in visits):
+            working_memory //= 2  # the other half is for the state of two visits
+            visits = cut_into_visits(members, working_memory)
         context = StepContext(
             settings_checksum=zlib.crc32(repr([_settings_of(group) for group in self.param_groups]).encode()),
             orthonormalize=self.orthonormalize,
             process_group=self.process_group,
             share_replicas=self.share_replicas,
-            working_memory=self._working_memory(),
+            working_memory=working_memory,
             kernels=self.kernels,
             observer=None if skipped else self.observer,
             selections=selections,
@@ -283,12 +297,13 @@ class MatrixOptimizer(Optimizer):
         )
         if context.observer is not None:
             context.observer.begin_step()
-        members = self._members(skipped)
-        work = [algorithm.step(members[algorithm], context) for algorithm in members]
+        plans = {visit: self._plan(visit.members, context) for visit in visits}
         self._failure = "step() failed"
-        run_side_by_side(
-            [step for each in work for step in each.waiting], [piece for each in work for piece in each.local]
-        )
+        for visit in self._offloading.in_turn(visits, working_memory):
+            work = plans.pop(visit)
+            run_side_by_side(
+                [step for each in work for step in each.waiting], [piece for each in work for piece in each.local]
+            )
         self._selections = {
             key: Selection(axis, self._left_in_place(key, indices)) for key, (axis, indices) in selections.items()
         }
@@ -367,6 +382,7 @@ class MatrixOptimizer(Optimizer):
         Weights stay as they are, and so do the updates to come, up to rounding. Without such replicas, or where nothing
         has changed since the last call, it does nothing.
         """
+        self._offloading.wait()
         self._compressed.synchronize(self.param_groups, self.state, self.process_group)
 
     @property
@@ -405,15 +421,18 @@ class MatrixOptimizer(Optimizer):
                 if shares_memory(incoming, self.state):
                     self._failure = "load_state_dict() failed"
                 raise
-            return matched
+            if self.offload is None:
+                return matched
+            return {**matched, "state": {key: {} for key in matched["state"]}}  # torch would take it to the device
 
+        self._offloading.wait()
         rates = [tensor_rates(group) for group in self.param_groups]
         before = {parameter: dict(state) for parameter, state in self.state.items()}
         left = self._selections, self._skipped_steps, self.grad_norm
         # As the last hook it sees what the other hooks made of the input.
         with self.register_load_state_dict_pre_hook(match):
             super().load_state_dict(state_dict)
-        restore_exactly(self, matched)
+        restore_exactly(self, matched, self._state_of)
         restore_in_place(self, rates, before)
         if self.is_capturable:  # replays go on to write there
             self._selections, self._skipped_steps, self.grad_norm = left
@@ -453,10 +472,12 @@ class MatrixOptimizer(Optimizer):
                 "replicas have momenta of their own with sync='compressed', and a checkpoint holds those of one: call "
                 "optimizer.synchronize() on every rank first. Under the Trainer SynchronizeCallback() does"
             )
+        self._offloading.wait()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied, and remember that it was there."""
+        self._offloading.wait()
         lost = [name for name in NOT_COPIED if getattr(self, name) is not None]
         kept = {name: getattr(self, name) for name in ("_given", "_settings", "_compressed", *COPIED)}
         return {**super().__getstate__(), **kept, "_lost": lost}
@@ -479,6 +500,7 @@ class MatrixOptimizer(Optimizer):
         self.__dict__.setdefault("_given", {})
         self.__dict__.setdefault("_left", {})
         self.__dict__.setdefault("_compressed", CompressedReplicas())
+        self.__dict__.setdefault("_offloading", Offloading())
         for group in self.param_groups:
             group.update(self._with_settings(ALGORITHMS[group["algorithm"]], group))
 
@@ -528,15 +550,19 @@ class MatrixOptimizer(Optimizer):
             for parameter, name in zip(group["params"], parameter_names(group), strict=True):
                 yield group, parameter, f"group {group['name']!r}: {name}"
 
-    def _members(self, skipped: Collection[Tensor]) -> dict[Algorithm, list[Member]]:
-        """The parameters of a step by algorithm, also those without a gradient: other ranks may have it."""
-        members: dict[Algorithm, list[Member]] = {}
+    def _members(self, skipped: Collection[Tensor]) -> list[Member]:
+        """The parameters of a step, also those without a gradient: other ranks may have it."""
         names = [name for group in self.param_groups for name in unwrapped_names(group)]
-        for (group, parameter, label), name in zip(self._labelled(), names, strict=True):
-            if parameter.requires_grad and parameter not in skipped:
-                member = Member(parameter, self.state[parameter], group, label, name)
-                members.setdefault(ALGORITHMS[group["algorithm"]], []).append(member)
-        return members
+        return [
+            Member(parameter, self.state[parameter], group, label, name)
+            for (group, parameter, label), name in zip(self._labelled(), names, strict=True)
+            if parameter.requires_grad and parameter not in skipped
+        ]
+
+    def _plan(self, members: Sequence[Member], context: StepContext) -> list[StepWork]:
+        """What each algorithm does with its parameters."""
+        by_algorithm = group_by(members, lambda member: member.group["algorithm"])
+        return [ALGORITHMS[name].step(its_members, context) for name, its_members in by_algorithm.items()]
 
     def _check_placements(self) -> None:
         """Refuse parameters that cannot be updated as they are placed now, before ranks talk to each other."""
@@ -544,6 +570,8 @@ class MatrixOptimizer(Optimizer):
             refuse_flattened(parameter, label)
             refuse_misplaced(parameter, label)
             ALGORITHMS[group["algorithm"]].check_parameter(parameter, label, group)
+            if self.offload is not None:
+                refuse_device(parameter, label)
         if self.kernels == "triton":
             for device in {local(parameter).device for _, parameter, _ in self._labelled()}:
                 reason = fused.unavailable(device)
@@ -601,7 +629,7 @@ class MatrixOptimizer(Optimizer):
                     tuple(parameter.shape),
                     parameter.dtype,
                     ALGORITHMS[group["algorithm"]].agreement(parameter, group),
-                    (self.share_replicas, self.max_grad_norm, self.working_memory),
+                    (self.share_replicas, self.max_grad_norm, self.working_memory, self.offload),
                     settings[id(group)],
                 )
             )
@@ -654,22 +682,28 @@ class MatrixOptimizer(Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    whole = algorithm.state(parameter, group).items()
+                    whole = self._state_of(parameter, group).items()
                     self.state[parameter] = {entry: tensor.start_for(parameter, name) for entry, tensor in whole}
                     continue
                 if parameter.device != device or parameter.dtype != dtype:
                     device, dtype = parameter.device, parameter.dtype
-                    expected = algorithm.state(parameter, group)
+                    expected = self._state_of(parameter, group)
                 for entry in filter(
                     algorithm.depends_on_settings, state.keys() - expected.keys()
                 ):  # asked for no longer
                     del state[entry]
                 for entry, like in expected.items():
                     if entry not in state:  # a checkpoint from before had none, or a setting asks for it from now on
-                        state[entry] = algorithm.state(parameter, group)[entry].start_for(parameter, name)
+                        state[entry] = self._state_of(parameter, group)[entry].start_for(parameter, name)
                     tensor = state[entry]
                     if tensor.device != like.device or tensor.dtype != like.dtype:
-                        state[entry] = placed(local(tensor).to(like.device, like.dtype), tensor)
+                        self._offloading.wait()
+                        state[entry] = moved(tensor, like.device, like.dtype)
+
+    def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
+        """What the state of a parameter consists of, and where it is kept."""
+        whole = ALGORITHMS[group["algorithm"]].state(parameter, group)
+        return whole if self.offload is None else {entry: kept(tensor) for entry, tensor in whole.items()}
 
     def _skipped_on_init_step(self) -> set[Tensor]:
         """What a first step leaves out: everything, where every gradient is zero and lr is 0, on every rank.

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -14,7 +14,7 @@ from dion2_lightning.algorithms.algorithm import STORAGE, StateTensor
 from dion2_lightning.algorithms.hyperparameters import numbers, plain
 from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import has_float64
-from dion2_lightning.matrices.layout import is_dtensor, local
+from dion2_lightning.matrices.layout import is_dtensor, local, moved
 from dion2_lightning.parameter_groups import ENTRIES, algorithm_of, parameter_names, tensor_rates, unwrapped_names
 
 Group = Mapping[str, Any]
@@ -159,15 +159,19 @@ def shares_memory(saved: StateDict, state: Mapping[Tensor, Mapping[str, Tensor]]
     return any(isinstance(value, Tensor) and local(value).data_ptr() in present for value in values)
 
 
-def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
-    """Copy again what ``Optimizer.load_state_dict`` has rounded, and put step counts where they belong.
+def restore_exactly(
+    optimizer: Optimizer,
+    saved: StateDict,
+    state_of: Callable[[Tensor, Group], Mapping[str, StateTensor]],
+) -> None:
+    """Copy what ``Optimizer.load_state_dict`` has rounded or was not given, and put step counts where they belong.
 
     It rounds every floating-point state to the dtype of its parameter. ``saved`` is what :func:`match_state_dict`
-    returned.
+    returned, ``state_of`` says what the state of a parameter in a group is, and where it is kept.
     """
     for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         for key, parameter in zip(old["params"], new["params"], strict=True):
-            expected = algorithm_of(new).state(parameter, new)
+            expected = state_of(parameter, new)
             for entry, value in saved["state"].get(key, {}).items():
                 state = optimizer.state[parameter]
                 if expected[entry].shape == ():
@@ -175,8 +179,8 @@ def restore_exactly(optimizer: Optimizer, saved: StateDict) -> None:
                     state[entry] = number.to(expected[entry].device, copy=True)
                 else:
                     dtype = torch.promote_types(value.dtype, expected[entry].dtype)
-                    if dtype != state[entry].dtype:
-                        state[entry] = value.to(parameter.device, dtype)
+                    if entry not in state or dtype != state[entry].dtype:
+                        state[entry] = moved(value, expected[entry].device, dtype)
 
 
 def restore_in_place(

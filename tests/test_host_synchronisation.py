@@ -4,6 +4,8 @@ The step runs on fake CUDA tensors, which have shapes and devices but no data, s
 every operation and refuses those that bring data to the host. What runs under it is exactly what would be launched.
 """
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -479,6 +482,200 @@ def test_tracking_on_shards(reads: FakeReads, monkeypatch: pytest.MonkeyPatch, p
     parameters = [spread(mesh, placements, *shape) for shape in ((40, 96), (96, 40), (64, 64))]
     check_cost_of_tracking(Dion2([{"params": parameters}], lr=0.1), monkeypatch, slices=40 + 40 + 64, collectives=1)
     assert reads.calls in (0, 6)  # one read for each step, or none
+
+
+# State on the host
+
+
+class Visits(NoHostWait):
+    """Let state in pinned memory come from and go to the host without waiting, and follow what of it is on the device.
+
+    Attributes:
+        most: The most bytes of it that were on the device at once.
+        returned: How many entries came back.
+    """
+
+    def __init__(self, optimizer: Dion2) -> None:
+        super().__init__()
+        self._pinned = {storage_of(tensor) for tensor in offloaded_state(optimizer)}
+        self._present: dict[StorageWeakRef, int] = {}
+        self.most = self.returned = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = super().__torch_dispatch__(function, types, arguments, keywords)
+        if function is aten._to_copy.default and storage_of(arguments[0]) in self._pinned and is_on_device(result):
+            self._present[storage_of(result)] = result.nbytes
+        self._present = {storage: size for storage, size in self._present.items() if not storage.expired()}
+        self.most = max(self.most, sum(self._present.values()))
+        return result
+
+    def _look_at_copy(self, function: Any, arguments: Any, keywords: Any) -> None:
+        if function is aten.copy_.default and storage_of(arguments[0]) in self._pinned:
+            assert arguments[2:] == (True,)  # non_blocking
+            assert storage_of(arguments[1]) in self._present
+            self.returned += arguments[1].numel()
+        else:
+            super()._look_at_copy(function, arguments, keywords)
+
+
+def storage_of(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def offloaded_state(optimizer: Dion2) -> list[Tensor]:
+    """What this rank has of the state, apart from numbers."""
+    everything = (tensor for state in optimizer.state.values() for tensor in state.values())
+    return [layout.local(tensor) for tensor in everything if tensor.ndim]
+
+
+class FakeStream:
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cuda"
+
+    def record_event(self) -> None:
+        pass
+
+    wait_event = wait_stream = staticmethod(lambda _: None)
+
+
+@pytest.fixture
+def devices_seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Give fake CUDA devices fake streams; return on which devices functions of the algorithms see the state."""
+    monkeypatch.setattr("dion2_lightning.offload.is_pinned", lambda _: True)
+    for name, replaced in (
+        ("Stream", FakeStream),
+        ("current_stream", FakeStream),
+        ("stream", contextlib.nullcontext),
+        ("synchronize", FakeStream),
+    ):
+        monkeypatch.setattr(torch.cuda, name, replaced)
+    seen: dict[str, set[str]] = {}
+
+    def spy_on(place: str, state_of: Callable[..., list[Tensor]]) -> None:
+        module, name = place.rsplit(".", 1)
+        function = getattr(sys.modules[f"dion2_lightning.algorithms.{module}"], name)
+
+        def spy(*arguments: Any) -> Any:
+            seen.setdefault(place, set()).update(tensor.device.type for tensor in state_of(*arguments))
+            return function(*arguments)
+
+        monkeypatch.setattr(f"dion2_lightning.algorithms.{place}", spy)
+
+    def state_of_updates(updates: Any, *_: Any) -> list[Tensor]:
+        return [tensor for update in updates for name, tensor in update.state.items() if name != "step"]
+
+    for place in ("dion2.accumulate_and_sum", "dion2_shared.accumulate_and_sum", "dion.accumulate"):
+        spy_on(place, state_of_updates)
+    spy_on("adamw._adamw", lambda pieces, *_: [tensor for each in pieces for tensor in (each.exp_avg, each.exp_avg_sq)])
+    return seen
+
+
+@pytest.mark.parametrize("working_memory", [None, 2**18, 1])
+@pytest.mark.parametrize("check_finite", [False, "skip"])
+def test_offloaded_state_visits_the_device(
+    devices_seen: dict[str, set[str]], check_finite: Any, working_memory: int | None
+) -> None:
+    """It is on the host before and after a step, and on the device within; nobody waits."""
+    optimizer = optimizer_of(check_finite=check_finite, working_memory=working_memory, offload="cpu")
+    optimizer.step()
+    before = offloaded_state(optimizer)
+    assert {tensor.device.type for tensor in before} == {"cpu"}
+    with Visits(optimizer) as host:
+        optimizer.step()
+    assert [storage_of(each) for each in offloaded_state(optimizer)] == [storage_of(each) for each in before]
+    assert {name: seen for name, seen in devices_seen.items() if "shared" not in name} == {
+        "dion2.accumulate_and_sum": {"cuda"},
+        "dion.accumulate": {"cuda"},
+        "adamw._adamw": {"cuda"},
+    }
+    sizes = [tensor.numel() for tensor in before]
+    assert sorted(host.sent) == sorted(sizes)
+    assert host.returned == sum(sizes)
+    of_parameters = [size_of(tensor for tensor in state.values() if tensor.ndim) for state in optimizer.state.values()]
+    assert host.most <= max((working_memory or 2**28) // 2, *of_parameters)
+    if working_memory is None:
+        assert host.most == sum(of_parameters)
+    left = filter(is_on_device, tensors_of(optimizer, apart_from=[*parameters_of(optimizer)]))
+    assert all(each.ndim == 0 or each.dtype == torch.int64 for each in left)  # counts of steps, and what was selected
+
+
+def test_the_next_state_comes_while_a_step_works_on_the_present_one(devices_seen: dict[str, set[str]]) -> None:
+    """Where both have room; one that takes more than half of it comes alone."""
+    shapes, memory = [(40, 96)] * 4 + [(96, 160)], 4 * 40 * 96 * 4
+    parameters = [nn.Parameter(torch.zeros(shape, device="cuda")) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = Dion2(parameters, lr=0.1, working_memory=memory, offload="cpu")
+    optimizer.step()
+    sent: list[int] = []
+    host = Visits(optimizer)
+
+    def orthonormalize(stack: Tensor) -> Tensor:
+        sent.append(len(host.sent))
+        return stack
+
+    optimizer.orthonormalize = orthonormalize
+    with host:
+        optimizer.step()
+    assert sent == [2, 3, 4, 4, 5]
+
+
+@pytest.mark.parametrize("placements", [(Shard(0),), (Replicate(), Shard(1)), (Replicate(), Replicate())], ids=str)
+@pytest.mark.parametrize("working_memory", [None, 1])
+def test_offloaded_state_of_shards(
+    reads: FakeReads, devices_seen: dict[str, set[str]], placements: Placements, working_memory: int | None
+) -> None:
+    """The state is placed as the parameter is, on its mesh of GPUs, and this rank's part of it is on the host."""
+    mesh = mesh_of(placements)
+    matrices, rest = [spread(mesh, placements, 40, 96) for _ in range(2)], [spread(mesh, placements, 40, 96)]
+    groups = [{"params": matrices, "normalize_neurons": True}, {"params": rest, "algorithm": "adamw"}]
+    optimizer = Dion2(groups, lr=0.1, share_replicas=True, working_memory=working_memory, offload="cpu")
+    optimizer.step()
+    with Visits(optimizer):
+        optimizer.step()
+    assert devices_seen.keys() == {"dion2_shared.accumulate_and_sum", "adamw._adamw"}
+    assert set().union(*devices_seen.values()) == {"cuda"}
+    assert reads.calls == (2 if Shard(0) in placements else 0) * (1 if working_memory is None else 2)
+    for parameter in parameters_of(optimizer):
+        for name, tensor in optimizer.state[parameter].items():
+            if name != "step":
+                assert (tensor.device.type, tensor.to_local().device.type) == ("cpu", "cpu")
+                assert tensor.device_mesh == mesh
+                assert tensor.placements == (placements if name != "variance" else (Replicate(),) * len(placements))
+
+
+@pytest.mark.parametrize("offload", ["cpu", None])
+def test_state_follows_the_argument(devices_seen: dict[str, set[str]], offload: Any) -> None:
+    optimizer = optimizer_of(offload="cpu" if offload is None else None)
+    optimizer.step()
+    optimizer.offload = offload
+    optimizer.step()
+    assert {tensor.device.type for tensor in offloaded_state(optimizer)} == {"cuda" if offload is None else "cpu"}
+
+
+def test_what_is_loaded_goes_to_the_host_alone(devices_seen: dict[str, set[str]]) -> None:
+    optimizers = [optimizer_of(offload=offload) for offload in (None, "cpu")]
+    for optimizer in optimizers:
+        optimizer.step()
+    saved = optimizers[0].state_dict()
+    with FollowsNew() as made:
+        optimizers[1].load_state_dict(saved)
+    assert {tensor.device.type for tensor in offloaded_state(optimizers[1])} == {"cpu"}
+    assert max(made.sizes, default=0) == 1
+
+
+class FollowsNew(TorchDispatchMode):
+    """Notes how many entries each new tensor on the device has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        if is_on_device(result) and not any(result is each for each in arguments):
+            self.sizes.append(result.numel())
+        return result
 
 
 # The detector

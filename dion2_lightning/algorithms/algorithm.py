@@ -26,7 +26,7 @@ from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.device_numbers import DeviceNumber, Number
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, placed
+from dion2_lightning.matrices.layout import Layouts, is_dtensor, local, local_shape, moved, placed
 from dion2_lightning.matrices.splits import WHOLE, blocks_of, check_splits, misfit
 from dion2_lightning.matrices.views import Observed, Source, matrices_of
 
@@ -129,10 +129,11 @@ class StateTensor(NamedTuple):
 
     def start_for(self, parameter: Any, name: str) -> Tensor:
         """Create the tensor, for the parameter given to :meth:`Algorithm.state`; its name is :attr:`Member.name`."""
-        tensor = self.zeros_for(parameter)
-        if self.fill is not None:
-            self.fill(tensor, name)
-        return tensor
+        if self.fill is None:
+            return self.zeros_for(parameter)
+        tensor = self._replace(device=parameter.device).zeros_for(parameter)  # wherever it is kept, the same numbers
+        self.fill(tensor, name)
+        return moved(tensor, self.device, self.dtype)
 
     def zeros_for(self, parameter: Any) -> Tensor:
         """Create a zero tensor of this shape and placement."""

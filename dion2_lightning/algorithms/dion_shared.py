@@ -84,7 +84,7 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
         is_complete = (header.narrow(0, 1, len(header) - 1) % replicas.count == 0).all()
         torch._assert_async(is_complete, "some replicas lack gradients that others have")
     draw_bits(updates)
-    accumulate(updates)
+    accumulate(updates, context.working_memory)
     its_batches = list(batches(updates, context))
     if layout.group is None and replicas is not None and context.share_replicas:
         for run in bounded(its_batches, _sent_entries, SENT_ENTRIES):

@@ -19,8 +19,14 @@ from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.device_numbers import DeviceNumber, Number, as_factor
 from dion2_lightning.kernels.gate import Gate
-from dion2_lightning.kernels.orthonormalize import SAFETY, dtype_of_products, orthonormalize, polar_factor
-from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
+from dion2_lightning.kernels.orthonormalize import (
+    MIN_BF16_DIM,
+    SAFETY,
+    dtype_of_products,
+    orthonormalize,
+    polar_factor,
+)
+from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, multiply_add_, random_bits, store_
 from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest, put_, slice_sums
 from dion2_lightning.matrices.layout import Layout, Spans, group_by, local, local_gradient, placed_like_stack
 from dion2_lightning.matrices.parts import Part, parts_of
@@ -30,8 +36,16 @@ from dion2_lightning.matrices.views import Matrices, Source
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
 
-WORKING_BYTES: Final = 24
-"""Working memory for an entry of a submatrix: the submatrix, normalized, its products, and the change of weights."""
+WORKING_COPIES: Final = 8
+"""How many copies of the submatrices of a batch there are at once, at most: as taken, side by side and normalized, and
+of square ones three Gram matrices beside the next iterate; and what became of the last batch."""
+
+SLICE_BYTES: Final = 40
+"""Working memory for a slice: the sums of |M|, norms, and their order."""
+
+PASS_COPIES: Final = 7
+"""The same for a pass over weights that are in half precision, or decay cautiously, in float32 at least: the wide
+weights, the update or its sign, random bits, and what is rounded."""
 
 _ROUNDED: Final = {"accumulate": "momentum", "decay": "momentum", "apply": "weight"}
 """The lines of the box that change what may be in half precision. Each is rounded by random bits of its own: a second
@@ -330,8 +344,16 @@ class MatrixUpdate:
 
     @property
     def working_bytes(self) -> int:
-        """Working memory that the selected slices of one matrix take."""
-        return self.k * self.entries * WORKING_BYTES
+        """Working memory that one matrix takes beside the others of its batch: for its selected slices."""
+        return working_bytes(self.k, self.entries, self.slices, self.dtype.itemsize)
+
+    @property
+    def pass_bytes(self) -> int:
+        """Working memory that one matrix takes in addition, when it is its turn: for what is taken, and its weights."""
+        taken = 3 * self.k * self.entries * self.state["momentum"].element_size()
+        if self.parameter.dtype not in HALF_PRECISION and not self.is_cautious:
+            return taken
+        return max(taken, self.slices * self.entries * pass_bytes(self.parameter.dtype))
 
     @property
     def slices_are_neurons(self) -> bool:
@@ -462,10 +484,22 @@ def within_memory(slices: Sequence[SelectedSlices], context: StepContext) -> Ite
     """
     single: list[SelectedSlices] = []
     for each in slices:
-        size = max(1, context.working_memory // each.update.working_bytes)
+        size = max(1, context.working_memory // (each.update.working_bytes + each.update.pass_bytes))
         pieces = enumerate(each.indices.split(size))
         single += [SelectedSlices(each.update, indices, each.first + number * size) for number, indices in pieces]
-    return bounded(single, lambda each: len(each.indices) * each.update.working_bytes, context.working_memory)
+    in_turn = max((len(each.indices) * each.update.pass_bytes for each in single), default=0)
+    return bounded(single, lambda each: len(each.indices) * each.update.working_bytes, context.working_memory - in_turn)
+
+
+def working_bytes(k: int, entries: int, slices: int, itemsize: int) -> int:
+    """Return the working memory of k slices of ``entries`` each, of so many, orthonormalized in a precision's bytes."""
+    itemsize = max(itemsize, torch.float32.itemsize) if min(k, entries) < MIN_BF16_DIM else itemsize
+    return k * entries * itemsize * WORKING_COPIES + slices * SLICE_BYTES
+
+
+def pass_bytes(dtype: torch.dtype) -> int:
+    """Return the working memory of a pass over weights of a dtype, for an entry."""
+    return PASS_COPIES * torch.promote_types(dtype, torch.float32).itemsize
 
 
 def bounded(items: Sequence[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
@@ -523,19 +557,19 @@ def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate
     """
     at_once: list[MatrixUpdate] = []
     alone: list[MatrixUpdate] = []
-    for parameter, blocks in group_by(updates, lambda update: update.parameter).items():
-        is_alike = not any(each.own_gates or "accumulate" in each.bits for each in blocks)
-        if is_alike and sum(each.held_entries for each in blocks) == local(parameter).numel():
-            at_once.append(blocks[0])
+    for parameter, of_parameter in group_by(updates, lambda update: update.parameter).items():
+        is_alike = not any(each.own_gates or "accumulate" in each.bits for each in of_parameter)
+        if is_alike and sum(each.held_entries for each in of_parameter) == local(parameter).numel():
+            at_once.append(of_parameter[0])
         else:
-            alone += blocks
+            alone += of_parameter
     return at_once, alone
 
 
-def accumulate_and_sum(updates: Sequence[MatrixUpdate]) -> list[Tensor]:
+def accumulate_and_sum(updates: Sequence[MatrixUpdate], working_memory: int) -> list[Tensor]:
     """M <- M + G, where there is a G; return the sums of |M| over the slices, (count, held slices), in float64."""
-    accumulate([update for update in updates if not update.is_fused])
-    sums = _at_once_or_one_by_one(updates, _accumulate_at_once, _slice_sums)
+    accumulate([update for update in updates if not update.is_fused], working_memory)
+    sums = _at_once_or_one_by_one(updates, _accumulate_at_once, lambda update: _slice_sums(update, working_memory))
     return [_sums_of_channels(*pair) for pair in zip(updates, sums, strict=True)]
 
 
@@ -548,8 +582,8 @@ def _accumulate_at_once(updates: Sequence[MatrixUpdate]) -> list[Tensor]:
     )
 
 
-def accumulate(updates: Sequence[MatrixUpdate]) -> None:
-    """M <- M + G, where there is a G."""
+def accumulate(updates: Sequence[MatrixUpdate], working_memory: int) -> None:
+    """M <- M + G, where there is a G. What takes memory, a closed gate and rounding, goes over M block by block."""
     together: list[tuple[Tensor, Tensor]] = []
     at_once, alone = split_off_wholes(updates)
     terms: list[tuple[MatrixUpdate, Tensor, Tensor | None, RandomBits | None]] = [
@@ -562,14 +596,16 @@ def accumulate(updates: Sequence[MatrixUpdate]) -> None:
     for update, momentum, gradient, bits in terms:
         if gradient is None:
             continue
-        if update.gate is not None:
-            gradient = update.gate.gradient(gradient)
-        if bits is not None:
-            multiply_add_(momentum, 1.0, gradient, bits)
-        elif update.gate is not None:
-            momentum.add_(gradient)  # at once, as what the gate returns takes the memory of a gradient
-        else:
+        if update.gate is None and bits is None:
             together.append((momentum, gradient))
+            continue
+        entries = max(update.slices * update.entries, working_memory // pass_bytes(momentum.dtype))
+        for (part, its_gradient), its_bits in blocks([momentum, gradient], bits, entries):
+            addend = its_gradient if update.gate is None else update.gate.gradient(its_gradient)
+            if its_bits is None:
+                part.add_(addend)
+            else:
+                multiply_add_(part, 1.0, addend, its_bits)
     if together:
         momenta, gradients = zip(*together, strict=True)
         torch._foreach_add_(momenta, gradients)
@@ -582,10 +618,12 @@ def leave_idle(updates: Sequence[MatrixUpdate]) -> None:
             update.leave_idle(update.nonzero_gradients())
 
 
-def _slice_sums(update: MatrixUpdate) -> Tensor:
-    if update.is_in_pieces:
-        return slice_sums(update.momentum).sum(1)
-    return torch.cat([slice_sums(own).flatten(1) for own in update.own(update.momentum)], 1)
+def _slice_sums(update: MatrixUpdate, working_memory: int) -> Tensor:
+    """Sum up |M|, as many matrices at a time as memory allows."""
+    momentum = update.momentum
+    size = max(1, working_memory * len(momentum) // max(1, momentum.nbytes))
+    sums = [torch.cat([slice_sums(some) for some in own.split(size)]) for own in update.own(momentum)]
+    return sums[0].sum(1) if update.is_in_pieces else torch.cat([each.flatten(1) for each in sums], 1)
 
 
 def _sums_of_channels(update: MatrixUpdate, sums: Tensor) -> Tensor:

@@ -169,15 +169,22 @@ def placed(
     if not is_dtensor(like):
         return part
     stride = like.stride() if shape is None else torch.empty(shape, device="meta").stride()
+    placements = like.placements if placements is None else placements
+    shape = like.shape if shape is None else torch.Size(shape)
+    if part.device.type != like.device_mesh.device_type:  # on the host: from_local would move it to the mesh's devices
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+        spec = DTensorSpec(like.device_mesh, placements, TensorMeta(shape, stride, part.dtype))
+        return type(like)(part, spec, requires_grad=False)  # type: ignore[no-any-return]
     whole: Tensor = type(like).from_local(
-        part,
-        like.device_mesh,
-        like.placements if placements is None else placements,
-        run_check=False,
-        shape=like.shape if shape is None else torch.Size(shape),
-        stride=stride,
+        part, like.device_mesh, placements, run_check=False, shape=shape, stride=stride
     )
     return whole
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a tensor, of which this rank may hold a part, on another device, in another precision."""
+    return placed(local(tensor).to(device, dtype), tensor)
 
 
 def held_coordinates(parameter: Any, *, is_kernel: bool = False) -> tuple[Tensor, Tensor]:

@@ -329,7 +329,8 @@ def test_a_large_parameter_is_updated_in_pieces(monkeypatch: pytest.MonkeyPatch)
         original(pieces, *others)
 
     monkeypatch.setattr(adamw, "_adamw", spy)
-    monkeypatch.setattr("dion2_lightning.algorithms.algorithm.MIN_WORKING_MEMORY", 700 * matrix_update.WORKING_BYTES)
+    limit = 700 * matrix_update.pass_bytes(torch.bfloat16)
+    monkeypatch.setattr("dion2_lightning.algorithms.algorithm.MIN_WORKING_MEMORY", limit)
     assert all(torch.equal(one, other) for one, other in zip(expected, trained(), strict=True))
     assert len(sizes) > 4
     assert max(sizes) <= 700
