@@ -31,6 +31,7 @@ def refuse_capture(
     *,
     is_agreed: bool,
     is_observed: bool,
+    is_offloaded: bool,
     share_replicas: bool | None,
 ) -> None:
     """Raise an error about what a CUDA graph cannot hold.
@@ -43,6 +44,8 @@ def refuse_capture(
             f"{UNCAPTURED}statistics are collected by Python, which no replay runs; detach the SelectionTracker, or "
             "leave out the callback that has it"
         )
+    if is_offloaded:
+        raise RuntimeError(f"{UNCAPTURED}offload='cpu' brings the state from the host and back; set offload to None")
     for group, parameter, label in labelled:
         algorithm = ALGORITHMS[group["algorithm"]]
         if not group["capturable"]:

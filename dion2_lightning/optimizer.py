@@ -259,6 +259,7 @@ class MatrixOptimizer(Optimizer):
                 self._ranks(),
                 is_agreed=self._is_agreed,
                 is_observed=self.observer is not None,
+                is_offloaded=self.offload is not None,
                 share_replicas=self.share_replicas,
             )
         self._compressed.refuse_change(self.param_groups)

@@ -307,6 +307,10 @@ def with_a_tracker(optimizer: Dion2) -> None:
     SelectionTracker().attach(optimizer)
 
 
+def with_state_on_the_host(optimizer: Dion2) -> None:
+    optimizer.offload = "cpu"
+
+
 def with_other_settings(group: int, **settings: Any) -> Callable[[Dion2], None]:
     return lambda optimizer: optimizer.param_groups[group].update(settings)
 
@@ -325,6 +329,7 @@ def with_a_new_group(optimizer: Dion2) -> None:
     ("change", "message"),
     [
         (with_a_tracker, "statistics are collected by Python, which no replay runs; detach the SelectionTracker"),
+        (with_state_on_the_host, "offload='cpu' brings the state from the host and back; set offload to None"),
         (with_other_settings(2, capturable=False), "group 'dion2-3' is not capturable; pass capturable=True"),
         (with_other_settings(0, check_finite=True), "check_finite=True of group 'dion2' waits for the device"),
         (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
+from benchmarks import phases
 from benchmarks.gpu import captured, compiled, step, training
 from benchmarks.gpu.flops import peak_flops, training_flops
 from benchmarks.gpu.machine import Timer
@@ -22,7 +23,8 @@ CPU = torch.device("cpu")
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Steps and waits for the device, in their order."""
     seen: list[str] = []
-    monkeypatch.setattr(step, "synchronize", lambda _: seen.append("wait"))
+    for module in (step, phases):
+        monkeypatch.setattr(module, "synchronize", lambda _: seen.append("wait"))
     return seen
 
 
@@ -37,7 +39,7 @@ def test_a_step_whose_phases_are_timed_begins_on_an_idle_device(seen: list[str])
     weight.grad = torch.ones(8, 8)
     optimizer = Dion2([weight])
     optimizer.register_step_pre_hook(lambda *_: seen.append("step"))
-    step._phase_shares(optimizer, CPU)
+    phases.shares_of_phases(optimizer, CPU)
     assert seen == ["step", "wait", "step"]
 
 
