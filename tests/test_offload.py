@@ -48,7 +48,7 @@ def optimizer_of(offload: str | None, **settings: Any) -> Dion2:
     return optimizer
 
 
-def train(optimizer: Dion2, first: int, last: int) -> list[dict[str, float]]:
+def train(optimizer: Dion2, first: int, last: int) -> list[Any]:
     """Take some steps, the second one with a gradient that is not finite; return the metrics of each."""
     tracker, metrics = SelectionTracker(every=1), []
     tracker.attach(optimizer)
