@@ -538,8 +538,14 @@ def test_the_next_state_comes_while_a_step_works_on_the_present_one(devices_seen
     optimizer = Dion2(parameters, lr=0.1, working_memory=memory, offload="cpu")
     optimizer.step()
     sent: list[int] = []
-    optimizer.orthonormalize = lambda stack: sent.append(len(host.sent)) or stack
-    with Visits(optimizer) as host:
+    host = Visits(optimizer)
+
+    def orthonormalize(stack: Tensor) -> Tensor:
+        sent.append(len(host.sent))
+        return stack
+
+    optimizer.orthonormalize = orthonormalize
+    with host:
         optimizer.step()
     assert sent == [2, 3, 4, 4, 5]
 

@@ -24,7 +24,7 @@ from dion2_lightning.algorithms.hyperparameters import (
     setting,
     two_decay_rates,
 )
-from dion2_lightning.algorithms.matrix_update import WORKING_BYTES, bounded
+from dion2_lightning.algorithms.matrix_update import bounded, pass_bytes
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, random_bits, store_
@@ -89,7 +89,7 @@ def _update(members: Sequence[Member], context: StepContext) -> None:
         ]
         if parameter.dtype in HALF_PRECISION or _decays_cautiously(group):
             bits = _random_bits([member for member, _ in bucket])
-            entries = max(1, context.working_memory // WORKING_BYTES)
+            entries = max(1, context.working_memory // pass_bytes(parameter.dtype))
             _update_by_copies(pieces, bits, group, gate if is_fused else None, entries)
         else:
             _adamw(pieces, group, found_inf)

@@ -122,7 +122,7 @@ def update_alone(updates: Sequence[LowRankUpdate], context: StepContext) -> None
     """Take one step on matrices that are whole on this rank and have a gradient, equal shapes together."""
     draw_bits(updates)
     for batch in batches(updates, context):
-        accumulate(batch)
+        accumulate(batch, context.working_memory)
         leave_idle(batch)
         projections = Projections.wanted(batch, context)
         left = orthonormal(left_products(batch), batch[0], context)

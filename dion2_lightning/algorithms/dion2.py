@@ -201,7 +201,7 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
     """Take one step on matrices that are whole on this rank and have a gradient, as many at a time as memory allows."""
     draw_bits(updates)
     for run in runs(updates, context):
-        sums = accumulate_and_sum(run)
+        sums = accumulate_and_sum(run, context.working_memory)
         leave_idle(run)
         selected = select(run, sums)
         slices = [SelectedSlices(update, update.places(K)) for update, (K, _) in zip(run, selected, strict=True)]

@@ -60,7 +60,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
 
     # M <- M + G, and the norms of the slices of M, summed over the ranks.
     draw_bits(updates)
-    own_sums = _accumulate(updates, replicas, rank)
+    own_sums = _accumulate(updates, replicas, rank, context.working_memory)
     everyone = group if replicas is None else replicas.everyone
     assert everyone is not None
     checksum = zlib.crc32(repr((context.settings_checksum, [update.checksum() for update in updates])).encode())
@@ -188,7 +188,9 @@ def _neuron_factors(
     return {update: factors[each] for update, each in whole.items()}
 
 
-def _accumulate(updates: Sequence[MatrixUpdate], replicas: Replicas | None, rank: int) -> list[Tensor]:
+def _accumulate(
+    updates: Sequence[MatrixUpdate], replicas: Replicas | None, rank: int, working_memory: int
+) -> list[Tensor]:
     """M <- M + G; return the sums of |M| by slice, (count, n), over what this rank holds, zero elsewhere.
 
     One replica contributes each matrix's sums (replicas take turns), so that all select the same, whatever the rounding
@@ -196,8 +198,8 @@ def _accumulate(updates: Sequence[MatrixUpdate], replicas: Replicas | None, rank
     """
     count, number = (1, 0) if replicas is None else (replicas.count, replicas.number)
     own = updates[number::count]
-    accumulate([update for index, update in enumerate(updates) if index % count != number])
-    own_sums = dict(zip(own, accumulate_and_sum(own), strict=True))
+    accumulate([update for index, update in enumerate(updates) if index % count != number], working_memory)
+    own_sums = dict(zip(own, accumulate_and_sum(own, working_memory), strict=True))
     sums = []
     for update in updates:
         start, stop = (place // update.taps for place in update.held[rank])

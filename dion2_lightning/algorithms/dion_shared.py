@@ -77,7 +77,7 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
         is_complete = (header.narrow(0, 1, len(header) - 1) % replicas.count == 0).all()
         torch._assert_async(is_complete, "some replicas lack gradients that others have")
     draw_bits(updates)
-    accumulate(updates)
+    accumulate(updates, context.working_memory)
     for run in bounded(list(batches(updates, context)), _sent_entries, SENT_ENTRIES):
         yield from run_together([_update(batch, context) for batch in run], layout.group, first.replicas)
     count_step(updates)

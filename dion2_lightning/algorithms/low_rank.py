@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StateTensor, StepContext
 from dion2_lightning.algorithms.learning_rates import update_scale
-from dion2_lightning.algorithms.matrix_update import WORKING_BYTES, MatrixUpdate, bounded
+from dion2_lightning.algorithms.matrix_update import MatrixUpdate, bounded, pass_bytes
 from dion2_lightning.algorithms.matrix_update import shrink as decay_weights
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.orthonormal_columns import orthonormal_columns, randomized_cholesky_qr, sketch_rows
@@ -40,6 +40,9 @@ if TYPE_CHECKING:  # some builds of torch have no process groups
 
 EPS: Final = 1e-8
 """Added to the norms of the columns of R."""
+
+FACTOR_COPIES: Final = 4
+"""How many copies of P and R there are at once, at most: two, and two for what a QR may take inside."""
 
 NOISE: Final = 2.0
 """Columns of R shorter than this times the precision, sqrt(long) and the norm of R are what rounding makes of zero."""
@@ -135,7 +138,7 @@ class LowRankUpdate(MatrixUpdate):
     @property
     def working_bytes(self) -> int:
         """Working memory that the factors P and R of one matrix take."""
-        return self.rank * (self.slices + self.entries) * WORKING_BYTES
+        return self.rank * (self.slices + self.entries) * self.dtype.itemsize * FACTOR_COPIES
 
     @property
     def rank(self) -> int:
@@ -241,7 +244,10 @@ def _fill_with_normals(seed: int, block: str, q: Tensor, name: str) -> None:
 
 
 def batches(updates: Sequence[LowRankUpdate], context: StepContext) -> Iterator[list[LowRankUpdate]]:
-    """Group updates whose P can be orthonormalized together, as many at a time as the working memory allows."""
+    """Group updates whose P can be orthonormalized together, as many at a time as half the working memory allows.
+
+    The other half is for the weights, see :func:`_move`. A stack of matrices is taken as a whole.
+    """
 
     def key(update: LowRankUpdate) -> Hashable:
         # Of what is the same on every rank: ranks that share matrices form the same batches.
@@ -250,7 +256,7 @@ def batches(updates: Sequence[LowRankUpdate], context: StepContext) -> Iterator[
         return shape, update.rank, update.qr, momentum.device, momentum.dtype
 
     for batch in group_by(updates, key).values():
-        yield from bounded(batch, lambda update: update.count * update.working_bytes, context.working_memory)
+        yield from bounded(batch, lambda update: update.count * update.working_bytes, context.working_memory // 2)
 
 
 def left_products(batch: Sequence[LowRankUpdate]) -> Tensor:
@@ -359,7 +365,7 @@ def _move(update: LowRankUpdate, left: Tensor, right: Tensor, context: StepConte
     if weight.dtype not in HALF_PRECISION and not update.is_cautious:
         _add_product(weight, left, right * update.number(-update.step_size, 0.0, right))
         return
-    size, first = max(1, context.working_memory // max(1, weight.shape[1:].numel() * WORKING_BYTES)), 0
+    size, first = max(1, context.working_memory // 2 // max(1, weight.shape[1:].numel() * pass_bytes(weight.dtype))), 0
     for part, p, q in zip(weight.split(size), left.split(size), right.split(size), strict=True):
         its_bits = None if bits is None else bits.of_matrices(first, len(part))
         factor, step = update.number(update.shrink, 1.0, part, first), update.number(-update.step_size, 0.0, q, first)

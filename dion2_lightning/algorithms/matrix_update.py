@@ -15,8 +15,8 @@ from torch import Tensor
 from dion2_lightning.algorithms.algorithm import Member, StepContext
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.gate import Gate
-from dion2_lightning.kernels.orthonormalize import orthonormalize
-from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
+from dion2_lightning.kernels.orthonormalize import MIN_BF16_DIM, orthonormalize
+from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, multiply_add_, random_bits, store_
 from dion2_lightning.kernels.selection import Selection, add_, decay_, gather, largest, put_, slice_sums
 from dion2_lightning.matrices.layout import Layout, Spans, group_by, local, local_gradient, placed_like_stack
 from dion2_lightning.matrices.parts import Part, parts_of
@@ -26,8 +26,16 @@ from dion2_lightning.matrices.views import Matrices, Source
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
 
-WORKING_BYTES: Final = 24
-"""Working memory for an entry of a submatrix: the submatrix, normalized, its products, and the change of weights."""
+WORKING_COPIES: Final = 7
+"""How many copies of the submatrices of a batch there are at once, at most: as taken, side by side and normalized, and
+of square ones three Gram matrices beside the next iterate."""
+
+SLICE_BYTES: Final = 40
+"""Working memory for a slice: the sums of |M|, norms, and their order."""
+
+PASS_COPIES: Final = 7
+"""The same for a pass over weights that are in half precision, or decay cautiously, in float32 at least: the wide
+weights, the update or its sign, random bits, and what is rounded."""
 
 CACHED_BYTES: Final = 2**22
 """Momentum that a CPU takes through the lines of the box at once: the later lines find it in the cache."""
@@ -287,8 +295,18 @@ class MatrixUpdate:
 
     @property
     def working_bytes(self) -> int:
-        """Working memory that the selected slices of one matrix take."""
-        return self.k * self.entries * WORKING_BYTES
+        """Working memory that one matrix takes beside the others of its batch: for its selected slices."""
+        is_wide = min(self.k, self.entries) < MIN_BF16_DIM
+        size = torch.promote_types(self.dtype, torch.float32 if is_wide else self.dtype).itemsize
+        return self.k * self.entries * size * WORKING_COPIES + self.slices * SLICE_BYTES
+
+    @property
+    def pass_bytes(self) -> int:
+        """Working memory that one matrix takes in addition, when it is its turn: for what is taken, and its weights."""
+        taken = 3 * self.k * self.entries * self.state["momentum"].element_size()
+        if self.parameter.dtype not in HALF_PRECISION and not self.is_cautious:
+            return taken
+        return max(taken, self.slices * self.entries * pass_bytes(self.parameter.dtype))
 
     @property
     def momentum_bytes(self) -> int:
@@ -412,11 +430,17 @@ def within_memory(slices: Sequence[SelectedSlices], context: StepContext) -> Ite
     """
     single: list[SelectedSlices] = []
     for each in slices:
-        size = max(1, context.working_memory // each.update.working_bytes)
+        size = max(1, context.working_memory // (each.update.working_bytes + each.update.pass_bytes))
         starts = range(0, len(each.indices), size)
         pieces = zip(starts, each.indices.split(size), strict=True)
         single += [SelectedSlices(each.update, indices, each.first + start) for start, indices in pieces]
-    return bounded(single, lambda each: len(each.indices) * each.update.working_bytes, context.working_memory)
+    in_turn = max((len(each.indices) * each.update.pass_bytes for each in single), default=0)
+    return bounded(single, lambda each: len(each.indices) * each.update.working_bytes, context.working_memory - in_turn)
+
+
+def pass_bytes(dtype: torch.dtype) -> int:
+    """Return the working memory of a pass over weights of a dtype, for an entry."""
+    return PASS_COPIES * torch.promote_types(dtype, torch.float32).itemsize
 
 
 def bounded(items: Sequence[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
@@ -474,28 +498,28 @@ def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate
     """
     at_once: list[MatrixUpdate] = []
     alone: list[MatrixUpdate] = []
-    for parameter, blocks in group_by(updates, lambda update: update.parameter).items():
-        tensors = local(parameter), local(blocks[0].state["momentum"])
-        entries = sum(each.count * each.slices * each.entries for each in blocks)
+    for parameter, of_parameter in group_by(updates, lambda update: update.parameter).items():
+        tensors = local(parameter), local(of_parameter[0].state["momentum"])
+        entries = sum(each.count * each.slices * each.entries for each in of_parameter)
         is_whole = entries == tensors[0].numel() and all(
             each.layout.group is None and not (each.bits or each.leaves_idle) and all(map(each.is_view, tensors))
-            for each in blocks
+            for each in of_parameter
         )
         if is_whole:
-            at_once.append(blocks[0])
+            at_once.append(of_parameter[0])
         else:
-            alone += blocks
+            alone += of_parameter
     return at_once, alone
 
 
-def accumulate_and_sum(updates: Sequence[MatrixUpdate]) -> list[Tensor]:
+def accumulate_and_sum(updates: Sequence[MatrixUpdate], working_memory: int) -> list[Tensor]:
     """M <- M + G, where there is a G; return the sums of |M| over the slices, (count, held slices), in float64."""
-    accumulate(updates)
-    return [_slice_sums(update, slice_sums(update.momentum)) for update in updates]
+    accumulate(updates, working_memory)
+    return [_slice_sums(update, working_memory) for update in updates]
 
 
-def accumulate(updates: Sequence[MatrixUpdate]) -> None:
-    """M <- M + G, where there is a G."""
+def accumulate(updates: Sequence[MatrixUpdate], working_memory: int) -> None:
+    """M <- M + G, where there is a G. What takes memory, a closed gate and rounding, goes over M block by block."""
     together: list[tuple[Tensor, Tensor]] = []
     at_once, alone = split_off_wholes(updates)
     pairs = [(each, local(each.state["momentum"]), local_gradient(each.parameter)) for each in at_once]
@@ -503,14 +527,16 @@ def accumulate(updates: Sequence[MatrixUpdate]) -> None:
         bits = update.bits.get("accumulate")
         if gradient is None:
             continue
-        if update.gate is not None:
-            gradient = update.gate.gradient(gradient)
-        if bits is not None:
-            multiply_add_(momentum, 1.0, gradient, bits)
-        elif update.gate is not None:
-            momentum.add_(gradient)  # at once, as what the gate returns takes the memory of a gradient
-        else:
+        if update.gate is None and bits is None:
             together.append((momentum, gradient))
+            continue
+        entries = max(update.slices * update.entries, working_memory // pass_bytes(momentum.dtype))
+        for (part, its_gradient), its_bits in blocks([momentum, gradient], bits, entries):
+            addend = its_gradient if update.gate is None else update.gate.gradient(its_gradient)
+            if its_bits is None:
+                part.add_(addend)
+            else:
+                multiply_add_(part, 1.0, addend, its_bits)
     if together:
         momenta, gradients = zip(*together, strict=True)
         torch._foreach_add_(momenta, gradients)
@@ -523,8 +549,11 @@ def leave_idle(updates: Sequence[MatrixUpdate]) -> None:
             update.leave_idle(update.nonzero_gradients())
 
 
-def _slice_sums(update: MatrixUpdate, sums: Tensor) -> Tensor:
-    """Add up the sums of the taps of a channel, where that is what a slice is."""
+def _slice_sums(update: MatrixUpdate, working_memory: int) -> Tensor:
+    """Sum up |M|, as many matrices at a time as memory allows; of a channel all taps, where that is what a slice is."""
+    momentum = update.momentum
+    size = max(1, working_memory // max(1, momentum[:1].nbytes))
+    sums = torch.cat([slice_sums(some) for some in momentum.split(size)])
     if update.taps == 1:
         return sums
     channels = sums.shape[1] // update.taps

@@ -329,7 +329,7 @@ def test_a_large_parameter_is_updated_in_pieces(monkeypatch: pytest.MonkeyPatch)
         original(pieces, *others)
 
     monkeypatch.setattr(adamw, "_adamw", spy)
-    monkeypatch.setattr("dion2_lightning.optimizer.MIN_WORKING_MEMORY", 700 * matrix_update.WORKING_BYTES)
+    monkeypatch.setattr("dion2_lightning.optimizer.MIN_WORKING_MEMORY", 700 * matrix_update.pass_bytes(torch.bfloat16))
     assert all(torch.equal(one, other) for one, other in zip(expected, trained(), strict=True))
     assert len(sizes) > 4
     assert max(sizes) <= 700

@@ -1,0 +1,132 @@
+"""A step takes no more memory than ``working_memory`` says, beside weights, gradients and state.
+
+On fake CUDA tensors, so it is what a GPU is asked for: of each operation the results, not what it takes inside.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dion2_lightning import Dion2
+from tests.every_kind import parameters_of
+from tests.peak_memory import PeakMemory
+from tests.test_host_synchronisation import fake_cuda
+
+__all__ = ["fake_cuda"]  # used by every test
+
+SHAPE = 256, 512
+UNBOUNDED = 2**40
+BITS: int = 40
+"""Bytes for each row and column of a matrix that is rounded at random: they are drawn for all matrices together."""
+
+HALF: dict[str, Any] = {"dtype": torch.bfloat16}
+CAUTIOUS: dict[str, Any] = {"cautious_weight_decay": True}
+FULL: dict[str, Any] = {"fraction": 1.0}
+CASES: dict[str, dict[str, Any]] = {
+    **{
+        f"{algorithm} in {dtype}, {fraction}": {
+            "algorithm": algorithm,
+            "orthonormalize_dtype": dtype,
+            "fraction": fraction,
+        }
+        for algorithm in ("dion2", "dion3")
+        for dtype in ("bfloat16", "float32")
+        for fraction in (1.0, 0.25, 0.05)
+    },
+    "square": {"shape": (384, 384), "orthonormalize_dtype": "float32", **FULL},
+    "square in float64": {"shape": (256, 256), "dtype": torch.float64, "orthonormalize_dtype": "float64", **FULL},
+    "tall": {"shape": (512, 256), "orthonormalize_dtype": "float32"},
+    "few slices in bfloat16": {"shape": (24, 2048), **FULL},
+    "nesterov": {"algorithm": "dion3", "nesterov": True, **FULL},
+    "wide state": {"state_dtype": "float64", "nesterov": True, **FULL},
+    "skipped": {"check_finite": "skip"},
+    "half": HALF,
+    "half with its momentum": {**HALF, "state_dtype": "bfloat16"},
+    "float16": {"dtype": torch.float16},
+    "cautious": CAUTIOUS,
+    "cautious half": {**HALF, **CAUTIOUS, **FULL},
+    "dion": {"algorithm": "dion"},
+    "dion, all ranks": {"algorithm": "dion", "rank_fraction": 1.0, "shape": (384, 384)},
+    "dion half": {"algorithm": "dion", **HALF},
+    "dion cautious": {"algorithm": "dion", **CAUTIOUS},
+    "dion in float64": {"algorithm": "dion", "dtype": torch.float64, **CAUTIOUS},
+    "adamw": {"algorithm": "adamw"},
+    "adamw half": {"algorithm": "adamw", **HALF},
+    "adamw float16": {"algorithm": "adamw", "dtype": torch.float16},
+    "adamw cautious": {"algorithm": "adamw", **CAUTIOUS},
+    "adamw cautious half": {"algorithm": "adamw", **HALF, **CAUTIOUS},
+    "adamw in float64": {"algorithm": "adamw", "dtype": torch.float64, **CAUTIOUS},
+}
+
+
+def peak_of_step(
+    count: int,
+    memory: int,
+    *,
+    shape: tuple[int, ...] = SHAPE,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> int:
+    """Return how many bytes a second step takes at most, of so many equal parameters."""
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype, device="cuda")) for _ in range(count)]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = Dion2([{"params": parameters, **settings}], lr=0.1, working_memory=memory)
+    optimizer.step()
+    with PeakMemory(kept_by(optimizer)) as memory_of_step:
+        optimizer.step()
+    return memory_of_step.peak
+
+
+def kept_by(optimizer: Dion2) -> list[Tensor]:
+    """Weights, gradients and state."""
+    parameters = list(parameters_of(optimizer))
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [*parameters, *gradients, *(tensor for each in optimizer.state.values() for tensor in each.values())]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_bound_holds(case: dict[str, Any]) -> None:
+    """From what a single matrix needs on."""
+    count, shape = 6, case.get("shape", SHAPE)
+    bits = BITS * sum(shape) * count if case.get("dtype") in (torch.bfloat16, torch.float16) else 0
+    single = peak_of_step(1, UNBOUNDED, **case)
+    for memory in (single, 3 * single):
+        assert peak_of_step(count, memory, **case) <= memory + bits
+
+
+@pytest.mark.parametrize("settings", [{}, HALF, CAUTIOUS, {"check_finite": "skip"}], ids=str)
+@pytest.mark.parametrize("algorithm", ["dion2", "dion3"])
+def test_a_stack_is_taken_apart(algorithm: str, settings: dict[str, Any]) -> None:
+    """So it needs no more memory than a few of its matrices; M + G and |M| included."""
+    matrix = peak_of_step(1, UNBOUNDED, algorithm=algorithm, **settings)
+    case = {"shape": (16, *SHAPE), "batched": True, "algorithm": algorithm, **settings}
+    assert peak_of_step(1, 2 * matrix, **case) <= 2 * matrix + BITS * sum(SHAPE) * 16
+    assert peak_of_step(1, UNBOUNDED, **case) > 4 * matrix
+
+
+def test_most_of_the_bound_is_used() -> None:
+    """A bound that nothing comes near would make small runs for nothing."""
+    for dtype in ("float32", "bfloat16"):
+        case = {"orthonormalize_dtype": dtype, "shape": (384, 384), **FULL}
+        memory = 8 * peak_of_step(1, UNBOUNDED, **case)
+        assert peak_of_step(16, memory, **case) > 0.7 * memory
+
+
+def test_what_is_measured() -> None:
+    """Views and what is written in place take nothing, and what is freed no longer does."""
+    kept = torch.zeros(1000, device="cuda")
+    with PeakMemory([kept]) as memory:
+        first = kept + 1
+        view = first[:500]
+        del first
+        kept.add_(1.0)
+        assert memory.peak == 4000
+        del view
+        second = torch.ones(1500, device="cuda", dtype=torch.bfloat16)
+        assert memory.peak == 4000
+        third = second + 1
+    assert memory.peak == 6000
+    assert third.nbytes == 3000
