@@ -47,6 +47,13 @@ SECTIONS: Final = (
         minutes=0.5,
         arguments={"shapes": "llama-1b", "layers": 16},
     ),
+    Section(
+        "offload",
+        "State on the host: bits, memory and time of a step, with offloading and without",
+        "benchmarks.gpu.offload:compare",
+        minutes=1,
+        arguments={"shapes": "llama-1b", "layers": 8},
+    ),
     *(
         Section(
             f"train-{name}",

@@ -61,7 +61,7 @@ def time_steps(options: Options, *, shapes: str, layers: int) -> Iterator[Row]:
     count = sum(each.numel() for each in parameters)
     yield {"matrices": len(sizes), "parameters": count, "shapes": shapes, "layers": len(sizes) // len(LAYERS[shapes])}
     compared = {name: build(parameters) for name, build in optimizers(shapes, None) if "foreach" not in name}
-    times = _median_times(compared, device, rounds=3 if options.tiny else ROUNDS)
+    times = median_times(compared, device, rounds=3 if options.tiny else ROUNDS)
     bandwidth, rate = copy_bandwidth(device, options.tiny), product_rate(device, default_dtype(device), options.tiny)
     adamw = times["torch.optim.AdamW, fused"]
     for name, optimizer in compared.items():
@@ -81,7 +81,7 @@ def time_rounding(options: Options, *, shapes: str, layers: int) -> Iterator[Row
     yield from times_of_rounding(sizes, rounds, torch.device(options.device), embedding)
 
 
-def _median_times(compared: Mapping[str, torch.optim.Optimizer], device: torch.device, rounds: int) -> dict[str, float]:
+def median_times(compared: Mapping[str, torch.optim.Optimizer], device: torch.device, rounds: int) -> dict[str, float]:
     """The median seconds of each optimizer's step, in turn, after two that create state and fill caches."""
     timers: dict[str, list[Timer]] = defaultdict(list)
     turns = list(compared.items())

@@ -28,7 +28,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_every_step_that_is_timed_begins_on_an_idle_device(seen: list[str]) -> None:
     optimizers: Any = {name: SimpleNamespace(step=lambda name=name: seen.append(name)) for name in ("one", "other")}
-    step._median_times(optimizers, CPU, rounds=1)
+    step.median_times(optimizers, CPU, rounds=1)
     assert seen == ["wait", "one", "wait", "other", "wait", "other", "wait", "one", "wait", "one", "wait", "other"]
 
 
