@@ -42,7 +42,7 @@ EPS: Final = 1e-8
 """Added to the norms of the columns of R."""
 
 FACTOR_COPIES: Final = 4
-"""How many copies of P and R there are at once, at most: two, and two for what a QR may take inside."""
+"""How many copies of P and R there are at once, at most: two, those of the last batch, and what a QR takes inside."""
 
 NOISE: Final = 2.0
 """Columns of R shorter than this times the precision, sqrt(long) and the norm of R are what rounding makes of zero."""

@@ -26,9 +26,9 @@ from dion2_lightning.matrices.views import Matrices, Source
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
 
-WORKING_COPIES: Final = 7
+WORKING_COPIES: Final = 8
 """How many copies of the submatrices of a batch there are at once, at most: as taken, side by side and normalized, and
-of square ones three Gram matrices beside the next iterate."""
+of square ones three Gram matrices beside the next iterate; and what became of the last batch."""
 
 SLICE_BYTES: Final = 40
 """Working memory for a slice: the sums of |M|, norms, and their order."""
@@ -552,7 +552,7 @@ def leave_idle(updates: Sequence[MatrixUpdate]) -> None:
 def _slice_sums(update: MatrixUpdate, working_memory: int) -> Tensor:
     """Sum up |M|, as many matrices at a time as memory allows; of a channel all taps, where that is what a slice is."""
     momentum = update.momentum
-    size = max(1, working_memory // max(1, momentum[:1].nbytes))
+    size = max(1, working_memory * len(momentum) // max(1, momentum.nbytes))
     sums = torch.cat([slice_sums(some) for some in momentum.split(size)])
     if update.taps == 1:
         return sums

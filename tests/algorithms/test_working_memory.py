@@ -80,6 +80,13 @@ def peak_of_step(
     return memory_of_step.peak
 
 
+def peak_of_one(**case: Any) -> int:
+    """Return what one parameter takes at a time; of matrices the second one, when the last result is still there."""
+    if case.get("algorithm") == "adamw":
+        return max(1, peak_of_step(1, UNBOUNDED, **case))
+    return peak_of_step(2, 1, **case)
+
+
 def kept_by(optimizer: Dion2) -> list[Tensor]:
     """Weights, gradients and state."""
     parameters = list(parameters_of(optimizer))
@@ -92,7 +99,7 @@ def test_the_bound_holds(case: dict[str, Any]) -> None:
     """From what a single matrix needs on."""
     count, shape = 6, case.get("shape", SHAPE)
     bits = BITS * sum(shape) * count if case.get("dtype") in (torch.bfloat16, torch.float16) else 0
-    single = peak_of_step(1, UNBOUNDED, **case)
+    single = peak_of_one(**case)
     for memory in (single, 3 * single):
         assert peak_of_step(count, memory, **case) <= memory + bits
 
@@ -101,7 +108,7 @@ def test_the_bound_holds(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("algorithm", ["dion2", "dion3"])
 def test_a_stack_is_taken_apart(algorithm: str, settings: dict[str, Any]) -> None:
     """So it needs no more memory than a few of its matrices; M + G and |M| included."""
-    matrix = peak_of_step(1, UNBOUNDED, algorithm=algorithm, **settings)
+    matrix = peak_of_one(algorithm=algorithm, **settings)
     case = {"shape": (16, *SHAPE), "batched": True, "algorithm": algorithm, **settings}
     assert peak_of_step(1, 2 * matrix, **case) <= 2 * matrix + BITS * sum(SHAPE) * 16
     assert peak_of_step(1, UNBOUNDED, **case) > 4 * matrix
@@ -111,7 +118,7 @@ def test_most_of_the_bound_is_used() -> None:
     """A bound that nothing comes near would make small runs for nothing."""
     for dtype in ("float32", "bfloat16"):
         case = {"orthonormalize_dtype": dtype, "shape": (384, 384), **FULL}
-        memory = 8 * peak_of_step(1, UNBOUNDED, **case)
+        memory = 8 * peak_of_one(**case)
         assert peak_of_step(16, memory, **case) > 0.7 * memory
 
 
@@ -120,7 +127,7 @@ def test_what_is_measured() -> None:
     kept = torch.zeros(1000, device="cuda")
     with PeakMemory([kept]) as memory:
         first = kept + 1
-        view = first[:500]
+        view = first.narrow(0, 0, 500)
         del first
         kept.add_(1.0)
         assert memory.peak == 4000
