@@ -201,23 +201,28 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
     """Take one step on matrices that are whole on this rank and have a gradient, as many at a time as memory allows."""
     draw_bits(updates)
     for run in runs(updates, context):
-        sums = accumulate_and_sum(run, context.working_memory)
-        leave_idle(run)
-        selected = select(run, sums)
-        slices = [SelectedSlices(update, update.places(K)) for update, (K, _) in zip(run, selected, strict=True)]
-        for some in within_memory(slices, context):
-            results = polar_factors([take(each) for each in some], [each.update for each in some], context)
-            shrink([each.update for each in some if each.first == 0])
-            normalized = [pair for pair in zip(some, results, strict=True) if pair[0].update.neuron_beta is not None]
-            squares = {each: neurons.square_sums(each.update, result) for each, result in normalized}
-            factors = neurons.factors(squares, context)
-            for each, result in zip(some, results, strict=True):
-                show_result(each.update, result, context)
-                apply(each, result, factors.get(each), context)
-        for update, (indices, norms) in zip(run, selected, strict=True):
-            record_selection(update, indices, norms, context)
-            update.write_back()
+        update_run(run, context)
     count_step(updates)
+
+
+def update_run(run: Sequence[MatrixUpdate], context: StepContext) -> None:
+    """Go down the box with some of them."""
+    sums = accumulate_and_sum(run, context.working_memory)
+    leave_idle(run)
+    selected = select(run, sums)
+    slices = [SelectedSlices(update, update.places(K)) for update, (K, _) in zip(run, selected, strict=True)]
+    for some in within_memory(slices, context):
+        results = polar_factors([take(each) for each in some], [each.update for each in some], context)
+        shrink([each.update for each in some if each.first == 0])
+        normalized = [pair for pair in zip(some, results, strict=True) if pair[0].update.neuron_beta is not None]
+        squares = {each: neurons.square_sums(each.update, result) for each, result in normalized}
+        factors = neurons.factors(squares, context)
+        for each, result in zip(some, results, strict=True):
+            show_result(each.update, result, context)
+            apply(each, result, factors.get(each), context)
+    for update, (indices, norms) in zip(run, selected, strict=True):
+        record_selection(update, indices, norms, context)
+        update.write_back()
 
 
 def _orthonormalization_dtype(parameter: Tensor, group: Mapping[str, Any]) -> torch.dtype:
