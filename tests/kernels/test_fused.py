@@ -421,8 +421,8 @@ def test_neuron_factors(device: str, monkeypatch: pytest.MonkeyPatch, dtype: tor
         [on_number(device, each) for each in weights],
         1e-8,
     )
-    for its_factors, *others in zip(factors, sums, variances, indices, sizes, weights, strict=True):
-        assert same(its_factors, factors_by_torch(*others, 1e-8))
+    for its_factors, *arguments in zip(factors, sums, variances, indices, sizes, weights, [1e-8] * 6, strict=True):
+        assert same(its_factors, factors_by_torch(*arguments))
     assert all_same(found, variances)
     assert same(whole(factors[0]), torch.cat([each.flatten() for each in factors]))
 
