@@ -215,10 +215,10 @@ def update_run(run: Sequence[MatrixUpdate], context: StepContext) -> None:
     for some in within_memory(slices, context):
         results = polar_factors(take(some), [each.update for each in some], context)
         shrink([each.update for each in some if each.first == 0])
-        normalized = [pair for pair in zip(some, results, strict=True) if pair[0].update.neuron_beta is not None]
-        squares = {each: neurons.square_sums(each.update, result) for each, result in normalized}
-        factors = neurons.factors(squares, context)
-        for each, result in zip(some, results, strict=True):
+        of_results = dict(zip(some, results, strict=True))
+        normalized = {each: of_results[each] for each in some if each.update.neuron_beta is not None}
+        factors = neurons.factors(neurons.square_sums(normalized), context)
+        for each, result in of_results.items():
             show_result(each.update, result, context)
         apply(some, results, [factors.get(each) for each in some], context)
     for update, (indices, norms) in zip(run, selected, strict=True):

@@ -196,14 +196,15 @@ def _neuron_factors(
 ) -> Generator[None, object, dict[SelectedSlices, Tensor]]:
     """What the neurons of O are multiplied by, where they are normalized: from the sums of squares of all parts."""
     sums: dict[SelectedSlices, Tensor] = {}
-    for part, result in zip(parts, results, strict=True):
+    of_results = dict(zip(parts, results, strict=True))
+    normalized = [part for part in parts if part.update.neuron_beta is not None]
+    own_sums = neurons.square_sums({part: of_results[part] for part in normalized})
+    for part in normalized:
         run, update = part.run, part.update
-        if update.neuron_beta is None:
-            continue
         if run not in sums:
             shape = (len(run.indices), update.k if update.slices_are_neurons else update.entries)
-            sums[run] = torch.zeros(shape, dtype=torch.float64, device=result.device)
-        part.of_neurons(sums[run]).copy_(neurons.square_sums(update, result))
+            sums[run] = torch.zeros(shape, dtype=torch.float64, device=of_results[part].device)
+        part.of_neurons(sums[run]).copy_(own_sums[part])
     if sums and group is not None:
         receive = sum_over_ranks([group], 0, (), list(sums.values()), results[0].device)
         yield IN_FLIGHT

@@ -569,7 +569,7 @@ def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate
 def accumulate_and_sum(updates: Sequence[MatrixUpdate], working_memory: int) -> list[Tensor]:
     """M <- M + G, where there is a G; return the sums of |M| over the slices, (count, held slices), in float64."""
     accumulate([update for update in updates if not update.is_fused], working_memory)
-    sums = _at_once_or_one_by_one(updates, _accumulate_at_once, lambda update: _slice_sums(update, working_memory))
+    sums = at_once_or_one_by_one(updates, _accumulate_at_once, lambda update: _slice_sums(update, working_memory))
     return [_sums_of_channels(*pair) for pair in zip(updates, sums, strict=True)]
 
 
@@ -652,7 +652,7 @@ def select(updates: Sequence[MatrixUpdate], sums: Sequence[Tensor]) -> list[tupl
 
 def take(slices: Sequence[SelectedSlices]) -> list[Tensor]:
     """S <- M[K], or G[K] + mu M[K] with Nesterov, then M[K] <- mu M[K]; S in the orthonormalization's precision."""
-    return _at_once_or_one_by_one(slices, _take_at_once, _take)
+    return at_once_or_one_by_one(slices, _take_at_once, _take)
 
 
 def _take_at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
@@ -787,7 +787,7 @@ def apply(
     where it is cautious. Slices that are not selected have no update, and are judged by M, of which it will be made.
     """
     of_results = dict(zip(slices, zip(results, factors, strict=True), strict=True))
-    _at_once_or_one_by_one(
+    at_once_or_one_by_one(
         slices,
         lambda at_once: _apply_at_once(at_once, [of_results[each] for each in at_once]),
         lambda each: _apply(each, *of_results[each]),
@@ -845,7 +845,7 @@ def _apply(slices: SelectedSlices, result: Tensor, factors: Tensor | None) -> No
         add_(weight, places, change)
 
 
-def _at_once_or_one_by_one(
+def at_once_or_one_by_one(
     items: Sequence[S], at_once: Callable[[list[S]], Sequence[R]], one: Callable[[S], R]
 ) -> list[R]:
     """Return what a function makes of all items together that kernels go over, and another one of each of the rest."""

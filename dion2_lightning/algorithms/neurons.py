@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import StateTensor, StepContext
-from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices
+from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices, at_once_or_one_by_one
+from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.matrices.layout import group_by, local, placements_of_matrices
 from dion2_lightning.matrices.views import Matrices
@@ -37,13 +38,21 @@ def variance_of(parameter: Tensor, blocks: Sequence[Matrices]) -> StateTensor:
     return StateTensor(shape, torch.float32, parameter.device, placements)
 
 
-def square_sums(update: MatrixUpdate, result: Tensor) -> Tensor:
+def square_sums(results: Mapping[SelectedSlices, Tensor]) -> dict[SelectedSlices, Tensor]:
     """Return the sum of squares of O, or of a part of it, for every neuron: (count, k), or (count, m) of input slices.
 
     In float64 where there is one: rounded to float32 they do not depend on how ranks share the matrix.
     """
-    norms: Tensor = torch.linalg.vector_norm(result, dim=update.neuron_dim, dtype=sum_dtype(result.device))
-    return norms.square()
+
+    def at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
+        return fused.square_sums([results[each] for each in slices], [each.update.neuron_dim for each in slices])
+
+    def one(each: SelectedSlices) -> Tensor:
+        result = results[each]
+        norms: Tensor = torch.linalg.vector_norm(result, dim=each.update.neuron_dim, dtype=sum_dtype(result.device))
+        return norms.square()
+
+    return dict(zip(results, at_once_or_one_by_one(list(results), at_once, one), strict=True))
 
 
 def factors(sums: Mapping[SelectedSlices, Tensor], context: StepContext) -> dict[SelectedSlices, Tensor]:
@@ -54,6 +63,29 @@ def factors(sums: Mapping[SelectedSlices, Tensor], context: StepContext) -> dict
             its channels. Where its gate is closed, v stays.
         context: Of the step; its observer is shown v.
     """
+    at_once = {each: its_sums for each, its_sums in sums.items() if each.is_fused}
+    others = {each: its_sums for each, its_sums in sums.items() if not each.is_fused}
+    results = (_factors_at_once(at_once) if at_once else {}) | _factors(others)
+    if context.observer is not None and context.observer.wants_results:
+        for each in sums:
+            context.observer.normalized(each.update.source, _variance(each))
+    return results
+
+
+def _factors_at_once(sums: Mapping[SelectedSlices, Tensor]) -> dict[SelectedSlices, Tensor]:
+    variances = [_variance(each) for each in sums]
+    made = fused.neuron_factors(
+        list(sums.values()),
+        variances,
+        [each.indices if each.update.slices_are_neurons else None for each in sums],
+        [_size(each.update) for each in sums],
+        [_weight(each, variance.unsqueeze(-1)) for each, variance in zip(sums, variances, strict=True)],
+        EPS,
+    )
+    return dict(zip(sums, made, strict=True))
+
+
+def _factors(sums: Mapping[SelectedSlices, Tensor]) -> dict[SelectedSlices, Tensor]:
     results: dict[SelectedSlices, Tensor] = {}
 
     def key(each: SelectedSlices) -> Hashable:
@@ -62,38 +94,47 @@ def factors(sums: Mapping[SelectedSlices, Tensor], context: StepContext) -> dict
         return shape, update.neuron_beta, update.own_gate, sums[each].device
 
     for equal in group_by(sums, key).values():
-        first, counts = equal[0].update, [len(sums[each]) for each in equal]
-        assert first.neuron_beta is not None
+        counts = [len(sums[each]) for each in equal]
         squares = torch.cat([sums[each] for each in equal]).float()  # the same numbers under every layout
-        means = squares / (first.entries if first.slices_are_neurons else first.k)
+        means = squares * (1.0 / _size(equal[0].update))  # as GPUs divide by a number: all round alike
         known = torch.cat([_known(each) for each in equal])
-        known += (means - known) * equal[0].number(1.0 - first.neuron_beta, 0.0, known)
-        inverse = 1.0 / (known.sqrt() + EPS)
-        precise = squares.to(sum_dtype(squares.device))
+        known += (means - known) * _weight(equal[0], known)
+        # Rounded once, as devices differ in the last bits of float32 roots.
+        precise, inverse = (each.to(sum_dtype(each.device)) for each in (squares, known))
+        inverse = 1.0 / (inverse.sqrt() + EPS)
         before, after = precise.sum(1, keepdim=True), (precise * inverse.square()).sum(1, keepdim=True)
         inverse *= (before / after.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
-        results.update(zip(equal, torch.split(inverse, counts), strict=True))
+        results.update(zip(equal, torch.split(inverse.float(), counts), strict=True))
         for each, its_known in zip(equal, torch.split(known, counts), strict=True):
-            variance = each.of_matrices(_variance(each.update))
             if each.update.slices_are_neurons:
-                variance.scatter_(1, each.indices, its_known)
+                _variance(each).scatter_(1, each.indices, its_known)
             else:
-                variance.copy_(its_known)
-            if context.observer is not None and context.observer.wants_results:
-                context.observer.normalized(each.update.source, variance)
+                _variance(each).copy_(its_known)
     return results
+
+
+def _size(update: MatrixUpdate) -> int:
+    """How many entries of O a neuron has."""
+    return update.entries if update.slices_are_neurons else update.k
+
+
+def _weight(each: SelectedSlices, variances: Tensor) -> float | Tensor:
+    """What the mean squares count for in v."""
+    assert each.update.neuron_beta is not None
+    return each.number(1.0 - each.update.neuron_beta, 0.0, variances)
 
 
 def _known(each: SelectedSlices) -> Tensor:
     """The v of the neurons of O, before the step."""
-    variance = each.of_matrices(_variance(each.update))
-    return variance.gather(1, each.indices) if each.update.slices_are_neurons else variance
+    return _variance(each).gather(1, each.indices) if each.update.slices_are_neurons else _variance(each)
 
 
-def _variance(update: MatrixUpdate) -> Tensor:
-    """View v as (count, out)."""
+def _variance(each: SelectedSlices) -> Tensor:
+    """View the v of these matrices as (count, out)."""
+    update = each.update
     matrices, per_neuron = update.matrices, local(update.state["variance"]).squeeze(-1)
     if matrices.is_stack:
-        return per_neuron.narrow(1, matrices.first_neuron, matrices.out_size)
+        return each.of_matrices(per_neuron.narrow(1, matrices.first_neuron, matrices.out_size))
     first = matrices.first_neuron + update.part.first * matrices.out_size
-    return per_neuron.narrow(0, first, update.count * matrices.out_size).view(update.count, matrices.out_size)
+    whole = per_neuron.narrow(0, first, update.count * matrices.out_size)
+    return each.of_matrices(whole.view(update.count, matrices.out_size))

@@ -5,6 +5,7 @@ They do what these lines of the step do, to the same bits; sums in float64 diffe
     accumulate   M <- M + G, and the norms of the slices
     take         S <- M[K], then M[K] <- mu M[K]
     normalize    what precedes the products of orthonormalization
+    square_sums, neuron_factors                what normalizes the neurons of O
     apply        X <- (1 - lr weight_decay) X, and X[K] <- X[K] - lr scale O
 
 All see stacks of matrices as (count, n, m) views, n slices of m entries each, of any strides; a list of them may mix
@@ -36,6 +37,9 @@ MIN_CAPABILITY: Final = (8, 0)
 
 PARTS: Final = 128
 """In how many parts, at most, the squares of a matrix are summed."""
+
+NEURONS: Final = 1024
+"""Of how many neurons a program works out the factors at a time. A power of 2."""
 
 
 class Tile(NamedTuple):
@@ -343,6 +347,127 @@ def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results
     _launch("divide", quotients, partial.device)
 
 
+# The neurons of O
+
+
+def square_sums(results: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    """Return the sums of squares of the entries of every neuron.
+
+    Args:
+        results: O, (count, k, m) each.
+        dims: For each stack the dimension along which the entries of a neuron lie: -1 or -2.
+
+    Returns:
+        (count, k) each, or (count, m) for dimension -2, in float64: views of one buffer, in the order given.
+    """
+    device = _checked("results", results)
+    _check_count("dims", dims, results)
+    for number, dim in enumerate(dims):
+        if dim not in (-1, -2):
+            raise ValueError(f"dims[{number}] must be -1 or -2, the entries or the slices of a stack, got {dim}")
+    stacks = [each if dim == -1 else each.mT for each, dim in zip(results, dims, strict=True)]
+    sizes = [each.shape[0] * each.shape[1] for each in stacks]
+    sums = torch.empty(sum(sizes), dtype=torch.float64, device=device)
+    torch.ops.dion2.square_sums(stacks, sums)
+    return [each.view(of.shape[:2]) for each, of in zip(sums.split(sizes), stacks, strict=True)]
+
+
+@torch.library.custom_op("dion2::square_sums", mutates_args=("sums",))
+def _square_sums(stacks: Sequence[Tensor], sums: Tensor) -> None:
+    rows: list[Launch] = []
+    address = sums.data_ptr()
+    for stack in stacks:
+        count, n, m = stack.shape
+        along = _runs_along(stack)
+        tile = TILES[along]
+        of_stack = _view(stack, along)
+        constants = {
+            "O_TYPE": stack.dtype,
+            "ALONG": along,
+            "O_UNIT": of_stack.is_unit,
+            "ALIGNED": of_stack.is_aligned,
+            "SLICES": tile.slices,
+            "ENTRIES": tile.entries,
+        }
+        rows.append((constants, count, _blocks(n, tile.slices), [n, m, 0, *of_stack.numbers, address]))
+        address += count * n * sums.itemsize
+    _launch("neuron_sums", rows, sums.device)
+
+
+def neuron_factors(
+    sums: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    weights: Sequence[float | Tensor],
+    eps: float,
+) -> list[Tensor]:
+    """Update v <- v + weight (sum / size - v), in place, and return what each neuron of O is multiplied by.
+
+    It is 1 / (sqrt(v) + eps), times what makes the matrix as long as it was.
+
+    Args:
+        sums: Of the squares of the entries of every neuron, (count, neurons) each, in float64 or float32.
+        variances: v, float32 (count, out) each.
+        indices: Which of the ``out`` the neurons are, int64 (count, neurons); None where they are all.
+        sizes: How many entries a neuron has.
+        weights: Of the new mean squares, or float32 tensors of them, 0-d or (count, 1, 1).
+        eps: A small number.
+
+    Returns:
+        (count, neurons) each, in float32: views of one buffer, in the order given.
+    """
+    device = _checked_sums(sums)
+    for name, values in (("variances", variances), ("indices", indices), ("sizes", sizes)):
+        _check_count(name, values, sums)
+    _check_numbers("variances", variances, torch.float32, sums)
+    _check_numbers("indices", indices, torch.int64, sums)
+    for number, (each, variance, its_indices) in enumerate(zip(sums, variances, indices, strict=True)):
+        wanted = tuple(each.shape)
+        if its_indices is not None and its_indices.shape != each.shape:
+            raise ValueError(f"indices[{number}] must have the shape {wanted}, but it has {tuple(its_indices.shape)}")
+        is_whole = its_indices is None
+        if variance.ndim != 2 or len(variance) != len(each) or (is_whole and variance.shape != each.shape):
+            raise ValueError(
+                f"variances[{number}] must have one number for each neuron of {wanted}, but it has the shape "
+                f"{tuple(variance.shape)}"
+            )
+    constants, weight_tensors = _split("weights", weights, sums)
+    numbers = [each.numel() for each in sums]
+    factors = torch.empty(sum(numbers), dtype=torch.float32, device=device)
+    torch.ops.dion2.neuron_factors(sums, variances, indices, sizes, constants, weight_tensors, eps, factors)
+    return [each.view(of.shape) for each, of in zip(factors.split(numbers), sums, strict=True)]
+
+
+@torch.library.custom_op("dion2::neuron_factors", mutates_args=("variances", "factors"))
+def _neuron_factors(
+    sums: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    weight_tensors: Sequence[Tensor | None],
+    eps: float,
+    factors: Tensor,
+) -> None:
+    rows: list[Launch] = []
+    address = factors.data_ptr()
+    for number, (each, variance, its_indices, size) in enumerate(zip(sums, variances, indices, sizes, strict=True)):
+        count, neurons = each.shape
+        constants = {"S_TYPE": each.dtype, "INDEXED": its_indices is not None, "NEURONS": NEURONS}
+        numbers = [
+            *(neurons, 0, 0),
+            *(each.data_ptr(), *each.stride()),
+            *(variance.data_ptr(), *variance.stride()),
+            *((0, 0, 0) if its_indices is None else (its_indices.data_ptr(), *its_indices.stride())),
+            *_scalar(weights[number], weight_tensors[number]),
+            *(_bits("f", 1.0 / size), _bits("d", eps), address),
+        ]
+        rows.append((constants, count, min(neurons, 1), numbers))
+        address += count * neurons * factors.itemsize
+    _launch("neuron_factors", rows, factors.device)
+
+
 # X <- (1 - lr weight_decay) X, X[K] <- X[K] - lr scale O
 
 
@@ -468,7 +593,7 @@ def _decays(shrink: float, tensor: Tensor | None) -> bool:
 
 
 # torch traces the operators without data: they return nothing.
-for _operator in (_accumulate, _take, _normalize, _apply):
+for _operator in (_accumulate, _take, _normalize, _square_sums, _neuron_factors, _apply):
     _operator.register_fake(lambda *_: None)
 
 
@@ -496,8 +621,11 @@ def launches(name: str, arguments: tuple[Any, ...]) -> int:
     """Return how many launches a call of the operator ``dion2::name`` takes, the copy of its table among them.
 
     It is one for each memory order and dtype of the matrices, twice in ``normalize``; addresses and sizes that are not
-    multiples of 16 may add to that.
+    multiples of 16 may add to that. In ``neuron_factors`` it is one where slices are neurons, one where they are not.
     """
+    if name == "neuron_factors":
+        sums, _, indices, *_ = arguments
+        return 1 + len({(each.dtype, which is None) for each, which in zip(sums, indices, strict=True)})
     kinds = {(each.dtype, _runs_along(each), 1 in each.stride()[1:]) for each in arguments[0]}
     return 1 + len(kinds) * (2 if name == "normalize" else 1)
 
@@ -525,6 +653,15 @@ def _normalize_traffic(
     stacks: Sequence[Tensor], safety: float, partial: Tensor, results: Sequence[Tensor]
 ) -> tuple[int, int]:
     return 2 * sum(map(_size, stacks)), sum(map(_size, results))
+
+
+def _square_sums_traffic(stacks: Sequence[Tensor], sums: Tensor) -> tuple[int, int]:
+    return sum(map(_size, stacks)), _size(sums)
+
+
+def _neuron_factors_traffic(sums: Sequence[Tensor], variances: Sequence[Tensor], *others: Any) -> tuple[int, int]:
+    factors: Tensor = others[-1]
+    return 2 * (sum(map(_size, sums)) + _size(factors)), 2 * _size(factors)  # v of a neuron is as large as its factor
 
 
 def _apply_traffic(
@@ -556,6 +693,8 @@ _TRAFFIC: Final[dict[str, Callable[..., tuple[int, int]]]] = {
     "accumulate": _accumulate_traffic,
     "take": _take_traffic,
     "normalize": _normalize_traffic,
+    "square_sums": _square_sums_traffic,
+    "neuron_factors": _neuron_factors_traffic,
     "apply": _apply_traffic,
 }
 
@@ -598,6 +737,19 @@ def _check_numbers(name: str, tensors: Sequence[Tensor | None], dtype: torch.dty
             raise TypeError(f"{name}[{number}] must be {wanted}, but it is in {tensor.dtype} on {tensor.device}")
         if tensor.ndim > 0 and len(tensor) not in (1, len(stack)):
             raise ValueError(f"{name}[{number}] has numbers for {len(tensor)} matrices; there are {len(stack)}")
+
+
+def _checked_sums(sums: Sequence[Tensor]) -> torch.device | None:
+    """Check sums by neuron, and return their device; None where there are none."""
+    device = sums[0].device if sums else None
+    for number, each in enumerate(sums):
+        if each.ndim != 2:
+            raise ValueError(f"sums[{number}] must have the shape (count, neurons), but it has {tuple(each.shape)}")
+        if each.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"sums[{number}] must be in torch.float64 or torch.float32, but it is in {each.dtype}")
+        if each.device != device:
+            raise ValueError(f"sums[{number}] is on {each.device}, others are on {device}: call once for each device")
+    return device
 
 
 def _check_count(name: str, values: Sequence[Any], stacks: Sequence[Any]) -> None:

@@ -22,7 +22,12 @@ import torch
 import triton
 import triton.language as tl
 
-TYPES: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TYPES: Final = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 """Triton's names of the dtypes."""
 
 LAUNCH: Final = ("table", "tiles")
@@ -203,6 +208,77 @@ def divide(
 
 
 @triton.jit(do_not_specialize=LAUNCH)
+def neuron_sums(
+    table,
+    tiles,
+    O_TYPE: tl.constexpr,
+    ALONG: tl.constexpr,
+    O_UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SLICES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """Sum the squares of slices. A program has all entries of its slices."""
+    row, matrix, tile = _place(table, tiles)
+    n, m = _sizes(row, ALONG, ALIGNED)
+    if tile * SLICES >= n:
+        return
+    result, o_slice, o_entry = _view(row + 4, matrix, O_TYPE, ALONG, ALIGNED)
+    sums = tl.load(row + 8).to(tl.pointer_type(tl.float64)) + matrix * n
+
+    slices = tile * SLICES + tl.arange(0, SLICES)
+    s = _of_slices(slices, ALONG)
+    total = tl.zeros((SLICES, ENTRIES) if ALONG else (ENTRIES, SLICES), tl.float64)
+    for start in range(0, m, ENTRIES):
+        e = _of_entries(start + tl.arange(0, ENTRIES), ALONG)
+        place = result + _offsets(s, e, o_slice, o_entry, ALONG, O_UNIT)
+        wide = tl.load(place, mask=(s < n) & (e < m), other=0).to(tl.float32).to(tl.float64)
+        total += wide * wide
+    # Squares of norms: sums that lie halfway between two float32 numbers are common, and are then rounded as by torch.
+    norms = tl.sqrt(tl.sum(total, 1 if ALONG else 0))
+    tl.store(sums + slices, norms * norms, mask=slices < n)
+
+
+@triton.jit(do_not_specialize=LAUNCH)
+def neuron_factors(table, tiles, S_TYPE: tl.constexpr, INDEXED: tl.constexpr, NEURONS: tl.constexpr):
+    """Update the variances of neurons, and make their factors. A program has all neurons of a matrix."""
+    row, matrix, _tile = _place(table, tiles)
+    n = tl.load(row + 1)
+    before, after = tl.zeros((NEURONS,), tl.float64), tl.zeros((NEURONS,), tl.float64)
+    for start in range(0, n, NEURONS):
+        squares, inverse, variance, place = _normalized(row, matrix, start + tl.arange(0, NEURONS), n, S_TYPE, INDEXED)
+        before += squares
+        after += squares * (inverse * inverse)
+    length = tl.sum(after)
+    length = tl.where(length < 1.1754943508222875e-38, 1.1754943508222875e-38, length)  # the smallest normal number
+    scale = tl.sqrt(tl.sum(before) / length)
+
+    factors = tl.load(row + 18).to(tl.pointer_type(tl.float32)) + matrix * n
+    for start in range(0, n, NEURONS):
+        neurons = start + tl.arange(0, NEURONS)
+        squares, inverse, variance, place = _normalized(row, matrix, neurons, n, S_TYPE, INDEXED)
+        tl.store(place, variance, mask=neurons < n)
+        tl.store(factors + neurons, (inverse * scale).to(tl.float32), mask=neurons < n)
+
+
+@triton.jit
+def _normalized(row, matrix, neurons, n, S_TYPE: tl.constexpr, INDEXED: tl.constexpr):
+    """Return of neurons: sums of squares, what divides by their size, the new variances, and where these belong."""
+    mask = neurons < n
+    sums = tl.load(row + 4).to(tl.pointer_type(S_TYPE)) + matrix * tl.load(row + 5)
+    squares = tl.load(sums + neurons * tl.load(row + 6), mask=mask, other=0).to(tl.float32)
+    variances = tl.load(row + 7).to(tl.pointer_type(tl.float32)) + matrix * tl.load(row + 8)
+    outputs = neurons
+    if INDEXED:
+        outputs = _selected(row + 10, matrix, neurons, n)
+    place = variances + outputs * tl.load(row + 9)
+    known = tl.load(place, mask=mask, other=0)
+    known += (squares * _float(row + 16) - known) * _scalar(row + 13, matrix)
+    eps = tl.load(row + 17).to(tl.float64, bitcast=True)
+    return squares.to(tl.float64), 1.0 / (tl.sqrt(known.to(tl.float64)) + eps), known, place
+
+
+@triton.jit(do_not_specialize=LAUNCH)
 def apply(
     table,
     tiles,
@@ -321,8 +397,14 @@ def _view(row, matrix, TYPE: tl.constexpr, ALONG: tl.constexpr, ALIGNED: tl.cons
 def _scalar(row, matrix):
     """Return a matrix's float32 number: the one at an address, or else the one in the table."""
     address, stride = tl.load(row), tl.load(row + 1)
-    constant = tl.load(row + 2).to(tl.int32).to(tl.float32, bitcast=True)
-    return tl.load(address.to(tl.pointer_type(tl.float32)) + matrix * stride, mask=address != 0, other=constant)
+    place = address.to(tl.pointer_type(tl.float32)) + matrix * stride
+    return tl.load(place, mask=address != 0, other=_float(row + 2))
+
+
+@triton.jit
+def _float(row):
+    """Return a float32 number whose bits are in the table."""
+    return tl.load(row).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dion2_lightning import Dion2
+from dion2_lightning import Dion2, SelectionTracker
 from dion2_lightning.kernels import fused
 from tests.distributed.ranks import run_on_ranks
 from tests.every_kind import fill, groups_of_every_kind, matrices_of, selections_of
@@ -40,8 +40,9 @@ def trained(kernels: str, **settings: Any) -> Dion2:
     [
         {"skip_idle_experts": True, "check_finite": "skip"},
         {"nesterov": True, "cautious_weight_decay": True, "normalize_neurons": True, "fraction": 0.5},
+        {"skip_idle_experts": True, "check_finite": "skip", "normalize_neurons": True},
     ],
-    ids=["idle experts and gates", "nesterov, cautious, neurons"],
+    ids=["idle experts and gates", "nesterov, cautious, neurons", "idle experts and gates, neurons"],
 )
 def test_steps_have_the_same_bits(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     calls, apply = list[torch.Tensor](), fused.apply
@@ -62,6 +63,20 @@ def test_steps_have_the_same_bits(settings: dict[str, Any], monkeypatch: pytest.
             assert torch.equal(value, expected.state[other][name]), f"{name} of weight {number}"
     for one, other in zip(selections_of(found), selections_of(expected), strict=True):
         assert torch.equal(one, other)
+
+
+def test_observers_see_the_variances(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(SelectionTracker, "normalized", lambda _, source, variance: seen.append(variance.clone()))
+    weights = [nn.Parameter(torch.randn(shape)) for shape in ((16, 24), (24, 16))]
+    optimizer = Dion2([{"params": weights, "normalize_neurons": True}], lr=0.1, kernels="triton")
+    SelectionTracker(every=1).attach(optimizer)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    variances = [optimizer.state[weight]["variance"] for weight in weights]
+    assert [(each > 0).sum() for each in variances] == [4, 24]
+    assert all(torch.equal(one, other.mT) for one, other in zip(seen, variances, strict=True))
 
 
 def test_a_step_that_a_gate_skips_changes_nothing() -> None:

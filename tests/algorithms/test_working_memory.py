@@ -3,13 +3,14 @@
 On fake CUDA tensors, so it is what a GPU is asked for: of each operation the results, not what it takes inside.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dion2_lightning import Dion2
+from dion2_lightning.kernels import fused
 from tests.every_kind import parameters_of
 from tests.peak_memory import PeakMemory
 from tests.test_host_synchronisation import fake_cuda
@@ -67,13 +68,14 @@ def peak_of_step(
     *,
     shape: tuple[int, ...] = SHAPE,
     dtype: torch.dtype = torch.float32,
+    kernels: Literal["torch", "triton"] = "torch",
     **settings: Any,
 ) -> int:
     """Return how many bytes a second step takes at most, of so many equal parameters."""
     parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype, device="cuda")) for _ in range(count)]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = Dion2([{"params": parameters, **settings}], lr=0.1, working_memory=memory)
+    optimizer = Dion2([{"params": parameters, **settings}], lr=0.1, working_memory=memory, kernels=kernels)
     optimizer.step()
     with PeakMemory(kept_by(optimizer)) as memory_of_step:
         optimizer.step()
@@ -119,6 +121,13 @@ def test_most_of_the_bound_is_used() -> None:
         case = {"orthonormalize_dtype": dtype, "shape": (3072, 3072), **FULL}
         memory = 8 * peak_of_one(**case)
         assert peak_of_step(16, memory, **case) > 0.7 * memory
+
+
+@pytest.mark.skipif(fused.unavailable(torch.device("cuda")) is not None, reason="Triton is not installed")
+@pytest.mark.parametrize("case", [{"orthonormalize_dtype": "float32"}, HALF, {"algorithm": "dion3"}], ids=str)
+def test_kernels_of_triton_take_no_more(case: dict[str, Any]) -> None:
+    memory = 3 * peak_of_one(**case)
+    assert peak_of_step(6, memory, kernels="triton", **case) <= memory + PER_LINE * sum(SHAPE) * 6
 
 
 def test_what_is_measured() -> None:

@@ -372,6 +372,25 @@ def test_fused_passes_move_fewer_bytes_than_adamw_in_launches_that_do_not_grow(s
     assert len(products) == 1 and products.pop() <= 15 * len(set(LAYERS[shapes]))
 
 
+@pytest.mark.skipif(fused.unavailable(torch.device("cuda")) is not None, reason="Triton is not installed")
+@pytest.mark.parametrize("settings", [{"algorithm": "dion3"}, {"normalize_neurons": True}], ids=str)
+@pytest.mark.parametrize("shapes", ["smollm2-135m", "gpt2"])
+def test_fused_neurons_cost_one_more_reading_of_o(shapes: str, settings: dict[str, Any]) -> None:
+    """At a quarter half a byte a parameter, and their sums; in launches that do not grow with the layers."""
+
+    def build(params: list[Tensor]) -> torch.optim.Optimizer:
+        groups = [{"params": params, "transposed": TRANSPOSED[shapes], **settings}]
+        return Dion2(groups, kernels="triton", working_memory=2**40)
+
+    operations = set()
+    for layers in (2, 6):
+        sizes = LAYERS[shapes] * layers
+        counter = count_step(build, sizes)
+        assert 0.5 <= counter.by_phase["neurons"].moved / sum(rows * columns for rows, columns in sizes) <= 0.55
+        operations.add(counter.beside_products.operations)
+    assert len(operations) == 1 and operations.pop() <= 30
+
+
 def test_main_prints_a_row_for_each_optimizer_and_writes_the_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -340,6 +340,105 @@ def test_the_parts_of_a_norm_are_many(device: str, tiles: None, monkeypatch: pyt
         assert same(result, orthonormalize._normalize(stack).bfloat16())
 
 
+# The neurons of O
+
+
+def square_sums_by_torch(stack: Tensor, dim: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(stack, dim=dim, dtype=torch.float64)
+    return norms.square()
+
+
+@each_order
+@each_dtype
+def test_square_sums(device: str, tiles: None, order: Order, dtype: torch.dtype) -> None:
+    shapes = [*SHAPES, (2, 5, 0), (2, 0, 5)]
+    stacks = [make(order, shape, dtype, seed) for seed, shape in enumerate(shapes) for _ in range(2)]
+    dims = [-1, -2] * len(shapes)
+    sums = fused.square_sums([on(device, each) for each in stacks], dims)
+    for its_sums, stack, dim in zip(sums, stacks, dims, strict=True):
+        expected = square_sums_by_torch(stack, dim)
+        torch.testing.assert_close(its_sums.cpu(), expected, rtol=1e-15, atol=0)
+        assert torch.equal(its_sums.cpu().float(), expected.float())
+    assert same(whole(sums[0]), torch.cat([each.flatten() for each in sums]))
+
+
+def test_sums_halfway_between_two_numbers_round_as_those_of_torch(device: str) -> None:
+    """Such as 1 + 2^-24: sums of the squares of numbers with 8 bits often are there. The root decides."""
+    stack = torch.ones(1, 400, 2, dtype=torch.bfloat16)
+    stack[0, :, 0] = (1 + torch.arange(400) // 100 / 8).bfloat16()
+    stack[0, :, 1] = (1 + torch.arange(400) % 100 / 128).bfloat16() * 2.0**-12
+    expected = square_sums_by_torch(stack, -1)
+    assert (expected.float() != stack.double().square().sum(-1).float()).any()
+    [sums] = fused.square_sums([stack.to(device)], [-1])
+    assert same(sums, expected)
+
+
+def factors_by_torch(
+    sums: Tensor, variances: Tensor, indices: Tensor | None, size: int, weight: float | Tensor, eps: float
+) -> Tensor:
+    """The torch path."""
+    squares = sums.float()
+    known = variances if indices is None else variances.gather(1, indices)
+    known = known + ((squares * (1.0 / size) - known).unsqueeze(-1) * weight).squeeze(-1)
+    inverse = 1.0 / (known.double().sqrt() + eps)
+    before, after = squares.double().sum(1, True), (squares.double() * inverse.square()).sum(1, True)
+    inverse *= (before / after.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+    if indices is None:
+        variances.copy_(known)
+    else:
+        variances.scatter_(1, indices, known)
+    return inverse.float()
+
+
+@pytest.mark.parametrize("block", [8, 1024])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_neuron_factors(device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int) -> None:
+    """Of all neurons, and of selected ones; of variances with gaps and transposed; where gates are closed."""
+    monkeypatch.setattr(fused, "NEURONS", block)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 1), (3, 21), (2, 40), (3, 21), (2, 9), (2, 0)]
+    outs = [1, 21, 40, 37, 11, 3]
+    sums = [torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    sums[1] = sums[1].mT.contiguous().mT
+    sums[2][1] = 0.0
+    variances = [
+        torch.rand(shape[0], out + 3, generator=generator)[:, 3:] for shape, out in zip(shapes, outs, strict=True)
+    ]
+    variances[1] = torch.rand(21, 3, generator=generator).mT
+    variances[2][1] = 0.0
+    variances[3] = torch.zeros(3, 37)
+    indices: list[Tensor | None] = [None] * 3
+    indices += [largest(torch.rand(shape[0], out), shape[1]) for shape, out in zip(shapes[3:], outs[3:], strict=True)]
+    by_matrix = torch.tensor([0.05, 0.0, 0.05]).view(3, 1, 1)
+    weights: list[float | Tensor] = [0.05, by_matrix, torch.tensor(0.05), 0.1, torch.tensor(0.0), 0.05]
+    sizes = [1, 7, 33, 12, 1000, 5]
+    found = [on(device, each) for each in variances]
+    factors = fused.neuron_factors(
+        [on(device, each) for each in sums],
+        found,
+        [None if each is None else each.to(device) for each in indices],
+        sizes,
+        [on_number(device, each) for each in weights],
+        1e-8,
+    )
+    for its_factors, *arguments in zip(factors, sums, variances, indices, sizes, weights, [1e-8] * 6, strict=True):
+        assert same(its_factors, factors_by_torch(*arguments))
+    assert all_same(found, variances)
+    assert same(whole(factors[0]), torch.cat([each.flatten() for each in factors]))
+
+
+def test_factors_keep_the_length_of_a_matrix(device: str) -> None:
+    """And make the mean squares of neurons alike, where v is what they have now."""
+    result = make(rows, (2, 12, 30), torch.float32, 0).to(device)
+    variances = torch.zeros(2, 12, device=device)
+    [factors] = fused.neuron_factors(fused.square_sums([result], [-1]), [variances], [None], [30], [1.0], 1e-8)
+    made = result.double() * factors.unsqueeze(-1).double()
+    torch.testing.assert_close(made.norm(dim=(1, 2)), result.double().norm(dim=(1, 2)), rtol=1e-6, atol=0)
+    squares = made.square().mean(-1)
+    torch.testing.assert_close(squares, squares.mean(1, True).expand(2, 12), rtol=1e-5, atol=0)
+    torch.testing.assert_close(variances.double(), result.double().square().mean(-1), rtol=1e-6, atol=0)
+
+
 # X <- (1 - lr weight_decay) X, X[K] <- X[K] - lr scale O
 
 
@@ -532,6 +631,25 @@ def test_without_gradients_momenta_are_only_read(counted: Counted, monkeypatch: 
     assert total == (counted.read, counted.written) == (4 * 2 * 9 * 6, 8 * 2 * 9)
 
 
+@pytest.mark.parametrize("order", [rows, columns])
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_traffic_of_neurons(counted: Counted, monkeypatch: pytest.MonkeyPatch, order: Order, dim: int) -> None:
+    """O is read once; sums and v, which are read twice, are as small as one slice."""
+    results, sums = [make(order, (2, 8, 32), torch.bfloat16, 0)], list[Tensor]()
+    neurons = 2 * (8 if dim == -1 else 32)
+    indices = [torch.arange(8).expand(2, 8) if dim == -1 else None]
+    total = declared(monkeypatch, "square_sums", lambda: sums.extend(fused.square_sums(results, [dim])))
+    assert total == (counted.read, counted.written) == (2 * 2 * 8 * 32, 8 * neurons)
+    variances = [torch.zeros(2, 32)]
+    counted.read = counted.written = 0
+    total = declared(
+        monkeypatch,
+        "neuron_factors",
+        lambda: fused.neuron_factors(sums, variances, indices, [8], [0.1], 1e-8),
+    )
+    assert total == (counted.read, counted.written) == (2 * (8 + 4) * neurons, 2 * 4 * neurons)
+
+
 def test_traffic_of_no_operator() -> None:
     with pytest.raises(KeyError, match="nothing"):
         fused.traffic("nothing", ())
@@ -562,12 +680,44 @@ def test_what_is_alike_but_for_shapes_and_numbers_is_one_launch(device: str, mon
     assert grids[1:] == [6 * 3, 1, 2]
 
 
+def test_neurons_are_one_launch_where_they_are_slices_and_one_where_they_are_not(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dion2_lightning.kernels import triton_kernels
+
+    launched: list[str] = []
+
+    class Recorded:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(triton_kernels, name)
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            launched.append(f"{self.name} {grid[0]}")
+            return self.kernel[grid]
+
+    for name in ("neuron_sums", "neuron_factors"):
+        monkeypatch.setattr(triton_kernels, name, Recorded(name))
+    results = [on(device, make(rows, shape, torch.float32, 0)) for shape in ((1, 9, 6), (3, 17, 7), (2, 5, 35))] * 2
+    sums = fused.square_sums(results, [-1] * 3 + [-2] * 3)
+    assert launched == [f"neuron_sums {6 * 3}", f"neuron_sums {6 * 2}"]
+    indices = [torch.arange(each.shape[1], device=device).expand(len(each), -1) for each in results[:3]]
+    variances = [torch.zeros(len(each), 40, device=device) for each in results]
+    variances[3:] = [each[:, : its.shape[1]] for each, its in zip(variances[3:], sums[3:], strict=True)]
+    fused.neuron_factors(sums, variances, [*indices, None, None, None], [7] * 6, [0.1] * 6, 1e-8)
+    assert launched[2:] == ["neuron_factors 6"] * 2
+    arguments = (results[:3] + [each.mT for each in results[3:]],)
+    assert fused.launches("square_sums", arguments) == 1 + 2
+    assert fused.launches("neuron_factors", (sums, variances, [*indices, None, None, None])) == 1 + 2
+
+
 def test_nothing_to_do(device: str) -> None:
     empty = [torch.empty(shape, device=device) for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0))]
     assert fused.accumulate([], []) == []
     assert [each.tolist() for each in fused.accumulate(empty, empty)] == [[], [[], []], [[0.0] * 3] * 2]
     assert fused.take([], [], [], torch.float32) == []
     assert fused.normalize([], 1.02, []) == []
+    assert [each.tolist() for each in fused.square_sums(empty, [-1] * 3)] == [[], [[], []], [[0.0] * 3] * 2]
+    assert fused.square_sums([], []) == fused.neuron_factors([], [], [], [], [], 1e-8) == []
     fused.apply([], [], [], [], [])
     indices = [torch.empty(2, 0, dtype=torch.int64, device=device)]
     weight = torch.ones(2, 3, 4, device=device)
@@ -598,12 +748,18 @@ def test_on_fake_cuda_tensors_nothing_waits() -> None:
             sums = fused.accumulate(momenta, [momenta[0], None])
             stacks = fused.take(momenta, indices, [0.9, 0.9], torch.bfloat16)
             results = fused.normalize(stacks, 1.02, [torch.bfloat16, torch.float32])
-            fused.apply(momenta, indices, results, [0.1, 0.1], [0.9, 1.0])
+            neurons = fused.square_sums(results, [-1, -2])
+            variances = [torch.empty(2, 16, device="cuda"), torch.empty(1, 8, device="cuda")]
+            selected = [indices[0], None]
+            factors = fused.neuron_factors(neurons, variances, selected, [32, 1], [0.1, 0.1], 1e-8)
+            fused.apply(momenta, indices, results, [0.1, 0.1], [0.9, 1.0], factors=factors, factor_dims=[-1, -2])
     assert [each.shape for each in sums] == [(2, 16), (1, 4)]
     assert [(each.shape, each.dtype) for each in results] == [((2, 4, 32), torch.bfloat16), ((1, 1, 8), torch.float32)]
-    assert {each.device.type for each in (*sums, *stacks, *results)} == {"cuda"}
+    assert [(each.shape, each.dtype) for each in factors] == [((2, 4), torch.float32), ((1, 8), torch.float32)]
+    assert {each.device.type for each in (*sums, *stacks, *results, *neurons, *factors)} == {"cuda"}
     operators = [each for each in seen if each.startswith("dion2")]
-    assert operators == [f"dion2.{name}.default" for name in ("accumulate", "take", "normalize", "apply")]
+    names = "accumulate", "take", "normalize", "square_sums", "neuron_factors", "apply"
+    assert operators == [f"dion2.{name}.default" for name in names]
     views = {"aten.split_with_sizes.default", "aten.view.default", "aten.transpose.int", "prim.device.default"}
     assert set(seen) - set(operators) <= {"aten.empty.memory_format", *views}
 
@@ -679,8 +835,38 @@ def test_kernels_get_no_wrong_addresses(wrong: dict[str, Any], error: type[Excep
         fused.apply(**{name: [value] for name, value in given.items()})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"sums": torch.zeros(3)}, ValueError, r"sums\[0\] must have the shape \(count, neurons\), but it has \(3,\)"),
+        ({"sums": torch.zeros(2, 3).half()}, TypeError, r"sums\[0\] must be in torch.float64 or torch.float32"),
+        ({"variances": torch.zeros(2, 3).double()}, TypeError, r"variances\[0\] must be in torch.float32 on cpu"),
+        ({"variances": torch.zeros(1, 5)}, ValueError, r"variances\[0\] must have one number for each neuron"),
+        ({"variances": torch.zeros(2)}, ValueError, r"variances\[0\] must have one number for each neuron"),
+        ({"indices": None}, ValueError, r"one number for each neuron of \(2, 3\), but it has the shape \(2, 5\)"),
+        ({"indices": torch.zeros(2, 3)}, TypeError, r"indices\[0\] must be in torch.int64"),
+        ({"indices": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, r"indices\[0\] must have the shape \(2, 3\)"),
+        ({"weights": torch.zeros(3, 1, 1)}, ValueError, r"weights\[0\] has numbers for 3 matrices; there are 2"),
+    ],
+)
+def test_factors_of_neurons_that_do_not_fit(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {
+        "sums": torch.zeros(2, 3, dtype=torch.float64),
+        "variances": torch.zeros(2, 5),
+        "indices": torch.zeros(2, 3, dtype=torch.int64),
+        "sizes": 4,
+        "weights": 0.1,
+    } | wrong
+    with pytest.raises(error, match=message):
+        fused.neuron_factors(**{name: [value] for name, value in given.items()}, eps=1e-8)
+    with pytest.raises(ValueError, match=r"dims\[0\] must be -1 or -2, the entries or the slices of a stack, got 1"):
+        fused.square_sums([torch.zeros(2, 3, 4)], [1])
+
+
 def test_there_is_one_of_everything_for_each_stack() -> None:
     momenta = [torch.zeros(2, 3, 4)] * 2
+    with pytest.raises(ValueError, match="sizes: 1 for 2 stacks"):
+        fused.neuron_factors([torch.zeros(1, 3)] * 2, [torch.zeros(1, 3)] * 2, [None] * 2, [4], [0.1] * 2, 1e-8)
     with pytest.raises(ValueError, match="gradients: 1 for 2 stacks; there must be one for each"):
         fused.accumulate(momenta, [None])
     with pytest.raises(ValueError, match="opens: 1 for 2 stacks"):
@@ -719,7 +905,7 @@ COMPILED = """
                 compiled.add(code)
             return compile
 
-    for name in ("accumulate", "take", "square_sums", "divide", "apply"):
+    for name in ("accumulate", "take", "square_sums", "divide", "neuron_sums", "neuron_factors", "apply"):
         setattr(triton_kernels, name, Compiled(getattr(triton_kernels, name)))
 
     def step(stack, k, factor):
@@ -740,6 +926,16 @@ COMPILED = """
     fused.accumulate([half], [half], bits=bits)
     taken = fused.take([half], [indices], [0.9], torch.bfloat16, gradients=[half], nesterov_factors=[0.9], bits=bits)
     fused.apply([half], [indices], taken, [0.1], [0.9], cautious=[half], factors=[torch.ones(1, 16)], bits=bits)
+
+    def neurons(result, of_slices):
+        for_each, over = result.shape[1:] if of_slices else (result.shape[2], result.shape[1])
+        sums = fused.square_sums([result], [-1 if of_slices else -2])
+        indices = torch.zeros(len(result), for_each, dtype=torch.int64) if of_slices else None
+        fused.neuron_factors(sums, [torch.zeros(len(result), for_each)], [indices], [over], [0.1], 1e-8)
+
+    for result in (torch.zeros(1, 16, 64), torch.zeros(3, 32, 2048), torch.zeros(1, 64, 16).mT):
+        for of_slices in (True, False):
+            neurons(result.bfloat16(), of_slices)
 """
 
 
@@ -757,4 +953,8 @@ def test_a_gpu_compiler_takes_them(tmp_path: Path) -> None:
     columns = rows | {"take": "narrow"}
     printed = [tuple(line.split()) for line in done.stdout.splitlines()]
     assert printed[:10] == [*rows.items(), *columns.items()]
-    assert printed[10:] == [("accumulate", "narrow"), ("accumulate", "wide"), ("take", "wide"), ("apply", "wide")]
+    assert printed[10:14] == [("accumulate", "narrow"), ("accumulate", "wide"), ("take", "wide"), ("apply", "wide")]
+    of_factors = [(name, width) for name, width in printed[14:] if name == "neuron_factors"]
+    assert printed[14:] == [
+        *[("neuron_sums", "wide"), of_factors[0], ("neuron_sums", "wide"), of_factors[1]],
+    ]
