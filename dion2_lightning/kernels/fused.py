@@ -95,7 +95,7 @@ def unavailable(device: torch.device) -> str | None:
         return f"Triton has no kernels for devices of type {device.type}"
     if is_gpu and is_interpreted:
         return "TRITON_INTERPRET is set, and Triton's interpreter cannot read the memory of a GPU: unset it"
-    if is_gpu and torch.cuda.is_current_stream_capturing():
+    if is_gpu and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured, which would read tables of this step again, and they are gone by then"
     if is_gpu and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {MIN_CAPABILITY}"

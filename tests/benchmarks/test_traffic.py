@@ -229,6 +229,8 @@ def test_a_gpu_sums_half_precision_in_float32_without_a_copy(fake: None) -> None
 def test_fake_tensors_are_counted_as_real_ones() -> None:
     sizes = [(64, 48), (32, 96), (96, 32)]
     for name, build in optimizers("smollm2-135m"):
+        if name.startswith("Dion at"):  # on a CPU the host reads how exact its QR is
+            continue
         parameters: list[Tensor] = [nn.Parameter(torch.rand(size)) for size in sizes]
         optimizer = build(parameters)
         for parameter in parameters:

@@ -786,6 +786,9 @@ def test_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason("cuda") == "Triton cannot launch kernels (no C compiler)"
     monkeypatch.setattr(fused, "_error", lambda *, launches: "No module named 'triton'")
     assert "pip install triton" in reason("cuda")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert reason("cuda").startswith("a CUDA graph is being captured")
 
 
 def test_without_a_gpu_nothing_can_be_launched(device: str) -> None:
