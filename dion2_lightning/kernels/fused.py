@@ -9,10 +9,10 @@ They do what these lines of the step do, to the same bits; sums in float64 diffe
     neuron_factors    v[K] <- v[K] + (1 - neuron_beta) (mean squares - v[K]), and what normalizes the neurons
     apply             X <- (1 - lr weight_decay) X, and X[K] <- X[K] - lr scale O
 
-All see stacks of matrices as (count, n, m) views, n slices of m entries each, and numbers of neurons as (count, neurons),
-of any strides; a list of stacks may mix shapes, memory orders and dtypes, of :data:`DTYPES`, on one device. Each is a
-custom operator ``dion2::...``, so that torch can trace it without data. What the operators know of every matrix is sent
-to the device in one small copy; the host waits for nothing.
+All see stacks of matrices as (count, n, m) views, n slices of m entries each, and numbers of neurons as views (count,
+neurons), of any strides; a list of stacks may mix shapes, memory orders and dtypes, of :data:`DTYPES`, on one device.
+Each is a custom operator ``dion2::...``, so that torch can trace it without data. What the operators know of every
+matrix is sent to the device in one small copy; the host waits for nothing.
 
 There is one launch for all that is alike but for shapes and numbers, and one compilation for each kind of launch.
 """
