@@ -385,16 +385,21 @@ def _layout(tensor: Tensor) -> tuple[torch.Size, list[int]]:
 # A table of optimizers
 
 
-def optimizers(shapes: str, kernels: Sequence[str] = ()) -> Iterator[tuple[str, Build]]:
+def optimizers(
+    shapes: str, kernels: Sequence[str] = (), working_memory: int | None = None
+) -> Iterator[tuple[str, Build]]:
     """Yield what is compared, by name, each with its default weight decay.
 
     Args:
         shapes: A model of ``benchmarks.step.LAYERS``.
         kernels: Argument of the constructor; for each, there is a row of Dion2 and Dion3 (default: it is not given).
+        working_memory: Argument of the constructor.
     """
 
     def package(chosen: str | None = None, **settings: Any) -> Build:
-        constructor: dict[str, Any] = {} if chosen is None else {"kernels": chosen}
+        constructor: dict[str, Any] = {"working_memory": working_memory}
+        if chosen is not None:
+            constructor["kernels"] = chosen
         return lambda params: Dion2([{"params": params, "transposed": TRANSPOSED[shapes], **settings}], **constructor)
 
     yield "torch.optim.AdamW, fused", lambda params: torch.optim.AdamW(params, fused=True)
@@ -438,6 +443,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--kernels", nargs="+", default=[], help="kernels of Dion2 and Dion3, a row for each")
+    parser.add_argument("--working-memory", type=int, help="bytes that a step may take (default: that of the package)")
     parser.add_argument("--only", default="", help="only optimizers whose name contains this")
     parser.add_argument("--json", type=Path, help="write the figures to this file, bytes read and written apart")
     chosen = parser.parse_args(arguments)
@@ -457,7 +463,7 @@ def compare(shapes: str, layers: int, chosen: argparse.Namespace) -> dict[str, A
     titles = "".join(f"{phase:>{width}}" for phase, width in zip(PHASES, WIDTHS, strict=True))
     print(f"{'':{NAME}}{titles}{'bytes':>8}{'operations':>11}{'bytes':>8}{'operations':>11}{'GFLOP':>8}")
     figures = {}
-    for name, build in optimizers(shapes, chosen.kernels):
+    for name, build in optimizers(shapes, chosen.kernels, chosen.working_memory):
         if chosen.only in name:
             counter = count_step(build, sizes, device=chosen.device, dtype=getattr(torch, chosen.dtype))
             print(f"{name:{NAME}}{_row(counter, entries)}")

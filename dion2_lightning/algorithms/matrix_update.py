@@ -622,8 +622,13 @@ def _slice_sums(update: MatrixUpdate, working_memory: int) -> Tensor:
     """Sum up |M|, as many matrices at a time as memory allows."""
     momentum = update.momentum
     size = max(1, working_memory * len(momentum) // max(1, momentum.nbytes))
-    sums = [torch.cat([slice_sums(some) for some in own.split(size)]) for own in update.own(momentum)]
-    return sums[0].sum(1) if update.is_in_pieces else torch.cat([each.flatten(1) for each in sums], 1)
+    if len(momentum) > size:
+        sums = [torch.cat([slice_sums(some) for some in own.split(size)]) for own in update.own(momentum)]
+    else:
+        sums = [slice_sums(own) for own in update.own(momentum)]
+    if update.is_in_pieces:
+        return sums[0].sum(1)
+    return sums[0].flatten(1) if len(sums) == 1 else torch.cat([each.flatten(1) for each in sums], 1)
 
 
 def _sums_of_channels(update: MatrixUpdate, sums: Tensor) -> Tensor:

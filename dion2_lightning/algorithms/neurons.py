@@ -99,9 +99,8 @@ def _factors(sums: Mapping[SelectedSlices, Tensor]) -> dict[SelectedSlices, Tens
         means = squares * (1.0 / _size(equal[0].update))  # as GPUs divide by a number: all round alike
         known = torch.cat([_known(each) for each in equal])
         known += (means - known) * _weight(equal[0], known)
-        # Rounded once, as devices differ in the last bits of float32 roots.
-        precise, inverse = (each.to(sum_dtype(each.device)) for each in (squares, known))
-        inverse = 1.0 / (inverse.sqrt() + EPS)
+        precise, wide = (each.to(sum_dtype(each.device)) for each in (squares, known))
+        inverse = 1.0 / (wide.sqrt() + EPS)  # in float32 devices differ in the last bits of roots
         before, after = precise.sum(1, keepdim=True), (precise * inverse.square()).sum(1, keepdim=True)
         inverse *= (before / after.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
         results.update(zip(equal, torch.split(inverse.float(), counts), strict=True))
@@ -134,7 +133,8 @@ def _variance(each: SelectedSlices) -> Tensor:
     update = each.update
     matrices, per_neuron = update.matrices, local(update.state["variance"]).squeeze(-1)
     if matrices.is_stack:
-        return each.of_matrices(per_neuron.narrow(1, matrices.first_neuron, matrices.out_size))
-    first = matrices.first_neuron + update.part.first * matrices.out_size
-    whole = per_neuron.narrow(0, first, update.count * matrices.out_size)
-    return each.of_matrices(whole.view(update.count, matrices.out_size))
+        of_update = per_neuron.narrow(1, matrices.first_neuron, matrices.out_size)
+    else:
+        first = matrices.first_neuron + update.part.first * matrices.out_size
+        of_update = per_neuron.narrow(0, first, update.count * matrices.out_size).view(-1, matrices.out_size)
+    return each.of_matrices(of_update)

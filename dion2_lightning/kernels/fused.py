@@ -2,16 +2,17 @@
 
 They do what these lines of the step do, to the same bits; sums in float64 differ by the order of their terms alone:
 
-    accumulate   M <- M + G, and the norms of the slices
-    take         S <- M[K], then M[K] <- mu M[K]
-    normalize    what precedes the products of orthonormalization
-    square_sums, neuron_factors                what normalizes the neurons of O
-    apply        X <- (1 - lr weight_decay) X, and X[K] <- X[K] - lr scale O
+    accumulate        M <- M + G, and the norms of the slices
+    take              S <- M[K], then M[K] <- mu M[K]
+    normalize         what precedes the products of orthonormalization
+    square_sums       the sums of squares of the neurons of O
+    neuron_factors    v[K] <- v[K] + (1 - neuron_beta) (mean squares - v[K]), and what normalizes the neurons
+    apply             X <- (1 - lr weight_decay) X, and X[K] <- X[K] - lr scale O
 
-All see stacks of matrices as (count, n, m) views, n slices of m entries each, of any strides; a list of them may mix
-shapes, memory orders and dtypes, of :data:`DTYPES`, on one device. Each is a custom operator ``dion2::...``, so that
-torch can trace it without data. What the operators know of every matrix is sent to the device in one small copy; the
-host waits for nothing.
+All see stacks of matrices as (count, n, m) views, n slices of m entries each, and numbers of neurons as views (count,
+neurons), of any strides; a list of stacks may mix shapes, memory orders and dtypes, of :data:`DTYPES`, on one device.
+Each is a custom operator ``dion2::...``, so that torch can trace it without data. What the operators know of every
+matrix is sent to the device in one small copy; the host waits for nothing.
 
 There is one launch for all that is alike but for shapes and numbers, and one compilation for each kind of launch.
 """
@@ -411,7 +412,7 @@ def neuron_factors(
         variances: v, float32 (count, out) each.
         indices: Which of the ``out`` the neurons are, int64 (count, neurons); None where they are all.
         sizes: How many entries a neuron has.
-        weights: Of the new mean squares, or float32 tensors of them, 0-d or (count, 1, 1).
+        weights: Of the new mean squares, or float32 tensors of them, 0-d or with one for each matrix.
         eps: A small number.
 
     Returns:
