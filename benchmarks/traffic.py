@@ -43,19 +43,19 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.fake_tensors import fake_tensors
 from benchmarks.step import LAYERS, TRANSPOSED, Build, Sizes
 from dion2_lightning import Dion2
-from dion2_lightning.algorithms import low_rank, matrix_update, neurons
+from dion2_lightning.algorithms import low_rank, neurons, passes
 from dion2_lightning.kernels import orthonormalize
 
 FUNCTIONS: dict[Callable[..., Any], str] = {
-    matrix_update.accumulate: "accumulate",
-    matrix_update.accumulate_and_sum: "norms",
-    matrix_update._accumulate_at_once: "accumulate",
-    matrix_update.select: "select",
-    matrix_update.take: "take",
-    matrix_update.polar_factors: "normalize",
+    passes.accumulate: "accumulate",
+    passes.accumulate_and_sum: "norms",
+    passes._accumulate_at_once: "accumulate",
+    passes.select: "select",
+    passes.take: "take",
+    passes.polar_factors: "normalize",
     orthonormalize._normalize: "normalize",
-    matrix_update.shrink: "weight decay",
-    matrix_update.apply: "apply",
+    passes.shrink: "weight decay",
+    passes.apply: "apply",
     neurons.square_sums: "neurons",
     neurons.factors: "neurons",
     low_rank.orthonormal: "normalize",
@@ -73,7 +73,7 @@ NAME, WIDTHS = 27, [max(len(phase) + 1, 7) for phase in PHASES]
 """Widths of the columns that are printed."""
 
 OWN_NAMESPACE = "dion2"
-OWN_KERNELS = "dion2_lightning.kernels.fused"
+OWN_KERNELS = "dion2_lightning.kernels.traffic"
 """What is asked about operators of that namespace: ``traffic(name, arguments, result) -> (bytes read, written)``, and
 ``launches(name, arguments)``."""
 

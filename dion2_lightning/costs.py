@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import default_working_memory
-from dion2_lightning.algorithms.matrix_update import working_bytes
+from dion2_lightning.algorithms.working_memory import working_bytes
 from dion2_lightning.distributed.buckets import assign_buckets, count_buckets
 from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormal_columns import sketch_rows

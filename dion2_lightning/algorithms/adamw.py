@@ -24,7 +24,7 @@ from dion2_lightning.algorithms.hyperparameters import (
     setting,
     two_decay_rates,
 )
-from dion2_lightning.algorithms.matrix_update import bounded, pass_bytes
+from dion2_lightning.algorithms.working_memory import bounded, pass_bytes
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.device_numbers import DeviceNumber, Number, as_factor
 from dion2_lightning.kernels.gate import Gate

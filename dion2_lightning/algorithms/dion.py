@@ -48,7 +48,8 @@ from dion2_lightning.algorithms.low_rank import (
     right_products,
     state_dtype,
 )
-from dion2_lightning.algorithms.matrix_update import accumulate, count_step, draw_bits, leave_idle
+from dion2_lightning.algorithms.matrix_update import count_step, draw_bits
+from dion2_lightning.algorithms.passes import accumulate, leave_idle
 from dion2_lightning.algorithms.projections import Projections
 from dion2_lightning.algorithms.shared import split_by_ranks
 from dion2_lightning.matrices.views import Observed, matrices_of

@@ -43,19 +43,21 @@ from dion2_lightning.algorithms.learning_rates import update_scale
 from dion2_lightning.algorithms.matrix_update import (
     MatrixUpdate,
     SelectedSlices,
-    accumulate_and_sum,
-    apply,
     count_step,
     draw_bits,
+    runs,
+    within_memory,
+)
+from dion2_lightning.algorithms.passes import (
+    accumulate_and_sum,
+    apply,
     leave_idle,
     polar_factors,
     record_selection,
-    runs,
     select,
     show_result,
     shrink,
     take,
-    within_memory,
 )
 from dion2_lightning.algorithms.shared import split_by_ranks
 from dion2_lightning.kernels.orthonormalize import default_dtype

@@ -27,15 +27,12 @@ from torch.nn.functional import pad
 
 from dion2_lightning.algorithms import neurons
 from dion2_lightning.algorithms.algorithm import StepContext
-from dion2_lightning.algorithms.matrix_update import (
-    MatrixUpdate,
-    SelectedSlices,
+from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices, count_step, draw_bits
+from dion2_lightning.algorithms.passes import (
     accumulate,
     accumulate_and_sum,
     apply,
     concatenate,
-    count_step,
-    draw_bits,
     polar_factors,
     record_selection,
     select,

@@ -38,9 +38,11 @@ from dion2_lightning.algorithms.low_rank import (
     orthonormal,
     right_products,
 )
-from dion2_lightning.algorithms.matrix_update import accumulate, bounded, count_step, draw_bits
+from dion2_lightning.algorithms.matrix_update import count_step, draw_bits
+from dion2_lightning.algorithms.passes import accumulate
 from dion2_lightning.algorithms.projections import Projections
 from dion2_lightning.algorithms.shared import nonzero_gradients, with_gradient
+from dion2_lightning.algorithms.working_memory import bounded
 from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
 from dion2_lightning.distributed.owners import assign_owners

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StateTensor, StepContext
 from dion2_lightning.algorithms.learning_rates import update_scale
-from dion2_lightning.algorithms.matrix_update import MatrixUpdate, bounded, pass_bytes
-from dion2_lightning.algorithms.matrix_update import shrink as decay_weights
+from dion2_lightning.algorithms.matrix_update import MatrixUpdate
+from dion2_lightning.algorithms.passes import shrink as decay_weights
+from dion2_lightning.algorithms.working_memory import bounded, pass_bytes
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.orthonormal_columns import orthonormal_columns, randomized_cholesky_qr, sketch_rows
 from dion2_lightning.kernels.precision import sum_dtype

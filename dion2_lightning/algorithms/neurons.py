@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import StateTensor, StepContext
-from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices, at_once_or_one_by_one
+from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices
+from dion2_lightning.algorithms.passes import at_once_or_one_by_one
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.matrices.layout import group_by, local, placements_of_matrices

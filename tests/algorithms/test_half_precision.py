@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from dion2_lightning import Dion2, build_optimizer
-from dion2_lightning.algorithms import adamw, matrix_update
+from dion2_lightning.algorithms import adamw, matrix_update, working_memory
 from tests.reference import Reference
 
 ALGORITHMS = ["dion2", "dion", "adamw"]
@@ -329,7 +329,7 @@ def test_a_large_parameter_is_updated_in_pieces(monkeypatch: pytest.MonkeyPatch)
         original(pieces, *others)
 
     monkeypatch.setattr(adamw, "_adamw", spy)
-    limit = 700 * matrix_update.pass_bytes(torch.bfloat16)
+    limit = 700 * working_memory.pass_bytes(torch.bfloat16)
     monkeypatch.setattr("dion2_lightning.algorithms.algorithm.MIN_WORKING_MEMORY", limit)
     assert all(torch.equal(one, other) for one, other in zip(expected, trained(), strict=True))
     assert len(sizes) > 4

@@ -278,7 +278,7 @@ def test_operators_of_the_package_declare_their_bytes(monkeypatch: pytest.Monkey
         return arguments[0].nbytes, arguments[0].nbytes + result.nbytes
 
     module = SimpleNamespace(traffic=declares, launches=lambda name, arguments: 3)
-    monkeypatch.setitem(sys.modules, "dion2_lightning.kernels.fused", module)
+    monkeypatch.setitem(sys.modules, "dion2_lightning.kernels.traffic", module)
     assert counted(lambda: halve(OUT, offset=1.0)) == Traffic(3, 96, 96 + 16)
     assert asked == [("halve_in_a_test", (1, 1.0), (4,))]
 

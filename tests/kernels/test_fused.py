@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dion2_lightning.kernels import fused, orthonormalize
+from dion2_lightning.kernels import fused, orthonormalize, traffic
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
 from dion2_lightning.kernels.selection import add_, decay_, gather, largest, put_, slice_sums
@@ -563,7 +563,7 @@ def declared(monkeypatch: pytest.MonkeyPatch, name: str, call: Callable[[], obje
             result = function(*arguments, **(keywords or {}))
             if function.namespace == "dion2":
                 assert function._opname == name
-                totals.append(fused.traffic(name, arguments, result))
+                totals.append(traffic.traffic(name, arguments, result))
             return result
 
     with Declared():
@@ -652,7 +652,7 @@ def test_traffic_of_neurons(counted: Counted, monkeypatch: pytest.MonkeyPatch, o
 
 def test_traffic_of_no_operator() -> None:
     with pytest.raises(KeyError, match="nothing"):
-        fused.traffic("nothing", ())
+        traffic.traffic("nothing", ())
 
 
 # Launches
@@ -706,8 +706,8 @@ def test_neurons_are_one_launch_where_they_are_slices_and_one_where_they_are_not
     fused.neuron_factors(sums, variances, [*indices, None, None, None], [7] * 6, [0.1] * 6, 1e-8)
     assert launched[2:] == ["neuron_factors 6"] * 2
     arguments = (results[:3] + [each.mT for each in results[3:]],)
-    assert fused.launches("square_sums", arguments) == 1 + 2
-    assert fused.launches("neuron_factors", (sums, variances, [*indices, None, None, None])) == 1 + 2
+    assert traffic.launches("square_sums", arguments) == 1 + 2
+    assert traffic.launches("neuron_factors", (sums, variances, [*indices, None, None, None])) == 1 + 2
 
 
 def test_nothing_to_do(device: str) -> None:

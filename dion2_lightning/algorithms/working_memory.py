@@ -1,0 +1,46 @@
+"""How much memory a step takes, and lists cut so that it takes no more than it may."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeVar
+
+import torch
+
+from dion2_lightning.kernels.orthonormalize import MIN_BF16_DIM
+
+WORKING_COPIES: Final = 8
+"""How many copies of the submatrices of a batch there are at once, at most: as taken, side by side and normalized, and
+of square ones three Gram matrices beside the next iterate; and what became of the last batch."""
+
+SLICE_BYTES: Final = 40
+"""Working memory for a slice: the sums of |M|, norms, and their order."""
+
+PASS_COPIES: Final = 7
+"""The same for a pass over weights that are in half precision, or decay cautiously, in float32 at least: the wide
+weights, the update or its sign, random bits, and what is rounded."""
+
+T = TypeVar("T")
+
+
+def working_bytes(k: int, entries: int, slices: int, itemsize: int) -> int:
+    """Return the working memory of k slices of ``entries`` each, of so many, orthonormalized in a precision's bytes."""
+    itemsize = max(itemsize, torch.float32.itemsize) if min(k, entries) < MIN_BF16_DIM else itemsize
+    return k * entries * itemsize * WORKING_COPIES + slices * SLICE_BYTES
+
+
+def pass_bytes(dtype: torch.dtype) -> int:
+    """Return the working memory of a pass over weights of a dtype, for an entry."""
+    return PASS_COPIES * torch.promote_types(dtype, torch.float32).itemsize
+
+
+def bounded(items: Sequence[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Cut a list into runs of at most ``limit`` together, or of one item."""
+    run: list[T] = []
+    total = 0
+    for item in items:
+        if run and total + size_of(item) > limit:
+            yield run
+            run, total = [], 0
+        run.append(item)
+        total += size_of(item)
+    if run:
+        yield run

@@ -1,0 +1,108 @@
+"""What the operators of fused.py read and write, and how many launches they take: their declaration."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from torch import Tensor
+
+from dion2_lightning.kernels.fused import decays
+from dion2_lightning.kernels.triton_launch import runs_along
+
+
+def traffic(name: str, arguments: tuple[Any, ...], result: object = None) -> tuple[int, int]:
+    """Return how many bytes a call of the operator ``dion2::name`` reads and writes.
+
+    Left out is what it reads of small tables: numbers by matrix, slice or entry, indices, and hashes. Of single columns
+    a GPU moves more than they have: what lies between them in the same 32 bytes.
+
+    Args:
+        name: Such as "accumulate".
+        arguments: All of the call, positional.
+        result: What it returned: nothing.
+
+    Raises:
+        KeyError: If there is no such operator.
+    """
+    return _TRAFFIC[name](*arguments)
+
+
+def launches(name: str, arguments: tuple[Any, ...]) -> int:
+    """Return how many launches a call of the operator ``dion2::name`` takes, the copy of its table among them.
+
+    It is one for each memory order and dtype of the matrices, twice in ``normalize``; addresses and sizes that are not
+    multiples of 16 may add to that. In ``neuron_factors`` it is one where slices are neurons, one where they are not.
+    """
+    if name == "neuron_factors":
+        sums, _, indices, *_ = arguments
+        return 1 + len({(each.dtype, which is None) for each, which in zip(sums, indices, strict=True)})
+    kinds = {(each.dtype, runs_along(each), 1 in each.stride()[1:]) for each in arguments[0]}
+    return 1 + len(kinds) * (2 if name == "normalize" else 1)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _accumulate_traffic(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None], *others: Any) -> tuple[int, int]:
+    pairs = [(momentum, each) for momentum, each in zip(momenta, gradients, strict=True) if each is not None]
+    read = sum(map(_size, momenta)) + sum(_size(gradient) for _, gradient in pairs)
+    return read, sum(_size(momentum) for momentum, _ in pairs) + _size(others[-1])
+
+
+def _take_traffic(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None], *others: Any) -> tuple[int, int]:
+    stacks: Sequence[Tensor] = others[-1]
+    of_momenta = sum(stack.numel() * each.itemsize for stack, each in zip(stacks, momenta, strict=True))
+    of_gradients = sum(
+        stack.numel() * each.itemsize for stack, each in zip(stacks, gradients, strict=True) if each is not None
+    )
+    return of_momenta + of_gradients, of_momenta + sum(map(_size, stacks))
+
+
+def _normalize_traffic(
+    stacks: Sequence[Tensor], safety: float, partial: Tensor, results: Sequence[Tensor]
+) -> tuple[int, int]:
+    return 2 * sum(map(_size, stacks)), sum(map(_size, results))
+
+
+def _square_sums_traffic(stacks: Sequence[Tensor], sums: Tensor) -> tuple[int, int]:
+    return sum(map(_size, stacks)), _size(sums)
+
+
+def _neuron_factors_traffic(sums: Sequence[Tensor], variances: Sequence[Tensor], *others: Any) -> tuple[int, int]:
+    factors: Tensor = others[-1]
+    return 2 * (sum(map(_size, sums)) + _size(factors)), 2 * _size(factors)  # v of a neuron is as large as its factor
+
+
+def _apply_traffic(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    results: Sequence[Tensor],
+    step_sizes: Sequence[float],
+    step_tensors: Sequence[Tensor | None],
+    shrinks: Sequence[float],
+    shrink_tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor | None],
+    factor_dims: Sequence[int],
+    momenta: Sequence[Tensor | None],
+    *hashes: Any,
+) -> tuple[int, int]:
+    read = written = 0
+    for weight, result, shrink, tensor, momentum in zip(
+        weights, results, shrinks, shrink_tensors, momenta, strict=True
+    ):
+        touched = weight.numel() if decays(shrink, tensor) else result.numel()
+        read += touched * weight.itemsize + _size(result)
+        written += touched * weight.itemsize
+        if momentum is not None and decays(shrink, tensor):
+            read += (momentum.numel() - result.numel()) * momentum.itemsize
+    return read, written
+
+
+_TRAFFIC: Final[dict[str, Callable[..., tuple[int, int]]]] = {
+    "accumulate": _accumulate_traffic,
+    "take": _take_traffic,
+    "normalize": _normalize_traffic,
+    "square_sums": _square_sums_traffic,
+    "neuron_factors": _neuron_factors_traffic,
+    "apply": _apply_traffic,
+}
