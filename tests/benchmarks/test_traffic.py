@@ -419,5 +419,7 @@ def test_kernels_are_an_argument_of_the_constructor(monkeypatch: pytest.MonkeyPa
     assert [name for name in builds if name.startswith("Dion3")] == ["Dion3 at 1/4, torch", "Dion3 at 1/4, triton"]
     for name in ("Dion2 at 1/8, triton", "Dion at 1/4"):
         builds[name]([])
-    dict(optimizers("gpt2"))["Dion2 at 1"]([])
+    dict(optimizers("gpt2", working_memory=1000))["Dion2 at 1"]([])
+    bounds = [each.pop("working_memory") for each in given]
     assert given == [{"kernels": "triton"}, {}, {}]
+    assert bounds == [None, None, 1000]
