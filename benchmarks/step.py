@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.peak_memory import PeakMemory
 from benchmarks.phases import PHASES, shares_of_phases
 from dion2_lightning import Dion2
 from dion2_lightning.algorithms.hyperparameters import DType
@@ -177,19 +178,26 @@ def compare(shapes: str, chosen: argparse.Namespace) -> dict[str, Any]:
         candidates[f"floor of Dion2 at {name}"] = Floor(weights(sizes, chosen.device), fraction, chosen.dtype)
     times = take_turns(candidates, chosen)
     medians = {name: statistics.median(values) for name, values in times.items()}
+    memory = {
+        name: working_memory(optimizer)
+        for name, optimizer in candidates.items()
+        if isinstance(optimizer, torch.optim.Optimizer)
+    }
     rounds, count = len(next(iter(times.values()))), sum(rows * columns for rows, columns in sizes)
     print(f"\n{shapes}, {chosen.layers} layers, {count / 1e6:.1f}M parameters, median of {rounds} steps")
     adamw, muon = medians.get("torch.optim.AdamW, fused"), medians.get("torch.optim.Muon")
-    print(f"{'':36}{'ms':>9}{'it / AdamW fused':>18}{'Muon / it':>11}{'it / its floor':>16}")
+    print(f"{'':36}{'ms':>9}{'it / AdamW fused':>18}{'Muon / it':>11}{'it / its floor':>16}{'memory, MB':>12}")
     for name, median in medians.items():
         floor = medians.get(f"floor of {name}")
         ratios = [
             f"{median / adamw:17.2f}x" if adamw else " " * 18,
             f"{muon / median:10.1f}x" if muon else " " * 11,
-            f"{median / floor:15.2f}x" if floor else "",
+            f"{median / floor:15.2f}x" if floor else " " * 16,
+            f"{memory[name] / 1e6:12.1f}" if name in memory else "",
         ]
         print(f"{name:36}{median:9.1f}{''.join(ratios)}".rstrip())
     figures: dict[str, Any] = {"shapes": shapes, "layers": chosen.layers, "parameters": count, "ms": medians}
+    figures["memory"] = memory
     if chosen.phases:
         figures["phases"] = {
             name: shares_of_phases(optimizer, chosen.device)
@@ -201,6 +209,16 @@ def compare(shapes: str, chosen: argparse.Namespace) -> dict[str, Any]:
         for name, shares in figures["phases"].items():
             print(f"{name:36}{''.join(f'{shares[title]:18.0f}' for title in titles)}")
     return figures
+
+
+def working_memory(optimizer: torch.optim.Optimizer) -> int:
+    """Return the most bytes at once of what a step's operations return, beside weights, gradients and state."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters]
+    state = [value for each in optimizer.state.values() for value in each.values()]
+    with PeakMemory([each for each in (*parameters, *gradients, *state) if isinstance(each, Tensor)]) as memory:
+        optimizer.step()
+    return memory.peak
 
 
 def take_turns(candidates: dict[str, Steps], chosen: argparse.Namespace) -> dict[str, list[float]]:

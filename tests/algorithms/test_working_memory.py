@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peak_memory import PeakMemory
 from dion2_lightning import Dion2
 from dion2_lightning.kernels import fused
 from tests.every_kind import parameters_of
-from tests.peak_memory import PeakMemory
 from tests.test_host_synchronisation import fake_cuda
 
 __all__ = ["fake_cuda"]  # used by every test
