@@ -140,6 +140,8 @@ def _expected_errors(triangles: Tensor) -> Tensor:
     of about 2 eps |R| |R^-1| / sqrt(r). Norms are Frobenius norms.
     """
     size, dtype, device = triangles.shape[-1], triangles.dtype, triangles.device
+    largest = triangles.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    triangles = triangles / largest  # squares in a norm neither overflow nor vanish
     places = torch.arange(size, device=device), torch.arange(PROBES, device=device)
     probes = uniforms(*places, _PROBE_SEED).to(dtype).expand(len(triangles), -1, -1)
     inverse = torch.linalg.solve_triangular(triangles, probes, upper=True)
