@@ -71,5 +71,32 @@ def check_peaks() -> None:
     assert peak_of_a_step(mesh, working_memory=quarter) <= quarter < peak_of_a_step(mesh, working_memory=4 * quarter)
 
 
+def peak_of_dion(parameters: list[Tensor], working_memory: int, **settings: Any) -> int:
+    """The same of Dion."""
+    optimizer = Dion2([{"params": parameters, "algorithm": "dion"}], working_memory=working_memory, **settings)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    with LiveBytes() as live:
+        optimizer.step()
+    return live.peak
+
+
+def check_dion() -> None:
+    """P and R of all matrices are several times as much as is allowed."""
+    memory, mesh = 4 * 2**20, init_device_mesh("cpu", (2,))
+    for shape in ((256, 256), (1024, 64), (64, 1024)):
+        replicas = [nn.Parameter(torch.randn(shape)) for _ in range(100)]
+        shards = [nn.Parameter(place(torch.randn(shape), mesh, (Shard(0),))) for _ in range(100)]
+        ddp: dict[str, Any] = {"process_group": dist.group.WORLD, "share_replicas": True}
+        for parameters, settings in ((replicas, ddp), (shards, {})):
+            assert peak_of_dion(parameters, memory, **settings) <= memory
+            assert peak_of_dion(parameters, 2**40, **settings) > 2 * memory
+
+
 def test_buckets_keep_to_the_working_memory() -> None:
     run_on_ranks(2, check_peaks)
+
+
+def test_dion_keeps_to_the_working_memory() -> None:
+    run_on_ranks(2, check_dion)
