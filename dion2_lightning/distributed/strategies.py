@@ -168,7 +168,7 @@ def refuse_averaging_by_nobody(strategy: Any) -> None:
             )
 
 
-def _accelerate_state() -> Any | None:
+def _accelerate_state() -> Any:
     """The AcceleratorState of this process, or None where there is none."""
     state: Any = sys.modules.get("accelerate.state")
     return state.AcceleratorState() if state is not None and state.is_initialized() else None

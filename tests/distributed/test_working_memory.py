@@ -64,7 +64,7 @@ def peak_of_a_step(mesh: DeviceMesh, working_memory: int) -> int:
 
 
 def check_peaks() -> None:
-    """Of 24 bytes for each entry that a rank owns, 16 of the work and 8 in flight, a third is enough if it has to be."""
+    """Of 24 bytes for an entry that a rank owns, 16 of work and 8 in flight, a third is enough if it has to be."""
     mesh = init_device_mesh("cpu", (2,))
     entries = int(COUNT * SHAPE[0] * SHAPE[1] * FRACTION) // dist.get_world_size()
     third = 24 * entries // 3
