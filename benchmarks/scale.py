@@ -25,12 +25,13 @@ count nothing, nor does attention besides its matrices. An all-reduce is a ring,
 the buffer. Dion's replicas each do all of the work. Dion2 is there twice: where its planner decides whether replicas
 share the work, and "alone", with ``share_replicas=False``.
 
-With ``--buckets`` the time of the exchange with owners under FSDP2 is computed, products included, in one
-bucket of matrices, in two and three, and in as many as a step plans. Buckets go in the order of the package's own
-schedule. An all-to-all begins when every rank has come to it and the one before has ended, and ends on all ranks when
-the last has sent and received everything: one message to each other rank, one after the other, and bytes by bandwidth,
-those within a node beside those between nodes. Products take no time from messages, nor the other way round. Passes
-over all entries, the all-reduces, and experts that stay whole are left out: they are the same in any number of buckets.
+With ``--buckets`` the time of the exchange with owners under FSDP2 is computed, products included, in one bucket of
+matrices, in two and three, and in as many as a step plans. Buckets go in the order of the package's own schedule. An
+all-to-all begins when every rank has come to it and the one before has ended, and ends on all ranks when the last has
+sent and received everything: one message to each other rank, one after the other, and bytes by bandwidth, those within
+a node beside those between nodes. Working memory is 15% of the matrices alone; that of a step counts the other weights
+too, so it may plan fewer buckets. Products take no time from messages, nor the other way round. Passes over all
+entries, the all-reduces, and experts that stay whole are left out: they are the same in any number of buckets.
 """
 
 import argparse
@@ -185,7 +186,7 @@ def shared_submatrices(shapes: Sequence[Shape], layout: Layout, fraction: float,
 
 
 def working_memory(shapes: Sequence[Shape], layout: Layout) -> int:
-    """Return the bytes of working memory that a step has by default, where weights are float32."""
+    """Return the bytes of working memory that a step has by default where weights are float32, all of them these."""
     return default_working_memory(4 * sum(math.prod(shape) // layout.ranks for shape in shapes))
 
 

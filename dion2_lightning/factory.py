@@ -83,7 +83,7 @@ class CommonArguments(EverySetting):
     share_replicas: bool | None = setting(
         None,
         "Whether ranks that hold replicas, as under DDP and HSDP, share the work on them: True, False, or None, where "
-        "it saves more than sending the results costs.",
+        "it saves more than sending the results costs. For Dion None never shares, and True does under DDP alone.",
     )
     max_grad_norm: float | None = setting(
         None,

@@ -21,7 +21,6 @@ decays too.
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -50,9 +49,6 @@ from dion2_lightning.distributed.summing import Over, Summand, SummingWork, run_
 from dion2_lightning.distributed.torch_versions import all_gather_single
 from dion2_lightning.kernels.orthonormal_columns import finish, grams, orthonormal_columns, precondition, sketches
 from dion2_lightning.matrices.layout import Replicas, Span, group_by
-
-SENT_ENTRIES: Final = 2**27
-"""What ranks sum up at once, at most, unless one batch has more: 512 MB in float32. More takes several turns."""
 
 
 def update_shared(updates: list[LowRankUpdate], context: StepContext) -> WaitingStep:
@@ -86,15 +82,13 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
         is_complete = (header.narrow(0, 1, len(header) - 1) % replicas.count == 0).all()
         torch._assert_async(is_complete, "some replicas lack gradients that others have")
     draw_bits(updates)
-    accumulate(updates, context.working_memory)
-    its_batches = list(batches(updates, context))
-    if layout.group is None and replicas is not None and context.share_replicas:
-        for run in bounded(its_batches, _sent_entries, SENT_ENTRIES):
+    # What a run sums up, or gathers, is there at once; the other half of the memory is for the weights.
+    for run in bounded(list(batches(updates, context)), _working_bytes, context.working_memory // 2):
+        accumulate([update for batch in run for update in batch], context.working_memory // 2)
+        if layout.group is None and replicas is not None and context.share_replicas:
             yield from _update_by_owners(run, replicas, context)
-        count_step(updates)
-        return
-    for run in bounded(its_batches, _sent_entries, SENT_ENTRIES):
-        yield from run_together([_update(batch, context) for batch in run], layout.group, first.replicas)
+        else:
+            yield from run_together([_update(batch, context) for batch in run], layout.group, first.replicas)
     count_step(updates)
 
 
@@ -219,6 +213,6 @@ def _padded(part: Tensor, span: Span, size: int) -> Tensor:
     return part if stop - start == size else pad(part, (0, 0, start, size - stop))
 
 
-def _sent_entries(batch: Sequence[LowRankUpdate]) -> int:
-    """What a batch sums up at once, at most."""
-    return sum(update.count * update.slices * update.rank for update in batch)
+def _working_bytes(batch: Sequence[LowRankUpdate]) -> int:
+    """Working memory of a batch."""
+    return sum(update.count * update.working_bytes for update in batch)

@@ -158,8 +158,14 @@ class LowRankUpdate(MatrixUpdate):
 
     @property
     def working_bytes(self) -> int:
-        """Working memory that the factors P and R of one matrix take."""
-        return self.rank * (self.slices + self.entries) * self.dtype.itemsize * FACTOR_COPIES
+        """Working memory of one matrix: its factors P and R, and copies of X, G and M where it is apart.
+
+        It is the same on every rank, also where what one of them holds is not apart.
+        """
+        factors = self.rank * (self.slices + self.entries) * self.dtype.itemsize * FACTOR_COPIES
+        if self.matrices.block is None or not self.matrices.block.is_apart:
+            return factors
+        return factors + self.slices * self.entries * (self.dtype.itemsize + 2 * self.parameter.dtype.itemsize)
 
     @property
     def rank(self) -> int:

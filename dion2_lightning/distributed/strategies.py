@@ -9,6 +9,7 @@ without importing them.
 """
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -155,12 +156,22 @@ def leaves_out_replicas(strategy: Any) -> bool:
 
 
 def refuse_averaging_by_nobody(strategy: Any) -> None:
-    """Raise an error where FSDP2 leaves the averaging over replicas to an optimizer that does none."""
-    if leaves_out_replicas(strategy):
-        raise ValueError(
-            f"{type(strategy.parallelism_config).__name__} keeps FSDP2 from averaging gradients over replicas, and "
-            "sync='full' needs them averaged; pass sync='compressed', or ParallelismConfig in its place"
-        )
+    """Raise an error where FSDP2 leaves the averaging over replicas to an optimizer that does none.
+
+    Accelerate's own state tells it where no strategy does.
+    """
+    for known in (strategy, _accelerate_state()):
+        if leaves_out_replicas(known):
+            raise ValueError(
+                f"{type(known.parallelism_config).__name__} keeps FSDP2 from averaging gradients over replicas, and "
+                "sync='full' needs them averaged; pass sync='compressed', or ParallelismConfig in its place"
+            )
+
+
+def _accelerate_state() -> Any:
+    """The AcceleratorState of this process, or None where there is none."""
+    state: Any = sys.modules.get("accelerate.state")
+    return state.AcceleratorState() if state is not None and state.is_initialized() else None
 
 
 def replace_clipping(strategy: Any, replicas: Callable[[], "Mapping[Tensor, ProcessGroup]"]) -> None:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from dion2_lightning.algorithms.hyperparameters import checks_of, did_you_mean, method_takes
-from dion2_lightning.distributed.strategies import process_group_of, refuse_averaging_by_nobody
+from dion2_lightning.distributed.strategies import process_group_of
 from dion2_lightning.factory import Dion2, FactoryArguments, build_optimizer
 from dion2_lightning.monitoring.tracker import without_wrapper
 from dion2_lightning.optimizer import MatrixOptimizer
@@ -125,10 +125,7 @@ class Dion2Factory:
                 "optimizer_cls_and_kwargs=(Dion2Factory, {'lr': ...}) or Dion2Factory.from_arguments(args)"
             )
         _refuse_flattening(settings.get("strategy"))
-        optimizer = build_optimizer(model, **settings)
-        if is_initialized() and not optimizer.is_compressing:
-            refuse_averaging_by_nobody(AcceleratorState())
-        return optimizer
+        return build_optimizer(model, **settings)
 
 
 class SynchronizeCallback(TrainerCallback):

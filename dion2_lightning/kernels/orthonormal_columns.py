@@ -8,9 +8,9 @@ the rows is small:
     R2 <- the triangle in a Cholesky factorization of P^T P = R2^T R2
     P  <- P R2^-1
 
-All but the sketch is computed in float64, and what is kept and sent is rounded to the precision of P: in float32 the
-solve for P R1^-1 would turn columns by 6e-8 times the condition number of P. It fails where P has no r independent
-columns, and says so; an exact QR then completes what there is to r orthonormal columns.
+All but the sketch is computed in float64 where there is one, and what is kept and sent is rounded to the precision of
+P: in float32 the solve for P R1^-1 would turn columns by 6e-8 times the condition number of P. It fails where P has no
+r independent columns, and says so; an exact QR then completes what there is to r orthonormal columns.
 """
 
 from typing import Final
@@ -140,6 +140,8 @@ def _expected_errors(triangles: Tensor) -> Tensor:
     of about 2 eps |R| |R^-1| / sqrt(r). Norms are Frobenius norms.
     """
     size, dtype, device = triangles.shape[-1], triangles.dtype, triangles.device
+    largest = triangles.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    triangles = triangles / largest  # squares in a norm neither overflow nor vanish
     places = torch.arange(size, device=device), torch.arange(PROBES, device=device)
     probes = uniforms(*places, _PROBE_SEED).to(dtype).expand(len(triangles), -1, -1)
     inverse = torch.linalg.solve_triangular(triangles, probes, upper=True)

@@ -49,6 +49,11 @@ class Block(NamedTuple):
         """How many slices it has."""
         return self.size * self.repeats
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether slices of other blocks lie between those of one of its matrices."""
+        return self.size != self.period and self.size % (self.total // self.matrices) != 0
+
     def before(self, place: int) -> int:
         """Return how many of its slices come before a place on the axis."""
         periods, rest = divmod(place, self.period)

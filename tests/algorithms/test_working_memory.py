@@ -25,6 +25,8 @@ PER_LINE = 40
 HALF: dict[str, Any] = {"dtype": torch.bfloat16}
 CAUTIOUS: dict[str, Any] = {"cautious_weight_decay": True}
 FULL: dict[str, Any] = {"fraction": 1.0}
+APART: dict[str, Any] = {"shape": (3072, 1024), "splits": "16 x (q 64 | k 64 | v 64)", "rank_fraction": 1 / 16}
+UNEQUAL: dict[str, Any] = {"shape": (3072, 1024), "splits": "256 x (q 8 | k 2 | v 2)", "rank_fraction": 1 / 16}
 CASES: dict[str, dict[str, Any]] = {
     **{
         f"{algorithm} in {dtype}, {fraction}": {
@@ -53,6 +55,12 @@ CASES: dict[str, dict[str, Any]] = {
     "dion half": {"algorithm": "dion", **HALF},
     "dion cautious": {"algorithm": "dion", **CAUTIOUS},
     "dion in float64": {"algorithm": "dion", "dtype": torch.float64, **CAUTIOUS},
+    "dion apart": {"algorithm": "dion", **APART},
+    "dion apart, cautious": {"algorithm": "dion", **APART, **CAUTIOUS},
+    "dion apart, half": {"algorithm": "dion", **APART, **HALF},
+    "dion apart, skipped": {"algorithm": "dion", **APART, "check_finite": "skip"},
+    "dion apart, unequal": {"algorithm": "dion", **UNEQUAL},
+    "dion apart, unequal, skipped": {"algorithm": "dion", **UNEQUAL, "check_finite": "skip"},
     "adamw": {"algorithm": "adamw"},
     "adamw half": {"algorithm": "adamw", **HALF},
     "adamw float16": {"algorithm": "adamw", "dtype": torch.float16},

@@ -14,7 +14,7 @@ PARTS = [replace(WHOLE, fraction=fraction) for fraction in (0.5, 0.25, 0.125)]
 QUARTER = PARTS[1]
 MORE_LAYERS = replace(QUARTER, layers=6)
 BUCKETS = replace(WHOLE, layers=8)
-"""An owner works on 14.2M entries with 24 bytes each, and has parts of as many in flight, 4 bytes four times: 2.1 times
+"""An owner works on 14.2M entries with 32 bytes each, and has parts of as many in flight, 4 bytes four times: 2.5 times
 the 256 MiB of working memory."""
 TENSOR_PARALLEL = replace(QUARTER, layout="tp")
 REPLICATED = replace(QUARTER, layout="ddp")

@@ -8,12 +8,14 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
+from accelerate.state import AcceleratorState
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -68,7 +70,8 @@ def expected_weights(pick: Pick, is_inside: bool, all_apart: bool) -> dict[str, 
     model = make_model().train()
     # Q begins as its parameter's name says, which is that in the module that the optimizer is built of.
     whole = nn.ModuleDict({"model": model}) if is_inside else model
-    optimizer = build_optimizer(whole, **{**DION, "sync": "full", "max_grad_norm": None})
+    with mock.patch.dict(AcceleratorState._shared_state, clear=True):  # of this model Accelerate shards nothing
+        optimizer = build_optimizer(whole, **{**DION, "sync": "full", "max_grad_norm": None})
     compressed = [p for group in optimizer.param_groups if group["algorithm"] == "dion" for p in group["params"]]
     for step in range(STEPS):
         of_replicas = []
@@ -254,6 +257,8 @@ def check_accelerate_on_shards(folder: Path, kind: str, clips: bool) -> None:
     assert {parameter.placements for parameter in model.parameters()} == {(Shard(0),)}
     assert_as_expected(model, in_a_row, all_apart=clips)
     assert_resumed(model, optimizer, *run_accelerate(folder, resumes=True, clips=clips, **hsdp(kind)))
+    with pytest.raises(ValueError, match="CompressedParallelismConfig keeps FSDP2 from averaging"):
+        build_optimizer(make_model(), **RATES)  # no strategy tells of the replicas
 
 
 @pytest.mark.parametrize(("kind", "clips"), [("SHARDED_STATE_DICT", False), ("FULL_STATE_DICT", True)])

@@ -66,6 +66,12 @@ def test_an_exact_qr_on_a_cpu(number: float, shape: tuple[int, int]) -> None:
         assert torch.equal(found, torch.linalg.qr(matrices).Q) == (number == 1e2)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e-18, 1e15, 1e21])
+def test_an_exact_qr_at_every_scale(scale: float) -> None:
+    matrices = scale * of_condition(1e4, 512, 64)
+    assert relative_error(orthonormal_columns(matrices), matrices) < 1e-6
+
+
 def test_rows_on_several_ranks() -> None:
     """Sums over the parts of a matrix give what the whole one does."""
     matrices = of_condition(1e3, 300, 40)
