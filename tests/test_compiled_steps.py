@@ -293,5 +293,39 @@ def test_an_error_leaves_the_tensors_as_they_were() -> None:
 
 def test_a_closure_breaks_the_graph() -> None:
     _, optimizer = make_training(1e-2, capturable=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="no closure and no DTensors"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="no closure, no offload and no DTensors"):
         torch.compile(optimizer.step, backend="eager", fullgraph=True)(lambda: torch.ones(()))
+
+
+def test_state_on_the_host_breaks_the_graph() -> None:
+    """A step puts copies in the state's place, and a graph would keep what was there before."""
+    _, optimizer = make_training(1e-2, capturable=True, offload="cpu")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="no closure, no offload and no DTensors"):
+        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+
+
+def test_state_that_moves_to_the_host_later_breaks_the_graph() -> None:
+    _, optimizer = make_training(1e-2, capturable=True)
+    step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+    step()
+    optimizer.offload = "cpu"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="no closure, no offload and no DTensors"):
+        step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_state_that_a_compiled_step_replaces_is_no_silent_loss(backend: str) -> None:
+    model, optimizer = make_training(torch.tensor(0.1), capturable=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    step = torch.compile(optimizer.step, backend=backend, fullgraph=True)
+    step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    hook = optimizer.register_step_pre_hook(lambda *_: optimizer.param_groups[0].update(state_dtype="float64"))
+    with pytest.raises(RuntimeError, match="has replaced state that its graph has, as where a hook changes settings"):
+        step()
+    hook.remove()
+    with pytest.raises(RuntimeError, match="an earlier compiled step.* failed partway through"):
+        step()
+    optimizer.load_state_dict(saved)
+    step()
