@@ -48,8 +48,7 @@ def compilable(step: Callable[..., Any]) -> Callable[..., Any]:
     def compilable_step(self: Any, *args: Any, **keywords: Any) -> Any:
         if (
             torch.compiler.is_dynamo_compiling()
-            and not args
-            and not keywords
+            and all(each is None for each in (*args, *keywords.values()))  # closure=None is none
             and self.offload is None  # a step would replace the state, and the graph keep what was there
             and _prepare(self._name_in_table)
         ):
@@ -91,7 +90,7 @@ def _call_operator(optimizer: Any) -> None:
     """Pass the operator what a step reads and changes; dynamo traces this, and guards it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    state = [tensor for parameter in parameters for tensor in optimizer.state[parameter].values()]
+    state = [tensor for parameter in parameters for tensor in optimizer.state.get(parameter, {}).values()]
     rates = [tensor for group in optimizer.param_groups for tensor in tensor_rates(group).values()]
     with torch.no_grad():
         torch.ops.dion2.step(parameters, gradients, state, rates, optimizer._name_in_table)
@@ -148,7 +147,7 @@ def _replaced(
                 if parameter.grad is not None:
                     undo.callback(setattr, parameter, "grad", parameter.grad)
                     parameter.grad = next(gradients).detach()
-                entries = optimizer.state[parameter]
+                entries = optimizer.state.get(parameter, {})  # of a frozen one there are none
                 undo.callback(entries.update, dict(entries))
                 entries.update({entry: next(state) for entry in entries})
                 placed.append((entries, dict(entries)))

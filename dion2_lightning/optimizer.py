@@ -511,7 +511,8 @@ class MatrixOptimizer(Optimizer):
         kind = type(self)
         if not hasattr(kind.step, "is_compilable"):
             kind.step = compilable(kind.step)  # type: ignore[method-assign]
-        self._name_in_table = add_to_table(self)
+        if "_name_in_table" not in self.__dict__:  # a load comes here too, and graphs are of a name
+            self._name_in_table = add_to_table(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a capturable step stays compilable where a scheduler counts its steps."""
