@@ -256,10 +256,13 @@ class MatrixOptimizer(Optimizer):
             refuse_capture(
                 self._labelled(),
                 self.state,
+                self._state_of,
                 self._ranks(),
+                counts_skipped_steps=any(self._skipped_steps is each for each in self._left.values()),
                 is_agreed=self._is_agreed,
                 is_observed=self.observer is not None,
                 is_offloaded=self.offload is not None,
+                kernels=self.kernels,
                 share_replicas=self.share_replicas,
             )
         self._compressed.refuse_change(self.param_groups)

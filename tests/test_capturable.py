@@ -311,6 +311,17 @@ def with_state_on_the_host(optimizer: Dion2) -> None:
     optimizer.offload = "cpu"
 
 
+def with_triton(optimizer: Dion2) -> None:
+    optimizer.kernels = "triton"
+
+
+def cast(optimizer: Dion2) -> None:
+    parameter = optimizer.param_groups[1]["params"][1]
+    parameter.grad = None
+    parameter.data = parameter.data.double()
+    parameter.grad = torch.ones_like(parameter)
+
+
 def with_other_settings(group: int, **settings: Any) -> Callable[[Dion2], None]:
     return lambda optimizer: optimizer.param_groups[group].update(settings)
 
@@ -322,7 +333,7 @@ def without_state(optimizer: Dion2) -> None:
 def with_a_new_group(optimizer: Dion2) -> None:
     optimizer.add_param_group({"params": [zeros(4)], "algorithm": "adamw"})
     for parameter in optimizer.param_groups[-1]["params"]:
-        optimizer.state[parameter] = {"step": torch.zeros(())}
+        optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": zeros(4).data, "exp_avg_sq": zeros(4).data}
 
 
 @pytest.mark.parametrize(
@@ -337,6 +348,14 @@ def with_a_new_group(optimizer: Dion2) -> None:
             "group 'dion': with qr='rcqr' the host reads whether a matrix needs",
         ),
         (without_state, "group 'dion2-2': parameter 1 has no state yet; take a step before the capture"),
+        (cast, "state of group 'dion2-2': parameter 1 changes in this step; take a step before the capture"),
+        (with_other_settings(0, state_dtype="float64"), "state of group 'dion2': parameter 0 changes in this step"),
+        (with_other_settings(0, normalize_neurons=True), "state of group 'dion2': parameter 0 changes in this step"),
+        (
+            with_other_settings(0, check_finite="skip"),
+            "it is the first in which group 'dion2' skips bad gradients, and would count them anew in every replay",
+        ),
+        (with_triton, "kernels='triton' reads tables that are gone when it is replayed; pass kernels='torch' or"),
         (with_a_new_group, "groups are new, or were loaded; take a step before the capture"),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
