@@ -33,6 +33,7 @@ def refuse_capture(
     *,
     counts_skipped_steps: bool,
     is_agreed: bool,
+    is_compressing: bool,
     is_observed: bool,
     is_offloaded: bool,
     kernels: str,
@@ -47,6 +48,7 @@ def refuse_capture(
         ranks: Those around a parameter.
         counts_skipped_steps: Whether there is a tensor in which skipped steps are counted.
         is_agreed: Whether the ranks have compared their groups.
+        is_compressing: Whether replicas send less than the gradients of some groups.
         is_observed: Whether there are statistics.
         is_offloaded: Whether the state is kept on the host.
         kernels: The optimizer's.
@@ -64,7 +66,7 @@ def refuse_capture(
         raise RuntimeError(f"{UNCAPTURED}offload='cpu' brings the state from the host and back; set offload to None")
     if kernels == "triton":
         raise RuntimeError(
-            f"{UNCAPTURED}kernels='triton' reads tables that are gone when it is replayed; pass kernels='torch' or 'auto'"
+            f"{UNCAPTURED}kernels='triton' reads tables that are gone by a replay; pass kernels='torch' or 'auto'"
         )
     for group, parameter, label in labelled:
         algorithm = ALGORITHMS[group["algorithm"]]
@@ -91,6 +93,11 @@ def refuse_capture(
         mesh = getattr(parameter, "device_mesh", None)
         if not ranks.groups(mesh):
             continue
+        if is_compressing:
+            raise RuntimeError(
+                f"{UNCAPTURED}with sync='compressed' the ranks that hold replicas of {label} talk to each other in it; "
+                "capture the model alone, and step outside"
+            )
         if mesh is not None:
             raise RuntimeError(
                 f"{UNCAPTURED}{label} is a DTensor on several ranks, whose messages begin with numbers of the host, "

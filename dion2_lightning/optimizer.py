@@ -260,6 +260,7 @@ class MatrixOptimizer(Optimizer):
                 self._ranks(),
                 counts_skipped_steps=any(self._skipped_steps is each for each in self._left.values()),
                 is_agreed=self._is_agreed,
+                is_compressing=self.is_compressing,
                 is_observed=self.observer is not None,
                 is_offloaded=self.offload is not None,
                 kernels=self.kernels,
