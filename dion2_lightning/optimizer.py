@@ -438,7 +438,7 @@ class MatrixOptimizer(Optimizer):
         with self.register_load_state_dict_pre_hook(match):
             super().load_state_dict(state_dict)
         restore_exactly(self, matched, self._state_of)
-        restore_in_place(self, rates, before)
+        restore_in_place(self, rates, before, self._state_of)
         if self.is_capturable:  # replays go on to write there
             self._selections, self._skipped_steps, self.grad_norm = left
         self._compressed.momenta_differ = False

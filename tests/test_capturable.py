@@ -192,6 +192,33 @@ def test_a_checkpoint_fills_the_tensors(saved_as: torch.dtype | None) -> None:
     assert_equal(weights_and_state(optimizer), weights_and_state(saved))
 
 
+def test_what_a_checkpoint_lacks_starts_anew_in_its_tensors() -> None:
+    saved, optimizer = (optimizer_of(tensors=torch.float32, normalize_neurons=True) for _ in range(2))
+    for each in (saved, optimizer):
+        train(each, steps=2)
+    checkpoint = copy.deepcopy(saved.state_dict())
+    lacking = list(checkpoint["state"])[::2]
+    for key in lacking:
+        del checkpoint["state"][key]
+    tensors = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+    with pytest.warns(UserWarning, match="the checkpoint has no state for"):
+        optimizer.load_state_dict(checkpoint)
+    for parameter, its_twin in zip(parameters_of(optimizer), parameters_of(saved), strict=True):
+        state = optimizer.state[parameter]
+        assert state.keys() == tensors[parameter].keys()
+        assert all(state[entry] is tensor for entry, tensor in tensors[parameter].items())
+        parameter.data.copy_(its_twin.data)
+    control = optimizer_of(tensors=torch.float32, normalize_neurons=True)  # it has no tensors to keep
+    for parameter, its_twin in zip(parameters_of(control), parameters_of(saved), strict=True):
+        parameter.data.copy_(its_twin.data)
+    with pytest.warns(UserWarning, match="the checkpoint has no state for"):
+        control.load_state_dict(checkpoint)
+    for each in (optimizer, control):
+        fill(each, gradients=9)
+        each.step()
+    assert_equal(weights_and_state(optimizer), weights_and_state(control))
+
+
 def test_floats_stay_floats_and_captured_is_a_setting_of_the_run() -> None:
     saved = optimizer_of(tensors=torch.float32)
     expected = train(saved)
