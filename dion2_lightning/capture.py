@@ -4,13 +4,14 @@ A replay runs kernels and no Python: it reads and writes the memory that the cap
 host stay as they were.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS
+from dion2_lightning.algorithms.algorithm import Algorithm, StateTensor
 from dion2_lightning.distributed.collectives import RanksAround
 
 Labelled = Iterable[tuple[Mapping[str, Any], Tensor, str]]
@@ -26,15 +27,32 @@ def is_capturing() -> bool:
 
 def refuse_capture(
     labelled: Labelled,
-    state: Mapping[Tensor, object],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
+    state_of: Callable[[Tensor, Mapping[str, Any]], Mapping[str, StateTensor]],
     ranks: RanksAround,
     *,
+    counts_skipped_steps: bool,
     is_agreed: bool,
+    is_compressing: bool,
     is_observed: bool,
     is_offloaded: bool,
+    kernels: str,
     share_replicas: bool | None,
 ) -> None:
     """Raise an error about what a CUDA graph cannot hold.
+
+    Args:
+        labelled: All parameters.
+        state: Of the optimizer.
+        state_of: Says what the state of a parameter in a group is to be.
+        ranks: Those around a parameter.
+        counts_skipped_steps: Whether there is a tensor in which skipped steps are counted.
+        is_agreed: Whether the ranks have compared their groups.
+        is_compressing: Whether replicas send less than the gradients of some groups.
+        is_observed: Whether there are statistics.
+        is_offloaded: Whether the state is kept on the host.
+        kernels: The optimizer's.
+        share_replicas: The optimizer's.
 
     Raises:
         RuntimeError: It says what, and what to do.
@@ -46,6 +64,10 @@ def refuse_capture(
         )
     if is_offloaded:
         raise RuntimeError(f"{UNCAPTURED}offload='cpu' brings the state from the host and back; set offload to None")
+    if kernels == "triton":
+        raise RuntimeError(
+            f"{UNCAPTURED}kernels='triton' reads tables that are gone by a replay; pass kernels='torch' or 'auto'"
+        )
     for group, parameter, label in labelled:
         algorithm = ALGORITHMS[group["algorithm"]]
         if not group["capturable"]:
@@ -55,23 +77,48 @@ def refuse_capture(
                 f"{UNCAPTURED}check_finite=True of group {group['name']!r} waits for the device; "
                 'check_finite="skip" decides there'
             )
-        if parameter.requires_grad and not state.get(parameter):
-            raise RuntimeError(f"{UNCAPTURED}{label} has no state yet; take a step before the capture")
+        if parameter.requires_grad:
+            if not state.get(parameter):
+                raise RuntimeError(f"{UNCAPTURED}{label} has no state yet; take a step before the capture")
+            if _changes(state[parameter], state_of(parameter, group), algorithm):
+                raise RuntimeError(f"{UNCAPTURED}state of {label} changes in this step; take a step before the capture")
+        if group["check_finite"] == "skip" and not counts_skipped_steps:
+            raise RuntimeError(
+                f"{UNCAPTURED}it is the first in which group {group['name']!r} skips bad gradients, and would count "
+                "them anew in every replay; take a step before the capture"
+            )
         why = algorithm.why_not_captured(group)
         if why is not None:
             raise RuntimeError(f"{UNCAPTURED}group {group['name']!r}: {why}")
         mesh = getattr(parameter, "device_mesh", None)
         if not ranks.groups(mesh):
             continue
+        if is_compressing:
+            raise RuntimeError(
+                f"{UNCAPTURED}with sync='compressed' the ranks that hold replicas of {label} talk to each other in it; "
+                "capture the model alone, and step outside"
+            )
         if mesh is not None:
             raise RuntimeError(
                 f"{UNCAPTURED}{label} is a DTensor on several ranks, whose messages begin with numbers of the host, "
                 "and whose sizes may depend on the selection; capture the model alone, and step outside"
             )
-        if (algorithm.needs_matrices and share_replicas is not False) or group["check_finite"] == "skip":
+        causes = []
+        if algorithm.needs_matrices and share_replicas is not False:
+            causes.append("share_replicas=False")
+        if group["check_finite"] == "skip":
+            causes.append("check_finite=False")
+        if causes:
             raise RuntimeError(
-                f"{UNCAPTURED}{label} has replicas, whose ranks talk to each other in it; pass share_replicas=False "
-                "and check_finite=False"
+                f"{UNCAPTURED}{label} has replicas, whose ranks talk to each other in it; pass {' and '.join(causes)}"
             )
     if not is_agreed:
         raise RuntimeError(f"{UNCAPTURED}groups are new, or were loaded; take a step before the capture")
+
+
+def _changes(state: Mapping[str, Tensor], expected: Mapping[str, StateTensor], algorithm: Algorithm) -> bool:
+    """Return whether a step makes, replaces or removes entries of a parameter's state."""
+    return any(map(algorithm.depends_on_settings, state.keys() - expected.keys())) or any(
+        entry not in state or state[entry].device != like.device or state[entry].dtype != like.dtype
+        for entry, like in expected.items()
+    )

@@ -20,8 +20,8 @@ from dion2_lightning.parameter_groups import tensor_rates
 
 NOT_COMPILED: Final = (
     "step() of Dion2 runs as it is, with a graph break: it reads groups and placements anew and may wait for other "
-    "ranks; with capturable=True, no closure and no DTensors it is an operator of the graph, else compile without "
-    "fullgraph=True"
+    "ranks; with capturable=True, no closure, no offload and no DTensors it is an operator of the graph, else compile "
+    "without fullgraph=True"
 )
 """What torch.compile says of a step where it was asked for one graph."""
 
@@ -46,7 +46,12 @@ def compilable(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def compilable_step(self: Any, *args: Any, **keywords: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() and not args and not keywords and _prepare(self._name_in_table):
+        if (
+            torch.compiler.is_dynamo_compiling()
+            and all(each is None for each in (*args, *keywords.values()))  # closure=None is none
+            and self.offload is None  # a step would replace the state, and the graph keep what was there
+            and _prepare(self._name_in_table)
+        ):
             return _call_operator(self)
         return uncompiled(self, *args, **keywords)
 
@@ -85,7 +90,7 @@ def _call_operator(optimizer: Any) -> None:
     """Pass the operator what a step reads and changes; dynamo traces this, and guards it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    state = [tensor for parameter in parameters for tensor in optimizer.state[parameter].values()]
+    state = [tensor for parameter in parameters for tensor in optimizer.state.get(parameter, {}).values()]
     rates = [tensor for group in optimizer.param_groups for tensor in tensor_rates(group).values()]
     with torch.no_grad():
         torch.ops.dion2.step(parameters, gradients, state, rates, optimizer._name_in_table)
@@ -127,7 +132,12 @@ def _replaced(
     state: Iterator[Tensor],
     rates: Iterator[Tensor],
 ) -> Iterator[None]:
-    """Have parameters, gradients, state and rates of an optimizer be other tensors, in the order they are passed in."""
+    """Have parameters, gradients, state and rates of an optimizer be other tensors, in the order they are passed in.
+
+    Raises:
+        RuntimeError: State was replaced meanwhile; the graph would go on with what it was before.
+    """
+    placed = []
     undo = contextlib.ExitStack()
     with undo:
         for group in optimizer.param_groups:
@@ -137,10 +147,17 @@ def _replaced(
                 if parameter.grad is not None:
                     undo.callback(setattr, parameter, "grad", parameter.grad)
                     parameter.grad = next(gradients).detach()
-                entries = optimizer.state[parameter]
+                entries = optimizer.state.get(parameter, {})  # of a frozen one there are none
                 undo.callback(entries.update, dict(entries))
                 entries.update({entry: next(state) for entry in entries})
+                placed.append((entries, dict(entries)))
             its_rates = tensor_rates(group)
             undo.callback(group.update, its_rates)
             group.update({name: next(rates) for name in its_rates})
         yield
+        if any(entries.get(name) is not tensor for entries, its in placed for name, tensor in its.items()):
+            optimizer._failure = "compiled step() failed"
+            raise RuntimeError(
+                "a compiled step of Dion2 has replaced state that its graph has, as where a hook changes settings or "
+                "state; do so outside of it, and load a checkpoint before going on"
+            )

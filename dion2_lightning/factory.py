@@ -108,8 +108,8 @@ class CommonArguments(EverySetting):
         None,
         'Where the state is kept between steps. "cpu": in pinned memory of the host, so that it costs no memory of a '
         "GPU. A step brings it to the GPU, that of some parameters at a time and within working_memory, and takes it "
-        "back, without waiting. The result is the same. State of parameters on the CPU is there anyway. None keeps it "
-        "beside the parameters.",
+        "back, without waiting. The result is the same but for rounding. State of parameters on the CPU is there "
+        "anyway. None keeps it beside the parameters.",
     )
 
 

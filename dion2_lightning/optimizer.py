@@ -256,10 +256,14 @@ class MatrixOptimizer(Optimizer):
             refuse_capture(
                 self._labelled(),
                 self.state,
+                self._state_of,
                 self._ranks(),
+                counts_skipped_steps=any(self._skipped_steps is each for each in self._left.values()),
                 is_agreed=self._is_agreed,
+                is_compressing=self.is_compressing,
                 is_observed=self.observer is not None,
                 is_offloaded=self.offload is not None,
+                kernels=self.kernels,
                 share_replicas=self.share_replicas,
             )
         self._compressed.refuse_change(self.param_groups)
@@ -434,7 +438,7 @@ class MatrixOptimizer(Optimizer):
         with self.register_load_state_dict_pre_hook(match):
             super().load_state_dict(state_dict)
         restore_exactly(self, matched, self._state_of)
-        restore_in_place(self, rates, before)
+        restore_in_place(self, rates, before, self._state_of)
         if self.is_capturable:  # replays go on to write there
             self._selections, self._skipped_steps, self.grad_norm = left
         self._compressed.momenta_differ = False
@@ -511,7 +515,8 @@ class MatrixOptimizer(Optimizer):
         kind = type(self)
         if not hasattr(kind.step, "is_compilable"):
             kind.step = compilable(kind.step)  # type: ignore[method-assign]
-        self._name_in_table = add_to_table(self)
+        if "_name_in_table" not in self.__dict__:  # a load comes here too, and graphs are of a name
+            self._name_in_table = add_to_table(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a capturable step stays compilable where a scheduler counts its steps."""

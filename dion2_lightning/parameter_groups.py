@@ -75,11 +75,12 @@ def refuse_misplaced_rates(group: Mapping[str, Any], prefix: str) -> None:
     """Refuse tensors that are no rates, or not on the device of the group's parameters; both may be set at any time."""
     for name, value in tensor_rates(group).items():
         refuse_other_tensors(prefix + name, value, is_capturable=group["capturable"])
-        for parameter, its_name in zip(group["params"], parameter_names(group), strict=True):
+        for index, parameter in enumerate(group["params"]):
             if parameter.device != value.device:
                 raise ValueError(
-                    f"{prefix}{name} is a tensor on {str(value.device)!r} and {its_name} on {str(parameter.device)!r}; "
-                    "put it on the parameters' device, and parameters of several devices into several groups"
+                    f"{prefix}{name} is a tensor on {str(value.device)!r} and {parameter_names(group)[index]} on "
+                    f"{str(parameter.device)!r}; put it on the parameters' device, and parameters of several devices "
+                    "into several groups"
                 )
 
 

@@ -187,6 +187,7 @@ def restore_in_place(
     optimizer: Optimizer,
     rates: Sequence[Mapping[str, Tensor]],
     before: Mapping[Tensor, Mapping[str, Tensor]],
+    state_of: Callable[[Tensor, Group], Mapping[str, StateTensor]],
 ) -> None:
     """Put what was loaded into the tensors that there were before, which captured graphs read and write.
 
@@ -194,14 +195,22 @@ def restore_in_place(
         optimizer: It has loaded a state dict.
         rates: The rates that were tensors, for each group.
         before: The state of parameters. That of groups which are not ``capturable``, or what has changed its form,
-            stays as it was loaded.
+            stays as it was loaded. What was not loaded of trainable parameters is as before a first step.
+        state_of: Says what the state of a parameter in a group is to be.
     """
     for group, tensors in zip(optimizer.param_groups, rates, strict=True):
         for name, tensor in tensors.items():
             group[name] = tensor.fill_(group[name])
-        for parameter in group["params"] if group["capturable"] else ():
-            state = optimizer.state[parameter]
-            for entry, tensor in before.get(parameter, {}).items():
+        if not group["capturable"]:
+            continue
+        for parameter, name in zip(group["params"], unwrapped_names(group), strict=True):
+            state = optimizer.state.get(parameter, {})
+            present = before.get(parameter, {})
+            if present and parameter.requires_grad:
+                asked = state_of(parameter, group)
+                anew = {entry: like.start_for(parameter, name) for entry, like in asked.items() if entry not in state}
+                state = optimizer.state[parameter] = {**state, **anew}
+            for entry, tensor in present.items():
                 if entry in state and _has_form_of(state[entry], tensor):
                     state[entry] = tensor.copy_(state[entry])
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from dion2_lightning import Dion2, SelectionTracker, build_optimizer
 from dion2_lightning.algorithms.hyperparameters import RATES
 from dion2_lightning.capture import is_capturing
+from dion2_lightning.parameter_groups import refuse_misplaced_rates
 from tests.every_kind import fill, groups_of_every_kind, parameters_of
 from tests.test_skipped_steps import assert_equal, weights_and_state
 
@@ -190,6 +192,33 @@ def test_a_checkpoint_fills_the_tensors(saved_as: torch.dtype | None) -> None:
     assert_equal(weights_and_state(optimizer), weights_and_state(saved))
 
 
+def test_what_a_checkpoint_lacks_starts_anew_in_its_tensors() -> None:
+    saved, optimizer = (optimizer_of(tensors=torch.float32, normalize_neurons=True) for _ in range(2))
+    for each in (saved, optimizer):
+        train(each, steps=2)
+    checkpoint = copy.deepcopy(saved.state_dict())
+    lacking = list(checkpoint["state"])[::2]
+    for key in lacking:
+        del checkpoint["state"][key]
+    tensors = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+    with pytest.warns(UserWarning, match="the checkpoint has no state for"):
+        optimizer.load_state_dict(checkpoint)
+    for parameter, its_twin in zip(parameters_of(optimizer), parameters_of(saved), strict=True):
+        state = optimizer.state[parameter]
+        assert state.keys() == tensors[parameter].keys()
+        assert all(state[entry] is tensor for entry, tensor in tensors[parameter].items())
+        parameter.data.copy_(its_twin.data)
+    control = optimizer_of(tensors=torch.float32, normalize_neurons=True)  # it has no tensors to keep
+    for parameter, its_twin in zip(parameters_of(control), parameters_of(saved), strict=True):
+        parameter.data.copy_(its_twin.data)
+    with pytest.warns(UserWarning, match="the checkpoint has no state for"):
+        control.load_state_dict(checkpoint)
+    for each in (optimizer, control):
+        fill(each, gradients=9)
+        each.step()
+    assert_equal(weights_and_state(optimizer), weights_and_state(control))
+
+
 def test_floats_stay_floats_and_captured_is_a_setting_of_the_run() -> None:
     saved = optimizer_of(tensors=torch.float32)
     expected = train(saved)
@@ -256,6 +285,14 @@ def test_copies_have_tensors_of_their_own(copied: Callable[[Dion2], Dion2]) -> N
     assert not any(torch.equal(a, b) for a, b in zip(before, parameters_of(other), strict=False))
 
 
+def test_names_are_made_for_errors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step asks for each rate and parameter."""
+    optimizer = optimizer_of(tensors=torch.float32)
+    monkeypatch.delattr("dion2_lightning.parameter_groups.parameter_names")
+    for group in optimizer.param_groups:
+        refuse_misplaced_rates(group, "")
+
+
 def test_later_groups_get_the_tensors_of_the_first() -> None:
     lr = torch.tensor(0.1)
     optimizer = Dion2([zeros(4, 6)], lr=lr, capturable=True)
@@ -311,6 +348,41 @@ def with_state_on_the_host(optimizer: Dion2) -> None:
     optimizer.offload = "cpu"
 
 
+def with_triton(optimizer: Dion2) -> None:
+    optimizer.kernels = "triton"
+
+
+def with_replicas(**attributes: Any) -> Callable[[Dion2], None]:
+    """As far as a refusal, which comes before anything is sent."""
+
+    def change(optimizer: Dion2) -> None:
+        ranks = types.SimpleNamespace(groups=lambda _: ["two ranks"])
+        optimizer.__dict__.update(_ranks=lambda: ranks, **attributes)
+
+    return change
+
+
+def with_compressed_replicas(optimizer: Dion2) -> None:
+    with_replicas()(optimizer)
+    optimizer.param_groups[4]["sync"] = "compressed"
+
+
+def with_replicas_of_skipped_steps(**attributes: Any) -> Callable[[Dion2], None]:
+    def change(optimizer: Dion2) -> None:
+        optimizer.param_groups[0]["check_finite"] = "skip"
+        optimizer.__dict__["_skipped_steps"] = optimizer._left_in_place("skipped_steps", torch.zeros(()))
+        with_replicas(**attributes)(optimizer)
+
+    return change
+
+
+def cast(optimizer: Dion2) -> None:
+    parameter = optimizer.param_groups[1]["params"][1]
+    parameter.grad = None
+    parameter.data = parameter.data.double()
+    parameter.grad = torch.ones_like(parameter)
+
+
 def with_other_settings(group: int, **settings: Any) -> Callable[[Dion2], None]:
     return lambda optimizer: optimizer.param_groups[group].update(settings)
 
@@ -322,7 +394,7 @@ def without_state(optimizer: Dion2) -> None:
 def with_a_new_group(optimizer: Dion2) -> None:
     optimizer.add_param_group({"params": [zeros(4)], "algorithm": "adamw"})
     for parameter in optimizer.param_groups[-1]["params"]:
-        optimizer.state[parameter] = {"step": torch.zeros(())}
+        optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": zeros(4).data, "exp_avg_sq": zeros(4).data}
 
 
 @pytest.mark.parametrize(
@@ -337,6 +409,18 @@ def with_a_new_group(optimizer: Dion2) -> None:
             "group 'dion': with qr='rcqr' the host reads whether a matrix needs",
         ),
         (without_state, "group 'dion2-2': parameter 1 has no state yet; take a step before the capture"),
+        (cast, "state of group 'dion2-2': parameter 1 changes in this step; take a step before the capture"),
+        (with_other_settings(0, state_dtype="float64"), "state of group 'dion2': parameter 0 changes in this step"),
+        (with_other_settings(0, normalize_neurons=True), "state of group 'dion2': parameter 0 changes in this step"),
+        (
+            with_other_settings(0, check_finite="skip"),
+            "it is the first in which group 'dion2' skips bad gradients, and would count them anew in every replay",
+        ),
+        (with_triton, "kernels='triton' reads tables that are gone by a replay; pass kernels='torch' or 'auto'"),
+        (with_replicas(), "group 'dion2': parameter 0 has replicas, .* in it; pass share_replicas=False$"),
+        (with_replicas_of_skipped_steps(share_replicas=False), "group 'dion2': .* in it; pass check_finite=False$"),
+        (with_replicas_of_skipped_steps(), "group 'dion2': .*; pass share_replicas=False and check_finite=False$"),
+        (with_compressed_replicas, "with sync='compressed' the ranks that hold replicas of group 'dion2': .*; capture"),
         (with_a_new_group, "groups are new, or were loaded; take a step before the capture"),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
@@ -357,5 +441,11 @@ def test_what_is_refused_in_a_capture(
     assert_equal([parameter.detach() for parameter in parameters_of(optimizer)], before)
 
 
-def test_nothing_is_captured_here() -> None:
-    assert not is_capturing()
+@pytest.mark.parametrize("is_initialized", [True, False])
+@pytest.mark.parametrize("is_current_stream_capturing", [True, False])
+def test_whether_a_step_is_captured(
+    is_initialized: bool, is_current_stream_capturing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_initialized)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_current_stream_capturing)
+    assert is_capturing() == (is_initialized and is_current_stream_capturing)

@@ -259,6 +259,12 @@ def test_loaded_and_replaced_state_is_seen() -> None:
     for state in optimizer.state.values():
         state.update({name: tensor.clone() for name, tensor in state.items()})
     assert_equal(one_step(), expected)
+    graphs = counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        model.load_state_dict(weights)
+        assert_equal(one_step(), expected)
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_hooks_and_statistics_in_one_graph() -> None:
@@ -293,5 +299,59 @@ def test_an_error_leaves_the_tensors_as_they_were() -> None:
 
 def test_a_closure_breaks_the_graph() -> None:
     _, optimizer = make_training(1e-2, capturable=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="no closure and no DTensors"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="no closure, no offload and no DTensors"):
         torch.compile(optimizer.step, backend="eager", fullgraph=True)(lambda: torch.ones(()))
+
+
+def test_state_on_the_host_breaks_the_graph() -> None:
+    """A step puts copies in the state's place, and a graph would keep what was there before."""
+    _, optimizer = make_training(1e-2, capturable=True, offload="cpu")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="no closure, no offload and no DTensors"):
+        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+
+
+def test_state_that_moves_to_the_host_later_breaks_the_graph() -> None:
+    _, optimizer = make_training(1e-2, capturable=True)
+    step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+    step()
+    optimizer.offload = "cpu"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="no closure, no offload and no DTensors"):
+        step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_state_that_a_compiled_step_replaces_is_no_silent_loss(backend: str) -> None:
+    model, optimizer = make_training(torch.tensor(0.1), capturable=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    step = torch.compile(optimizer.step, backend=backend, fullgraph=True)
+    step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    hook = optimizer.register_step_pre_hook(lambda *_: optimizer.param_groups[0].update(state_dtype="float64"))
+    with pytest.raises(RuntimeError, match="has replaced state that its graph has, as where a hook changes settings"):
+        step()
+    hook.remove()
+    with pytest.raises(RuntimeError, match=r"an earlier compiled step\(\) failed partway through"):
+        step()
+    optimizer.load_state_dict(saved)
+    step()
+
+
+@pytest.mark.parametrize("call", [lambda step: step(None), lambda step: step(closure=None)])
+def test_no_closure_may_be_said(call: Callable[[Any], None]) -> None:
+    """As Accelerate says it in every step."""
+    _, optimizer = make_training(1e-2, capturable=True)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    torch.compile(lambda: call(optimizer.step), backend="eager", fullgraph=True)()
+    assert breaks_at_step() == 0
+
+
+def test_frozen_parameters_get_no_state() -> None:
+    """A checkpoint with an empty one could not be loaded."""
+    model, optimizer = make_training(1e-2, capturable=True)
+    frozen = next(iter(model.parameters())).requires_grad_(False)
+    torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+    assert frozen not in optimizer.state
+    _, resumed = make_training(1e-2)
+    resumed.param_groups[0]["params"][0].requires_grad_(False)
+    resumed.load_state_dict(optimizer.state_dict())

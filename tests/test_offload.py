@@ -6,7 +6,7 @@ What is copied when and to where, and that nobody waits: tests/test_host_synchro
 import copy
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dion2_lightning import Dion2, SelectionTracker, build_optimizer
+from dion2_lightning.offload import Lanes, OffloadedTensor
 from tests.every_kind import fill, groups_of_every_kind, parameters_of, selections_of
 from tests.second_device import SecondDevice, offloading_on_a_cpu
 
@@ -105,7 +106,20 @@ def test_the_bits_are_the_same(
     assert sum(second_device.fetched) == STEPS * entries
 
 
-def test_the_twin_shows_a_missing_wait(second_device: SecondDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def use_at_once(lanes: Lanes, arrived: torch.Event) -> None:
+    pass
+
+
+def take_back_at_once(lanes: Lanes, tensors: list[OffloadedTensor]) -> None:
+    with torch.cuda.stream(lanes._outgoing):
+        for tensor in tensors:
+            tensor.leave()
+
+
+@pytest.mark.parametrize("without_wait", [use_at_once, take_back_at_once])
+def test_the_twin_shows_a_missing_wait(
+    without_wait: Callable[..., None], second_device: SecondDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Until somebody waits, the host has the state of before the step."""
     optimizer = Dion2([nn.Parameter(torch.ones(4, 6))], lr=0.1, offload="cpu")
     [parameter] = parameters_of(optimizer)
@@ -114,7 +128,8 @@ def test_the_twin_shows_a_missing_wait(second_device: SecondDevice, monkeypatch:
     momentum = optimizer.state[parameter]["momentum"]
     assert not momentum.any()
     assert optimizer.state_dict()["state"][0]["momentum"].any()
-    monkeypatch.setattr("dion2_lightning.offload.Lanes.use", lambda *_: None)
+    monkeypatch.setattr(Lanes, without_wait.__name__.removesuffix("_at_once"), without_wait)
+    optimizer.step()
     optimizer.step()
     assert parameter.isnan().any()
 

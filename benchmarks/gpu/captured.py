@@ -63,7 +63,7 @@ def train(
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> tuple[list[Tensor], float]:
-    """Take steps at rates that are halved at every step, on given gradients.
+    """Take steps at rates that are halved at every step, on given gradients, by kernels that a graph can hold.
 
     Args:
         device: Of the weights.
@@ -90,6 +90,7 @@ def train(
             {"params": parameters[-1:], "algorithm": "adamw", "lr": rates["lr"]},
         ],
         capturable=tensors,
+        kernels="torch",
         **settings,
     )
     for parameter in parameters:

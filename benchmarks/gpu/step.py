@@ -69,7 +69,10 @@ def time_rounding(options: Options, *, shapes: str, layers: int) -> Iterator[Row
 
 
 def median_times(compared: Mapping[str, torch.optim.Optimizer], device: torch.device, rounds: int) -> dict[str, float]:
-    """The median seconds of each optimizer's step, in turn, after two that create state and fill caches."""
+    """The median seconds of each optimizer's step, in turn, after two that create state and fill caches.
+
+    Until the device is idle again: with offloading, state still leaves on another stream after the last update.
+    """
     timers: dict[str, list[Timer]] = defaultdict(list)
     turns = list(compared.items())
     for number in range(rounds + 2):
@@ -79,6 +82,7 @@ def median_times(compared: Mapping[str, torch.optim.Optimizer], device: torch.de
             synchronize(device)
             with timers[name][-1]:
                 optimizer.step()
+                synchronize(device)
     return {name: statistics.median(timer.seconds() for timer in each[2:]) for name, each in timers.items()}
 
 

@@ -28,10 +28,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_every_step_that_is_timed_begins_on_an_idle_device(seen: list[str]) -> None:
+def test_every_step_is_timed_from_an_idle_device_to_an_idle_device(
+    seen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the state that leaves on other streams."""
+    monkeypatch.setattr(Timer, "_record", lambda _, index: seen.append(("begin", "end")[index]))
+    monkeypatch.setattr(Timer, "seconds", lambda _: 1.0)
     optimizers: Any = {name: SimpleNamespace(step=lambda name=name: seen.append(name)) for name in ("one", "other")}
     step.median_times(optimizers, CPU, rounds=1)
-    assert seen == ["wait", "one", "wait", "other", "wait", "other", "wait", "one", "wait", "one", "wait", "other"]
+    in_turn = ("one", "other", "other", "one", "one", "other")
+    assert seen == [event for name in in_turn for event in ("wait", "begin", name, "wait", "end")]
 
 
 def test_a_step_whose_phases_are_timed_begins_on_an_idle_device(seen: list[str]) -> None:
