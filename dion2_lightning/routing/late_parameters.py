@@ -41,7 +41,7 @@ def check_after_steps(optimizer: Optimizer, model: nn.Module) -> None:
             late = unchanged - _held_by_optimizers()
             names = [name for name, parameter in known.named_parameters() if id(parameter) in late]
             if names:
-                warnings.warn(_message(names), stacklevel=4)  # where step() is called
+                warnings.warn(_message(names), stacklevel=5)  # where step() is called
 
     optimizer.register_step_post_hook(check)
 

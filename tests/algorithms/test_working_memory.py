@@ -3,6 +3,7 @@
 On fake CUDA tensors, so it is what a GPU is asked for: of each operation the results, not what it takes inside.
 """
 
+import math
 from typing import Any, Literal
 
 import pytest
@@ -13,9 +14,9 @@ from benchmarks.peak_memory import PeakMemory
 from dion2_lightning import Dion2
 from dion2_lightning.kernels import fused
 from tests.every_kind import parameters_of
-from tests.test_host_synchronisation import fake_cuda
+from tests.test_host_synchronisation import devices_seen, fake_cuda
 
-__all__ = ["fake_cuda"]  # used by every test
+__all__ = ["devices_seen", "fake_cuda"]  # the latter is used by every test
 
 SHAPE = 2048, 4096
 UNBOUNDED = 2**40
@@ -77,13 +78,16 @@ def peak_of_step(
     shape: tuple[int, ...] = SHAPE,
     dtype: torch.dtype = torch.float32,
     kernels: Literal["torch", "triton"] = "torch",
+    offload: Literal["cpu"] | None = None,
     **settings: Any,
 ) -> int:
     """Return how many bytes a second step takes at most, of so many equal parameters."""
     parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype, device="cuda")) for _ in range(count)]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = Dion2([{"params": parameters, **settings}], lr=0.1, working_memory=memory, kernels=kernels)
+    optimizer = Dion2(
+        [{"params": parameters, **settings}], lr=0.1, working_memory=memory, kernels=kernels, offload=offload
+    )
     optimizer.step()
     with PeakMemory(kept_by(optimizer)) as memory_of_step:
         optimizer.step()
@@ -121,6 +125,27 @@ def test_a_stack_is_taken_apart(algorithm: str, settings: dict[str, Any]) -> Non
     case = {"shape": (16, *SHAPE), "batched": True, "algorithm": algorithm, **settings}
     assert peak_of_step(1, 2 * matrix, **case) <= 2 * matrix + PER_LINE * sum(SHAPE) * 16
     assert peak_of_step(1, UNBOUNDED, **case) > 4 * matrix
+
+
+@pytest.mark.usefixtures("devices_seen")
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"orthonormalize_dtype": "float32", **FULL},
+        {"algorithm": "dion3", **HALF},
+        {"algorithm": "dion"},
+        {"algorithm": "adamw"},
+        {"algorithm": "adamw", **HALF},
+    ],
+    ids=str,
+)
+def test_the_bound_holds_with_state_that_visits(case: dict[str, Any]) -> None:
+    """From where one half of it has room for what a matrix needs, and the other for the state of two."""
+    state = math.prod(SHAPE) * 4 * (2 if case.get("algorithm") == "adamw" else 1)
+    least = 2 * max(peak_of_one(**case), 2 * state)
+    for memory in (least, 3 * least):
+        peak = peak_of_step(12, memory, offload="cpu", **case)
+        assert state <= peak <= memory + PER_LINE * sum(SHAPE) * 12
 
 
 def test_most_of_the_bound_is_used() -> None:
