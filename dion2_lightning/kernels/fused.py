@@ -18,6 +18,7 @@ There is one launch for all that is alike but for shapes and numbers, and one co
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Final, NamedTuple
@@ -56,6 +57,9 @@ PARTS: Final = 128
 
 NEURONS: Final = 1024
 """Of how many neurons a program works out the factors at a time. A power of 2."""
+
+_TRUE_WORDS: Final = ("1", "on", "true", "y", "yes")
+"""Values of environment variables that Triton takes for true, in any case."""
 
 
 class Tile(NamedTuple):
@@ -100,7 +104,7 @@ def unavailable(device: torch.device) -> str | None:
 
     Triton's interpreter, which ``TRITON_INTERPRET=1`` asks for before Triton is imported, runs them on CPUs, slowly.
     """
-    is_interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    is_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE_WORDS
     is_gpu = device.type == "cuda" and torch.cuda.is_available()  # and no fake one
     if device.type == "cpu" and not is_interpreted:
         return "Triton has no kernels for CPUs"
@@ -108,7 +112,7 @@ def unavailable(device: torch.device) -> str | None:
         return f"Triton has no kernels for devices of type {device.type}"
     if is_gpu and is_interpreted:
         return "TRITON_INTERPRET is set, and Triton's interpreter cannot read the memory of a GPU: unset it"
-    if is_gpu and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if is_gpu and _is_capturing():
         return "a CUDA graph is being captured, which would read tables of this step again, and they are gone by then"
     if is_gpu and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {MIN_CAPABILITY}"
@@ -117,6 +121,28 @@ def unavailable(device: torch.device) -> str | None:
     if is_gpu and (error := _error(launches=True)) is not None:
         return f"Triton cannot launch kernels ({error})"
     return None
+
+
+def are_default(device: torch.device) -> bool:
+    """Return whether the kernels take the place of torch's operations by default: on CUDA devices that can run them.
+
+    One that cannot is warned of once, unless it is because a step is captured, or because there is no GPU.
+    """
+    if device.type != "cuda":
+        return False
+    reason = unavailable(device)
+    if reason is not None and torch.cuda.is_available() and not _is_capturing():
+        _warn(device, reason)
+    return reason is None
+
+
+@cache
+def _warn(device: torch.device, reason: str) -> None:
+    warnings.warn(f"operations of torch take the place of fused kernels on {device}: {reason}", stacklevel=2)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 # M <- M + G

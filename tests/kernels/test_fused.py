@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.kernels import fused, orthonormalize, traffic
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
@@ -789,6 +791,44 @@ def test_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert reason("cuda").startswith("a CUDA graph is being captured")
+
+
+def test_a_gpu_that_cannot_run_them_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """For each device and reason; not of a step that is captured, of a device that is not there, nor of a CPU."""
+    asked: list[torch.device] = []
+    reasons = {"cuda:0": "no C compiler", "cuda:1": "too old"}
+
+    def unavailable(device: torch.device) -> str | None:
+        asked.append(device)
+        return reasons.get(str(device))
+
+    monkeypatch.setattr(fused, "unavailable", unavailable)
+    monkeypatch.setattr(fused, "_warn", cache(fused._warn.__wrapped__))
+    devices = [torch.device("cuda", number) for number in range(3)]
+    assert not any(map(fused.are_default, devices[:2])) and not recwarn
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fused, "_is_capturing", lambda: True)
+    assert not fused.are_default(devices[0]) and not recwarn
+    monkeypatch.setattr(fused, "_is_capturing", lambda: False)
+    asked.clear()
+    for _ in range(2):
+        context = StepContext(kernels="auto")
+        assert [context.fuses_on(device) for device in devices * 2] == [False, False, True] * 2
+        assert not context.fuses_on(torch.device("cpu"))
+    assert asked == devices * 2
+    assert [str(each.message) for each in recwarn] == [
+        "operations of torch take the place of fused kernels on cuda:0: no C compiler",
+        "operations of torch take the place of fused kernels on cuda:1: too old",
+    ]
+
+
+@pytest.mark.parametrize("word", ["1", "ON", "Yes", "y", "true", "0", "false", "off", "no", "", "2"])
+def test_the_interpreter_is_asked_for_as_triton_reads_it(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    knobs = pytest.importorskip("triton.knobs")
+    monkeypatch.setenv("TRITON_INTERPRET", word)
+    assert (fused.unavailable(torch.device("cpu")) is None) == knobs.runtime.interpret
 
 
 def test_without_a_gpu_nothing_can_be_launched(device: str) -> None:
