@@ -74,7 +74,7 @@ NAME, WIDTHS = 27, [max(len(phase) + 1, 7) for phase in PHASES]
 
 OWN_NAMESPACE = "dion2"
 OWN_KERNELS = "dion2_lightning.kernels.traffic"
-"""What is asked about operators of that namespace: ``traffic(name, arguments, result) -> (bytes read, written)``, and
+"""What is asked about operators of that namespace: ``traffic(name, arguments) -> (bytes read, written)``, and
 ``launches(name, arguments)``."""
 
 
@@ -213,13 +213,13 @@ def fused_adamw(call: Call) -> Traffic:
 
 
 def declared(call: Call) -> Traffic:
-    """An operator of the package's own kernels says what it moves, given its name, all its arguments and its result."""
+    """An operator of the package's own kernels says what it moves, given its name and all its arguments."""
     try:
         traffic, launches = (pkgutil.resolve_name(f"{OWN_KERNELS}:{name}") for name in ("traffic", "launches"))
     except (ImportError, AttributeError) as error:
         raise UnknownOperationError(f"{call.function} declares nothing: {OWN_KERNELS} has no such function") from error
     name, arguments = _name(call.function), tuple(call.arguments.values())
-    return Traffic(launches(name, arguments), *traffic(name, arguments, call.result))
+    return Traffic(launches(name, arguments), *traffic(name, arguments))
 
 
 FREE = {

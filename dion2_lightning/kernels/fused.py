@@ -14,7 +14,8 @@ neurons), of any strides; a list of stacks may mix shapes, memory orders and dty
 Each is a custom operator ``dion2::...``, so that torch can trace it without data. What the operators know of every
 matrix is sent to the device in one small copy; the host waits for nothing.
 
-There is one launch for all that is alike but for shapes and numbers, and one compilation for each kind of launch.
+There is one launch for all that is alike but for shapes and numbers, and one compilation for each kind of launch. What
+is aligned to 16 bytes, and has sizes that are multiples of 16, is of a kind of its own.
 """
 
 import os
@@ -28,7 +29,8 @@ from torch import Tensor
 
 from dion2_lightning.kernels.rounding import RandomBits
 from dion2_lightning.kernels.triton_launch import (
-    Launch,
+    Passes,
+    TableRow,
     bits_of,
     blocks_in,
     check_count,
@@ -39,8 +41,8 @@ from dion2_lightning.kernels.triton_launch import (
     empty_stacks,
     gate_of,
     hashes_of,
-    launch,
     numbers_and_tensors,
+    operator,
     runs_along,
     scalar_of,
     selected_shapes,
@@ -177,7 +179,7 @@ def accumulate(
     return [each.view(of.shape[:2]) for each, of in zip(sums.split(sizes), momenta, strict=True)]
 
 
-@torch.library.custom_op("dion2::accumulate", mutates_args=("momenta", "sums"))
+@operator("momenta", "sums")
 def _accumulate(
     momenta: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
@@ -185,8 +187,8 @@ def _accumulate(
     slice_hashes: Sequence[Tensor | None],
     entry_hashes: Sequence[Tensor | None],
     sums: Tensor,
-) -> None:
-    rows: list[Launch] = []
+) -> Passes:
+    rows: list[TableRow] = []
     address = sums.data_ptr()
     for momentum, gradient, is_open, slice_hash, entry_hash in zip(
         momenta, gradients, opens, slice_hashes, entry_hashes, strict=True
@@ -213,7 +215,7 @@ def _accumulate(
         ]
         rows.append((constants, count, blocks_in(n, tile.slices), numbers))
         address += count * n * sums.itemsize
-    launch("accumulate", rows, sums.device)
+    return [("accumulate", rows)]
 
 
 # S <- M[K], M[K] <- mu M[K]
@@ -271,7 +273,7 @@ def take(
     return stacks
 
 
-@torch.library.custom_op("dion2::take", mutates_args=("momenta", "stacks"))
+@operator("momenta", "stacks")
 def _take(
     momenta: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
@@ -285,8 +287,8 @@ def _take(
     slice_hashes: Sequence[Tensor | None],
     entry_hashes: Sequence[Tensor | None],
     stacks: Sequence[Tensor],
-) -> None:
-    rows: list[Launch] = []
+) -> Passes:
+    rows: list[TableRow] = []
     for number, (momentum, gradient, its_indices, stack, slice_hash, entry_hash) in enumerate(
         zip(momenta, gradients, indices, stacks, slice_hashes, entry_hashes, strict=True)
     ):
@@ -316,8 +318,7 @@ def _take(
             *(*vector_of(slice_hash, -2), *vector_of(entry_hash, -1)),
         ]
         rows.append((constants, count, blocks_in(k, tile.slices) * blocks_in(m, tile.span), numbers))
-    if rows:
-        launch("take", rows, momenta[0].device)
+    return [("take", rows)]
 
 
 def adjacent(stacks: Sequence[Tensor]) -> Tensor | None:
@@ -358,10 +359,10 @@ def normalize(stacks: Sequence[Tensor], safety: float, dtypes: Sequence[torch.dt
     return results
 
 
-@torch.library.custom_op("dion2::normalize", mutates_args=("partial", "results"))
-def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results: Sequence[Tensor]) -> None:
-    sums: list[Launch] = []
-    quotients: list[Launch] = []
+@operator("partial", "results")
+def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results: Sequence[Tensor]) -> Passes:
+    parts: list[TableRow] = []
+    quotients: list[TableRow] = []
     address = partial.data_ptr()
     for stack, result in zip(stacks, results, strict=True):
         count, k, m = stack.shape
@@ -379,11 +380,10 @@ def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results
         }
         numbers = [k, m, 0, *of_stack.numbers, *of_result.numbers, address, bits_of("d", safety)]
         blocks = blocks_in(k, tile.slices) * blocks_in(m, tile.entries)
-        sums.append((constants, count, min(blocks, PARTS), numbers))
+        parts.append((constants, count, min(blocks, PARTS), numbers))
         quotients.append((constants, count, blocks_in(k, tile.slices) * blocks_in(m, tile.span), numbers))
         address += count * PARTS * partial.itemsize
-    launch("square_sums", sums, partial.device)
-    launch("divide", quotients, partial.device)
+    return [("norm_parts", parts), ("divide", quotients)]
 
 
 # The neurons of O
@@ -411,9 +411,9 @@ def square_sums(results: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
     return [each.view(of.shape[:2]) for each, of in zip(sums.split(sizes), stacks, strict=True)]
 
 
-@torch.library.custom_op("dion2::square_sums", mutates_args=("sums",))
-def _square_sums(stacks: Sequence[Tensor], sums: Tensor) -> None:
-    rows: list[Launch] = []
+@operator("sums")
+def _square_sums(stacks: Sequence[Tensor], sums: Tensor) -> Passes:
+    rows: list[TableRow] = []
     address = sums.data_ptr()
     for stack in stacks:
         count, n, m = stack.shape
@@ -430,7 +430,7 @@ def _square_sums(stacks: Sequence[Tensor], sums: Tensor) -> None:
         }
         rows.append((constants, count, blocks_in(n, tile.slices), [n, m, 0, *of_stack.numbers, address]))
         address += count * n * sums.itemsize
-    launch("neuron_sums", rows, sums.device)
+    return [("neuron_sums", rows)]
 
 
 def neuron_factors(
@@ -478,7 +478,7 @@ def neuron_factors(
     return [each.view(of.shape) for each, of in zip(factors.split(numbers), sums, strict=True)]
 
 
-@torch.library.custom_op("dion2::neuron_factors", mutates_args=("variances", "factors"))
+@operator("variances", "factors")
 def _neuron_factors(
     sums: Sequence[Tensor],
     variances: Sequence[Tensor],
@@ -488,8 +488,8 @@ def _neuron_factors(
     weight_tensors: Sequence[Tensor | None],
     eps: float,
     factors: Tensor,
-) -> None:
-    rows: list[Launch] = []
+) -> Passes:
+    rows: list[TableRow] = []
     address = factors.data_ptr()
     for number, (each, variance, its_indices, size) in enumerate(zip(sums, variances, indices, sizes, strict=True)):
         count, neurons = each.shape
@@ -504,7 +504,7 @@ def _neuron_factors(
         ]
         rows.append((constants, count, min(neurons, 1), numbers))
         address += count * neurons * factors.itemsize
-    launch("neuron_factors", rows, factors.device)
+    return [("neuron_factors", rows)]
 
 
 # X <- (1 - lr weight_decay) X, X[K] <- X[K] - lr scale O
@@ -569,7 +569,7 @@ def apply(
     )
 
 
-@torch.library.custom_op("dion2::apply", mutates_args=("weights",))
+@operator("weights")
 def _apply(
     weights: Sequence[Tensor],
     indices: Sequence[Tensor],
@@ -583,8 +583,8 @@ def _apply(
     momenta: Sequence[Tensor | None],
     slice_hashes: Sequence[Tensor | None],
     entry_hashes: Sequence[Tensor | None],
-) -> None:
-    rows: list[Launch] = []
+) -> Passes:
+    rows: list[TableRow] = []
     for number, (weight, its_indices, result, slice_hash, entry_hash) in enumerate(
         zip(weights, indices, results, slice_hashes, entry_hashes, strict=True)
     ):
@@ -623,15 +623,9 @@ def _apply(
         ]
         slices = n if is_whole else k
         rows.append((constants, count, blocks_in(slices, tile.slices) * blocks_in(m, tile.span), numbers))
-    if rows:
-        launch("apply", rows, weights[0].device)
+    return [("apply", rows)]
 
 
 def decays(shrink: float, tensor: Tensor | None) -> bool:
     """Return whether weights decay, so that :func:`apply` goes over all of them."""
     return tensor is not None or shrink != 1.0
-
-
-# torch traces the operators without data: they return nothing.
-for _operator in (_accumulate, _take, _normalize, _square_sums, _neuron_factors, _apply):
-    _operator.register_fake(lambda *_: None)
