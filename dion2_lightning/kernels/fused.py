@@ -34,6 +34,8 @@ from dion2_lightning.kernels.triton_launch import (
     bits_of,
     blocks_in,
     check_count,
+    check_dims,
+    check_dtype,
     check_numbers,
     checked_stacks,
     checked_sums,
@@ -249,6 +251,7 @@ def take(
         another in the order given: see :func:`adjacent`.
     """
     count = len(momenta)
+    check_dtype("dtype", dtype)
     device = checked_stacks("momenta", momenta)
     if (gradients is None) != (nesterov_factors is None):
         raise ValueError("gradients and nesterov_factors belong together: give both, or neither")
@@ -352,6 +355,9 @@ def normalize(stacks: Sequence[Tensor], safety: float, dtypes: Sequence[torch.dt
         Of the same shapes and memory orders, without gaps.
     """
     device = checked_stacks("stacks", stacks)
+    check_count("dtypes", dtypes, stacks)
+    for number, dtype in enumerate(dtypes):
+        check_dtype(f"dtypes[{number}]", dtype)
     shapes = [tuple(each.shape) for each in stacks]
     results = empty_stacks(shapes, [runs_along(each) for each in stacks], dtypes, device)
     partial = torch.empty(sum(map(len, stacks)) * PARTS, dtype=torch.float64, device=device)
@@ -400,10 +406,7 @@ def square_sums(results: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
         (count, k) each, or (count, m) for dimension -2, in float64: views of one buffer, in the order given.
     """
     device = checked_stacks("results", results)
-    check_count("dims", dims, results)
-    for number, dim in enumerate(dims):
-        if dim not in (-1, -2):
-            raise ValueError(f"dims[{number}] must be -1 or -2, the entries or the slices of a stack, got {dim}")
+    check_dims("dims", dims, results)
     stacks = [each if dim == -1 else each.mT for each, dim in zip(results, dims, strict=True)]
     sizes = [each.shape[0] * each.shape[1] for each in stacks]
     sums = torch.empty(sum(sizes), dtype=torch.float64, device=device)
@@ -461,7 +464,9 @@ def neuron_factors(
         check_count(name, values, sums)
     check_numbers("variances", variances, torch.float32, sums)
     check_numbers("indices", indices, torch.int64, sums)
-    for number, (each, variance, its_indices) in enumerate(zip(sums, variances, indices, strict=True)):
+    for number, (each, variance, its_indices, size) in enumerate(zip(sums, variances, indices, sizes, strict=True)):
+        if size < 1:
+            raise ValueError(f"sizes[{number}] must be at least 1, the entries of a neuron, got {size}")
         wanted = tuple(each.shape)
         if its_indices is not None and its_indices.shape != each.shape:
             raise ValueError(f"indices[{number}] must have the shape {wanted}, but it has {tuple(its_indices.shape)}")
@@ -546,7 +551,7 @@ def apply(
     checked_stacks("cautious", cautious := each_of(cautious, count), shapes_of(weights), device)
     steps, step_tensors = numbers_and_tensors("step_sizes", step_sizes, weights)
     constants, shrink_tensors = numbers_and_tensors("shrinks", shrinks, weights)
-    factor_dims = [-1] * count if factor_dims is None else factor_dims
+    check_dims("factor_dims", factor_dims := [-1] * count if factor_dims is None else factor_dims, weights)
     check_numbers("factors", factors := each_of(factors, count), torch.float32, weights)
     for number, (factor, dim, result) in enumerate(zip(factors, factor_dims, results, strict=True)):
         if factor is not None and factor.shape != (len(result), result.shape[-2 if dim == -1 else -1]):

@@ -84,6 +84,20 @@ def check_count(name: str, values: Sequence[Any], stacks: Sequence[Any]) -> None
         raise ValueError(f"{name}: {len(values)} for {len(stacks)} stacks; there must be one for each")
 
 
+def check_dims(name: str, dims: Sequence[int], stacks: Sequence[Tensor]) -> None:
+    """Check along which dimensions of stacks the entries of neurons lie."""
+    check_count(name, dims, stacks)
+    for number, dim in enumerate(dims):
+        if dim not in (-1, -2):
+            raise ValueError(f"{name}[{number}] must be -1 or -2, the entries or the slices of a stack, got {dim}")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Check what results are rounded to."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} must be one of {DTYPES}, got {dtype}")
+
+
 def shapes_of(stacks: Sequence[Tensor]) -> list[tuple[int, ...]]:
     """Return their shapes."""
     return [stack.shape for stack in stacks]
@@ -125,9 +139,18 @@ def hashes_of(
         if each is not None and stacks[number].dtype in HALF_PRECISION:
             is_transposed = each.rows.shape[-1] != 1 or each.columns.shape[-2] != 1
             of_slices[number], of_entries[number] = reversed(each) if is_transposed else each
+            _check_hashes(f"bits[{number}]", of_slices[number], of_entries[number], stacks[number].shape)
     check_numbers("bits", of_slices, torch.int32, stacks)
     check_numbers("bits", of_entries, torch.int32, stacks)
     return of_slices, of_entries
+
+
+def _check_hashes(name: str, of_slices: Tensor, of_entries: Tensor, shape: tuple[int, ...]) -> None:
+    count, n, m = shape
+    for hashes, wanted in ((of_slices, (count, n, 1)), (of_entries, (count, 1, m))):
+        if hashes.ndim != 3 or any(size not in (1, whole) for size, whole in zip(hashes.shape, wanted, strict=True)):
+            shapes = f"{tuple(of_slices.shape)} and {tuple(of_entries.shape)}"
+            raise ValueError(f"{name} must have hashes that broadcast to {tuple(shape)}, but they have {shapes}")
 
 
 def empty_stacks(

@@ -913,6 +913,7 @@ def test_what_is_refused(momentum: Tensor, gradient: Tensor | None, error: type[
         ({"step_sizes": torch.zeros((), device="meta")}, TypeError, r"but it is in torch.float32 on meta"),
         ({"shrinks": torch.zeros(3, 1, 1)}, ValueError, r"shrinks\[0\] has numbers for 3 matrices; there are 2"),
         ({"factors": torch.zeros(2, 4)}, ValueError, r"factors\[0\] must have one number for each neuron"),
+        ({"factor_dims": 2}, ValueError, r"factor_dims\[0\] must be -1 or -2"),
         ({"cautious": torch.zeros(2, 3, 5)}, ValueError, r"cautious\[0\] must have the shape \(2, 3, 4\)"),
         ({"results": torch.zeros(2, 1, 4, device="meta")}, ValueError, r"results\[0\] is on meta, others are on cpu"),
     ],
@@ -940,6 +941,7 @@ def test_kernels_get_no_wrong_addresses(wrong: dict[str, Any], error: type[Excep
         ({"indices": None}, ValueError, r"one number for each neuron of \(2, 3\), but it has the shape \(2, 5\)"),
         ({"indices": torch.zeros(2, 3)}, TypeError, r"indices\[0\] must be in torch.int64"),
         ({"indices": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, r"indices\[0\] must have the shape \(2, 3\)"),
+        ({"sizes": 0}, ValueError, r"sizes\[0\] must be at least 1, the entries of a neuron, got 0"),
         ({"weights": torch.zeros(3, 1, 1)}, ValueError, r"weights\[0\] has numbers for 3 matrices; there are 2"),
     ],
 )
@@ -967,6 +969,29 @@ def test_there_is_one_of_everything_for_each_stack() -> None:
         fused.accumulate(momenta, [None, None], opens=[None])
     with pytest.raises(ValueError, match="gradients and nesterov_factors belong together"):
         fused.take(momenta, [torch.zeros(2, 1, dtype=torch.int64)] * 2, [0.9] * 2, torch.float32, gradients=[None] * 2)
+
+    with pytest.raises(ValueError, match="dtypes: 1 for 2 stacks"):
+        fused.normalize(momenta, 1.02, [torch.float32])
+    indices = [torch.zeros(2, 1, dtype=torch.int64)] * 2
+    results = [torch.zeros(2, 1, 4)] * 2
+    with pytest.raises(ValueError, match="factor_dims: 1 for 2 stacks"):
+        fused.apply(momenta, indices, results, [0.1] * 2, [0.9] * 2, factor_dims=[-1])
+
+
+def test_results_are_in_dtypes_of_kernels() -> None:
+    momenta = [torch.zeros(2, 3, 4)]
+    with pytest.raises(TypeError, match=r"dtype must be one of .*, got torch.int32"):
+        fused.take(momenta, [torch.zeros(2, 1, dtype=torch.int64)], [0.9], torch.int32)
+    with pytest.raises(TypeError, match=r"dtypes\[0\] must be one of .*, got torch.float64"):
+        fused.normalize(momenta, 1.02, [torch.float64])
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 4), (2, 3, 5), (3, 3, 4)])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_random_bits_of_another_shape(shape: tuple[int, int, int], is_transposed: bool) -> None:
+    momenta = [torch.zeros(2, 3, 4, dtype=torch.bfloat16)]
+    with pytest.raises(ValueError, match=r"bits\[0\] must have hashes that broadcast to \(2, 3, 4\), but they have"):
+        fused.accumulate(momenta, momenta, bits=[bits_of(shape, is_transposed, 0)])
 
 
 # A GPU's compiler
