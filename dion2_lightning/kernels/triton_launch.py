@@ -138,8 +138,9 @@ def hashes_of(
     for number, each in enumerate(bits):
         if each is not None and stacks[number].dtype in HALF_PRECISION:
             is_transposed = each.rows.shape[-1] != 1 or each.columns.shape[-2] != 1
-            of_slices[number], of_entries[number] = reversed(each) if is_transposed else each
-            _check_hashes(f"bits[{number}]", of_slices[number], of_entries[number], stacks[number].shape)
+            hashes = each[::-1] if is_transposed else each[:]
+            _check_hashes(f"bits[{number}]", *hashes, stacks[number].shape)
+            of_slices[number], of_entries[number] = hashes
     check_numbers("bits", of_slices, torch.int32, stacks)
     check_numbers("bits", of_entries, torch.int32, stacks)
     return of_slices, of_entries
