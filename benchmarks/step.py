@@ -42,6 +42,9 @@ CPU_SHAPES = ("smollm2-135m", "gpt2")
 
 Sizes = Sequence[tuple[int, int]]
 
+ADAMW = "torch.optim.AdamW, fused"
+"""What times are divided by."""
+
 MIN_ROUNDS = 3
 """Rounds of a comparison, however long they take."""
 
@@ -88,8 +91,8 @@ class Floor:
             polar_factor(each, self.dtype)
 
 
-def optimizers(shapes: str, dtype: DType | None) -> Iterator[tuple[str, Build]]:
-    """Yield what is compared, by name; the first is what the others are measured against."""
+def optimizers(shapes: str, dtype: DType | None, device: torch.device) -> Iterator[tuple[str, Build]]:
+    """Yield what is compared on a device, by name; the first is what the others are measured against."""
 
     def group(kernels: Any = "auto", **settings: Any) -> Build:
         return lambda params: Dion2([{"params": params, "transposed": TRANSPOSED[shapes], **settings}], kernels=kernels)
@@ -98,7 +101,7 @@ def optimizers(shapes: str, dtype: DType | None) -> Iterator[tuple[str, Build]]:
         return group(fraction=fraction, orthonormalize_dtype=dtype, **settings)
 
     yield "torch.optim.Muon", lambda params: torch.optim.Muon(params, nesterov=False)
-    yield "torch.optim.AdamW, fused", lambda params: torch.optim.AdamW(params, fused=True)
+    yield ADAMW, lambda params: torch.optim.AdamW(params, fused=True)
     yield "torch.optim.AdamW, foreach", lambda params: torch.optim.AdamW(params, foreach=True)
     for name, fraction in (("1", 1.0), ("1/2", 0.5), ("1/4", 0.25), ("1/8", 0.125)):
         yield f"Dion2 at {name}", dion2(fraction)
@@ -107,7 +110,7 @@ def optimizers(shapes: str, dtype: DType | None) -> Iterator[tuple[str, Build]]:
     for name, fraction in (("1/4", 0.25), ("1/8", 0.125)):
         yield f"Dion at {name}", group(algorithm="dion", rank_fraction=fraction)
     yield "NorMuon", dion2(1.0, normalize_neurons=True)
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         for algorithm in ("dion2", "dion3"):
             yield f"{algorithm.capitalize()} at 1/4, kernels=torch", dion2(0.25, algorithm=algorithm, kernels="torch")
     for check_finite in (True, "skip"):
@@ -157,6 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--picture", type=Path, help="draw the ratios to AdamW into this file")
     chosen = parser.parse_args(arguments)
+    if chosen.picture is not None and chosen.only not in ADAMW:
+        parser.error(
+            f"--picture draws ratios to {ADAMW!r}, which --only {chosen.only!r} leaves out: leave out one of them"
+        )
 
     print(f"torch {torch.__version__}, {platform.machine()}, {chosen.device}, {torch.get_num_threads()} threads")
     tables = [compare(shapes, chosen) for shapes in chosen.shapes]
@@ -171,7 +178,7 @@ def compare(shapes: str, chosen: argparse.Namespace) -> dict[str, Any]:
     sizes = LAYERS[shapes] * chosen.layers
     candidates: dict[str, Steps] = {
         name: build(weights(sizes, chosen.device))
-        for name, build in optimizers(shapes, chosen.dtype)
+        for name, build in optimizers(shapes, chosen.dtype, chosen.device)
         if chosen.only in name
     }
     for name, fraction in (("1/4", 0.25), ("1/8", 0.125)):
@@ -185,7 +192,7 @@ def compare(shapes: str, chosen: argparse.Namespace) -> dict[str, Any]:
     }
     rounds, count = len(next(iter(times.values()))), sum(rows * columns for rows, columns in sizes)
     print(f"\n{shapes}, {chosen.layers} layers, {count / 1e6:.1f}M parameters, median of {rounds} steps")
-    adamw, muon = medians.get("torch.optim.AdamW, fused"), medians.get("torch.optim.Muon")
+    adamw, muon = medians.get(ADAMW), medians.get("torch.optim.Muon")
     print(f"{'':36}{'ms':>9}{'it / AdamW fused':>18}{'Muon / it':>11}{'it / its floor':>16}{'memory, MB':>12}")
     for name, median in medians.items():
         floor = medians.get(f"floor of {name}")
@@ -243,7 +250,7 @@ def draw(tables: Sequence[dict[str, Any]], path: Path) -> None:
     names = list(tables[0]["ms"])
     figure, axes = plt.subplots(1, len(tables), figsize=(6 * len(tables), 0.32 * len(names) + 1), sharey=True)
     for table, axis in zip(tables, [axes] if len(tables) == 1 else axes, strict=True):
-        reference = table["ms"]["torch.optim.AdamW, fused"]
+        reference = table["ms"][ADAMW]
         bars = axis.barh(names, [table["ms"][name] / reference for name in names])
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.set(

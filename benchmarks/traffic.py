@@ -72,9 +72,12 @@ PHASES = [*dict.fromkeys(FUNCTIONS.values()), OTHER]
 NAME, WIDTHS = 27, [max(len(phase) + 1, 7) for phase in PHASES]
 """Widths of the columns that are printed."""
 
+KERNELS = ("torch", "triton")
+"""What goes over the memory of matrices."""
+
 OWN_NAMESPACE = "dion2"
 OWN_KERNELS = "dion2_lightning.kernels.traffic"
-"""What is asked about operators of that namespace: ``traffic(name, arguments, result) -> (bytes read, written)``, and
+"""What is asked about operators of that namespace: ``traffic(name, arguments) -> (bytes read, written)``, and
 ``launches(name, arguments)``."""
 
 
@@ -213,13 +216,13 @@ def fused_adamw(call: Call) -> Traffic:
 
 
 def declared(call: Call) -> Traffic:
-    """An operator of the package's own kernels says what it moves, given its name, all its arguments and its result."""
+    """An operator of the package's own kernels says what it moves, given its name and all its arguments."""
     try:
         traffic, launches = (pkgutil.resolve_name(f"{OWN_KERNELS}:{name}") for name in ("traffic", "launches"))
     except (ImportError, AttributeError) as error:
         raise UnknownOperationError(f"{call.function} declares nothing: {OWN_KERNELS} has no such function") from error
     name, arguments = _name(call.function), tuple(call.arguments.values())
-    return Traffic(launches(name, arguments), *traffic(name, arguments, call.result))
+    return Traffic(launches(name, arguments), *traffic(name, arguments))
 
 
 FREE = {
@@ -386,30 +389,27 @@ def _layout(tensor: Tensor) -> tuple[torch.Size, list[int]]:
 
 
 def optimizers(
-    shapes: str, kernels: Sequence[str] = (), working_memory: int | None = None
+    shapes: str, kernels: Sequence[str] = KERNELS, working_memory: int | None = None
 ) -> Iterator[tuple[str, Build]]:
     """Yield what is compared, by name, each with its default weight decay.
 
     Args:
         shapes: A model of ``benchmarks.step.LAYERS``.
-        kernels: Argument of the constructor; for each, there is a row of Dion2 and Dion3 (default: it is not given).
+        kernels: Argument of the constructor; for each, there is a row of Dion2 and Dion3 (default: both).
         working_memory: Argument of the constructor.
     """
 
-    def package(chosen: str | None = None, **settings: Any) -> Build:
-        constructor: dict[str, Any] = {"working_memory": working_memory}
-        if chosen is not None:
-            constructor["kernels"] = chosen
+    def package(chosen: Any = "auto", **settings: Any) -> Build:
+        constructor: dict[str, Any] = {"kernels": chosen, "working_memory": working_memory}
         return lambda params: Dion2([{"params": params, "transposed": TRANSPOSED[shapes], **settings}], **constructor)
 
     yield "torch.optim.AdamW, fused", lambda params: torch.optim.AdamW(params, fused=True)
     yield "torch.optim.AdamW, foreach", lambda params: torch.optim.AdamW(params, foreach=True)
     yield "torch.optim.Muon", lambda params: torch.optim.Muon(params, nesterov=False)
-    for each in kernels or (None,):
-        suffix = "" if each is None else f", {each}"
+    for each in kernels:
         for name, fraction in (("1", 1.0), ("1/4", 0.25), ("1/8", 0.125)):
-            yield f"Dion2 at {name}{suffix}", package(each, fraction=fraction)
-        yield f"Dion3 at 1/4{suffix}", package(each, algorithm="dion3", fraction=0.25)
+            yield f"Dion2 at {name}, {each}", package(each, fraction=fraction)
+        yield f"Dion3 at 1/4, {each}", package(each, algorithm="dion3", fraction=0.25)
     yield "Dion at 1/4", package(algorithm="dion", rank_fraction=0.25)
 
 
@@ -442,11 +442,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[6], help="decoder layers (default: 6)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--kernels", nargs="+", default=[], help="kernels of Dion2 and Dion3, a row for each")
+    parser.add_argument(
+        "--kernels",
+        choices=KERNELS,
+        nargs="+",
+        help="kernels of Dion2 and Dion3, a row for each (default: both; torch on a CPU)",
+    )
     parser.add_argument("--working-memory", type=int, help="bytes that a step may take (default: that of the package)")
     parser.add_argument("--only", default="", help="only optimizers whose name contains this")
     parser.add_argument("--json", type=Path, help="write the figures to this file, bytes read and written apart")
     chosen = parser.parse_args(arguments)
+    if chosen.kernels is None:
+        chosen.kernels = KERNELS if chosen.device == "cuda" else KERNELS[:1]
 
     tables = [compare(shapes, layers, chosen) for shapes in chosen.shapes for layers in chosen.layers]
     if chosen.json is not None:

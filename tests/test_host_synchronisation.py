@@ -1,7 +1,8 @@
 """A step on a GPU never makes the host wait: it launches kernels, and may send small constants to the device.
 
 The step runs on fake CUDA tensors, which have shapes and devices but no data, so no GPU is needed. A dispatch mode sees
-every operation and refuses those that bring data to the host. What runs under it is exactly what would be launched.
+every operation and refuses those that bring data to the host. Of the package's own operators it sees a call; what they
+do with their arguments is run in a test of its own, up to the launch of a kernel.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -28,6 +29,7 @@ from dion2_lightning.algorithms import dion2_shared as sharing
 from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.algorithms.hyperparameters import RATES
 from dion2_lightning.distributed import collectives
+from dion2_lightning.kernels import triton_launch
 from dion2_lightning.matrices import layout
 from dion2_lightning.monitoring.history import SelectionHistory
 from tests.every_kind import SLICES, groups_of_every_kind, parameters_of
@@ -129,6 +131,77 @@ def test_a_step_on_one_device_neither_waits_nor_sends_anything(check_finite: Any
     assert optimizer.state[matrix]["momentum"].device.type == "cuda"
     assert optimizer.state[rest]["step"].device.type == "cuda"
     assert optimizer.selection_of(matrix).indices.device.type == "cuda"
+
+
+class OwnOperators(TorchDispatchMode):
+    """Keeps the calls of the package's own operators: their names and arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function.namespace == "dion2":
+            self.calls.append((function._opname, arguments))
+        return function(*arguments, **(keywords or {}))
+
+
+class Launcher:
+    """A kernel that is not launched."""
+
+    def __init__(self, launched: list[str], name: str) -> None:
+        self.launched, self.name = launched, name
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return lambda table, *_, **__: self.launched.append(f"{self.name} on {table.device}")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that would be launched, on a machine without CUDA."""
+    triton_kernels = pytest.importorskip("dion2_lightning.kernels.triton_kernels")
+    recorded: list[str] = []
+    for name in ("accumulate", "take", "norm_parts", "divide", "neuron_sums", "neuron_factors", "apply"):
+        monkeypatch.setattr(triton_kernels, name, Launcher(recorded, name))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    return recorded
+
+
+def run_operators(calls: Sequence[tuple[str, tuple[Any, ...]]]) -> NoHostWait:
+    """Do what the operators do with their arguments."""
+    with NoHostWait() as host:
+        for name, arguments in calls:
+            triton_launch.launch(triton_launch.PASSES[name](*arguments), torch.device("cuda"))
+    return host
+
+
+@pytest.mark.parametrize("are_tensors", [False, True], ids=["numbers", "tensors and gates"])
+def test_own_operators_send_a_table_each_and_do_not_wait(are_tensors: bool, launched: list[str]) -> None:
+    settings = {"check_finite": "skip", "skip_idle_experts": True} if are_tensors else {}
+    optimizer = optimizer_of(normalize_neurons=True, cautious_weight_decay=True, nesterov=True, **settings)
+    optimizer.step()
+    if are_tensors:
+        put_rates_on_device(optimizer)
+    with OwnOperators() as own:
+        optimizer.step()
+    assert {name for name, _ in own.calls} == set(triton_launch.PASSES)
+    host = run_operators(own.calls)
+    assert len(host.sent) == len(own.calls)
+    assert len(launched) > len(own.calls) and all(each.endswith(" on cuda:0") for each in launched)
+
+
+@pytest.mark.parametrize("wait", [lambda tensors: tensors[0].sum().item(), lambda tensors: tensors[0].cpu()])
+def test_own_operators_that_wait_are_found(
+    wait: Callable[[Any], Any], launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waiting(*arguments: Any) -> triton_launch.Passes:
+        wait(arguments[0])
+        return []
+
+    monkeypatch.setitem(triton_launch.PASSES, "accumulate", waiting)
+    with pytest.raises((HostWaits, DataDependentOutputException)):
+        run_operators([("accumulate", ([torch.ones(1, 2, 3, device="cuda")],))])
 
 
 def put_rates_on_device(optimizer: Dion2, dtype: torch.dtype = torch.float32) -> None:

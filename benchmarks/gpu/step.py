@@ -47,7 +47,7 @@ def time_steps(options: Options, *, shapes: str, layers: int) -> Iterator[Row]:
     parameters = weights(sizes, device)
     count = sum(each.numel() for each in parameters)
     yield {"matrices": len(sizes), "parameters": count, "shapes": shapes, "layers": len(sizes) // len(LAYERS[shapes])}
-    compared = {name: build(parameters) for name, build in optimizers(shapes, None) if "foreach" not in name}
+    compared = {name: build(parameters) for name, build in optimizers(shapes, None, device) if "foreach" not in name}
     times = median_times(compared, device, rounds=3 if options.tiny else ROUNDS)
     bandwidth, rate = copy_bandwidth(device, options.tiny), product_rate(device, default_dtype(device), options.tiny)
     adamw = times["torch.optim.AdamW, fused"]

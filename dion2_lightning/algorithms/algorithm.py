@@ -185,6 +185,7 @@ class StepContext:
         working_memory: How many bytes a step may take beside state and gradients, or what one matrix needs.
         kernels: What goes over the memory of matrices: "torch", operations of torch; "triton", kernels of Triton;
             "auto", the latter on CUDA devices that have them.
+        fused_devices: Whether kernels of Triton do, by device: filled in by :meth:`fuses_on`.
         observer: What receives the events of the step; None for none.
         selections: What is selected, by parameter and block: filled in by the step.
         fallbacks: How often a faster way has failed and a slower one was taken, by the name of the faster one.
@@ -200,6 +201,7 @@ class StepContext:
     share_replicas: bool | None = None
     working_memory: int = 2**28
     kernels: Literal["auto", "torch", "triton"] = "auto"
+    fused_devices: dict[torch.device, bool] = field(default_factory=dict)
     observer: Observer | None = None
     selections: dict[tuple[Tensor, str], Selection] = field(default_factory=dict)
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -217,9 +219,10 @@ class StepContext:
 
     def fuses_on(self, device: torch.device) -> bool:
         """Return whether kernels of Triton go over the memory of matrices on a device."""
-        if self.kernels == "auto":
-            return device.type == "cuda" and fused.unavailable(device) is None
-        return bool(self.kernels == "triton")
+        if device not in self.fused_devices:
+            takes = fused.are_default(device) if self.kernels == "auto" else self.kernels == "triton"
+            self.fused_devices[device] = takes
+        return self.fused_devices[device]
 
 
 class StepWork(NamedTuple):

@@ -46,7 +46,7 @@ def count_buckets(
     if not costs:
         return 1
     parts = sum(sizes) // ranks
-    divisible = max(_by_owner(owners, costs).values()) // max(costs)
+    divisible = max(_by_owner(owners, costs).values()) // max(1, *costs)
     for_overlap = min(MAX_OVERLAPPED, divisible, parts // max(BUCKET_BYTES, ranks * MESSAGE_BYTES))
     needed = max(_by_owner(owners, working).values()) + 4 * parts
     for_memory = -(-needed // max(working_memory, *working))

@@ -14,10 +14,12 @@ neurons), of any strides; a list of stacks may mix shapes, memory orders and dty
 Each is a custom operator ``dion2::...``, so that torch can trace it without data. What the operators know of every
 matrix is sent to the device in one small copy; the host waits for nothing.
 
-There is one launch for all that is alike but for shapes and numbers, and one compilation for each kind of launch.
+There is one launch for all that is alike but for shapes and numbers, and one compilation for each kind of launch. What
+is aligned to 16 bytes, and has sizes that are multiples of 16, is of a kind of its own.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Final, NamedTuple
@@ -27,10 +29,13 @@ from torch import Tensor
 
 from dion2_lightning.kernels.rounding import RandomBits
 from dion2_lightning.kernels.triton_launch import (
-    Launch,
+    Passes,
+    TableRow,
     bits_of,
     blocks_in,
     check_count,
+    check_dims,
+    check_dtype,
     check_numbers,
     checked_stacks,
     checked_sums,
@@ -38,8 +43,8 @@ from dion2_lightning.kernels.triton_launch import (
     empty_stacks,
     gate_of,
     hashes_of,
-    launch,
     numbers_and_tensors,
+    operator,
     runs_along,
     scalar_of,
     selected_shapes,
@@ -56,6 +61,9 @@ PARTS: Final = 128
 
 NEURONS: Final = 1024
 """Of how many neurons a program works out the factors at a time. A power of 2."""
+
+_TRUE_WORDS: Final = ("1", "on", "true", "y", "yes")
+"""Values of environment variables that Triton takes for true, in any case."""
 
 
 class Tile(NamedTuple):
@@ -100,7 +108,7 @@ def unavailable(device: torch.device) -> str | None:
 
     Triton's interpreter, which ``TRITON_INTERPRET=1`` asks for before Triton is imported, runs them on CPUs, slowly.
     """
-    is_interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    is_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE_WORDS
     is_gpu = device.type == "cuda" and torch.cuda.is_available()  # and no fake one
     if device.type == "cpu" and not is_interpreted:
         return "Triton has no kernels for CPUs"
@@ -108,7 +116,7 @@ def unavailable(device: torch.device) -> str | None:
         return f"Triton has no kernels for devices of type {device.type}"
     if is_gpu and is_interpreted:
         return "TRITON_INTERPRET is set, and Triton's interpreter cannot read the memory of a GPU: unset it"
-    if is_gpu and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if is_gpu and _is_capturing():
         return "a CUDA graph is being captured, which would read tables of this step again, and they are gone by then"
     if is_gpu and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {MIN_CAPABILITY}"
@@ -117,6 +125,28 @@ def unavailable(device: torch.device) -> str | None:
     if is_gpu and (error := _error(launches=True)) is not None:
         return f"Triton cannot launch kernels ({error})"
     return None
+
+
+def are_default(device: torch.device) -> bool:
+    """Return whether the kernels take the place of torch's operations by default: on CUDA devices that can run them.
+
+    One that cannot is warned of once, unless it is because a step is captured, or because there is no GPU.
+    """
+    if device.type != "cuda":
+        return False
+    reason = unavailable(device)
+    if reason is not None and torch.cuda.is_available() and not _is_capturing():
+        _warn(device, reason)
+    return reason is None
+
+
+@cache
+def _warn(device: torch.device, reason: str) -> None:
+    warnings.warn(f"operations of torch take the place of fused kernels on {device}: {reason}", stacklevel=2)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 # M <- M + G
@@ -151,7 +181,7 @@ def accumulate(
     return [each.view(of.shape[:2]) for each, of in zip(sums.split(sizes), momenta, strict=True)]
 
 
-@torch.library.custom_op("dion2::accumulate", mutates_args=("momenta", "sums"))
+@operator("momenta", "sums")
 def _accumulate(
     momenta: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
@@ -159,8 +189,8 @@ def _accumulate(
     slice_hashes: Sequence[Tensor | None],
     entry_hashes: Sequence[Tensor | None],
     sums: Tensor,
-) -> None:
-    rows: list[Launch] = []
+) -> Passes:
+    rows: list[TableRow] = []
     address = sums.data_ptr()
     for momentum, gradient, is_open, slice_hash, entry_hash in zip(
         momenta, gradients, opens, slice_hashes, entry_hashes, strict=True
@@ -187,7 +217,7 @@ def _accumulate(
         ]
         rows.append((constants, count, blocks_in(n, tile.slices), numbers))
         address += count * n * sums.itemsize
-    launch("accumulate", rows, sums.device)
+    return [("accumulate", rows)]
 
 
 # S <- M[K], M[K] <- mu M[K]
@@ -221,6 +251,7 @@ def take(
         another in the order given: see :func:`adjacent`.
     """
     count = len(momenta)
+    check_dtype("dtype", dtype)
     device = checked_stacks("momenta", momenta)
     if (gradients is None) != (nesterov_factors is None):
         raise ValueError("gradients and nesterov_factors belong together: give both, or neither")
@@ -245,7 +276,7 @@ def take(
     return stacks
 
 
-@torch.library.custom_op("dion2::take", mutates_args=("momenta", "stacks"))
+@operator("momenta", "stacks")
 def _take(
     momenta: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
@@ -259,8 +290,8 @@ def _take(
     slice_hashes: Sequence[Tensor | None],
     entry_hashes: Sequence[Tensor | None],
     stacks: Sequence[Tensor],
-) -> None:
-    rows: list[Launch] = []
+) -> Passes:
+    rows: list[TableRow] = []
     for number, (momentum, gradient, its_indices, stack, slice_hash, entry_hash) in enumerate(
         zip(momenta, gradients, indices, stacks, slice_hashes, entry_hashes, strict=True)
     ):
@@ -290,8 +321,7 @@ def _take(
             *(*vector_of(slice_hash, -2), *vector_of(entry_hash, -1)),
         ]
         rows.append((constants, count, blocks_in(k, tile.slices) * blocks_in(m, tile.span), numbers))
-    if rows:
-        launch("take", rows, momenta[0].device)
+    return [("take", rows)]
 
 
 def adjacent(stacks: Sequence[Tensor]) -> Tensor | None:
@@ -325,6 +355,9 @@ def normalize(stacks: Sequence[Tensor], safety: float, dtypes: Sequence[torch.dt
         Of the same shapes and memory orders, without gaps.
     """
     device = checked_stacks("stacks", stacks)
+    check_count("dtypes", dtypes, stacks)
+    for number, dtype in enumerate(dtypes):
+        check_dtype(f"dtypes[{number}]", dtype)
     shapes = [tuple(each.shape) for each in stacks]
     results = empty_stacks(shapes, [runs_along(each) for each in stacks], dtypes, device)
     partial = torch.empty(sum(map(len, stacks)) * PARTS, dtype=torch.float64, device=device)
@@ -332,10 +365,10 @@ def normalize(stacks: Sequence[Tensor], safety: float, dtypes: Sequence[torch.dt
     return results
 
 
-@torch.library.custom_op("dion2::normalize", mutates_args=("partial", "results"))
-def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results: Sequence[Tensor]) -> None:
-    sums: list[Launch] = []
-    quotients: list[Launch] = []
+@operator("partial", "results")
+def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results: Sequence[Tensor]) -> Passes:
+    parts: list[TableRow] = []
+    quotients: list[TableRow] = []
     address = partial.data_ptr()
     for stack, result in zip(stacks, results, strict=True):
         count, k, m = stack.shape
@@ -353,11 +386,10 @@ def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results
         }
         numbers = [k, m, 0, *of_stack.numbers, *of_result.numbers, address, bits_of("d", safety)]
         blocks = blocks_in(k, tile.slices) * blocks_in(m, tile.entries)
-        sums.append((constants, count, min(blocks, PARTS), numbers))
+        parts.append((constants, count, min(blocks, PARTS), numbers))
         quotients.append((constants, count, blocks_in(k, tile.slices) * blocks_in(m, tile.span), numbers))
         address += count * PARTS * partial.itemsize
-    launch("square_sums", sums, partial.device)
-    launch("divide", quotients, partial.device)
+    return [("norm_parts", parts), ("divide", quotients)]
 
 
 # The neurons of O
@@ -374,10 +406,7 @@ def square_sums(results: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
         (count, k) each, or (count, m) for dimension -2, in float64: views of one buffer, in the order given.
     """
     device = checked_stacks("results", results)
-    check_count("dims", dims, results)
-    for number, dim in enumerate(dims):
-        if dim not in (-1, -2):
-            raise ValueError(f"dims[{number}] must be -1 or -2, the entries or the slices of a stack, got {dim}")
+    check_dims("dims", dims, results)
     stacks = [each if dim == -1 else each.mT for each, dim in zip(results, dims, strict=True)]
     sizes = [each.shape[0] * each.shape[1] for each in stacks]
     sums = torch.empty(sum(sizes), dtype=torch.float64, device=device)
@@ -385,9 +414,9 @@ def square_sums(results: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
     return [each.view(of.shape[:2]) for each, of in zip(sums.split(sizes), stacks, strict=True)]
 
 
-@torch.library.custom_op("dion2::square_sums", mutates_args=("sums",))
-def _square_sums(stacks: Sequence[Tensor], sums: Tensor) -> None:
-    rows: list[Launch] = []
+@operator("sums")
+def _square_sums(stacks: Sequence[Tensor], sums: Tensor) -> Passes:
+    rows: list[TableRow] = []
     address = sums.data_ptr()
     for stack in stacks:
         count, n, m = stack.shape
@@ -404,7 +433,7 @@ def _square_sums(stacks: Sequence[Tensor], sums: Tensor) -> None:
         }
         rows.append((constants, count, blocks_in(n, tile.slices), [n, m, 0, *of_stack.numbers, address]))
         address += count * n * sums.itemsize
-    launch("neuron_sums", rows, sums.device)
+    return [("neuron_sums", rows)]
 
 
 def neuron_factors(
@@ -435,7 +464,9 @@ def neuron_factors(
         check_count(name, values, sums)
     check_numbers("variances", variances, torch.float32, sums)
     check_numbers("indices", indices, torch.int64, sums)
-    for number, (each, variance, its_indices) in enumerate(zip(sums, variances, indices, strict=True)):
+    for number, (each, variance, its_indices, size) in enumerate(zip(sums, variances, indices, sizes, strict=True)):
+        if size < 1:
+            raise ValueError(f"sizes[{number}] must be at least 1, the entries of a neuron, got {size}")
         wanted = tuple(each.shape)
         if its_indices is not None and its_indices.shape != each.shape:
             raise ValueError(f"indices[{number}] must have the shape {wanted}, but it has {tuple(its_indices.shape)}")
@@ -452,7 +483,7 @@ def neuron_factors(
     return [each.view(of.shape) for each, of in zip(factors.split(numbers), sums, strict=True)]
 
 
-@torch.library.custom_op("dion2::neuron_factors", mutates_args=("variances", "factors"))
+@operator("variances", "factors")
 def _neuron_factors(
     sums: Sequence[Tensor],
     variances: Sequence[Tensor],
@@ -462,8 +493,8 @@ def _neuron_factors(
     weight_tensors: Sequence[Tensor | None],
     eps: float,
     factors: Tensor,
-) -> None:
-    rows: list[Launch] = []
+) -> Passes:
+    rows: list[TableRow] = []
     address = factors.data_ptr()
     for number, (each, variance, its_indices, size) in enumerate(zip(sums, variances, indices, sizes, strict=True)):
         count, neurons = each.shape
@@ -478,7 +509,7 @@ def _neuron_factors(
         ]
         rows.append((constants, count, min(neurons, 1), numbers))
         address += count * neurons * factors.itemsize
-    launch("neuron_factors", rows, factors.device)
+    return [("neuron_factors", rows)]
 
 
 # X <- (1 - lr weight_decay) X, X[K] <- X[K] - lr scale O
@@ -520,7 +551,7 @@ def apply(
     checked_stacks("cautious", cautious := each_of(cautious, count), shapes_of(weights), device)
     steps, step_tensors = numbers_and_tensors("step_sizes", step_sizes, weights)
     constants, shrink_tensors = numbers_and_tensors("shrinks", shrinks, weights)
-    factor_dims = [-1] * count if factor_dims is None else factor_dims
+    check_dims("factor_dims", factor_dims := [-1] * count if factor_dims is None else factor_dims, weights)
     check_numbers("factors", factors := each_of(factors, count), torch.float32, weights)
     for number, (factor, dim, result) in enumerate(zip(factors, factor_dims, results, strict=True)):
         if factor is not None and factor.shape != (len(result), result.shape[-2 if dim == -1 else -1]):
@@ -543,7 +574,7 @@ def apply(
     )
 
 
-@torch.library.custom_op("dion2::apply", mutates_args=("weights",))
+@operator("weights")
 def _apply(
     weights: Sequence[Tensor],
     indices: Sequence[Tensor],
@@ -557,8 +588,8 @@ def _apply(
     momenta: Sequence[Tensor | None],
     slice_hashes: Sequence[Tensor | None],
     entry_hashes: Sequence[Tensor | None],
-) -> None:
-    rows: list[Launch] = []
+) -> Passes:
+    rows: list[TableRow] = []
     for number, (weight, its_indices, result, slice_hash, entry_hash) in enumerate(
         zip(weights, indices, results, slice_hashes, entry_hashes, strict=True)
     ):
@@ -597,15 +628,9 @@ def _apply(
         ]
         slices = n if is_whole else k
         rows.append((constants, count, blocks_in(slices, tile.slices) * blocks_in(m, tile.span), numbers))
-    if rows:
-        launch("apply", rows, weights[0].device)
+    return [("apply", rows)]
 
 
 def decays(shrink: float, tensor: Tensor | None) -> bool:
     """Return whether weights decay, so that :func:`apply` goes over all of them."""
     return tensor is not None or shrink != 1.0
-
-
-# torch traces the operators without data: they return nothing.
-for _operator in (_accumulate, _take, _normalize, _square_sums, _neuron_factors, _apply):
-    _operator.register_fake(lambda *_: None)

@@ -86,20 +86,21 @@ def random_bits(
     Returns:
         For each tensor one number a row and one a column, in the shapes of their coordinates.
     """
-    shapes = [held.shape for each in coordinates for held in each]
-    numbers = [
-        held.flatten() ^ (salt - 2**31)
-        for (rows, columns), seed in zip(coordinates, seeds, strict=True)
-        for held, salt in ((rows, seed), (columns, seed ^ _COLUMN))
+    of_rows = [rows.flatten() ^ (seed - 2**31) for (rows, _), seed in zip(coordinates, seeds, strict=True)]
+    of_columns = [
+        columns.flatten() ^ ((seed ^ _COLUMN) - 2**31) for (_, columns), seed in zip(coordinates, seeds, strict=True)
     ]
+    numbers = of_rows + of_columns
+    row_counts, column_counts = [len(each) for each in of_rows], [len(each) for each in of_columns]
     of_places = hashed(torch.cat(numbers).to(torch.int32))
-    at_steps = [
-        step.to(of_places.device, non_blocking=True).expand(rows.numel() + columns.numel())
-        for step, (rows, columns) in zip(steps, coordinates, strict=True)
+    at_steps = [step.to(of_places.device, non_blocking=True) for step in steps] * 2
+    of_steps = torch.cat([step.expand(len(each)) for step, each in zip(at_steps, numbers, strict=True)])
+    rows, columns = hashed(of_places ^ of_steps.to(torch.int32)).split([sum(row_counts), sum(column_counts)])
+    hashes = zip((rows | 1).split(row_counts), columns.split(column_counts), strict=True)
+    return [
+        RandomBits(its_rows.view(held_rows.shape), its_columns.view(held_columns.shape))
+        for (held_rows, held_columns), (its_rows, its_columns) in zip(coordinates, hashes, strict=True)
     ]
-    flat = hashed(of_places ^ torch.cat(at_steps).to(torch.int32)).split([len(each) for each in numbers])
-    hashes = [each.view(shape) for each, shape in zip(flat, shapes, strict=True)]
-    return [RandomBits(rows | 1, columns) for rows, columns in zip(hashes[::2], hashes[1::2], strict=True)]
 
 
 def multiply_add_(tensor: Tensor, factor: float | Tensor, addend: Tensor | None, bits: RandomBits | None) -> None:

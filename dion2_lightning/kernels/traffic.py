@@ -6,19 +6,19 @@ from typing import Any, Final
 from torch import Tensor
 
 from dion2_lightning.kernels.fused import decays
-from dion2_lightning.kernels.triton_launch import runs_along
+from dion2_lightning.kernels.triton_launch import PASSES, launches_of
 
 
-def traffic(name: str, arguments: tuple[Any, ...], result: object = None) -> tuple[int, int]:
+def traffic(name: str, arguments: tuple[Any, ...]) -> tuple[int, int]:
     """Return how many bytes a call of the operator ``dion2::name`` reads and writes.
 
-    Left out is what it reads of small tables: numbers by matrix, slice or entry, indices, and hashes. Of single columns
+    Left out is what it reads of small tables: numbers by matrix, slice or entry, indices, and hashes; and the partial
+    sums of ``normalize``, at most 1 KB a matrix, which it writes once and reads once for each tile. Of single columns
     a GPU moves more than they have: what lies between them in the same 32 bytes.
 
     Args:
         name: Such as "accumulate".
         arguments: All of the call, positional.
-        result: What it returned: nothing.
 
     Raises:
         KeyError: If there is no such operator.
@@ -27,16 +27,15 @@ def traffic(name: str, arguments: tuple[Any, ...], result: object = None) -> tup
 
 
 def launches(name: str, arguments: tuple[Any, ...]) -> int:
-    """Return how many launches a call of the operator ``dion2::name`` takes, the copy of its table among them.
+    """Return how many launches a call of the operator takes, the copy of its table among them.
 
-    It is one for each memory order and dtype of the matrices, twice in ``normalize``; addresses and sizes that are not
-    multiples of 16 may add to that. In ``neuron_factors`` it is one where slices are neurons, one where they are not.
+    Tensors without data count as if their storages began at multiples of 16 bytes, as those on a device do.
+
+    Raises:
+        KeyError: If there is no such operator.
     """
-    if name == "neuron_factors":
-        sums, _, indices, *_ = arguments
-        return 1 + len({(each.dtype, which is None) for each, which in zip(sums, indices, strict=True)})
-    kinds = {(each.dtype, runs_along(each), 1 in each.stride()[1:]) for each in arguments[0]}
-    return 1 + len(kinds) * (2 if name == "normalize" else 1)
+    count = len(launches_of(PASSES[name](*arguments)))
+    return count + 1 if count else 0
 
 
 def _size(tensor: Tensor) -> int:

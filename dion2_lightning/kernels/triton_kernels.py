@@ -132,7 +132,7 @@ def take(
 
 
 @triton.jit(do_not_specialize=LAUNCH)
-def square_sums(
+def norm_parts(
     table,
     tiles,
     S_TYPE: tl.constexpr,
@@ -322,7 +322,7 @@ def apply(
     else:
         positions, is_selected = own, own < k
         slices = _selected(row + 22, matrix, own, k)
-    s, p, moves = _of_slices(slices, ALONG), _of_slices(positions, ALONG), _of_slices(is_selected, ALONG)
+    s, p, selected = _of_slices(slices, ALONG), _of_slices(positions, ALONG), _of_slices(is_selected, ALONG)
     is_own = _of_slices(own < size, ALONG)
     slice_bits = _of_slices(_hashes(row + 25, matrix, slices, own < size, STOCHASTIC), ALONG)
     factors = tl.load(row + 31).to(tl.pointer_type(tl.float32)) + matrix * tl.load(row + 32)
@@ -334,8 +334,8 @@ def apply(
         mask = is_own & (e < m)
         place = weight + _offsets(s, e, x_slice, x_entry, ALONG, X_UNIT)
         old = tl.load(place, mask=mask, other=0).to(tl.float32)
-        turned = result + _offsets(p, e, o_slice, o_entry, ALONG, O_UNIT)
-        direction = tl.load(turned, mask=mask & moves, other=0).to(tl.float32)
+        source = result + _offsets(p, e, o_slice, o_entry, ALONG, O_UNIT)
+        direction = tl.load(source, mask=mask & selected, other=0).to(tl.float32)
         change = direction * step
         if HAS_FACTORS:
             if FACTORS_OF_SLICES:
@@ -346,11 +346,11 @@ def apply(
         if DECAYS:
             new = old * shrink
         if M_TYPE is not None:
-            judge = momentum + _offsets(s, e, m_slice, m_entry, ALONG, M_UNIT)
-            unmoved = tl.load(judge, mask=mask & (moves == 0), other=0).to(tl.float32)
+            source = momentum + _offsets(s, e, m_slice, m_entry, ALONG, M_UNIT)
+            of_momentum = tl.load(source, mask=mask & (selected == 0), other=0).to(tl.float32)
             sign = (old > 0).to(tl.float32) - (old < 0).to(tl.float32)
-            new = tl.where(tl.where(moves, direction, unmoved) * sign >= 0, new, old)
-        new = tl.where(moves, new + change, new)
+            new = tl.where(tl.where(selected, direction, of_momentum) * sign >= 0, new, old)
+        new = tl.where(selected, new + change, new)
         entry_bits = _of_entries(_hashes(row + 28, matrix, entries, entries < m, STOCHASTIC), ALONG)
         tl.store(place, _rounded(new, slice_bits * entry_bits, X_TYPE, STOCHASTIC), mask=mask)
 

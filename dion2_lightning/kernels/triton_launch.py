@@ -2,9 +2,11 @@
 
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Final, NamedTuple
+from inspect import signature
+from itertools import chain
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +16,13 @@ from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits
 DTYPES: Final = (torch.float32, *HALF_PRECISION)
 """What the tensors may be in."""
 
-Launch = tuple[dict[str, Any], int, int, list[int]]
+TableRow = tuple[dict[str, Any], int, int, list[int]]
 """Constants that a kernel is compiled for; matrices; tiles in each; their row of the table."""
+
+Passes = Sequence[tuple[str, Sequence[TableRow]]]
+"""Kernels in turn, each with the stacks that it goes over."""
+
+F = TypeVar("F", bound=Callable[..., Passes])
 
 
 # Arguments
@@ -77,6 +84,20 @@ def check_count(name: str, values: Sequence[Any], stacks: Sequence[Any]) -> None
         raise ValueError(f"{name}: {len(values)} for {len(stacks)} stacks; there must be one for each")
 
 
+def check_dims(name: str, dims: Sequence[int], stacks: Sequence[Tensor]) -> None:
+    """Check along which dimensions of stacks the entries of neurons lie."""
+    check_count(name, dims, stacks)
+    for number, dim in enumerate(dims):
+        if dim not in (-1, -2):
+            raise ValueError(f"{name}[{number}] must be -1 or -2, the entries or the slices of a stack, got {dim}")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Check what results are rounded to."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} must be one of {DTYPES}, got {dtype}")
+
+
 def shapes_of(stacks: Sequence[Tensor]) -> list[tuple[int, ...]]:
     """Return their shapes."""
     return [stack.shape for stack in stacks]
@@ -117,10 +138,20 @@ def hashes_of(
     for number, each in enumerate(bits):
         if each is not None and stacks[number].dtype in HALF_PRECISION:
             is_transposed = each.rows.shape[-1] != 1 or each.columns.shape[-2] != 1
-            of_slices[number], of_entries[number] = reversed(each) if is_transposed else each
+            hashes = each[::-1] if is_transposed else each[:]
+            _check_hashes(f"bits[{number}]", *hashes, stacks[number].shape)
+            of_slices[number], of_entries[number] = hashes
     check_numbers("bits", of_slices, torch.int32, stacks)
     check_numbers("bits", of_entries, torch.int32, stacks)
     return of_slices, of_entries
+
+
+def _check_hashes(name: str, of_slices: Tensor, of_entries: Tensor, shape: tuple[int, ...]) -> None:
+    count, n, m = shape
+    for hashes, wanted in ((of_slices, (count, n, 1)), (of_entries, (count, 1, m))):
+        if hashes.ndim != 3 or any(size not in (1, whole) for size, whole in zip(hashes.shape, wanted, strict=True)):
+            shapes = f"{tuple(of_slices.shape)} and {tuple(of_entries.shape)}"
+            raise ValueError(f"{name} must have hashes that broadcast to {tuple(shape)}, but they have {shapes}")
 
 
 def empty_stacks(
@@ -208,34 +239,75 @@ def bits_of(kind: str, number: float) -> int:
     return bits
 
 
-def launch(kernel: str, launches: Iterable[Launch], device: torch.device) -> None:
-    """Launch a kernel once for each set of constants, after one copy of all tables to the device."""
+# Launches
+
+PASSES: Final[dict[str, Callable[..., Passes]]] = {}
+"""By operator ``dion2::name`` what makes of its arguments the passes of a call."""
+
+
+def operator(*mutated: str) -> Callable[[F], F]:
+    """Make a function ``_name`` an operator ``dion2::name``, which launches the passes that the function returns.
+
+    Its first argument is a list of tensors on the device. As it returns nothing, torch traces it without data.
+
+    Args:
+        mutated: The arguments that kernels write.
+    """
+
+    def register(passes: F) -> F:
+        def body(*arguments: Any) -> None:
+            if arguments[0]:
+                launch(passes(*arguments), arguments[0][0].device)
+
+        vars(body)["__signature__"] = signature(passes).replace(return_annotation=None)
+        name = passes.__name__.removeprefix("_")
+        torch.library.custom_op(f"dion2::{name}", body, mutates_args=mutated).register_fake(lambda *_: None)
+        PASSES[name] = passes
+        return passes
+
+    return register
+
+
+def launches_of(passes: Passes) -> list[tuple[str, dict[str, Any], list[TableRow]]]:
+    """Return of each launch its kernel, its constants, and the rows of its table: one for all that have these."""
+    launches: dict[tuple[Any, ...], list[TableRow]] = {}
+    for kernel, rows in passes:
+        for row in rows:
+            constants, count, tiles, _ = row
+            if count * tiles > 0:
+                launches.setdefault((kernel, *constants.items()), []).append(row)
+    return [(kernel, dict(constants), rows) for (kernel, *constants), rows in launches.items()]
+
+
+def launch(passes: Passes, device: torch.device) -> None:
+    """Launch kernels one after another, after one copy of all tables to the device."""
     from dion2_lightning.kernels import triton_kernels
 
-    groups: dict[tuple[tuple[str, Any], ...], list[tuple[int, int, list[int]]]] = {}
-    for constants, count, tiles, numbers in launches:
-        if count * tiles > 0:
-            groups.setdefault(tuple(constants.items()), []).append((count, tiles, numbers))
-    if not groups:
+    launches = launches_of(passes)
+    if not launches:
         return
-    table: list[int] = []
-    grids: list[tuple[int, int, int]] = []
-    for group in groups.values():
-        begin, matrices = len(table), sum(count for count, *_ in group)
-        rows: list[int] = []
-        first = 0
-        for count, _, numbers in group:
-            table += [matrices + len(rows)] * count
-            rows += first, *numbers
-            first += count
-        table += rows
-        grids.append((begin, matrices, max(tiles for _, tiles, _ in group)))
+    tables = [_table([(count, numbers) for _, count, _, numbers in rows]) for *_, rows in launches]
     on_gpu = device.type == "cuda"
-    on_host = torch.frombuffer(array("q", table), dtype=torch.int64)  # of a list torch takes twice as long
+    in_one = array("q", chain.from_iterable(tables))
+    on_host = torch.frombuffer(in_one, dtype=torch.int64)  # of a list torch takes twice as long
     on_device = on_host.pin_memory().to(device, non_blocking=True) if on_gpu else on_host
     with torch.cuda.device(device) if on_gpu else nullcontext():
-        for names, (begin, matrices, tiles) in zip(groups, grids, strict=True):
-            named = {name.upper(): triton_kernels.TYPES.get(value, value) for name, value in names}
+        for table, (kernel, constants, rows) in zip(on_device.split([*map(len, tables)]), launches, strict=True):
+            tiles = max(tiles for _, _, tiles, _ in rows)
+            matrices = sum(count for _, count, _, _ in rows)
+            named = {name.upper(): triton_kernels.TYPES.get(value, value) for name, value in constants.items()}
             getattr(triton_kernels, kernel)[(matrices * tiles,)](
-                on_device[begin:], tiles, **named, num_warps=4, enable_fp_fusion=False
+                table, tiles, **named, num_warps=4, enable_fp_fusion=False
             )
+
+
+def _table(stacks: Sequence[tuple[int, list[int]]]) -> list[int]:
+    """Return for each matrix where the row of its stack begins, then the rows, which name their first matrices."""
+    matrices = sum(count for count, _ in stacks)
+    begins: list[int] = []
+    rows: list[int] = []
+    for count, numbers in stacks:
+        first = len(begins)
+        begins += [matrices + len(rows)] * count
+        rows += first, *numbers
+    return begins + rows

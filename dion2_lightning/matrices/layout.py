@@ -194,15 +194,18 @@ def held_coordinates(parameter: Any, *, is_kernel: bool = False) -> tuple[Tensor
     Of a kernel (out, in, *kernel) the first axis counts rows, all others together columns. A number is a row with one
     column. The part that this rank holds has all of these rows, and of each all these columns.
     """
-    one = torch.zeros(1, dtype=torch.int64, device=local(parameter).device)
     held = [_held_along(parameter, axis) for axis in range(parameter.ndim)]
     place = 1 if is_kernel else max(parameter.ndim - 1, 0)
-    rows, columns = one, one
-    for its_held, size in zip(held[:place], parameter.shape[:place], strict=True):
-        rows = (rows.unsqueeze(-1) * size + its_held).flatten()
-    for its_held, size in zip(held[place:], parameter.shape[place:], strict=True):
-        columns = (columns.unsqueeze(-1) * size + its_held).flatten()
-    return rows, columns
+
+    def numbers(axes: slice) -> Tensor:
+        if not held[axes]:
+            return torch.zeros(1, dtype=torch.int64, device=local(parameter).device)
+        total, *others = held[axes]
+        for its_held, size in zip(others, parameter.shape[axes][1:], strict=True):
+            total = (total.unsqueeze(-1) * size + its_held).flatten()
+        return total
+
+    return numbers(slice(place)), numbers(slice(place, None))
 
 
 def local_shape(shape: tuple[int, ...], like: Any, placements: tuple[Any, ...]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from dion2_lightning import Dion2, SelectionTracker
 from dion2_lightning.kernels import fused
@@ -92,26 +92,37 @@ def test_a_step_that_a_gate_skips_changes_nothing() -> None:
 
 
 def check_shards(rank_count: int) -> None:
-    """Sharded by rows and by columns, and unevenly: the same bits by both ways."""
+    """Sharded by rows and by columns, unevenly, and replicated; one in half precision; in one turn and in many."""
     mesh = init_device_mesh("cpu", (rank_count,))
-    results = []
-    for kernels in ("torch", "triton"):
-        torch.manual_seed(0)
-        weights = [
-            nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(dim)]))
-            for shape in ((17, 24), (24, 17))
-            for dim in (0, 1)
-        ]
-        optimizer = Dion2(weights, lr=0.1, kernels=kernels, normalize_neurons=True, orthonormalize_dtype="float32")
-        for step in range(STEPS):
-            for number, weight in enumerate(weights):
-                generator = torch.Generator().manual_seed(10 * step + number)
-                full = torch.randn(weight.shape, generator=generator)
-                weight.grad = distribute_tensor(full, mesh, weight.placements)
-            optimizer.step()
-        state = [value for weight in weights for value in optimizer.state[weight].values()]
-        results.append([each.full_tensor() if isinstance(each, DTensor) else each for each in (*weights, *state)])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    placements = (Shard(0), Shard(1), Replicate())
+    cases = [(shape, placement, torch.float32) for shape in ((17, 24), (24, 17)) for placement in placements]
+    cases.append(((17, 24), Shard(0), torch.bfloat16))
+    for working_memory in (None, 20_000):
+        results = []
+        for kernels in ("torch", "triton"):
+            torch.manual_seed(0)
+            weights = [
+                nn.Parameter(distribute_tensor(torch.randn(shape).to(dtype), mesh, [placement]))
+                for shape, placement, dtype in cases
+            ]
+            optimizer = Dion2(
+                weights,
+                lr=0.1,
+                kernels=kernels,
+                normalize_neurons=True,
+                orthonormalize_dtype="float32",
+                share_replicas=True,
+                working_memory=working_memory,
+            )
+            for step in range(STEPS):
+                for number, weight in enumerate(weights):
+                    generator = torch.Generator().manual_seed(10 * step + number)
+                    full = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+                    weight.grad = distribute_tensor(full, mesh, weight.placements)
+                optimizer.step()
+            state = [value for weight in weights for value in optimizer.state[weight].values()]
+            results.append([each.full_tensor() if isinstance(each, DTensor) else each for each in (*weights, *state)])
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     dist.barrier()
 
 

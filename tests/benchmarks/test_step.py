@@ -43,3 +43,20 @@ def test_the_table_the_file_and_the_picture(
     assert f" {ratio:.2f}x " in row
     bound = 4 * (32 * 160 * 3) * 9  # copies of all submatrices, in float32
     assert 0 < table["memory"]["Dion2 at 1/4"] < table["memory"]["Dion2 at 1"] < bound
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_kernels_of_torch_are_compared_where_a_gpu_is_asked_for(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    for device in ("cpu", "cuda"):
+        names = [name for name, _ in step.optimizers("gpt2", None, torch.device(device))]
+        assert sum(name.endswith("kernels=torch") for name in names) == (2 if device == "cuda" else 0)
+
+
+def test_a_picture_needs_adamw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step, "compare", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(SystemExit):
+        step.main(["--only", "Dion2", f"--picture={tmp_path / 'figures.png'}"])
+    assert "--only 'Dion2' leaves out" in capsys.readouterr().err

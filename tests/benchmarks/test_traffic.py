@@ -31,6 +31,9 @@ from dion2_lightning.kernels import fused
 
 aten = torch.ops.aten
 
+needs_triton = pytest.mark.skipif(fused.unavailable(torch.device("cuda")) is not None, reason="Triton is not installed")
+each_kernels = pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=needs_triton)])
+
 X, Y, OUT = torch.rand(4, 6), torch.rand(4, 6), torch.empty(4, 6)
 """96 bytes each."""
 SQUARE, OTHER_SQUARE = torch.rand(4, 4), torch.rand(4, 4)
@@ -228,7 +231,7 @@ def test_a_gpu_sums_half_precision_in_float32_without_a_copy(fake: None) -> None
 
 def test_fake_tensors_are_counted_as_real_ones() -> None:
     sizes = [(64, 48), (32, 96), (96, 32)]
-    for name, build in optimizers("smollm2-135m"):
+    for name, build in optimizers("smollm2-135m", ["torch"]):
         if name.startswith("Dion at"):  # on a CPU the host reads how exact its QR is
             continue
         parameters: list[Tensor] = [nn.Parameter(torch.rand(size)) for size in sizes]
@@ -273,14 +276,14 @@ def halve_elsewhere(target: Tensor) -> None:
 def test_operators_of_the_package_declare_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def declares(name: str, arguments: tuple[Any, ...], result: Tensor) -> tuple[int, int]:
-        asked.append((name, arguments[1:], result.shape))
-        return arguments[0].nbytes, arguments[0].nbytes + result.nbytes
+    def declares(name: str, arguments: tuple[Any, ...]) -> tuple[int, int]:
+        asked.append((name, arguments[1:]))
+        return arguments[0].nbytes, arguments[0].nbytes + 16
 
     module = SimpleNamespace(traffic=declares, launches=lambda name, arguments: 3)
     monkeypatch.setitem(sys.modules, "dion2_lightning.kernels.traffic", module)
     assert counted(lambda: halve(OUT, offset=1.0)) == Traffic(3, 96, 96 + 16)
-    assert asked == [("halve_in_a_test", (1, 1.0), (4,))]
+    assert asked == [("halve_in_a_test", (1, 1.0))]
 
 
 def test_operators_that_declare_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +319,10 @@ def test_the_innermost_function_names_the_phase() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [name for name, _ in optimizers("gpt2")])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=needs_triton) if "triton" in name else name for name, _ in optimizers("gpt2")],
+)
 def test_the_phases_add_up(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """To what is counted without any: the second step once more, of which no function has a phase."""
     build, sizes = dict(optimizers("gpt2"))[name], [(64, 48), (32, 96), (96, 32)]
@@ -329,8 +335,9 @@ def test_the_phases_add_up(name: str, dtype: torch.dtype, monkeypatch: pytest.Mo
     assert counter.by_phase[PRODUCTS] == at_once.by_phase[PRODUCTS]
 
 
-def test_accumulating_reads_g_and_m_and_writes_m() -> None:
-    counter = count_step(lambda params: Dion2([{"params": params}]), [(64, 48), (32, 96)])
+@each_kernels
+def test_accumulating_reads_g_and_m_and_writes_m(kernels: Any) -> None:
+    counter = count_step(lambda params: Dion2([{"params": params}], kernels=kernels), [(64, 48), (32, 96)])
     assert counter.by_phase["accumulate"].moved >= 12 * (64 * 48 + 32 * 96)
 
 
@@ -346,15 +353,19 @@ def test_accumulating_reads_g_and_m_and_writes_m() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_operation_of_the_package_has_a_rule(settings: dict[str, Any], dtype: torch.dtype) -> None:
-    counter = count_step(lambda params: Dion2([{"params": params, **settings}]), [(64, 48), (32, 96)], dtype=dtype)
+@each_kernels
+def test_every_operation_of_the_package_has_a_rule(settings: dict[str, Any], dtype: torch.dtype, kernels: Any) -> None:
+    def build(params: list[Tensor]) -> torch.optim.Optimizer:
+        return Dion2([{"params": params, **settings}], kernels=kernels)
+
+    counter = count_step(build, [(64, 48), (32, 96)], dtype=dtype)
     assert counter.beside_products.moved > 0
 
 
 # The table
 
 
-@pytest.mark.skipif(fused.unavailable(torch.device("cuda")) is not None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("shapes", ["smollm2-135m", "gpt2", "llama-1b"])
 def test_fused_passes_move_fewer_bytes_than_adamw_in_launches_that_do_not_grow(shapes: str) -> None:
     """At a quarter, at a fixed working memory; the products are bounded by the number of shapes."""
@@ -374,7 +385,7 @@ def test_fused_passes_move_fewer_bytes_than_adamw_in_launches_that_do_not_grow(s
     assert len(products) == 1 and products.pop() <= 15 * len(set(LAYERS[shapes]))
 
 
-@pytest.mark.skipif(fused.unavailable(torch.device("cuda")) is not None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("settings", [{"algorithm": "dion3"}, {"normalize_neurons": True}], ids=str)
 @pytest.mark.parametrize("shapes", ["smollm2-135m", "gpt2"])
 def test_fused_neurons_cost_one_more_reading_of_o(shapes: str, settings: dict[str, Any]) -> None:
@@ -393,15 +404,26 @@ def test_fused_neurons_cost_one_more_reading_of_o(shapes: str, settings: dict[st
     assert len(operations) == 1 and operations.pop() <= 30
 
 
+@pytest.mark.parametrize(
+    ("asked", "kernels"),
+    [
+        pytest.param([], ["torch", "triton"], marks=needs_triton),
+        (["--kernels", "torch"], ["torch"]),
+    ],
+)
 def test_main_prints_a_row_for_each_optimizer_and_writes_the_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    asked: list[str],
+    kernels: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(LAYERS, "gpt2", [(24, 72), (24, 24)])
     file = tmp_path / "traffic.json"
-    main(["--shapes", "gpt2", "--layers", "1", "2", "--json", str(file)])
+    main(["--shapes", "gpt2", "--layers", "1", "2", "--json", str(file), *asked])
     printed, tables = capsys.readouterr().out, json.loads(file.read_text())
     assert [table["matrices"] for table in tables] == [2, 4]
-    names = [name for name, _ in optimizers("gpt2")]
+    names = [name for name, _ in optimizers("gpt2", kernels)]
     for table in tables:
         assert list(table["optimizers"]) == names
         assert table["entries"] == table["layers"] * 24 * (72 + 24)
@@ -415,11 +437,11 @@ def test_main_prints_a_row_for_each_optimizer_and_writes_the_figures(
 def test_kernels_are_an_argument_of_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(traffic, "Dion2", lambda groups, **arguments: given.append(arguments))
-    builds = dict(optimizers("gpt2", ["torch", "triton"]))
+    builds = dict(optimizers("gpt2"))
     assert [name for name in builds if name.startswith("Dion3")] == ["Dion3 at 1/4, torch", "Dion3 at 1/4, triton"]
     for name in ("Dion2 at 1/8, triton", "Dion at 1/4"):
         builds[name]([])
-    dict(optimizers("gpt2", working_memory=1000))["Dion2 at 1"]([])
+    dict(optimizers("gpt2", working_memory=1000))["Dion2 at 1, torch"]([])
     bounds = [each.pop("working_memory") for each in given]
-    assert given == [{"kernels": "triton"}, {}, {}]
+    assert given == [{"kernels": "triton"}, {"kernels": "auto"}, {"kernels": "torch"}]
     assert bounds == [None, None, 1000]

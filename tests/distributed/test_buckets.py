@@ -20,6 +20,7 @@ def count(size: int, working: int = 1, ranks: int = 4, each: int = 8, memory: in
 def test_small_models_take_one() -> None:
     assert count(size=1000) == 1
     assert count_buckets([], [], [], [], 4, ENOUGH) == 1
+    assert count_buckets([0, 0], [0, 1], [0, 0], [100, 100], 2, ENOUGH) == 1  # of matrices without entries
 
 
 def test_overlap_asks_for_two_or_three() -> None:

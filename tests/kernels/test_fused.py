@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.fake_tensors import fake_tensors
+from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.kernels import fused, orthonormalize, traffic
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
@@ -563,7 +566,7 @@ def declared(monkeypatch: pytest.MonkeyPatch, name: str, call: Callable[[], obje
             result = function(*arguments, **(keywords or {}))
             if function.namespace == "dion2":
                 assert function._opname == name
-                totals.append(traffic.traffic(name, arguments, result))
+                totals.append(traffic.traffic(name, arguments))
             return result
 
     with Declared():
@@ -658,56 +661,106 @@ def test_traffic_of_no_operator() -> None:
 # Launches
 
 
-def test_what_is_alike_but_for_shapes_and_numbers_is_one_launch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def launched(device: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Launches of kernels, as they are recorded: their names, and how many programs each has."""
     from dion2_lightning.kernels import triton_kernels
 
-    grids: list[int] = []
-
-    class Recorded:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int]) -> Any:
-            grids.append(grid[0])
-            return self.kernel[grid]
-
-    monkeypatch.setattr(triton_kernels, "accumulate", Recorded(triton_kernels.accumulate))
-    alike = [on(device, make(rows, shape, torch.float32, 0)) for shape in ((1, 9, 6), (3, 17, 7), (2, 5, 35))]
-    fused.accumulate(alike, alike)
-    assert grids == [6 * 3]
-    other = on(device, make(columns, (1, 9, 6), torch.float32, 0))
-    fused.accumulate([*alike, other, alike[0]], [*alike, other, None])
-    assert grids[1:] == [6 * 3, 1, 2]
-
-
-def test_neurons_are_one_launch_where_they_are_slices_and_one_where_they_are_not(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dion2_lightning.kernels import triton_kernels
-
-    launched: list[str] = []
+    recorded: list[tuple[str, int]] = []
 
     class Recorded:
         def __init__(self, name: str) -> None:
             self.name, self.kernel = name, getattr(triton_kernels, name)
 
         def __getitem__(self, grid: tuple[int]) -> Any:
-            launched.append(f"{self.name} {grid[0]}")
+            recorded.append((self.name, grid[0]))
             return self.kernel[grid]
 
-    for name in ("neuron_sums", "neuron_factors"):
+    for name in ("accumulate", "take", "norm_parts", "divide", "neuron_sums", "neuron_factors", "apply"):
         monkeypatch.setattr(triton_kernels, name, Recorded(name))
+    return recorded
+
+
+def test_what_is_alike_but_for_shapes_and_numbers_is_one_launch(device: str, launched: list[tuple[str, int]]) -> None:
+    alike = [on(device, make(rows, shape, torch.float32, 0)) for shape in ((1, 9, 6), (3, 17, 7), (2, 5, 35))]
+    fused.accumulate(alike, alike)
+    assert launched == [("accumulate", 6 * 3)]
+    other = on(device, make(columns, (1, 9, 6), torch.float32, 0))
+    fused.accumulate([*alike, other, alike[0]], [*alike, other, None])
+    assert launched[1:] == [("accumulate", programs) for programs in (6 * 3, 1, 2)]
+
+
+def test_neurons_are_one_launch_where_they_are_slices_and_one_where_they_are_not(
+    device: str, launched: list[tuple[str, int]]
+) -> None:
     results = [on(device, make(rows, shape, torch.float32, 0)) for shape in ((1, 9, 6), (3, 17, 7), (2, 5, 35))] * 2
     sums = fused.square_sums(results, [-1] * 3 + [-2] * 3)
-    assert launched == [f"neuron_sums {6 * 3}", f"neuron_sums {6 * 2}"]
+    assert launched == [("neuron_sums", 6 * 3), ("neuron_sums", 6 * 2)]
     indices = [torch.arange(each.shape[1], device=device).expand(len(each), -1) for each in results[:3]]
     variances = [torch.zeros(len(each), 40, device=device) for each in results]
     variances[3:] = [each[:, : its.shape[1]] for each, its in zip(variances[3:], sums[3:], strict=True)]
     fused.neuron_factors(sums, variances, [*indices, None, None, None], [7] * 6, [0.1] * 6, 1e-8)
-    assert launched[2:] == ["neuron_factors 6"] * 2
-    arguments = (results[:3] + [each.mT for each in results[3:]],)
-    assert traffic.launches("square_sums", arguments) == 1 + 2
-    assert traffic.launches("neuron_factors", (sums, variances, [*indices, None, None, None])) == 1 + 2
+    assert launched[2:] == [("neuron_factors", 6)] * 2
+
+
+def test_as_many_launches_as_declared_and_one_table(
+    device: str, launched: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By all operators, of odd and aligned shapes in both memory orders and two dtypes together; without data too."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    tables, frombuffer = list[Tensor](), torch.frombuffer
+
+    def counted(*given: Any, **named: Any) -> Tensor:
+        tables.append(frombuffer(*given, **named))
+        return tables[-1]
+
+    monkeypatch.setattr(torch, "frombuffer", counted)
+    found: dict[str, tuple[int, int]] = {}
+    without_data: dict[str, int] = {}
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+            name = function._opname
+            if function.namespace != "dion2":
+                return function(*arguments, **(keywords or {}))
+            if is_fake:
+                without_data[name] = traffic.launches(name, arguments)
+                return None
+            launched.clear()
+            tables.clear()
+            function(*arguments)
+            assert len(tables) == 1
+            found[name] = traffic.launches(name, arguments), len(launched) + len(tables)
+            return None
+
+    def all_operators(device: str) -> None:
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        momenta = [empty(2, 16, 32), empty(1, 17, 33), empty(1, 32, 16).mT, empty(1, 19, 5).mT, empty(1, 16, 32)]
+        momenta += [empty(1, 16, 32, dtype=torch.bfloat16)]
+        ks = [4, 5, 16, 3, 7, 4]
+        indices = [torch.arange(k, device=device).expand(len(each), k) for k, each in zip(ks, momenta, strict=True)]
+        fused.accumulate(momenta, [*momenta[:4], None, momenta[5]])
+        stacks = fused.take(momenta, indices, [0.9] * 6, torch.bfloat16)
+        results = fused.normalize(stacks, 1.02, [torch.bfloat16] * 6)
+        dims = [-1, -2, -1, -2, -1, -1]
+        sums = fused.square_sums(results, dims)
+        variances = [empty(*each.shape) for each in sums]
+        factors = fused.neuron_factors(sums, variances, [indices[0], *[None] * 5], [9] * 6, [0.1] * 6, 1e-8)
+        shrinks = [0.9, 0.9, 0.9, 0.9, 0.9, 1.0]
+        fused.apply(momenta, indices, results, [0.1] * 6, shrinks, factors=factors, factor_dims=dims)
+
+    is_fake = False
+    with Counted():
+        all_operators(device)
+    assert all(declares == has for declares, has in found.values()), found
+    assert len(found) == 6 and min(count for count, _ in found.values()) >= 3
+    is_fake = True
+    with fake_tensors(), Counted():
+        all_operators("cuda")
+    assert without_data == {name: count for name, (count, _) in found.items()}
 
 
 def test_nothing_to_do(device: str) -> None:
@@ -727,8 +780,8 @@ def test_nothing_to_do(device: str) -> None:
     assert (weight == 1).all()
 
 
-def test_on_fake_cuda_tensors_nothing_waits() -> None:
-    """All that an operator does is inside it: torch sees an allocation and a call, and no copy from or to the host."""
+def test_torch_traces_an_allocation_and_a_call_of_each_operator() -> None:
+    """What the operators do then, tests/test_host_synchronisation.py checks."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen: list[str] = []
@@ -791,6 +844,44 @@ def test_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason("cuda").startswith("a CUDA graph is being captured")
 
 
+def test_a_gpu_that_cannot_run_them_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """For each device and reason; not of a step that is captured, of a device that is not there, nor of a CPU."""
+    asked: list[torch.device] = []
+    reasons = {"cuda:0": "no C compiler", "cuda:1": "too old"}
+
+    def unavailable(device: torch.device) -> str | None:
+        asked.append(device)
+        return reasons.get(str(device))
+
+    monkeypatch.setattr(fused, "unavailable", unavailable)
+    monkeypatch.setattr(fused, "_warn", cache(fused._warn.__wrapped__))
+    devices = [torch.device("cuda", number) for number in range(3)]
+    assert not any(map(fused.are_default, devices[:2])) and not recwarn
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fused, "_is_capturing", lambda: True)
+    assert not fused.are_default(devices[0]) and not recwarn
+    monkeypatch.setattr(fused, "_is_capturing", lambda: False)
+    asked.clear()
+    for _ in range(2):
+        context = StepContext(kernels="auto")
+        assert [context.fuses_on(device) for device in devices * 2] == [False, False, True] * 2
+        assert not context.fuses_on(torch.device("cpu"))
+    assert asked == devices * 2
+    assert [str(each.message) for each in recwarn] == [
+        "operations of torch take the place of fused kernels on cuda:0: no C compiler",
+        "operations of torch take the place of fused kernels on cuda:1: too old",
+    ]
+
+
+@pytest.mark.parametrize("word", ["1", "ON", "Yes", "y", "true", "0", "false", "off", "no", "", "2"])
+def test_the_interpreter_is_asked_for_as_triton_reads_it(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    knobs = pytest.importorskip("triton.knobs")
+    monkeypatch.setenv("TRITON_INTERPRET", word)
+    assert (fused.unavailable(torch.device("cpu")) is None) == knobs.runtime.interpret
+
+
 def test_without_a_gpu_nothing_can_be_launched(device: str) -> None:
     if device == "cuda":
         pytest.skip("there is one")
@@ -822,6 +913,7 @@ def test_what_is_refused(momentum: Tensor, gradient: Tensor | None, error: type[
         ({"step_sizes": torch.zeros((), device="meta")}, TypeError, r"but it is in torch.float32 on meta"),
         ({"shrinks": torch.zeros(3, 1, 1)}, ValueError, r"shrinks\[0\] has numbers for 3 matrices; there are 2"),
         ({"factors": torch.zeros(2, 4)}, ValueError, r"factors\[0\] must have one number for each neuron"),
+        ({"factor_dims": 2}, ValueError, r"factor_dims\[0\] must be -1 or -2"),
         ({"cautious": torch.zeros(2, 3, 5)}, ValueError, r"cautious\[0\] must have the shape \(2, 3, 4\)"),
         ({"results": torch.zeros(2, 1, 4, device="meta")}, ValueError, r"results\[0\] is on meta, others are on cpu"),
     ],
@@ -849,6 +941,7 @@ def test_kernels_get_no_wrong_addresses(wrong: dict[str, Any], error: type[Excep
         ({"indices": None}, ValueError, r"one number for each neuron of \(2, 3\), but it has the shape \(2, 5\)"),
         ({"indices": torch.zeros(2, 3)}, TypeError, r"indices\[0\] must be in torch.int64"),
         ({"indices": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, r"indices\[0\] must have the shape \(2, 3\)"),
+        ({"sizes": 0}, ValueError, r"sizes\[0\] must be at least 1, the entries of a neuron, got 0"),
         ({"weights": torch.zeros(3, 1, 1)}, ValueError, r"weights\[0\] has numbers for 3 matrices; there are 2"),
     ],
 )
@@ -876,6 +969,29 @@ def test_there_is_one_of_everything_for_each_stack() -> None:
         fused.accumulate(momenta, [None, None], opens=[None])
     with pytest.raises(ValueError, match="gradients and nesterov_factors belong together"):
         fused.take(momenta, [torch.zeros(2, 1, dtype=torch.int64)] * 2, [0.9] * 2, torch.float32, gradients=[None] * 2)
+
+    with pytest.raises(ValueError, match="dtypes: 1 for 2 stacks"):
+        fused.normalize(momenta, 1.02, [torch.float32])
+    indices = [torch.zeros(2, 1, dtype=torch.int64)] * 2
+    results = [torch.zeros(2, 1, 4)] * 2
+    with pytest.raises(ValueError, match="factor_dims: 1 for 2 stacks"):
+        fused.apply(momenta, indices, results, [0.1] * 2, [0.9] * 2, factor_dims=[-1])
+
+
+def test_results_are_in_dtypes_of_kernels() -> None:
+    momenta = [torch.zeros(2, 3, 4)]
+    with pytest.raises(TypeError, match=r"dtype must be one of .*, got torch.int32"):
+        fused.take(momenta, [torch.zeros(2, 1, dtype=torch.int64)], [0.9], torch.int32)
+    with pytest.raises(TypeError, match=r"dtypes\[0\] must be one of .*, got torch.float64"):
+        fused.normalize(momenta, 1.02, [torch.float64])
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 4), (2, 3, 5), (3, 3, 4)])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_random_bits_of_another_shape(shape: tuple[int, int, int], is_transposed: bool) -> None:
+    momenta = [torch.zeros(2, 3, 4, dtype=torch.bfloat16)]
+    with pytest.raises(ValueError, match=r"bits\[0\] must have hashes that broadcast to \(2, 3, 4\), but they have"):
+        fused.accumulate(momenta, momenta, bits=[bits_of(shape, is_transposed, 0)])
 
 
 # A GPU's compiler
@@ -908,7 +1024,7 @@ COMPILED = """
                 compiled.add(code)
             return compile
 
-    for name in ("accumulate", "take", "square_sums", "divide", "neuron_sums", "neuron_factors", "apply"):
+    for name in ("accumulate", "take", "norm_parts", "divide", "neuron_sums", "neuron_factors", "apply"):
         setattr(triton_kernels, name, Compiled(getattr(triton_kernels, name)))
 
     def step(stack, k, factor):
@@ -951,7 +1067,7 @@ def test_a_gpu_compiler_takes_them(tmp_path: Path) -> None:
         [sys.executable, "-c", textwrap.dedent(COMPILED)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    passes = ["accumulate", "take", "square_sums", "divide", "apply"]
+    passes = ["accumulate", "take", "norm_parts", "divide", "apply"]
     rows = dict.fromkeys(passes, "wide")
     columns = rows | {"take": "narrow"}
     printed = [tuple(line.split()) for line in done.stdout.splitlines()]
