@@ -4,23 +4,29 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.machine import Timer, synchronize
 from dion2_lightning import Dion2
-from dion2_lightning.algorithms import dion2 as update
+from dion2_lightning.algorithms import dion2, neurons
 
-PHASES = {
-    "accumulate_and_sum": "accumulate, norms",
-    "select": "select",
-    "take": "gather and decay",
-    "polar_factors": "orthonormalize",
-    "shrink": "weight decay",
-    "apply": "apply",
+FUNCTIONS: dict[tuple[ModuleType, str], str] = {
+    (dion2, "accumulate_and_sum"): "accumulate, norms",
+    (dion2, "select"): "select",
+    (dion2, "take"): "gather and decay",
+    (dion2, "polar_factors"): "orthonormalize",
+    (neurons, "square_sums"): "neurons",
+    (neurons, "factors"): "neurons",
+    (dion2, "shrink"): "weight decay",
+    (dion2, "apply"): "apply",
 }
-"""Functions that ``algorithms/dion2.py`` calls, and their names in reports; Triton decays the weights in "apply"."""
+"""Functions that ``algorithms/dion2.py`` calls, and their phases; Triton decays the weights in "apply"."""
+
+PHASES = [*dict.fromkeys(FUNCTIONS.values())]
+"""Names in reports."""
 
 
 def shares_of_phases(optimizer: Dion2, device: torch.device) -> dict[str, float]:
@@ -34,7 +40,7 @@ def shares_of_phases(optimizer: Dion2, device: torch.device) -> dict[str, float]
         with whole:
             optimizer.step()
     total = whole.seconds()
-    shares = {name: 100 * sum(timer.seconds() for timer in timers[name]) / total for name in PHASES.values()}
+    shares = {name: 100 * sum(timer.seconds() for timer in timers[name]) / total for name in PHASES}
     return {**shares, "rest": 100 - sum(shares.values())}
 
 
@@ -51,11 +57,11 @@ def _timed(timers: dict[str, list[Timer]], device: torch.device) -> Iterator[Non
 
         return call
 
-    before = {name: getattr(update, name) for name in PHASES}
-    for name, function in before.items():
-        setattr(update, name, timed(function, PHASES[name]))
+    before = {place: getattr(*place) for place in FUNCTIONS}
+    for place, function in before.items():
+        setattr(*place, timed(function, FUNCTIONS[place]))
     try:
         yield
     finally:
-        for name, function in before.items():
-            setattr(update, name, function)
+        for place, function in before.items():
+            setattr(*place, function)

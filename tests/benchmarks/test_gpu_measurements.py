@@ -15,6 +15,7 @@ from benchmarks.gpu.flops import peak_flops, training_flops
 from benchmarks.gpu.machine import Timer
 from benchmarks.gpu.section import Options
 from dion2_lightning import Dion2
+from dion2_lightning.algorithms import neurons
 
 CPU = torch.device("cpu")
 
@@ -47,6 +48,16 @@ def test_a_step_whose_phases_are_timed_begins_on_an_idle_device(seen: list[str])
     optimizer.register_step_pre_hook(lambda *_: seen.append("step"))
     phases.shares_of_phases(optimizer, CPU)
     assert seen == ["step", "wait", "step"]
+
+
+def test_neurons_are_a_phase() -> None:
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    weight.grad = torch.ones(8, 8)
+    before = neurons.factors
+    shares = phases.shares_of_phases(Dion2([weight], normalize_neurons=True), CPU)
+    assert shares["neurons"] > 0.0
+    assert sum(shares.values()) == pytest.approx(100.0)
+    assert neurons.factors is before
 
 
 def test_launches_of_a_profiler_without_events_are_unknown() -> None:

@@ -1055,6 +1055,17 @@ COMPILED = """
     for result in (torch.zeros(1, 16, 64), torch.zeros(3, 32, 2048), torch.zeros(1, 64, 16).mT):
         for of_slices in (True, False):
             neurons(result.bfloat16(), of_slices)
+
+    # Gates, numbers on the device, float16 at random, single columns of a wider matrix, factors by entry, no decay.
+    print("others")
+    half = torch.zeros(1, 64, 64, dtype=torch.float16).mT[:, 1::2]
+    is_open, number = torch.ones(1, 1, 1, dtype=torch.bool), torch.ones(1, 1, 1)
+    fused.accumulate([half], [torch.zeros(1, 32, 64)], opens=[is_open], bits=bits)
+    numbers = {"gradients": [half], "nesterov_factors": [number], "opens": [is_open]}
+    taken = fused.take([half], [indices], [number], torch.float16, bits=bits, **numbers)
+    by_entry = {"factors": [torch.ones(1, 64)], "factor_dims": [-2]}
+    fused.apply([half], [indices], taken, [number], [number], cautious=[half], bits=bits, **by_entry)
+    fused.apply([half], [indices], taken, [number], [1.0], bits=bits, **by_entry)
 """
 
 
@@ -1073,7 +1084,9 @@ def test_a_gpu_compiler_takes_them(tmp_path: Path) -> None:
     printed = [tuple(line.split()) for line in done.stdout.splitlines()]
     assert printed[:10] == [*rows.items(), *columns.items()]
     assert printed[10:14] == [("accumulate", "narrow"), ("accumulate", "wide"), ("take", "wide"), ("apply", "wide")]
-    of_factors = [(name, width) for name, width in printed[14:] if name == "neuron_factors"]
-    assert printed[14:] == [
+    end = printed.index(("others",))
+    of_factors = [(name, width) for name, width in printed[14:end] if name == "neuron_factors"]
+    assert printed[14:end] == [
         *[("neuron_sums", "wide"), of_factors[0], ("neuron_sums", "wide"), of_factors[1]],
     ]
+    assert [name for name, _ in printed[end + 1 :]] == ["accumulate", "take", "apply", "apply"]
