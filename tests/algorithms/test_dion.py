@@ -269,6 +269,24 @@ def test_a_momentum_of_lower_rank_than_the_update(kind: str, qr: str) -> None:
     assert values[q.shape[-1] - 1] > 0.1
 
 
+@pytest.mark.parametrize("rank_fraction", [1 / 8, 1 / 4, 1 / 2])
+@pytest.mark.parametrize("number", [1e2, 1e4, 1e6])
+def test_randomized_cholesky_qr_goes_where_an_exact_qr_goes(number: float, rank_fraction: float) -> None:
+    """Over 12 steps, with gradients whose singular values span a condition number."""
+    left, _, right = torch.linalg.svd(gradients((256, 64), seed=0)[0], full_matrices=False)
+    values = torch.logspace(0, -math.log10(number), 64)
+    moved = {}
+    for qr in ("qr", "rcqr"):
+        parameter = nn.Parameter(torch.zeros(256, 64))
+        optimizer, _ = started(parameter, qr=qr, weight_decay=0.0, rank_fraction=rank_fraction)
+        for _ in range(12):
+            parameter.grad = (left * values) @ right
+            optimizer.step()
+        assert not optimizer.fallbacks
+        moved[qr] = parameter.detach().double()
+    assert relative_error(moved["rcqr"], moved["qr"]) < 1e-4
+
+
 @pytest.mark.parametrize("qr", ["qr", "rcqr"])
 @pytest.mark.parametrize("rank_fraction", [1 / 8, 1 / 4, 1 / 2, 1.0])
 @pytest.mark.parametrize("number", [1e2, 1e3, 1e4])

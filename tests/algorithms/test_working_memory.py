@@ -18,6 +18,7 @@ from tests.test_host_synchronisation import devices_seen, fake_cuda
 
 __all__ = ["devices_seen", "fake_cuda"]  # the latter is used by every test
 
+IS_MISSING = fused.unavailable(torch.device("cuda"))
 SHAPE = 2048, 4096
 UNBOUNDED = 2**40
 PER_LINE = 40
@@ -156,7 +157,7 @@ def test_most_of_the_bound_is_used() -> None:
         assert peak_of_step(16, memory, **case) > 0.7 * memory
 
 
-@pytest.mark.skipif(fused.unavailable(torch.device("cuda")) is not None, reason="Triton is not installed")
+@pytest.mark.skipif(IS_MISSING is not None, reason=str(IS_MISSING))
 @pytest.mark.parametrize("case", [{"orthonormalize_dtype": "float32"}, HALF, {"algorithm": "dion3"}], ids=str)
 def test_kernels_of_triton_take_no_more(case: dict[str, Any]) -> None:
     memory = 3 * peak_of_one(**case)

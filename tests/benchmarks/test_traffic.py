@@ -31,7 +31,8 @@ from dion2_lightning.kernels import fused
 
 aten = torch.ops.aten
 
-needs_triton = pytest.mark.skipif(fused.unavailable(torch.device("cuda")) is not None, reason="Triton is not installed")
+IS_MISSING = fused.unavailable(torch.device("cuda"))
+needs_triton = pytest.mark.skipif(IS_MISSING is not None, reason=str(IS_MISSING))
 each_kernels = pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=needs_triton)])
 
 X, Y, OUT = torch.rand(4, 6), torch.rand(4, 6), torch.empty(4, 6)
