@@ -441,19 +441,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", choices=LAYERS, nargs="+", default=["smollm2-135m"], help="default: smollm2-135m")
     parser.add_argument("--layers", type=int, nargs="+", default=[6], help="decoder layers (default: 6)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument(
         "--kernels",
         choices=KERNELS,
         nargs="+",
-        help="kernels of Dion2 and Dion3, a row for each (default: both; torch on a CPU)",
+        default=KERNELS,
+        help="kernels of Dion2 and Dion3, a row for each (default: both)",
     )
     parser.add_argument("--working-memory", type=int, help="bytes that a step may take (default: that of the package)")
     parser.add_argument("--only", default="", help="only optimizers whose name contains this")
     parser.add_argument("--json", type=Path, help="write the figures to this file, bytes read and written apart")
     chosen = parser.parse_args(arguments)
-    if chosen.kernels is None:
-        chosen.kernels = KERNELS if chosen.device == "cuda" else KERNELS[:1]
 
     tables = [compare(shapes, layers, chosen) for shapes in chosen.shapes for layers in chosen.layers]
     if chosen.json is not None:
@@ -465,18 +463,18 @@ def compare(shapes: str, layers: int, chosen: argparse.Namespace) -> dict[str, A
     sizes = LAYERS[shapes] * layers
     entries = sum(rows * columns for rows, columns in sizes)
     print(f"\n{shapes}, {layers} layers, {len(sizes)} matrices, {entries / 1e6:.1f}M parameters, {chosen.dtype}")
-    print(f"torch {torch.__version__}, fake {chosen.device} tensors; bytes read and written, per parameter")
+    print(f"torch {torch.__version__}, fake CUDA tensors; bytes read and written, per parameter")
     print(f"{'':{NAME}}{'bytes by phase, beside products':{sum(WIDTHS)}}{'together':>18}{'products':>17}")
     titles = "".join(f"{phase:>{width}}" for phase, width in zip(PHASES, WIDTHS, strict=True))
     print(f"{'':{NAME}}{titles}{'bytes':>8}{'operations':>11}{'bytes':>8}{'operations':>11}{'GFLOP':>8}")
     figures = {}
     for name, build in optimizers(shapes, chosen.kernels, chosen.working_memory):
         if chosen.only in name:
-            counter = count_step(build, sizes, device=chosen.device, dtype=getattr(torch, chosen.dtype))
+            counter = count_step(build, sizes, dtype=getattr(torch, chosen.dtype))
             print(f"{name:{NAME}}{_row(counter, entries)}")
             phases = {phase: asdict(counter.by_phase[phase]) for phase in (*PHASES, PRODUCTS)}
             figures[name] = {"phases": phases, "flops": counter.flops}
-    settings = {"shapes": shapes, "layers": layers, "dtype": chosen.dtype, "device": chosen.device}
+    settings = {"shapes": shapes, "layers": layers, "dtype": chosen.dtype}
     return {**settings, "torch": torch.__version__, "matrices": len(sizes), "entries": entries, "optimizers": figures}
 
 

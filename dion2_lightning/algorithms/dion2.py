@@ -210,22 +210,28 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
 
 def update_run(run: Sequence[MatrixUpdate], context: StepContext) -> None:
     """Go down the box with some of them."""
-    sums = accumulate_and_sum(run, context.working_memory)
+    may_estimate = context.observer is None  # who would see the norms
+    sums = accumulate_and_sum(run, context.working_memory, may_estimate)
     leave_idle(run)
-    selected = select(run, sums)
+    selected = select(run, sums, may_estimate)
     slices = [SelectedSlices(update, update.places(K)) for update, (K, _) in zip(run, selected, strict=True)]
     for some in within_memory(slices, context):
-        results = polar_factors(take(some), [each.update for each in some], context)
-        shrink([each.update for each in some if each.first == 0])
-        of_results = dict(zip(some, results, strict=True))
-        normalized = {each: of_results[each] for each in some if each.update.neuron_beta is not None}
-        factors = neurons.factors(neurons.square_sums(normalized), context)
-        for each, result in of_results.items():
-            show_result(each.update, result, context)
-        apply(some, results, [factors.get(each) for each in some], context)
+        update_slices(some, context)
     for update, (indices, norms) in zip(run, selected, strict=True):
         record_selection(update, indices, norms, context)
         update.write_back()
+
+
+def update_slices(slices: Sequence[SelectedSlices], context: StepContext) -> None:
+    """Go down the box from S on, with what is selected."""
+    results = polar_factors(take(slices), [each.update for each in slices], context)
+    shrink([each.update for each in slices if each.first == 0])
+    of_results = dict(zip(slices, results, strict=True))
+    normalized = {each: of_results[each] for each in slices if each.update.neuron_beta is not None}
+    factors = neurons.factors(neurons.square_sums(normalized), context)
+    for each, result in of_results.items():
+        show_result(each.update, result, context)
+    apply(slices, results, [factors.get(each) for each in slices], context)
 
 
 def _orthonormalization_dtype(parameter: Tensor, group: Mapping[str, Any]) -> torch.dtype:

@@ -32,7 +32,6 @@ from dion2_lightning.algorithms.passes import (
     accumulate,
     accumulate_and_sum,
     apply,
-    concatenate,
     polar_factors,
     record_selection,
     select,
@@ -47,6 +46,7 @@ from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep, staggere
 from dion2_lightning.distributed.owner_exchange import OwnerExchange, SharedSubmatrix
 from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormalize import flops
+from dion2_lightning.kernels.stacks import concatenate
 from dion2_lightning.matrices.layout import Replicas, group_by
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StepContext
-from dion2_lightning.algorithms.working_memory import bounded, pass_bytes, working_bytes
+from dion2_lightning.algorithms.working_memory import bounded, memory_at_once, pass_bytes, working_bytes
 from dion2_lightning.kernels.device_numbers import Number, as_factor
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, random_bits
-from dion2_lightning.kernels.selection import Selection
+from dion2_lightning.kernels.selection import Selection, can_estimate_sums
 from dion2_lightning.kernels.triton_launch import DTYPES
 from dion2_lightning.matrices.layout import Layout, Spans, group_by, local, local_gradient, placed_like_stack
 from dion2_lightning.matrices.parts import Part, parts_of
@@ -216,6 +216,13 @@ class MatrixUpdate:
         dtypes = {self.dtype, *(each.dtype for each in tensors if each is not None)}
         return self.may_fuse and not (self.is_scattered or self.is_in_pieces) and dtypes <= set(DTYPES)
 
+    @cached_property
+    def can_estimate_sums(self) -> bool:
+        """Whether estimates of its norms can decide about most slices: they are faster, but the host reads them."""
+        if self.is_fused or self.taps > 1 or torch.compiler.is_compiling():
+            return False
+        return all(can_estimate_sums(own) for own in self.own(self.momentum))
+
     def _read(self, tensor: Tensor) -> Tensor:
         if self.is_scattered:
             return self.matrices.slices(self.part.stack(tensor), self.axis)
@@ -291,17 +298,17 @@ class MatrixUpdate:
         replicas = self.layout.replicas if share_replicas is not False else None
         return self.layout.group, None if replicas is None else replicas.group
 
-    @property
+    @cached_property
     def slices(self) -> int:
         """Slices of each whole matrix, n; of a kernel each counts as many times as it has taps."""
         return self.matrices.shape[self.axis]
 
-    @property
+    @cached_property
     def taps(self) -> int:
         """How many of the n are selected together: all taps of a channel, or 1."""
         return self.matrices.taps_along(self.axis)
 
-    @property
+    @cached_property
     def k(self) -> int:
         """How many of the n a step selects."""
         return self.selected * self.taps
@@ -315,17 +322,17 @@ class MatrixUpdate:
             return (selected.unsqueeze(1) + taps.unsqueeze(1) * (self.slices // self.taps)).flatten(1)
         return (selected.unsqueeze(2) * self.taps + taps).flatten(1)
 
-    @property
+    @cached_property
     def entries(self) -> int:
         """Entries of each whole slice, m."""
         return self.matrices.shape[1 - self.axis]
 
-    @property
+    @cached_property
     def working_bytes(self) -> int:
         """Working memory that one matrix takes beside the others of its batch: for its selected slices."""
         return working_bytes(self.k, self.entries, self.slices, self.dtype.itemsize)
 
-    @property
+    @cached_property
     def pass_bytes(self) -> int:
         """Working memory that one matrix takes in addition, when it is its turn: for what is taken, and its weights."""
         taken = 3 * self.k * self.entries * self.state["momentum"].element_size()
@@ -366,6 +373,12 @@ class MatrixUpdate:
         if self.layout.group is None:
             return Spans([(0, self.entries)])
         return self.layout.columns if self.matrices.slices_are_rows(self.axis) else self.layout.rows
+
+    @property
+    def held_of_slices(self) -> int:
+        """Entries of each slice that this rank holds."""
+        start, stop = self.columns[self.layout.own_rank]
+        return stop - start
 
     @property
     def held_entries(self) -> int:
@@ -441,29 +454,31 @@ class SelectedSlices:
 def runs(updates: Sequence[MatrixUpdate], context: StepContext) -> Iterator[list[MatrixUpdate]]:
     """Cut updates into runs that are updated together, those of equal shapes next to each other.
 
-    A run is on one device and takes at most the working memory, or is one update that takes more.
+    A run is on one device and takes at most what :func:`memory_at_once` says, or is one update that takes more.
     """
 
     def key(update: MatrixUpdate) -> Hashable:
         return update.slices, update.entries, update.k
 
-    for there in group_by(updates, lambda update: update.device).values():
+    for device, there in group_by(updates, lambda update: update.device).items():
         in_order = [update for equal in group_by(there, key).values() for update in equal]
-        yield from bounded(in_order, lambda update: update.working_bytes * update.count, context.working_memory)
+        limit = memory_at_once(device, context.working_memory)
+        yield from bounded(in_order, lambda update: update.working_bytes * update.count, limit)
 
 
 def within_memory(slices: Sequence[SelectedSlices], context: StepContext) -> Iterator[list[SelectedSlices]]:
-    """Cut the slices of a run so that their submatrices take at most the working memory, or are those of one matrix.
+    """Cut the slices of a run so that their submatrices take at most that much memory, or are those of one matrix.
 
     There are several lists where one stack of matrices takes more.
     """
+    limit = memory_at_once(slices[0].update.device, context.working_memory) if slices else 0
     single: list[SelectedSlices] = []
     for each in slices:
-        size = max(1, context.working_memory // (each.update.working_bytes + each.update.pass_bytes))
+        size = max(1, limit // (each.update.working_bytes + each.update.pass_bytes))
         pieces = enumerate(each.indices.split(size))
         single += [SelectedSlices(each.update, indices, each.first + number * size) for number, indices in pieces]
     in_turn = max((len(each.indices) * each.update.pass_bytes for each in single), default=0)
-    return bounded(single, lambda each: len(each.indices) * each.update.working_bytes, context.working_memory - in_turn)
+    return bounded(single, lambda each: len(each.indices) * each.update.working_bytes, limit - in_turn)
 
 
 def draw_bits(updates: Sequence[MatrixUpdate]) -> None:

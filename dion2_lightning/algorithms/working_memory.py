@@ -7,9 +7,9 @@ import torch
 
 from dion2_lightning.kernels.orthonormalize import MIN_BF16_DIM
 
-WORKING_COPIES: Final = 8
-"""How many copies of the submatrices of a batch there are at once, at most: as taken, side by side and normalized, and
-of square ones three Gram matrices beside the next iterate; and what became of the last batch."""
+WORKING_COPIES: Final = 6
+"""How many copies of the submatrices of a batch there are at once, at most: as taken, normalized, an iterate and the
+next one; of square ones as large are their Gram matrix and its polynomial."""
 
 SLICE_BYTES: Final = 40
 """Working memory for a slice: the sums of |M|, norms, and their order."""
@@ -18,7 +18,16 @@ PASS_COPIES: Final = 7
 """The same for a pass over weights that are in half precision, or decay cautiously, in float32 at least: the wide
 weights, the update or its sign, random bits, and what is rounded."""
 
+CPU_BYTES: Final = 2**26
+"""What a CPU takes at once. When a process frees more at the end of its heap, glibc gives it back to the system, and
+every page of 4 KB is cleared again in the next step: up to a fifth of a step at 1/4."""
+
 T = TypeVar("T")
+
+
+def memory_at_once(device: torch.device, working_memory: int) -> int:
+    """Return how much of the working memory matrices that are updated together take."""
+    return min(working_memory, CPU_BYTES) if device.type == "cpu" else working_memory
 
 
 def working_bytes(k: int, entries: int, slices: int, itemsize: int) -> int:

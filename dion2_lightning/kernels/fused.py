@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.kernels.rounding import RandomBits
+from dion2_lightning.kernels.stacks import empty_stacks, runs_along
 from dion2_lightning.kernels.triton_launch import (
     Passes,
     TableRow,
@@ -40,12 +41,10 @@ from dion2_lightning.kernels.triton_launch import (
     checked_stacks,
     checked_sums,
     each_of,
-    empty_stacks,
     gate_of,
     hashes_of,
     numbers_and_tensors,
     operator,
-    runs_along,
     scalar_of,
     selected_shapes,
     shapes_of,
@@ -248,7 +247,7 @@ def take(
 
     Returns:
         (count, k, m) each, in the memory order of the momenta. Those of one (k, m) and memory order lie one after
-        another in the order given: see :func:`adjacent`.
+        another in the order given: see :func:`~dion2_lightning.kernels.stacks.adjacent`.
     """
     count = len(momenta)
     check_dtype("dtype", dtype)
@@ -322,22 +321,6 @@ def _take(
         ]
         rows.append((constants, count, blocks_in(k, tile.slices) * blocks_in(m, tile.span), numbers))
     return [("take", rows)]
-
-
-def adjacent(stacks: Sequence[Tensor]) -> Tensor | None:
-    """Return stacks of one shape (k, m) that lie one after another in memory as one stack, a view; else None.
-
-    Args:
-        stacks: (count, k, m) each, at least one.
-    """
-    first = stacks[0]
-    storage, offset, (step, *_) = first.untyped_storage(), first.storage_offset(), first.stride()
-    for each in stacks:
-        is_like = each.shape[1:] == first.shape[1:] and each.stride() == first.stride() and each.dtype == first.dtype
-        if not is_like or each.untyped_storage() is not storage or each.storage_offset() != offset:
-            return None
-        offset += len(each) * step
-    return first.as_strided((sum(map(len, stacks)), *first.shape[1:]), first.stride())
 
 
 # Before the products

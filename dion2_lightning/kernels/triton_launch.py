@@ -154,29 +154,6 @@ def _check_hashes(name: str, of_slices: Tensor, of_entries: Tensor, shape: tuple
             raise ValueError(f"{name} must have hashes that broadcast to {tuple(shape)}, but they have {shapes}")
 
 
-def empty_stacks(
-    shapes: Sequence[tuple[int, ...]], along: Sequence[bool], dtypes: Sequence[torch.dtype], device: torch.device | None
-) -> list[Tensor]:
-    """Make stacks (count, k, m), those of one (k, m), memory order and dtype one after another in one buffer."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for number, (shape, its_along, dtype) in enumerate(zip(shapes, along, dtypes, strict=True)):
-        groups.setdefault((*shape[1:], its_along, dtype), []).append(number)
-    stacks: dict[int, Tensor] = {}
-    for (k, m, its_along, dtype), numbers in groups.items():
-        counts = [shapes[number][0] for number in numbers]
-        buffer = torch.empty((sum(counts), *((k, m) if its_along else (m, k))), dtype=dtype, device=device)
-        stacks.update(zip(numbers, (buffer if its_along else buffer.mT).split(counts), strict=True))
-    return [stacks[number] for number in range(len(shapes))]
-
-
-# The memory order of a stack
-
-
-def runs_along(stack: Tensor) -> bool:
-    """Whether its memory is dense along slices, and not across them."""
-    return stack.is_contiguous() or stack.stride(-1) < stack.stride(-2)
-
-
 # The table, column by column
 
 

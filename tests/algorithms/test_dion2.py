@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from dion2_lightning import Dion2
+from dion2_lightning.algorithms import passes
+from dion2_lightning.algorithms.matrix_update import MatrixUpdate
 from tests.reference import Reference
 
 SHAPES = {
@@ -234,3 +236,36 @@ def test_ties_take_the_lower_index_and_a_square_the_output_axis():
     assert (selection.axis, selection.indices.tolist()) == (0, [0, 1])
     assert parameter[:, 2:].count_nonzero() == 0
     assert parameter[:, :2].count_nonzero() == 16
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        {},
+        {"transposed": True},
+        {"splits": "a 64 | b 64"},
+        {"splits": "4 x (a 16 | b 16)"},
+        {"splits": "4 x (a 16 | b 16)", "transposed": True, "select": "output"},
+        {"splits": "a 4*16 | b 64"},
+    ],
+    ids=str,
+)
+def test_estimated_norms_select_what_exact_ones_do(group, monkeypatch):
+    """Slices of the same entries in other orders have estimates that differ, and equal norms."""
+    generator = torch.Generator().manual_seed(0)
+    entries = torch.logspace(-4, 4, 128).expand(128, -1)
+    gradient = entries.gather(1, torch.rand(128, 128, generator=generator).argsort(1))
+    exact, asked = passes._norms_of, []
+    monkeypatch.setattr(passes, "_norms_of", lambda *arguments: asked.append(0) or exact(*arguments))
+    for gradient_of_either_order in (gradient, gradient.mT):
+        by_estimates, by_norms = (torch.nn.Parameter(torch.zeros(128, 128)) for _ in range(2))
+        of_estimates, of_norms = (Dion2([{"params": [each], **group}], lr=0.1) for each in (by_estimates, by_norms))
+        for step in range(4):
+            by_estimates.grad = by_norms.grad = gradient_of_either_order * (-1.0) ** step
+            of_estimates.step()
+            with monkeypatch.context() as patch:
+                patch.setattr(MatrixUpdate, "can_estimate_sums", False)
+                of_norms.step()
+            assert torch.equal(by_estimates, by_norms)
+            assert torch.equal(of_estimates.state[by_estimates]["momentum"], of_norms.state[by_norms]["momentum"])
+    assert asked

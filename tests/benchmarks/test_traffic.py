@@ -231,7 +231,7 @@ def test_a_gpu_sums_half_precision_in_float32_without_a_copy(fake: None) -> None
 
 
 def test_fake_tensors_are_counted_as_real_ones() -> None:
-    sizes = [(64, 48), (32, 96), (96, 32)]
+    sizes = [(66, 48), (34, 90), (90, 34)]  # no whole chunks: the host would read estimates on a CPU
     for name, build in optimizers("smollm2-135m", ["torch"]):
         if name.startswith("Dion at"):  # on a CPU the host reads how exact its QR is
             continue

@@ -300,22 +300,6 @@ def test_nesterov(device: str, tiles: None, order: Order, dtype: torch.dtype) ->
     assert all_same(found, momenta)
 
 
-@pytest.mark.parametrize("order", [rows, columns])
-def test_stacks_of_one_shape_are_adjacent(device: str, order: Order) -> None:
-    shapes = [(1, 9, 6), (2, 9, 5), (3, 7, 6), (2, 9, 6)]
-    momenta = [on(device, make(order, shape, torch.float32, 0)) for shape in shapes]
-    stacks = fused.take(momenta, [indices_of(each, 4) for each in momenta], [1.0] * 4, torch.float32)
-    equal = [stacks[index] for index in (0, 2, 3)]
-    together = fused.adjacent(equal)
-    assert together.shape == (6, 4, 6)
-    assert together.data_ptr() == stacks[0].data_ptr()
-    assert same(together, torch.cat(equal))
-    assert (together.stride(-1) == 1) == (order is rows)
-    assert same(fused.adjacent([stacks[2], stacks[3]]), torch.cat(equal[1:]))
-    for apart in ([stacks[0], stacks[1]], [stacks[0], stacks[3]], [stacks[2], stacks[0]], [equal[0], equal[1].clone()]):
-        assert fused.adjacent(apart) is None
-
-
 # Before the products
 
 
@@ -331,7 +315,7 @@ def test_normalize(device: str, tiles: None, order: Order, dtype: torch.dtype) -
     dtypes = [torch.float32, dtype, torch.bfloat16, dtype]
     results = fused.normalize([on(device, each) for each in stacks], orthonormalize.SAFETY, dtypes)
     for result, stack, its_dtype in zip(results, stacks, dtypes, strict=True):
-        assert same(result, orthonormalize._normalize(stack).to(its_dtype))
+        assert same(result, orthonormalize._normalize(stack, its_dtype))
         assert (result.stride(-1) == 1) == (stack.is_contiguous() or stack.stride(-1) < stack.stride(-2))
 
 
@@ -340,7 +324,7 @@ def test_the_parts_of_a_norm_are_many(device: str, tiles: None, monkeypatch: pyt
     stacks = [make(order, (2, 9, 40), torch.bfloat16, 0) for order in (rows, columns)]
     results = fused.normalize([on(device, each) for each in stacks], 1.02, [torch.bfloat16] * 2)
     for result, stack in zip(results, stacks, strict=True):
-        assert same(result, orthonormalize._normalize(stack).bfloat16())
+        assert same(result, orthonormalize._normalize(stack, torch.bfloat16))
 
 
 # The neurons of O

@@ -4,7 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from dion2_lightning.kernels.selection import add_, decay_, gather, largest, selected_count, slice_sums
+from dion2_lightning.kernels import selection
+from dion2_lightning.kernels.selection import (
+    CHUNK,
+    ESTIMATE_ERROR,
+    add_,
+    can_estimate_sums,
+    decay_,
+    estimate_slice_sums,
+    gather,
+    largest,
+    largest_by_estimates,
+    selected_count,
+    slice_sums,
+)
 
 
 @pytest.fixture(params=["along", "across", "neither"])
@@ -47,6 +60,75 @@ def test_largest_is_sorted_and_takes_the_lower_index_among_equals():
     norms = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0, 0.0], [0.0] * 6])
     assert largest(norms, 2).tolist() == [[1, 2], [0, 1]]
     assert largest(norms, 4).tolist() == [[1, 2, 3, 4], [0, 1, 2, 3]]
+
+
+ORDERS = {
+    "rows": lambda slices: slices.contiguous(),
+    "rows with gaps": lambda slices: torch.zeros(*slices.shape[:2], 2 * slices.shape[2])[..., ::2].copy_(slices),
+    "columns": lambda slices: slices.mT.contiguous().mT,
+    "columns with gaps": lambda slices: torch.zeros(*slices.mT.shape, 2)[..., 0].mT.copy_(slices),
+}
+each_order = pytest.mark.parametrize("order", ORDERS)
+
+
+def of_many_sizes(count: int, n: int, m: int) -> Tensor:
+    """Slices of entries from 1e-4 to 1e4 in many orders: what float32 sums of them differ by most."""
+    generator = torch.Generator().manual_seed(0)
+    entries = torch.randn(count, 1, m, generator=generator) * torch.logspace(-4, 4, m)
+    orders = torch.rand(count, n, m, generator=generator).argsort(-1)
+    return entries.expand(-1, n, -1).gather(-1, orders)
+
+
+def selected_by_estimates(slices: Tensor, k: int) -> tuple[Tensor, int]:
+    """What estimates select, and how many exact norms that took."""
+    sizes = []
+
+    def exact(matrix: int, indices: Tensor) -> Tensor:
+        sizes.append(len(indices))
+        return slice_sums(slices[matrix, indices]).float()
+
+    return largest_by_estimates(estimate_slice_sums(slices), k, exact), sum(sizes)
+
+
+@each_order
+@pytest.mark.parametrize("block", [2**12, 2**16, 2**20])
+def test_errors_of_estimates(order, block, monkeypatch):
+    monkeypatch.setattr(selection, "ESTIMATED_BLOCK", block)
+    slices = ORDERS[order](of_many_sizes(2, 64, 4096))
+    assert can_estimate_sums(slices)
+    errors = (estimate_slice_sums(slices) / slices.double().abs().sum(-1) - 1).abs()
+    assert 1e-8 < errors.max() < ESTIMATE_ERROR
+
+
+def test_what_has_no_whole_chunks_is_not_estimated():
+    assert not can_estimate_sums(torch.zeros(1, 4, CHUNK + 1))
+    assert not can_estimate_sums(torch.zeros(1, 4, CHUNK, dtype=torch.float64))
+
+
+@each_order
+@pytest.mark.parametrize("k", [1, 7, 63, 64])
+def test_estimates_select_the_lower_index_among_equals(order, k):
+    """Sums of the same entries in other orders: estimates differ, norms do not."""
+    slices = ORDERS[order](of_many_sizes(3, 64, 4096))
+    by_estimates, _ = selected_by_estimates(slices, k)
+    assert torch.equal(by_estimates, torch.arange(k).expand(3, -1))
+    assert k == 64 or not torch.equal(largest(estimate_slice_sums(slices), k), by_estimates)
+
+
+def test_few_exact_norms_are_asked_for():
+    slices = torch.randn(4, 512, 512, generator=torch.Generator().manual_seed(0))
+    selected, exact_norms = selected_by_estimates(slices, 128)
+    assert torch.equal(selected, largest(slice_sums(slices).float(), 128))
+    assert exact_norms <= 8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38, 0.0, 1e-44])
+def test_estimates_select_like_norms_whatever_the_values(value):
+    slices = torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(0))
+    slices[1, 3:20] = value
+    slices[2] = value
+    for k in (1, 10, 30, 40):
+        assert torch.equal(selected_by_estimates(slices, k)[0], largest(slice_sums(slices).float(), k))
 
 
 def test_gather(slices):

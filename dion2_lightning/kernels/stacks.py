@@ -1,0 +1,55 @@
+"""Stacks of matrices (count, k, m) that share a buffer, so that those of one shape are a batch without a copy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def runs_along(stack: Tensor) -> bool:
+    """Whether its memory is dense along slices, and not across them."""
+    return stack.is_contiguous() or stack.stride(-1) < stack.stride(-2)
+
+
+def empty_stacks(
+    shapes: Sequence[tuple[int, ...]], along: Sequence[bool], dtypes: Sequence[torch.dtype], device: torch.device | None
+) -> list[Tensor]:
+    """Make stacks (count, k, m), those of one (k, m), memory order and dtype one after another in one buffer."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, (shape, its_along, dtype) in enumerate(zip(shapes, along, dtypes, strict=True)):
+        groups.setdefault((*shape[1:], its_along, dtype), []).append(number)
+    stacks: dict[int, Tensor] = {}
+    for (k, m, its_along, dtype), numbers in groups.items():
+        counts = [shapes[number][0] for number in numbers]
+        buffer = torch.empty((sum(counts), *((k, m) if its_along else (m, k))), dtype=dtype, device=device)
+        stacks.update(zip(numbers, (buffer if its_along else buffer.mT).split(counts), strict=True))
+    return [stacks[number] for number in range(len(shapes))]
+
+
+def adjacent(stacks: Sequence[Tensor]) -> Tensor | None:
+    """Return stacks of one shape (k, m) that lie one after another in memory as one stack, a view; else None.
+
+    Args:
+        stacks: (count, k, m) each, at least one.
+    """
+    first = stacks[0]
+    storage, offset, (step, *_) = first.untyped_storage(), first.storage_offset(), first.stride()
+    for each in stacks:
+        is_like = each.shape[1:] == first.shape[1:] and each.stride() == first.stride() and each.dtype == first.dtype
+        if not is_like or each.untyped_storage() is not storage or each.storage_offset() != offset:
+            return None
+        offset += len(each) * step
+    return first.as_strided((sum(map(len, stacks)), *first.shape[1:]), first.stride())
+
+
+def concatenate(stacks: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the batch, in the memory order that the stacks have; a view where they lie side by side."""
+    if len(stacks) == 1:
+        return stacks[0]
+    side_by_side = adjacent(stacks)
+    if side_by_side is not None:
+        return side_by_side
+    if stacks[0].stride(-1) != 1:
+        return torch.cat([stack.mT for stack in stacks]).mT
+    return torch.cat(list(stacks))
