@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import default_working_memory
-from dion2_lightning.algorithms.working_memory import working_bytes
+from dion2_lightning.algorithms.working_memory import shared_bytes
 from dion2_lightning.distributed.buckets import assign_buckets, count_buckets
 from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormal_columns import sketch_rows
@@ -237,7 +237,7 @@ def submatrix(
         sizes = tuple((k * stop // slices - k * start // slices) * entries for start, stop in held)
     else:
         sizes = tuple(k * (stop - start) for start, stop in held)
-    return Submatrix(flops(k, entries), sizes, itemsize, working_bytes(k, entries, slices, itemsize))
+    return Submatrix(flops(k, entries), sizes, itemsize, shared_bytes(k, entries, slices, itemsize))
 
 
 def plan_buckets(

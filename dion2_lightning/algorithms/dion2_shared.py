@@ -274,7 +274,7 @@ def _count_buckets(
             [flops(update.k, update.entries) for update, _ in equal],
             [owner for _, owner in equal],
             [update.k * update.entries * dtype.itemsize for update, _ in equal],
-            [update.working_bytes for update, _ in equal],
+            [update.shared_bytes for update, _ in equal],
             1 if group is None else group.size(),
             context.working_memory,
         )

@@ -392,7 +392,7 @@ def _move(update: LowRankUpdate, left: Tensor, right: Tensor, context: StepConte
         right = right * update.number(-update.step_size, 0.0, right)
         if update.part.is_apart and "weight" not in vars(update):  # then it need not be copied
             rows, columns = (left, right) if update.matrices.slices_are_rows(update.axis) else (right, left)
-            update.part.add(local(update.parameter), _products([(rows, columns.mT)]))
+            update.part.add_product(local(update.parameter), rows, columns)
         else:
             _add_product(update.weight, left, right)
         return

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StepContext
-from dion2_lightning.algorithms.working_memory import bounded, memory_at_once, pass_bytes, working_bytes
+from dion2_lightning.algorithms.working_memory import bounded, memory_at_once, pass_bytes, shared_bytes, working_bytes
 from dion2_lightning.kernels.device_numbers import Number, as_factor
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, random_bits
@@ -239,6 +239,12 @@ class MatrixUpdate:
         """Return where in the views the slices are that this rank holds under these numbers."""
         return self.part.places(indices) if self.is_scattered else indices
 
+    @property
+    def own_places(self) -> Tensor:
+        """Where in the views all its slices on this rank are, in order."""
+        start, stop = self.held[self.layout.own_rank]
+        return self.at(torch.arange(stop - start, device=self.device))
+
     def own(self, view: Tensor) -> list[Tensor]:
         """Return what of a view is its own: all of it, or views (count, pieces, n of each, m), one a size of pieces."""
         return self.part.pieces(view, 1) if self.is_scattered else [view]
@@ -332,6 +338,11 @@ class MatrixUpdate:
         """Working memory that one matrix takes beside the others of its batch: for its selected slices."""
         return working_bytes(self.k, self.entries, self.slices, self.dtype.itemsize)
 
+    @property
+    def shared_bytes(self) -> int:
+        """The same of a matrix that ranks share."""
+        return shared_bytes(self.k, self.entries, self.slices, self.dtype.itemsize)
+
     @cached_property
     def pass_bytes(self) -> int:
         """Working memory that one matrix takes in addition, when it is its turn: for what is taken, and its weights."""
@@ -381,10 +392,15 @@ class MatrixUpdate:
         return stop - start
 
     @property
+    def held_of_matrix(self) -> int:
+        """Entries of each matrix that this rank holds."""
+        rank = self.layout.own_rank
+        return math.prod(stop - start for start, stop in (self.held[rank], self.columns[rank]))
+
+    @property
     def held_entries(self) -> int:
         """Entries of the matrices that this rank holds."""
-        rank = self.layout.own_rank
-        return self.count * math.prod(stop - start for start, stop in (self.held[rank], self.columns[rank]))
+        return self.count * self.held_of_matrix
 
     @property
     def is_split(self) -> bool:

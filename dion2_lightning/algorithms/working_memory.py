@@ -36,6 +36,11 @@ def working_bytes(k: int, entries: int, slices: int, itemsize: int) -> int:
     return k * entries * itemsize * WORKING_COPIES + slices * SLICE_BYTES
 
 
+def shared_bytes(k: int, entries: int, slices: int, itemsize: int) -> int:
+    """Return the same of a matrix that ranks share: its slices come one by one, and go in messages."""
+    return working_bytes(k, entries, slices, itemsize) + 2 * k * entries * itemsize
+
+
 def pass_bytes(dtype: torch.dtype) -> int:
     """Return the working memory of a pass over weights of a dtype, for an entry."""
     return PASS_COPIES * torch.promote_types(dtype, torch.float32).itemsize

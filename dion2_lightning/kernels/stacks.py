@@ -53,3 +53,12 @@ def concatenate(stacks: Sequence[Tensor]) -> Tensor:
     if stacks[0].stride(-1) != 1:
         return torch.cat([stack.mT for stack in stacks]).mT
     return torch.cat(list(stacks))
+
+
+def concatenate_slices(stacks: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the slices, (count, k, m) each of one count and m, in the memory order that the stacks have."""
+    if len(stacks) == 1:
+        return stacks[0]
+    if stacks[0].stride(-1) != 1:
+        return torch.cat([stack.mT for stack in stacks], -1).mT
+    return torch.cat(list(stacks), 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dion2_lightning.matrices.layout import Layout, Layouts, Rectangle, Span, held_coordinates, layout_of, local
@@ -134,10 +135,21 @@ class Part:
         """Return a copy, like :meth:`read`, also where that is a view with gaps: of matrices that are apart."""
         return self._copy(self.stack(tensor))
 
-    def add(self, tensor: Tensor, change: Tensor) -> None:
-        """Add to matrices that are apart, as stored (count, rows, columns)."""
-        for piece, its_change in self._pairs(self.stack(tensor), change):
-            piece.add_(its_change)
+    def add_product(self, tensor: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add left right^T, (count, rows, r) and (count, columns, r), to matrices that are apart, as stored.
+
+        To rows apart it is added where they are. Columns apart have gaps, for which a product would be made elsewhere.
+        """
+        stack = self.stack(tensor)
+        if self._dim == 2:
+            product = left.new_empty(len(left), left.shape[1], right.shape[1])
+            torch.bmm(left, right.mT, out=product)  # autocast does not round what is written to where it is told
+            for piece, change in self._pairs(stack, product):
+                piece.add_(change)
+            return
+        for pieces, their_left in self._pairs(stack, left):
+            for matrix, its_left, its_right in zip(pieces, their_left, right, strict=True):
+                matrix.baddbmm_(its_left, its_right.mT.expand(len(matrix), -1, -1))
 
     def of_stack(self, stack: Tensor) -> Tensor:
         """Return the same out of (1, rows, columns), or (count, rows, columns) where the leading axis counts them.

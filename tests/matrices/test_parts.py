@@ -98,10 +98,31 @@ def test_matrices_apart_are_pieces_in_places(text: str, ranks: int) -> None:
                     assert torch.equal(torch.cat([each.flatten(1, 2) for each in part.pieces(own, 1)], 1), found)
                     assert torch.equal(torch.cat([each.flatten(1, 2) for each in part.in_pieces(found, 1)], 1), found)
                     assert torch.equal(own[0][part.places(torch.arange(found.shape[1]))], found[0])
-                    expected = own.clone()
-                    expected[0, part.places(torch.arange(found.shape[1]))] += 1
-                    changed = own.clone()
-                    part.add(changed[0], torch.ones_like(found))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("text", ["4 x (q 2 | k 2 | v 2)", "3 x (q 4 | k 2 | v 2)", "12 x (a 1 | b 1)"])
+def test_a_product_is_added_where_matrices_apart_are(text: str, axis: int, ranks: int) -> None:
+    """Whole numbers, whose products and sums are exact."""
+    generator = torch.Generator().manual_seed(0)
+    shape = [5, 5]
+    shape[axis] = 24
+    for matrices in read_matrices(tuple(shape), splits=text, transposed=axis == 1):
+        for rank in range(ranks):
+            layout = layout_on(ranks, rank, tuple(shape), axis) if ranks > 1 else Layout()
+            start, stop = (layout.rows, layout.columns)[axis][rank] if ranks > 1 else (0, 24)
+            weight = torch.arange(120.0).view(shape).narrow(axis, start, stop - start)
+            for part in found_parts(matrices, layout):
+                if part.is_apart:
+                    found = part.copy(weight)
+                    left, right = (
+                        torch.randint(-9, 9, (1, n, 3), generator=generator).float() for n in found.shape[1:]
+                    )
+                    changed = weight.clone()
+                    part.add_product(changed, left, right)
+                    places = part.places(torch.arange(found.shape[1 + axis]))
+                    expected = weight.clone().index_add_(axis, places, (left @ right.mT)[0])
                     assert torch.equal(changed, expected)
 
 
