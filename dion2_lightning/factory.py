@@ -95,7 +95,7 @@ class CommonArguments(EverySetting):
         None,
         "How many bytes a step may take beside weights, gradients and state; always as many as the largest matrix "
         "needs. Fewer make it slower: it goes over the matrices in more turns. None is 15% of the bytes of the weights "
-        "that a rank holds, and at least 256 MiB.",
+        "that a rank holds, and at least 256 MiB; on a CPU what no other rank shares takes 64 MiB at once.",
         positive_integer,
     )
     kernels: Literal["auto", "torch", "triton"] = setting(

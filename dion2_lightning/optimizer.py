@@ -104,7 +104,8 @@ class MatrixOptimizer(Optimizer):
         share_replicas: Whether ranks that hold replicas share the work (default: None, where it pays).
         max_grad_norm: To which norm a step clips the gradients (default: None, it does not).
         working_memory: How many bytes a step may take beside weights, gradients and state, or what the largest matrix
-            needs (default: None, the larger of 15% of the weights on this rank and 256 MiB).
+            needs (default: None, the larger of 15% of the weights on this rank and 256 MiB; on a CPU what no other rank
+            shares takes 64 MiB at once).
         kernels: What goes over the memory of matrices, "torch", "triton" or "auto" (default: "auto").
         offload: Where the state is kept between steps: "cpu", in pinned memory of the host (default: None, beside the
             parameters).

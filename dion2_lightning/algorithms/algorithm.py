@@ -54,7 +54,7 @@ class Observer(Protocol):
     """What receives the events of a step; see :class:`~dion2_lightning.SelectionTracker`.
 
     Attributes:
-        wants_results: Whether to call the other methods than :meth:`selected` too in this step.
+        wants_results: Whether it wants norms, and the other methods than :meth:`selected` to be called, in this step.
     """
 
     wants_results: bool
@@ -65,8 +65,11 @@ class Observer(Protocol):
     def end_step(self) -> None:
         """Called after a step that did not fail."""
 
-    def selected(self, source: Source, indices: Tensor, norms: Tensor) -> None:
-        """Called with the selected slices (count, k) and the norms of all slices (count, n), the same on every rank."""
+    def selected(self, source: Source, indices: Tensor, norms: Tensor | None) -> None:
+        """Called with the selected slices (count, k) and the norms of all slices (count, n), the same on every rank.
+
+        The norms may be None where it does not want them.
+        """
 
     def orthonormalized(self, source: Source, result: Tensor) -> None:
         """Called with whole orthonormal submatrices (count, k, m), on the rank that computed them."""

@@ -210,10 +210,10 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
 
 def update_run(run: Sequence[MatrixUpdate], context: StepContext) -> None:
     """Go down the box with some of them."""
-    may_estimate = context.observer is None  # who would see the norms
-    sums = accumulate_and_sum(run, context.working_memory, may_estimate)
+    wants_norms = context.observer is not None and context.observer.wants_results
+    sums = accumulate_and_sum(run, context.working_memory, not wants_norms)
     leave_idle(run)
-    selected = select(run, sums, may_estimate)
+    selected = select(run, sums)
     slices = [SelectedSlices(update, update.places(K)) for update, (K, _) in zip(run, selected, strict=True)]
     for some in within_memory(slices, context):
         update_slices(some, context)

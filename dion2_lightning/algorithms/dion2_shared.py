@@ -29,6 +29,7 @@ from dion2_lightning.algorithms import neurons
 from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices, count_step, draw_bits
 from dion2_lightning.algorithms.passes import (
+    SliceSums,
     accumulate,
     accumulate_and_sum,
     apply,
@@ -79,7 +80,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     header, sums = receive()
     for update, its_nonzero in zip(nonzero, sums[len(updates) :], strict=True):
         update.leave_idle(its_nonzero)
-    selected = dict(zip(updates, select(updates, sums[: len(updates)]), strict=True))
+    selected = dict(zip(updates, select(updates, [SliceSums(each) for each in sums[: len(updates)]]), strict=True))
     places = {update: update.places(indices) for update, (indices, _) in selected.items()}
     split = [update for update in updates if update.is_split]
     reads = bool(split) or not all(has_gradient) or _reading_is_free(device)
@@ -226,7 +227,7 @@ def _accumulate(
         start, stop = (place // update.taps for place in update.held[rank])
         slices = update.slices // update.taps
         if update in own_sums:
-            sums.append(pad(own_sums[update], (start, slices - stop)))
+            sums.append(pad(own_sums[update].sums, (start, slices - stop)))
         else:
             sums.append(update.momentum.new_zeros((update.count, slices), dtype=torch.float64))
     return sums

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import StateTensor, StepContext
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices
-from dion2_lightning.algorithms.passes import at_once_or_one_by_one
+from dion2_lightning.algorithms.passes import split_off_fused
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.matrices.layout import group_by, local, placements_of_matrices
@@ -44,16 +44,16 @@ def square_sums(results: Mapping[SelectedSlices, Tensor]) -> dict[SelectedSlices
 
     In float64 where there is one: rounded to float32 they do not depend on how ranks share the matrix.
     """
-
-    def at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
-        return fused.square_sums([results[each] for each in slices], [each.update.neuron_dim for each in slices])
-
-    def one(each: SelectedSlices) -> Tensor:
+    sums: dict[SelectedSlices, Tensor] = {}
+    fused_slices, others = split_off_fused(list(results))
+    if fused_slices:
+        dims = [each.update.neuron_dim for each in fused_slices]
+        sums.update(zip(fused_slices, fused.square_sums([results[each] for each in fused_slices], dims), strict=True))
+    for each in others:
         result = results[each]
-        norms: Tensor = torch.linalg.vector_norm(result, dim=each.update.neuron_dim, dtype=sum_dtype(result.device))
-        return norms.square()
-
-    return dict(zip(results, at_once_or_one_by_one(list(results), at_once, one), strict=True))
+        norms = torch.linalg.vector_norm(result, dim=each.update.neuron_dim, dtype=sum_dtype(result.device))
+        sums[each] = norms.square()
+    return sums
 
 
 def factors(sums: Mapping[SelectedSlices, Tensor], context: StepContext) -> dict[SelectedSlices, Tensor]:

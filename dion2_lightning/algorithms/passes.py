@@ -4,10 +4,10 @@ A line that goes over the memory of matrices does so by kernels of Triton (kerne
 these take, and by operations of torch for each of the others; the results are the same.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,8 +37,10 @@ from dion2_lightning.matrices.layout import group_by, local, local_gradient
 CACHE: Final = 2**22
 """Bytes of momenta that a CPU keeps in its cache beside their gradients."""
 
+GATHERED: Final = 2**20
+"""Entries of slices that are copied at once, to be compared by their norms."""
+
 S = TypeVar("S", MatrixUpdate, SelectedSlices)
-R = TypeVar("R")
 
 
 def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate], list[MatrixUpdate]]:
@@ -57,37 +59,56 @@ def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate
     return at_once, alone
 
 
+class SliceSums(NamedTuple):
+    """Sums of |M| over the slices of matrices.
+
+    Attributes:
+        sums: In float64, (count, held slices).
+        are_estimates: Whether they are estimates, see kernels/selection.py.
+    """
+
+    sums: Tensor
+    are_estimates: bool = False
+
+
 def accumulate_and_sum(
     updates: Sequence[MatrixUpdate], working_memory: int, may_estimate: bool = False
-) -> list[Tensor]:
-    """M <- M + G, where there is a G; return the sums of |M| over the slices, (count, held slices), in float64.
-
-    With ``may_estimate`` they are estimates where :attr:`MatrixUpdate.can_estimate_sums` says so.
-    """
-    fused_updates = [update for update in updates if update.is_fused]
-    sums = dict(zip(fused_updates, _accumulate_at_once(fused_updates), strict=True)) if fused_updates else {}
-    for some in _in_cache([update for update in updates if not update.is_fused]):
+) -> list[SliceSums]:
+    """M <- M + G, where there is a G; return the sums of |M| over the slices, or estimates of them if these will do."""
+    fused_updates, others = split_off_fused(updates)
+    sums = dict(zip(fused_updates, map(SliceSums, _accumulate_at_once(fused_updates)), strict=True))
+    for some in _in_cache(others):
         accumulate(some, working_memory)
-        for alike in group_by(some, interleaving).values():
-            sums.update(zip(alike, _slice_sums(alike, working_memory, may_estimate), strict=True))
-    return [_sums_of_channels(update, sums[update]) for update in updates]
+        for alike in group_by(some, lambda update: update.view_key).values():
+            are_estimates = may_estimate and all(update.can_estimate_sums for update in alike)
+            of_slices = estimate_slice_sums if are_estimates else slice_sums
+            of_updates = _slice_sums(alike, working_memory, of_slices)
+            sums.update(zip(alike, (SliceSums(each, are_estimates) for each in of_updates), strict=True))
+    return [sums[update]._replace(sums=_sums_of_channels(update, sums[update].sums)) for update in updates]
+
+
+def split_off_fused(items: Sequence[S]) -> tuple[list[S], list[S]]:
+    """Return what kernels of Triton go over, all together, and the others."""
+    return [each for each in items if each.is_fused], [each for each in items if not each.is_fused]
 
 
 def _in_cache(updates: Sequence[MatrixUpdate]) -> Iterator[Sequence[MatrixUpdate]]:
     """Cut updates into lists whose momenta stay in a CPU's cache from one pass to the next, all of a parameter in one.
 
-    That saves 6% of a step at 1/8, of which the sums would otherwise read all momenta from memory once more.
+    That saves 3% of a step at 1/8, of which the sums would otherwise read all momenta from memory once more.
     """
     for device, there in group_by(updates, lambda update: update.device).items():
         if device.type != "cpu":
             yield there
             continue
         of_parameters = list(group_by(there, lambda update: update.parameter).values())
-        for some in bounded(of_parameters, lambda each: each[0].state["momentum"].nbytes, CACHE):
+        for some in bounded(of_parameters, lambda each: local(each[0].state["momentum"]).nbytes, CACHE):
             yield [update for of_parameter in some for update in of_parameter]
 
 
 def _accumulate_at_once(updates: Sequence[MatrixUpdate]) -> list[Tensor]:
+    if not updates:
+        return []
     return fused.accumulate(
         [update.momentum for update in updates],
         [update.gradient for update in updates],
@@ -132,39 +153,29 @@ def leave_idle(updates: Sequence[MatrixUpdate]) -> None:
             update.leave_idle(update.nonzero_gradients())
 
 
-def interleaving(update: MatrixUpdate) -> Hashable:
-    """Return what is the same for blocks whose slices lie in between each other's: one view has them all.
-
-    Going over it once saves a fifth of a step: its rows have few entries of each block.
-    """
-    return (update.parameter, update.axis) if update.is_scattered and update.taps == 1 else update
-
-
-def _slice_sums(updates: Sequence[MatrixUpdate], working_memory: int, may_estimate: bool) -> list[Tensor]:
-    """Sum up |M| for blocks of one :func:`interleaving`."""
-    first = updates[0]
-    of_slices = estimate_slice_sums if may_estimate and first.can_estimate_sums else slice_sums
-    view = first.momentum
-    if len(updates) > 1 and sum(update.held_entries for update in updates) == view.numel():
-        (sums,) = _sums_of_views([view], working_memory, of_slices)
+def _slice_sums(
+    updates: Sequence[MatrixUpdate], working_memory: int, of_slices: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Sum up |M| for updates of one view."""
+    view = updates[0].momentum
+    is_whole = sum(update.held_entries for update in updates) == view.numel()
+    if len(updates) > 1 and is_whole and view.numel() * view.element_size() <= working_memory:
+        sums = of_slices(view)
         return [sums.index_select(1, update.own_places) for update in updates]
     return [_sums_of_pieces(update, working_memory, of_slices) for update in updates]
 
 
 def _sums_of_pieces(update: MatrixUpdate, working_memory: int, of_slices: Callable[[Tensor], Tensor]) -> Tensor:
-    sums = _sums_of_views(update.own(update.momentum), working_memory, of_slices)
+    """Sum up |M|, as many matrices at a time as memory allows."""
+    momentum = update.momentum
+    size = max(1, working_memory * len(momentum) // max(1, momentum.nbytes))
+    if len(momentum) > size:
+        sums = [torch.cat([of_slices(some) for some in own.split(size)]) for own in update.own(momentum)]
+    else:
+        sums = [of_slices(own) for own in update.own(momentum)]
     if update.is_in_pieces:
         return sums[0].sum(1)
     return sums[0].flatten(1) if len(sums) == 1 else torch.cat([each.flatten(1) for each in sums], 1)
-
-
-def _sums_of_views(views: Sequence[Tensor], working_memory: int, of_slices: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Sum up the slices of views, as many matrices at a time as memory allows."""
-    count = len(views[0])
-    size = max(1, working_memory * count // max(1, sum(view.nbytes for view in views)))
-    if count <= size:
-        return [of_slices(view) for view in views]
-    return [torch.cat([of_slices(some) for some in view.split(size)]) for view in views]
 
 
 def _sums_of_channels(update: MatrixUpdate, sums: Tensor) -> Tensor:
@@ -176,70 +187,74 @@ def _sums_of_channels(update: MatrixUpdate, sums: Tensor) -> Tensor:
     return sums.view(len(sums), *shape).sum(1 if update.taps_first else 2)
 
 
-def select(
-    updates: Sequence[MatrixUpdate], sums: Sequence[Tensor], may_estimate: bool = False
-) -> list[tuple[Tensor, Tensor]]:
+def select(updates: Sequence[MatrixUpdate], sums: Sequence[SliceSums]) -> list[tuple[Tensor, Tensor | None]]:
     """K: the sorted indices of the largest slices, from the sums over all slices, (count, slices).
 
-    ``may_estimate`` says what it said when the sums were taken. The selection does not depend on it.
-
     Returns:
-        For each update the indices, (count, selected), and the norms: the sums in float32.
+        For each update the indices, (count, selected), and the norms: the sums in float32. None for the norms where
+        sums are estimates; the indices are the same.
     """
 
     def key(at: int) -> tuple[int, int, bool]:
-        return sums[at].shape[1], updates[at].selected, may_estimate and updates[at].can_estimate_sums
+        return sums[at].sums.shape[1], updates[at].selected, sums[at].are_estimates
 
-    selected: dict[int, tuple[Tensor, Tensor]] = {}
+    selected: dict[int, tuple[Tensor, Tensor | None]] = {}
     for (_, k, are_estimates), equal in group_by(range(len(updates)), key).items():
-        counts = [len(sums[at]) for at in equal]
-        norms = torch.cat([sums[at] for at in equal])
+        counts = [len(sums[at].sums) for at in equal]
+        together = torch.cat([sums[at].sums for at in equal])
+        its_norms: Iterable[Tensor | None] = [None] * len(equal)
         if are_estimates:
-            matrices = [(updates[at], matrix) for at in equal for matrix in range(len(sums[at]))]
-            indices = largest_by_estimates(norms, k, partial(_norms_of, matrices))
-        norms = norms.float()
-        if not are_estimates:
-            indices = largest(norms, k)
-        selected.update(zip(equal, zip(indices.split(counts), norms.split(counts), strict=True), strict=True))
+            matrices = [(updates[at], matrix) for at in equal for matrix in range(len(sums[at].sums))]
+            indices = largest_by_estimates(together, k, partial(_norms_of, matrices))
+        else:
+            norms = together.float()
+            indices, its_norms = largest(norms, k), norms.split(counts)
+        selected.update(zip(equal, zip(indices.split(counts), its_norms, strict=True), strict=True))
     return [selected[at] for at in range(len(updates))]
 
 
 def _norms_of(matrices: Sequence[tuple[MatrixUpdate, int]], number: int, indices: Tensor) -> Tensor:
     """The norms of some slices (c,) of one of many matrices, each the matrix of an update and of that number."""
     update, matrix = matrices[number]
-    momentum = update.momentum.narrow(0, matrix, 1)
-    return slice_sums(gather(momentum, update.at(indices.unsqueeze(0)))).squeeze(0).float()
+    momentum, places = update.momentum.narrow(0, matrix, 1), update.at(indices.unsqueeze(0))
+    some = places.split(max(1, GATHERED // update.entries), 1)
+    return torch.cat([slice_sums(gather(momentum, each)).squeeze(0) for each in some]).float()
 
 
 def take(slices: Sequence[SelectedSlices]) -> list[Tensor]:
     """S <- M[K], or G[K] + mu M[K] with Nesterov, then M[K] <- mu M[K]; S in the orthonormalization's precision."""
-    others = [each for each in slices if not each.is_fused]
-    stacks = empty_stacks(
-        [(*each.indices.shape, each.update.held_of_slices) for each in others],
-        [runs_along(each.momentum) for each in others],
-        [each.update.dtype for each in others],
-        others[0].momentum.device if others else None,
-    )
-    into = dict(zip(others, stacks, strict=True))
-    for alike in group_by(others, _interleaving_of_slices).values():
-        _take(_Interleaved(alike), [into[each] for each in alike])
-    fused_slices = [each for each in slices if each.is_fused]
-    if fused_slices:
-        into.update(zip(fused_slices, _take_at_once(fused_slices), strict=True))
-    return [into[each] for each in slices]
+    fused_slices, others = split_off_fused(slices)
+    taken = dict(zip(fused_slices, _take_at_once(fused_slices), strict=True))
+    batches = _empty_batches(others)
+    for alike in group_by(others, lambda each: each.view_key).values():
+        for each, submatrices in zip(alike, _take(SlicesOfView(alike)), strict=True):
+            batch = batches.get(each)
+            taken[each] = submatrices.to(each.update.dtype) if batch is None else batch.copy_(submatrices)
+    return [taken[each] for each in slices]
 
 
-def _interleaving_of_slices(slices: SelectedSlices) -> Hashable:
-    """The same for slices that are gathered and put back together: of the same matrices, to which the same happens."""
-    update = slices.update
-    return slices if update.own_gates else (interleaving(update), slices.first, len(slices.indices))
+def _empty_batches(slices: Sequence[SelectedSlices]) -> dict[SelectedSlices, Tensor]:
+    """Make room for the submatrices of equal shapes, one after another; what is the only one of its shape needs none."""
+
+    def key(each: SelectedSlices) -> Hashable:
+        update = each.update
+        return each.indices.shape[1], update.held_of_slices, runs_along(each.momentum), update.dtype, update.device
+
+    batches: dict[SelectedSlices, Tensor] = {}
+    for equal in group_by(slices, key).values():
+        if len(equal) > 1:
+            update, along = equal[0].update, runs_along(equal[0].momentum)
+            shapes = [(*each.indices.shape, update.held_of_slices) for each in equal]
+            stacks = empty_stacks(shapes, [along] * len(equal), [update.dtype] * len(equal), update.device)
+            batches.update(zip(equal, stacks, strict=True))
+    return batches
 
 
-class _Interleaved:
-    """Selected slices of blocks of one interleaving, all in one view.
+class SlicesOfView:
+    """Selected slices of blocks that one view has, or of one update alone.
 
     Attributes:
-        first: Those of the first block; what its update says holds for all.
+        first: Those of the first block; the numbers of its update hold for all.
         places: Where in the view all of them are, (count, r).
     """
 
@@ -273,33 +288,41 @@ class _Interleaved:
         return bits.of_slices(self.first.indices if len(self._slices) == 1 else self.places)
 
     def everything(self, line: str) -> Iterator[tuple[Tensor, Tensor, RandomBits | None]]:
-        """Yield views of all slices of X that belong to the blocks, of M, and their random bits."""
+        """Yield views of all slices of X that belong to the blocks, of M, and their random bits.
+
+        Each has about as many entries as a block.
+        """
         weight, momentum = self.first.weight, self.first.momentum
         sizes = [each.update.held_of_matrix * len(each.indices) for each in self._slices]
-        if len(self._slices) > 1 and sum(sizes) == weight.numel():
-            yield weight, momentum, self._bits(line)
+        if len(self._slices) == 1 or sum(sizes) < weight.numel():
+            for each in self._slices:
+                update = each.update
+                yield from zip(update.own(weight), update.own(momentum), update.own_bits(each.bits(line)), strict=True)
             return
-        for each in self._slices:
-            update = each.update
-            yield from zip(update.own(weight), update.own(momentum), update.own_bits(each.bits(line)), strict=True)
+        bits, entries = self._bits(line), weight.shape[-1]
+        size = -(-entries // len(self._slices))
+        for start in range(0, entries, size):
+            length = min(size, entries - start)
+            its_bits = None if bits is None else bits.of_entries(start, length)
+            yield weight.narrow(-1, start, length), momentum.narrow(-1, start, length), its_bits
 
     def _bits(self, line: str) -> RandomBits | None:
         """The random bits of the view; of a single block those of its own slices alone."""
         of_blocks = [bits for each in self._slices if (bits := each.bits(line)) is not None]
         if not of_blocks or len(self._slices) == 1:
             return of_blocks[0] if of_blocks else None
-        factors = []
-        for of_factor in zip(*of_blocks, strict=True):
-            factor = of_factor[0]
-            if factor.shape[-1] == 1:  # one number a slice; of entries all blocks have the same
-                factor = factor.new_zeros((len(factor), self.first.weight.shape[1], 1))
-                for each, its_factor in zip(self._slices, of_factor, strict=True):
-                    factor.index_copy_(1, each.update.own_places, its_factor)
-            factors.append(factor)
+        update = self.first.update
+        factors = list(of_blocks[0])  # of the entries all blocks have the same
+        number = 0 if update.matrices.slices_are_rows(update.axis) else 1
+        of_slices = factors[number].new_zeros((len(factors[number]), self.first.weight.shape[1], 1))
+        for each, bits in zip(self._slices, of_blocks, strict=True):
+            of_slices.index_copy_(1, each.update.own_places, bits[number])
+        factors[number] = of_slices
         return RandomBits(*factors)
 
 
 def _take_at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
+    """The same by a kernel of Triton."""
     taken: dict[SelectedSlices, Tensor] = {}
     for (dtype, nesterov), alike in group_by(slices, lambda each: (each.update.dtype, each.update.nesterov)).items():
         gates = [each.update.gate for each in alike]
@@ -319,21 +342,19 @@ def _take_at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
     return [taken[each] for each in slices]
 
 
-def _take(interleaved: _Interleaved, into: Sequence[Tensor]) -> None:
-    first, places = interleaved.first, interleaved.places
+def _take(selected: SlicesOfView) -> Sequence[Tensor]:
+    """The same by operations of torch, block by block."""
+    first, places = selected.first, selected.places
     gathered = gather(first.momentum, places)
     factor = first.number(first.update.momentum_factor, 1.0, gathered)
-    bits = interleaved.selected_bits("decay")
+    bits = selected.selected_bits("decay")
     if bits is None:
         decay_(first.momentum, places, gathered, factor)
     else:
         shrunk = gathered.clone()
         multiply_add_(shrunk, factor, None, bits)
         put_(first.momentum, places, shrunk)
-    if first.update.nesterov:
-        gathered = _with_gradient(first, gathered, places)
-    for stack, submatrices in zip(into, interleaved.split(gathered), strict=True):
-        stack.copy_(submatrices)
+    return selected.split(_with_gradient(first, gathered, places) if first.update.nesterov else gathered)
 
 
 def _with_gradient(slices: SelectedSlices, gathered: Tensor, places: Tensor) -> Tensor:
@@ -438,18 +459,17 @@ def apply(
     where it is cautious. Slices that are not selected have no update, and are judged by M, of which it will be made.
     """
     of_results = dict(zip(slices, zip(results, factors, strict=True), strict=True))
-    fused_slices = [each for each in slices if each.is_fused]
+    fused_slices, others = split_off_fused(slices)
     if fused_slices:
         _apply_at_once(fused_slices, [of_results[each] for each in fused_slices])
-    others = [each for each in slices if not each.is_fused]
-    for alike in group_by(others, _interleaving_of_slices).values():
-        interleaved, update = _Interleaved(alike), alike[0].update
-        change = interleaved.join([_change(each, *of_results[each]) for each in alike])
+    for alike in group_by(others, lambda each: each.view_key).values():
+        selected, update = SlicesOfView(alike), alike[0].update
+        change = selected.join([_change(each, *of_results[each]) for each in alike])
         if update.is_cautious or update.parameter.dtype in HALF_PRECISION:
-            result = interleaved.join([of_results[each][0] for each in alike]) if update.is_cautious else None
-            _apply_rounded_once(interleaved, change, result)
+            result = selected.join([of_results[each][0] for each in alike]) if update.is_cautious else None
+            _apply_rounded_once(selected, change, result)
         else:
-            add_(alike[0].weight, interleaved.places, change)
+            add_(alike[0].weight, selected.places, change)
     if context.observer is not None and context.observer.wants_results:
         for each, (result, its_factors) in of_results.items():
             context.observer.moved(each.update.source, _change(each, result, its_factors))
@@ -479,16 +499,16 @@ def _change(slices: SelectedSlices, result: Tensor, factors: Tensor | None) -> T
     return change
 
 
-def _apply_rounded_once(interleaved: _Interleaved, change: Tensor, result: Tensor | None) -> None:
+def _apply_rounded_once(selected: SlicesOfView, change: Tensor, result: Tensor | None) -> None:
     """X <- (1 - lr weight_decay) X and X[K] <- X[K] + change, each entry rounded once; cautiously, given the result."""
-    first, places = interleaved.first, interleaved.places
-    moved, bits = gather(first.weight, places), interleaved.selected_bits("apply")
+    first, places = selected.first, selected.places
+    moved, bits = gather(first.weight, places), selected.selected_bits("apply")
     shrink = first.number(first.update.shrink, 1.0, moved)
     if result is not None:
         store_(moved, decayed(moved, result, shrink) + change, bits)
     else:
         multiply_add_(moved, shrink, change, bits)
-    for weight, momentum, its_bits in interleaved.everything("apply"):
+    for weight, momentum, its_bits in selected.everything("apply"):
         shrink = first.number(first.update.shrink, 1.0, weight)
         if result is not None:
             store_(weight, decayed(weight, momentum, shrink), its_bits)
@@ -497,22 +517,13 @@ def _apply_rounded_once(interleaved: _Interleaved, change: Tensor, result: Tenso
     put_(first.weight, places, moved)
 
 
-def at_once_or_one_by_one(
-    items: Sequence[S], at_once: Callable[[list[S]], Sequence[R]], one: Callable[[S], R]
-) -> list[R]:
-    """Return what a function makes of all items together that kernels go over, and another one of each of the rest."""
-    together = [each for each in items if each.is_fused]
-    made = dict(zip(together, at_once(together), strict=True)) if together else {}
-    return [made[each] if each in made else one(each) for each in items]
-
-
 def show_result(update: MatrixUpdate, result: Tensor, context: StepContext) -> None:
     """Show the observer whole orthonormal submatrices (count, k, m), if it wants them."""
     if context.observer is not None and context.observer.wants_results:
         context.observer.orthonormalized(update.source, result)
 
 
-def record_selection(update: MatrixUpdate, indices: Tensor, norms: Tensor, context: StepContext) -> None:
+def record_selection(update: MatrixUpdate, indices: Tensor, norms: Tensor | None, context: StepContext) -> None:
     """Keep what was selected, (count, selected), and show the observer that and the norms of all slices."""
     if context.observer is not None:
         context.observer.selected(update.source, indices, norms)

@@ -94,7 +94,7 @@ def _normalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     stored = matrices if matrices.stride(-1) == 1 else matrices.mT  # a norm along the memory takes half the time
     norms = torch.linalg.vector_norm(stored.flatten(1), dim=1, dtype=torch.float64) * SAFETY
     divisors = norms.to(precise).clamp_min(smallest)
-    if matrices.device.type != "cpu" or not matrices.dtype == dtype != precise or torch.compiler.is_compiling():
+    if matrices.device.type != "cpu" or not matrices.dtype == dtype != precise:
         return torch.div(matrices, divisors.view(-1, 1, 1)).to(dtype)
     # Half precision divided by one number is rounded on the way; by one for each matrix, there is a copy in float32.
     quotients = torch.empty_like(matrices)

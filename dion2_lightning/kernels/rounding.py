@@ -71,6 +71,10 @@ class RandomBits(NamedTuple):
         at = indices.unsqueeze(-1)
         return RandomBits(*(each if each.shape[-1] != 1 else each.expand(len(at), n, 1).gather(1, at) for each in self))
 
+    def of_entries(self, start: int, length: int) -> "RandomBits":
+        """Return those of some entries of all slices."""
+        return RandomBits(*(each if each.shape[-1] == 1 else each.narrow(-1, start, length) for each in self))
+
 
 def random_bits(
     coordinates: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int], steps: Sequence[Tensor]

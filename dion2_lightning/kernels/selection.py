@@ -27,6 +27,12 @@ ESTIMATED_BLOCK: Final = 2**20
 CHUNK: Final = 32
 """Entries of a slice that an estimate of its sum adds up in float32."""
 
+MIN_ESTIMATED: Final = 2**16
+"""Entries of a matrix from which on estimates are faster: deciding by them takes a dozen small operations."""
+
+LARGEST_ESTIMATE: Final = 3e38
+"""Norms over it may be infinite in float32."""
+
 ESTIMATE_ERROR: Final = (CHUNK + 8) * 2.0**-24
 """An estimate's largest error, relative to the sum: CHUNK - 1 roundings of float32, and a margin for float64's."""
 
@@ -72,13 +78,17 @@ def _block_by_block(slices: Tensor, sums_of: Callable[[Tensor], Tensor], size: i
         of_slices = max(1, size * slices.shape[-2] // slices.numel())
         return torch.cat([sums_of(block) for block in slices.split(of_slices, -2)], -1)
     entries = size * slices.shape[-1] // slices.numel()
-    blocks = slices.split(max(1, entries // multiple) * multiple, -1)
-    return torch.stack([sums_of(block) for block in blocks]).sum(0)
+    blocks = iter(slices.split(max(1, entries // multiple) * multiple, -1))
+    sums = sums_of(next(blocks))
+    for block in blocks:
+        sums += sums_of(block)
+    return sums
 
 
 def can_estimate_sums(slices: Tensor) -> bool:
-    """Return whether :func:`estimate_slice_sums` takes such slices: in float32 on a CPU, of whole chunks of entries."""
-    return slices.device.type == "cpu" and slices.dtype == torch.float32 and slices.shape[-1] % CHUNK == 0
+    """Return whether :func:`estimate_slice_sums` takes such slices, and is faster: in float32, on a CPU, not few."""
+    is_large = slices.numel() >= MIN_ESTIMATED * max(1, len(slices))
+    return is_large and slices.device.type == "cpu" and slices.dtype == torch.float32 and slices.shape[-1] % CHUNK == 0
 
 
 def estimate_slice_sums(slices: Tensor) -> Tensor:
@@ -104,17 +114,21 @@ def largest_by_estimates(estimates: Tensor, k: int, exact: Callable[[int, Tensor
     their exact norms.
 
     Args:
-        estimates: Of all norms, (count, n), with errors up to :data:`ESTIMATE_ERROR`.
+        estimates: Of all norms, (count, n), in float64, with relative errors up to :data:`ESTIMATE_ERROR`.
         k: How many to select.
-        exact: Returns the norms of some slices (c,) of a matrix, given its number and those of the slices.
+        exact: Returns the norms of some slices (c,) of a matrix in float32, given its number and those of the slices.
     """
     threshold = torch.topk(estimates, k, sorted=False).values.amin(-1, keepdim=True)
-    # Once an error for each of two estimates that are compared; the third is more than float32 rounds norms by.
+    # Each of two estimates may be off by an error. With a third between them, their norms differ in float32 too.
     margin = 3 * ESTIMATE_ERROR * threshold
-    known = estimates.isfinite().all(-1, keepdim=True)
+    known = (estimates <= LARGEST_ESTIMATE).all(-1, keepdim=True)  # neither NaN nor infinite in float32
     chosen = (estimates >= threshold - margin) | ~known
     certain = (estimates > threshold + margin) & known
-    for matrix in (chosen.sum(-1) != k).nonzero().flatten().tolist():
+    undecided = chosen.sum(-1) != k
+    zero = undecided & (threshold == 0).squeeze(-1) & known.squeeze(-1)  # estimates that are zero are exact
+    if zero.any():
+        chosen[zero] = torch.zeros_like(chosen[zero]).scatter_(-1, largest(estimates[zero], k), True)
+    for matrix in (undecided & ~zero).nonzero().flatten().tolist():
         close = (chosen[matrix] & ~certain[matrix]).nonzero().flatten()
         missing = k - int(certain[matrix].sum())
         kept = largest(exact(matrix, close).unsqueeze(0), missing)

@@ -108,7 +108,7 @@ class SelectionCounters:
         last: Step of the last selection; if there was none, the step before the first; int32 (rows, n).
         hits: How often it was selected; int32 (rows, n).
         selected: The selections of the present step: parameter, number of its first matrix among those that this rank
-            knows of, indices (count, k), and norms of all slices (count, n).
+            knows of, indices (count, k), and norms of all slices (count, n), None where the step has no metrics.
     """
 
     def __init__(self, parameters: Sequence[TrackedParameter], slices: int, device: torch.device, step: int) -> None:
@@ -119,7 +119,7 @@ class SelectionCounters:
             rows += each.count
         self.last = torch.full((rows, slices), step, dtype=torch.int32, device=device)
         self.hits = torch.zeros((rows, slices), dtype=torch.int32, device=device)
-        self.selected: list[tuple[TrackedParameter, int, Tensor, Tensor]] = []
+        self.selected: list[tuple[TrackedParameter, int, Tensor, Tensor | None]] = []
 
     def update(self, step: int, record: "StepRecord | None") -> None:
         """Count the selections of a step; if it has metrics, add the rows of the table to its record."""
@@ -140,6 +140,7 @@ class SelectionCounters:
             assert before is not None
             norms = dict[TrackedParameter, Tensor]()
             for parameter, _, _, its_norms in sorted(self.selected, key=lambda each: each[1]):
+                assert its_norms is not None
                 norms[parameter] = torch.cat([norms[parameter], its_norms]) if parameter in norms else its_norms
             record.rows.append((self._parameters, self._table_rows(step, record.window, before, norms)))
         self.selected = []

@@ -147,7 +147,7 @@ class SelectionTracker:
         self.wants_results = self._is_requested or (self.every is not None and self.step % self.every == 0)
         self._record = StepRecord(self.window) if self.wants_results else None
 
-    def selected(self, source: Source, indices: Tensor, norms: Tensor) -> None:
+    def selected(self, source: Source, indices: Tensor, norms: Tensor | None) -> None:
         """Record what was selected of some matrices; called by the optimizer."""
         tracked = self._tracked(source)
         tracked.counters.selected.append((tracked, source.first, indices, norms))

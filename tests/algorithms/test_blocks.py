@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dion2_lightning import Dion2
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate
+from tests.distributed.ranks import run_on_ranks
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dion2": {"fraction": 0.4},
@@ -215,6 +218,87 @@ def test_idle_experts_stay(form: str, settings: dict[str, Any]) -> None:
         for expert in range(3):
             assert torch.equal(parameter[expert], before[expert]) == (expert == idle)
             assert torch.equal(optimizer.state[parameter]["momentum"][expert], momenta[expert]) == (expert == idle)
+
+
+ONE_VIEW = [form for form in FORMS if "interleaved" in form or "every second" in form]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"select": "output"}, {"select": "output", "cautious_weight_decay": True}], ids=str
+)
+@pytest.mark.parametrize("form", [form for form in ONE_VIEW if "experts" in form])
+def test_a_block_of_one_expert_is_idle(form: str, settings: dict[str, Any]) -> None:
+    """Then not the same happens to all blocks of the view."""
+    shape, splits, storage, blocks = FORMS[form]
+    parameter = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    own = {name: torch.nn.Parameter(each.clone()) for name, each in blocks(parameter.detach()).items()}
+    idle = {"skip_idle_experts": True, "select": "output", **settings}
+    fused = Dion2([{"params": [parameter], "splits": splits, **storage, **idle}], **COMMON)
+    stored = {"batched": True, "transposed": storage.get("transposed", False), **idle}
+    apart = Dion2([{"params": [each], **stored} for each in own.values()], **COMMON)
+    for number, gradient in enumerate(gradients(shape, 6)):
+        name = list(own)[number % 2]
+        of_blocks = blocks(gradient)
+        of_blocks[name][number % 3] = 0
+        for each, its_gradient in of_blocks.items():
+            own[each].grad = its_gradient.clone()
+        parameter.grad = torch.where(is_of(blocks, shape, name, number % 3), 0.0, gradient)
+        fused.step()
+        apart.step()
+        for each, momentum in blocks(fused.state[parameter]["momentum"]).items():
+            assert torch.equal(momentum, apart.state[own[each]]["momentum"])
+        for each, found in blocks(parameter.detach()).items():
+            torch.testing.assert_close(found, own[each].detach(), rtol=1e-5, atol=1e-5)
+
+
+def is_of(blocks: Blocks, shape: tuple[int, ...], name: str, expert: int) -> Tensor:
+    """Which entries belong to a block of an expert."""
+    numbers = torch.arange(torch.Size(shape).numel()).view(shape)
+    return torch.isin(numbers, blocks(numbers)[name][expert])
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"cautious_weight_decay": True}, {"rounding": "stochastic", "state_dtype": "bfloat16"}], ids=str
+)
+@pytest.mark.parametrize("form", ONE_VIEW)
+def test_little_memory_changes_no_bit(form: str, settings: dict[str, Any]) -> None:
+    """Matrices go one by one then, and blocks of one view each alone."""
+    shape, splits, storage, _ = FORMS[form]
+    is_rounded = "rounding" in settings
+    results = []
+    for memory in (1, None):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        parameter = torch.nn.Parameter(values.bfloat16() if is_rounded else values)
+        group = {"splits": splits, "orthonormalize_dtype": "float64", "select": "output", **storage, **settings}
+        optimizer = Dion2([{"params": [parameter], **group}], working_memory=memory, **COMMON)
+        for gradient in gradients(shape, 4):
+            parameter.grad = gradient.to(parameter.dtype)
+            optimizer.step()
+        results.append((parameter.detach(), optimizer.state[parameter]["momentum"]))
+    (weight, momentum), (expected_weight, expected_momentum) = results
+    assert torch.equal(momentum, expected_momentum)
+    torch.testing.assert_close(weight, expected_weight, rtol=1e-12 if not is_rounded else 0, atol=1e-6)
+
+
+def test_ranks_whose_slices_have_one_entry() -> None:
+    """What random bits have one number for, a slice or an entry, does not depend on sizes."""
+    run_on_ranks(2, check_slices_of_one_entry)
+
+
+def check_slices_of_one_entry() -> None:
+    mesh, results = init_device_mesh("cpu", (2,)), []
+    for is_sharded in (False, True):
+        values = torch.ones(64, 2, dtype=torch.bfloat16)
+        gradient = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+        if is_sharded:
+            values, gradient = (distribute_tensor(each, mesh, [Shard(1)]) for each in (values, gradient))
+        parameter = torch.nn.Parameter(values)
+        optimizer = Dion2([{"params": [parameter], "splits": "4 x (a 8 | b 8)", "select": "output"}], lr=0.1)
+        parameter.grad = gradient
+        optimizer.step()
+        weight = parameter.detach()
+        results.append(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

@@ -1,6 +1,7 @@
 """The update against an independent float64 reference."""
 
 import itertools
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning import Dion2
-from dion2_lightning.algorithms import passes
+from dion2_lightning.algorithms import passes, working_memory
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate
 from tests.reference import Reference
 
@@ -239,34 +240,80 @@ def test_ties_take_the_lower_index_and_a_square_the_output_axis():
     assert parameter[:, :2].count_nonzero() == 16
 
 
-@pytest.mark.parametrize(
-    "group",
-    [
-        {},
-        {"transposed": True},
-        {"splits": "a 64 | b 64"},
-        {"splits": "4 x (a 16 | b 16)"},
-        {"splits": "4 x (a 16 | b 16)", "transposed": True, "select": "output"},
-        {"splits": "a 4*16 | b 64"},
-    ],
-    ids=str,
-)
-def test_estimated_norms_select_what_exact_ones_do(group, monkeypatch):
-    """Slices of the same entries in other orders have estimates that differ, and equal norms."""
+TIED: dict[str, dict[str, Any]] = {
+    "rows": {},
+    "columns": {"transposed": True},
+    "blocks": {"splits": "a 64 | b 64"},
+    "interleaved": {"splits": "4 x (a 16 | b 16)"},
+    "interleaved columns": {"splits": "4 x (a 16 | b 16)", "transposed": True, "select": "output"},
+    "heads": {"splits": "a 4*16 | b 64"},
+    "stack": {"batched": True},
+    "channels": {"convolution": True},
+}
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+@pytest.mark.parametrize("form", TIED)
+def test_estimated_norms_select_what_exact_ones_do(form, memory, monkeypatch):
+    """Slices of the same entries in other orders have estimates that differ, and norms that are equal, or nearly."""
+    rows, columns = (160, 128) if form == "channels" else (128, 128)
+    shape = {"stack": (3, 128, 128), "channels": (160, 32, 2, 2)}.get(form, (128, 128))
     generator = torch.Generator().manual_seed(0)
-    entries = torch.logspace(-4, 4, 128).expand(128, -1)
-    gradient = entries.gather(1, torch.rand(128, 128, generator=generator).argsort(1))
     exact = Mock(side_effect=passes._norms_of)
     monkeypatch.setattr(passes, "_norms_of", exact)
-    for gradient_of_either_order in (gradient, gradient.mT):
-        by_estimates, by_norms = (torch.nn.Parameter(torch.zeros(128, 128)) for _ in range(2))
-        of_estimates, of_norms = (Dion2([{"params": [each], **group}], lr=0.1) for each in (by_estimates, by_norms))
+    for are_rows in (True, False):
+        n, m = (rows, columns) if are_rows else (columns, rows)
+        orders = torch.rand(3, n, m, generator=generator).argsort(-1)
+        entries = torch.logspace(-4, 4, m).expand(3, n, -1).gather(-1, orders)
+        entries = entries * (1 + 1e-6 * torch.randint(0, 3, (3, n, 1), generator=generator))
+        gradient = (entries if are_rows else entries.mT)[: 3 if form == "stack" else 1].reshape(shape)
+        by_estimates, by_norms = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+        of_estimates, of_norms = (
+            Dion2([{"params": [each], **TIED[form]}], lr=0.1, working_memory=memory)
+            for each in (by_estimates, by_norms)
+        )
         for step in range(4):
-            by_estimates.grad = by_norms.grad = gradient_of_either_order * (-1.0) ** step
+            by_estimates.grad = by_norms.grad = gradient * (-1.0) ** step
             of_estimates.step()
             with monkeypatch.context() as patch:
                 patch.setattr(MatrixUpdate, "can_estimate_sums", False)
                 of_norms.step()
             assert torch.equal(by_estimates, by_norms)
             assert torch.equal(of_estimates.state[by_estimates]["momentum"], of_norms.state[by_norms]["momentum"])
-    assert exact.called
+    assert exact.called or form == "channels"  # of which each has several slices
+
+
+def test_observers_are_shown_norms_and_no_estimates():
+    parameter = torch.nn.Parameter(torch.zeros(64, 128))
+    optimizer = Dion2([parameter])
+    optimizer.observer = Mock(wants_results=True)
+    for wants_results in (True, False):
+        optimizer.observer.wants_results = wants_results
+        parameter.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        _, indices, norms = optimizer.observer.selected.call_args.args
+        if wants_results:
+            assert torch.equal(norms, parameter.grad.double().abs().sum(1).float().unsqueeze(0))
+        else:
+            assert norms is None
+        assert indices.shape == (1, 16)
+
+
+def test_a_cpu_takes_less_at_once_than_it_may(monkeypatch):
+    """64 MiB by default; 12 matrices of equal shape then go in several batches."""
+    sizes = []
+
+    def orthonormalize(submatrices):
+        sizes.append(len(submatrices))
+        return submatrices
+
+    parameters = [torch.nn.Parameter(torch.zeros(64, 96)) for _ in range(12)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    optimizer = Dion2([{"params": parameters, "orthonormalize_dtype": "float32"}], orthonormalize=orthonormalize)
+    optimizer.step()
+    assert sizes == [12]
+    sizes.clear()
+    monkeypatch.setattr(working_memory, "CPU_BYTES", 5 * working_memory.working_bytes(16, 96, 64, 4))
+    optimizer.step()
+    assert sizes == [5, 5, 2]

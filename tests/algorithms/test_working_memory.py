@@ -28,6 +28,17 @@ HALF: dict[str, Any] = {"dtype": torch.bfloat16}
 CAUTIOUS: dict[str, Any] = {"cautious_weight_decay": True}
 FULL: dict[str, Any] = {"fraction": 1.0}
 APART: dict[str, Any] = {"shape": (3072, 1024), "splits": "16 x (q 64 | k 64 | v 64)", "rank_fraction": 1 / 16}
+IN_ONE_VIEW: dict[str, dict[str, Any]] = {
+    "rows": {"shape": (3072, 1024), "splits": "16 x (q 64 | k 64 | v 64)", "select": "output"},
+    "columns": {"shape": (1024, 3072), "splits": "16 x (q 64 | k 64 | v 64)", "transposed": True, "select": "output"},
+    "six blocks": {
+        "shape": (1024, 3072),
+        "splits": "16 x (a 32 | b 32 | c 32 | d 32 | e 32 | f 32)",
+        "transposed": True,
+        "select": "output",
+        "fraction": 1 / 8,
+    },
+}
 UNEQUAL: dict[str, Any] = {"shape": (3072, 1024), "splits": "256 x (q 8 | k 2 | v 2)", "rank_fraction": 1 / 16}
 CASES: dict[str, dict[str, Any]] = {
     **{
@@ -57,6 +68,11 @@ CASES: dict[str, dict[str, Any]] = {
     "dion half": {"algorithm": "dion", **HALF},
     "dion cautious": {"algorithm": "dion", **CAUTIOUS},
     "dion in float64": {"algorithm": "dion", "dtype": torch.float64, **CAUTIOUS},
+    **{
+        f"{name}, {settings}": {**case, **settings}
+        for name, case in IN_ONE_VIEW.items()
+        for settings in ({}, HALF, CAUTIOUS, {**HALF, **CAUTIOUS})
+    },
     "dion apart": {"algorithm": "dion", **APART},
     "dion apart, cautious": {"algorithm": "dion", **APART, **CAUTIOUS},
     "dion apart, half": {"algorithm": "dion", **APART, **HALF},

@@ -24,6 +24,7 @@ from dion2_lightning.kernels import fused, orthonormalize, traffic
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
 from dion2_lightning.kernels.selection import add_, decay_, gather, largest, put_, slice_sums
+from dion2_lightning.kernels.stacks import adjacent
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (1, 17, 33), (3, 9, 6), (2, 16, 32)]
@@ -270,6 +271,15 @@ def test_take(device: str, tiles: None, order: Order, dtype: torch.dtype) -> Non
         assert same(stack, expected)
         assert min(stack.shape[1:]) < 2 or (stack.stride(-1) == 1) == (expected.stride(-1) == 1)
     assert all_same(found, momenta)
+
+
+@pytest.mark.parametrize("order", [rows, columns])
+def test_what_is_taken_in_one_shape_is_adjacent(device: str, order: Order) -> None:
+    momenta = [on(device, make(order, (count, 9, 6), torch.float32, 0)) for count in (1, 3, 2)]
+    stacks = fused.take(momenta, [indices_of(each, 4) for each in momenta], [1.0] * 3, torch.float32)
+    together = adjacent(stacks)
+    assert together is not None
+    assert same(together, torch.cat(stacks))
 
 
 @pytest.mark.parametrize("order", [rows, every_second_column])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dion2_lightning.kernels.stacks import adjacent, concatenate, empty_stacks
+from dion2_lightning.kernels.stacks import adjacent, concatenate, concatenate_slices, empty_stacks
 
 SHAPES = [(1, 4, 6), (2, 4, 5), (3, 4, 6), (2, 4, 6)]
 
@@ -41,3 +41,14 @@ def test_what_is_apart_is_copied_in_its_memory_order(along):
     together = concatenate(stacks)
     assert torch.equal(together, torch.cat(stacks))
     assert (together.stride(-1) == 1) == along
+
+
+@pytest.mark.parametrize("along", [True, False])
+def test_slices_are_concatenated_in_their_memory_order(along):
+    stacks = [torch.randn(2, 3, 6), torch.randn(2, 5, 6)]
+    if not along:
+        stacks = [stack.mT.contiguous().mT for stack in stacks]
+    together = concatenate_slices(stacks)
+    assert torch.equal(together, torch.cat(stacks, 1))
+    assert (together.stride(-1) == 1) == along
+    assert concatenate_slices(stacks[:1]) is stacks[0]
