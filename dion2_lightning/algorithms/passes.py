@@ -234,7 +234,7 @@ def take(slices: Sequence[SelectedSlices]) -> list[Tensor]:
 
 
 def _empty_batches(slices: Sequence[SelectedSlices]) -> dict[SelectedSlices, Tensor]:
-    """Make room for the submatrices of equal shapes, one after another; what is the only one of its shape needs none."""
+    """Make room for the submatrices of equal shapes, one after another; the only one of its shape needs none."""
 
     def key(each: SelectedSlices) -> Hashable:
         update = each.update
@@ -300,7 +300,7 @@ class SlicesOfView:
                 yield from zip(update.own(weight), update.own(momentum), update.own_bits(each.bits(line)), strict=True)
             return
         bits, entries = self._bits(line), weight.shape[-1]
-        size = -(-entries // len(self._slices))
+        size = max(1, -(-entries // len(self._slices)))
         for start in range(0, entries, size):
             length = min(size, entries - start)
             its_bits = None if bits is None else bits.of_entries(start, length)
