@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices
+from dion2_lightning.algorithms.slices_of_view import SlicesOfView
 from dion2_lightning.algorithms.working_memory import bounded, pass_bytes
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.decay import decayed
@@ -31,7 +32,7 @@ from dion2_lightning.kernels.selection import (
     put_,
     slice_sums,
 )
-from dion2_lightning.kernels.stacks import concatenate, concatenate_slices, empty_stacks, runs_along
+from dion2_lightning.kernels.stacks import concatenate, empty_stacks, runs_along
 from dion2_lightning.matrices.layout import group_by, local, local_gradient
 
 CACHE: Final = 2**22
@@ -248,77 +249,6 @@ def _empty_batches(slices: Sequence[SelectedSlices]) -> dict[SelectedSlices, Ten
             stacks = empty_stacks(shapes, [along] * len(equal), [update.dtype] * len(equal), update.device)
             batches.update(zip(equal, stacks, strict=True))
     return batches
-
-
-class SlicesOfView:
-    """Selected slices of blocks that one view has, or of one update alone.
-
-    Attributes:
-        first: Those of the first block; the numbers of its update hold for all.
-        places: Where in the view all of them are, (count, r).
-    """
-
-    def __init__(self, slices: Sequence[SelectedSlices]) -> None:
-        self._slices, self.first = slices, slices[0]
-        places = [each.update.at(each.indices) for each in slices]
-        self._counts = [each.shape[1] for each in places]
-        self.places = places[0] if len(places) == 1 else torch.cat(places, 1)
-        self._order: Tensor | None = None
-        if len(places) > 1 and self.first.update.part.is_in_pieces and not runs_along(self.first.momentum):
-            # Rows with pieces of other blocks in between are read five times as fast in the order of the memory.
-            self.places, self._order = torch.sort(self.places, 1)
-
-    def split(self, gathered: Tensor) -> Sequence[Tensor]:
-        """Return block by block what has been gathered at the places."""
-        if self._order is None:
-            of_blocks: Sequence[Tensor] = gathered.split(self._counts, 1)
-            return of_blocks
-        return [gather(gathered, its_places) for its_places in self._order.argsort(1).split(self._counts, 1)]
-
-    def join(self, of_blocks: Sequence[Tensor]) -> Tensor:
-        """Return the opposite of :meth:`split`."""
-        together = concatenate_slices(of_blocks)
-        return together if self._order is None else gather(together, self._order)
-
-    def selected_bits(self, line: str) -> RandomBits | None:
-        """Return the random bits of what is at the places."""
-        bits = self._bits(line)
-        if bits is None:
-            return None
-        return bits.of_slices(self.first.indices if len(self._slices) == 1 else self.places)
-
-    def everything(self, line: str) -> Iterator[tuple[Tensor, Tensor, RandomBits | None]]:
-        """Yield views of all slices of X that belong to the blocks, of M, and their random bits.
-
-        Each has about as many entries as a block.
-        """
-        weight, momentum = self.first.weight, self.first.momentum
-        sizes = [each.update.held_of_matrix * len(each.indices) for each in self._slices]
-        if len(self._slices) == 1 or sum(sizes) < weight.numel():
-            for each in self._slices:
-                update = each.update
-                yield from zip(update.own(weight), update.own(momentum), update.own_bits(each.bits(line)), strict=True)
-            return
-        bits, entries = self._bits(line), weight.shape[-1]
-        size = max(1, -(-entries // len(self._slices)))
-        for start in range(0, entries, size):
-            length = min(size, entries - start)
-            its_bits = None if bits is None else bits.of_entries(start, length)
-            yield weight.narrow(-1, start, length), momentum.narrow(-1, start, length), its_bits
-
-    def _bits(self, line: str) -> RandomBits | None:
-        """The random bits of the view; of a single block those of its own slices alone."""
-        of_blocks = [bits for each in self._slices if (bits := each.bits(line)) is not None]
-        if not of_blocks or len(self._slices) == 1:
-            return of_blocks[0] if of_blocks else None
-        update = self.first.update
-        factors = list(of_blocks[0])  # of the entries all blocks have the same
-        number = 0 if update.matrices.slices_are_rows(update.axis) else 1
-        of_slices = factors[number].new_zeros((len(factors[number]), self.first.weight.shape[1], 1))
-        for each, bits in zip(self._slices, of_blocks, strict=True):
-            of_slices.index_copy_(1, each.update.own_places, bits[number])
-        factors[number] = of_slices
-        return RandomBits(*factors)
 
 
 def _take_at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
