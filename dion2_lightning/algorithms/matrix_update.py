@@ -225,7 +225,7 @@ class MatrixUpdate:
     def view_key(self) -> Hashable:
         """What is the same for blocks of a weight whose slices lie in between each other's: one view has them all.
 
-        Going over it once for all of them saves a fifth of a step, as its rows have few entries of each.
+        Going over it once for all of them saves a seventh of a step, as its rows have few entries of each.
         """
         return (self.parameter, self.axis) if self.is_scattered and self.taps == 1 else self
 

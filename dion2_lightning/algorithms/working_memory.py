@@ -20,7 +20,7 @@ weights, the update or its sign, random bits, and what is rounded."""
 
 CPU_BYTES: Final = 2**26
 """What a CPU takes at once. When a process frees more at the end of its heap, glibc gives it back to the system, and
-every page of 4 KB is cleared again in the next step: up to a fifth of a step at 1/4."""
+every page of 4 KB is cleared again in the next step: a tenth of a step at 1/4."""
 
 T = TypeVar("T")
 

@@ -91,8 +91,7 @@ def _normalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         matrices = matrices / largest.clamp_min(smallest)
         norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True) * SAFETY
         return torch.div(matrices, norm.clamp_min(smallest)).to(dtype)
-    stored = matrices if matrices.stride(-1) == 1 else matrices.mT  # a norm along the memory takes half the time
-    norms = torch.linalg.vector_norm(stored.flatten(1), dim=1, dtype=torch.float64) * SAFETY
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64) * SAFETY
     divisors = norms.to(precise).clamp_min(smallest)
     if matrices.device.type != "cpu" or not matrices.dtype == dtype != precise:
         return torch.div(matrices, divisors.view(-1, 1, 1)).to(dtype)

@@ -92,7 +92,7 @@ def can_estimate_sums(slices: Tensor) -> bool:
 
 
 def estimate_slice_sums(slices: Tensor) -> Tensor:
-    """Return what :func:`slice_sums` does up to :data:`ESTIMATE_ERROR`, in a third of its time.
+    """Return what :func:`slice_sums` does up to :data:`ESTIMATE_ERROR`, in three fifths of its time.
 
     Most of that time goes into a copy in float64. Here only every chunk's sum is copied.
     """

@@ -33,22 +33,16 @@ def test_orders_and_dtypes_are_apart():
     assert adjacent([stacks[0], stacks[2]]) is None
 
 
+@pytest.mark.parametrize(
+    ("function", "shapes", "dim"),
+    [(concatenate, [(2, 4, 6), (1, 4, 6)], 0), (concatenate_slices, [(2, 3, 6), (2, 5, 6)], 1)],
+)
 @pytest.mark.parametrize("along", [True, False])
-def test_what_is_apart_is_copied_in_its_memory_order(along):
-    stacks = [torch.randn(2, 4, 6), torch.randn(1, 4, 6)]
+def test_what_is_apart_is_copied_in_its_memory_order(function, shapes, dim, along):
+    stacks = [torch.randn(shape) for shape in shapes]
     if not along:
         stacks = [stack.mT.contiguous().mT for stack in stacks]
-    together = concatenate(stacks)
-    assert torch.equal(together, torch.cat(stacks))
+    together = function(stacks)
+    assert torch.equal(together, torch.cat(stacks, dim))
     assert (together.stride(-1) == 1) == along
-
-
-@pytest.mark.parametrize("along", [True, False])
-def test_slices_are_concatenated_in_their_memory_order(along):
-    stacks = [torch.randn(2, 3, 6), torch.randn(2, 5, 6)]
-    if not along:
-        stacks = [stack.mT.contiguous().mT for stack in stacks]
-    together = concatenate_slices(stacks)
-    assert torch.equal(together, torch.cat(stacks, 1))
-    assert (together.stride(-1) == 1) == along
-    assert concatenate_slices(stacks[:1]) is stacks[0]
+    assert function(stacks[:1]) is stacks[0]
