@@ -80,8 +80,24 @@ LAYERS: Final[dict[str, list[Weight]]] = {
         ((2, 1440, 1440), IN_OUT),
     ],
     "GPT-OSS, a fifth as wide, 8 experts: gate|up": [((8, 576, 1152), {**IN_OUT, "splits": "576 x (gate 1 | up 1)"})],
+    "GPT-OSS, half as wide, 2 experts of twice the outputs: gate|up": [
+        ((2, 1440, 5760), {**IN_OUT, "splits": "2880 x (gate 1 | up 1)"})
+    ],
+    "4 experts of 512 x 2048: gate|up, every second column": [
+        ((4, 512, 2048), {**IN_OUT, "splits": "1024 x (gate 1 | up 1)"})
+    ],
+    "512 x 2048: gate|up, every second column": [
+        ((512, 2048), {"transposed": True, "splits": "1024 x (gate 1 | up 1)"})
+    ],
+    "512 x 2048: gate|up, every second column, bfloat16": [
+        ((512, 2048), {"dtype": "bfloat16", "transposed": True, "splits": "1024 x (gate 1 | up 1)"})
+    ],
+    "2048 x 512: gate|up, every second row": [((2048, 512), {"splits": "1024 x (gate 1 | up 1)"})],
+    "512 x 2304: q|k|v, interleaved columns": [
+        ((512, 2304), {"transposed": True, "splits": "12 x (q 64 | k 64 | v 64)"})
+    ],
 }
-"""By model and layer."""
+"""By model and layer; where no model is named, slices run across columns or rows that are apart."""
 
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
     "Dion2 at 1/4": {"fraction": 0.25},

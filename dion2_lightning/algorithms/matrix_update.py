@@ -203,11 +203,16 @@ class MatrixUpdate:
 
     @cached_property
     def is_in_pieces(self) -> bool:
-        """Whether the entries of slices lie in rows apart, in pieces of one size: then the views have pieces.
+        """Whether the entries of slices lie in pieces of one size, apart: then the views have pieces.
 
         They are (count, pieces, n, m of each), see kernels/selection.py, and need no copy either.
         """
-        return self.part.is_in_equal_pieces and self.axis != self.matrices.block_axis and self.matrices.blocks_are_rows
+        return self.part.is_in_equal_pieces and self.axis != self.matrices.block_axis
+
+    @cached_property
+    def is_interleaved(self) -> bool:
+        """Whether single entries of other blocks lie between those of slices."""
+        return self.part.is_apart and not self.part.is_in_pieces and self.axis != self.matrices.block_axis
 
     @cached_property
     def is_fused(self) -> bool:
@@ -222,19 +227,28 @@ class MatrixUpdate:
         return not self.is_fused and self.taps == 1 and can_estimate_sums(self.momentum)
 
     @property
+    def sums_key(self) -> Hashable:
+        """What is the same for blocks of a weight whose |M| is summed up together, where that reads the memory once."""
+        have_rows_in_common = (self.is_interleaved or self.is_in_pieces) and not self.matrices.blocks_are_rows
+        are_together = self.taps == 1 and (self.is_scattered or have_rows_in_common)
+        return (self.parameter, self.axis) if are_together else self
+
+    @property
     def view_key(self) -> Hashable:
-        """What is the same for blocks of a weight whose slices lie in between each other's: one view has them all.
+        """What is the same for blocks of a weight that lie in between each other: one view has them all.
 
         Going over it once for all of them saves a seventh of a step, as its rows have few entries of each.
         """
-        return (self.parameter, self.axis) if self.is_scattered and self.taps == 1 else self
+        is_in_between = (self.is_scattered or self.is_interleaved) and self.taps == 1
+        return (self.parameter, self.axis) if is_in_between else self
 
     def _read(self, tensor: Tensor) -> Tensor:
         if self.is_scattered:
             return self.matrices.slices(self.part.stack(tensor), self.axis)
         if self.is_in_pieces:
-            (pieces,) = self.part.pieces(self.part.stack(tensor), 1)
-            return pieces.mT
+            dim = 1 if self.matrices.blocks_are_rows else 2
+            (pieces,) = self.part.pieces(self.part.stack(tensor), dim)
+            return pieces.mT if dim == 1 else pieces.transpose(1, 2)
         return self.matrices.slices(self.part.read(tensor, taps_first=self.taps_first), self.axis)
 
     def is_view(self, whole: Tensor) -> bool:
@@ -471,7 +485,8 @@ class SelectedSlices:
 
     def of_matrices(self, tensor: Tensor) -> Tensor:
         """View the part of these matrices of a tensor that has all of the update's."""
-        return tensor.narrow(0, self.first, len(self.indices))
+        count = self.indices.shape[0]
+        return tensor if count == tensor.shape[0] else tensor.narrow(0, self.first, count)
 
     def bits(self, line: str) -> RandomBits | None:
         """Return the random bits of these matrices for a line of the box; None where it does not round by any."""
@@ -486,16 +501,20 @@ class SelectedSlices:
 def runs(updates: Sequence[MatrixUpdate], context: StepContext) -> Iterator[list[MatrixUpdate]]:
     """Cut updates into runs that are updated together, those of equal shapes next to each other.
 
-    A run is on one device and takes at most what :func:`memory_at_once` says, or is one update that takes more.
+    A run is on one device and takes at most what :func:`memory_at_once` says, or is one view that takes more.
     """
 
-    def key(update: MatrixUpdate) -> Hashable:
-        return update.slices, update.entries, update.k
+    def shape(view: Sequence[MatrixUpdate]) -> Hashable:
+        return view[0].slices, view[0].entries, view[0].k
+
+    def size_of(view: Sequence[MatrixUpdate]) -> int:
+        return sum(update.working_bytes * update.count for update in view)
 
     for device, there in group_by(updates, lambda update: update.device).items():
-        in_order = [update for equal in group_by(there, key).values() for update in equal]
-        limit = memory_at_once(device, context.working_memory)
-        yield from bounded(in_order, lambda update: update.working_bytes * update.count, limit)
+        views = group_by(there, lambda update: update.view_key).values()
+        in_order = [view for equal in group_by(views, shape).values() for view in equal]
+        for run in bounded(in_order, size_of, memory_at_once(device, context.working_memory)):
+            yield [update for view in run for update in view]
 
 
 def within_memory(slices: Sequence[SelectedSlices], context: StepContext) -> Iterator[list[SelectedSlices]]:
@@ -505,16 +524,36 @@ def within_memory(slices: Sequence[SelectedSlices], context: StepContext) -> Ite
     """
     if not slices:
         return
-    device, single = slices[0].update.device, list[SelectedSlices]()
-    for each in slices:
-        update = each.update
-        size = context.working_memory // (update.working_bytes + max(update.taken_bytes, update.pass_bytes))
-        size = max(1, min(size, memory_at_once(device, context.working_memory) // update.working_bytes))
-        pieces = enumerate(each.indices.split(size))
-        single += [SelectedSlices(update, indices, each.first + number * size) for number, indices in pieces]
-    in_turn = max(_bytes_of_turn(alike) for alike in group_by(single, lambda each: each.view_key).values())
-    limit = memory_at_once(device, context.working_memory - in_turn)
-    yield from bounded(single, lambda each: len(each.indices) * each.update.working_bytes, limit)
+    turns: list[list[SelectedSlices]] = []
+    for alike in group_by(slices, lambda each: each.view_key).values():
+        size = min(_matrices_at_once(each.update, context) for each in alike)
+        if len(alike) > 1 and alike[0].update.is_interleaved:  # a view has one matrix of each
+            size = min(size, len(alike))
+        if size >= len(alike):
+            pieces = [list(_pieces(each, size // len(alike))) for each in alike]
+            turns += map(list, zip(*pieces, strict=True))
+        else:
+            turns += [[piece] for each in alike for piece in _pieces(each, size)]
+    in_turn = max(map(_bytes_of_turn, turns))
+    limit = memory_at_once(slices[0].update.device, context.working_memory - in_turn)
+
+    def size_of(turn: Sequence[SelectedSlices]) -> int:
+        return sum(len(each.indices) * each.update.working_bytes for each in turn)
+
+    for some in bounded(turns, size_of, limit):
+        yield [each for turn in some for each in turn]
+
+
+def _matrices_at_once(update: MatrixUpdate, context: StepContext) -> int:
+    """How many of its matrices' submatrices fit in memory; at least one."""
+    size = context.working_memory // (update.working_bytes + max(update.taken_bytes, update.pass_bytes))
+    return max(1, min(size, memory_at_once(update.device, context.working_memory) // update.working_bytes))
+
+
+def _pieces(slices: SelectedSlices, size: int) -> Iterator[SelectedSlices]:
+    """Cut slices into those of at most ``size`` matrices."""
+    for number, indices in enumerate(slices.indices.split(size)):
+        yield SelectedSlices(slices.update, indices, slices.first + number * size)
 
 
 def _bytes_of_turn(slices: Sequence[SelectedSlices]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices
-from dion2_lightning.algorithms.slices_of_view import SlicesOfView
+from dion2_lightning.algorithms.slices_of_view import SlicesOfView, views_of
 from dion2_lightning.algorithms.working_memory import bounded, pass_bytes
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.decay import decayed
@@ -37,6 +37,9 @@ from dion2_lightning.matrices.layout import group_by, local, local_gradient
 
 CACHE: Final = 2**22
 """Bytes of momenta that a CPU keeps in its cache beside their gradients."""
+
+CONVERTED: Final = 2**19
+"""Entries of a gradient that a CPU adds at once to a momentum of another precision: it makes a copy in that first."""
 
 GATHERED: Final = 2**20
 """Entries of slices that are copied at once, to be compared by their norms."""
@@ -80,7 +83,7 @@ def accumulate_and_sum(
     sums = dict(zip(fused_updates, map(SliceSums, _accumulate_at_once(fused_updates)), strict=True))
     for some in _in_cache(others):
         accumulate(some, working_memory)
-        for alike in group_by(some, lambda update: update.view_key).values():
+        for alike in group_by(some, lambda update: update.sums_key).values():
             are_estimates = may_estimate and all(update.can_estimate_sums for update in alike)
             of_slices = estimate_slice_sums if are_estimates else slice_sums
             of_updates = _slice_sums(alike, working_memory, of_slices)
@@ -132,10 +135,12 @@ def accumulate(updates: Sequence[MatrixUpdate], working_memory: int) -> None:
     for update, momentum, gradient, bits in terms:
         if gradient is None:
             continue
-        if update.gate is None and bits is None:
-            together.append((momentum, gradient))
-            continue
         entries = max(update.slices * update.entries, working_memory // pass_bytes(momentum.dtype))
+        if update.gate is None and bits is None:
+            if momentum.dtype == gradient.dtype or momentum.device.type != "cpu":
+                together.append((momentum, gradient))
+                continue
+            entries = CONVERTED
         for (part, its_gradient), its_bits in blocks([momentum, gradient], bits, entries):
             addend = its_gradient if update.gate is None else update.gate.gradient(its_gradient)
             if its_bits is None:
@@ -154,15 +159,20 @@ def leave_idle(updates: Sequence[MatrixUpdate]) -> None:
             update.leave_idle(update.nonzero_gradients())
 
 
-def _slice_sums(
-    updates: Sequence[MatrixUpdate], working_memory: int, of_slices: Callable[[Tensor], Tensor]
-) -> list[Tensor]:
-    """Sum up |M| for updates of one view."""
-    view = updates[0].momentum
-    is_whole = sum(update.held_entries for update in updates) == view.numel()
-    if len(updates) > 1 and is_whole and view.numel() * view.element_size() <= working_memory:
-        sums = of_slices(view)
-        return [sums.index_select(1, update.own_places) for update in updates]
+def _slice_sums(updates: Sequence[MatrixUpdate], working_memory: int, of_slices: Callable[..., Tensor]) -> list[Tensor]:
+    """Sum up |M| for updates with one key."""
+    first = updates[0]
+    whole = first.matrices.slices(first.part.stack(local(first.state["momentum"])), first.axis)
+    if len(updates) > 1 and sum(update.held_entries for update in updates) == whole.numel():
+        period = None if first.is_scattered else first.part.period_of(whole.shape[-1])
+        sums_bytes = whole.shape[:-1].numel() * (period or 1) * torch.float64.itemsize
+        if whole.nbytes + sums_bytes <= working_memory:
+            if first.is_scattered:
+                sums = of_slices(whole)
+                return [sums.index_select(1, update.own_places) for update in updates]
+            if period is not None:
+                sums = of_slices(whole, period)
+                return [update.part.sum_of_period(sums) for update in updates]
     return [_sums_of_pieces(update, working_memory, of_slices) for update in updates]
 
 
@@ -227,8 +237,8 @@ def take(slices: Sequence[SelectedSlices]) -> list[Tensor]:
     fused_slices, others = split_off_fused(slices)
     taken = dict(zip(fused_slices, _take_at_once(fused_slices), strict=True))
     batches = _empty_batches(others)
-    for alike in group_by(others, lambda each: each.view_key).values():
-        for each, submatrices in zip(alike, _take(SlicesOfView(alike)), strict=True):
+    for view in views_of(others, "momentum"):
+        for each, submatrices in zip(view.slices, _take(view), strict=True):
             batch = batches.get(each)
             taken[each] = submatrices.to(each.update.dtype) if batch is None else batch.copy_(submatrices)
     return [taken[each] for each in slices]
@@ -274,27 +284,27 @@ def _take_at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
 
 def _take(selected: SlicesOfView) -> Sequence[Tensor]:
     """The same by operations of torch, block by block."""
-    first, places = selected.first, selected.places
-    gathered = gather(first.momentum, places)
+    first, momentum, places = selected.first, selected.momentum, selected.places
+    gathered = gather(momentum, places)
     factor = first.number(first.update.momentum_factor, 1.0, gathered)
     bits = selected.selected_bits("decay")
     if bits is None:
-        decay_(first.momentum, places, gathered, factor)
+        decay_(momentum, places, gathered, factor)
     else:
         shrunk = gathered.clone()
         multiply_add_(shrunk, factor, None, bits)
-        put_(first.momentum, places, shrunk)
-    return selected.split(_with_gradient(first, gathered, places) if first.update.nesterov else gathered)
+        put_(momentum, places, shrunk)
+    return selected.split(_with_gradient(selected, gathered) if first.update.nesterov else gathered)
 
 
-def _with_gradient(slices: SelectedSlices, gathered: Tensor, places: Tensor) -> Tensor:
+def _with_gradient(selected: SlicesOfView, gathered: Tensor) -> Tensor:
     """Return G[K] + mu M[K], in float32 at least."""
-    update = slices.update
+    update = selected.first.update
     gathered = gathered.to(torch.promote_types(gathered.dtype, torch.float32))
     gathered = gathered * as_factor(update.momentum_factor, gathered.dtype)
-    if slices.gradient is not None:
-        selected = gather(slices.gradient, places)
-        gathered += selected if update.gate is None else update.gate.gradient(selected)
+    if selected.gradient is not None:
+        gradient = gather(selected.gradient, selected.places)
+        gathered += gradient if update.gate is None else update.gate.gradient(gradient)
     return gathered
 
 
@@ -392,14 +402,14 @@ def apply(
     fused_slices, others = split_off_fused(slices)
     if fused_slices:
         _apply_at_once(fused_slices, [of_results[each] for each in fused_slices])
-    for alike in group_by(others, lambda each: each.view_key).values():
-        selected, update = SlicesOfView(alike), alike[0].update
-        change = selected.join([_change(each, *of_results[each]) for each in alike])
+    for view in views_of(others, "weight"):
+        update = view.first.update
+        change = _change_of_view(view, [of_results[each] for each in view.slices])
         if update.is_cautious or update.parameter.dtype in HALF_PRECISION:
-            result = selected.join([of_results[each][0] for each in alike]) if update.is_cautious else None
-            _apply_rounded_once(selected, change, result)
+            result = view.join([of_results[each][0] for each in view.slices]) if update.is_cautious else None
+            _apply_rounded_once(view, change, result)
         else:
-            add_(alike[0].weight, selected.places, change)
+            add_(view.weight, view.places, change)
     if context.observer is not None and context.observer.wants_results:
         for each, (result, its_factors) in of_results.items():
             context.observer.moved(each.update.source, _change(each, result, its_factors))
@@ -423,16 +433,24 @@ def _change(slices: SelectedSlices, result: Tensor, factors: Tensor | None) -> T
     """What is added to X[K], in float32 at least."""
     update = slices.update
     change = result.to(torch.promote_types(update.parameter.dtype, torch.float32))
-    change = change * slices.number(-update.step_size, 0.0, change)
+    number = slices.number(-update.step_size, 0.0, change)
+    change = change * number if change is result else change.mul_(number)
     if factors is not None:
         change *= factors.unsqueeze(update.neuron_dim)
     return change
 
 
+def _change_of_view(view: SlicesOfView, results: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """The same for all slices of a view, in the order of their places."""
+    if view.have_one_step_size and all(factors is None for _, factors in results):
+        return _change(view.first, view.join([result for result, _ in results]), None)
+    return view.join([_change(each, *its_results) for each, its_results in zip(view.slices, results, strict=True)])
+
+
 def _apply_rounded_once(selected: SlicesOfView, change: Tensor, result: Tensor | None) -> None:
     """X <- (1 - lr weight_decay) X and X[K] <- X[K] + change, each entry rounded once; cautiously, given the result."""
     first, places = selected.first, selected.places
-    moved, bits = gather(first.weight, places), selected.selected_bits("apply")
+    moved, bits = gather(selected.weight, places), selected.selected_bits("apply")
     shrink = first.number(first.update.shrink, 1.0, moved)
     if result is not None:
         store_(moved, decayed(moved, result, shrink) + change, bits)
@@ -444,7 +462,7 @@ def _apply_rounded_once(selected: SlicesOfView, change: Tensor, result: Tensor |
             store_(weight, decayed(weight, momentum, shrink), its_bits)
         elif first.update.shrink != 1.0:
             multiply_add_(weight, shrink, None, its_bits)
-    put_(first.weight, places, moved)
+    put_(selected.weight, places, moved)
 
 
 def show_result(update: MatrixUpdate, result: Tensor, context: StepContext) -> None:

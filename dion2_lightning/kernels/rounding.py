@@ -71,9 +71,9 @@ class RandomBits(NamedTuple):
         at = indices.unsqueeze(-1)
         return RandomBits(*(each if each.shape[-1] != 1 else each.expand(len(at), n, 1).gather(1, at) for each in self))
 
-    def of_entries(self, start: int, length: int) -> "RandomBits":
-        """Return those of some entries of all slices."""
-        return RandomBits(*(each if each.shape[-1] == 1 else each.narrow(-1, start, length) for each in self))
+    def narrow(self, dim: int, start: int, length: int) -> "RandomBits":
+        """Return those of the tensor's ``narrow``."""
+        return RandomBits(*(each if each.shape[dim] == 1 else each.narrow(dim, start, length) for each in self))
 
 
 def random_bits(

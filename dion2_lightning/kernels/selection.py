@@ -4,12 +4,13 @@ Everything here sees matrices as (count, n, m) views, n slices of m entries each
 (rows of the stored matrix) or across them (columns), with gaps where other matrices lie between; the fast kernels
 differ, the results do not.
 
-Where slices are columns, the rows of the stored matrices may also lie in p equal pieces that are equally far apart, of
-which there is no such view: then it is (count, p, n, m / p).
+The entries of slices may also lie in p equal pieces that are equally far apart, of which there is no such view: then it
+is (count, p, n, m / p).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final, NamedTuple
 
 import torch
@@ -21,8 +22,11 @@ from dion2_lightning.kernels.stacks import runs_along
 BLOCK: Final = 2**17
 """Entries that a CPU sums at once."""
 
-ESTIMATED_BLOCK: Final = 2**20
+ESTIMATED_BLOCK: Final = 2**19
 """The same where only chunks are summed in float64."""
+
+SHARED: Final = 2**20
+"""Entries of rows that matrices share which are copied at once."""
 
 CHUNK: Final = 32
 """Entries of a slice that an estimate of its sum adds up in float32."""
@@ -55,17 +59,24 @@ def selected_count(slices: int, fraction: float) -> int:
     return max(1, math.ceil(fraction * slices - 1e-9))
 
 
-def slice_sums(slices: Tensor) -> Tensor:
+def slice_sums(slices: Tensor, period: int | None = None) -> Tensor:
     """Return the sum of |M| over every slice (..., m), shape (...), in float64; in float32 on a device without it.
 
     Rounded to float32 it is the slice's norm. float32 sums depend on their order, and near the threshold an order
     changes the selection; rounded float64 sums do not. Ranks that share a matrix need float64 to select alike; a device
     without it works alone.
+
+    Args:
+        slices: With a period, rows.
+        period: Asks for sums over entries that are this far apart, (..., period).
     """
     dtype = sum_dtype(slices.device)
 
     def sums_of(block: Tensor) -> Tensor:
-        return block.abs().sum(-1, dtype=dtype)
+        if period is None:
+            return block.abs().sum(-1, dtype=dtype)
+        of_period: Tensor = block.abs().unflatten(-1, (-1, period)).sum(-2, dtype=dtype)
+        return of_period
 
     return _block_by_block(slices, sums_of, BLOCK) if slices.device.type == "cpu" else sums_of(slices)
 
@@ -76,7 +87,7 @@ def _block_by_block(slices: Tensor, sums_of: Callable[[Tensor], Tensor], size: i
         return sums_of(slices)
     if runs_along(slices):
         of_slices = max(1, size * slices.shape[-2] // slices.numel())
-        return torch.cat([sums_of(block) for block in slices.split(of_slices, -2)], -1)
+        return torch.cat([sums_of(block) for block in slices.split(of_slices, -2)], slices.ndim - 2)
     entries = size * slices.shape[-1] // slices.numel()
     blocks = iter(slices.split(max(1, entries // multiple) * multiple, -1))
     sums = sums_of(next(blocks))
@@ -91,17 +102,22 @@ def can_estimate_sums(slices: Tensor) -> bool:
     return is_large and slices.device.type == "cpu" and slices.dtype == torch.float32 and slices.shape[-1] % CHUNK == 0
 
 
-def estimate_slice_sums(slices: Tensor) -> Tensor:
+def estimate_slice_sums(slices: Tensor, period: int | None = None) -> Tensor:
     """Return what :func:`slice_sums` does up to :data:`ESTIMATE_ERROR`, in three fifths of its time.
 
     Most of that time goes into a copy in float64. Here only every chunk's sum is copied.
     """
-    return _block_by_block(slices, _sums_of_chunks, ESTIMATED_BLOCK, CHUNK)
+    return _block_by_block(slices, partial(_sums_of_chunks, period=period), ESTIMATED_BLOCK, CHUNK)
 
 
-def _sums_of_chunks(slices: Tensor) -> Tensor:
+def _sums_of_chunks(slices: Tensor, period: int | None) -> Tensor:
+    if period is not None:
+        repeats = slices.shape[-1] // period
+        size = next(size for size in range(CHUNK, 0, -1) if repeats % size == 0)
+        of_chunks: Tensor = slices.abs().unflatten(-1, (size, repeats // size, period)).sum(-3)
+        return of_chunks.sum(-2, dtype=torch.float64)
     if runs_along(slices):
-        of_chunks: Tensor = slices.abs().unflatten(-1, (CHUNK, -1)).sum(-2)
+        of_chunks = slices.abs().unflatten(-1, (CHUNK, -1)).sum(-2)
         return of_chunks.sum(-1, dtype=torch.float64)
     of_chunks = slices.mT.abs().unflatten(-2, (-1, CHUNK)).sum(-2)
     return of_chunks.sum(-2, dtype=torch.float64)
@@ -144,25 +160,35 @@ def largest(norms: Tensor, k: int) -> Tensor:
 
 def gather(slices: Tensor, indices: Tensor) -> Tensor:
     """Return the slices at ``indices``, shape (count, k, m), in the memory order of ``slices``."""
+    if 0 in (slices.numel(), indices.numel()):
+        return slices.new_empty((*indices.shape, slices.shape[-1] * (slices.shape[1] if slices.ndim == 4 else 1)))
     if runs_along(slices):
         rows = _rows(slices)
         if rows is None:
-            return slices.gather(1, _along(indices, slices))
-        return rows.index_select(0, _rows_at(indices, slices)).view(*indices.shape, slices.shape[-1])
+            shared = _shared_rows(slices)
+            if shared is not None:
+                return _gather_from_shared(shared, indices, slices.shape[-1])
+            return torch.cat([gather(*each) for each in _one_by_one(slices, indices)])
+        return rows.index_select(0, _rows_at(indices, slices)).view(*indices.shape, rows.shape[1:].numel())
     stored, columns = slices.mT, _across(indices, slices)
     if slices.stride(0) < slices.stride(-1):  # matrices side by side: row by row, in the order of the memory
-        return stored.transpose(0, 1).gather(-1, columns.transpose(0, 1)).transpose(0, 1).mT
-    return _whole_rows(stored.gather(-1, columns)).mT
+        gathered = stored.transpose(0, 1).gather(-1, columns.transpose(0, 1)).transpose(0, 1)
+    else:
+        gathered = stored.gather(-1, columns)
+    return _whole_rows(gathered).mT
 
 
 def put_(slices: Tensor, indices: Tensor, gathered: Tensor) -> None:
     """Write what :func:`gather` has returned back to the slices at ``indices``, in place."""
+    if 0 in (slices.numel(), indices.numel()):
+        return
     if runs_along(slices):
         rows = _rows(slices)
-        if rows is None:
-            slices.scatter_(1, _along(indices, slices), gathered)
-        else:
-            rows.index_copy_(0, _rows_at(indices, slices), gathered.flatten(0, 1))
+        if rows is not None:
+            rows.index_copy_(0, _rows_at(indices, slices), gathered.reshape(-1, *rows.shape[1:]))
+            return
+        for each in _one_by_one(slices, indices, gathered):
+            put_(*each)
     else:
         slices.mT.scatter_(-1, _across(indices, slices), _in_pieces(gathered.mT, slices))
 
@@ -188,13 +214,20 @@ def decay_(slices: Tensor, indices: Tensor, gathered: Tensor, factor: float | Te
 
 def add_(slices: Tensor, indices: Tensor, change: Tensor) -> None:
     """Add ``change``, shape (count, k, m), to the slices at ``indices``, in place."""
+    if 0 in (slices.numel(), indices.numel()):
+        return
     change = change.to(slices.dtype)
     if runs_along(slices):
         rows = _rows(slices)
-        if rows is None:
-            slices.scatter_add_(1, _along(indices, slices), change)
-        else:
-            rows.index_add_(0, _rows_at(indices, slices), change.flatten(0, 1))
+        if rows is not None:
+            _add_to_rows(rows, _rows_at(indices, slices), change.reshape(-1, *rows.shape[1:]))
+            return
+        shared = _shared_rows(slices)
+        if shared is not None:
+            _add_to_shared(shared, indices, change)
+            return
+        for each in _one_by_one(slices, indices, change):
+            add_(*each)
     else:
         slices.mT.scatter_add_(-1, _across(indices, slices), _in_pieces(change.mT, slices))
 
@@ -203,12 +236,15 @@ def add_(slices: Tensor, indices: Tensor, change: Tensor) -> None:
 
 
 def _rows(slices: Tensor) -> Tensor | None:
-    """View the memory from the first slice to the last one as rows, with what lies between them; None if it is none."""
-    *leading, row, entry = slices.stride()
-    if slices.numel() == 0 or any(stride % row for stride in leading):
-        return None
-    last = sum((size - 1) * stride for size, stride in zip(slices.shape, slices.stride()[:-1], strict=False))
-    return slices.as_strided((last // row + 1, slices.shape[-1]), (row, entry))
+    """View the memory from the first slice to the last one as rows, with what lies between them.
+
+    Rows are (r, m), or (r, p, m / p); None where matrices lie otherwise than one after another.
+    """
+    by_slice = slices.transpose(1, 2) if slices.ndim == 4 else slices
+    (count, n, *entries), (step, row, *between) = by_slice.shape, by_slice.stride()
+    if count == 1:
+        return by_slice.flatten(0, 1)
+    return None if step % row else by_slice.as_strided(((count - 1) * (step // row) + n, *entries), (row, *between))
 
 
 def _rows_at(indices: Tensor, slices: Tensor) -> Tensor:
@@ -219,9 +255,49 @@ def _rows_at(indices: Tensor, slices: Tensor) -> Tensor:
     return indices.view(-1)
 
 
-def _along(indices: Tensor, slices: Tensor) -> Tensor:
-    """Row indices (count, k, m), the same in every column."""
-    return indices.unsqueeze(-1).expand(-1, -1, slices.shape[-1])
+def _shared_rows(slices: Tensor) -> Tensor | None:
+    """View the rows (n, m count) that matrices share which lie entry by entry side by side; None if they do not.
+
+    Such rows are copied, or added to, in less time than single entries of them.
+    """
+    by_row = slices.movedim(0, -1)
+    return by_row.flatten(1) if slices.ndim == 3 and by_row.is_contiguous() else None
+
+
+def _gather_from_shared(shared: Tensor, indices: Tensor, m: int) -> Tensor:
+    gathered = shared.new_empty((*indices.shape, m))
+    size = max(1, SHARED // (len(indices) * shared.shape[1]))
+    for at, its_part in zip(indices.split(size, 1), gathered.split(size, 1), strict=True):
+        its_part.copy_(_own_entries(shared.index_select(0, at.flatten()), its_part.shape))
+    return gathered
+
+
+def _add_to_shared(shared: Tensor, indices: Tensor, change: Tensor) -> None:
+    size = max(1, SHARED // (len(indices) * shared.shape[1]))
+    wide = shared.new_empty(0)
+    for at, its_part in zip(indices.split(size, 1), change.split(size, 1), strict=True):
+        if len(wide) != at.numel():  # -0.0, as it changes nothing when it is added
+            wide = torch.full((at.numel(), shared.shape[1]), -0.0, dtype=shared.dtype, device=shared.device)
+        _own_entries(wide, its_part.shape).copy_(its_part)
+        shared.index_add_(0, at.flatten(), wide)
+
+
+def _own_entries(rows: Tensor, shape: torch.Size) -> Tensor:
+    """View what belongs to slices (count, k, m) in the shared rows that they are in, one behind the other."""
+    count, k, m = shape
+    return rows.view(count, k, m, count).diagonal(0, 0, 3).movedim(-1, 0)
+
+
+def _one_by_one(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Go over slices, and over what is of them, matrix by matrix."""
+    return zip(*(each.split(1) for each in tensors), strict=True)
+
+
+def _add_to_rows(rows: Tensor, at: Tensor, change: Tensor) -> None:
+    if rows.is_contiguous() or rows.device.type != "cpu":
+        rows.index_add_(0, at, change)
+    else:  # to rows with gaps a CPU adds entry by entry, three times as slowly
+        rows.index_copy_(0, at, rows.index_select(0, at).add_(change))
 
 
 # Slices that are columns

@@ -115,6 +115,16 @@ class Part:
         periods = numbers.div(block.size, rounding_mode="floor")
         return numbers + periods * (block.period - block.size) + (block.offset - self.start)
 
+    def period_of(self, length: int) -> int | None:
+        """Return how long a period is if this rank's part of the axis, of this length, has whole ones alone."""
+        period = self._block.period
+        return period if self.start % period == length % period == 0 else None
+
+    def sum_of_period(self, numbers: Tensor) -> Tensor:
+        """Add up what is of its own slices among numbers of the slices of a period, (..., period)."""
+        own = numbers.narrow(-1, self._block.offset, self._block.size)
+        return own.squeeze(-1) if self._block.size == 1 else own.sum(-1)
+
     def is_view(self, tensor: Tensor, *, taps_first: bool = False) -> bool:
         """Return whether :meth:`read` returns a view of the tensor."""
         if self.matrices.is_kernel:
@@ -147,6 +157,9 @@ class Part:
             for piece, change in self._pairs(stack, product):
                 piece.add_(change)
             return
+        if self._block.size == 1:
+            self.of_stack(stack).baddbmm_(left, right.mT)
+            return
         for pieces, their_left in self._pairs(stack, left):
             for matrix, its_left, its_right in zip(pieces, their_left, right, strict=True):
                 matrix.baddbmm_(its_left, its_right.mT.expand(len(matrix), -1, -1))
@@ -161,14 +174,14 @@ class Part:
         if self.is_in_pieces:
             return self._copy(stack)
         shape, strides = list(stack.shape), list(stack.stride())
-        block, stride = self._block, strides[self._dim]
+        dim, count, width, between, step, first = self._view
+        stride = strides[dim]
         if not self.matrices.is_stack:
-            between = block.place(self._index + self._size) - block.place(self._index)
-            shape[0], strides[0] = self._own_count, between * stride
-        shape[self._dim], strides[self._dim] = self._width, (block.period if block.size == 1 else 1) * stride
-        if self._width == 0:
+            shape[0], strides[0] = count, between * stride
+        shape[dim], strides[dim] = width, step * stride
+        if width == 0:
             return stack.new_empty(shape)
-        return stack.as_strided(shape, strides, stack.storage_offset() + self._first_place * stride)
+        return stack.as_strided(shape, strides, stack.storage_offset() + first * stride)
 
     def coordinates(self, parameter: Any, *, taps_first: bool = False) -> tuple[Tensor, Tensor]:
         """Return the numbers, in the whole parameter, of the rows (count, r, 1) and columns (count, 1, c) held here."""
@@ -206,6 +219,14 @@ class Part:
         return zip(self.pieces(stack, self._dim), self.in_pieces(matrices, self._dim), strict=True)
 
     # Along the axis of the blocks
+
+    @cached_property
+    def _view(self) -> tuple[int, int, int, int, int, int]:
+        """For a view: their dimension, how many matrices, their slices, how far apart both are, the first place."""
+        block, index = self._block, self._index
+        between = block.place(index + self._size) - block.place(index)
+        step = block.period if block.size == 1 else 1
+        return self._dim, self._own_count, self._width, between, step, self._first_place
 
     @property
     def _dim(self) -> int:

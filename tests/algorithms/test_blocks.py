@@ -119,6 +119,48 @@ FORMS: dict[str, tuple[tuple[int, ...], str, dict[str, Any], Blocks]] = {
         {"batched": True, "transposed": True},
         of_each_expert(stored_in_out(interleaved(12, ("gate", 1), ("up", 1)))),
     ),
+    "single columns and others, tall": (
+        (4, 25),
+        "5 x (a 1 | b 1 | c 2 | d 1)",
+        {"transposed": True},
+        stored_in_out(interleaved(5, ("a", 1), ("b", 1), ("c", 2), ("d", 1))),
+    ),
+    "every second column, tall": (
+        (7, 24),
+        "12 x (gate 1 | up 1)",
+        {"transposed": True},
+        stored_in_out(interleaved(12, ("gate", 1), ("up", 1))),
+    ),
+    "interleaved columns, tall": (
+        (10, 48),
+        "4 x (q 4 | k 4 | v 4)",
+        {"transposed": True},
+        stored_in_out(interleaved(4, ("q", 4), ("k", 4), ("v", 4))),
+    ),
+    "interleaved columns of two sizes, tall": (
+        (5, 24),
+        "3 x (q 4 | k 2 | v 2)",
+        {"transposed": True},
+        stored_in_out(interleaved(3, ("q", 4), ("k", 2), ("v", 2))),
+    ),
+    "experts, every second column, tall": (
+        (3, 7, 24),
+        "12 x (gate 1 | up 1)",
+        {"batched": True, "transposed": True},
+        of_each_expert(stored_in_out(interleaved(12, ("gate", 1), ("up", 1)))),
+    ),
+    "experts, every second row, tall": (
+        (3, 24, 7),
+        "12 x (gate 1 | up 1)",
+        {"batched": True},
+        of_each_expert(interleaved(12, ("gate", 1), ("up", 1))),
+    ),
+    "experts, interleaved columns, tall": (
+        (3, 5, 24),
+        "3 x (q 4 | k 2 | v 2)",
+        {"batched": True, "transposed": True},
+        of_each_expert(stored_in_out(interleaved(3, ("q", 4), ("k", 2), ("v", 2)))),
+    ),
     "experts, interleaved": (
         (3, 24, 10),
         "4 x (a 2 | b 4)",
@@ -191,6 +233,7 @@ def test_random_bits_are_those_of_copies(form: str, settings: dict[str, Any], mo
         if is_copied:
             monkeypatch.setattr(MatrixUpdate, "is_scattered", False)
             monkeypatch.setattr(MatrixUpdate, "is_in_pieces", False)
+            monkeypatch.setattr(MatrixUpdate, "is_interleaved", False)
         parameter = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
         optimizer = Dion2([{"params": [parameter], "splits": splits, **storage, **settings, **rounded}], **COMMON)
         for gradient in gradients(shape, 6):
@@ -278,6 +321,35 @@ def test_little_memory_changes_no_bit(form: str, settings: dict[str, Any]) -> No
     (weight, momentum), (expected_weight, expected_momentum) = results
     assert torch.equal(momentum, expected_momentum)
     torch.testing.assert_close(weight, expected_weight, rtol=1e-12 if not is_rounded else 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"nesterov": True}, {"cautious_weight_decay": True}], ids=str)
+@pytest.mark.parametrize("form", [form for form in FORMS if "tall" in form])
+def test_memory_may_have_any_order(form: str, settings: dict[str, Any]) -> None:
+    """That of a gradient, and that of a weight."""
+    shape, splits, storage, _ = FORMS[form]
+    results = []
+    for weight_order, gradient_order in ((in_order, in_order), (in_order, out_of_order), (out_of_order, out_of_order)):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        parameter = torch.nn.Parameter(weight_order(values))
+        group = {"splits": splits, "orthonormalize_dtype": "float64", "fraction": 0.4, **storage, **settings}
+        optimizer = Dion2([{"params": [parameter], **group}], **COMMON)
+        for gradient in gradients(shape, 4):
+            parameter.grad = gradient_order(gradient)
+            optimizer.step()
+        results.append((parameter.detach(), optimizer.state[parameter]["momentum"]))
+    for weight, momentum in results[1:]:
+        assert torch.equal(momentum, results[0][1])
+        torch.testing.assert_close(weight, results[0][0], rtol=1e-6, atol=1e-7)
+
+
+def in_order(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def out_of_order(tensor: Tensor) -> Tensor:
+    """The same in another order of memory."""
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def test_ranks_whose_slices_have_one_entry_or_none() -> None:

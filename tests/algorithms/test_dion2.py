@@ -11,6 +11,7 @@ from torch import Tensor
 from dion2_lightning import Dion2
 from dion2_lightning.algorithms import passes, working_memory
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate
+from dion2_lightning.matrices.splits import Block, blocks_of
 from tests.reference import Reference
 
 SHAPES = {
@@ -246,10 +247,22 @@ TIED: dict[str, dict[str, Any]] = {
     "blocks": {"splits": "a 64 | b 64"},
     "interleaved": {"splits": "4 x (a 16 | b 16)"},
     "interleaved columns": {"splits": "4 x (a 16 | b 16)", "transposed": True, "select": "output"},
+    "every second entry": {"splits": "64 x (a 1 | b 1) along inputs", "select": "output"},
+    "every second entry of columns": {
+        "splits": "64 x (a 1 | b 1) along inputs",
+        "transposed": True,
+        "select": "output",
+    },
+    "pieces of rows": {"splits": "2 x (a 32 | b 32) along inputs", "select": "output"},
     "heads": {"splits": "a 4*16 | b 64"},
     "stack": {"batched": True},
     "channels": {"convolution": True},
 }
+
+
+def blocks_along_inputs(form: str) -> tuple[Block, ...]:
+    splits = TIED[form].get("splits", "")
+    return blocks_of(splits) if "along inputs" in splits else ()
 
 
 @pytest.mark.parametrize("memory", [None, 1])
@@ -263,9 +276,12 @@ def test_estimated_norms_select_what_exact_ones_do(form, memory, monkeypatch):
     monkeypatch.setattr(passes, "_norms_of", exact)
     for are_rows in (True, False):
         n, m = (rows, columns) if are_rows else (columns, rows)
-        orders = torch.rand(3, n, m, generator=generator).argsort(-1)
-        entries = torch.logspace(-4, 4, m).expand(3, n, -1).gather(-1, orders)
-        entries = entries * (1 + 1e-6 * torch.randint(0, 3, (3, n, 1), generator=generator))
+        places = [[block.place(number) for number in range(block.total)] for block in blocks_along_inputs(form)]
+        entries = torch.empty(3, n, m)
+        for own in places or [list(range(m))]:
+            orders = torch.rand(3, n, len(own), generator=generator).argsort(-1)
+            entries[..., own] = torch.logspace(-4, 4, len(own)).expand(3, n, -1).gather(-1, orders)
+        entries *= 1 + 1e-6 * torch.randint(0, 3, (3, n, 1), generator=generator)
         gradient = (entries if are_rows else entries.mT)[: 3 if form == "stack" else 1].reshape(shape)
         by_estimates, by_norms = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
         of_estimates, of_norms = (

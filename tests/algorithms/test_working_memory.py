@@ -38,6 +38,10 @@ IN_ONE_VIEW: dict[str, dict[str, Any]] = {
         "select": "output",
         "fraction": 1 / 8,
     },
+    "every second row": {"shape": (4096, 1024), "splits": "2048 x (gate 1 | up 1)"},
+    "every second column": {"shape": (1024, 4096), "splits": "2048 x (gate 1 | up 1)", "transposed": True},
+    "pieces of rows": {"shape": (1024, 6144), "splits": "16 x (q 128 | k 128 | v 128)", "transposed": True},
+    "pieces of columns": {"shape": (6144, 1024), "splits": "16 x (q 128 | k 128 | v 128)"},
 }
 UNEQUAL: dict[str, Any] = {"shape": (3072, 1024), "splits": "256 x (q 8 | k 2 | v 2)", "rank_fraction": 1 / 16}
 CASES: dict[str, dict[str, Any]] = {
@@ -142,6 +146,16 @@ def test_a_stack_is_taken_apart(algorithm: str, settings: dict[str, Any]) -> Non
     case = {"shape": (16, *SHAPE), "batched": True, "algorithm": algorithm, **settings}
     assert peak_of_step(1, 2 * matrix, **case) <= 2 * matrix + PER_LINE * sum(SHAPE) * 16
     assert peak_of_step(1, UNBOUNDED, **case) > 4 * matrix
+
+
+@pytest.mark.parametrize("inputs", [256, 64])
+def test_blocks_of_a_stack_are_taken_apart_together(inputs: int) -> None:
+    """As many matrices of each at a time as memory allows; slices in between each other's, and entries."""
+    case = {"splits": "128 x (a 1 | b 1 | c 1 | d 1 | e 1 | f 1 | g 1 | h 1)", "batched": True, "transposed": True}
+    single = peak_of_step(1, 1, shape=(2, inputs, 1024), **case)
+    for memory in (16 * single, 32 * single):
+        peak = peak_of_step(1, memory, shape=(16, inputs, 1024), **case)
+        assert peak <= memory + PER_LINE * (inputs + 1024) * 16
 
 
 @pytest.mark.usefixtures("devices_seen")

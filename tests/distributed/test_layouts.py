@@ -47,7 +47,8 @@ MATRICES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "q|k|v": ((30, 14), {"splits": "q 15 | k 8 | v 7", "cautious_weight_decay": True}),
     "interleaved": ((24, 10), {"splits": "4 x (q 2 | k 2 | v 2)", "normalize_neurons": True}),
     "interleaved heads": ((24, 10), {"splits": "3 x (q 2*2 | k 1*2 | v 1*2)"}),
-    "every second output, stored (in, out)": ((10, 24), {"splits": "12 x (gate 1 | up 1)", "transposed": True}),
+    "every second output, stored (in, out)": ((10, 26), {"splits": "13 x (gate 1 | up 1)", "transposed": True}),
+    "interleaved outputs, stored (in, out)": ((6, 24), {"splits": "2 x (q 8 | k 4)", "transposed": True}),
     "heads of inputs": ((10, 24), {"splits": "head 4*6 along inputs", **DION3}),
     "kernel, selected channels": ((40, 4, 3), {"convolution": True, "normalize_neurons": True}),
     "kernel, transposed": ((4, 10, 3), {"convolution": True, "transposed": True}),
@@ -64,6 +65,10 @@ STACKS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "experts' every second output, stored (in, out)": (
         (4, 12, 20),
         {"batched": True, "transposed": True, "splits": "10 x (gate 1 | up 1)"},
+    ),
+    "experts' every second output, more of them than inputs": (
+        (4, 20, 8),
+        {"batched": True, "splits": "10 x (gate 1 | up 1)"},
     ),
 }
 ADAMW: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {

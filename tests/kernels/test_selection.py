@@ -15,20 +15,40 @@ from dion2_lightning.kernels.selection import (
     gather,
     largest,
     largest_by_estimates,
+    put_,
     selected_count,
     slice_sums,
 )
 
+PLACES = {
+    "along": lambda stack: stack.clone(),
+    "across": lambda stack: stack.mT.contiguous().mT,
+    "neither": lambda stack: torch.zeros(2, 6, 10)[..., ::2].copy_(stack),
+    "entry by entry": lambda stack: torch.zeros(6, 5, 2).permute(2, 0, 1).copy_(stack),
+    "column by column": lambda stack: torch.zeros(5, 2, 6).permute(1, 2, 0).copy_(stack),
+    "side by side with others": lambda stack: torch.zeros(6, 5, 3)[..., :2].permute(2, 0, 1).copy_(stack),
+    "heads of inputs": lambda stack: torch.zeros(6, 2, 8)[..., :5].transpose(0, 1).copy_(stack),
+}
 
-@pytest.fixture(params=["along", "across", "neither"])
+
+@pytest.fixture(params=PLACES)
 def slices(request) -> Tensor:
     """Two matrices of 6 slices with 5 entries each, in every memory order."""
-    values = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
-    if request.param == "across":
-        return values.mT.contiguous().mT
-    if request.param == "neither":
-        return torch.zeros(2, 6, 10)[..., ::2].copy_(values)
-    return values
+    return PLACES[request.param](torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture(params=["rows", "columns"])
+def pieces(request) -> Tensor:
+    """Two matrices of 6 slices with 3 pieces of 4 entries each, and others in between."""
+    values = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0))
+    if request.param == "rows":
+        return torch.zeros(2, 6, 3, 7)[..., :4].transpose(1, 2).copy_(values)
+    return torch.zeros(2, 3, 7, 6)[:, :, :4].mT.copy_(values)
+
+
+def as_whole(pieces: Tensor) -> Tensor:
+    """A copy of the slices without others in between."""
+    return pieces.transpose(1, 2).flatten(2)
 
 
 INDICES = torch.tensor([[0, 2, 5], [1, 2, 3]])
@@ -45,6 +65,18 @@ def test_selected_count(slices, fraction, k):
 
 def test_norms(slices):
     assert torch.equal(slice_sums(slices), slices.double().abs().sum(-1))
+
+
+@pytest.mark.parametrize("block", [8, 2**20])
+@pytest.mark.parametrize("repeats", [1, 7, 64, 74])
+def test_sums_of_a_period(repeats, block, monkeypatch):
+    """Every third entry, as blocks that lie in between each other have it; 74 is 2 times 37, more than a chunk."""
+    monkeypatch.setattr(selection, "BLOCK", block)
+    monkeypatch.setattr(selection, "ESTIMATED_BLOCK", block)
+    rows = torch.randn(2, 5, 3 * repeats, generator=torch.Generator().manual_seed(0))
+    expected = rows.double().abs().unflatten(-1, (repeats, 3)).sum(-2)
+    torch.testing.assert_close(slice_sums(rows, 3), expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(estimate_slice_sums(rows, 3), expected, rtol=ESTIMATE_ERROR, atol=0)
 
 
 def test_norms_do_not_depend_on_the_order_of_the_entries():
@@ -192,3 +224,58 @@ def test_add(slices, dtype):
         matrix[indices] += its_change.float()
     add_(slices, INDICES, change)
     assert torch.equal(slices, expected)
+
+
+def test_put(slices):
+    values = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
+    expected = slices.clone()
+    for matrix, indices, its_values in zip(expected, INDICES, values, strict=True):
+        matrix[indices] = its_values
+    put_(slices, INDICES, values)
+    assert torch.equal(slices, expected)
+
+
+def test_gather_from_pieces(pieces):
+    expected = torch.stack([each[at] for each, at in zip(as_whole(pieces), INDICES, strict=True)])
+    assert torch.equal(gather(pieces, INDICES), expected)
+
+
+@pytest.mark.parametrize("change_pieces", [add_, put_])
+def test_change_of_pieces(pieces, change_pieces):
+    """What lies in between stays: the fixture has zeros there."""
+    change = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1))
+    if change_pieces is add_:
+        expected = as_whole(pieces)
+        for matrix, indices, its_change in zip(expected, INDICES, change, strict=True):
+            matrix[indices] += its_change
+    else:
+        expected = as_whole(pieces)
+        for matrix, indices, its_change in zip(expected, INDICES, change, strict=True):
+            matrix[indices] = its_change
+    others = torch.tensor(pieces.untyped_storage().tolist(), dtype=torch.uint8).view(torch.float32).count_nonzero()
+    change_pieces(pieces, INDICES, change)
+    assert torch.equal(as_whole(pieces), expected)
+    assert others == pieces.numel()
+
+
+@pytest.mark.parametrize("size", [1, 40, 2**20])
+def test_rows_that_matrices_share_are_copied_in_parts(size, monkeypatch):
+    """The numbers of another matrix stay as they are, also a zero's sign."""
+    monkeypatch.setattr(selection, "SHARED", size)
+    whole = torch.full((6, 5, 2), -0.0)
+    slices = whole.permute(2, 0, 1)
+    change = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
+    add_(slices, INDICES, change)
+    assert torch.equal(gather(slices, INDICES), change)
+    assert (whole.signbit() & (whole == 0)).sum() == whole.numel() - change.numel()
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 0), (0, 6, 5), (1, 0, 5), (2, 3, 6, 0), (0, 3, 6, 4)])
+def test_nothing_is_moved_where_nothing_is(shape):
+    slices = torch.zeros(shape)
+    k = 0 if 0 in shape[-2:-1] else 3
+    indices = torch.zeros(shape[0], k, dtype=torch.int64)
+    gathered = gather(slices, indices)
+    assert gathered.shape == (shape[0], k, shape[-1] * (3 if len(shape) == 4 else 1))
+    add_(slices, indices, gathered)
+    put_(slices, indices, gathered)
