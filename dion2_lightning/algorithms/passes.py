@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices
-from dion2_lightning.algorithms.slices_of_view import SlicesOfView, views_of
+from dion2_lightning.algorithms.slices_of_view import InterleavedSlices, SlicesOfView, views_of
 from dion2_lightning.algorithms.working_memory import bounded, pass_bytes
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.decay import decayed
@@ -161,10 +161,12 @@ def leave_idle(updates: Sequence[MatrixUpdate]) -> None:
 
 def _slice_sums(updates: Sequence[MatrixUpdate], working_memory: int, of_slices: Callable[..., Tensor]) -> list[Tensor]:
     """Sum up |M| for updates with one key."""
+    if len(updates) == 1:
+        return [_sums_of_pieces(updates[0], working_memory, of_slices)]
     first = updates[0]
     whole = first.matrices.slices(first.part.stack(local(first.state["momentum"])), first.axis)
-    if len(updates) > 1 and sum(update.held_entries for update in updates) == whole.numel():
-        period = None if first.is_scattered else first.part.period_of(whole.shape[-1])
+    if sum(update.held_entries for update in updates) == whole.numel():
+        period = None if first.is_scattered or not runs_along(whole) else first.part.period_of(whole.shape[-1])
         sums_bytes = whole.shape[:-1].numel() * (period or 1) * torch.float64.itemsize
         if whole.nbytes + sums_bytes <= working_memory:
             if first.is_scattered:
@@ -283,7 +285,7 @@ def _take_at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
 
 
 def _take(selected: SlicesOfView) -> Sequence[Tensor]:
-    """The same by operations of torch, block by block."""
+    """The same by operations of torch, of one view; returned block by block."""
     first, momentum, places = selected.first, selected.momentum, selected.places
     gathered = gather(momentum, places)
     factor = first.number(first.update.momentum_factor, 1.0, gathered)
@@ -441,8 +443,8 @@ def _change(slices: SelectedSlices, result: Tensor, factors: Tensor | None) -> T
 
 
 def _change_of_view(view: SlicesOfView, results: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """The same for all slices of a view, in the order of their places."""
-    if view.have_one_step_size and all(factors is None for _, factors in results):
+    """The same for all slices of a view, in the order of their places; at once where all move by one step size."""
+    if isinstance(view, InterleavedSlices) and all(factors is None for _, factors in results):
         return _change(view.first, view.join([result for result, _ in results]), None)
     return view.join([_change(each, *its_results) for each, its_results in zip(view.slices, results, strict=True)])
 

@@ -4,6 +4,7 @@ Where each goes alone, a pass reads the memory of all of them for the few entrie
 those of other blocks, all are slices of one matrix; where their entries do, the blocks are a batch of matrices.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -17,24 +18,17 @@ from dion2_lightning.kernels.stacks import concatenate, concatenate_slices, runs
 from dion2_lightning.matrices.layout import group_by
 
 
-class SlicesOfView:
+class SlicesOfView(ABC):
     """Selected slices of blocks that one view has, or of one update alone.
 
     Attributes:
         slices: Block by block.
         first: Those of the first block; the numbers of its update hold for all.
-        places: Where in the view all of them are, (count, r).
+        places: Where in the view all of them are.
     """
 
-    def __init__(self, slices: Sequence[SelectedSlices]) -> None:
-        self.slices, self.first = slices, slices[0]
-        places = [each.update.at(each.indices) for each in slices]
-        self._counts = [each.shape[1] for each in places]
-        self.places = places[0] if len(places) == 1 else torch.cat(places, 1)
-        self._order: Tensor | None = None
-        if len(places) > 1 and self.first.update.part.is_in_pieces and not runs_along(self.momentum):
-            # Rows with pieces of other blocks in between are read five times as fast in the order of the memory.
-            self.places, self._order = torch.sort(self.places, 1)
+    def __init__(self, slices: Sequence[SelectedSlices], places: Tensor) -> None:
+        self.slices, self.first, self.places = slices, slices[0], places
 
     @property
     def weight(self) -> Tensor:
@@ -52,13 +46,73 @@ class SlicesOfView:
 
     @property
     def gradient(self) -> Tensor | None:
-        """The view of G; None where only other ranks have it."""
+        """The view of G, which may be a copy; None where only other ranks have it."""
         return self._view("gradient")
 
+    @abstractmethod
+    def split(self, gathered: Tensor) -> Sequence[Tensor]:
+        """Return block by block what has been gathered at the places."""
+
+    @abstractmethod
+    def join(self, of_blocks: Sequence[Tensor]) -> Tensor:
+        """Return the opposite of :meth:`split`."""
+
+    @abstractmethod
+    def selected_bits(self, line: str) -> RandomBits | None:
+        """Return the random bits of what is at the places."""
+
+    def everything(self, line: str) -> Iterator[tuple[Tensor, Tensor, RandomBits | None]]:
+        """Yield views of all slices of X that belong to the blocks, of M, and their random bits.
+
+        Each has about as many entries as a block.
+        """
+        if len(self.slices) == 1 or not self._has_all_of_view:
+            for each in self.slices:
+                update, weight, momentum = each.update, each.weight, each.momentum
+                yield from zip(update.own(weight), update.own(momentum), update.own_bits(each.bits(line)), strict=True)
+            return
+        bits, (_, *shape) = self._bits(line), self.weight.shape
+        dim = 1 if runs_along(self.weight) else 2  # so that what is cut off is dense
+        size = max(1, -(-shape[dim - 1] // len(self.slices)))
+        for start in range(0, shape[dim - 1], size):
+            length = min(size, shape[dim - 1] - start)
+            its_bits = None if bits is None else bits.narrow(dim, start, length)
+            yield self.weight.narrow(dim, start, length), self.momentum.narrow(dim, start, length), its_bits
+
+    @abstractmethod
+    def _view(self, name: str) -> Tensor | None: ...
+
     @property
-    def have_one_step_size(self) -> bool:
-        """Whether blocks are known to be of one shape, so that all move by one multiple of their results."""
-        return len(self.slices) == 1
+    @abstractmethod
+    def _has_all_of_view(self) -> bool:
+        """Whether all slices of the view are of these blocks."""
+
+    @abstractmethod
+    def _bits(self, line: str) -> RandomBits | None:
+        """The random bits of the view."""
+
+    def _bits_of_blocks(self, line: str) -> list[RandomBits]:
+        """Block by block; none where the line of the box does not round by any."""
+        return [bits for each in self.slices if (bits := each.bits(line)) is not None]
+
+    @property
+    def _factor_of_slices(self) -> int:
+        """Which factor of random bits has one for each slice."""
+        update = self.first.update
+        return 0 if update.matrices.slices_are_rows(update.axis) else 1
+
+
+class ScatteredSlices(SlicesOfView):
+    """Slices in between those of other blocks: those of all are slices of the same matrices; or of one update alone."""
+
+    def __init__(self, slices: Sequence[SelectedSlices]) -> None:
+        places = [each.update.at(each.indices) for each in slices]
+        super().__init__(slices, places[0] if len(places) == 1 else torch.cat(places, 1))
+        self._counts = [each.shape[1] for each in places]
+        self._order: Tensor | None = None
+        if len(places) > 1 and self.first.update.part.is_in_pieces and not runs_along(self.momentum):
+            # Rows with pieces of other blocks in between are read five times as fast in the order of the memory.
+            self.places, self._order = torch.sort(self.places, 1)
 
     def split(self, gathered: Tensor) -> Sequence[Tensor]:
         """Return block by block what has been gathered at the places."""
@@ -79,31 +133,12 @@ class SlicesOfView:
             return None
         return bits.of_slices(self.first.indices if len(self.slices) == 1 else self.places)
 
-    def everything(self, line: str) -> Iterator[tuple[Tensor, Tensor, RandomBits | None]]:
-        """Yield views of all slices of X that belong to the blocks, of M, and their random bits.
-
-        Each has about as many entries as a block.
-        """
-        if len(self.slices) == 1 or not self._has_all_of_view:
-            for each in self.slices:
-                update, weight, momentum = each.update, each.weight, each.momentum
-                yield from zip(update.own(weight), update.own(momentum), update.own_bits(each.bits(line)), strict=True)
-            return
-        bits, (_, *shape) = self._bits(line), self.weight.shape
-        dim = 1 if runs_along(self.weight) else 2  # so that what is cut off is dense
-        size = max(1, -(-shape[dim - 1] // len(self.slices)))
-        for start in range(0, shape[dim - 1], size):
-            length = min(size, shape[dim - 1] - start)
-            its_bits = None if bits is None else bits.narrow(dim, start, length)
-            yield self.weight.narrow(dim, start, length), self.momentum.narrow(dim, start, length), its_bits
-
     def _view(self, name: str) -> Tensor | None:
         view: Tensor | None = getattr(self.first, name)
         return view
 
     @property
     def _has_all_of_view(self) -> bool:
-        """Whether all slices of the view are of these blocks."""
         return sum(each.update.held_of_matrix * len(each.indices) for each in self.slices) == self.weight.numel()
 
     def _bits(self, line: str) -> RandomBits | None:
@@ -119,29 +154,13 @@ class SlicesOfView:
         factors[number] = of_slices
         return RandomBits(*factors)
 
-    @property
-    def _factor_of_slices(self) -> int:
-        """Which factor of random bits has one for each slice."""
-        update = self.first.update
-        return 0 if update.matrices.slices_are_rows(update.axis) else 1
-
-    def _bits_of_blocks(self, line: str) -> list[RandomBits]:
-        """Block by block; none where the line of the box does not round by any."""
-        return [bits for each in self.slices if (bits := each.bits(line)) is not None]
-
 
 class InterleavedSlices(SlicesOfView):
-    """The same of blocks whose entries lie in between each other's: one matrix of each, as a batch."""
+    """Slices whose entries lie in between those of other blocks: one matrix of each block, together a batch."""
 
     def __init__(self, slices: Sequence[SelectedSlices], changed: str, view: Tensor) -> None:
-        self.slices, self.first = slices, slices[0]
+        super().__init__(slices, torch.cat([each.indices for each in slices]))
         self._views: dict[str, Tensor | None] = {changed: view}
-        self.places = torch.cat([each.indices for each in slices])
-
-    @property
-    def have_one_step_size(self) -> bool:
-        """True: they are of one shape."""
-        return True
 
     def split(self, gathered: Tensor) -> Sequence[Tensor]:
         """Return block by block what has been gathered at the places."""
@@ -152,10 +171,18 @@ class InterleavedSlices(SlicesOfView):
         """Return the opposite of :meth:`split`."""
         return concatenate(of_blocks)
 
+    def selected_bits(self, line: str) -> RandomBits | None:
+        """Return the random bits of what is at the places."""
+        bits = self._bits(line)
+        return None if bits is None else bits.of_slices(self.places)
+
     def _view(self, name: str) -> Tensor | None:
         if name not in self._views:
             tensors = [tensor for each in self.slices if (tensor := getattr(each, name)) is not None]
-            self._views[name] = side_by_side(tensors) if tensors else None
+            view = side_by_side(tensors) if tensors else None
+            if tensors and view is None:  # an expanded gradient
+                view = torch.cat(tensors)
+            self._views[name] = view
         return self._views[name]
 
     @property
@@ -176,14 +203,14 @@ def views_of(slices: Sequence[SelectedSlices], changed: Literal["weight", "momen
     """Return slices by the view that has them, to change X or M."""
     views: list[SlicesOfView] = []
     for alike in group_by(slices, lambda each: each.view_key).values():
-        if not alike[0].update.is_interleaved:
-            views.append(SlicesOfView(alike))
+        if len(alike) == 1 or not alike[0].update.is_interleaved:
+            views.append(ScatteredSlices(alike))
             continue
         for equal in group_by(alike, lambda each: each.indices.shape).values():
             is_batch = len(equal) > 1 and len(equal[0].indices) == 1
             view = side_by_side([getattr(each, changed) for each in equal]) if is_batch else None
             if view is None:
-                views += [SlicesOfView([each]) for each in equal]
+                views += [ScatteredSlices([each]) for each in equal]
             else:
                 views.append(InterleavedSlices(equal, changed, view))
     return views

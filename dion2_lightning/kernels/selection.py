@@ -266,20 +266,26 @@ def _shared_rows(slices: Tensor) -> Tensor | None:
 
 def _gather_from_shared(shared: Tensor, indices: Tensor, m: int) -> Tensor:
     gathered = shared.new_empty((*indices.shape, m))
-    size = max(1, SHARED // (len(indices) * shared.shape[1]))
+    size = _slices_at_once(shared, indices)
     for at, its_part in zip(indices.split(size, 1), gathered.split(size, 1), strict=True):
         its_part.copy_(_own_entries(shared.index_select(0, at.flatten()), its_part.shape))
     return gathered
 
 
 def _add_to_shared(shared: Tensor, indices: Tensor, change: Tensor) -> None:
-    size = max(1, SHARED // (len(indices) * shared.shape[1]))
+    size = _slices_at_once(shared, indices)
     wide = shared.new_empty(0)
     for at, its_part in zip(indices.split(size, 1), change.split(size, 1), strict=True):
         if len(wide) != at.numel():  # -0.0, as it changes nothing when it is added
             wide = torch.full((at.numel(), shared.shape[1]), -0.0, dtype=shared.dtype, device=shared.device)
         _own_entries(wide, its_part.shape).copy_(its_part)
         shared.index_add_(0, at.flatten(), wide)
+
+
+def _slices_at_once(shared: Tensor, indices: Tensor) -> int:
+    """Of how many slices of each matrix whole rows are copied: they take no more than what is of the slices."""
+    count, k = indices.shape
+    return max(1, min(SHARED // (count * shared.shape[1]), -(-k // count)))
 
 
 def _own_entries(rows: Tensor, shape: torch.Size) -> Tensor:

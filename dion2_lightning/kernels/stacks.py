@@ -47,7 +47,7 @@ def side_by_side(matrices: Sequence[Tensor]) -> Tensor | None:
     """Return equal parts (1, k, m) of a tensor that are equally far apart in it as one stack, a view; else None.
 
     Args:
-        matrices: Two or more, in the order of the memory.
+        matrices: Two or more views of one tensor, which is not checked, in the order of the memory.
     """
     first, offset = matrices[0], matrices[0].storage_offset()
     step, shape, strides = matrices[1].storage_offset() - offset, first.shape[1:], first.stride()[1:]
@@ -58,12 +58,12 @@ def side_by_side(matrices: Sequence[Tensor]) -> Tensor | None:
 
 
 def concatenate(stacks: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the batch, in the memory order that the stacks have; a view where they lie side by side."""
+    """Concatenate along the batch, in the memory order that the stacks have; a view where they are adjacent."""
     if len(stacks) == 1:
         return stacks[0]
-    side_by_side = adjacent(stacks)
-    if side_by_side is not None:
-        return side_by_side
+    together = adjacent(stacks)
+    if together is not None:
+        return together
     if stacks[0].stride(-1) != 1:
         return torch.cat([stack.mT for stack in stacks]).mT
     return torch.cat(list(stacks))

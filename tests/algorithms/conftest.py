@@ -2,10 +2,12 @@
 
 import pytest
 
+from dion2_lightning.algorithms import matrix_update
 from dion2_lightning.kernels import selection
 
 
 @pytest.fixture(autouse=True)
-def estimates_of_small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have estimates decide where they otherwise would not pay, as the matrices here are small."""
+def small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the matrices here, which are small, as large ones."""
     monkeypatch.setattr(selection, "MIN_ESTIMATED", 1)
+    monkeypatch.setattr(matrix_update, "LARGE", 1)

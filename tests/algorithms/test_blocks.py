@@ -10,7 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dion2_lightning import Dion2
+from dion2_lightning.algorithms import matrix_update, passes, working_memory
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate
+from dion2_lightning.algorithms.slices_of_view import InterleavedSlices, ScatteredSlices, SlicesOfView, views_of
 from tests.distributed.ranks import run_on_ranks
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -341,6 +343,65 @@ def test_memory_may_have_any_order(form: str, settings: dict[str, Any]) -> None:
     for weight, momentum in results[1:]:
         assert torch.equal(momentum, results[0][1])
         torch.testing.assert_close(weight, results[0][0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("splits", ["400 x (a 1 | b 1 | c 1)", "6 x (q 64 | k 128 | v 8)"])
+def test_large_weights_may_lie_in_memory_in_any_order(splits: str) -> None:
+    """More entries than are summed at once."""
+    results = []
+    for order in (in_order, out_of_order):
+        parameter = torch.nn.Parameter(order(torch.zeros(128, 1200)))
+        optimizer = Dion2([{"params": [parameter], "splits": splits, "transposed": True}], **COMMON)
+        for gradient in gradients((128, 1200), 2):
+            parameter.grad = gradient
+            optimizer.step()
+        results.append(optimizer.state[parameter]["momentum"])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (24, 7)])
+def test_a_gradient_may_be_expanded(shape: tuple[int, int]) -> None:
+    """Then those of all blocks are the same memory."""
+    results = []
+    for is_expanded in (True, False):
+        parameter = torch.nn.Parameter(torch.ones(shape))
+        group = {"splits": "12 x (gate 1 | up 1)", "transposed": shape[0] < shape[1], "nesterov": True}
+        optimizer = Dion2([{"params": [parameter], **group}], **COMMON)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            one = torch.randn(7, generator=generator)
+            gradient = (one.unsqueeze(1) if shape[0] == 7 else one).expand(shape)
+            parameter.grad = gradient if is_expanded else gradient.contiguous()
+            optimizer.step()
+        results.append(parameter.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+@pytest.mark.parametrize("form", [form for form in FORMS if "every second" in form and "tall" in form])
+def test_blocks_are_gone_over_together(form: str, is_small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One matrix of each at a time; of small experts not, as each would take as many operations as all."""
+    if is_small:
+        monkeypatch.setattr(matrix_update, "LARGE", 2**16)
+    views: list[SlicesOfView] = []
+
+    def seen(*given: Any) -> list[SlicesOfView]:
+        its_views = views_of(*given)
+        views.extend(its_views)
+        return its_views
+
+    monkeypatch.setattr(passes, "views_of", seen)
+    shape, splits, storage, _ = FORMS[form]
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for _ in range(3)]
+    optimizer = Dion2([{"params": parameters, "splits": splits, **storage}], **COMMON)
+    for parameter, gradient in zip(parameters, gradients(shape, 3), strict=True):
+        parameter.grad = gradient
+    update = working_memory.working_bytes(2, 12, 7, 4)  # so that a run takes three of six blocks
+    monkeypatch.setattr(working_memory, "CPU_BYTES", 3 * update * (3 if len(shape) == 3 else 1))
+    optimizer.step()
+    is_together = len(shape) == 2 or not is_small
+    assert {type(view) for view in views} == {InterleavedSlices if is_together else ScatteredSlices}
+    assert {len(view.slices) for view in views} == {2 if is_together else 1}
 
 
 def in_order(tensor: Tensor) -> Tensor:

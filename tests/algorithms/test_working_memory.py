@@ -148,6 +148,17 @@ def test_a_stack_is_taken_apart(algorithm: str, settings: dict[str, Any]) -> Non
     assert peak_of_step(1, UNBOUNDED, **case) > 4 * matrix
 
 
+@pytest.mark.parametrize("settings", [{}, {**HALF, **CAUTIOUS}], ids=str)
+@pytest.mark.parametrize(("blocks", "inputs"), [(16, 16), (32, 48)])
+def test_the_bound_holds_for_many_blocks_of_single_entries(blocks: int, inputs: int, settings: dict[str, Any]) -> None:
+    """Whole rows are copied for few of their entries."""
+    splits = f"64 x ({' | '.join(f'b{number} 1' for number in range(blocks))})"
+    case = {"shape": (inputs, 64 * blocks), "splits": splits, "transposed": True, **settings}
+    single = peak_of_step(2, 1, **case)
+    for memory in (single, 8 * single, 32 * single):
+        assert peak_of_step(2, memory, **case) <= memory + PER_LINE * sum(case["shape"]) * 2
+
+
 @pytest.mark.parametrize("inputs", [256, 64])
 def test_blocks_of_a_stack_are_taken_apart_together(inputs: int) -> None:
     """As many matrices of each at a time as memory allows; slices in between each other's, and entries."""

@@ -45,8 +45,9 @@ def test_matrices_side_by_side_are_a_stack():
         together.zero_()
         assert not parts[2].any()
         assert torch.equal(side_by_side(parts[::2]), torch.cat(parts[::2]))
-        for apart in (parts[::-1], [parts[0], parts[1], parts[1]], [parts[0], parts[1][:, :1]], [columns[0], rows[1]]):
+        for apart in (parts[::-1], parts[:1] * 2, [*parts[:2], parts[1]], [parts[0], parts[1][:, :1]]):
             assert side_by_side(apart) is None
+    assert side_by_side([columns[0], rows[1]]) is None
 
 
 @pytest.mark.parametrize(
