@@ -34,7 +34,7 @@ rounding by the same bits would not be exact on average."""
 
 
 LARGE: Final = 2**16
-"""Entries of a matrix that a CPU takes longer to go over than to begin with it."""
+"""Entries of a matrix from which on a CPU's pass over it takes longer than starting that pass."""
 
 
 @dataclass(frozen=True, eq=False)
