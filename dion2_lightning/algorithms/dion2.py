@@ -51,6 +51,7 @@ from dion2_lightning.algorithms.matrix_update import (
 from dion2_lightning.algorithms.passes import (
     accumulate_and_sum,
     apply,
+    in_cache,
     leave_idle,
     polar_factors,
     record_selection,
@@ -225,13 +226,14 @@ def update_run(run: Sequence[MatrixUpdate], context: StepContext) -> None:
 def update_slices(slices: Sequence[SelectedSlices], context: StepContext) -> None:
     """Go down the box from S on, with what is selected."""
     results = polar_factors(take(slices), [each.update for each in slices], context)
-    shrink([each.update for each in slices if each.first == 0])
     of_results = dict(zip(slices, results, strict=True))
     normalized = {each: of_results[each] for each in slices if each.update.neuron_beta is not None}
     factors = neurons.factors(neurons.square_sums(normalized), context)
     for each, result in of_results.items():
         show_result(each.update, result, context)
-    apply(slices, results, [factors.get(each) for each in slices], context)
+    for some in in_cache(slices):
+        shrink([each.update for each in some if each.first == 0])
+        apply(some, [of_results[each] for each in some], [factors.get(each) for each in some], context)
 
 
 def _orthonormalization_dtype(parameter: Tensor, group: Mapping[str, Any]) -> torch.dtype:

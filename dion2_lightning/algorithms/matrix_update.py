@@ -468,6 +468,16 @@ class SelectedSlices:
     first: int = 0
 
     @property
+    def parameter(self) -> Tensor:
+        """The parameter that the matrices belong to."""
+        return self.update.parameter
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.update.device
+
+    @property
     def is_fused(self) -> bool:
         """Whether a kernel makes each pass over their memory."""
         return self.update.is_fused

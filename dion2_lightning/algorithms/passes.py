@@ -35,8 +35,8 @@ from dion2_lightning.kernels.selection import (
 from dion2_lightning.kernels.stacks import concatenate, empty_stacks, runs_along
 from dion2_lightning.matrices.layout import group_by, local, local_gradient
 
-CACHE: Final = 2**22
-"""Bytes of momenta that a CPU keeps in its cache beside their gradients."""
+CACHE: Final = 2**20
+"""Entries of weights that a CPU keeps in its cache, or of momenta beside their gradients."""
 
 CONVERTED: Final = 2**19
 """Entries of a gradient that a CPU adds at once to a momentum of another precision: it makes a copy in that first."""
@@ -81,7 +81,7 @@ def accumulate_and_sum(
     """M <- M + G, where there is a G; return the sums of |M| over the slices, or estimates of them if these will do."""
     fused_updates, others = split_off_fused(updates)
     sums = dict(zip(fused_updates, map(SliceSums, _accumulate_at_once(fused_updates)), strict=True))
-    for some in _in_cache(others):
+    for some in in_cache(others):
         accumulate(some, working_memory)
         for alike in group_by(some, lambda update: update.sums_key).values():
             are_estimates = may_estimate and all(update.can_estimate_sums for update in alike)
@@ -96,18 +96,19 @@ def split_off_fused(items: Sequence[S]) -> tuple[list[S], list[S]]:
     return [each for each in items if each.is_fused], [each for each in items if not each.is_fused]
 
 
-def _in_cache(updates: Sequence[MatrixUpdate]) -> Iterator[Sequence[MatrixUpdate]]:
-    """Cut updates into lists whose momenta stay in a CPU's cache from one pass to the next, all of a parameter in one.
+def in_cache(items: Sequence[S]) -> Iterator[list[S]]:
+    """Cut updates, or slices, into lists whose matrices stay in a CPU's cache from one pass to the next.
 
-    That saves 3% of a step at 1/8, of which the sums would otherwise read all momenta from memory once more.
+    All of a parameter are in one list. That saves 3% of a step at 1/8 where M is summed up, and 4% where X is moved:
+    the second pass would otherwise read it from memory once more.
     """
-    for device, there in group_by(updates, lambda update: update.device).items():
+    for device, there in group_by(items, lambda each: each.device).items():
         if device.type != "cpu":
             yield there
             continue
-        of_parameters = list(group_by(there, lambda update: update.parameter).values())
-        for some in bounded(of_parameters, lambda each: local(each[0].state["momentum"]).nbytes, CACHE):
-            yield [update for of_parameter in some for update in of_parameter]
+        of_parameters = list(group_by(there, lambda each: each.parameter).values())
+        for some in bounded(of_parameters, lambda each: local(each[0].parameter).numel(), CACHE):
+            yield [each for of_parameter in some for each in of_parameter]
 
 
 def _accumulate_at_once(updates: Sequence[MatrixUpdate]) -> list[Tensor]:
