@@ -3,6 +3,7 @@
 The tests of the frameworks add to the table: how exactly each resumes under each layout.
 """
 
+import gc
 import os
 from typing import Any
 
@@ -30,6 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError("--device cuda: torch finds no GPU here")
         # cuBLAS reads it at its first use; without it torch refuses products in deterministic mode.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector leave alone what was imported: the frameworks call it in every run."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

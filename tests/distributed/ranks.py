@@ -1,5 +1,6 @@
 """Runs tests on real processes, connected by gloo or by a framework, within a time limit."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -93,7 +94,7 @@ def _run(
     seconds: float,
     method: str = FORKED,
 ) -> None:
-    context = start_processes(target, arguments, nprocs=ranks, join=False, start_method=method)
+    context = start_processes(_frozen, (target, *arguments), nprocs=ranks, join=False, start_method=method)
     deadline = time.monotonic() + seconds
     try:
         while not context.join(timeout=1):
@@ -103,6 +104,12 @@ def _run(
         for process in context.processes:
             if process.is_alive():
                 process.terminate()
+
+
+def _frozen(rank: int, target: Callable[..., None], *arguments: Any) -> None:
+    """Call it, with all that was imported before left alone by the garbage collector."""
+    gc.freeze()
+    target(rank, *arguments)
 
 
 def _rank_of_a_group(
