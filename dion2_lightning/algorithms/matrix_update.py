@@ -468,6 +468,11 @@ class SelectedSlices:
     first: int = 0
 
     @property
+    def count(self) -> int:
+        """How many matrices they are of."""
+        return self.indices.shape[0]
+
+    @property
     def parameter(self) -> Tensor:
         """The parameter that the matrices belong to."""
         return self.update.parameter
@@ -485,7 +490,7 @@ class SelectedSlices:
     @property
     def view_key(self) -> Hashable:
         """The same for what is gathered, and put back, together: of the same matrices, by the same numbers."""
-        return self if self.update.own_gates else (self.update.view_key, self.first, len(self.indices))
+        return self if self.update.own_gates else (self.update.view_key, self.first, self.count)
 
     @property
     def weight(self) -> Tensor:
@@ -504,13 +509,12 @@ class SelectedSlices:
 
     def of_matrices(self, tensor: Tensor) -> Tensor:
         """View the part of these matrices of a tensor that has all of the update's."""
-        count = self.indices.shape[0]
-        return tensor if count == tensor.shape[0] else tensor.narrow(0, self.first, count)
+        return tensor if self.count == tensor.shape[0] else tensor.narrow(0, self.first, self.count)
 
     def bits(self, line: str) -> RandomBits | None:
         """Return the random bits of these matrices for a line of the box; None where it does not round by any."""
         bits = self.update.bits.get(line)
-        return None if bits is None else bits.of_matrices(self.first, len(self.indices))
+        return None if bits is None else bits.of_matrices(self.first, self.count)
 
     def number(self, value: Number, neutral: float, of: Tensor) -> float | Tensor:
         """Return :meth:`MatrixUpdate.number` for a tensor of these matrices."""
@@ -557,7 +561,7 @@ def within_memory(slices: Sequence[SelectedSlices], context: StepContext) -> Ite
     limit = memory_at_once(slices[0].update.device, context.working_memory - in_turn)
 
     def size_of(turn: Sequence[SelectedSlices]) -> int:
-        return sum(len(each.indices) * each.update.working_bytes for each in turn)
+        return sum(each.count * each.update.working_bytes for each in turn)
 
     for some in bounded(turns, size_of, limit):
         yield [each for turn in some for each in turn]
@@ -571,14 +575,17 @@ def _matrices_at_once(update: MatrixUpdate, context: StepContext) -> int:
 
 def _pieces(slices: SelectedSlices, size: int) -> Iterator[SelectedSlices]:
     """Cut slices into those of at most ``size`` matrices."""
+    if slices.count <= size:
+        yield slices
+        return
     for number, indices in enumerate(slices.indices.split(size)):
         yield SelectedSlices(slices.update, indices, slices.first + number * size)
 
 
 def _bytes_of_turn(slices: Sequence[SelectedSlices]) -> int:
     """Working memory that the slices of one view take in addition, when it is their turn."""
-    taken = sum(len(each.indices) * each.update.taken_bytes for each in slices)
-    return max(taken, *(len(each.indices) * each.update.pass_bytes for each in slices))
+    taken = sum(each.count * each.update.taken_bytes for each in slices)
+    return max(taken, *(each.count * each.update.pass_bytes for each in slices))
 
 
 def draw_bits(updates: Sequence[MatrixUpdate]) -> None:

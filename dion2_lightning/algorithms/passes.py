@@ -55,9 +55,11 @@ def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate
     at_once: list[MatrixUpdate] = []
     alone: list[MatrixUpdate] = []
     for parameter, of_parameter in group_by(updates, lambda update: update.parameter).items():
+        first = of_parameter[0]
         is_alike = not any(each.own_gates or "accumulate" in each.bits for each in of_parameter)
-        if is_alike and sum(each.held_entries for each in of_parameter) == local(parameter).numel():
-            at_once.append(of_parameter[0])
+        has_no_blocks = first.matrices.block is None
+        if is_alike and (has_no_blocks or sum(each.held_entries for each in of_parameter) == local(parameter).numel()):
+            at_once.append(first)
         else:
             alone += of_parameter
     return at_once, alone

@@ -116,6 +116,8 @@ class ScatteredSlices(SlicesOfView):
 
     def split(self, gathered: Tensor) -> Sequence[Tensor]:
         """Return block by block what has been gathered at the places."""
+        if len(self._counts) == 1:
+            return [gathered]
         if self._order is None:
             of_blocks: Sequence[Tensor] = gathered.split(self._counts, 1)
             return of_blocks

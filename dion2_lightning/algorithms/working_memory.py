@@ -51,10 +51,11 @@ def bounded(items: Sequence[T], size_of: Callable[[T], int], limit: int) -> Iter
     run: list[T] = []
     total = 0
     for item in items:
-        if run and total + size_of(item) > limit:
+        size = size_of(item)
+        if run and total + size > limit:
             yield run
             run, total = [], 0
         run.append(item)
-        total += size_of(item)
+        total += size
     if run:
         yield run

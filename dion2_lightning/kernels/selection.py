@@ -98,7 +98,7 @@ def _block_by_block(slices: Tensor, sums_of: Callable[[Tensor], Tensor], size: i
 
 def can_estimate_sums(slices: Tensor) -> bool:
     """Return whether :func:`estimate_slice_sums` takes such slices, and is faster: in float32, on a CPU, not few."""
-    is_large = slices.numel() >= MIN_ESTIMATED * max(1, len(slices))
+    is_large = slices.numel() >= MIN_ESTIMATED * max(1, slices.shape[0])
     return is_large and slices.device.type == "cpu" and slices.dtype == torch.float32 and slices.shape[-1] % CHUNK == 0
 
 
@@ -249,7 +249,7 @@ def _rows(slices: Tensor) -> Tensor | None:
 
 def _rows_at(indices: Tensor, slices: Tensor) -> Tensor:
     """Which of these rows the slices at ``indices`` are."""
-    if len(slices) > 1:
+    if slices.shape[0] > 1:
         step = slices.stride(0) // slices.stride(-2)
         indices = indices + torch.arange(0, len(slices) * step, step, device=indices.device).unsqueeze(-1)
     return indices.view(-1)
