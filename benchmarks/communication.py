@@ -155,9 +155,10 @@ def sent_to_others(kind: str, group: dist.ProcessGroup, arguments: Sequence[Any]
 
 def measure(ranks: int, cases: Sequence[Case]) -> list[list[Traffic]]:
     """Return the traffic of every rank for every case, all cases in one set of processes."""
-    results = get_context("spawn").SimpleQueue()
+    results = get_context("forkserver").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(_rank, (ranks, f"file://{Path(folder) / 'store'}", cases, results), nprocs=ranks)
+        given = (ranks, f"file://{Path(folder) / 'store'}", cases, results)
+        start_processes(_rank, given, nprocs=ranks, start_method="forkserver")
     return [results.get() for _ in cases]
 
 
@@ -182,7 +183,7 @@ def mesh_of(case: Case, ranks: int) -> DeviceMesh:
 
 
 def traffic_of(case: Case, mesh: DeviceMesh) -> Traffic:
-    """CollectiveCounter this rank's traffic."""
+    """Count what this rank sends in steps of Dion2, Dion3 or Dion."""
     placements = PLACEMENTS[case.layout]
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(placed) for placed in random_tensors(case, mesh, generator)]

@@ -4,6 +4,7 @@ import ast
 import sys
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -30,10 +31,11 @@ def read_docstrings() -> list[tuple[str, str]]:
     return [(text, module) for module in MODULES for path in _sources(_LIBRARY / module) for text in _docstrings(path)]
 
 
-def read_functions() -> list[Function]:
+@cache
+def read_functions() -> tuple[Function, ...]:
     """Returns the library's documented functions, each once, without very long ones and very short docstrings."""
     functions = (function for path in _sources(_LIBRARY) for function in _functions(path))
-    return list(dict.fromkeys(functions))
+    return tuple(dict.fromkeys(functions))
 
 
 def read_conversations(python: str = sys.version) -> Iterator[dict[str, list[dict[str, str]]]]:
@@ -57,8 +59,7 @@ def as_messages(prompt: str, completion: str) -> dict[str, list[dict[str, str]]]
 def read_prose() -> list[str]:
     """Returns the topics of the language's manual and the library's docstrings, each once: about 2 MB of English."""
     manual = [topics[name] for name in sorted(topics)]
-    docstrings = [text for path in _sources(_LIBRARY) for text in _docstrings(path)]
-    return list(dict.fromkeys(manual + docstrings))
+    return list(dict.fromkeys([*manual, *_all_docstrings()]))
 
 
 _LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -67,6 +68,11 @@ _NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-package
 
 def _sources(package: Path) -> list[Path]:
     return sorted(p for p in package.rglob("*.py") if _NOT_THE_LIBRARY.isdisjoint(p.relative_to(package).parts))
+
+
+@cache
+def _all_docstrings() -> tuple[str, ...]:
+    return tuple(text for path in _sources(_LIBRARY) for text in _docstrings(path))
 
 
 def _docstrings(path: Path) -> Iterator[str]:

@@ -1,15 +1,16 @@
 """One result, whatever the layout: the same global gradients on one process and on every layout, for 20 steps.
 
-Every rank also trains the whole model by itself, with plain parameters and no group, and compares its part: momenta and
-selected indices bit for bit at every step, weights and variances within 1e-5; in bfloat16, and where torch is asked for
-deterministic algorithms, those of matrices bit for bit too.
+Every rank also trains the whole model by itself, once, with plain parameters and no group, and compares its part of
+every layout: momenta and selected indices bit for bit at every step, weights and variances within 1e-5; in bfloat16,
+and where torch is asked for deterministic algorithms, those of matrices bit for bit too.
 """
 
 import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -23,6 +24,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dion2_lightning import Dion2
 from dion2_lightning.algorithms import dion2_shared
+from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import local
 from tests.distributed.ranks import run_on_ranks
 
@@ -191,55 +193,101 @@ def train_and_compare(
 ) -> None:
     """Train these and plain parameters; compare momenta and selections at every step, weights at the end."""
     device, dtype = parameters["odd"].device.type, parameters["odd"].dtype
-    alone = whole_parameters(device, dtype)
-    is_exact = dtype == torch.bfloat16 or torch.are_deterministic_algorithms_enabled()
-    tolerance = 0.0 if is_exact else 1e-5
-    common = {
-        "lr": 0.02,
-        "weight_decay": 0.1,
-        "orthonormalize_dtype": "float32",
-        "state_dtype": state_dtype,
-    }
-    optimizer = Dion2(groups_of(parameters), **common, **settings)
-    reference = Dion2(groups_of(alone), **common)
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    alone = trained_alone(device, dtype, state_dtype, is_deterministic)
+    tolerance = 0.0 if dtype == torch.bfloat16 or is_deterministic else 1e-5
+    optimizer = optimizer_of(parameters, state_dtype=state_dtype, **settings)
     for step in range(steps):
-        for name, values in whole_tensors(seed=100 + step, device=device).items():
-            alone[name].grad = gradient = values.to(dtype)
-            parameter = parameters[name]
-            if isinstance(parameter, DTensor):
-                parameter.grad = place(gradient, parameter.device_mesh, parameter.placements)
-            else:
-                parameter.grad = gradient.clone()
+        set_gradients(parameters, step)
         optimizer.step()
-        reference.step()
-        for name in {**MATRICES, **STACKS}:
-            compare_step(name, parameters[name], optimizer, alone[name], reference, tolerance)
-    for name, parameter in parameters.items():
-        expected = part_of(alone[name].detach(), parameter)
+        for name, state in alone.after(step).states.items():
+            compare_step(name, parameters[name], optimizer, state, tolerance)
+    for name, whole in alone.after(steps - 1).weights.items():
+        parameter = parameters[name]
+        expected = part_of(whole, parameter)
         found = local_part(parameter)
         # torch's own AdamW rounds the last entries of a tensor otherwise than the others, in float32.
         its_tolerance = 1e-5 if name in ADAMW and dtype == torch.float32 else tolerance
         assert torch.linalg.norm(found - expected) <= its_tolerance * torch.linalg.norm(expected), name
 
 
-def compare_step(
-    name: str, parameter: Tensor, optimizer: Dion2, whole: Tensor, reference: Dion2, tolerance: float = 1e-5
-) -> None:
-    blocks = [each.observed.matrices.name for each in reference.observed_parameters() if each.parameter is whole]
+def optimizer_of(parameters: dict[str, nn.Parameter], **settings: Any) -> Dion2:
+    return Dion2(groups_of(parameters), lr=0.02, weight_decay=0.1, orthonormalize_dtype="float32", **settings)
+
+
+def set_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
+    """Give each parameter its part of the same gradient."""
+    for name, whole in whole_tensors(seed=100 + step, device=parameters["odd"].device).items():
+        parameter = parameters[name]
+        gradient = whole.to(parameter.dtype)
+        is_placed = isinstance(parameter, DTensor)
+        parameter.grad = place(gradient, parameter.device_mesh, parameter.placements) if is_placed else gradient
+
+
+class Expected(NamedTuple):
+    """State of a whole matrix, and its selections by block."""
+
+    momentum: Tensor
+    variance: Tensor | None
+    selections: dict[str | None, Selection | None]
+
+
+class Trained(NamedTuple):
+    """What steps have made of whole tensors, by name."""
+
+    weights: dict[str, Tensor]
+    states: dict[str, Expected]
+
+
+class Alone:
+    """A model without a group, which is trained as far as layouts have been compared with it."""
+
+    def __init__(self, device: str, dtype: torch.dtype, state_dtype: str | None) -> None:
+        self.parameters = whole_parameters(device, dtype)
+        self.optimizer = optimizer_of(self.parameters, state_dtype=state_dtype)
+        self.trained: list[Trained] = []
+
+    def after(self, step: int) -> Trained:
+        """What it is after a step, counted from 0."""
+        while len(self.trained) <= step:
+            set_gradients(self.parameters, len(self.trained))
+            self.optimizer.step()
+            weights = {name: each.detach().clone() for name, each in self.parameters.items()}
+            states = {name: expected_of(self.parameters[name], self.optimizer) for name in {**MATRICES, **STACKS}}
+            self.trained.append(Trained(weights, states))
+        return self.trained[step]
+
+
+@cache
+def trained_alone(device: str, dtype: torch.dtype, state_dtype: str | None, is_deterministic: bool) -> Alone:
+    assert is_deterministic == torch.are_deterministic_algorithms_enabled()
+    return Alone(device, dtype, state_dtype)
+
+
+def expected_of(whole: Tensor, optimizer: Dion2) -> Expected:
+    state = {name: tensor.clone() for name, tensor in optimizer.state[whole].items()}
+    blocks = [each.observed.matrices.name for each in optimizer.observed_parameters() if each.parameter is whole]
     assert blocks
-    for block in blocks:
-        selection, expected = optimizer.selection_of(parameter, block), reference.selection_of(whole, block)
+    return Expected(
+        state["momentum"], state.get("variance"), {block: optimizer.selection_of(whole, block) for block in blocks}
+    )
+
+
+def compare_step(name: str, parameter: Tensor, optimizer: Dion2, expected: Expected, tolerance: float = 1e-5) -> None:
+    for block, its_selection in expected.selections.items():
+        selection = optimizer.selection_of(parameter, block)
+        assert selection is not None and its_selection is not None, name
         indices = selection.indices
         # Where ranks hold different experts, the indices are spread like them.
         indices = indices.full_tensor() if isinstance(indices, DTensor) else indices
-        assert selection.axis == expected.axis, name
-        assert torch.equal(indices, expected.indices), name
+        assert selection.axis == its_selection.axis, name
+        assert torch.equal(indices, its_selection.indices), name
     momentum = optimizer.state[parameter]["momentum"]
     assert type(momentum) is (DTensor if isinstance(parameter, DTensor) else Tensor)
-    assert torch.equal(local(momentum), part_of(reference.state[whole]["momentum"], parameter)), name
-    variance, whole_variance = (each.get("variance") for each in (optimizer.state[parameter], reference.state[whole]))
-    if whole_variance is not None:
-        expected_part = part_of(whole_variance, variance)
+    assert torch.equal(local(momentum), part_of(expected.momentum, parameter)), name
+    if expected.variance is not None:
+        variance = optimizer.state[parameter]["variance"]
+        expected_part = part_of(expected.variance, variance)
         error = torch.linalg.norm(local(variance) - expected_part)
         assert error <= tolerance * torch.linalg.norm(expected_part), name
 
@@ -332,7 +380,7 @@ def check_fewer_experts_than_ranks() -> None:
                 for optimizer in optimizers:
                     optimizer.step()
                 for name in alone:
-                    compare_step(name, parameters[name], optimizers[0], alone[name], optimizers[1])
+                    compare_step(name, parameters[name], optimizers[0], expected_of(alone[name], optimizers[1]))
             for name, whole in alone.items():
                 expected = part_of(whole.detach(), parameters[name])
                 torch.testing.assert_close(local(parameters[name]).detach(), expected, rtol=1e-5, atol=1e-6)

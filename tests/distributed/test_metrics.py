@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -85,11 +86,16 @@ def assert_same(found: SelectionMetrics, expected: SelectionMetrics) -> None:
             assert same, (name, values[name], value)
 
 
+@cache
+def metrics_alone(*, of_dion: bool) -> tuple[list[SelectionMetrics], dict[str, Any]]:
+    """Those of one process, with which all layouts are compared."""
+    return metrics_of(whole_parameters(), of_dion=of_dion, **({"qr": "qr"} if of_dion else {}))
+
+
 def check(name: str, parameters: dict[str, nn.Parameter], **settings: Any) -> None:
-    alone = whole_parameters()
     with warnings.catch_warnings(), errors_name_case(name):
         warnings.simplefilter("ignore", SelectionWarning)
-        expected, expected_state = metrics_of(alone)
+        expected, expected_state = metrics_alone(of_dion=False)
         found, state = metrics_of(parameters, **settings)
         for metrics, expected_metrics in zip(found, expected, strict=True):
             assert_same(metrics, expected_metrics)
@@ -103,7 +109,7 @@ def check_of_dion(name: str, parameters: dict[str, nn.Parameter], **settings: An
     """The same for Dion; Q starts alike on every layout."""
     with warnings.catch_warnings(), errors_name_case(f"Dion, {name}"):
         warnings.simplefilter("ignore", SelectionWarning)
-        expected, expected_state = metrics_of(whole_parameters(), of_dion=True, qr="qr")
+        expected, expected_state = metrics_alone(of_dion=True)
         found, state = metrics_of(parameters, of_dion=True, **settings)
         for metrics, expected_metrics in zip(found, expected, strict=True):
             assert_same(metrics, expected_metrics)
