@@ -21,10 +21,19 @@ FORKED = "forkserver"
 # Before 2.13 torch cannot load to "cpu:0", which is where the Trainer loads to under DDP on CPUs.
 register_package(0, lambda _: None, lambda storage, device: storage if device.startswith("cpu:") else None)
 
-# Processes are forked from a server that has imported what takes seconds, and has no threads that a fork would lose.
-multiprocessing.set_forkserver_preload(
-    ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers.trainer", "lightning", "accelerate"]
+PRELOADED = (
+    "torch",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "transformers.trainer",
+    "lightning",
+    "accelerate",
+    "pytest",
+    "dion2_lightning.integrations.transformers",
 )
+"""Processes are forked from a server that has imported what takes time, and has no threads that a fork would lose."""
+
+multiprocessing.set_forkserver_preload([*PRELOADED])
 
 
 def run_on_ranks(
