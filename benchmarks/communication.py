@@ -153,12 +153,12 @@ def sent_to_others(kind: str, group: dist.ProcessGroup, arguments: Sequence[Any]
     return sum(sizes) * second.itemsize
 
 
-def measure(ranks: int, cases: Sequence[Case]) -> list[list[Traffic]]:
+def measure(ranks: int, cases: Sequence[Case], start_method: str = "spawn") -> list[list[Traffic]]:
     """Return the traffic of every rank for every case, all cases in one set of processes."""
-    results = get_context("forkserver").SimpleQueue()
+    results = get_context(start_method).SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         given = (ranks, f"file://{Path(folder) / 'store'}", cases, results)
-        start_processes(_rank, given, nprocs=ranks, start_method="forkserver")
+        start_processes(_rank, given, nprocs=ranks, start_method=start_method)
     return [results.get() for _ in cases]
 
 

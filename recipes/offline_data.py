@@ -33,7 +33,10 @@ def read_docstrings() -> list[tuple[str, str]]:
 
 @cache
 def read_functions() -> tuple[Function, ...]:
-    """Returns the library's documented functions, each once, without very long ones and very short docstrings."""
+    """Returns the library's documented functions, each once, without very long ones and very short docstrings.
+
+    Parsing the library takes seconds, so it is done once.
+    """
     functions = (function for path in _sources(_LIBRARY) for function in _functions(path))
     return tuple(dict.fromkeys(functions))
 

@@ -34,7 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Have the garbage collector leave alone what was imported: the frameworks call it in every run."""
+    """Have the garbage collector leave alone what was imported: the frameworks call it in every run.
+
+    Optimizers that were made before are not found by routing/late_parameters.py.
+    """
     gc.freeze()
 
 

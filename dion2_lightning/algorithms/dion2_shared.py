@@ -139,7 +139,7 @@ class _Part(SelectedSlices):
         """View its part of a tensor about the neurons of O, of all matrices of the run."""
         rows, columns = self.submatrices[0].own_shape
         start, length = (self.start, rows) if self.update.slices_are_neurons else (self.left, columns)
-        return tensor.narrow(0, self.first - self.run.first, len(self.indices)).narrow(1, start, length)
+        return tensor.narrow(0, self.first - self.run.first, self.count).narrow(1, start, length)
 
 
 def _update_by_owners(

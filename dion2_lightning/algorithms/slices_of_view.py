@@ -141,7 +141,7 @@ class ScatteredSlices(SlicesOfView):
 
     @property
     def _has_all_of_view(self) -> bool:
-        return sum(each.update.held_of_matrix * len(each.indices) for each in self.slices) == self.weight.numel()
+        return sum(each.update.held_of_matrix * each.count for each in self.slices) == self.weight.numel()
 
     def _bits(self, line: str) -> RandomBits | None:
         """The random bits of the view; of a single block those of its own slices alone."""
@@ -209,7 +209,7 @@ def views_of(slices: Sequence[SelectedSlices], changed: Literal["weight", "momen
             views.append(ScatteredSlices(alike))
             continue
         for equal in group_by(alike, lambda each: each.indices.shape).values():
-            is_batch = len(equal) > 1 and len(equal[0].indices) == 1
+            is_batch = len(equal) > 1 and equal[0].count == 1
             view = side_by_side([getattr(each, changed) for each in equal]) if is_batch else None
             if view is None:
                 views += [ScatteredSlices([each]) for each in equal]

@@ -246,6 +246,24 @@ def test_random_bits_are_those_of_copies(form: str, settings: dict[str, Any], mo
     assert torch.equal(momentum, expected_momentum) and torch.equal(weight, expected_weight)
 
 
+@pytest.mark.parametrize("settings", [{}, {"working_memory": 1}], ids=str)
+def test_a_cache_changes_no_bit(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU goes over some parameters after the others, and each decays once."""
+    results = []
+    for entries in (2**20, 1):
+        monkeypatch.setattr(passes, "CACHE", entries)
+        parameters = [torch.nn.Parameter(torch.ones(shape)) for shape, *_ in FORMS.values()]
+        stored = [{"splits": splits, **storage} for _, splits, storage, _ in FORMS.values()]
+        groups = [{"params": [each], **how} for each, how in zip(parameters, stored, strict=True)]
+        optimizer = Dion2(groups, **COMMON, **settings)
+        for of_step in zip(*(gradients(each.shape, 3) for each in parameters), strict=True):
+            for parameter, gradient in zip(parameters, of_step, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        results.append([*parameters, *(optimizer.state[each]["momentum"] for each in parameters)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("settings", [{"fraction": 0.4}, {"algorithm": "dion3", "fraction": 0.4}])
 @pytest.mark.parametrize("form", ["experts", "experts, interleaved", "experts, every second column"])
 def test_idle_experts_stay(form: str, settings: dict[str, Any]) -> None:

@@ -134,7 +134,7 @@ def test_the_bound_holds(case: dict[str, Any]) -> None:
     """From what a single matrix needs on."""
     count, shape = 4, case.get("shape", SHAPE)
     single = peak_of_one(**case)
-    for memory in (single, 3 * single):
+    for memory in (single, 2 * single):
         assert peak_of_step(count, memory, **case) <= memory + PER_LINE * sum(shape) * count
 
 

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.communication import Case, Traffic, measure
 from benchmarks.scale import Layout, compressed_bytes, simulate
 from benchmarks.step import LAYERS
+from tests.distributed.ranks import FORKED
 
 WHOLE = Case("fsdp2", layers=2, fraction=1.0, steps=1)
 PARTS = [replace(WHOLE, fraction=fraction) for fraction in (0.5, 0.25, 0.125)]
@@ -36,7 +37,7 @@ Measured = dict[Case, list[Traffic]]
 @pytest.fixture(scope="module")
 def on_2() -> Measured:
     cases = [WHOLE, *PARTS, MORE_LAYERS, BUCKETS, TENSOR_PARALLEL, REPLICATED, NORMALIZED, *SYNCHRONISED]
-    return dict(zip(cases, measure(2, cases), strict=True))
+    return dict(zip(cases, measure(2, cases, FORKED), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def on_4() -> Measured:
         *SYNCHRONISED,
         *SYNCHRONISED_SHARDS,
     ]
-    return dict(zip(cases, measure(4, cases), strict=True))
+    return dict(zip(cases, measure(4, cases, FORKED), strict=True))
 
 
 def submatrices(by_rank: list[Traffic]) -> int:

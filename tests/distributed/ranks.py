@@ -21,7 +21,7 @@ FORKED = "forkserver"
 # Before 2.13 torch cannot load to "cpu:0", which is where the Trainer loads to under DDP on CPUs.
 register_package(0, lambda _: None, lambda storage, device: storage if device.startswith("cpu:") else None)
 
-PRELOADED = (
+PRELOADED = [
     "torch",
     "torch.distributed.tensor",
     "torch.distributed.fsdp",
@@ -30,10 +30,11 @@ PRELOADED = (
     "accelerate",
     "pytest",
     "dion2_lightning.integrations.transformers",
-)
-"""Processes are forked from a server that has imported what takes time, and has no threads that a fork would lose."""
+]
+"""What takes time to import. Processes are forked from a server that has done so; it has no threads, which a fork would
+lose. The last one imports most of the package."""
 
-multiprocessing.set_forkserver_preload([*PRELOADED])
+multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 def run_on_ranks(
@@ -116,7 +117,7 @@ def _run(
 
 
 def _frozen(rank: int, target: Callable[..., None], *arguments: Any) -> None:
-    """Call it, with all that was imported before left alone by the garbage collector."""
+    """Call ``target``; the garbage collector leaves alone what was imported before."""
     gc.freeze()
     target(rank, *arguments)
 

@@ -1,6 +1,6 @@
 """One result, whatever the layout: the same global gradients on one process and on every layout, for 20 steps.
 
-Every rank also trains the whole model by itself, once, with plain parameters and no group, and compares its part of
+Every rank also trains the whole model by itself, with plain parameters and no group, and compares its part of
 every layout: momenta and selected indices bit for bit at every step, weights and variances within 1e-5; in bfloat16,
 and where torch is asked for deterministic algorithms, those of matrices bit for bit too.
 """
@@ -229,7 +229,7 @@ class Expected(NamedTuple):
 
     momentum: Tensor
     variance: Tensor | None
-    selections: dict[str | None, Selection | None]
+    selections: dict[str, Selection | None]
 
 
 class Trained(NamedTuple):
@@ -239,8 +239,8 @@ class Trained(NamedTuple):
     states: dict[str, Expected]
 
 
-class Alone:
-    """A model without a group, which is trained as far as layouts have been compared with it."""
+class ReferenceTraining:
+    """Plain parameters without a group, trained as far as layouts have been compared with them."""
 
     def __init__(self, device: str, dtype: torch.dtype, state_dtype: str | None) -> None:
         self.parameters = whole_parameters(device, dtype)
@@ -248,7 +248,7 @@ class Alone:
         self.trained: list[Trained] = []
 
     def after(self, step: int) -> Trained:
-        """What it is after a step, counted from 0."""
+        """What they are after a step, counted from 0."""
         while len(self.trained) <= step:
             set_gradients(self.parameters, len(self.trained))
             self.optimizer.step()
@@ -259,9 +259,11 @@ class Alone:
 
 
 @cache
-def trained_alone(device: str, dtype: torch.dtype, state_dtype: str | None, is_deterministic: bool) -> Alone:
-    assert is_deterministic == torch.are_deterministic_algorithms_enabled()
-    return Alone(device, dtype, state_dtype)
+def trained_alone(
+    device: str, dtype: torch.dtype, state_dtype: str | None, is_deterministic: bool
+) -> ReferenceTraining:
+    """One for each of these; ``deterministic`` is what torch has been asked for."""
+    return ReferenceTraining(device, dtype, state_dtype)
 
 
 def expected_of(whole: Tensor, optimizer: Dion2) -> Expected:
