@@ -35,6 +35,8 @@ LAYERS = {
     "gpt2": [(768, 2304), (768, 768), (768, 3072), (3072, 768)],
     "llama-1b": [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192)],
     "llama-8b": [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)],
+    # So small that a step takes the time of its Python, and of starting operations.
+    "tiny": [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)],
 }
 TRANSPOSED = {shapes: shapes == "gpt2" for shapes in LAYERS}
 CPU_SHAPES = ("smollm2-135m", "gpt2")
@@ -185,6 +187,7 @@ def compare(shapes: str, chosen: argparse.Namespace) -> dict[str, Any]:
         candidates[f"floor of Dion2 at {name}"] = Floor(weights(sizes, chosen.device), fraction, chosen.dtype)
     times = take_turns(candidates, chosen)
     medians = {name: statistics.median(values) for name, values in times.items()}
+    means = {name: statistics.mean(values) for name, values in times.items()}
     memory = {
         name: working_memory(optimizer)
         for name, optimizer in candidates.items()
@@ -193,7 +196,9 @@ def compare(shapes: str, chosen: argparse.Namespace) -> dict[str, Any]:
     rounds, count = len(next(iter(times.values()))), sum(rows * columns for rows, columns in sizes)
     print(f"\n{shapes}, {chosen.layers} layers, {count / 1e6:.1f}M parameters, median of {rounds} steps")
     adamw, muon = medians.get(ADAMW), medians.get("torch.optim.Muon")
-    print(f"{'':36}{'ms':>9}{'it / AdamW fused':>18}{'Muon / it':>11}{'it / its floor':>16}{'memory, MB':>12}")
+    print(
+        f"{'':36}{'ms':>9}{'mean':>9}{'it / AdamW fused':>18}{'Muon / it':>11}{'it / its floor':>16}{'memory, MB':>12}"
+    )
     for name, median in medians.items():
         floor = medians.get(f"floor of {name}")
         ratios = [
@@ -202,19 +207,19 @@ def compare(shapes: str, chosen: argparse.Namespace) -> dict[str, Any]:
             f"{median / floor:15.2f}x" if floor else " " * 16,
             f"{memory[name] / 1e6:12.1f}" if name in memory else "",
         ]
-        print(f"{name:36}{median:9.1f}{''.join(ratios)}".rstrip())
+        print(f"{name:36}{median:9.1f}{means[name]:9.1f}{''.join(ratios)}".rstrip())
     figures: dict[str, Any] = {"shapes": shapes, "layers": chosen.layers, "parameters": count, "ms": medians}
-    figures["memory"] = memory
+    figures |= {"mean_ms": means, "memory": memory}
     if chosen.phases:
         figures["phases"] = {
             name: shares_of_phases(optimizer, chosen.device)
             for name, optimizer in candidates.items()
             if isinstance(optimizer, Dion2) and name.startswith(("Dion2", "Dion3"))
         }
-        titles = [*PHASES, "rest"]
-        print(f"{'percent of a step':36}{''.join(f'{title:>18}' for title in titles)}")
+        phases = [*PHASES, "rest"]
+        print(f"{'percent of a step':36}{''.join(f'{phase:>18}' for phase in phases)}")
         for name, shares in figures["phases"].items():
-            print(f"{name:36}{''.join(f'{shares[title]:18.0f}' for title in titles)}")
+            print(f"{name:36}{''.join(f'{shares[phase]:18.0f}' for phase in phases)}")
     return figures
 
 

@@ -1,6 +1,8 @@
 """The optimizer's rules: groups, state, step, copies. The update itself is tested in algorithms/test_dion2.py."""
 
 import copy
+import gc
+import math
 import pickle
 import warnings
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dion2_lightning import Dion2
+from dion2_lightning import Dion2, SelectionTracker
 
 
 def groups_of(model: nn.Module, **settings) -> list[dict]:
@@ -243,6 +245,59 @@ def test_closure_is_called_once_with_gradients_enabled():
     assert calls == [True]
     assert loss.item() == pytest.approx(loss_of(model_of(), 0).item())
     assert optimizer.step() is None
+
+
+# The garbage collector
+
+
+def test_python_looks_for_garbage_in_a_closure_and_not_in_a_step():
+    model = model_of()
+    enabled: dict[str, bool] = {}
+
+    def orthonormalize(submatrices: Tensor) -> Tensor:
+        enabled["step"] = gc.isenabled()
+        return submatrices
+
+    def closure() -> Tensor:
+        enabled["closure"] = gc.isenabled()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    Dion2(groups_of(model), orthonormalize=orthonormalize).step(closure)
+    assert enabled == {"closure": True, "step": False}
+    assert gc.isenabled()
+
+
+def test_the_garbage_collector_is_after_a_step_as_it_was_before():
+    model = model_of()
+    optimizer = Dion2(groups_of(model), check_finite=True)
+    loss_of(model, 0).backward()
+    gc.disable()
+    try:
+        optimizer.step()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    model[0].weight.grad.fill_(math.nan)
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("algorithm", ["dion2", "dion3", "dion"])
+def test_a_step_leaves_no_garbage(algorithm):
+    """What only the collector could free would stay until it runs again."""
+    model = model_of()
+    optimizer = Dion2(groups_of(model, algorithm=algorithm), check_finite="skip", max_grad_norm=1.0)
+    loss_of(model, 0).backward()
+    SelectionTracker(every=1).attach(optimizer)
+    for _ in range(2):  # the first imports
+        optimizer.step()
+    for _ in range(2):
+        gc.collect()
+        optimizer.step()
+        assert gc.collect() == 0
 
 
 def test_accumulated_gradients_are_one_large_batch():

@@ -45,6 +45,7 @@ class MatrixUpdate:
 
     Attributes:
         parameter: The parameter they belong to.
+        device: Where it is.
         label: Its name for error messages.
         name: Its name, the same whatever the layout.
         part: Which matrices they are, and which part of them this rank holds.
@@ -67,6 +68,7 @@ class MatrixUpdate:
     """
 
     parameter: Tensor
+    device: torch.device
     label: str
     name: str
     part: Part
@@ -108,10 +110,12 @@ class MatrixUpdate:
         There is one update, or several where ranks hold unequal parts of the matrices. See the attributes.
         """
         parameter, state, group, label, name = member
+        device = local(parameter).device
         parts = parts_of(parameter, matrices, label, process_group=context.process_group, known=context.layouts)
         return [
             cls(
                 parameter=parameter,
+                device=device,
                 label=label,
                 name=name,
                 part=part,
@@ -124,11 +128,11 @@ class MatrixUpdate:
                 dtype=dtype,
                 nesterov=nesterov,
                 is_cautious=group["cautious_weight_decay"] and shrink != 1.0,
-                gate=context.gates.get(local(parameter).device),
+                gate=context.gates.get(device),
                 leaves_idle=group["skip_idle_experts"] and (matrices.is_stack or matrices.count > 1),
                 neuron_beta=neuron_beta,
                 rounding_seed=group["rounding_seed"] if group["rounding"] == "stochastic" else None,
-                may_fuse=context.fuses_on(local(parameter).device),
+                may_fuse=context.fuses_on(device),
             )
             for part in parts
         ]
@@ -147,11 +151,6 @@ class MatrixUpdate:
     def source(self) -> Source:
         """Which matrices they are, for observers."""
         return Source(self.parameter, self.matrices.name, self.part.first)
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return local(self.parameter).device
 
     @property
     def count(self) -> int:
@@ -221,9 +220,10 @@ class MatrixUpdate:
     @cached_property
     def is_fused(self) -> bool:
         """Whether a kernel makes each pass over its memory, of all matrices at once; else operations of torch do."""
+        if not self.may_fuse or self.is_scattered or self.is_in_pieces:
+            return False
         tensors = (self.parameter, self.state["momentum"], self.parameter.grad)
-        dtypes = {self.dtype, *(each.dtype for each in tensors if each is not None)}
-        return self.may_fuse and not (self.is_scattered or self.is_in_pieces) and dtypes <= set(DTYPES)
+        return self.dtype in DTYPES and all(each is None or each.dtype in DTYPES for each in tensors)
 
     @cached_property
     def can_estimate_sums(self) -> bool:

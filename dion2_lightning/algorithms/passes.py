@@ -91,7 +91,7 @@ def accumulate_and_sum(
             of_slices = estimate_slice_sums if are_estimates else slice_sums
             of_updates = _slice_sums(alike, working_memory, of_slices)
             sums.update(zip(alike, (SliceSums(each, are_estimates) for each in of_updates), strict=True))
-    return [sums[update]._replace(sums=_sums_of_channels(update, sums[update].sums)) for update in updates]
+    return [SliceSums(_sums_of_channels(each, sums[each].sums), sums[each].are_estimates) for each in updates]
 
 
 def split_off_fused(items: Sequence[S]) -> tuple[list[S], list[S]]:
@@ -325,13 +325,14 @@ def polar_factors(stacks: Sequence[Tensor], updates: Sequence[MatrixUpdate], con
         return stack.shape[1:], stack.stride(-1) != 1, stack.dtype, stack.device, update.goes_alone, update.is_fused
 
     results: dict[int, Tensor] = {}
-    in_order = [at for alike in group_by(range(len(stacks)), key).values() for at in alike]
-    for turn in bounded(in_order, lambda at: len(stacks[at]) * updates[at].working_bytes, context.working_memory):
-        equal = list(group_by(turn, key).values())
+    counts, keys = [stack.shape[0] for stack in stacks], [key(at) for at in range(len(stacks))]
+    in_order = [at for alike in group_by(range(len(stacks)), keys.__getitem__).values() for at in alike]
+    for turn in bounded(in_order, lambda at: counts[at] * updates[at].working_bytes, context.working_memory):
+        equal = list(group_by(turn, keys.__getitem__).values())
         batches = [concatenate([stacks[at] for at in alike]) for alike in equal]
         factors = _polar_factors(batches, [updates[alike[0]] for alike in equal], context)
         for alike, its_factors in zip(equal, factors, strict=True):
-            results.update(zip(alike, its_factors.split([len(stacks[at]) for at in alike]), strict=True))
+            results.update(zip(alike, its_factors.split([counts[at] for at in alike]), strict=True))
     return [results[at] for at in range(len(stacks))]
 
 
