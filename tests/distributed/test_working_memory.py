@@ -1,5 +1,6 @@
 """What a step on shared matrices takes beside weights, gradients and state."""
 
+import gc
 import weakref
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -82,6 +83,22 @@ def peak_of_dion(parameters: list[Tensor], working_memory: int, **settings: Any)
     return live.peak
 
 
+def check_garbage() -> None:
+    """Python collects none in a step: what it left would stay."""
+    mesh = init_device_mesh("cpu", (2,))
+    for algorithm in ("dion2", "dion3", "dion"):
+        for placement in (Shard(0), Replicate()):
+            parameters = [nn.Parameter(place(torch.randn(64, 32), mesh, (placement,))) for _ in range(3)]
+            optimizer = Dion2([{"params": parameters, "algorithm": algorithm}], share_replicas=True)
+            for parameter in parameters:
+                parameter.grad = place(torch.randn(64, 32), mesh, (placement,))
+            for _ in range(3):  # the first imports
+                gc.collect()
+                optimizer.step()
+                found = gc.collect()
+            assert found == 0, (algorithm, placement)
+
+
 def check_dion() -> None:
     """P and R of all matrices are several times as much as is allowed."""
     memory, mesh = 4 * 2**20, init_device_mesh("cpu", (2,))
@@ -100,3 +117,7 @@ def test_buckets_keep_to_the_working_memory() -> None:
 
 def test_dion_keeps_to_the_working_memory() -> None:
     run_on_ranks(2, check_dion)
+
+
+def test_a_step_leaves_no_garbage() -> None:
+    run_on_ranks(2, check_garbage)
