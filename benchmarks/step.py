@@ -194,10 +194,11 @@ def compare(shapes: str, chosen: argparse.Namespace) -> dict[str, Any]:
         if isinstance(optimizer, torch.optim.Optimizer)
     }
     rounds, count = len(next(iter(times.values()))), sum(rows * columns for rows, columns in sizes)
-    print(f"\n{shapes}, {chosen.layers} layers, {count / 1e6:.1f}M parameters, median of {rounds} steps")
+    print(f"\n{shapes}, {chosen.layers} layers, {count / 1e6:.1f}M parameters, milliseconds of {rounds} steps")
     adamw, muon = medians.get(ADAMW), medians.get("torch.optim.Muon")
     print(
-        f"{'':36}{'ms':>9}{'mean':>9}{'it / AdamW fused':>18}{'Muon / it':>11}{'it / its floor':>16}{'memory, MB':>12}"
+        f"{'':36}{'median':>9}{'mean':>9}{'it / AdamW fused':>18}"
+        f"{'Muon / it':>11}{'it / its floor':>16}{'memory, MB':>12}"
     )
     for name, median in medians.items():
         floor = medians.get(f"floor of {name}")

@@ -254,7 +254,7 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with _garbage_left_alone():
+        with _collector_paused():
             self._take_step()
         return loss
 
@@ -740,15 +740,15 @@ class MatrixOptimizer(Optimizer):
 
 
 @contextmanager
-def _garbage_left_alone() -> Iterator[None]:
-    """Have Python not look for garbage meanwhile.
+def _collector_paused() -> Iterator[None]:
+    """Pause Python's garbage collector, for all threads of the process.
 
-    A step makes some twenty objects for each matrix, and lets go of them at its end. They would have Python search all
-    objects of the process for cycles, time and again: that took a sixth of a step of 210 small matrices.
+    A step makes some twenty objects for each matrix, which are freed without it. They would make it search all objects
+    of the process, time and again: that took a sixth of a step of 210 small matrices.
     """
     was_enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_enabled:

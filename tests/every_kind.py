@@ -1,5 +1,6 @@
 """Parameters of every kind that a step treats differently, on any device."""
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,17 @@ def groups_of_every_kind(device: torch.device | str) -> list[dict[str, Any]]:
         {"params": [zeros(96, 40)], "splits": "8 x (q 4 | k 4 | v 4)", "algorithm": "dion"},
         {"params": [zeros(40), zeros(30, 8), zeros(40, dtype=torch.bfloat16)], "algorithm": "adamw"},
     ]
+
+
+def garbage_of_a_step(optimizer: Dion2) -> int:
+    """How many objects a step leaves that only the garbage collector frees."""
+    gc.collect()
+    gc.disable()
+    try:
+        optimizer.step()
+        return gc.collect()
+    finally:
+        gc.enable()
 
 
 SLICES = 3 * 40 + 64 + 2 * 40 + 4 * 96 + 40 + (3 + 4) + 2 * 3 * 32 + 4 * 24 + 48 + 4 + 4 * 12 + 3

@@ -320,12 +320,11 @@ def _with_gradient(selected: SlicesOfView, gathered: Tensor) -> Tensor:
 def polar_factors(stacks: Sequence[Tensor], updates: Sequence[MatrixUpdate], context: StepContext) -> list[Tensor]:
     """O: the polar factors of stacks of submatrices, (count, k, m) each; those of one (k, m) together."""
 
-    def key(at: int) -> Hashable:
-        stack, update = stacks[at], updates[at]
+    def key(stack: Tensor, update: MatrixUpdate) -> Hashable:
         return stack.shape[1:], stack.stride(-1) != 1, stack.dtype, stack.device, update.goes_alone, update.is_fused
 
     results: dict[int, Tensor] = {}
-    counts, keys = [stack.shape[0] for stack in stacks], [key(at) for at in range(len(stacks))]
+    counts, keys = [len(stack) for stack in stacks], [*map(key, stacks, updates)]
     in_order = [at for alike in group_by(range(len(stacks)), keys.__getitem__).values() for at in alike]
     for turn in bounded(in_order, lambda at: counts[at] * updates[at].working_bytes, context.working_memory):
         equal = list(group_by(turn, keys.__getitem__).values())

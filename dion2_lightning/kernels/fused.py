@@ -309,9 +309,7 @@ def _take(
             "G_UNIT": of_gradient.is_unit,
             "ALIGNED": along and all(each.is_aligned for each in views),  # single columns never are
             "STOCHASTIC": slice_hash is not None,
-            "SLICES": tile.slices,
-            "ENTRIES": tile.entries,
-            "SPAN": tile.span,
+            **tile._asdict(),
         }
         numbers = [
             *(n, m, k),
@@ -366,9 +364,7 @@ def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results
             "ALONG": along,
             "S_UNIT": of_stack.is_unit,
             "ALIGNED": of_stack.is_aligned and of_result.is_aligned,
-            "SLICES": tile.slices,
-            "ENTRIES": tile.entries,
-            "SPAN": tile.span,
+            **tile._asdict(),
             "PARTS": PARTS,
         }
         numbers = [k, m, 0, *of_stack.numbers, *of_result.numbers, address, bits_of("d", safety)]
@@ -602,9 +598,7 @@ def _apply(
             "M_UNIT": of_momentum.is_unit,
             "ALIGNED": are_aligned and (of_result.is_aligned if along else is_whole),  # single columns never are
             "STOCHASTIC": slice_hash is not None,
-            "SLICES": tile.slices,
-            "ENTRIES": tile.entries,
-            "SPAN": tile.span,
+            **tile._asdict(),
         }
         numbers = [
             *(n, m, k),

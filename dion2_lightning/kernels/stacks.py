@@ -39,7 +39,7 @@ def adjacent(stacks: Sequence[Tensor]) -> Tensor | None:
         is_like = each.shape[1:] == first.shape[1:] and each.stride() == first.stride() and each.dtype == first.dtype
         if not is_like or each.untyped_storage() is not storage or each.storage_offset() != offset:
             return None
-        offset += each.shape[0] * step
+        offset += len(each) * step
     return first.as_strided((sum(map(len, stacks)), *first.shape[1:]), first.stride())
 
 

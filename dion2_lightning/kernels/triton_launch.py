@@ -61,7 +61,7 @@ def check_numbers(name: str, tensors: Sequence[Tensor | None], dtype: torch.dtyp
         if tensor.dtype != dtype or tensor.device != stack.device:
             wanted = f"in {dtype} on {stack.device}"
             raise TypeError(f"{name}[{number}] must be {wanted}, but it is in {tensor.dtype} on {tensor.device}")
-        if tensor.ndim > 0 and tensor.shape[0] not in (1, stack.shape[0]):
+        if tensor.ndim > 0 and len(tensor) not in (1, len(stack)):
             raise ValueError(f"{name}[{number}] has numbers for {len(tensor)} matrices; there are {len(stack)}")
 
 
@@ -107,7 +107,7 @@ def selected_shapes(indices: Sequence[Tensor], stacks: Sequence[Tensor]) -> list
     """Check the indices, and return the shapes (count, k, m) of what they select."""
     check_numbers("indices", indices, torch.int64, stacks)
     for number, (each, stack) in enumerate(zip(indices, stacks, strict=True)):
-        if each.ndim != 2 or each.shape[0] != stack.shape[0]:
+        if each.ndim != 2 or len(each) != len(stack):
             raise ValueError(f"indices[{number}] must have the shape ({len(stack)}, k), but it has {tuple(each.shape)}")
     return [(*each.shape, stack.shape[2]) for each, stack in zip(indices, stacks, strict=True)]
 
@@ -202,7 +202,7 @@ def gate_of(tensor: Tensor | None) -> tuple[int, int]:
     """0-d, or one for each matrix."""
     if tensor is None:
         return 0, 0
-    return tensor.data_ptr(), tensor.stride(0) if tensor.ndim > 0 and tensor.shape[0] > 1 else 0
+    return tensor.data_ptr(), tensor.stride(0) if tensor.ndim > 0 and len(tensor) > 1 else 0
 
 
 def scalar_of(constant: float, tensor: Tensor | None) -> tuple[int, int, int]:
@@ -252,8 +252,8 @@ def launches_of(passes: Passes) -> list[tuple[str, dict[str, Any], list[TableRow
         for row in rows:
             constants, count, tiles, _ = row
             if count * tiles > 0:
-                launches.setdefault((kernel, *constants.values()), []).append(row)
-    return [(kernel, rows[0][0], rows) for (kernel, *_), rows in launches.items()]
+                launches.setdefault((kernel, *constants.items()), []).append(row)
+    return [(kernel, dict(constants), rows) for (kernel, *constants), rows in launches.items()]
 
 
 def launch(passes: Passes, device: torch.device) -> None:
@@ -272,7 +272,7 @@ def launch(passes: Passes, device: torch.device) -> None:
         for table, (kernel, constants, rows) in zip(on_device.split([*map(len, tables)]), launches, strict=True):
             tiles = max(tiles for _, _, tiles, _ in rows)
             matrices = sum(count for _, count, _, _ in rows)
-            named = {name: triton_kernels.TYPES.get(value, value) for name, value in constants.items()}
+            named = {name.upper(): triton_kernels.TYPES.get(value, value) for name, value in constants.items()}
             getattr(triton_kernels, kernel)[(matrices * tiles,)](
                 table, tiles, **named, num_warps=4, enable_fp_fusion=False
             )

@@ -35,6 +35,7 @@ def test_the_table_the_file_and_the_picture(
     (table,) = json.loads((tmp_path / "figures.json").read_text())
     assert {"torch.optim.AdamW, fused", "Dion2 at 1/4", "Dion at 1/4", "NorMuon"} < set(table["ms"])
     assert all(value > 0.0 for value in table["ms"].values())
+    assert table["mean_ms"] == table["ms"]  # of one round
     assert sum(table["phases"]["Dion2 at 1/4"].values()) == pytest.approx(100.0)
     assert (tmp_path / "figures.png").stat().st_size > 1000
     printed = capsys.readouterr().out
