@@ -217,10 +217,10 @@ def compare(shapes: str, chosen: argparse.Namespace) -> dict[str, Any]:
             for name, optimizer in candidates.items()
             if isinstance(optimizer, Dion2) and name.startswith(("Dion2", "Dion3"))
         }
-        phases = [*PHASES, "rest"]
-        print(f"{'percent of a step':36}{''.join(f'{phase:>18}' for phase in phases)}")
+        titles = [*PHASES, "rest"]
+        print(f"{'percent of a step':36}{''.join(f'{title:>18}' for title in titles)}")
         for name, shares in figures["phases"].items():
-            print(f"{name:36}{''.join(f'{shares[phase]:18.0f}' for phase in phases)}")
+            print(f"{name:36}{''.join(f'{shares[title]:18.0f}' for title in titles)}")
     return figures
 
 

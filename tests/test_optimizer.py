@@ -248,56 +248,6 @@ def test_closure_is_called_once_with_gradients_enabled():
     assert optimizer.step() is None
 
 
-# The garbage collector
-
-
-def test_python_looks_for_garbage_in_a_closure_and_not_in_a_step():
-    model = model_of()
-    enabled: dict[str, bool] = {}
-
-    def orthonormalize(submatrices: Tensor) -> Tensor:
-        enabled["step"] = gc.isenabled()
-        return submatrices
-
-    def closure() -> Tensor:
-        enabled["closure"] = gc.isenabled()
-        loss = loss_of(model, 0)
-        loss.backward()
-        return loss
-
-    Dion2(groups_of(model), orthonormalize=orthonormalize).step(closure)
-    assert enabled == {"closure": True, "step": False}
-    assert gc.isenabled()
-
-
-def test_the_garbage_collector_is_after_a_step_as_it_was_before():
-    model = model_of()
-    optimizer = Dion2(groups_of(model), check_finite=True)
-    loss_of(model, 0).backward()
-    gc.disable()
-    try:
-        optimizer.step()
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
-    model[0].weight.grad.fill_(math.nan)
-    with pytest.raises(FloatingPointError):
-        optimizer.step()
-    assert gc.isenabled()
-
-
-@pytest.mark.parametrize("is_tracked", [False, True])
-def test_a_step_leaves_no_garbage(is_tracked):
-    """What only the collector could free would stay until it runs again."""
-    optimizer = Dion2(groups_of_every_kind("cpu"), check_finite="skip", max_grad_norm=1.0)
-    fill(optimizer, gradients=0)
-    if is_tracked:
-        SelectionTracker(every=1).attach(optimizer)
-    for _ in range(2):  # the first imports
-        optimizer.step()
-    assert garbage_of_a_step(optimizer) == 0
-
-
 def test_accumulated_gradients_are_one_large_batch():
     """Two backward passes before a step are their sum."""
     whole, parts = model_of(), model_of()
@@ -492,6 +442,56 @@ def test_custom_orthonormalization():
     with pytest.raises(ValueError, match=r"must return the shape it is given: got \(1, 1\)"):
         optimizer.orthonormalize = lambda _: torch.ones(1, 1)
         optimizer.step()
+
+
+# The garbage collector
+
+
+def test_python_looks_for_garbage_in_a_closure_and_not_in_a_step():
+    model = model_of()
+    enabled: dict[str, bool] = {}
+
+    def orthonormalize(submatrices: Tensor) -> Tensor:
+        enabled["step"] = gc.isenabled()
+        return submatrices
+
+    def closure() -> Tensor:
+        enabled["closure"] = gc.isenabled()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    Dion2(groups_of(model), orthonormalize=orthonormalize).step(closure)
+    assert enabled == {"closure": True, "step": False}
+    assert gc.isenabled()
+
+
+def test_the_garbage_collector_is_after_a_step_as_it_was_before():
+    model = model_of()
+    optimizer = Dion2(groups_of(model), check_finite=True)
+    loss_of(model, 0).backward()
+    gc.disable()
+    try:
+        optimizer.step()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    model[0].weight.grad.fill_(math.nan)
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("is_tracked", [False, True])
+def test_a_step_leaves_no_garbage(is_tracked):
+    """What only the collector could free would stay until it runs again."""
+    optimizer = Dion2(groups_of_every_kind("cpu"), check_finite="skip", max_grad_norm=1.0)
+    fill(optimizer, gradients=0)
+    if is_tracked:
+        SelectionTracker(every=1).attach(optimizer)
+    for _ in range(2):  # the first imports
+        optimizer.step()
+    assert garbage_of_a_step(optimizer) == 0
 
 
 # Selection

@@ -35,7 +35,6 @@ def test_the_table_the_file_and_the_picture(
     (table,) = json.loads((tmp_path / "figures.json").read_text())
     assert {"torch.optim.AdamW, fused", "Dion2 at 1/4", "Dion at 1/4", "NorMuon"} < set(table["ms"])
     assert all(value > 0.0 for value in table["ms"].values())
-    assert table["mean_ms"] == table["ms"]  # of one round
     assert sum(table["phases"]["Dion2 at 1/4"].values()) == pytest.approx(100.0)
     assert (tmp_path / "figures.png").stat().st_size > 1000
     printed = capsys.readouterr().out
@@ -44,6 +43,15 @@ def test_the_table_the_file_and_the_picture(
     assert f" {ratio:.2f}x " in row
     bound = 4 * (32 * 160 * 3) * 9  # copies of all submatrices, in float32
     assert 0 < table["memory"]["Dion2 at 1/4"] < table["memory"]["Dion2 at 1"] < bound
+
+
+def test_medians_and_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(step.LAYERS, "gpt2", SIZES)
+    monkeypatch.setattr(step, "take_turns", lambda candidates, _: dict.fromkeys(candidates, [1.0, 2.0, 6.0]))
+    step.main(["--shapes", "gpt2", "--layers", "1", "--only", "Dion2 at 1/4", f"--json={tmp_path / 'figures.json'}"])
+    (table,) = json.loads((tmp_path / "figures.json").read_text())
+    assert set(table["ms"].values()) == {2.0}
+    assert set(table["mean_ms"].values()) == {3.0}
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
