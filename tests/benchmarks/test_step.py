@@ -47,7 +47,7 @@ def test_the_table_the_file_and_the_picture(
 
 def test_medians_and_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(step.LAYERS, "gpt2", SIZES)
-    monkeypatch.setattr(step, "take_turns", lambda candidates, _: dict.fromkeys(candidates, [1.0, 2.0, 6.0]))
+    monkeypatch.setattr(step, "take_turns", lambda names, _: {name: [1.0, 2.0, 6.0] for name in names})
     step.main(["--shapes", "gpt2", "--layers", "1", "--only", "Dion2 at 1/4", f"--json={tmp_path / 'figures.json'}"])
     (table,) = json.loads((tmp_path / "figures.json").read_text())
     assert set(table["ms"].values()) == {2.0}
