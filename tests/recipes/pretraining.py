@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -68,9 +69,20 @@ def alone(cache: Path) -> Iterator[None]:
 def run(settings: Settings, **changes: Any) -> Settings:
     """Train on this process, and return the settings of that run."""
     settings = replace(settings, **changes)
+    _leave_the_second(settings)
     with alone(settings.output.parent / "cache"):
         train(settings)
     return settings
+
+
+def _leave_the_second(settings: Settings) -> None:
+    """Have a run that goes on begin in another second than the one before.
+
+    TensorBoard reads their files by the seconds in which they were begun, and in one second by the numbers of their
+    processes, as text: 10000 before 9999, so that the later steps come first.
+    """
+    if settings.resume:
+        time.sleep(1)
 
 
 class PowerCutError(Exception):
@@ -98,6 +110,7 @@ def run_on_ranks(
     If they are to be killed, they are when the first checkpoint is written.
     """
     settings = replace(settings, **changes)
+    _leave_the_second(settings)
     run_like_torchrun(ranks, _rank, settings, dict(environment), killed, killed=killed)
     return settings
 
