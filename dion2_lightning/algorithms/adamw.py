@@ -29,6 +29,7 @@ from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.device_numbers import DeviceNumber, Number, as_factor
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, random_bits, store_
+from dion2_lightning.kernels.stacks import is_dense
 from dion2_lightning.matrices.layout import group_by, held_coordinates, local, local_gradient
 
 
@@ -187,7 +188,9 @@ def _adamw(pieces: Sequence[_Piece], group: Mapping[str, Any], rates: _Rates, ga
 
     It reads a weight decay on the host; one on the device goes before it.
     """
-    weights, gradients, exp_avgs, exp_avg_sqs, steps = (list(each) for each in zip(*pieces, strict=True))
+    is_fused = _is_fused([piece.weight for piece in pieces])
+    alike = [_laid_out_alike(piece) for piece in pieces] if is_fused else pieces
+    weights, gradients, exp_avgs, exp_avg_sqs, steps = (list(each) for each in zip(*alike, strict=True))
     weight_decay = rates.weight_decay
     if isinstance(weight_decay, DeviceNumber):
         torch._foreach_mul_(weights, rates.shrink_by(gate, weights[0].dtype))
@@ -199,7 +202,7 @@ def _adamw(pieces: Sequence[_Piece], group: Mapping[str, Any], rates: _Rates, ga
         exp_avg_sqs,
         [],
         steps,
-        fused=_is_fused(weights) or None,  # None: torch chooses between foreach and a loop
+        fused=is_fused or None,  # None: torch chooses between foreach and a loop
         found_inf=None if gate is None else gate.found_inf,
         capturable=group["capturable"],
         amsgrad=False,
@@ -210,6 +213,27 @@ def _adamw(pieces: Sequence[_Piece], group: Mapping[str, Any], rates: _Rates, ga
         eps=group["eps"],
         maximize=False,
     )
+    for piece, updated in zip(pieces, alike, strict=True):
+        if updated is not piece:
+            for whole, copy in zip(piece[:4], updated[:4], strict=True):
+                if whole is not piece.gradient:
+                    whole.copy_(copy)
+
+
+def _laid_out_alike(piece: _Piece) -> _Piece:
+    """Return the piece itself, or contiguous copies where memory orders differ, or memory has gaps.
+
+    torch's fused kernel goes along the memory of all four tensors, whatever their strides. They differ where a layer
+    became ``channels_last`` after its first step, where a parameter is a view of a larger tensor, or where a gradient
+    is expanded or transposed.
+    """
+    tensors = piece[:4]
+    if all(each.is_contiguous() for each in tensors):
+        return piece
+    if is_dense(piece.weight) and all(each.stride() == piece.weight.stride() for each in tensors):
+        return piece
+    weight, gradient, exp_avg, exp_avg_sq = (each.contiguous() for each in tensors)
+    return _Piece(weight, gradient, exp_avg, exp_avg_sq, piece.step)
 
 
 def _step_device(parameter: Tensor, group: Mapping[str, Any]) -> torch.device:

@@ -53,6 +53,63 @@ def test_cautious_weight_decay(dtype, steps, tolerance):
         assert (parameter.double() - expected).norm() < tolerance * (expected - start.double()).norm()
 
 
+def _transposed(like):
+    return like.mT.contiguous().mT
+
+
+def _with_gaps(like):
+    return torch.zeros(*like.shape[:-1], like.shape[-1] + 3, dtype=like.dtype)[..., : like.shape[-1]].copy_(like)
+
+
+def _expanded(like):
+    return like[..., :1].expand(like.shape)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cautious_weight_decay": True}, {"working_memory": 400}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order_of_gradient", [torch.clone, _transposed, _with_gaps, _expanded])
+@pytest.mark.parametrize("order_of_weight", [torch.clone, _transposed, _with_gaps])
+def test_memory_orders(order_of_weight, order_of_gradient, dtype, settings):
+    """torch's fused kernel goes along the memory of all tensors; the result must not depend on how they lie in it."""
+    results = []
+    for is_in_order in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        weight = order_of_weight(torch.randn(12, 20, generator=generator).to(dtype))
+        parameter = nn.Parameter(weight.contiguous() if is_in_order else weight)
+        group = {"params": [parameter], "algorithm": "adamw", "rounding": "nearest"}
+        optimizer = Dion2([group], lr=0.1, weight_decay=0.5, **settings)
+        for _ in range(3):
+            gradient = order_of_gradient(torch.randn(12, 20, generator=generator).to(dtype))
+            parameter.grad = gradient.contiguous() if is_in_order else gradient
+            optimizer.step()
+        results.append(parameter.detach().contiguous())
+    assert torch.equal(*results)
+
+
+def test_what_lies_between_the_rows_of_a_parameter_stays_as_it_is():
+    whole = torch.zeros(4, 8)
+    parameter = nn.Parameter(whole[:, :5])
+    parameter.grad = torch.ones(4, 8)[:, :5]
+    Dion2([{"params": [parameter], "algorithm": "adamw"}], lr=0.1).step()
+    torch.testing.assert_close(parameter.detach(), torch.full((4, 5), -0.1))
+    assert not whole[:, 5:].any()
+
+
+def test_memory_orders_against_torch():
+    """Also of a parameter that became channels_last after its first step."""
+    parameters = [nn.Parameter(torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    ours = Dion2([{"params": parameters[:1], "algorithm": "adamw"}], lr=0.1)
+    theirs = torch.optim.AdamW(parameters[1:], lr=0.1, weight_decay=0.01, foreach=False)
+    for step in range(4):
+        for each in parameters:
+            if step == 2:
+                each.data = each.data.to(memory_format=torch.channels_last)
+            each.grad = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(step))
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(*parameters, rtol=0, atol=1e-6)
+
+
 def test_the_fused_kernel_is_used_where_torch_has_one(monkeypatch):
     from dion2_lightning.algorithms import adamw
 
