@@ -395,6 +395,21 @@ def test_a_gradient_may_be_expanded(shape: tuple[int, int]) -> None:
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("splits", ["expert 4*2 along inputs", "q 1*2 | k 2*3 along inputs", "expert 4*5"])
+def test_the_gradient_of_a_stack_may_be_expanded(splits: str) -> None:
+    results = []
+    for is_expanded in (True, False):
+        parameter = torch.nn.Parameter(torch.ones(20, 8))
+        optimizer = Dion2([{"params": [parameter], "splits": splits, "nesterov": True, "select": "output"}], **COMMON)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            gradient = torch.randn(20, 1, generator=generator).expand(20, 8)
+            parameter.grad = gradient if is_expanded else gradient.contiguous()
+            optimizer.step()
+        results.append(parameter.detach())
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("is_small", [False, True])
 @pytest.mark.parametrize("form", [form for form in FORMS if "every second" in form and "tall" in form])
 def test_blocks_are_gone_over_together(form: str, is_small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
