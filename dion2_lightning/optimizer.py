@@ -159,14 +159,6 @@ class MatrixOptimizer(Optimizer):
                 f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}; of a "
                 "mesh, pass mesh.get_group()"
             )
-        if share_replicas is not None:
-            flag("share_replicas", share_replicas)
-        if max_grad_norm is not None:
-            positive("max_grad_norm", max_grad_norm)
-        if working_memory is not None:
-            positive_integer("working_memory", working_memory)
-        one_of(("auto", "torch", "triton"))("kernels", kernels)
-        one_of(["cpu", None])("offload", offload)
         self.orthonormalize = orthonormalize
         self.process_group = process_group
         self.share_replicas = share_replicas
@@ -174,6 +166,7 @@ class MatrixOptimizer(Optimizer):
         self.working_memory = working_memory
         self.kernels = kernels
         self.offload = offload
+        self._check_attributes()
         self.grad_norm = None
         self.observer = None
         self.fallbacks = Counter()
@@ -275,6 +268,7 @@ class MatrixOptimizer(Optimizer):
                 kernels=self.kernels,
                 share_replicas=self.share_replicas,
             )
+        self._check_settings()
         self._compressed.refuse_change(self.param_groups)
         self._check_placements()
         self._check_agreement()
@@ -287,7 +281,7 @@ class MatrixOptimizer(Optimizer):
             self._compressed.average(list(self._labelled()), self.param_groups, self.process_group)
         gates = self._gates()
         if self.max_grad_norm is not None:
-            parameters = [parameter for _, parameter, _ in self._labelled()]
+            parameters = [parameter for _, parameter, _ in self._labelled() if parameter.requires_grad]
             norm = clip_grad_norm_(parameters, self.max_grad_norm, replicas=self._compressed_parameters())
             self.grad_norm = self._left_in_place("grad_norm", norm)
         self._prepare_state()
@@ -578,6 +572,36 @@ class MatrixOptimizer(Optimizer):
         by_algorithm = group_by(members, lambda member: member.group["algorithm"])
         return [ALGORITHMS[name].step(its_members, context) for name, its_members in by_algorithm.items()]
 
+    def _check_attributes(self) -> None:
+        """Refuse attributes that say nothing; they may be set at any time."""
+        if self.share_replicas is not None:
+            flag("share_replicas", self.share_replicas)
+        if self.max_grad_norm is not None:
+            positive("max_grad_norm", self.max_grad_norm)
+        if self.working_memory is not None:
+            positive_integer("working_memory", self.working_memory)
+        one_of(("auto", "torch", "triton"))("kernels", self.kernels)
+        one_of(["cpu", None])("offload", self.offload)
+
+    def _check_settings(self) -> None:
+        """Refuse what groups and attributes cannot say, as when they were made: they may have been changed since.
+
+        Not the learning rate, which schedulers set, some of them a rounding error under zero; and no tensor, for which
+        the host would wait.
+        """
+        self._check_attributes()
+        for group in self.param_groups:
+            prefix = f"group {group['name']!r}: "
+            algorithm = algorithm_of(group, prefix)
+            settings = algorithm.defaults()
+            if missing := [name for name in settings if name not in group]:
+                raise ValueError(
+                    f"{prefix}has no {missing[0]!r}, which algorithm {algorithm.name!r} needs; a group's algorithm is "
+                    "chosen when it is added"
+                )
+            given = {name: group[name] for name in settings if name != "lr" and not isinstance(group[name], Tensor)}
+            algorithm.check_settings(given, prefix)
+
     def _check_placements(self) -> None:
         """Refuse parameters that cannot be updated as they are placed now, before ranks talk to each other."""
         for group, parameter, label in self._labelled():
@@ -601,7 +625,11 @@ class MatrixOptimizer(Optimizer):
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(f"{label} has a gradient stored as {parameter.grad.layout}; use sparse=False")
         place_gradients(parameter for _, parameter, _ in everything)
-        checked = [(label, parameter) for group, parameter, label in everything if group["check_finite"] is True]
+        checked = [
+            (label, parameter)
+            for group, parameter, label in everything
+            if group["check_finite"] is True and parameter.requires_grad
+        ]
         if not checked:
             return
         labels, parameters = zip(*checked, strict=True)
@@ -615,7 +643,11 @@ class MatrixOptimizer(Optimizer):
 
         All ranks decide alike, and all groups are skipped together.
         """
-        checked = [parameter for group, parameter, _ in self._labelled() if group["check_finite"] == "skip"]
+        checked = [
+            parameter
+            for group, parameter, _ in self._labelled()
+            if group["check_finite"] == "skip" and parameter.requires_grad
+        ]
         if not checked:
             return {}
         parameters = [parameter for _, parameter, _ in self._labelled()]

@@ -414,6 +414,76 @@ def test_check_finite_names_the_parameter_before_anything_is_touched():
                 assert all(torch.equal(value, after[key][entry]) for entry, value in entries.items())
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("select", "foo", "select must be one of 'shorter', 'output', got 'foo'"),
+        ("check_finite", "skipp", "check_finite must be one of True, False, 'skip', got 'skipp'"),
+        ("momentum", 1.5, r"momentum must lie in \[0, 1\), got 1.5"),
+        ("fraction", 5.0, r"fraction must lie in \(0, 1\], got 5.0"),
+        ("weight_decay", -1.0, "weight_decay must be at least 0"),
+        ("state_dtype", "float9", "state_dtype must be None or one of bfloat16, float32, float64"),
+        ("algorithm", "adamw", "has no 'betas', which algorithm 'adamw' needs; a group's algorithm is chosen when it"),
+        ("algorithm", "adam", "algorithm must be one of"),
+    ],
+)
+def test_settings_that_are_changed_later_are_checked_before_anything_is_touched(name, value, message):
+    model = model_of()
+    optimizer = Dion2(groups_of(model), lr=0.1)
+    train(model, optimizer, range(1))
+    loss_of(model, 1).backward()
+    before = snapshot(model)
+    kept, optimizer.param_groups[0][name] = optimizer.param_groups[0][name], value
+    with pytest.raises((TypeError, ValueError), match=f"^group 'dion2': {message}"):
+        optimizer.step()
+    assert_identical(snapshot(model), before)
+    optimizer.param_groups[0][name] = kept
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("kernels", "foo", "kernels must be one of 'auto', 'torch', 'triton', got 'foo'"),
+        ("share_replicas", "x", "share_replicas must be True or False, got 'x'"),
+        ("working_memory", "1GB", "working_memory must be an integer, got '1GB'"),
+        ("max_grad_norm", 0, "max_grad_norm must be over 0"),
+        ("offload", "disk", "offload must be one of 'cpu', None, got 'disk'"),
+    ],
+)
+def test_attributes_that_are_changed_later_are_checked(name, value, message):
+    model = model_of()
+    optimizer = Dion2(groups_of(model), lr=0.1)
+    setattr(optimizer, name, value)
+    loss_of(model, 0).backward()
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        optimizer.step()
+
+
+def test_a_learning_rate_that_is_a_rounding_error_under_zero_is_no_error():
+    model = model_of()
+    optimizer = Dion2(groups_of(model), lr=0.1)
+    optimizer.param_groups[0]["lr"] = -1e-20
+    train(model, optimizer, range(1))
+
+
+@pytest.mark.parametrize("settings", [{"max_grad_norm": 1.0}, {"check_finite": "skip"}, {"check_finite": True}])
+def test_the_gradient_of_a_frozen_parameter_decides_nothing(settings):
+    """Freezing a parameter leaves its gradient until ``zero_grad()``."""
+    results = []
+    for left in (None, math.nan):
+        model = model_of()
+        optimizer = Dion2(groups_of(model), lr=0.1, **settings)
+        train(model, optimizer, range(1))
+        model[0].weight.requires_grad_(False)
+        loss_of(model, 1).backward()
+        model[0].weight.grad = None if left is None else torch.full_like(model[0].weight, left)
+        optimizer.step()
+        assert optimizer.skipped_steps == 0
+        results.append(snapshot(model))
+    assert_identical(*results)
+
+
 def test_a_sparse_gradient_is_refused():
     embedding = nn.Embedding(8, 4, sparse=True)
     optimizer = Dion2([("table", embedding.weight)])

@@ -8,6 +8,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
+from functools import cache
 from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -47,6 +48,11 @@ def setting(default: Any, description: str, check: Check | None = None) -> Any:
 
 def checks_of(settings: type) -> dict[str, Check]:
     """Return the checks of a settings class, by name."""
+    return dict(_checks_of(settings))
+
+
+@cache  # every step asks
+def _checks_of(settings: type) -> dict[str, Check]:
     kinds = get_type_hints(settings)
     return {each.name: _check_of(kinds[each.name], each.metadata.get("check")) for each in fields(settings)}
 
