@@ -348,11 +348,11 @@ def check_matrix(parameter: Tensor, label: str, group: Mapping[str, Any], algori
         raise ValueError(f"{label} cannot be batched and a convolution; leave one of both out of its group")
     if parameter.ndim in ((3, 4, 5) if is_convolution else (3,) if is_batched else (2,)):
         rows, columns = (shape[0], math.prod(shape[1:])) if is_convolution else shape[-2:]
-        wrong = misfit(group["splits"], (columns, rows) if group["transposed"] else (rows, columns))
+        size = (columns, rows) if group["transposed"] else (rows, columns)
+        wrong = _misfit_of_kernel(parameter, group) if is_convolution and group["splits"] != WHOLE else None
+        wrong = wrong or misfit(group["splits"], size, may_repeat=not is_convolution)
         if wrong is None and is_batched and any(block.matrices > 1 for block in blocks_of(group["splits"])):
             wrong = "a stack of matrices cannot be split into stacks; give blocks of one matrix each"
-        if wrong is None and is_convolution and group["splits"] != WHOLE:
-            wrong = _misfit_of_kernel(parameter, group)
         if wrong is not None:
             raise ValueError(f"{label} is not what its splits say: {wrong}")
         return

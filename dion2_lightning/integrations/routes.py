@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
@@ -27,6 +27,7 @@ from dion2_lightning.costs import Layout, Placed, adamw_state_bytes, gradient_by
 from dion2_lightning.factory import Dion2
 from dion2_lightning.matrices.layout import group_by
 from dion2_lightning.matrices.splits import blocks_of
+from dion2_lightning.routing.model_tree import number_of
 from dion2_lightning.routing.router import Decision, Routing, route_parameters
 from dion2_lightning.routing.rules import Role
 
@@ -46,6 +47,11 @@ _WITHOUT_PRODUCT = frozenset({Role.EMBEDDING, Role.VECTOR, Role.OTHER, Role.LORA
 _CONVOLUTIONS = frozenset({Role.CONVOLUTION, Role.CONVOLUTION_OTHER})  # and not an embedding of patches
 _ATTENDS_TO_ALL = frozenset({"full_attention", "attention", "hybrid"})
 _ATTENDS_TO_NONE = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"})
+_OF_ATTENTION = (
+    *("num_attention_heads", "hidden_size", "num_hidden_layers", "head_dim", "attention_head_dim", "qk_head_dim"),
+    *("v_head_dim", "sliding_window", "attention_chunk_size", "layer_types"),
+)
+_NOT_ONE_NUMBER = "its config does not give one number of heads, or of layers"
 _OTHER_WINDOWS = ("attention_window", "window_size")
 
 
@@ -94,12 +100,22 @@ def build_model(config: Any, dtype: str | None = None) -> nn.Module:
     """
     transformers = _transformers()
     named = [getattr(transformers, each, None) for each in config.architectures or ()]
-    known = [getattr(transformers, f"AutoModelFor{each}") for each in _AUTO_CLASSES]
-    automatic = next((each for each in known if type(config) in each._model_mapping), transformers.AutoModel)
+    preferred = [*(f"AutoModelFor{each}" for each in _AUTO_CLASSES), "AutoModel"]
+    others = [each for each in dir(transformers) if each.startswith("AutoModelFor") and each not in preferred]
+    mappings = [getattr(transformers, each)._model_mapping for each in (*preferred, *others)]
+    found = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    classes = [each[0] if isinstance(each, tuple) else each for each in found]
+    if named and named[0]:
+        classes = named[:1]
+    if not classes:
+        raise ValueError(f"transformers has no model class for {type(config).__name__}; give the config of a model")
     wanted = getattr(torch, dtype) if dtype else config.dtype or torch.float32
     with torch.device("meta"), _in_few_words():
-        model: nn.Module = named[0]._from_config(config) if named and named[0] else automatic.from_config(config)
-    return model.to(wanted)
+        for each in classes[:-1]:  # MusicGen's decoder, for one, cannot be built of the config of all its parts
+            with suppress(Exception):
+                model: nn.Module = each._from_config(config)
+                return model.to(wanted)
+        return classes[-1]._from_config(config).to(wanted)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -143,7 +159,11 @@ def forward_backward(model: Any, routing: Routing, batch: int, length: int | Non
     """
     built = {type(module.config) for module in model.modules() if hasattr(module, "config")}
     parts = [each for each in _nested(model.config) if type(each) in built]
-    config, notes = model.config.get_text_config(), list[str]()
+    notes = list[str]()
+    try:
+        config = model.config.get_text_config()
+    except ValueError:  # it has one for each of two texts
+        config = model.config.get_text_config(decoder=True)
     if parts and type(config) not in built:  # a tower of images, of a model that has one of text too
         config = parts[0]
     length, source = _lengths(model, config, length, notes)
@@ -162,7 +182,7 @@ def forward_backward(model: Any, routing: Routing, batch: int, length: int | Non
         notes.append("convolutions were counted at one position a token; they may have others")
     decisions = {id(each.parameter): each for each in routing.decisions}
     listed = [int(found[1]) for each in routing.decisions if (found := _LISTED_EXPERT.search(each.name))]
-    per_token = _number(_ACTIVE_EXPERTS, config, *_nested(config))
+    per_token = next(filter(None, (number_of(each, *_ACTIVE_EXPERTS) for each in (config, *_nested(config)))), None)
     if per_token is None and (listed or any(map(_experts_in, routing.decisions))):
         notes.append("its config does not say how many experts a token goes to; all were counted as active")
 
@@ -192,10 +212,15 @@ def _nested(config: Any) -> list[Any]:
     return [each for each in vars(config).values() if hasattr(each, "to_dict")]
 
 
-def _number(names: Sequence[str], *configs: Any) -> int | None:
-    """The first of some entries that is a number."""
-    found = (getattr(config, name, None) for config in configs for name in names)
-    return next((each for each in found if isinstance(each, int)), None)
+def _differing(config: Any, names: Sequence[str]) -> list[str]:
+    """Which entries of a config transformers does not tell, as its layers differ in them."""
+    found = []
+    for name in names:
+        try:
+            getattr(config, name, None)
+        except Exception:
+            found.append(name)
+    return found
 
 
 def _experts_in(decision: Decision) -> int:
@@ -207,7 +232,7 @@ def _experts_in(decision: Decision) -> int:
 
 def _lengths(model: nn.Module, config: Any, length: int | None, notes: list[str]) -> tuple[int, int]:
     """Tokens of a sequence, and those that an encoder sees in front of a decoder; adds to the notes."""
-    positions = _number(_POSITIONS, config)
+    positions = number_of(config, *_POSITIONS)
     if positions is not None and length is not None and length > positions:
         notes.append(f"a length of {length:,} is more than the {positions:,} positions of its config")
     default = min(LENGTH, positions or LENGTH)
@@ -215,7 +240,7 @@ def _lengths(model: nn.Module, config: Any, length: int | None, notes: list[str]
     if not any(isinstance(each, nn.Embedding) and each.num_embeddings == vocabulary for each in model.modules()):
         default = _patches(model, config, notes) or default
     chosen = default if length is None else length
-    return chosen, _number(("max_source_positions",), config) or chosen
+    return chosen, number_of(config, "max_source_positions") or chosen
 
 
 def _patches(model: nn.Module, config: Any, notes: list[str]) -> int | None:
@@ -230,7 +255,7 @@ def _patches(model: nn.Module, config: Any, notes: list[str]) -> int | None:
         tuple(each)[-2:] if isinstance(each, list | tuple) else (each, each) for each in (image, patch)
     )
     patches = (height // side) * (width // other) + 1
-    tokens, frames = rows[0] if rows else patches, _number(("num_frames",), config)
+    tokens, frames = rows[0] if rows else patches, number_of(config, "num_frames")
     if frames is not None and tokens <= patches:
         notes.append(f"one of its {frames} frames was counted")
     return tokens
@@ -238,21 +263,22 @@ def _patches(model: nn.Module, config: Any, notes: list[str]) -> int | None:
 
 def _attention(model: Any, config: Any, batch: int, length: int, source: int, notes: list[str]) -> int:
     """FLOPs between tokens: 12 a layer, a hidden unit, a token and a token that it sees; adds to the notes."""
-    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    if not isinstance(heads, int) or not isinstance(hidden, int):
+    differing = _differing(config, _OF_ATTENTION)
+    heads, hidden, layers = (number_of(config, each) for each in _OF_ATTENTION[:3])
+    if differing or heads is None or hidden is None or layers is None:
         if any("attention" in type(module).__name__.lower() for module in model.modules()):
-            notes.append("its attention was not counted: its config does not give one number of heads")
+            why = f"its layers differ in {' and '.join(differing)}" if differing else _NOT_ONE_NUMBER
+            notes.append(f"its attention was not counted: {why}")
         return 0
-    head = _number(("head_dim", "attention_head_dim"), config) or hidden // heads
-    width = heads * ((_number(("qk_head_dim",), config) or head) + (_number(("v_head_dim",), config) or head)) / 2
-    layers = config.num_hidden_layers
+    head = number_of(config, "head_dim", "attention_head_dim") or hidden // heads
+    width = heads * ((number_of(config, "qk_head_dim") or head) + (number_of(config, "v_head_dim") or head)) / 2
     if model.config.is_encoder_decoder:
-        decoder = _number(("decoder_layers", "num_decoder_layers"), config) or layers
-        of_encoder = (_number(("encoder_layers",), config) or layers) * source * source
+        decoder = number_of(config, "decoder_layers", "num_decoder_layers") or layers
+        of_encoder = (number_of(config, "encoder_layers") or layers) * source * source
         return round(12 * width * batch * (of_encoder + decoder * length * (length / 2 + source)))
     is_causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
     everything = length / 2 if is_causal else length
-    window, chunk = _number(("sliding_window",), config), _number(("attention_chunk_size",), config)
+    window, chunk = number_of(config, "sliding_window"), number_of(config, "attention_chunk_size")
     in_window = in_chunk = everything
     if window is not None and window < length:  # the first tokens have fewer before them
         in_window = window - window**2 / (2 * length) if is_causal else min(2 * window, length)
@@ -325,6 +351,8 @@ def costs_of(
             for each in group["params"]
         ]
 
+    if setting is not None and any(each.low_rank for each in routing.decisions):
+        passes["notes"].append(f"factors of rank {lora_rank} are trained at {setting} 1, whatever the row says")
     if setting is not None and fraction is None:
         fraction = ALGORITHMS[choice.matrices].defaults()[setting]
     groups, one = groups_at(fraction), Layout()

@@ -133,15 +133,20 @@ def check_splits(name: str, value: object) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
-def misfit(text: str, shape: tuple[int, int]) -> str | None:
-    """Return why a text does not fit a weight of (out, in), and what would; None if it does."""
+def misfit(text: str, shape: tuple[int, int], *, may_repeat: bool = True) -> str | None:
+    """Return why a text does not fit a weight of (out, in), and what would; None if it does.
+
+    ``may_repeat`` says whether blocks may be repeated, or lie along the other axis: not those of a kernel.
+    """
     splits = read_splits(text)
     if splits is None:
         return None
     size, axis = shape[splits.axis], ("outputs", "inputs")[splits.axis]
     if splits.size != size:
         first, fits = splits.blocks[0], ""
-        if size % first.period == 0 and (first.repeats > 1 or size > first.period):
+        if not may_repeat:
+            pass
+        elif size % first.period == 0 and (first.repeats > 1 or size > first.period):
             fits = f"; {size // first.period} x (...) would fit"
         elif shape[1 - splits.axis] == splits.size:
             fits = f"; it would fit along {('inputs', 'outputs')[splits.axis]}"

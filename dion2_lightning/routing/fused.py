@@ -1,10 +1,11 @@
-"""Which matrices lie side by side in the weight of a linear layer or of experts, and which heads.
+"""Which matrices lie side by side in the weight of a linear layer, of experts or of a convolution, and which heads.
 
 A rule says which module's weight it knows, and how that module's ``forward`` takes its output apart. Modules are
 recognised by the names of their classes, so that no library has to be installed. What a rule says is checked against
 the shape of the weight: where it does not fit, the weight is kept whole, and the reason says so.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any, Final, NamedTuple
 from torch import nn
 
 from dion2_lightning.matrices.splits import WHOLE, misfit
-from dion2_lightning.routing.model_tree import ModulePath, unwrap
+from dion2_lightning.routing.model_tree import ModulePath, number_of, unwrap
 from dion2_lightning.routing.rules import FEW_SLICES
 
 
@@ -80,12 +81,15 @@ class Layer:
     inputs: int
 
     @classmethod
-    def read(cls, path: ModulePath, shape: tuple[int, int]) -> "Layer":
-        """Read a weight of this module path, and of this shape (out, in)."""
-        # The layer itself, or what wraps it alone, as Gemma's layers that clip and peft's adapters do.
+    def read(cls, path: ModulePath, shape: tuple[int, int], *, wrapped: bool = True) -> "Layer":
+        """Read a weight of this module path, and of this shape (out, in).
+
+        ``wrapped`` says whether a layer called ``linear`` or ``convolution`` is taken for what wraps it, as Gemma's
+        layers that clip do. Peft's adapters always are.
+        """
         level = 1 if path.names[-1] == "weight" and len(path.modules) > 1 else 0
         while level + 2 <= len(path.modules):
-            if path.module_name(level) in ("linear", "base_layer"):
+            if path.module_name(level) in (("linear", "convolution", "base_layer") if wrapped else ("base_layer",)):
                 level += 1
             elif path.module_name(level + 1) == "modules_to_save":
                 level += 2
@@ -114,11 +118,11 @@ class Layer:
 
     def number(self, *names: str) -> int | None:
         """Return the first of some numbers that the module has, or else the configuration that is nearest to it."""
-        return self.own_number(*names) or _number(self.config, names)
+        return self.own_number(*names) or number_of(self.config, *names)
 
     def own_number(self, *names: str) -> int | None:
         """Return the first of some numbers that the module has."""
-        return _number(self.module, names)
+        return number_of(self.module, *names)
 
     def numbers(self, *names: str) -> list[int] | None:
         """Return all of some numbers; None where one is missing."""
@@ -134,25 +138,14 @@ class Layer:
         return any(each.__module__.startswith("transformers.models.") for each in type(self.module).__mro__)
 
 
-def _number(source: object, names: tuple[str, ...]) -> int | None:
-    for name in names:
-        try:
-            value = getattr(source, name, None)
-        except Exception:  # a configuration whose layers differ in it
-            continue
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
-
-
 # How outputs are taken apart. Each returns the pieces, a reason to keep the weight whole, or None where it is one
 # matrix or a number is missing.
 
 PiecesOrReason = Pieces | str | None
 
 
-def _halves(first: str, second: str) -> Callable[[Layer], PiecesOrReason]:
-    return lambda layer: Pieces((Piece(first, layer.outputs // 2), Piece(second, layer.outputs // 2)))
+def _equal_parts(*names: str) -> Callable[[Layer], PiecesOrReason]:
+    return lambda layer: Pieces(tuple(Piece(name, layer.outputs // len(names)) for name in names))
 
 
 def _side_by_side(layer: Layer) -> PiecesOrReason:
@@ -226,6 +219,13 @@ def _query_and_gate(layer: Layer) -> PiecesOrReason:
     return Pieces((Piece("q", layer.head_size, 1), Piece("gate", layer.head_size, 1)), layer.heads)
 
 
+def _query_and_gate_of_values(layer: Layer) -> PiecesOrReason:
+    sizes = layer.numbers("qk_head_dim", "v_head_dim")
+    if sizes is None or layer.heads is None:
+        return None
+    return Pieces((Piece("q", sizes[0], 1), Piece("gate", sizes[1], 1)), layer.heads)
+
+
 def _latent_and_rotary(layer: Layer) -> PiecesOrReason:
     rank, rotary = layer.number("kv_lora_rank"), layer.number("qk_rope_head_dim")
     return None if rank is None or rank == layer.outputs else Pieces((Piece("kv", rank), Piece("k_rope", rotary or 0)))
@@ -254,15 +254,25 @@ def _delta_net(layer: Layer) -> PiecesOrReason:
     return Pieces((*per_key, *per_value), keys)
 
 
+def _xlstm(layer: Layer) -> PiecesOrReason:
+    sizes = layer.numbers("qk_dim", "v_dim")
+    if sizes is None:
+        return None
+    queries, values = Piece("q", sizes[0], layer.heads), Piece("v", sizes[1], layer.heads)
+    return Pieces((queries, queries._replace(name="k"), values, values._replace(name="o")))
+
+
 def _mamba(layer: Layer) -> PiecesOrReason:
-    inner = layer.number("intermediate_size", "d_inner")
+    inner = layer.own_number("d_ssm") or layer.number("intermediate_size", "d_inner")
     if layer.outputs == 2 * (inner or 0):
-        return _halves("x", "gate")(layer)
+        return _equal_parts("x", "gate")(layer)
     groups, heads = layer.number("n_groups", "ngroups"), layer.number("num_heads", "nheads")
     state = layer.number(*_STATE_SIZE)
     if inner is None or groups is None or heads is None or state is None:
         return "its sizes are not known: pass splits="
+    beside = (layer.outputs - 2 * inner - 2 * groups * state - heads) // 2  # of mamba_ssm where d_ssm < d_inner
     return _of_enough_rows(
+        *((Piece("mlp_gate", beside), Piece("mlp_up", beside)) if beside > 0 else ()),
         Piece("gate", inner),
         Piece("x", inner),
         Piece("B", groups * state),
@@ -292,6 +302,11 @@ def _focal(layer: Layer) -> PiecesOrReason:
     return _of_enough_rows(Piece("q", width), Piece("context", width), Piece("gates", layer.outputs - 2 * width))
 
 
+def _mobile_vit(layer: Layer) -> PiecesOrReason:
+    width = layer.outputs // 2
+    return _of_enough_rows(Piece("q", layer.outputs - 2 * width), Piece("k", width), Piece("v", width))
+
+
 def _every_second(first: str, second: str) -> Callable[[Layer], PiecesOrReason]:
     return lambda layer: Pieces((Piece(first, 1), Piece(second, 1)), layer.outputs // 2)
 
@@ -310,10 +325,6 @@ def _of_enough_rows(*pieces: Piece, repeats: int = 1) -> PiecesOrReason:
     return f"too few rows for {Pieces(pieces, repeats).splits(per_head=False)}"
 
 
-def _thirds(*names: str) -> Callable[[Layer], PiecesOrReason]:
-    return lambda layer: Pieces(tuple(Piece(name, layer.outputs // 3) for name in names))
-
-
 class Rule(NamedTuple):
     """A weight whose matrices are known.
 
@@ -328,6 +339,8 @@ class Rule(NamedTuple):
     pieces_of: Callable[[Layer], PiecesOrReason]
 
 
+_MODULATED: Final = ("attn_shift", "attn_scale", "attn_gate", "mlp_shift", "mlp_scale", "mlp_gate")
+
 RULES: Final = (
     # attention
     Rule("^MultiheadAttention$", "in_proj_weight", _side_by_side),
@@ -338,6 +351,9 @@ RULES: Final = (
     Rule("GPTBigCode", "c_attn", _gpt_bigcode),
     Rule("^DisentangledSelfAttention$", "in_proj", _by_head),
     Rule("EsmFoldSelfAttention", "proj", _by_head),
+    Rule("EsmFoldSequenceToPair", "proj", _equal_parts("q", "k")),
+    Rule(r"PPDocLayoutV\dGlobalPointer", "dense", _equal_parts("q", "k")),
+    Rule("MobileViTV2LinearSelfAttention", "qkv_proj", _mobile_vit),
     Rule("Phi3|Phi4Multimodal", "qkv_proj", _side_by_side),
     Rule("Mpt|Dbrx|ModernBert", "Wqkv", _side_by_side),
     Rule(None, "c_attn", _side_by_side_or_cross),
@@ -346,25 +362,49 @@ RULES: Final = (
     Rule(None, "to_kv", _keys_and_values),
     Rule("JetMoeAttention", "kv_proj", _keys_and_values),
     Rule("Qwen", "q_proj", _query_and_gate),
+    Rule("AXK2", "q_gate_proj", _query_and_gate_of_values),
     Rule(None, "kv_a_proj_with_mqa", _latent_and_rotary),
     Rule(None, "kv_b_proj", _from_latent),
+    Rule("DeepseekV4(CSACompressor|Indexer)", "(kv|gate)_proj", _equal_parts("a", "b")),
+    Rule(
+        "EsmFold2TriangleMultiplicativeUpdate", "proj_bundle", _equal_parts("left", "right", "left_gate", "right_gate")
+    ),
+    Rule("EsmFold2OuterProductMean", "input_proj", _equal_parts("left", "right")),
     # linear attention, state space models, short convolutions
     Rule("GatedDeltaNet", "in_proj_(qkvz|qkv|ba)", _delta_net),
     Rule("ZambaMambaMixer", "in_proj", _every_second("x", "gate")),
     Rule("Mamba|Bamba|FalconH1Mixer", "in_proj", _mamba),
     Rule("Mamba", "x_proj", _mamba_x),
-    Rule("Lfm.*ShortConv", "in_proj", _thirds("B", "C", "x")),
+    Rule("Lfm.*ShortConv", "in_proj", _equal_parts("B", "C", "x")),
     Rule("FocalNetModulation", "projection_in", _focal),
+    Rule("xLSTMLayer", "qkv_opreact", _xlstm),
     # gate and up
     Rule("GptOssExperts", "gate_up_proj", _every_second("gate", "up")),
-    Rule("Phi4MultimodalAudio", "gate_up_proj", _halves("up", "gate")),
-    Rule("Phi3MLP", "gate_up_proj", _halves("gate", "up")),
-    Rule(None, "gate_up_proj", _halves("gate", "up")),
-    Rule("JetMoeMoE|GraniteMoe.*MLP", "input_linear", _halves("gate", "up")),
-    Rule("ModernBert", "Wi", _halves("input", "gate")),
-    Rule("Moonshine.*DecoderMLP", "fc1", _halves("up", "gate")),
-    Rule("Gemma.*LightConv1d", "linear_start", _halves("up", "gate")),
-    Rule("GraniteSpeech5.*ConvolutionModule", "pointwise_lin1", _halves("up", "gate")),
+    Rule("Phi4MultimodalAudio", "gate_up_proj", _equal_parts("up", "gate")),
+    Rule("Phi3MLP", "gate_up_proj", _equal_parts("gate", "up")),
+    Rule(None, "gate_up_proj", _equal_parts("gate", "up")),
+    Rule("JetMoeMoE|GraniteMoe.*MLP", "input_linear", _equal_parts("gate", "up")),
+    Rule("ModernBert", "Wi", _equal_parts("input", "gate")),
+    Rule("Moonshine.*DecoderMLP", "fc1", _equal_parts("up", "gate")),
+    Rule("Gemma.*LightConv1d", "linear_start", _equal_parts("up", "gate")),
+    Rule("GraniteSpeech5.*ConvolutionModule", "pointwise_lin1", _equal_parts("up", "gate")),
+    Rule("GatingMLP", "fc1", _equal_parts("gate", "up")),
+    Rule("ClvpGatedLinearUnit", "proj", _equal_parts("up", "gate")),
+    Rule("(AyaVision|Cohere2Vision)MultiModalProjector", "linear_1", _equal_parts("up", "gate")),
+    Rule("xLSTMFeedForward", "proj_up_gate_z", _equal_parts("gate", "up")),
+    Rule("(DFine|Deimv2)Gate", "gate", _equal_parts("gate1", "gate2")),
+    # convolutions whose outputs are one half of them, gated by the other
+    Rule("ConvolutionModule", "pointwise_conv1", _equal_parts("up", "gate")),
+    Rule("Granite.*ConvModule", "up_conv", _equal_parts("up", "gate")),
+    Rule("Phi4MultimodalAudioGluPointWiseConv", "ext_pw_conv_1d", _equal_parts("up", "gate")),
+    Rule("(Wav2Vec2|Wav2Vec2Conformer|WavLM|Data2VecAudio)AdapterLayer", "conv", _equal_parts("up", "gate")),
+    Rule("(Seamless.*|Wav2Vec2Bert)AdapterLayer", "(residual|self_attn)_conv", _equal_parts("up", "gate")),
+    # what a condition shifts, scales and gates
+    Rule("AdaLayerNormZero$", "linear", _equal_parts(*_MODULATED)),
+    Rule("EsmFold2AtomLayer", "adaln_linear", _equal_parts(*_MODULATED)),
+    Rule("AdaLayerNormZero_Final", "linear", _equal_parts("scale", "shift")),
+    Rule("VibeVoiceDiffusionHeadAdaLayerNorm", "linear", _equal_parts("shift", "scale", "gate")),
+    Rule("VibeVoiceDiffusionHeadFinalLayer", "linear_1", _equal_parts("shift", "scale")),
 )
 """What is known, the first that fits wins. Each has been read in the source of its class, transformers 5.23."""
 
@@ -377,40 +417,47 @@ _KV_HEADS: Final = (
     "num_query_groups",
     "n_query_groups",
 )
-_HEAD_SIZE: Final = ("head_dim", "head_size", "attention_head_size")
+_HEAD_SIZE: Final = ("head_dim", "attention_head_size", "head_size")  # the last is that of all heads in LXMERT
 _STATE_SIZE: Final = ("ssm_state_size", "d_state")
 _OUTPUT_BESIDE: Final = {"qkv": "proj", "c_attn": "c_proj"}
 """Layers that hold q, k and v in timm and in GPT-2's many copies, and what is beside them there."""
 _LOOKS_FUSED: Final = re.compile(r"qkv|query_key_value|keys_values|c_attn|gate_up|^in_proj_weight$|^w1[23]$|^Wi$")
+_FUSED_TOO: Final = ("in_proj", "att_proj", "q_gate_proj")
+"""Layers of an attention that hold q, although their names do not say that they are fused."""
 _ATTENTION: Final = re.compile(r"Att(entio)?n|GatedDeltaNet")
-_QUERY: Final = re.compile(r"(to_|w|c_|linear_)?q(uery|ueries)?(_b)?(_proj(_weight)?|_lin|_attn)?")
-_KEY: Final = re.compile(r"(to_|w|c_|linear_)?k(ey)?(_proj(_weight)?|_lin)?")
-_VALUE: Final = re.compile(r"(to_|w|c_|linear_)?v(alue)?(_proj(_weight)?|_lin)?")
-_ATTENTION_OUTPUT: Final = re.compile(r"(to_|w|W|linear_)?o(ut)?(_proj|_lin)?|dense|proj(ection)?|c_proj")
+_TO_HEADS: Final = "(to_|[wW]|c_|linear_|project_)?"
+_QUERY: Final = re.compile(_TO_HEADS + r"q(uery|ueries)?(_b)?(_proj(_weight)?|_lin|_attn|_global)?")
+_KEY: Final = re.compile(_TO_HEADS + r"k(ey)?(_proj(_weight)?|_lin|_global)?")
+_VALUE: Final = re.compile(_TO_HEADS + r"v(alue)?(_proj(_weight)?|_lin|_global)?")
+_ATTENTION_OUTPUT: Final = re.compile(
+    r"(to_|[wW]|linear_)?o(ut)?(_proj|_lin)?|(attention_)?out(put)?|dense|proj(ection)?|c_proj"
+)
 
 
 def find_splits(path: ModulePath, shape: tuple[int, int], per_head: bool) -> SplitsFound:
-    """Find the matrices in the weight of a linear layer, or in each matrix of a stack of experts.
+    """Find the matrices in the weight of a linear layer, in each matrix of a stack of experts, or in a kernel.
 
     Args:
         path: Its module path.
-        shape: (out, in) of the weight, or of an expert's.
+        shape: (out, in) of the weight, or of an expert's; of a kernel (out, in x taps).
         per_head: Whether each attention head is a matrix.
 
     Raises:
         ValueError: ``per_head``, and a number of heads does not divide the outputs of q, k or v, or the inputs of what
             follows attention.
     """
-    layer = Layer.read(path, shape)
-    for rule in RULES:
-        is_known = layer.is_of_transformers() if rule.module is None else layer.is_a(rule.module)
-        if re.fullmatch(rule.name, layer.name) and is_known:
-            pieces = rule.pieces_of(layer)
+    layer, itself = Layer.read(path, shape), Layer.read(path, shape, wrapped=False)
+    is_kernel = isinstance(path.owner, nn.modules.conv._ConvNd)  # only classes tell what lies side by side in one
+    for rule, each in itertools.product(RULES, (itself, layer)):
+        is_known = not is_kernel and each.is_of_transformers() if rule.module is None else each.is_a(rule.module)
+        if re.fullmatch(rule.name, each.name) and is_known:
+            pieces = rule.pieces_of(each)
             if pieces is not None:
-                return _checked(pieces, path, layer, per_head, "by its class")
-    if hasattr(layer.module, _OUTPUT_BESIDE.get(layer.name, "")) and (pieces := _by_name(layer)) is not None:
+                return _checked(pieces, path, each, per_head, "by its class")
+    has_output = not is_kernel and hasattr(layer.module, _OUTPUT_BESIDE.get(layer.name, ""))
+    if has_output and (pieces := _by_name(layer)) is not None:
         return _checked(pieces, path, layer, per_head, "by its name and shape")
-    if per_head and (found := _separate_heads(path, layer)) is not None:
+    if per_head and not is_kernel and (found := _separate_heads(path, layer)) is not None:
         return found
     return SplitsFound(WHOLE, "fused projections kept whole: pass splits=" if _LOOKS_FUSED.search(layer.name) else "")
 
@@ -499,7 +546,7 @@ def _outputs_of(attention: nn.Module, pattern: re.Pattern[str]) -> int | None:
         if pattern.fullmatch(name):
             layer = unwrap(child)
             layers = (layer, dict(layer.named_children()).get("linear"))
-            return next((found for each in layers if (found := _number(each, ("out_features", "nf")))), None)
+            return next((found for each in layers if (found := number_of(each, "out_features", "nf"))), None)
     return None
 
 
@@ -507,14 +554,16 @@ def _attention(layer: Layer) -> nn.Module | None:
     """The attention whose q, k, v or output a layer is; None where it is of another kind."""
     # BERT and others keep the output in a module of its own beside that with q, k and v.
     has_output_only = type(layer.module).__name__.endswith("Output") and layer.parent is not None
-    beside = [unwrap(child) for child in layer.parent.children()] if has_output_only and layer.parent else []
-    return next((each for each in (layer.module, *beside) if _is_attention(each)), None)
+    beside = [*layer.parent.children()] if has_output_only and layer.parent else []
+    # LED and others have q, k and v in a module of their own inside of that with the output.
+    inside = layer.module.children() if _ATTENTION.search(type(layer.module).__name__) else ()
+    return next((each for each in map(unwrap, (layer.module, *beside, *inside)) if _is_attention(each)), None)
 
 
 def _is_attention(module: nn.Module) -> bool:
     names = [*dict(module.named_children()), *dict(module.named_parameters(recurse=False))]
     return bool(_ATTENTION.search(type(module).__name__)) and any(
-        _QUERY.fullmatch(name) or _LOOKS_FUSED.search(name) or name == "in_proj" for name in names
+        _QUERY.fullmatch(name) or _LOOKS_FUSED.search(name) or name in _FUSED_TOO for name in names
     )
 
 

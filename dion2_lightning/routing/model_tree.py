@@ -94,6 +94,18 @@ def is_transformers_model(module: nn.Module) -> bool:
     return all(hasattr(type(module), name) for name in ("base_model_prefix", "get_input_embeddings"))
 
 
+def number_of(source: object, *names: str) -> int | None:
+    """Return the first of some attributes of a module, or of a configuration, that is a number over 0."""
+    for name in names:
+        try:
+            value = getattr(source, name, None)
+        except Exception:  # a configuration whose layers differ in it
+            continue
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
 def collapse_numbers(name: str) -> str:
     """Replace the numbers of layers and experts: ``layers.0.expert_3.weight`` becomes ``layers.*.expert_*.weight``."""
     return ".".join(re.sub(r"(^|_)\d+$", r"\1*", part) for part in name.split("."))

@@ -4,6 +4,7 @@ The rules say what a parameter is (its role), and two tables which roles are tra
 Which algorithm trains the matrices, and which the rest, is what the caller says.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -322,8 +323,10 @@ def _decide(
 
 
 def _shape_of_matrices(parameter: nn.Parameter, storage: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(out, in) of a weight, or of each in a stack of them; None for a kernel and for what is no matrix."""
-    if storage.get("convolution") or parameter.ndim != 2 + bool(storage.get("batched")):
+    """(out, in) of a weight, or of each in a stack of them; None for a transposed kernel and for what is no matrix."""
+    if storage.get("convolution"):
+        return None if storage.get("transposed") else (parameter.shape[0], math.prod(parameter.shape[1:]))
+    if parameter.ndim != 2 + bool(storage.get("batched")):
         return None
     rows, columns = parameter.shape[-2:]
     return (columns, rows) if storage.get("transposed") else (rows, columns)

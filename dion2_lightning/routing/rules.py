@@ -5,12 +5,13 @@ Rules look at the module that owns a parameter, then at its shape; never at a fi
 
 import math
 import re
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 from torch import nn
 
-from dion2_lightning.routing.model_tree import ModelTree, ModulePath, is_transformers_model, unwrap
+from dion2_lightning.routing.model_tree import ModelTree, ModulePath, is_transformers_model, number_of, unwrap
 
 
 class Role(StrEnum):
@@ -54,6 +55,8 @@ _CONVOLUTION = nn.modules.conv._ConvNd
 _TRANSPOSED_CONVOLUTION = nn.modules.conv._ConvTransposeNd
 _PATCH_EMBEDDING = re.compile("patch_?embed", re.IGNORECASE)
 _PIXEL_CHANNELS = 4  # red, green, blue, and a fourth
+_HEAD_NAME = re.compile(r"(^|_)head$|^class_(embed|predictor)$")
+_OUTPUT_COUNT = re.compile(r"vocab_size|num_embeddings$|^num_classes$")
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -85,6 +88,8 @@ def storage_of(parameter: nn.Parameter, path: ModulePath) -> dict[str, Any]:
         transposed, groups = isinstance(convolution, _TRANSPOSED_CONVOLUTION), convolution.groups
         splits = {"splits": _stack("group", groups, parameter.shape[0], transposed)} if groups > 1 else {}
         return {"convolution": True, "transposed": transposed, **splits}
+    if groups_of_linear := _groups_of_linear(parameter, path):
+        return {"transposed": False, "splits": _stack("group", groups_of_linear, parameter.shape[0], False)}
     return {"transposed": _is_linear_weight(parameter, path) and _is_transformers_conv1d(path.owner)}
 
 
@@ -170,14 +175,17 @@ def _head(parameter: nn.Parameter, path: ModulePath, backbone: str | None) -> Ve
         return None if backbone is None else Verdict(Role.HEAD, f"{OUTSIDE_BACKBONE} `{backbone}`")
     base = getattr(model, "base_model", None)
     base = unwrap(base) if isinstance(base, nn.Module) else model
+    if base is not model and base not in path.modules:
+        return Verdict(Role.HEAD, f"head: outside base model `{getattr(model, 'base_model_prefix', '')}`")
     if base is model:
         # CLIPForImageClassification and others keep their body in several modules: none of them is the base model.
         labels = getattr(getattr(model, "config", None), "num_labels", None)
         is_label_layer = _is_linear_weight(parameter, path) and path.modules[-2:-1] == (model,)
-        return Verdict(Role.HEAD, "head: one row a label") if is_label_layer and parameter.shape[0] == labels else None
-    if base in path.modules:
-        return None
-    return Verdict(Role.HEAD, f"head: outside base model `{getattr(model, 'base_model_prefix', '')}`")
+        if is_label_layer and parameter.shape[0] == labels:
+            return Verdict(Role.HEAD, "head: one row a label")
+    if _has_a_row_for_each_output(parameter, path, model):
+        return Verdict(Role.HEAD, "head: by its name, one row for each token or label")
+    return None
 
 
 def _router(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
@@ -233,6 +241,8 @@ def _weight_of_layer(parameter: nn.Parameter, path: ModulePath) -> Verdict | Non
         return Verdict(Role.MATRIX, "attention projection")
     if _is_linear_weight(parameter, path):
         kind = "linear, stored (in, out)" if _is_transformers_conv1d(path.owner) else "linear"
+        if groups := _groups_of_linear(parameter, path):
+            kind = f"linear of {groups} groups, each a matrix"
         return Verdict(Role.MATRIX, kind)
     return None
 
@@ -305,6 +315,37 @@ def _is_linear_weight(parameter: nn.Parameter, path: ModulePath) -> bool:
         return False
     owner = path.owner
     return isinstance(owner, nn.Linear) or type(owner).__name__.endswith("Linear") or _is_transformers_conv1d(owner)
+
+
+def _groups_of_linear(parameter: nn.Parameter, path: ModulePath) -> int | None:
+    """How many groups, each with inputs of its own, have their rows below each other, as DeepSeek-V4's; or None."""
+    is_grouped = _is_linear_weight(parameter, path) and type(path.owner).__name__.endswith("GroupedLinear")
+    groups = number_of(path.owner, "n_groups", "num_groups") if is_grouped else None
+    return groups if groups and parameter.shape[0] % groups == 0 and parameter.shape[0] > groups > 1 else None
+
+
+def _has_a_row_for_each_output(parameter: nn.Parameter, path: ModulePath, model: nn.Module) -> bool:
+    """Whether a layer's name says that it is a head, and it has as many rows as there are tokens or labels.
+
+    Detectors have one more, for nothing, and some recognizers of speech a few, for durations.
+    """
+    if not _HEAD_NAME.search(path.module_name(1)):
+        return False
+    is_layer = _is_linear_weight(parameter, path) or _convolution_of(path) is not None
+    configs = [getattr(each, "config", None) for each in (*path.modules, model)]
+    counts = {count for config in configs if config is not None for count in _output_counts(config)}
+    return is_layer and any(0 <= parameter.shape[0] - count < FEW_SLICES for count in counts)
+
+
+def _output_counts(config: Any) -> Iterator[int]:
+    """The numbers of tokens and labels in a configuration, and in those that it holds."""
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            yield from _output_counts(value)
+        elif _OUTPUT_COUNT.search(name) and (count := number_of(config, name)):
+            yield count
+    if labels := number_of(config, "num_labels"):  # computed from a table of their names
+        yield labels
 
 
 def _convolution_of(path: ModulePath) -> nn.modules.conv._ConvNd | None:

@@ -5,6 +5,7 @@ of q has rank one, and that of k has not. Without v the output is zero. What a g
 rows, and the gate is not.
 """
 
+import importlib
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -123,8 +124,11 @@ class Probe:
         """Return the output with some rows of the weight, and of a bias, multiplied."""
         weight = self.decision.parameter
         kept = weight.clone()
-        stored = weight.mT if self.decision.transposed else weight
-        stored[..., rows, :] *= factor
+        if self.decision.convolution:
+            weight[rows] *= factor
+        else:
+            stored = weight.mT if self.decision.transposed else weight
+            stored[..., rows, :] *= factor
         result = self.output().clone()
         weight.copy_(kept)
         return result
@@ -210,6 +214,37 @@ def levit() -> nn.Module:
         down_ops=[["Subsample", 8, 4, 2, 2, 2], [""]],
     )
     return transformers.LevitModel(config)
+
+
+def held(name: str, config: Any = None, *sizes: int, **arguments: Any) -> Callable[[], nn.Module]:
+    """Return what builds a model that is one module of transformers, ``"moshi.MoshiGatingMLP"``, for tokens of 32."""
+    family, kind = name.split(".")
+
+    def build_module() -> nn.Module:
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        its_sizes = sizes if config is None else (config(), *sizes)
+        return Holder(getattr(module, kind)(*its_sizes), **arguments)
+
+    return build_module
+
+
+def config_of(name: str, **sizes: Any) -> Callable[[], Any]:
+    return lambda: getattr(transformers, name)(**sizes)
+
+
+def vision_config_of(name: str) -> Callable[[], Any]:
+    """The configuration of a model that makes tokens of text out of patches, four of 8 features together."""
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    of_text = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 32}
+    return config_of(
+        name, vision_config=sizes, text_config=of_text, downsample_factor=2, alignment_intermediate_size=96
+    )
+
+
+def convolution(name: str, config: Callable[[], Any], weight: str, before: str | None) -> tuple[Case, str, str]:
+    """A convolution whose outputs are 32 that are gated, and 32 gates."""
+    case = Case(held(name, config), VECTORS, f"held.{weight}.weight", "up 32 | gate 32", before)
+    return case, "up", "gate"
 
 
 LAYER = "transformer.h.0"
@@ -383,6 +418,123 @@ GATES = {
         "up",
         "gate",
     ),
+    "moshi": (
+        Case(
+            held("moshi.MoshiGatingMLP", config_of("MoshiConfig", hidden_size=32, ffn_dim=96)),
+            VECTORS,
+            "held.fc1.weight",
+            "gate 48 | up 48",
+        ),
+        "up",
+        "gate",
+    ),
+    "clvp": (
+        Case(
+            held(
+                "clvp.ClvpGatedLinearUnit",
+                config_of("ClvpEncoderConfig", hidden_size=32, intermediate_size=48, num_attention_heads=4),
+            ),
+            VECTORS,
+            "held.proj.weight",
+            "up 48 | gate 48",
+        ),
+        "up",
+        "gate",
+    ),
+    "aya_vision": (
+        Case(
+            held("aya_vision.AyaVisionMultiModalProjector", vision_config_of("AyaVisionConfig")),
+            {"tokens": torch.rand(1, 16, 8)},
+            "held.linear_1.weight",
+            "up 48 | gate 48",
+        ),
+        "up",
+        "gate",
+    ),
+    "cohere2_vision": (
+        Case(
+            held("cohere2_vision.Cohere2VisionMultiModalProjector", vision_config_of("Cohere2VisionConfig")),
+            {"tokens": torch.rand(1, 16, 8)},
+            "held.linear_1.weight",
+            "up 48 | gate 48",
+        ),
+        "up",
+        "gate",
+    ),
+    "xlstm": (
+        Case(
+            held("xlstm.xLSTMFeedForward", config_of("xLSTMConfig", hidden_size=32, num_heads=4, weight_mode="fused")),
+            VECTORS,
+            "held.proj_up_gate_z.weight",
+            "gate 128 | up 128",
+        ),
+        "up",
+        "gate",
+    ),
+    "parakeet, convolution": convolution(
+        "parakeet.ParakeetEncoderConvolutionModule",
+        config_of("ParakeetEncoderConfig", hidden_size=32),
+        "pointwise_conv1",
+        "depthwise_conv",
+    ),
+    "lasr, convolution": convolution(
+        "lasr.LasrEncoderConvolutionModule",
+        config_of("LasrEncoderConfig", hidden_size=32),
+        "pointwise_conv1",
+        "depthwise_conv",
+    ),
+    "wav2vec2_bert, convolution": convolution(
+        "wav2vec2_bert.Wav2Vec2BertConvolutionModule",
+        config_of("Wav2Vec2BertConfig", hidden_size=32),
+        "pointwise_conv1",
+        "depthwise_conv",
+    ),
+    "wav2vec2_conformer, convolution": convolution(
+        "wav2vec2_conformer.Wav2Vec2ConformerConvolutionModule",
+        config_of("Wav2Vec2ConformerConfig", hidden_size=32),
+        "pointwise_conv1",
+        "depthwise_conv",
+    ),
+    "seamless_m4t, convolution": convolution(
+        "seamless_m4t.SeamlessM4TConformerConvolutionModule",
+        config_of("SeamlessM4TConfig", hidden_size=32),
+        "pointwise_conv1",
+        "depthwise_conv",
+    ),
+    "seamless_m4t_v2, convolution": convolution(
+        "seamless_m4t_v2.SeamlessM4Tv2ConformerConvolutionModule",
+        config_of("SeamlessM4Tv2Config", hidden_size=32),
+        "pointwise_conv1",
+        "depthwise_conv",
+    ),
+    "nemotron_asr_streaming, convolution": convolution(
+        "nemotron_asr_streaming.NemotronAsrStreamingEncoderConvolutionModule",
+        config_of("NemotronAsrStreamingEncoderConfig", hidden_size=32),
+        "pointwise_conv1",
+        "depthwise_conv",
+    ),
+    "granite_speech, convolution": convolution(
+        "granite_speech.GraniteSpeechConformerConvModule",
+        config_of("GraniteSpeechEncoderConfig", hidden_dim=32, conv_expansion_factor=1),
+        "up_conv",
+        "depth_conv",
+    ),
+    "phi4_multimodal, convolution": convolution(
+        "phi4_multimodal.Phi4MultimodalAudioGluPointWiseConv",
+        config_of("Phi4MultimodalAudioConfig", hidden_size=32, ext_pw_out_channel=32),
+        "ext_pw_conv_1d",
+        None,
+    ),
+    "wavlm, adapter": (
+        Case(
+            held("wavlm.WavLMAdapterLayer", config_of("WavLMConfig", output_hidden_size=32)),
+            {"tokens": torch.rand(1, 32, 12)},
+            "held.conv.weight",
+            "up 32 | gate 32",
+        ),
+        "up",
+        "gate",
+    ),
 }
 
 
@@ -396,6 +548,86 @@ def test_gates(name: str) -> None:
         module.limit = 1e6  # what is clamped is affine no more
     assert probe.bend(probe.rows(gated)) < 1e-5
     assert probe.bend(probe.rows(gate)) > 1e-2
+
+
+def test_one_gate_for_each_of_two_inputs() -> None:
+    """What the second gate is for is zero."""
+    case = Case(
+        held("d_fine.DFineGate", None, 32, hidden_states=torch.zeros(1, 6, 32)), VECTORS, "held.gate.weight", ""
+    )
+    probe = Probe(case)
+    assert probe.decision.splits == "gate1 32 | gate2 32"
+    assert not torch.equal(probe.scaled(probe.rows("gate1"), 8), probe.scaled(probe.rows("gate1"), 1))
+    assert torch.equal(probe.scaled(probe.rows("gate2"), 8), probe.scaled(probe.rows("gate2"), 1))
+
+
+def test_groups_of_a_linear_layer() -> None:
+    """Each has inputs of its own, and rows below those of the one before."""
+    model = held("deepseek_v4.DeepseekV4GroupedLinear", None, 8, 32, 4)()
+    decision = decide(model)["held.weight"]
+    assert (decision.splits, decision.reason) == ("group 4*8", "linear of 4 groups, each a matrix")
+    tokens = torch.rand(1, 6, 4, 8)
+    before = model(tokens)
+    with torch.no_grad():
+        decision.parameter[8:16] = 0  # the second group
+    changed = (model(tokens) != before).any(-1).flatten(0, 1).any(0)
+    assert changed.tolist() == [False, True, False, False]
+
+
+QWEN = "qwen2_5_omni.Qwen2_5_Omni"
+MODULATED = "attn_shift 32 | attn_scale 32 | attn_gate 32 | mlp_shift 32 | mlp_scale 32 | mlp_gate 32"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "weight", "splits"),
+    [
+        ("esm.EsmFoldSequenceToPair", (32, 24, 16), "proj", "q 24 | k 24"),
+        (f"{QWEN}AdaLayerNormZero", (32,), "linear", MODULATED),
+        (f"{QWEN}AdaLayerNormZero_Final", (32,), "linear", "scale 32 | shift 32"),
+    ],
+)
+def test_equal_parts(name: str, sizes: tuple[int, ...], weight: str, splits: str) -> None:
+    family, kind = name.split(".")
+    modeling = {"esm": "esmfold"}.get(family, family)
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{modeling}")
+    decision = decide(Holder(getattr(module, kind)(*sizes)))[f"held.{weight}.weight"]
+    assert (decision.splits, decision.reason) == (splits, f"linear; {splits} by its class")
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight", "splits"),
+    [
+        ("moshi", "layers.0.mlp.fc1", "gate 11264 | up 11264"),
+        ("deepseek_v4", "layers.0.self_attn.o_a_proj", "group 8*1024"),
+        ("axk2", "layers.0.self_attn.q_gate_proj", None),
+        ("mobilevitv2", "encoder.layer.2.transformer.layer.0.attention.qkv_proj.convolution", "q_k 129 | v 128"),
+    ],
+)
+def test_default_configurations(kind: str, weight: str, splits: str | None) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(transformers.CONFIG_MAPPING[kind]())
+    decisions = decide(model)
+    name = next(each for each in decisions if each.endswith(f"{weight}.weight"))
+    if splits is None:
+        config = model.config
+        sizes = f"q {config.qk_nope_head_dim + config.qk_rope_head_dim} | gate {config.v_head_dim}"
+        splits = f"{config.num_attention_heads} x ({sizes})"
+    assert decisions[name].splits == splits
+
+
+def test_convolutions_that_look_fused_are_kept_whole() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads = 4
+            self.qkv, self.proj = nn.Conv2d(32, 96, 1), nn.Conv2d(32, 32, 1)
+
+    decision = decide(Attention())["qkv.weight"]
+    assert (decision.splits, decision.reason) == (
+        "whole",
+        "convolution; fused projections kept whole: pass splits=",
+    )
+    assert decide(Attention(), splits={"qkv.weight": "q 32 | k 32 | v 32"})["qkv.weight"].splits == "q 32 | k 32 | v 32"
 
 
 def test_the_gate_of_speech_comes_last() -> None:
@@ -499,6 +731,8 @@ def test_mamba_of_another_library() -> None:
     assert decisions["x_proj.weight"].splits == "dt 24 | B 16 | C 16"
     decisions = decide(Mamba2(216, ngroups=2, nheads=24))
     assert decisions["in_proj.weight"].splits == "gate 64 | x 64 | B 32 | C 32 | dt 24"
+    decisions = decide(Mamba2(216, ngroups=2, nheads=24, d_ssm=32))  # the other inner ones go through an MLP
+    assert decisions["in_proj.weight"].splits == "mlp_gate 32 | mlp_up 32 | gate 32 | x 32 | B 32 | C 32 | dt 24"
     assert decide(Mamba(128))["x_proj.weight"].reason == "linear; kept whole: its sizes are not known: pass splits="
 
 
@@ -689,6 +923,77 @@ PER_HEAD = {
         "backbone.layers.0.mixer.out_proj.weight": "whole",
     },
 }
+
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 4}
+HEADS_OF = {
+    "lxmert": (
+        lambda: transformers.LxmertModel(
+            transformers.LxmertConfig(**SMALL, vocab_size=64, l_layers=1, x_layers=1, r_layers=1, intermediate_size=48)
+        ),
+        {
+            "encoder.layer.0.attention.self.query.weight": "head 4*8",
+            "encoder.layer.0.attention.output.dense.weight": "head 4*8 along inputs",
+        },
+    ),
+    "ctrl": (
+        lambda: transformers.CTRLModel(transformers.CTRLConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, dff=48)),
+        {
+            "h.0.multi_head_attention.Wq.weight": "head 4*8",
+            "h.0.multi_head_attention.Wv.weight": "head 4*8",
+            "h.0.multi_head_attention.dense.weight": "head 4*8 along inputs",
+            "h.0.ffn.2.weight": "whole",
+        },
+    ),
+    "cpmant": (
+        lambda: transformers.CpmAntModel(
+            transformers.CpmAntConfig(**SMALL, vocab_size=64, dim_head=8, dim_ff=48, num_hidden_layers=1)
+        ),
+        {
+            "encoder.layers.0.self_att.self_attention.project_k.weight": "head 4*8",
+            "encoder.layers.0.self_att.self_attention.attention_out.weight": "head 4*8 along inputs",
+        },
+    ),
+    "led": (
+        lambda: transformers.LEDModel(
+            transformers.LEDConfig(
+                vocab_size=64,
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                attention_window=4,
+            )
+        ),
+        {
+            "encoder.layers.0.self_attn.longformer_self_attn.query.weight": "head 4*8",
+            "encoder.layers.0.self_attn.longformer_self_attn.key_global.weight": "head 4*8",
+            "encoder.layers.0.self_attn.output.weight": "head 4*8 along inputs",
+        },
+    ),
+    "bark": (
+        lambda: transformers.BarkSemanticModel(
+            transformers.BarkSemanticConfig(
+                input_vocab_size=64, output_vocab_size=48, hidden_size=32, num_layers=1, num_heads=4
+            )
+        ),
+        {
+            "layers.0.attn.att_proj.weight": "q 4*8 | k 4*8 | v 4*8",
+            "layers.0.attn.out_proj.weight": "head 4*8 along inputs",
+            "layers.0.mlp.out_proj.weight": "whole",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_OF)
+def test_heads_of_attentions_with_names_of_their_own(name: str) -> None:
+    builder, expected = HEADS_OF[name]
+    decisions = decide(on_meta(builder), per_head=True)
+    assert {weight: decisions[weight].splits for weight in expected} == expected
 
 
 @pytest.mark.parametrize("name", PER_HEAD)

@@ -183,6 +183,21 @@ class TestHeads:
         assert decisions["classifier.weight"].reason == "head: one row a label"
         assert [name for name, each in decisions.items() if each.reason.startswith("head")] == ["classifier.weight"]
 
+    @pytest.mark.parametrize(
+        ("kind", "config", "heads"),
+        [
+            (transformers.BarkSemanticModel, transformers.BarkSemanticConfig(num_layers=1), ["lm_head.weight"]),
+            (transformers.ParakeetForCTC, transformers.ParakeetCTCConfig(), ["ctc_head.weight"]),
+            (transformers.ParakeetForTDT, transformers.ParakeetTDTConfig(), ["joint.head.weight"]),
+            (transformers.EomtForUniversalSegmentation, transformers.EomtConfig(), ["class_predictor.weight"]),
+        ],
+    )
+    def test_head_inside_of_the_base_model(self, kind: type[nn.Module], config: Any, heads: list[str]) -> None:
+        decisions = decide(on_meta(kind, config=config))
+        found = [name for name, each in decisions.items() if each.role is Role.HEAD]
+        assert found == heads
+        assert decisions[heads[0]].reason == "head: by its name, one row for each token or label"
+
     def test_plain_module_says_that_no_head_was_guessed(self) -> None:
         routing = route_parameters(models.mlp())
         assert 'overrides={"4.weight": "adamw"}' in routing.notes[0]
