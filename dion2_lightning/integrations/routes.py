@@ -501,7 +501,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("dion2-routes needs transformers: pip install 'dion2-lightning[transformers]'") from error
+        raise ImportError("dion2-routes needs transformers: pip install transformers") from error
     return transformers
 
 

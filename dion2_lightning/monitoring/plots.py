@@ -18,7 +18,7 @@ from dion2_lightning.monitoring.metrics import ParameterInfo
 try:
     import matplotlib.style
 except ImportError as error:
-    raise ImportError("pictures need matplotlib: pip install 'dion2-lightning[plots]'") from error
+    raise ImportError("pictures need matplotlib: pip install matplotlib") from error
 
 import numpy as np
 from matplotlib.axes import Axes

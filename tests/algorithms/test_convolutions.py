@@ -215,6 +215,8 @@ def test_channels_last_copies_no_weight(monkeypatch: pytest.MonkeyPatch) -> None
         ((12, 4, 3), {"convolution": True, "splits": "group 5*2"}, "is 10 outputs, and the weight has 12"),
         ((12, 4, 3), {"convolution": True, "splits": "a 6 | b 6 along inputs"}, "is not made of its first axis"),
         ((12, 4, 3), {"convolution": True, "splits": "2 x (a 3 | b 3)"}, "is not made of its first axis"),
+        ((12, 4, 3), {"convolution": True, "splits": "a 2 | b 2 along inputs"}, "is not made of its first axis"),
+        ((12, 4, 3), {"convolution": True, "splits": "a 3 | b 3"}, "the weight has 12; its blocks must sum to that$"),
         ((12, 4), {"batched": True}, r"is not a stack of matrices .*; where its rows are those of several, say so"),
         ((3, 12, 4), {"batched": True, "splits": "a 2*6"}, "a stack of matrices cannot be split into stacks"),
         ((12, 4), {"splits": "q 6 | k 5"}, "is not what its splits say: 'q 6 | k 5' is 11 outputs"),
