@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -100,22 +100,23 @@ def build_model(config: Any, dtype: str | None = None) -> nn.Module:
     """
     transformers = _transformers()
     named = [getattr(transformers, each, None) for each in config.architectures or ()]
-    preferred = [*(f"AutoModelFor{each}" for each in _AUTO_CLASSES), "AutoModel"]
-    others = [each for each in dir(transformers) if each.startswith("AutoModelFor") and each not in preferred]
-    mappings = [getattr(transformers, each)._model_mapping for each in (*preferred, *others)]
-    found = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
-    classes = [each[0] if isinstance(each, tuple) else each for each in found]
-    if named and named[0]:
-        classes = named[:1]
-    if not classes:
-        raise ValueError(f"transformers has no model class for {type(config).__name__}; give the config of a model")
     wanted = getattr(torch, dtype) if dtype else config.dtype or torch.float32
     with torch.device("meta"), _in_few_words():
-        for each in classes[:-1]:  # MusicGen's decoder, for one, cannot be built of the config of all its parts
+        if named and named[0]:
+            return named[0]._from_config(config).to(wanted)  # type: ignore[no-any-return]
+        preferred = [*(f"AutoModelFor{each}" for each in _AUTO_CLASSES), "AutoModel"]
+        others = [each for each in dir(transformers) if each.startswith("AutoModelFor") and each not in preferred]
+        automatic = [getattr(transformers, each) for each in (*preferred, *others)]
+        ways: list[Callable[[Any], nn.Module]] = []
+        for each in (each for each in automatic if type(config) in each._model_mapping):
+            found = each._model_mapping[type(config)]
+            ways += each.from_config, (found[0] if isinstance(found, tuple) else found)._from_config
+        for way in ways[:-1]:  # MusicGen's decoder, for one, cannot be built of the config of all its parts
             with suppress(Exception):
-                model: nn.Module = each._from_config(config)
-                return model.to(wanted)
-        return classes[-1]._from_config(config).to(wanted)  # type: ignore[no-any-return]
+                return way(config).to(wanted)
+        if ways:
+            return ways[-1](config).to(wanted)
+    raise ValueError(f"transformers has no model class for {type(config).__name__}; give the config of a model")
 
 
 @contextmanager
