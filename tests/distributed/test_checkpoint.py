@@ -1,5 +1,6 @@
 """Checkpoints by torch.distributed.checkpoint: resumed equals uninterrupted, also on other numbers of ranks."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,30 @@ def check_resume(folder: Path) -> None:
         trained = get_model_state_dict(model, options=FULL)
         if dist.get_rank() == 0:
             torch.save(trained, folder / f"{dtype} trained.pt")
+
+
+def check_the_example(folder: Path) -> None:
+    saving, loading = folder.joinpath("example.py").read_text().split("saved = parts()")
+    model = network(torch.float32, seed=0)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(STOP))
+    exec(saving.replace('"checkpoint"', repr(str(folder / "checkpoint"))), {"model": model, "optimizer": optimizer})
+    names: dict[str, Any] = {"model": network(torch.float32, seed=1)}
+    names["optimizer"] = optimizer_of(names["model"], lr=9.0)
+    definitions = saving[: saving.index("dcp.save")]
+    exec(f"{definitions}saved = parts(){loading}".replace('"checkpoint"', repr(str(folder / "checkpoint"))), names)
+    rest = range(STOP, STEPS)
+    train(model, optimizer, rest)
+    train(names["model"], names["optimizer"], rest)
+    assert_same(model, optimizer, names["model"], names["optimizer"])
+
+
+def test_the_example(tmp_path: Path) -> None:
+    """That of docs/distributed.md, in two runs."""
+    page = Path(__file__).parents[2] / "docs" / "distributed.md"
+    (example,) = re.findall(r"^```python\n(import.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    tmp_path.joinpath("example.py").write_text(example)
+    run_on_ranks(2, check_the_example, tmp_path)
 
 
 def load_sharded(dtype: torch.dtype, path: Path) -> tuple[nn.Module, Dion2]:
