@@ -45,6 +45,8 @@ class WithoutCuda(TorchFunctionMode):
             lr = keywords["lr"]  # which the kernel reads on the device, where it takes it for float32
             assert (lr.device.type, lr.dtype, lr.ndim) == ("cuda", torch.float32, 0)
             keywords = {**keywords, "lr": 0.1}
+        if function is Tensor.contiguous and not arguments[0].is_contiguous():
+            return aten.clone.default(arguments[0], memory_format=torch.contiguous_format)
         if function is Tensor.copy_:
             return aten.copy_.default(*arguments, **keywords)
         if function is Tensor.to:

@@ -586,20 +586,24 @@ class MatrixOptimizer(Optimizer):
     def _check_settings(self) -> None:
         """Refuse what groups and attributes cannot say, as when they were made: they may have been changed since.
 
-        Not the learning rate, which schedulers set, some of them a rounding error under zero; and no tensor, for which
-        the host would wait.
+        Neither learning rate nor weight decay, which schedules set, some of them a rounding error under zero; and no
+        tensor, for which the host would wait.
         """
         self._check_attributes()
+        settings_of: dict[str, Collection[str]] = {}
         for group in self.param_groups:
             prefix = f"group {group['name']!r}: "
             algorithm = algorithm_of(group, prefix)
-            settings = algorithm.defaults()
+            if algorithm.name not in settings_of:
+                settings_of[algorithm.name] = algorithm.defaults().keys()
+            settings = settings_of[algorithm.name]
             if missing := [name for name in settings if name not in group]:
                 raise ValueError(
                     f"{prefix}has no {missing[0]!r}, which algorithm {algorithm.name!r} needs; a group's algorithm is "
                     "chosen when it is added"
                 )
-            given = {name: group[name] for name in settings if name != "lr" and not isinstance(group[name], Tensor)}
+            checked = [name for name in settings if name not in ("lr", "weight_decay")]
+            given = {name: group[name] for name in checked if not isinstance(group[name], Tensor)}
             algorithm.check_settings(given, prefix)
 
     def _check_placements(self) -> None:
@@ -620,16 +624,12 @@ class MatrixOptimizer(Optimizer):
 
     def _check_gradients(self) -> None:
         """Refuse gradients that have no update, before weights or state are changed."""
-        everything = list(self._labelled())
+        everything = [each for each in self._labelled() if each[1].requires_grad]
         for _, parameter, label in everything:
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(f"{label} has a gradient stored as {parameter.grad.layout}; use sparse=False")
         place_gradients(parameter for _, parameter, _ in everything)
-        checked = [
-            (label, parameter)
-            for group, parameter, label in everything
-            if group["check_finite"] is True and parameter.requires_grad
-        ]
+        checked = [(label, parameter) for group, parameter, label in everything if group["check_finite"] is True]
         if not checked:
             return
         labels, parameters = zip(*checked, strict=True)

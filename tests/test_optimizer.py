@@ -421,7 +421,6 @@ def test_check_finite_names_the_parameter_before_anything_is_touched():
         ("check_finite", "skipp", "check_finite must be one of True, False, 'skip', got 'skipp'"),
         ("momentum", 1.5, r"momentum must lie in \[0, 1\), got 1.5"),
         ("fraction", 5.0, r"fraction must lie in \(0, 1\], got 5.0"),
-        ("weight_decay", -1.0, "weight_decay must be at least 0"),
         ("state_dtype", "float9", "state_dtype must be None or one of bfloat16, float32, float64"),
         ("algorithm", "adamw", "has no 'betas', which algorithm 'adamw' needs; a group's algorithm is chosen when it"),
         ("algorithm", "adam", "algorithm must be one of"),
@@ -460,11 +459,20 @@ def test_attributes_that_are_changed_later_are_checked(name, value, message):
         optimizer.step()
 
 
-def test_a_learning_rate_that_is_a_rounding_error_under_zero_is_no_error():
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_rate_that_is_a_rounding_error_under_zero_is_no_error(name):
     model = model_of()
     optimizer = Dion2(groups_of(model), lr=0.1)
-    optimizer.param_groups[0]["lr"] = -1e-20
+    optimizer.param_groups[0][name] = -1e-20
     train(model, optimizer, range(1))
+
+
+def test_a_sparse_gradient_of_a_frozen_parameter_is_no_error():
+    embedding, linear = nn.Embedding(8, 4, sparse=True), nn.Linear(4, 4)
+    optimizer = Dion2([embedding.weight, linear.weight])
+    linear(embedding(torch.tensor([1, 2]))).sum().backward()
+    embedding.weight.requires_grad_(False)
+    optimizer.step()
 
 
 @pytest.mark.parametrize("settings", [{"max_grad_norm": 1.0}, {"check_finite": "skip"}, {"check_finite": True}])

@@ -29,7 +29,6 @@ from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.device_numbers import DeviceNumber, Number, as_factor
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, random_bits, store_
-from dion2_lightning.kernels.stacks import is_dense
 from dion2_lightning.matrices.layout import group_by, held_coordinates, local, local_gradient
 
 
@@ -114,12 +113,29 @@ def _update(members: Sequence[Member], context: StepContext) -> None:
             _Piece(local(each), gradient, local(state["exp_avg"]), local(state["exp_avg_sq"]), state["step"])
             for (each, state, *_), gradient in bucket
         ]
+        gate = gate if is_fused else None
+        entries = max(1, context.working_memory // pass_bytes(parameter.dtype))
         if parameter.dtype in HALF_PRECISION or _decays_cautiously(group, rates):
-            bits = _random_bits([member for member, _ in bucket])
-            entries = max(1, context.working_memory // pass_bytes(parameter.dtype))
-            _update_by_copies(pieces, bits, group, rates, gate if is_fused else None, entries)
-        else:
-            _adamw(pieces, group, rates, gate if is_fused else None)
+            _update_by_copies(pieces, _random_bits([member for member, _ in bucket]), group, rates, gate, entries)
+            continue
+        at_once: list[_Piece] = []
+        others: list[_Piece] = []
+        for piece in pieces:
+            (at_once if not is_fused or _lies_in_one_order(piece) else others).append(piece)
+        if at_once:
+            _adamw(at_once, group, rates, gate)
+        if others:
+            _update_by_copies(others, [None] * len(others), group, rates, gate, entries)
+
+
+def _lies_in_one_order(piece: _Piece) -> bool:
+    """Return whether all four tensors lie in memory in one order, in which torch's fused kernel goes along them.
+
+    It ignores strides. They differ where a layer became ``channels_last`` after its first step, where a parameter is a
+    view of a larger tensor, while the state has no gaps, or where a gradient is expanded or transposed.
+    """
+    tensors = piece[:4]
+    return all(each.is_contiguous() for each in tensors) or len({each.stride() for each in tensors}) == 1
 
 
 def _update_by_copies(
@@ -130,7 +146,7 @@ def _update_by_copies(
     gate: Gate | None,
     entries: int,
 ) -> None:
-    """Update copies, in float32 at least, and round them once; so many ``entries`` at a time.
+    """Update copies, in float32 at least and in one memory order, and round them once; so many ``entries`` at a time.
 
     For cautious weight decay the copies are zero, and what torch makes of them is the update; its sign is exp_avg's.
     """
@@ -144,20 +160,27 @@ def _update_by_copies(
     ]
     for run in bounded(cut, lambda each: each[0].weight.numel(), entries):
         copies = [
-            piece._replace(
-                weight=torch.zeros_like(piece.weight, dtype=precise) if is_cautious else piece.weight.to(precise),
-                gradient=piece.gradient.to(precise),
-                step=piece.step.clone(),
+            _Piece(
+                torch.zeros(piece.weight.shape, dtype=precise, device=piece.weight.device)
+                if is_cautious
+                else piece.weight.to(precise).contiguous(),
+                piece.gradient.to(precise).contiguous(),
+                piece.exp_avg.contiguous(),
+                piece.exp_avg_sq.contiguous(),
+                piece.step.clone(),
             )
             for piece, _ in run
         ]
         _adamw(copies, group, rates, gate)
         for (piece, bits), copy in zip(run, copies, strict=True):
+            for moment, its_copy in ((piece.exp_avg, copy.exp_avg), (piece.exp_avg_sq, copy.exp_avg_sq)):
+                if its_copy is not moment:
+                    moment.copy_(its_copy)
             if is_cautious:
                 copy.weight.add_(decayed(piece.weight, piece.exp_avg, shrink))
             if piece.weight.dtype in HALF_PRECISION:
                 store_(piece.weight, copy.weight, bits)
-            else:
+            elif copy.weight is not piece.weight:
                 piece.weight.copy_(copy.weight)
     steps = [piece.step for piece in pieces]
     if gate is None:
@@ -188,9 +211,7 @@ def _adamw(pieces: Sequence[_Piece], group: Mapping[str, Any], rates: _Rates, ga
 
     It reads a weight decay on the host; one on the device goes before it.
     """
-    is_fused = _is_fused([piece.weight for piece in pieces])
-    alike = [_laid_out_alike(piece) for piece in pieces] if is_fused else pieces
-    weights, gradients, exp_avgs, exp_avg_sqs, steps = (list(each) for each in zip(*alike, strict=True))
+    weights, gradients, exp_avgs, exp_avg_sqs, steps = (list(each) for each in zip(*pieces, strict=True))
     weight_decay = rates.weight_decay
     if isinstance(weight_decay, DeviceNumber):
         torch._foreach_mul_(weights, rates.shrink_by(gate, weights[0].dtype))
@@ -202,7 +223,7 @@ def _adamw(pieces: Sequence[_Piece], group: Mapping[str, Any], rates: _Rates, ga
         exp_avg_sqs,
         [],
         steps,
-        fused=is_fused or None,  # None: torch chooses between foreach and a loop
+        fused=_is_fused(weights) or None,  # None: torch chooses between foreach and a loop
         found_inf=None if gate is None else gate.found_inf,
         capturable=group["capturable"],
         amsgrad=False,
@@ -213,27 +234,6 @@ def _adamw(pieces: Sequence[_Piece], group: Mapping[str, Any], rates: _Rates, ga
         eps=group["eps"],
         maximize=False,
     )
-    for piece, updated in zip(pieces, alike, strict=True):
-        if updated is not piece:
-            for whole, copy in zip(piece[:4], updated[:4], strict=True):
-                if whole is not piece.gradient:
-                    whole.copy_(copy)
-
-
-def _laid_out_alike(piece: _Piece) -> _Piece:
-    """Return the piece itself, or contiguous copies where memory orders differ, or memory has gaps.
-
-    torch's fused kernel goes along the memory of all four tensors, whatever their strides. They differ where a layer
-    became ``channels_last`` after its first step, where a parameter is a view of a larger tensor, or where a gradient
-    is expanded or transposed.
-    """
-    tensors = piece[:4]
-    if all(each.is_contiguous() for each in tensors):
-        return piece
-    if is_dense(piece.weight) and all(each.stride() == piece.weight.stride() for each in tensors):
-        return piece
-    weight, gradient, exp_avg, exp_avg_sq = (each.contiguous() for each in tensors)
-    return _Piece(weight, gradient, exp_avg, exp_avg_sq, piece.step)
 
 
 def _step_device(parameter: Tensor, group: Mapping[str, Any]) -> torch.device:

@@ -12,8 +12,9 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
@@ -107,15 +108,23 @@ def build_model(config: Any, dtype: str | None = None) -> nn.Module:
         preferred = [*(f"AutoModelFor{each}" for each in _AUTO_CLASSES), "AutoModel"]
         others = [each for each in dir(transformers) if each.startswith("AutoModelFor") and each not in preferred]
         automatic = [getattr(transformers, each) for each in (*preferred, *others)]
-        ways: list[Callable[[Any], nn.Module]] = []
+        failed: list[tuple[str, Exception]] = []
         for each in (each for each in automatic if type(config) in each._model_mapping):
             found = each._model_mapping[type(config)]
-            ways += each.from_config, (found[0] if isinstance(found, tuple) else found)._from_config
-        for way in ways[:-1]:  # MusicGen's decoder, for one, cannot be built of the config of all its parts
-            with suppress(Exception):
-                return way(config).to(wanted)
-        if ways:
-            return ways[-1](config).to(wanted)
+            build, kind = each.from_config, found
+            if isinstance(found, tuple):
+                build, kind = found[0]._from_config, found[0]
+            try:
+                model: nn.Module = build(config).to(wanted)
+            except Exception as error:  # MusicGen's decoder cannot be built of the config of all its parts
+                failed.append((kind.__name__, error))
+                continue
+            if failed:
+                why = shorten(f"{type(failed[0][1]).__name__}: {failed[0][1]}", 200, placeholder=" ...")
+                warnings.warn(f"{kind.__name__} stands for {failed[0][0]}, which cannot be built: {why}", stacklevel=2)
+            return model
+        if failed:
+            raise failed[0][1]
     raise ValueError(f"transformers has no model class for {type(config).__name__}; give the config of a model")
 
 

@@ -244,7 +244,7 @@ def _rows(slices: Tensor) -> Tensor | None:
     (count, n, *entries), (step, row, *between) = by_slice.shape, by_slice.stride()
     if count == 1:
         return by_slice.flatten(0, 1)
-    if not step or not row or step % row:  # an expanded gradient has no steps
+    if not step or step % row:  # an expanded gradient has no steps
         return None
     return by_slice.as_strided(((count - 1) * (step // row) + n, *entries), (row, *between))
 

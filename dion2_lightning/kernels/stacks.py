@@ -12,16 +12,6 @@ def runs_along(stack: Tensor) -> bool:
     return stack.is_contiguous() or stack.stride(-1) < stack.stride(-2)
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills its memory, each place once, in whatever order."""
-    filled = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride != filled:
-            return False
-        filled *= size
-    return True
-
-
 def empty_stacks(
     shapes: Sequence[tuple[int, ...]], along: Sequence[bool], dtypes: Sequence[torch.dtype], device: torch.device | None
 ) -> list[Tensor]:

@@ -263,14 +263,15 @@ def _xlstm(layer: Layer) -> PiecesOrReason:
 
 
 def _mamba(layer: Layer) -> PiecesOrReason:
-    inner = layer.own_number("d_ssm") or layer.number("intermediate_size", "d_inner")
+    inner, part = layer.number("intermediate_size", "d_inner"), layer.own_number("d_ssm")
+    beside = (inner or 0) - (part or inner or 0)  # in mamba_ssm these go through an MLP
+    inner = part or inner
     if layer.outputs == 2 * (inner or 0):
         return _equal_parts("x", "gate")(layer)
     groups, heads = layer.number("n_groups", "ngroups"), layer.number("num_heads", "nheads")
     state = layer.number(*_STATE_SIZE)
     if inner is None or groups is None or heads is None or state is None:
         return "its sizes are not known: pass splits="
-    beside = (layer.outputs - 2 * inner - 2 * groups * state - heads) // 2  # of mamba_ssm where d_ssm < d_inner
     return _of_enough_rows(
         *((Piece("mlp_gate", beside), Piece("mlp_up", beside)) if beside > 0 else ()),
         Piece("gate", inner),
@@ -300,6 +301,11 @@ def _levit(layer: Layer) -> PiecesOrReason:
 def _focal(layer: Layer) -> PiecesOrReason:
     width = layer.inputs
     return _of_enough_rows(Piece("q", width), Piece("context", width), Piece("gates", layer.outputs - 2 * width))
+
+
+def _before_depthwise(layer: Layer) -> PiecesOrReason:
+    is_gated = 2 * getattr(getattr(layer.module, "depthwise_conv", None), "in_channels", 0) == layer.outputs
+    return _equal_parts("up", "gate")(layer) if is_gated else None
 
 
 def _mobile_vit(layer: Layer) -> PiecesOrReason:
@@ -394,7 +400,7 @@ RULES: Final = (
     Rule("xLSTMFeedForward", "proj_up_gate_z", _equal_parts("gate", "up")),
     Rule("(DFine|Deimv2)Gate", "gate", _equal_parts("gate1", "gate2")),
     # convolutions whose outputs are one half of them, gated by the other
-    Rule("ConvolutionModule", "pointwise_conv1", _equal_parts("up", "gate")),
+    Rule("ConvolutionModule", "pointwise_conv1", _before_depthwise),
     Rule("Granite.*ConvModule", "up_conv", _equal_parts("up", "gate")),
     Rule("Phi4MultimodalAudioGluPointWiseConv", "ext_pw_conv_1d", _equal_parts("up", "gate")),
     Rule("(Wav2Vec2|Wav2Vec2Conformer|WavLM|Data2VecAudio)AdapterLayer", "conv", _equal_parts("up", "gate")),
@@ -449,7 +455,7 @@ def find_splits(path: ModulePath, shape: tuple[int, int], per_head: bool) -> Spl
     layer, itself = Layer.read(path, shape), Layer.read(path, shape, wrapped=False)
     is_kernel = isinstance(path.owner, nn.modules.conv._ConvNd)  # only classes tell what lies side by side in one
     for rule, each in itertools.product(RULES, (itself, layer)):
-        is_known = not is_kernel and each.is_of_transformers() if rule.module is None else each.is_a(rule.module)
+        is_known = each.is_a(rule.module) if rule.module else each.is_of_transformers() and not is_kernel
         if re.fullmatch(rule.name, each.name) and is_known:
             pieces = rule.pieces_of(each)
             if pieces is not None:
@@ -556,7 +562,8 @@ def _attention(layer: Layer) -> nn.Module | None:
     has_output_only = type(layer.module).__name__.endswith("Output") and layer.parent is not None
     beside = [*layer.parent.children()] if has_output_only and layer.parent else []
     # LED and others have q, k and v in a module of their own inside of that with the output.
-    inside = layer.module.children() if _ATTENTION.search(type(layer.module).__name__) else ()
+    children = layer.module.children() if _ATTENTION.search(type(layer.module).__name__) else ()
+    inside = [child for child in children if not any(map(_ATTENTION_OUTPUT.fullmatch, dict(child.named_children())))]
     return next((each for each in map(unwrap, (layer.module, *beside, *inside)) if _is_attention(each)), None)
 
 

@@ -43,6 +43,14 @@ class ModulePath:
         return self.names[-1 - level] if level < len(self.names) else ""
 
     @property
+    def layer_name(self) -> str:
+        """Name under which the owner is registered, or the list or the adapter of peft that holds it."""
+        names = self.names[:-1]
+        if "modules_to_save" in names:
+            names = names[: names.index("modules_to_save")]
+        return next((name for name in reversed(names) if name != "base_layer" and not name.isdigit()), "")
+
+    @property
     def transformers_model(self) -> nn.Module | None:
         """The outermost transformers model along the path."""
         return next((module for module in self.modules if is_transformers_model(module)), None)

@@ -55,8 +55,8 @@ _CONVOLUTION = nn.modules.conv._ConvNd
 _TRANSPOSED_CONVOLUTION = nn.modules.conv._ConvTransposeNd
 _PATCH_EMBEDDING = re.compile("patch_?embed", re.IGNORECASE)
 _PIXEL_CHANNELS = 4  # red, green, blue, and a fourth
-_HEAD_NAME = re.compile(r"(^|_)head$|^class_(embed|predictor)$")
-_OUTPUT_COUNT = re.compile(r"vocab_size|num_embeddings$|^num_classes$")
+_HEAD_NAME = re.compile(r"(^|_)(heads?|class_embed|class_predictor)$")
+_OUTPUT_COUNT = re.compile(r"(?<!type_)vocab_size|num_embeddings$|^num_classes$")
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -329,17 +329,18 @@ def _has_a_row_for_each_output(parameter: nn.Parameter, path: ModulePath, model:
 
     Detectors have one more, for nothing, and some recognizers of speech a few, for durations.
     """
-    if not _HEAD_NAME.search(path.module_name(1)):
+    if not _HEAD_NAME.search(path.layer_name):
         return False
     is_layer = _is_linear_weight(parameter, path) or _convolution_of(path) is not None
     configs = [getattr(each, "config", None) for each in (*path.modules, model)]
     counts = {count for config in configs if config is not None for count in _output_counts(config)}
-    return is_layer and any(0 <= parameter.shape[0] - count < FEW_SLICES for count in counts)
+    more = {count: FEW_SLICES if count >= FEW_SLICES else 2 for count in counts}
+    return is_layer and any(parameter.shape[0] - count in range(more[count]) for count in counts)
 
 
 def _output_counts(config: Any) -> Iterator[int]:
     """The numbers of tokens and labels in a configuration, and in those that it holds."""
-    for name, value in vars(config).items():
+    for name, value in getattr(config, "__dict__", {}).items():
         if hasattr(value, "to_dict"):
             yield from _output_counts(value)
         elif _OUTPUT_COUNT.search(name) and (count := number_of(config, name)):

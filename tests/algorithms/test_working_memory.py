@@ -85,6 +85,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dion apart, unequal, skipped": {"algorithm": "dion", **UNEQUAL, "check_finite": "skip"},
     "adamw": {"algorithm": "adamw"},
     "adamw half": {"algorithm": "adamw", **HALF},
+    "adamw, another order": {"algorithm": "adamw", "is_gradient_transposed": True},
+    "adamw half, another order": {"algorithm": "adamw", "is_gradient_transposed": True, **HALF},
     "adamw float16": {"algorithm": "adamw", "dtype": torch.float16},
     "adamw cautious": {"algorithm": "adamw", **CAUTIOUS},
     "adamw cautious half": {"algorithm": "adamw", **HALF, **CAUTIOUS},
@@ -100,12 +102,14 @@ def peak_of_step(
     dtype: torch.dtype = torch.float32,
     kernels: Literal["torch", "triton"] = "torch",
     offload: Literal["cpu"] | None = None,
+    is_gradient_transposed: bool = False,
     **settings: Any,
 ) -> int:
     """Return how many bytes a second step takes at most, of so many equal parameters."""
     parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype, device="cuda")) for _ in range(count)]
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+        zeros = torch.zeros(shape[::-1] if is_gradient_transposed else shape, dtype=dtype, device="cuda")
+        parameter.grad = zeros.mT if is_gradient_transposed else zeros
     optimizer = Dion2(
         [{"params": parameters, **settings}], lr=0.1, working_memory=memory, kernels=kernels, offload=offload
     )

@@ -152,6 +152,24 @@ def test_configs_that_do_not_say_all(model_type: str, kind: str, note: str | Non
         assert [each for each in figures["notes"] if each.startswith(NOT_COUNTED)] == [note]
 
 
+def test_a_class_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one is taken and a warning says so; where there is none, the error is that of the first."""
+
+    def fail(message: str) -> Callable[..., None]:
+        def raise_it(*_: Any, **__: Any) -> None:
+            raise RuntimeError(message)
+
+        return raise_it
+
+    monkeypatch.setattr(transformers.ViTForImageClassification, "__init__", fail("no head"))
+    with pytest.warns(UserWarning, match="^ViTModel stands for ViTForImageClassification, which cannot .*: no head$"):
+        assert type(build_model(transformers.ViTConfig())) is transformers.ViTModel
+    for other in (transformers.ViTModel, transformers.ViTForMaskedImageModeling):
+        monkeypatch.setattr(other, "__init__", fail("nothing"))
+    with pytest.raises(ValueError, match="cannot build this config: RuntimeError: no head"):
+        build_model(transformers.ViTConfig())
+
+
 def test_a_note_where_all_fractions_are_one() -> None:
     notes = {rank: figures_of(llama(), lora_rank=rank)["notes"] for rank in (8, 16)}
     assert "factors of rank 8 are trained at fraction 1, whatever the row says" in notes[8]

@@ -8,6 +8,7 @@ rows, and the gate is not.
 import importlib
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import pytest
@@ -574,8 +575,42 @@ def test_groups_of_a_linear_layer() -> None:
     assert changed.tolist() == [False, True, False, False]
 
 
+def test_modulations() -> None:
+    """The norm of what is constant is zero, so that the shift alone is left of it; all else is returned."""
+    module: Any = held("qwen2_5_omni.Qwen2_5_OmniAdaLayerNormZero", None, 32)().held
+    decision = decide(module)["linear.weight"]
+    nn.init.zeros_(module.linear.bias)
+    weight = decision.parameter.detach().clone()
+    returned = ["attn_shift", "attn_gate", "mlp_shift", "mlp_scale", "mlp_gate"]
+    for block in (*returned, "attn_scale"):
+        with torch.no_grad():
+            decision.parameter.copy_(weight)
+            decision.parameter[rows_of(decision.splits, block)] = 0
+        results = module(torch.ones(1, 6, 32), emb=torch.rand(1, 32))
+        assert [name for name, each in zip(returned, results, strict=True) if not each.any()] == (
+            [] if block == "attn_scale" else [block]
+        )
+
+
+def test_convolutions_without_gates_are_kept_whole() -> None:
+    class ConvolutionModule(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pointwise_conv1, self.depthwise_conv = nn.Conv1d(32, 64, 1), nn.Conv1d(64, 64, 3, groups=64)
+
+    assert decide(ConvolutionModule())["pointwise_conv1.weight"].splits == "whole"
+
+
 QWEN = "qwen2_5_omni.Qwen2_5_Omni"
 MODULATED = "attn_shift 32 | attn_scale 32 | attn_gate 32 | mlp_shift 32 | mlp_scale 32 | mlp_gate 32"
+
+
+ESMFOLD2 = SimpleNamespace(
+    pairwise_hidden_size=32,
+    chunk_size=None,
+    msa_encoder=SimpleNamespace(hidden_size=32, outer_hidden_size=16, outer_product_chunk_size=None),
+)
+VIBEVOICE = SimpleNamespace(hidden_size=32, intermediate_size=48, mlp_bias=False, hidden_act="silu", rms_norm_eps=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -584,6 +619,15 @@ MODULATED = "attn_shift 32 | attn_scale 32 | attn_gate 32 | mlp_shift 32 | mlp_s
         ("esm.EsmFoldSequenceToPair", (32, 24, 16), "proj", "q 24 | k 24"),
         (f"{QWEN}AdaLayerNormZero", (32,), "linear", MODULATED),
         (f"{QWEN}AdaLayerNormZero_Final", (32,), "linear", "scale 32 | shift 32"),
+        (
+            "esmfold2.EsmFold2TriangleMultiplicativeUpdate",
+            (ESMFOLD2,),
+            "proj_bundle",
+            "left 32 | right 32 | left_gate 32 | right_gate 32",
+        ),
+        ("esmfold2.EsmFold2OuterProductMean", (ESMFOLD2,), "input_proj", "left 16 | right 16"),
+        ("vibevoice.VibeVoiceDiffusionHeadAdaLayerNorm", (VIBEVOICE,), "linear", "shift 32 | scale 32 | gate 32"),
+        ("vibevoice.VibeVoiceDiffusionHeadFinalLayer", (VIBEVOICE, 8), "linear_1", "shift 32 | scale 32"),
     ],
 )
 def test_equal_parts(name: str, sizes: tuple[int, ...], weight: str, splits: str) -> None:
@@ -600,6 +644,10 @@ def test_equal_parts(name: str, sizes: tuple[int, ...], weight: str, splits: str
         ("moshi", "layers.0.mlp.fc1", "gate 11264 | up 11264"),
         ("deepseek_v4", "layers.0.self_attn.o_a_proj", "group 8*1024"),
         ("axk2", "layers.0.self_attn.q_gate_proj", None),
+        ("deepseek_v4", "compressor.kv_proj", "a 512 | b 512"),
+        ("deepseek_v4", "compressor.indexer.gate_proj", "a 128 | b 128"),
+        ("pp_doclayout_v3", "decoder_global_pointer.dense", "q 64 | k 64"),
+        ("seamless_m4t", "speech_encoder.adapter.layers.0.self_attn_conv", "up 1024 | gate 1024"),
         ("mobilevitv2", "encoder.layer.2.transformer.layer.0.attention.qkv_proj.convolution", "q_k 129 | v 128"),
     ],
 )
@@ -607,12 +655,20 @@ def test_default_configurations(kind: str, weight: str, splits: str | None) -> N
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(transformers.CONFIG_MAPPING[kind]())
     decisions = decide(model)
-    name = next(each for each in decisions if each.endswith(f"{weight}.weight"))
     if splits is None:
         config = model.config
         sizes = f"q {config.qk_nope_head_dim + config.qk_rope_head_dim} | gate {config.v_head_dim}"
         splits = f"{config.num_attention_heads} x ({sizes})"
-    assert decisions[name].splits == splits
+    assert splits in {each.splits for name, each in decisions.items() if name.endswith(f"{weight}.weight")}
+
+
+def test_xlstm() -> None:
+    config = transformers.xLSTMConfig(
+        vocab_size=64, hidden_size=32, num_heads=4, num_hidden_layers=1, weight_mode="fused"
+    )
+    decisions = decide(on_meta(transformers.xLSTMModel, config=config))
+    splits = {name.split(".")[-2]: each.splits for name, each in decisions.items() if each.blocks}
+    assert splits == {"qkv_opreact": "q 16 | k 16 | v 32 | o 32", "proj_up_gate_z": "gate 128 | up 128"}
 
 
 def test_convolutions_that_look_fused_are_kept_whole() -> None:
@@ -733,6 +789,7 @@ def test_mamba_of_another_library() -> None:
     assert decisions["in_proj.weight"].splits == "gate 64 | x 64 | B 32 | C 32 | dt 24"
     decisions = decide(Mamba2(216, ngroups=2, nheads=24, d_ssm=32))  # the other inner ones go through an MLP
     assert decisions["in_proj.weight"].splits == "mlp_gate 32 | mlp_up 32 | gate 32 | x 32 | B 32 | C 32 | dt 24"
+    assert "does not fit" in decide(Mamba2(216 + 64, ngroups=2, nheads=24))["in_proj.weight"].reason
     assert decide(Mamba(128))["x_proj.weight"].reason == "linear; kept whole: its sizes are not known: pass splits="
 
 
@@ -987,6 +1044,23 @@ HEADS_OF = {
         },
     ),
 }
+
+
+def test_what_follows_an_attention_with_its_own_output_is_no_output_of_it() -> None:
+    class SelfAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads = 4
+            self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(32, 32) for _ in range(4))
+
+    class AttentionLayer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.fc, self.out = SelfAttention(), nn.Linear(32, 50), nn.Linear(50, 32)
+
+    decisions = decide(AttentionLayer(), per_head=True)
+    assert decisions["attn.o_proj.weight"].splits == "head 4*8 along inputs"
+    assert decisions["out.weight"].splits == "whole"
 
 
 @pytest.mark.parametrize("name", HEADS_OF)

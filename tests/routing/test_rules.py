@@ -190,6 +190,15 @@ class TestHeads:
             (transformers.ParakeetForCTC, transformers.ParakeetCTCConfig(), ["ctc_head.weight"]),
             (transformers.ParakeetForTDT, transformers.ParakeetTDTConfig(), ["joint.head.weight"]),
             (transformers.EomtForUniversalSegmentation, transformers.EomtConfig(), ["class_predictor.weight"]),
+            (
+                transformers.RTDetrForObjectDetection,
+                transformers.RTDetrConfig(num_labels=80, decoder_layers=2),
+                [
+                    "model.enc_score_head.weight",
+                    "model.decoder.class_embed.0.weight",
+                    "model.decoder.class_embed.1.weight",
+                ],
+            ),
         ],
     )
     def test_head_inside_of_the_base_model(self, kind: type[nn.Module], config: Any, heads: list[str]) -> None:
@@ -197,6 +206,22 @@ class TestHeads:
         found = [name for name, each in decisions.items() if each.role is Role.HEAD]
         assert found == heads
         assert decisions[heads[0]].reason == "head: by its name, one row for each token or label"
+
+    def test_head_that_an_adapter_saves(self) -> None:
+        model = on_meta(transformers.ParakeetForCTC, config=transformers.ParakeetCTCConfig())
+        saved = on_meta(
+            lambda: peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["ctc_head"]))
+        )
+        found = [name for name, each in decide(saved).items() if each.role is Role.HEAD]
+        assert found == ["base_model.model.ctc_head.modules_to_save.default.weight"]
+
+    @pytest.mark.parametrize("config", [None, {"vocab_size": 96}, "a text"])
+    def test_a_layer_called_a_head_with_other_rows_is_none(self, config: Any) -> None:
+        model = on_meta(models.llama)
+        attention = model.get_submodule("model.layers.0.self_attn")
+        attention.config = config or attention.config
+        attention.attn_head = nn.Linear(32, 16, device="meta")
+        assert decide(model)["model.layers.0.self_attn.attn_head.weight"].role is Role.MATRIX
 
     def test_plain_module_says_that_no_head_was_guessed(self) -> None:
         routing = route_parameters(models.mlp())
