@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
 
 from dion2_lightning import NamedOptimizerStates, build_optimizer
@@ -85,7 +86,13 @@ def test_processes_that_lightning_starts(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     check = CheckLosses(test_plain_loop.loss_curve(6))
     settings = {"share_replicas": True}
-    module, _ = fit("DDP", options={"start_method": "spawn"}, settings=settings, callbacks=[check])
+    options = {"start_method": "spawn"}
+    try:
+        module, _ = fit("DDP", options=options, settings=settings, callbacks=[check])
+    except ProcessExitedException as error:
+        # torch's threads sometimes abort a process of gloo as it ends, with any optimizer; hardly twice in a row.
+        assert error.signal_name == "SIGABRT"
+        module, _ = fit("DDP", options=options, settings=settings, callbacks=[check])
     expected, _ = fit("one device")
     for one, other in zip(module.parameters(), expected.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-4)
