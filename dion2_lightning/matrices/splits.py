@@ -144,11 +144,9 @@ def misfit(text: str, shape: tuple[int, int], *, may_repeat: bool = True) -> str
     size, axis = shape[splits.axis], ("outputs", "inputs")[splits.axis]
     if splits.size != size:
         first, fits = splits.blocks[0], ""
-        if not may_repeat:
-            pass
-        elif size % first.period == 0 and (first.repeats > 1 or size > first.period):
+        if may_repeat and size % first.period == 0 and (first.repeats > 1 or size > first.period):
             fits = f"; {size // first.period} x (...) would fit"
-        elif shape[1 - splits.axis] == splits.size:
+        elif may_repeat and shape[1 - splits.axis] == splits.size:
             fits = f"; it would fit along {('inputs', 'outputs')[splits.axis]}"
         return f"{text!r} is {splits.size} {axis}, and the weight has {size}; its blocks must sum to that{fits}"
     if shape[1 - splits.axis] == 1:

@@ -264,7 +264,7 @@ def _xlstm(layer: Layer) -> PiecesOrReason:
 
 def _mamba(layer: Layer) -> PiecesOrReason:
     inner, part = layer.number("intermediate_size", "d_inner"), layer.own_number("d_ssm")
-    beside = (inner or 0) - (part or inner or 0)  # in mamba_ssm these go through an MLP
+    beside = inner - part if inner and part else 0  # in mamba_ssm these go through an MLP
     inner = part or inner
     if layer.outputs == 2 * (inner or 0):
         return _equal_parts("x", "gate")(layer)

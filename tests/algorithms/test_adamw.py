@@ -83,7 +83,10 @@ def test_memory_orders(order_of_weight, order_of_gradient, dtype, settings):
             parameter.grad = gradient.contiguous() if is_in_order else gradient
             optimizer.step()
         results.append(parameter.detach().contiguous())
-    torch.testing.assert_close(*results, rtol=0, atol=1e-6)  # the last bits depend on where blocks are cut
+    if "working_memory" in settings:  # where blocks are cut, on which the last bits depend
+        torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+    else:
+        assert torch.equal(*results)
 
 
 def test_what_lies_between_the_rows_of_a_parameter_stays_as_it_is():

@@ -132,16 +132,16 @@ def check_resume(folder: Path) -> None:
             torch.save(trained, folder / f"{dtype} trained.pt")
 
 
-def check_the_example(folder: Path) -> None:
-    saving, loading = folder.joinpath("example.py").read_text().split("saved = parts()")
+def check_the_example(example: str) -> None:
+    saving, loading = example.split("saved = parts()")
     model = network(torch.float32, seed=0)
     optimizer = optimizer_of(model)
     train(model, optimizer, range(STOP))
-    exec(saving.replace('"checkpoint"', repr(str(folder / "checkpoint"))), {"model": model, "optimizer": optimizer})
+    exec(saving, {"model": model, "optimizer": optimizer})
     names: dict[str, Any] = {"model": network(torch.float32, seed=1)}
     names["optimizer"] = optimizer_of(names["model"], lr=9.0)
     definitions = saving[: saving.index("dcp.save")]
-    exec(f"{definitions}saved = parts(){loading}".replace('"checkpoint"', repr(str(folder / "checkpoint"))), names)
+    exec(f"{definitions}saved = parts(){loading}", names)
     rest = range(STOP, STEPS)
     train(model, optimizer, rest)
     train(names["model"], names["optimizer"], rest)
@@ -152,8 +152,7 @@ def test_the_example(tmp_path: Path) -> None:
     """That of docs/distributed.md, in two runs."""
     page = Path(__file__).parents[2] / "docs" / "distributed.md"
     (example,) = re.findall(r"^```python\n(import.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    tmp_path.joinpath("example.py").write_text(example)
-    run_on_ranks(2, check_the_example, tmp_path)
+    run_on_ranks(2, check_the_example, example.replace('"checkpoint"', repr(str(tmp_path / "checkpoint"))))
 
 
 def load_sharded(dtype: torch.dtype, path: Path) -> tuple[nn.Module, Dion2]:

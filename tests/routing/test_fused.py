@@ -381,6 +381,15 @@ def test_attention(name: str) -> None:
 
 
 EXPERTS = "mlp.experts.gate_up_proj"
+GATED_CONVOLUTIONS = {
+    "parakeet.ParakeetEncoderConvolutionModule": "ParakeetEncoderConfig",
+    "lasr.LasrEncoderConvolutionModule": "LasrEncoderConfig",
+    "wav2vec2_bert.Wav2Vec2BertConvolutionModule": "Wav2Vec2BertConfig",
+    "wav2vec2_conformer.Wav2Vec2ConformerConvolutionModule": "Wav2Vec2ConformerConfig",
+    "seamless_m4t.SeamlessM4TConformerConvolutionModule": "SeamlessM4TConfig",
+    "seamless_m4t_v2.SeamlessM4Tv2ConformerConvolutionModule": "SeamlessM4Tv2Config",
+    "nemotron_asr_streaming.NemotronAsrStreamingEncoderConvolutionModule": "NemotronAsrStreamingEncoderConfig",
+}
 GATES = {
     # The last two: what is gated, and what the gate's activation is taken of.
     "phi3": (Case(models.phi3, TOKENS, "model.layers.0.mlp.gate_up_proj.weight", "gate 48 | up 48"), "up", "gate"),
@@ -442,26 +451,19 @@ GATES = {
         "up",
         "gate",
     ),
-    "aya_vision": (
-        Case(
-            held("aya_vision.AyaVisionMultiModalProjector", vision_config_of("AyaVisionConfig")),
-            {"tokens": torch.rand(1, 16, 8)},
-            "held.linear_1.weight",
-            "up 48 | gate 48",
-        ),
-        "up",
-        "gate",
-    ),
-    "cohere2_vision": (
-        Case(
-            held("cohere2_vision.Cohere2VisionMultiModalProjector", vision_config_of("Cohere2VisionConfig")),
-            {"tokens": torch.rand(1, 16, 8)},
-            "held.linear_1.weight",
-            "up 48 | gate 48",
-        ),
-        "up",
-        "gate",
-    ),
+    **{
+        family: (
+            Case(
+                held(f"{family}.{kind}MultiModalProjector", vision_config_of(f"{kind}Config")),
+                {"tokens": torch.rand(1, 16, 8)},
+                "held.linear_1.weight",
+                "up 48 | gate 48",
+            ),
+            "up",
+            "gate",
+        )
+        for family, kind in {"aya_vision": "AyaVision", "cohere2_vision": "Cohere2Vision"}.items()
+    },
     "xlstm": (
         Case(
             held("xlstm.xLSTMFeedForward", config_of("xLSTMConfig", hidden_size=32, num_heads=4, weight_mode="fused")),
@@ -472,48 +474,12 @@ GATES = {
         "up",
         "gate",
     ),
-    "parakeet, convolution": convolution(
-        "parakeet.ParakeetEncoderConvolutionModule",
-        config_of("ParakeetEncoderConfig", hidden_size=32),
-        "pointwise_conv1",
-        "depthwise_conv",
-    ),
-    "lasr, convolution": convolution(
-        "lasr.LasrEncoderConvolutionModule",
-        config_of("LasrEncoderConfig", hidden_size=32),
-        "pointwise_conv1",
-        "depthwise_conv",
-    ),
-    "wav2vec2_bert, convolution": convolution(
-        "wav2vec2_bert.Wav2Vec2BertConvolutionModule",
-        config_of("Wav2Vec2BertConfig", hidden_size=32),
-        "pointwise_conv1",
-        "depthwise_conv",
-    ),
-    "wav2vec2_conformer, convolution": convolution(
-        "wav2vec2_conformer.Wav2Vec2ConformerConvolutionModule",
-        config_of("Wav2Vec2ConformerConfig", hidden_size=32),
-        "pointwise_conv1",
-        "depthwise_conv",
-    ),
-    "seamless_m4t, convolution": convolution(
-        "seamless_m4t.SeamlessM4TConformerConvolutionModule",
-        config_of("SeamlessM4TConfig", hidden_size=32),
-        "pointwise_conv1",
-        "depthwise_conv",
-    ),
-    "seamless_m4t_v2, convolution": convolution(
-        "seamless_m4t_v2.SeamlessM4Tv2ConformerConvolutionModule",
-        config_of("SeamlessM4Tv2Config", hidden_size=32),
-        "pointwise_conv1",
-        "depthwise_conv",
-    ),
-    "nemotron_asr_streaming, convolution": convolution(
-        "nemotron_asr_streaming.NemotronAsrStreamingEncoderConvolutionModule",
-        config_of("NemotronAsrStreamingEncoderConfig", hidden_size=32),
-        "pointwise_conv1",
-        "depthwise_conv",
-    ),
+    **{
+        f"{module.split('.')[0]}, convolution": convolution(
+            module, config_of(config, hidden_size=32), "pointwise_conv1", "depthwise_conv"
+        )
+        for module, config in GATED_CONVOLUTIONS.items()
+    },
     "granite_speech, convolution": convolution(
         "granite_speech.GraniteSpeechConformerConvModule",
         config_of("GraniteSpeechEncoderConfig", hidden_dim=32, conv_expansion_factor=1),
@@ -643,7 +609,7 @@ def test_equal_parts(name: str, sizes: tuple[int, ...], weight: str, splits: str
     [
         ("moshi", "layers.0.mlp.fc1", "gate 11264 | up 11264"),
         ("deepseek_v4", "layers.0.self_attn.o_a_proj", "group 8*1024"),
-        ("axk2", "layers.0.self_attn.q_gate_proj", None),
+        ("axk2", "layers.0.self_attn.q_gate_proj", "32 x (q 96 | gate 64)"),
         ("deepseek_v4", "compressor.kv_proj", "a 512 | b 512"),
         ("deepseek_v4", "compressor.indexer.gate_proj", "a 128 | b 128"),
         ("pp_doclayout_v3", "decoder_global_pointer.dense", "q 64 | k 64"),
@@ -651,14 +617,10 @@ def test_equal_parts(name: str, sizes: tuple[int, ...], weight: str, splits: str
         ("mobilevitv2", "encoder.layer.2.transformer.layer.0.attention.qkv_proj.convolution", "q_k 129 | v 128"),
     ],
 )
-def test_default_configurations(kind: str, weight: str, splits: str | None) -> None:
+def test_default_configurations(kind: str, weight: str, splits: str) -> None:
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(transformers.CONFIG_MAPPING[kind]())
     decisions = decide(model)
-    if splits is None:
-        config = model.config
-        sizes = f"q {config.qk_nope_head_dim + config.qk_rope_head_dim} | gate {config.v_head_dim}"
-        splits = f"{config.num_attention_heads} x ({sizes})"
     assert splits in {each.splits for name, each in decisions.items() if name.endswith(f"{weight}.weight")}
 
 
