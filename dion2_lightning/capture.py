@@ -4,71 +4,37 @@ A replay runs kernels and no Python: it reads and writes the memory that the cap
 host stay as they were.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import Algorithm, StateTensor
-from dion2_lightning.distributed.collectives import RanksAround
-
-Labelled = Iterable[tuple[Mapping[str, Any], Tensor, str]]
-"""Parameters, each with its group before it and its name for error messages behind."""
 
 UNCAPTURED: Final = "a CUDA graph cannot hold this step of Dion2: "
 
 
-def is_capturing() -> bool:
-    """Return whether what is launched now goes into a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def refuse_capture(
-    labelled: Labelled,
-    state: Mapping[Tensor, Mapping[str, Tensor]],
-    state_of: Callable[[Tensor, Mapping[str, Any]], Mapping[str, StateTensor]],
-    ranks: RanksAround,
-    *,
-    counts_skipped_steps: bool,
-    is_agreed: bool,
-    is_compressing: bool,
-    is_observed: bool,
-    is_offloaded: bool,
-    kernels: str,
-    share_replicas: bool | None,
-) -> None:
-    """Raise an error about what a CUDA graph cannot hold.
-
-    Args:
-        labelled: All parameters.
-        state: Of the optimizer.
-        state_of: Says what the state of a parameter in a group is to be.
-        ranks: Those around a parameter.
-        counts_skipped_steps: Whether there is a tensor in which skipped steps are counted.
-        is_agreed: Whether the ranks have compared their groups.
-        is_compressing: Whether replicas send less than the gradients of some groups.
-        is_observed: Whether there are statistics.
-        is_offloaded: Whether the state is kept on the host.
-        kernels: The optimizer's.
-        share_replicas: The optimizer's.
+def refuse_capture(optimizer: Any) -> None:
+    """Raise an error about what a CUDA graph cannot hold of a step of an optimizer.
 
     Raises:
         RuntimeError: It says what, and what to do.
     """
-    if is_observed:
+    ranks, state, left = optimizer._ranks(), optimizer.state, optimizer._left.values()
+    counts_skipped_steps = any(optimizer._skipped_steps is each for each in left)
+    if optimizer.observer is not None:
         raise RuntimeError(
             f"{UNCAPTURED}statistics are collected by Python, which no replay runs; detach the SelectionTracker, or "
             "leave out the callback that has it"
         )
-    if is_offloaded:
+    if optimizer.offload is not None:
         raise RuntimeError(f"{UNCAPTURED}offload='cpu' brings the state from the host and back; set offload to None")
-    if kernels == "triton":
+    if optimizer.kernels == "triton":
         raise RuntimeError(
             f"{UNCAPTURED}kernels='triton' reads tables that are gone by a replay; pass kernels='torch' or 'auto'"
         )
-    for group, parameter, label in labelled:
+    for group, parameter, label in optimizer._labelled():
         algorithm = ALGORITHMS[group["algorithm"]]
         if not group["capturable"]:
             raise RuntimeError(f"{UNCAPTURED}group {group['name']!r} is not capturable; pass capturable=True")
@@ -80,7 +46,7 @@ def refuse_capture(
         if parameter.requires_grad:
             if not state.get(parameter):
                 raise RuntimeError(f"{UNCAPTURED}{label} has no state yet; take a step before the capture")
-            if _changes(state[parameter], state_of(parameter, group), algorithm):
+            if _changes(state[parameter], optimizer._state_of(parameter, group), algorithm):
                 raise RuntimeError(f"{UNCAPTURED}state of {label} changes in this step; take a step before the capture")
         if group["check_finite"] == "skip" and not counts_skipped_steps:
             raise RuntimeError(
@@ -93,7 +59,7 @@ def refuse_capture(
         mesh = getattr(parameter, "device_mesh", None)
         if not ranks.groups(mesh):
             continue
-        if is_compressing:
+        if optimizer.is_compressing:
             raise RuntimeError(
                 f"{UNCAPTURED}with sync='compressed' the ranks that hold replicas of {label} talk to each other in it; "
                 "capture the model alone, and step outside"
@@ -104,7 +70,7 @@ def refuse_capture(
                 "and whose sizes may depend on the selection; capture the model alone, and step outside"
             )
         causes = []
-        if algorithm.needs_matrices and share_replicas is not False:
+        if algorithm.needs_matrices and optimizer.share_replicas is not False:
             causes.append("share_replicas=False")
         if group["check_finite"] == "skip":
             causes.append("check_finite=False")
@@ -112,7 +78,7 @@ def refuse_capture(
             raise RuntimeError(
                 f"{UNCAPTURED}{label} has replicas, whose ranks talk to each other in it; pass {' and '.join(causes)}"
             )
-    if not is_agreed:
+    if not optimizer._is_agreed:
         raise RuntimeError(f"{UNCAPTURED}groups are new, or were loaded; take a step before the capture")
 
 

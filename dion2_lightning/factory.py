@@ -15,12 +15,11 @@ from torch.optim.optimizer import ParamsT
 from dion2_lightning.algorithms import ALGORITHMS, CHOICES, ChoiceName, EverySetting, algorithms_with
 from dion2_lightning.algorithms.hyperparameters import (
     Rate,
+    StepSettings,
     bind,
     described,
     method_takes,
     not_negative,
-    positive,
-    positive_integer,
     setting,
     takes,
 )
@@ -52,17 +51,6 @@ if logger.level == logging.NOTSET:
     logger.setLevel(logging.INFO)
 
 
-ATTRIBUTES: Final = (
-    "orthonormalize",
-    "process_group",
-    "share_replicas",
-    "max_grad_norm",
-    "working_memory",
-    "kernels",
-    "offload",
-)
-"""What the optimizer keeps as attributes; all else is settings of its groups."""
-
 TRAINER_HOOKS: Final[list[Callable[[Any], None]]] = []
 """Functions that are called with the Lightning Trainer of the model, if there is one; the first adds the callbacks."""
 
@@ -77,40 +65,8 @@ def _splits(name: str, value: Any) -> None:
 
 
 @dataclass(kw_only=True)
-class CommonArguments(EverySetting):
+class CommonArguments(StepSettings, EverySetting):
     """What the optimizer's constructor and the factory both take, as plain data."""
-
-    share_replicas: bool | None = setting(
-        None,
-        "Whether ranks that hold replicas, as under DDP and HSDP, share the work on them: True, False, or None, where "
-        "it saves more than sending the results costs. For Dion None never shares, and True does under DDP alone.",
-    )
-    max_grad_norm: float | None = setting(
-        None,
-        'To which norm of all gradients together a step clips them. With sync="compressed" pass it instead of clipping '
-        "before the step, which would scale each replica by its own norm.",
-        positive,
-    )
-    working_memory: int | None = setting(
-        None,
-        "How many bytes a step may take beside weights, gradients and state; always as many as the largest matrix "
-        "needs. Fewer make it slower: it goes over the matrices in more turns. None is 15% of the bytes of the weights "
-        "that a rank holds, and at least 256 MiB; on a CPU what no other rank shares takes 64 MiB at once.",
-        positive_integer,
-    )
-    kernels: Literal["auto", "torch", "triton"] = setting(
-        "auto",
-        'What goes over the memory of the matrices of Dion2 and Dion3: "torch", operations of torch; "triton", kernels '
-        'that make each pass once for all matrices, with the same result; "auto", these on CUDA devices where Triton '
-        "is installed. Matrices in float64, and interleaved blocks, are left to torch.",
-    )
-    offload: Literal["cpu"] | None = setting(
-        None,
-        'Where the state is kept between steps. "cpu": in pinned memory of the host, so that it costs no memory of a '
-        "GPU. A step brings it to the GPU, that of some parameters at a time and within working_memory, and takes it "
-        "back, without waiting. The result is the same but for rounding. State of parameters on the CPU is there "
-        "anyway. None keeps it beside the parameters.",
-    )
 
 
 @dataclass(kw_only=True)
@@ -235,9 +191,7 @@ class Dion2(MatrixOptimizer):
 
     @method_takes(Dion2Arguments)
     def __init__(self, params: ParamsT, *args: Any, **settings: Any) -> None:
-        given = bind("Dion2", Dion2Arguments, args, settings)
-        attributes = {name: given.pop(name) for name in ATTRIBUTES if name in given}
-        super().__init__(params, given, **attributes)
+        super().__init__(params, bind("Dion2", Dion2Arguments, args, settings))
 
 
 @takes(FactoryArguments)

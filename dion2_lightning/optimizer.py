@@ -22,8 +22,15 @@ from dion2_lightning.algorithms.algorithm import (
     StepWork,
     default_working_memory,
 )
-from dion2_lightning.algorithms.hyperparameters import flag, numbers, one_of, plain, positive, positive_integer
-from dion2_lightning.capture import is_capturing, refuse_capture
+from dion2_lightning.algorithms.hyperparameters import (
+    StepSettings,
+    check_values,
+    checks_of,
+    defaults_of,
+    numbers,
+    plain,
+)
+from dion2_lightning.capture import refuse_capture
 from dion2_lightning.compiled import add_to_table, compilable, compilable_in_schedule
 from dion2_lightning.compressed import (
     CompressedReplicas,
@@ -42,6 +49,7 @@ from dion2_lightning.distributed.collectives import (
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
 from dion2_lightning.kernels import fused
+from dion2_lightning.kernels.fused import is_capturing
 from dion2_lightning.kernels.gate import Gate, are_finite
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.matrices.layout import (
@@ -89,8 +97,8 @@ NOT_COPIED: Final = {
 }
 """What a copy or an unpickled optimizer lacks: a process group cannot be copied, a callable not always."""
 
-COPIED: Final = ("_failure", "share_replicas", "max_grad_norm", "working_memory", "kernels", "offload")
-"""What a copy or an unpickled optimizer has too; None where an older version pickled it."""
+STEP_SETTINGS: Final = defaults_of(StepSettings)
+"""Attributes that say how steps are taken, with their defaults; a copy or an unpickled optimizer has them too."""
 
 
 class MatrixOptimizer(Optimizer):
@@ -99,18 +107,9 @@ class MatrixOptimizer(Optimizer):
     Args:
         params: Parameters, named parameters or groups of them, as for every ``torch.optim`` optimizer. A group's
             ``algorithm`` is one of ``dion2_lightning.algorithms.ALGORITHMS``; without one it is ``default_algorithm``.
-        settings: Hyperparameters by name, for the groups whose algorithms have them and that do not say otherwise.
-        orthonormalize: A callable (batch, k, m) -> the same shape instead of the package's own (default: None).
-        process_group: The ranks that hold replicas of the plain parameters, or of all where gradients are not averaged
-            (default: None).
-        share_replicas: Whether ranks that hold replicas share the work (default: None, where it pays).
-        max_grad_norm: To which norm a step clips the gradients (default: None, it does not).
-        working_memory: How many bytes a step may take beside weights, gradients and state, or what the largest matrix
-            needs (default: None, the larger of 15% of the weights on this rank and 256 MiB; on a CPU what no other rank
-            shares takes 64 MiB at once).
-        kernels: What goes over the memory of matrices, "torch", "triton" or "auto" (default: "auto").
-        offload: Where the state is kept between steps: "cpu", in pinned memory of the host (default: None, beside the
-            parameters).
+        settings: By name: hyperparameters, for the groups whose algorithms have them and that do not say otherwise; and
+            attributes of the optimizer, which are ``orthonormalize``, ``process_group`` and the fields of
+            :class:`~dion2_lightning.algorithms.hyperparameters.StepSettings`.
 
     Raises:
         TypeError: An argument or a group's entry has the wrong type.
@@ -137,36 +136,13 @@ class MatrixOptimizer(Optimizer):
     route_parameters: Callable[[list[Tensor]], list[Group]] | None
     """Splits parameters that are added later without ``algorithm`` into groups; set where the model is known."""
 
-    def __init__(
-        self,
-        params: ParamsT,
-        settings: Mapping[str, Any],
-        *,
-        orthonormalize: Callable[[Tensor], Tensor] | None = None,
-        process_group: "ProcessGroup | None" = None,
-        share_replicas: bool | None = None,
-        max_grad_norm: float | None = None,
-        working_memory: int | None = None,
-        kernels: Literal["auto", "torch", "triton"] = "auto",
-        offload: Literal["cpu"] | None = None,
-    ) -> None:
+    def __init__(self, params: ParamsT, settings: Mapping[str, Any]) -> None:
+        settings = dict(settings)
+        for name, default in {**dict.fromkeys(NOT_COPIED), **STEP_SETTINGS}.items():
+            setattr(self, name, settings.pop(name, default))
+        self._check_attributes()
         for algorithm in ALGORITHMS.values():
             algorithm.check_settings(settings)
-        if orthonormalize is not None and not callable(orthonormalize):
-            raise TypeError(f"orthonormalize must be callable or None, got {type(orthonormalize).__name__}")
-        if process_group is not None and not callable(getattr(process_group, "size", None)):
-            raise TypeError(
-                f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}; of a "
-                "mesh, pass mesh.get_group()"
-            )
-        self.orthonormalize = orthonormalize
-        self.process_group = process_group
-        self.share_replicas = share_replicas
-        self.max_grad_norm = max_grad_norm
-        self.working_memory = working_memory
-        self.kernels = kernels
-        self.offload = offload
-        self._check_attributes()
         self.grad_norm = None
         self.observer = None
         self.fallbacks = Counter()
@@ -255,19 +231,7 @@ class MatrixOptimizer(Optimizer):
         """Update every parameter that has a gradient."""
         self._refuse_after_failure()
         if is_capturing():
-            refuse_capture(
-                self._labelled(),
-                self.state,
-                self._state_of,
-                self._ranks(),
-                counts_skipped_steps=any(self._skipped_steps is each for each in self._left.values()),
-                is_agreed=self._is_agreed,
-                is_compressing=self.is_compressing,
-                is_observed=self.observer is not None,
-                is_offloaded=self.offload is not None,
-                kernels=self.kernels,
-                share_replicas=self.share_replicas,
-            )
+            refuse_capture(self)
         self._check_settings()
         self._compressed.refuse_change(self.param_groups)
         self._check_placements()
@@ -288,7 +252,7 @@ class MatrixOptimizer(Optimizer):
         selections: dict[tuple[Tensor, str], Selection] = {}
         members, working_memory = self._members(skipped), self._working_memory()
         visits = [Visit(members)]
-        if any(visit.size for visit in visits):
+        if visits[0].size:
             working_memory //= 2  # the other half is for the state of two visits
             visits = cut_into_visits(members, working_memory)
         context = StepContext(
@@ -435,14 +399,14 @@ class MatrixOptimizer(Optimizer):
         self._offloading.wait()
         rates = [tensor_rates(group) for group in self.param_groups]
         before = {parameter: dict(state) for parameter, state in self.state.items()}
-        left = self._selections, self._skipped_steps, self.grad_norm
+        left = self._selections, self.grad_norm
         # As the last hook it sees what the other hooks made of the input.
         with self.register_load_state_dict_pre_hook(match):
             super().load_state_dict(state_dict)
         restore_exactly(self, matched, self._state_of)
         restore_in_place(self, rates, before, self._state_of)
         if self.is_capturable:  # replays go on to write there
-            self._selections, self._skipped_steps, self.grad_norm = left
+            self._selections, self.grad_norm = left
         self._compressed.momenta_differ = False
         self._failure = None
 
@@ -486,7 +450,9 @@ class MatrixOptimizer(Optimizer):
         """Leave out what cannot be copied, and remember that it was there."""
         self._offloading.wait()
         lost = [name for name in NOT_COPIED if getattr(self, name) is not None]
-        kept = {name: getattr(self, name) for name in ("_given", "_settings", "_compressed", *COPIED)}
+        kept = {
+            name: getattr(self, name) for name in ("_given", "_settings", "_compressed", "_failure", *STEP_SETTINGS)
+        }
         return {**super().__getstate__(), **kept, "_lost": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -498,16 +464,19 @@ class MatrixOptimizer(Optimizer):
                 stacklevel=2,
             )
         super().__setstate__(state)
-        self._selections, self._skipped_steps = {}, 0
-        self.fallbacks = Counter()
-        self._is_agreed = False
-        self.grad_norm = None
-        for name in (*NOT_COPIED, *COPIED, "observer", "route_parameters"):
-            self.__dict__.setdefault(name, "auto" if name == "kernels" else None)
-        self.__dict__.setdefault("_given", {})
-        self.__dict__.setdefault("_left", {})
-        self.__dict__.setdefault("_compressed", CompressedReplicas())
-        self.__dict__.setdefault("_offloading", Offloading())
+        self._selections, self.grad_norm, self._is_agreed = {}, None, False
+        new = {
+            **dict.fromkeys((*NOT_COPIED, "_failure", "observer", "route_parameters")),
+            **STEP_SETTINGS,
+            "fallbacks": Counter(),
+            "_compressed": CompressedReplicas(),
+            "_given": {},
+            "_left": {},
+            "_offloading": Offloading(),
+            "_skipped_steps": 0,
+        }
+        for name, value in new.items():  # a load comes here too, with state and groups alone
+            self.__dict__.setdefault(name, value)
         for group in self.param_groups:
             group.update(self._with_settings(ALGORITHMS[group["algorithm"]], group))
 
@@ -574,14 +543,15 @@ class MatrixOptimizer(Optimizer):
 
     def _check_attributes(self) -> None:
         """Refuse attributes that say nothing; they may be set at any time."""
-        if self.share_replicas is not None:
-            flag("share_replicas", self.share_replicas)
-        if self.max_grad_norm is not None:
-            positive("max_grad_norm", self.max_grad_norm)
-        if self.working_memory is not None:
-            positive_integer("working_memory", self.working_memory)
-        one_of(("auto", "torch", "triton"))("kernels", self.kernels)
-        one_of(["cpu", None])("offload", self.offload)
+        orthonormalize, process_group = self.orthonormalize, self.process_group
+        if orthonormalize is not None and not callable(orthonormalize):
+            raise TypeError(f"orthonormalize must be callable or None, got {type(orthonormalize).__name__}")
+        if process_group is not None and not callable(getattr(process_group, "size", None)):
+            raise TypeError(
+                f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}; of a "
+                "mesh, pass mesh.get_group()"
+            )
+        check_values({name: getattr(self, name) for name in STEP_SETTINGS}, checks_of(StepSettings))
 
     def _check_settings(self) -> None:
         """Refuse what groups and attributes cannot say, as when they were made: they may have been changed since.
@@ -759,7 +729,11 @@ class MatrixOptimizer(Optimizer):
         if any(group["lr"] for group in self.param_groups):
             return set()
         parameters = [parameter for _, parameter, _ in self._labelled()]
-        flags = [_on_every_entry(parameter, torch.Tensor.bool).any() for parameter in parameters]
+        gradients = [local_gradient(parameter) for parameter in parameters]
+        flags = [
+            torch.zeros((), dtype=torch.bool, device=parameter.device) if gradient is None else gradient.bool().any()
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+        ]
         return set() if any(on_any_rank(flags, parameters, self._ranks())) else set(parameters)
 
     def _refuse_after_failure(self) -> None:
@@ -790,7 +764,7 @@ def _collector_paused() -> Iterator[None]:
 def _settings_of(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What a group says about the update, which ranks that share parameters must have in common.
 
-    Of a rate that is a tensor it is that: the host does not read it.
+    A rate that is a tensor counts only as "a tensor": the host does not read its value.
     """
     return [
         (name, "a tensor" if isinstance(value, Tensor) else value)
@@ -808,9 +782,3 @@ def _have_finite_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
         for (index, _), is_finite in zip(alike, are_finite([gradient for _, gradient in alike]), strict=True):
             flags[index] = is_finite
     return flags
-
-
-def _on_every_entry(parameter: Tensor, test: Callable[[Tensor], Tensor]) -> Tensor:
-    """What a test says of every entry of a gradient; of zero where there is none."""
-    gradient = local_gradient(parameter)
-    return test(torch.zeros((1,), device=parameter.device) if gradient is None else gradient)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dion2_lightning import Dion2, SelectionTracker, build_optimizer
 from dion2_lightning.algorithms.hyperparameters import RATES
-from dion2_lightning.capture import is_capturing
+from dion2_lightning.kernels.fused import is_capturing
 from dion2_lightning.parameter_groups import refuse_misplaced_rates
 from tests.every_kind import fill, groups_of_every_kind, parameters_of
 from tests.test_skipped_steps import assert_equal, weights_and_state

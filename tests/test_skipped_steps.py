@@ -173,6 +173,20 @@ def test_a_copy_counts_anew() -> None:
     assert (optimizer.skipped_steps, other.skipped_steps) == (1, 1)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_load_goes_on_counting(capturable: bool) -> None:
+    optimizer = optimizer_of(check_finite="skip", capturable=capturable)
+    optimizer.fallbacks["qr"] = 2
+    fallbacks = optimizer.fallbacks
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    step(optimizer, 0, (0, math.nan))
+    optimizer.load_state_dict(checkpoint)
+    assert optimizer.skipped_steps == 1
+    step(optimizer, 1, (0, math.nan))
+    assert optimizer.skipped_steps == 2
+    assert optimizer.fallbacks is fallbacks == {"qr": 2}
+
+
 def test_gradients_that_are_missing_or_empty() -> None:
     optimizer = optimizer_of(check_finite="skip")
     optimizer.zero_grad()

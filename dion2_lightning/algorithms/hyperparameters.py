@@ -383,3 +383,40 @@ class MatrixSettings(RoundingSettings):
         "Leave a matrix of a stack, such as an expert without tokens, as it is when its gradient is zero: its weights, "
         "which do not decay either, and its state. False updates it by the momentum that it has.",
     )
+
+
+@dataclass(kw_only=True)
+class StepSettings:
+    """How an optimizer takes its steps, whatever its groups say: its attributes of these names."""
+
+    share_replicas: bool | None = setting(
+        None,
+        "Whether ranks that hold replicas, as under DDP and HSDP, share the work on them: True, False, or None, where "
+        "it saves more than sending the results costs. For Dion None never shares, and True does under DDP alone.",
+    )
+    max_grad_norm: float | None = setting(
+        None,
+        'To which norm of all gradients together a step clips them. With sync="compressed" pass it instead of clipping '
+        "before the step, which would scale each replica by its own norm.",
+        positive,
+    )
+    working_memory: int | None = setting(
+        None,
+        "How many bytes a step may take beside weights, gradients and state; always as many as the largest matrix "
+        "needs. Fewer make it slower: it goes over the matrices in more turns. None is 15% of the bytes of the weights "
+        "that a rank holds, and at least 256 MiB; on a CPU what no other rank shares takes 64 MiB at once.",
+        positive_integer,
+    )
+    kernels: Literal["auto", "torch", "triton"] = setting(
+        "auto",
+        'What goes over the memory of the matrices of Dion2 and Dion3: "torch", operations of torch; "triton", kernels '
+        'that make each pass once for all matrices, with the same result; "auto", these on CUDA devices where Triton '
+        "is installed. Matrices in float64, and interleaved blocks, are left to torch.",
+    )
+    offload: Literal["cpu"] | None = setting(
+        None,
+        'Where the state is kept between steps. "cpu": in pinned memory of the host, so that it costs no memory of a '
+        "GPU. A step brings it to the GPU, that of some parameters at a time and within working_memory, and takes it "
+        "back, without waiting. The result is the same but for rounding. State of parameters on the CPU is there "
+        "anyway. None keeps it beside the parameters.",
+    )

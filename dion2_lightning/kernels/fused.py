@@ -115,7 +115,7 @@ def unavailable(device: torch.device) -> str | None:
         return f"Triton has no kernels for devices of type {device.type}"
     if is_gpu and is_interpreted:
         return "TRITON_INTERPRET is set, and Triton's interpreter cannot read the memory of a GPU: unset it"
-    if is_gpu and _is_capturing():
+    if is_gpu and is_capturing():
         return "a CUDA graph is being captured, which would read tables of this step again, and they are gone by then"
     if is_gpu and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {MIN_CAPABILITY}"
@@ -134,7 +134,7 @@ def are_default(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     reason = unavailable(device)
-    if reason is not None and torch.cuda.is_available() and not _is_capturing():
+    if reason is not None and torch.cuda.is_available() and not is_capturing():
         _warn(device, reason)
     return reason is None
 
@@ -144,7 +144,8 @@ def _warn(device: torch.device, reason: str) -> None:
     warnings.warn(f"operations of torch take the place of fused kernels on {device}: {reason}", stacklevel=2)
 
 
-def _is_capturing() -> bool:
+def is_capturing() -> bool:
+    """Return whether what is launched now goes into a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

@@ -854,9 +854,9 @@ def test_a_gpu_that_cannot_run_them_is_warned_of_once(
     devices = [torch.device("cuda", number) for number in range(3)]
     assert not any(map(fused.are_default, devices[:2])) and not recwarn
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(fused, "_is_capturing", lambda: True)
+    monkeypatch.setattr(fused, "is_capturing", lambda: True)
     assert not fused.are_default(devices[0]) and not recwarn
-    monkeypatch.setattr(fused, "_is_capturing", lambda: False)
+    monkeypatch.setattr(fused, "is_capturing", lambda: False)
     asked.clear()
     for _ in range(2):
         context = StepContext(kernels="auto")
