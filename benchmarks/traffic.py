@@ -23,7 +23,6 @@ import argparse
 import inspect
 import json
 import math
-import pkgutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks import kernel_traffic
 from benchmarks.fake_tensors import fake_tensors
 from benchmarks.step import LAYERS, TRANSPOSED, Build, Sizes
 from dion2_lightning import Dion2
@@ -76,9 +76,7 @@ KERNELS = ("torch", "triton")
 """What goes over the memory of matrices."""
 
 OWN_NAMESPACE = "dion2"
-OWN_KERNELS = "dion2_lightning.kernels.traffic"
-"""What is asked about operators of that namespace: ``traffic(name, arguments) -> (bytes read, written)``, and
-``launches(name, arguments)``."""
+"""Operators of this namespace are looked up in kernel_traffic.py."""
 
 
 class UnknownOperationError(NotImplementedError):
@@ -216,13 +214,12 @@ def fused_adamw(call: Call) -> Traffic:
 
 
 def declared(call: Call) -> Traffic:
-    """An operator of the package's own kernels says what it moves, given its name and all its arguments."""
-    try:
-        traffic, launches = (pkgutil.resolve_name(f"{OWN_KERNELS}:{name}") for name in ("traffic", "launches"))
-    except (ImportError, AttributeError) as error:
-        raise UnknownOperationError(f"{call.function} declares nothing: {OWN_KERNELS} has no such function") from error
+    """What an operator of the package's own kernels moves, given all its arguments."""
     name, arguments = _name(call.function), tuple(call.arguments.values())
-    return Traffic(launches(name, arguments), *traffic(name, arguments))
+    try:
+        return Traffic(kernel_traffic.launches(name, arguments), *kernel_traffic.traffic(name, arguments))
+    except KeyError as error:
+        raise UnknownOperationError(f"{call.function} has no rule: add one to benchmarks/kernel_traffic.py") from error
 
 
 FREE = {

@@ -60,7 +60,7 @@ def compilable(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compilable_in_schedule(optimizer: Optimizer, step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the same for what a scheduler puts before an optimizer's step, into which dynamo refuses to look."""
+    """Make a step compilable that a learning rate scheduler has wrapped: dynamo refuses to look into the wrapper."""
     reference = weakref.ref(optimizer)
 
     def step_of_optimizer(_: Any, *args: Any, **keywords: Any) -> Any:

@@ -26,8 +26,10 @@ from dion2_lightning.distributed.buckets import assign_buckets, count_buckets
 from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormal_columns import sketch_rows
 from dion2_lightning.kernels.orthonormalize import flops
-from dion2_lightning.matrices.layout import Span, group_by
-from dion2_lightning.matrices.splits import OUTPUT_AXIS, Block
+from dion2_lightning.lists import group_by
+from dion2_lightning.matrices.layout import Span
+from dion2_lightning.matrices.parts import held_of_matrix
+from dion2_lightning.matrices.splits import OUTPUT_AXIS
 from dion2_lightning.matrices.views import Matrices, Observed
 
 SUM_BYTES: Final = 8
@@ -73,7 +75,7 @@ class Layout:
         match = re.fullmatch(r"(one)|(ddp|fsdp2|tp)=([1-9]\d*)|(hsdp)=([1-9]\d*)x([1-9]\d*)", text)
         if match is None:
             raise ValueError(
-                f"layout {text!r} is none; write fsdp2=8, ddp=8, hsdp=4x8 for 4 replicas of 8 shards, tp=8, or one"
+                f"layout {text!r} is unknown; write fsdp2=8, ddp=8, hsdp=4x8 for 4 replicas of 8 shards, tp=8, or one"
             )
         one, kind, ranks, hsdp, replicas, shards = match.groups()
         if one or hsdp:
@@ -155,9 +157,11 @@ class Placed:
         if block is None or matrices.blocks_are_rows != is_rows:
             yield matrices.count, tuple(shard(sizes[0 if is_rows else 1], layout.shards)), is_rows
             return
-        edges = shard(block.period * block.repeats, layout.shards)
-        for place in range(block.matrices):
-            yield matrices.count // block.matrices, _inside(block, place, edges), is_rows
+        of_axis = shard(block.period * block.repeats, layout.shards)
+        edges = [(block.before(start), block.before(stop)) for start, stop in of_axis]
+        for number in range(block.matrices):
+            held = held_of_matrix(edges, number, block.total // block.matrices)
+            yield matrices.count // block.matrices, held, is_rows
 
 
 class Costs(NamedTuple):
@@ -357,7 +361,7 @@ def state_bytes(placed: Sequence[Placed], layout: Layout) -> int:
 
 
 def _as_spread(placed: Placed, layout: Layout) -> Any:
-    """The parameter with what algorithms ask a DTensor for: a mesh of ranks that are not there is not to be had."""
+    """The parameter with what algorithms ask a DTensor for, which needs no ranks: a real mesh would."""
     if layout.shards == 1 or placed.dim is None:
         return placed.parameter
     from torch.distributed.tensor import Shard
@@ -365,16 +369,6 @@ def _as_spread(placed: Placed, layout: Layout) -> Any:
     spread: Any = placed.parameter.detach()
     spread.device_mesh, spread.placements, spread.to_local = None, (Shard(placed.dim),), spread.detach
     return spread
-
-
-def _inside(block: Block, place: int, edges: Sequence[Span]) -> tuple[Span, ...]:
-    """What each rank holds of one matrix of a block, given what it holds of the axis."""
-    size = block.total // block.matrices
-
-    def inside(edge: int) -> int:
-        return min(max(block.before(edge) - place * size, 0), size)
-
-    return tuple((inside(start), inside(stop)) for start, stop in edges)
 
 
 def _sliced(placed: Sequence[Placed], layout: Layout, working_memory: int) -> Costs:

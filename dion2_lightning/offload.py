@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StateTensor
-from dion2_lightning.algorithms.working_memory import bounded
-from dion2_lightning.matrices.layout import group_by, local, number_of_parts, placed
+from dion2_lightning.lists import bounded, group_by
+from dion2_lightning.matrices.layout import local, number_of_parts, placed
 
 HOST: Final = torch.device("cpu")
 

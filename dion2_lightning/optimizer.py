@@ -52,15 +52,8 @@ from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.fused import is_capturing
 from dion2_lightning.kernels.gate import Gate, are_finite
 from dion2_lightning.kernels.selection import Selection
-from dion2_lightning.matrices.layout import (
-    group_by,
-    is_dtensor,
-    local,
-    local_gradient,
-    moved,
-    number_of_parts,
-    refuse_misplaced,
-)
+from dion2_lightning.lists import group_by
+from dion2_lightning.matrices.layout import is_dtensor, local, local_gradient, moved, number_of_parts, refuse_misplaced
 from dion2_lightning.matrices.views import ObservedParameter
 from dion2_lightning.offload import Offloading, Visit, cut_into_visits, kept, refuse_device
 from dion2_lightning.parameter_groups import (

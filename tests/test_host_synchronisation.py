@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.fake_tensors import fake_tensors
 from benchmarks.statistics import size_of, tensors_of
 from dion2_lightning import Dion2, SelectionTracker
-from dion2_lightning.algorithms import dion2_shared as sharing
+from dion2_lightning.algorithms import dion2_shared, shared
 from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.algorithms.hyperparameters import RATES
 from dion2_lightning.distributed import collectives
@@ -393,17 +393,17 @@ def reads(ranks: None, monkeypatch: pytest.MonkeyPatch) -> FakeReads:
     """Let optimizers step on fake shards."""
     reads = FakeReads()
     monkeypatch.setattr("dion2_lightning.distributed.overlap.read_together", reads)
-    edges = on_host(sharing._edges)
+    edges = on_host(dion2_shared._edges)
     monkeypatch.setattr("dion2_lightning.algorithms.dion2_shared._edges", lambda *read: OnHost(edges(*read)))
     monkeypatch.setattr(collectives, "_agree", lambda header, *_: (header == header).all())
     refuse = collectives.refuse_disagreement
     of_host = on_host(refuse)
     monkeypatch.setattr(
-        sharing,
+        shared,
         "refuse_disagreement",
         lambda header, *others: (of_host if header.device.type == "cpu" else refuse)(header, *others),
     )
-    monkeypatch.setattr(sharing, "with_gradient", on_host(sharing.with_gradient))
+    monkeypatch.setattr(shared, "_with_gradient", on_host(shared._with_gradient))
     monkeypatch.setattr("dion2_lightning.matrices.parts.layout_of", on_host(layout.layout_of))
     monkeypatch.setattr("dion2_lightning.optimizer.check_agreement", lambda *_: None)  # waits, at the first step
     return reads

@@ -24,12 +24,13 @@ from dion2_lightning.algorithms.hyperparameters import (
     setting,
     two_decay_rates,
 )
-from dion2_lightning.algorithms.working_memory import bounded, pass_bytes
+from dion2_lightning.algorithms.working_memory import pass_bytes
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.device_numbers import DeviceNumber, Number, as_factor
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, random_bits, store_
-from dion2_lightning.matrices.layout import group_by, held_coordinates, local, local_gradient
+from dion2_lightning.lists import bounded, group_by
+from dion2_lightning.matrices.layout import held_coordinates, local, local_gradient
 
 
 @dataclass(kw_only=True)

@@ -94,7 +94,7 @@ class Observer(Protocol):
         """Called after updates P Q^T of one rank r, the same on every rank that holds parts of the matrices.
 
         Args:
-            sources: Whose matrices follow, one after the other.
+            sources: Which matrices they are, in the order of the tensors below.
             counts: How many each has.
             energies: Squared Frobenius norms of the momenta B, (matrices,); means where replicas differ in B.
             captured: Squared Frobenius norms of B^T P, the same.

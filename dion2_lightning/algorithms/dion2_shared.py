@@ -40,15 +40,16 @@ from dion2_lightning.algorithms.passes import (
     shrink,
     take,
 )
-from dion2_lightning.algorithms.shared import nonzero_gradients, with_gradient
+from dion2_lightning.algorithms.shared import checked, nonzero_gradients, reading_is_free
 from dion2_lightning.distributed.buckets import assign_buckets, count_buckets
-from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
+from dion2_lightning.distributed.collectives import sum_over_ranks
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep, staggered
 from dion2_lightning.distributed.owner_exchange import OwnerExchange, SharedSubmatrix
 from dion2_lightning.distributed.owners import Owner, plan_owners
 from dion2_lightning.kernels.orthonormalize import flops
 from dion2_lightning.kernels.stacks import concatenate
-from dion2_lightning.matrices.layout import Replicas, group_by
+from dion2_lightning.lists import group_by
+from dion2_lightning.matrices.layout import Replicas
 
 
 def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingStep:
@@ -83,16 +84,11 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     selected = dict(zip(updates, select(updates, [SliceSums(each) for each in sums[: len(updates)]]), strict=True))
     places = {update: update.places(indices) for update, (indices, _) in selected.items()}
     split = [update for update in updates if update.is_split]
-    reads = bool(split) or not all(has_gradient) or _reading_is_free(device)
+    reads = bool(split) or not all(has_gradient) or reading_is_free(device)
     on_host = yield [header, *(places[update] for update in split)] if reads else []
-    edges: dict[MatrixUpdate, Tensor] = {}
-    refuse_disagreement(on_host[0] if reads else header, [everyone], checksum)
-    if reads:
-        updates = with_gradient(updates, on_host[0], replicas)
-        edges = {update: _edges(update, indices) for update, indices in zip(split, on_host[1:], strict=True)}
-    elif replicas is not None:
-        is_complete = (header.narrow(0, 1, len(header) - 1) % replicas.count == 0).all()
-        torch._assert_async(is_complete, "some replicas lack gradients that others have")
+    header_on_host = on_host[0] if reads else None
+    updates = checked(updates, header, header_on_host, everyone=[everyone], checksum=checksum, replicas=replicas)
+    edges = {update: _edges(update, indices) for update, indices in zip(split, on_host[1:], strict=True)}
 
     # What is left of the box, for all submatrices of a bucket together; one bucket a pause behind the other.
     exchanges, seen = [], set[MatrixUpdate]()
@@ -231,11 +227,6 @@ def _accumulate(
         else:
             sums.append(update.momentum.new_zeros((update.count, slices), dtype=torch.float64))
     return sums
-
-
-def _reading_is_free(device: torch.device) -> bool:
-    """Return whether the host need not wait to read what is on a device."""
-    return device.type == "cpu"
 
 
 def _edges(update: MatrixUpdate, indices: Tensor) -> Tensor:

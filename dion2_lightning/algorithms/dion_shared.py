@@ -9,13 +9,13 @@ over what is spread, and only what is smaller than the matrix travels:
   columns of B are; of R only the norms of its columns are summed up.
 - Both: P and R are summed up, each with zeros where a rank has no part.
 
-Ranks that hold replicas do the same work. Where their gradients are averaged, it is on the same numbers. Of plain
+Ranks that hold replicas do the same work, on the same numbers where their gradients are averaged. Of plain
 replicas (DDP) each makes P and R of its share of the matrices where ``share_replicas=True`` asks for it, and one
 all-gather brings them to all, (long + short) r numbers a matrix.
 
 Where P and R are averaged instead, X, P, R and Q are the same on all, and B is not: both products are linear in B, so
-that X moves as it would by the mean of the gradients. Each M loses what P captures of its own B, so what they differ by
-decays too.
+that X moves as it would by the mean of the gradients. Each M loses what P captures of its own B, so the differences
+between replicas decay too.
 """
 
 import math
@@ -40,15 +40,15 @@ from dion2_lightning.algorithms.low_rank import (
 from dion2_lightning.algorithms.matrix_update import count_step, draw_bits
 from dion2_lightning.algorithms.passes import accumulate
 from dion2_lightning.algorithms.projections import Projections
-from dion2_lightning.algorithms.shared import nonzero_gradients, with_gradient
-from dion2_lightning.algorithms.working_memory import bounded
-from dion2_lightning.distributed.collectives import refuse_disagreement, sum_over_ranks
+from dion2_lightning.algorithms.shared import checked, nonzero_gradients, reading_is_free
+from dion2_lightning.distributed.collectives import sum_over_ranks
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
 from dion2_lightning.distributed.owners import assign_owners
 from dion2_lightning.distributed.summing import Over, Summand, SummingWork, run_together
 from dion2_lightning.distributed.torch_versions import all_gather_single
 from dion2_lightning.kernels.orthonormal_columns import finish, grams, orthonormal_columns, precondition, sketches
-from dion2_lightning.matrices.layout import Replicas, Span, group_by
+from dion2_lightning.lists import bounded, group_by
+from dion2_lightning.matrices.layout import Replicas, Span
 
 
 def update_shared(updates: list[LowRankUpdate], context: StepContext) -> WaitingStep:
@@ -73,14 +73,10 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
     header, sums = receive()
     for update, its_nonzero in zip(nonzero, sums, strict=True):
         update.leave_idle(its_nonzero)
-    reads = not all(has_gradient) or device.type == "cpu"
+    reads = not all(has_gradient) or reading_is_free(device)
     on_host = yield [header] if reads else []
-    refuse_disagreement(on_host[0] if reads else header, everyone, checksum)
-    if reads:
-        updates = with_gradient(updates, on_host[0], replicas)
-    elif replicas is not None:
-        is_complete = (header.narrow(0, 1, len(header) - 1) % replicas.count == 0).all()
-        torch._assert_async(is_complete, "some replicas lack gradients that others have")
+    header_on_host = on_host[0] if reads else None
+    updates = checked(updates, header, header_on_host, everyone=everyone, checksum=checksum, replicas=replicas)
     draw_bits(updates)
     # What a run sums up, or gathers, is there at once; the other half of the memory is for the weights.
     for run in bounded(list(batches(updates, context)), _working_bytes, context.working_memory // 2):

@@ -18,21 +18,15 @@ from dion2_lightning.algorithms.algorithm import Member, StateTensor, StepContex
 from dion2_lightning.algorithms.learning_rates import update_scale
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate
 from dion2_lightning.algorithms.passes import shrink as decay_weights
-from dion2_lightning.algorithms.working_memory import bounded, pass_bytes
+from dion2_lightning.algorithms.working_memory import pass_bytes
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.orthonormal_columns import orthonormal_columns, randomized_cholesky_qr, sketch_rows
 from dion2_lightning.kernels.precision import sum_dtype
 from dion2_lightning.kernels.random_numbers import normals
 from dion2_lightning.kernels.rounding import HALF_PRECISION, multiply_add_, store_
 from dion2_lightning.kernels.selection import selected_count
-from dion2_lightning.matrices.layout import (
-    Span,
-    group_by,
-    held_coordinates,
-    is_dtensor,
-    local,
-    placements_of_matrices,
-)
+from dion2_lightning.lists import bounded, group_by
+from dion2_lightning.matrices.layout import Span, held_coordinates, is_dtensor, local, placements_of_matrices
 from dion2_lightning.matrices.splits import INPUT_AXIS, OUTPUT_AXIS
 from dion2_lightning.matrices.views import Matrices, matrices_of
 
@@ -49,7 +43,7 @@ NOISE: Final = 2.0
 """Columns of R shorter than this times the precision, sqrt(long) and the norm of R are what rounding makes of zero."""
 
 FALLBACK: Final = "rcqr"
-"""What ``fallbacks`` of an optimizer counts matrices under for which randomized Cholesky QR failed."""
+"""The key in ``optimizer.fallbacks`` that counts matrices for which randomized Cholesky QR failed."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

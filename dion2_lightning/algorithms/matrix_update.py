@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StepContext
-from dion2_lightning.algorithms.working_memory import bounded, memory_at_once, pass_bytes, shared_bytes, working_bytes
+from dion2_lightning.algorithms.working_memory import memory_at_once, pass_bytes, shared_bytes, working_bytes
 from dion2_lightning.kernels.device_numbers import Number, as_factor
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, random_bits
 from dion2_lightning.kernels.selection import Selection, can_estimate_sums
 from dion2_lightning.kernels.triton_launch import DTYPES
-from dion2_lightning.matrices.layout import Layout, Spans, group_by, local, local_gradient, placed_like_stack
+from dion2_lightning.lists import bounded, group_by
+from dion2_lightning.matrices.layout import Layout, Spans, local, local_gradient, placed_like_stack
 from dion2_lightning.matrices.parts import Part, parts_of
 from dion2_lightning.matrices.splits import OUTPUT_AXIS
 from dion2_lightning.matrices.views import Matrices, Source
@@ -369,18 +370,18 @@ class MatrixUpdate:
 
     @property
     def shared_bytes(self) -> int:
-        """The same of a matrix that ranks share."""
+        """Working memory of one matrix that ranks share."""
         return shared_bytes(self.k, self.entries, self.slices, self.dtype.itemsize)
 
     @cached_property
     def taken_bytes(self) -> int:
-        """Working memory that one matrix takes in addition, when it is its turn: for what is taken, or added."""
+        """Working memory that one matrix takes in addition while its slices are taken, or added to."""
         copies = 3 if self.view_key is self else 5  # as it lies in the view, and by blocks
         return copies * self.k * self.entries * self.state["momentum"].element_size()
 
     @cached_property
     def pass_bytes(self) -> int:
-        """The same for a pass over its weights, where they are in half precision or decay cautiously."""
+        """Working memory of a pass over the weights of one matrix, in half precision or with cautious decay; else 0."""
         if self.parameter.dtype not in HALF_PRECISION and not self.is_cautious:
             return 0
         return self.slices * self.entries * pass_bytes(self.parameter.dtype)

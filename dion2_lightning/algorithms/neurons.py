@@ -20,7 +20,8 @@ from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlice
 from dion2_lightning.algorithms.passes import split_off_fused
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.precision import sum_dtype
-from dion2_lightning.matrices.layout import group_by, local, placements_of_matrices
+from dion2_lightning.lists import group_by
+from dion2_lightning.matrices.layout import local, placements_of_matrices
 from dion2_lightning.matrices.views import Matrices
 
 EPS: Final = 1e-8
@@ -60,8 +61,8 @@ def factors(sums: Mapping[SelectedSlices, Tensor], context: StepContext) -> dict
     """Update v, and return what each neuron of O is multiplied by, in the shape of its sum.
 
     Args:
-        sums: What :func:`square_sums` returned, of whole matrices, by what is selected of them; of a kernel all taps of
-            its channels. Where its gate is closed, v stays.
+        sums: What :func:`square_sums` returned, summed over all ranks; of a kernel over all taps of its channels. Where
+            a gate is closed, v stays.
         context: Of the step; its observer is shown v.
     """
     at_once = {each: its_sums for each, its_sums in sums.items() if each.is_fused}

@@ -15,7 +15,7 @@ from torch import Tensor
 from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices
 from dion2_lightning.algorithms.slices_of_view import InterleavedSlices, SlicesOfView, views_of
-from dion2_lightning.algorithms.working_memory import bounded, pass_bytes
+from dion2_lightning.algorithms.working_memory import pass_bytes
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.device_numbers import DeviceNumber, as_factor
@@ -33,7 +33,8 @@ from dion2_lightning.kernels.selection import (
     slice_sums,
 )
 from dion2_lightning.kernels.stacks import concatenate, empty_stacks, runs_along
-from dion2_lightning.matrices.layout import group_by, local, local_gradient
+from dion2_lightning.lists import bounded, group_by
+from dion2_lightning.matrices.layout import local, local_gradient
 
 CACHE: Final = 2**20
 """Entries of matrices that a CPU keeps in its cache from one pass to the next."""
@@ -271,7 +272,7 @@ def _empty_batches(slices: Sequence[SelectedSlices]) -> dict[SelectedSlices, Ten
 
 
 def _take_at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
-    """The same by a kernel of Triton."""
+    """Take S and decay M[K] by one kernel of Triton, of all matrices at once."""
     taken: dict[SelectedSlices, Tensor] = {}
     for (dtype, nesterov), alike in group_by(slices, lambda each: (each.update.dtype, each.update.nesterov)).items():
         gates = [each.update.gate for each in alike]
@@ -292,7 +293,7 @@ def _take_at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
 
 
 def _take(selected: SlicesOfView) -> Sequence[Tensor]:
-    """The same by operations of torch, of one view; returned block by block."""
+    """Take S and decay M[K] in one view, by operations of torch; return S block by block."""
     first, momentum, places = selected.first, selected.momentum, selected.places
     gathered = gather(momentum, places)
     factor = first.number(first.update.momentum_factor, 1.0, gathered)
@@ -450,7 +451,7 @@ def _change(slices: SelectedSlices, result: Tensor, factors: Tensor | None) -> T
 
 
 def _change_of_view(view: SlicesOfView, results: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """The same for all slices of a view, in the order of their places; at once where all move by one step size."""
+    """What is added to all selected slices of a view, in the order of their places."""
     if isinstance(view, InterleavedSlices) and all(factors is None for _, factors in results):
         return _change(view.first, view.join([result for result, _ in results]), None)
     return view.join([_change(each, *its_results) for each, its_results in zip(view.slices, results, strict=True)])

@@ -50,7 +50,7 @@ class Projections:
         first, observer = self._batch[0], self._context.observer
         assert observer is not None
         energies, captured, entries = sums.split([1, 1, sums.shape[1] - 2], dim=1)
-        # P Q^T has the Frobenius norm of Q; what is NaN is no column of zeros.
+        # P Q^T has the Frobenius norm of Q; a column with NaN is not one of zeros.
         lengths = torch.where(present_columns(norms, first) | norms.isnan(), norms / (norms + EPS), 0.0)
         counts = [update.count for update in self._batch]
         squares = [

@@ -2,13 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate
+from dion2_lightning.distributed.collectives import refuse_disagreement
 from dion2_lightning.kernels.precision import has_float64
-from dion2_lightning.matrices.layout import Replicas, group_by
+from dion2_lightning.lists import group_by
+from dion2_lightning.matrices.layout import Replicas
+
+if TYPE_CHECKING:  # some builds of torch have no process groups
+    from torch.distributed import ProcessGroup
 
 U = TypeVar("U", bound=MatrixUpdate)
 
@@ -34,7 +40,40 @@ def nonzero_gradients(updates: Sequence[U]) -> dict[U, Tensor]:
     return {update: update.nonzero_gradients().double() for update in updates if update.leaves_idle}
 
 
-def with_gradient(updates: Sequence[U], header: Tensor, replicas: Replicas | None) -> list[U]:
+def reading_is_free(device: torch.device) -> bool:
+    """Return whether the host need not wait to read what is on a device."""
+    return device.type == "cpu"
+
+
+def checked(
+    updates: list[U],
+    header: Tensor,
+    on_host: Tensor | None,
+    *,
+    everyone: "Sequence[ProcessGroup]",
+    checksum: int,
+    replicas: Replicas | None,
+) -> list[U]:
+    """Return the updates whose gradient some rank has; refuse ranks that differ in settings or gradients.
+
+    Args:
+        updates: The same ones in the same order on each rank.
+        header: What :func:`~dion2_lightning.distributed.collectives.sum_over_ranks` returned.
+        on_host: The same, if the host has read it; else all updates are returned, and the device checks the gradients.
+        everyone: The groups it was summed over.
+        checksum: This rank's.
+        replicas: Those that have to have the same gradients.
+    """
+    refuse_disagreement(header if on_host is None else on_host, everyone, checksum)
+    if on_host is not None:
+        return _with_gradient(updates, on_host, replicas)
+    if replicas is not None:
+        is_complete = (header.narrow(0, 1, len(header) - 1) % replicas.count == 0).all()
+        torch._assert_async(is_complete, "some replicas lack gradients that others have")
+    return updates
+
+
+def _with_gradient(updates: Sequence[U], header: Tensor, replicas: Replicas | None) -> list[U]:
     """Return the updates whose gradient some rank has; refuse one that not every replica has: momenta would differ."""
     counts = header[1:].tolist()
     for update, count in zip(updates, counts, strict=True):

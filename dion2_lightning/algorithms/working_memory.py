@@ -1,7 +1,6 @@
-"""How much memory a step takes, and lists cut so that it takes no more than it may."""
+"""How much memory a step takes."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final, TypeVar
+from typing import Final
 
 import torch
 
@@ -15,14 +14,12 @@ SLICE_BYTES: Final = 40
 """Working memory for a slice: the sums of |M|, norms, and their order."""
 
 PASS_COPIES: Final = 7
-"""The same for a pass over weights that are in half precision, or decay cautiously, in float32 at least: the wide
+"""Copies in a pass over weights that are in half precision, or decay cautiously, in float32 at least: the wide
 weights, the update or its sign, random bits, and what is rounded."""
 
 CPU_BYTES: Final = 2**26
 """What a CPU takes at once. When a process frees more at the end of its heap, glibc gives it back to the system, and
 every page of 4 KB is cleared again in the next step: a tenth of a step at 1/4."""
-
-T = TypeVar("T")
 
 
 def memory_at_once(device: torch.device, working_memory: int) -> int:
@@ -37,25 +34,10 @@ def working_bytes(k: int, entries: int, slices: int, itemsize: int) -> int:
 
 
 def shared_bytes(k: int, entries: int, slices: int, itemsize: int) -> int:
-    """Return the same of a matrix that ranks share: its slices come one by one, and go in messages."""
+    """Return the working memory of a matrix that ranks share: as above, and what is sent and received of it."""
     return working_bytes(k, entries, slices, itemsize) + 2 * k * entries * itemsize
 
 
 def pass_bytes(dtype: torch.dtype) -> int:
     """Return the working memory of a pass over weights of a dtype, for an entry."""
     return PASS_COPIES * torch.promote_types(dtype, torch.float32).itemsize
-
-
-def bounded(items: Sequence[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Cut a list into runs of at most ``limit`` together, or of one item."""
-    run: list[T] = []
-    total = 0
-    for item in items:
-        size = size_of(item)
-        if run and total + size > limit:
-            yield run
-            run, total = [], 0
-        run.append(item)
-        total += size
-    if run:
-        yield run

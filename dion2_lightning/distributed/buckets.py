@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Final
 
 from dion2_lightning.distributed.owners import assign_owners
-from dion2_lightning.matrices.layout import group_by
+from dion2_lightning.lists import group_by
 
 MAX_OVERLAPPED: Final = 3
 """Buckets that are made for overlap. What cannot overlap is sending the first and returning the last: a third each."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dion2_lightning.distributed.collectives import place_gradients
 from dion2_lightning.kernels.precision import move_sums, sum_dtype
-from dion2_lightning.matrices.layout import group_by, local_gradient
+from dion2_lightning.lists import group_by
+from dion2_lightning.matrices.layout import local_gradient
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dion2_lightning.matrices.layout import group_by, is_dtensor, local, placed
+from dion2_lightning.lists import group_by
+from dion2_lightning.matrices.layout import is_dtensor, local, placed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,7 +42,7 @@ class RanksAround(NamedTuple):
 
 
 def is_first_rank() -> bool:
-    """Return whether this process is the one that speaks for all of them; before they are connected, by ``RANK``."""
+    """Return whether this process is rank 0; before ``init_process_group``, by the environment's ``RANK``."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return os.environ.get("RANK", "0") in ("", "0")

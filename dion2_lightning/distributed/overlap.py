@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from dion2_lightning.matrices.layout import group_by
+from dion2_lightning.lists import group_by
 
 WaitingStep = Generator[Sequence[Tensor] | None, Sequence[Tensor], None]
 """A step that pauses: ``yield IN_FLIGHT`` while messages are in flight; ``on_host = yield tensors`` to read integer

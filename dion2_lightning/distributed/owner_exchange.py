@@ -194,7 +194,7 @@ def all_gather(
 
 
 def _after(work: "dist.Work | None", output: Tensor, sent: Tensor) -> Tensor:
-    """Wait for a collective and return its output. What it sends must live until then, so it is an argument here."""
+    """Wait for a collective and return its output; ``sent`` is here so that what it sends lives until then."""
     assert work is not None
     work.wait()
     return output

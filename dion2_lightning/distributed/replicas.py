@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dion2_lightning.kernels.precision import sum_dtype
-from dion2_lightning.matrices.layout import group_by, is_dtensor, local, local_gradient, placed
+from dion2_lightning.lists import bounded, group_by
+from dion2_lightning.matrices.layout import is_dtensor, local, local_gradient, placed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -222,15 +223,7 @@ def same_on_replicas(tensors: Sequence[Tensor | None], group: "ProcessGroup") ->
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors that are sent together."""
     for alike in group_by(tensors, lambda tensor: (tensor.dtype, tensor.device)).values():
-        bucket: list[Tensor] = []
-        size = 0
-        for tensor in alike:
-            if bucket and size + tensor.nbytes > BUCKET_BYTES:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(tensor)
-            size += tensor.nbytes
-        yield bucket
+        yield from bounded(alike, lambda tensor: tensor.nbytes, BUCKET_BYTES)
 
 
 def _put_back(buffer: Tensor, bucket: Sequence[Tensor]) -> None:

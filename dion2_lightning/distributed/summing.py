@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
 from dion2_lightning.distributed.torch_versions import all_gather_single, reduce_scatter_single
-from dion2_lightning.matrices.layout import group_by
+from dion2_lightning.lists import group_by
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dion2_lightning.algorithms import ALGORITHMS, CHOICES
 from dion2_lightning.costs import Layout, Placed, adamw_state_bytes, gradient_bytes, state_bytes, step_costs
 from dion2_lightning.factory import Dion2
-from dion2_lightning.matrices.layout import group_by
+from dion2_lightning.lists import group_by
 from dion2_lightning.matrices.splits import blocks_of
 from dion2_lightning.routing.model_tree import number_of
 from dion2_lightning.routing.router import Decision, Routing, route_parameters
@@ -83,8 +83,8 @@ def load_config(name: str) -> Any:
                 return transformers.AutoConfig.from_pretrained(name)
     except OSError as error:
         raise ValueError(
-            f"{name!r} is no folder, no file, no model type such as 'llama', and neither in the cache nor to be had "
-            "from the hub; check the name, unset HF_HUB_OFFLINE to reach the hub, or give the model's config.json"
+            f"{name!r} is not a folder, a file or a model type such as 'llama', and was not found in the cache or on "
+            "the hub; check the name, unset HF_HUB_OFFLINE to reach the hub, or give the model's config.json"
         ) from error
     raise ValueError(f"{path} has the model_type {model_type!r}, which transformers does not know")
 

@@ -359,19 +359,25 @@ def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results
         along = runs_along(stack)
         tile = TILES[along]
         of_stack, of_result = view_of(stack, along), view_of(result, along)
-        constants = {
+        of_norm = {
             "S_TYPE": stack.dtype,
-            "O_TYPE": result.dtype,
             "ALONG": along,
             "S_UNIT": of_stack.is_unit,
-            "ALIGNED": of_stack.is_aligned and of_result.is_aligned,
-            **tile._asdict(),
+            "ALIGNED": of_stack.is_aligned,
+            "SLICES": tile.slices,
+            "ENTRIES": tile.entries,
             "PARTS": PARTS,
+        }
+        of_quotient = {
+            **of_norm,
+            "O_TYPE": result.dtype,
+            "ALIGNED": of_stack.is_aligned and of_result.is_aligned,
+            "SPAN": tile.span,
         }
         numbers = [k, m, 0, *of_stack.numbers, *of_result.numbers, address, bits_of("d", safety)]
         blocks = blocks_in(k, tile.slices) * blocks_in(m, tile.entries)
-        parts.append((constants, count, min(blocks, PARTS), numbers))
-        quotients.append((constants, count, blocks_in(k, tile.slices) * blocks_in(m, tile.span), numbers))
+        parts.append((of_norm, count, min(blocks, PARTS), numbers))
+        quotients.append((of_quotient, count, blocks_in(k, tile.slices) * blocks_in(m, tile.span), numbers))
         address += count * PARTS * partial.itemsize
     return [("norm_parts", parts), ("divide", quotients)]
 

@@ -95,7 +95,7 @@ def _normalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     divisors = norms.to(precise).clamp_min(smallest)
     if matrices.device.type != "cpu" or not matrices.dtype == dtype != precise:
         return torch.div(matrices, divisors.view(-1, 1, 1)).to(dtype)
-    # Half precision divided by one number is rounded on the way; by one for each matrix, there is a copy in float32.
+    # Matrix by matrix: torch would first copy a whole batch to float32 to divide it by a number for each matrix.
     quotients = torch.empty_like(matrices)
     for matrix, divisor, quotient in zip(matrices, divisors, quotients, strict=True):
         torch.div(matrix, divisor, out=quotient)

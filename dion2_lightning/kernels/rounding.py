@@ -113,7 +113,7 @@ def multiply_add_(tensor: Tensor, factor: float | Tensor, addend: Tensor | None,
     Args:
         tensor: In half precision.
         factor: Of float32's precision; a tensor is 0-d, or broadcasts with the tensor.
-        addend: Of the tensor's shape; None for none.
+        addend: Of the tensor's shape; None adds nothing.
         bits: To round stochastically; None rounds to the nearest number.
     """
     factors = [factor.expand_as(tensor)] if isinstance(factor, Tensor) and factor.ndim > 0 else []
@@ -138,7 +138,7 @@ def blocks(
 
     Args:
         tensors: The memory order of the first one decides how to cut.
-        bits: Those of a tensor of this shape; None for none.
+        bits: Those of a tensor of this shape; None where it is rounded to nearest.
         entries: How many a block has at most (default: None, what is fast to round on their device).
     """
     first = tensors[0]

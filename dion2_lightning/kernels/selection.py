@@ -23,7 +23,7 @@ BLOCK: Final = 2**17
 """Entries that a CPU sums at once."""
 
 ESTIMATED_BLOCK: Final = 2**19
-"""The same where only chunks are summed in float64."""
+"""Entries that a CPU sums at once where it estimates, as only chunks are summed in float64."""
 
 SHARED: Final = 2**20
 """Entries of rows that matrices share which are copied at once."""

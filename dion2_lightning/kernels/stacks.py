@@ -1,10 +1,11 @@
 """Stacks of matrices (count, k, m) that share a buffer, so that those of one shape are a batch without a copy."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from dion2_lightning.lists import group_by
 
 
 def runs_along(stack: Tensor) -> bool:
@@ -16,11 +17,12 @@ def empty_stacks(
     shapes: Sequence[tuple[int, ...]], along: Sequence[bool], dtypes: Sequence[torch.dtype], device: torch.device | None
 ) -> list[Tensor]:
     """Make stacks (count, k, m), those of one (k, m), memory order and dtype one after another in one buffer."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for number, (shape, its_along, dtype) in enumerate(zip(shapes, along, dtypes, strict=True)):
-        groups.setdefault((*shape[1:], its_along, dtype), []).append(number)
+
+    def key(number: int) -> tuple[int, int, bool, torch.dtype]:
+        return shapes[number][1], shapes[number][2], along[number], dtypes[number]
+
     stacks: dict[int, Tensor] = {}
-    for (k, m, its_along, dtype), numbers in groups.items():
+    for (k, m, its_along, dtype), numbers in group_by(range(len(shapes)), key).items():
         counts = [shapes[number][0] for number in numbers]
         buffer = torch.empty((sum(counts), *((k, m) if its_along else (m, k))), dtype=dtype, device=device)
         stacks.update(zip(numbers, (buffer if its_along else buffer.mT).split(counts), strict=True))

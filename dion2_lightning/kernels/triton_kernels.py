@@ -136,13 +136,11 @@ def norm_parts(
     table,
     tiles,
     S_TYPE: tl.constexpr,
-    O_TYPE: tl.constexpr,
     ALONG: tl.constexpr,
     S_UNIT: tl.constexpr,
     ALIGNED: tl.constexpr,
     SLICES: tl.constexpr,
     ENTRIES: tl.constexpr,
-    SPAN: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Sum the squares of the entries of a matrix, in at most ``PARTS`` parts. A program has one of them."""

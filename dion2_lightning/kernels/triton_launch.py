@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits
+from dion2_lightning.lists import group_by
 
 DTYPES: Final = (torch.float32, *HALF_PRECISION)
 """What the tensors may be in."""
@@ -247,13 +248,9 @@ def operator(*mutated: str) -> Callable[[F], F]:
 
 def launches_of(passes: Passes) -> list[tuple[str, dict[str, Any], list[TableRow]]]:
     """Return of each launch its kernel, its constants, and the rows of its table: one for all that have these."""
-    launches: dict[tuple[Any, ...], list[TableRow]] = {}
-    for kernel, rows in passes:
-        for row in rows:
-            constants, count, tiles, _ = row
-            if count * tiles > 0:
-                launches.setdefault((kernel, *constants.items()), []).append(row)
-    return [(kernel, dict(constants), rows) for (kernel, *constants), rows in launches.items()]
+    rows = [(kernel, row) for kernel, its_rows in passes for row in its_rows if row[1] * row[2] > 0]
+    launches = group_by(rows, lambda each: (each[0], tuple(each[1][0].items())))
+    return [(kernel, dict(constants), [row for _, row in alike]) for (kernel, constants), alike in launches.items()]
 
 
 def launch(passes: Passes, device: torch.device) -> None:

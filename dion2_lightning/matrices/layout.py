@@ -6,8 +6,7 @@ each rank that shares the matrix, and everything above this file is the same for
 
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -20,18 +19,9 @@ if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
-K = TypeVar("K", bound=Hashable)
 
 Span = tuple[int, int]
 """Start and stop."""
-
-
-def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Group items by a key, groups and their items in the order in which they come."""
-    groups: dict[K, list[T]] = defaultdict(list)
-    for item in items:
-        groups[key(item)].append(item)
-    return groups
 
 
 class Rectangle(NamedTuple):
@@ -191,8 +181,8 @@ def held_coordinates(parameter: Any, *, is_kernel: bool = False) -> tuple[Tensor
     """Return the numbers, in the whole parameter, of the rows and of the columns that this rank holds.
 
     The last axis counts columns, all others together rows: row ``e R + r`` is row r of matrix e of a stack (E, R, C).
-    Of a kernel (out, in, *kernel) the first axis counts rows, all others together columns. A number is a row with one
-    column. The part that this rank holds has all of these rows, and of each all these columns.
+    Of a kernel (out, in, *kernel) the first axis counts rows, all others together columns. A 0-d parameter is one
+    row with one column. The part that this rank holds has all of these rows, and of each all these columns.
     """
     held = [_held_along(parameter, axis) for axis in range(parameter.ndim)]
     place = 1 if is_kernel else max(parameter.ndim - 1, 0)
@@ -264,7 +254,7 @@ def _counts_matrices(placement: Any) -> bool:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over a mesh; told without importing ``torch.distributed.tensor``, half a second."""
+    """Whether a tensor is spread over a mesh; importing ``torch.distributed.tensor`` to ask takes half a second."""
     return hasattr(tensor, "device_mesh")
 
 

@@ -103,7 +103,7 @@ class Part:
         ]
 
     def in_pieces(self, matrices: Tensor, dim: int) -> list[Tensor]:
-        """View its own matrices (count, rows, columns) in the same way."""
+        """View matrices (count, rows, columns) that were read out of a stack in the pieces in which they lie there."""
         return [
             matrices.narrow(dim, run.first, run.pieces * run.size).unflatten(dim, (run.pieces, run.size))
             for run in self.runs
@@ -165,7 +165,7 @@ class Part:
                 matrix.baddbmm_(its_left, its_right.mT.expand(len(matrix), -1, -1))
 
     def of_stack(self, stack: Tensor) -> Tensor:
-        """Return the same out of (1, rows, columns), or (count, rows, columns) where the leading axis counts them.
+        """Return its matrices, given a stack (1, rows, columns), or (count, rows, columns) if its axis counts them.
 
         The axis along which there are no blocks may have any size.
         """
@@ -327,7 +327,7 @@ def _runs(matrices: Matrices, rectangles: tuple[Rectangle, ...]) -> list[tuple[i
     # Each run: what every rank holds of each of its matrices, and where these begin.
     runs: list[tuple[tuple[Span, ...], list[int]]] = []
     for number in range(block.matrices):
-        held, place = _held_of_matrix(edges, number, size), block.place(number * size)
+        held, place = held_of_matrix(edges, number, size), block.place(number * size)
         if runs and runs[-1][0] == held and _is_next(place, runs[-1][1]):
             runs[-1][1].append(place)
         else:
@@ -360,7 +360,7 @@ def _is_next(place: int, places: list[int]) -> bool:
     return len(places) == 1 or place - places[-1] == places[-1] - places[-2]
 
 
-def _held_of_matrix(edges: list[Span], number: int, size: int) -> tuple[Span, ...]:
-    """Which slices of one matrix of a block each rank holds, given what it holds of the block."""
+def held_of_matrix(edges: list[Span], number: int, size: int) -> tuple[Span, ...]:
+    """Return which slices of one matrix of a block each rank holds, given what it holds of the block."""
     first = number * size
     return tuple((min(max(low - first, 0), size), min(max(high - first, 0), size)) for low, high in edges)

@@ -34,7 +34,7 @@ class Block(NamedTuple):
         size: How many slices of a period it has.
         period: How many slices a period has.
         repeats: How many periods the axis has.
-        matrices: How many it is, one after the other along the axis.
+        matrices: How many matrices it holds, one after the other along the axis.
     """
 
     name: str
@@ -86,7 +86,7 @@ def read_splits(text: str) -> Splits | None:
     """Read a text; None for ``"whole"``.
 
     Raises:
-        ValueError: It is none; the error says what is wrong, and begins with the text.
+        ValueError: The text is not valid; the error begins with it, and says why.
     """
     if text == WHOLE:
         return None

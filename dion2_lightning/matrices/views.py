@@ -134,7 +134,7 @@ class Source(NamedTuple):
     Attributes:
         parameter: The parameter.
         block: Name of the block; empty where the parameter is not split.
-        first: Number of the first one, among those of the block that this rank knows of.
+        first: Number of the first one, among the matrices of the block on this rank.
     """
 
     parameter: Tensor

@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from dion2_lightning.matrices.layout import group_by
+from dion2_lightning.lists import group_by
 from dion2_lightning.monitoring.history import BINS, SelectionHistory
 from dion2_lightning.monitoring.metrics import ParameterInfo
 

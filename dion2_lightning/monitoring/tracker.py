@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import sum_dtype
-from dion2_lightning.matrices.layout import group_by
+from dion2_lightning.lists import group_by
 from dion2_lightning.matrices.views import ObservedParameter, Source
 from dion2_lightning.monitoring.counters import (
     COUNTS,

@@ -52,7 +52,7 @@ def total_table(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> s
 
 
 def total_line(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> str:
-    """Say the same in a line."""
+    """Return the totals as one line."""
     sizes, frozen = _sizes(decisions, algorithms)
     trainable = max(sum(map(sum, sizes.values())), 1)
     shares = [

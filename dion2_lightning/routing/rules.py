@@ -26,7 +26,7 @@ class Role(StrEnum):
     HEAD = "head"  # an output embedding, or a layer from features to labels
     ROUTER = "router"  # what assigns tokens to experts
     CONVOLUTION = "convolution"  # the kernel of a convolution, or of each group of it, that is a matrix
-    CONVOLUTION_OTHER = "convolution other"  # of a convolution too: a kernel that is none, or what one is computed from
+    CONVOLUTION_OTHER = "convolution other"  # a kernel that holds no matrix, or what one is computed from
     VECTOR = "vector"  # a bias, a norm, a scalar, a single row or column
     OTHER = "other"  # what no rule knows
     FROZEN = "frozen"  # whatever it is, it is not trained
@@ -43,7 +43,7 @@ OUTSIDE_BACKBONE: Final = "head: outside transformers model"
 """Beginning of the reason for a head that was recognised by its place outside the transformers model."""
 
 FEW_SLICES: Final = 16
-"""Of fewer slices than these a quarter is three at most: too few to choose from."""
+"""A quarter of fewer slices is at most three: too few to choose from."""
 
 _ROUTER_CLASS = re.compile(r"Router|Top(K|k|\d)\w*Gat|Mo[Ee](V\d+)?Gate$")
 _HIDDEN_SIZE_NAMES = ("hidden_size", "hidden_dim", "d_model", "embed_dim", "embedding_dim", "model_dim", "dim")

@@ -308,7 +308,7 @@ def check_replicated(share_replicas: bool | None) -> None:
 
 def check_without_reading_from_the_device() -> None:
     """As on a GPU, where the host reads results from the device only if it must."""
-    with mock.patch("dion2_lightning.algorithms.dion2_shared._reading_is_free", return_value=False):
+    with mock.patch("dion2_lightning.algorithms.dion2_shared.reading_is_free", return_value=False):
         for share_replicas in (True, None):
             check_replicated(share_replicas)
         case = CASES["HSDP 2 x 2, by columns"]

@@ -605,7 +605,10 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["no/such-model"], "is no folder, no file, no model type such as 'llama', and neither in the cache"),
+            (
+                ["no/such-model"],
+                "is not a folder, a file or a model type such as 'llama', and was not found in the cache",
+            ),
             (
                 ["gpt2", "--algorithm", "muon", "--fraction", "0.5"],
                 "--fraction 0.5 has no effect with --algorithm muon",
@@ -634,7 +637,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--layout", "fsdp=8"], "layout 'fsdp=8' is none; write fsdp2=8, ddp=8, hsdp=4x8"),
+            (["--layout", "fsdp=8"], "layout 'fsdp=8' is unknown; write fsdp2=8, ddp=8, hsdp=4x8"),
             (["--layout", "hsdp=8"], "layout 'hsdp=8' is none"),
             (["--overrides", "adamw"], "'adamw' is no JSON object"),
         ],

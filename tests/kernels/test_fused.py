@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import kernel_traffic
 from benchmarks.fake_tensors import fake_tensors
 from dion2_lightning.algorithms.algorithm import StepContext
-from dion2_lightning.kernels import fused, orthonormalize, traffic
+from dion2_lightning.kernels import fused, orthonormalize
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
 from dion2_lightning.kernels.selection import add_, decay_, gather, largest, put_, slice_sums
@@ -560,7 +561,7 @@ def declared(monkeypatch: pytest.MonkeyPatch, name: str, call: Callable[[], obje
             result = function(*arguments, **(keywords or {}))
             if function.namespace == "dion2":
                 assert function._opname == name
-                totals.append(traffic.traffic(name, arguments))
+                totals.append(kernel_traffic.traffic(name, arguments))
             return result
 
     with Declared():
@@ -649,7 +650,7 @@ def test_traffic_of_neurons(counted: Counted, monkeypatch: pytest.MonkeyPatch, o
 
 def test_traffic_of_no_operator() -> None:
     with pytest.raises(KeyError, match="nothing"):
-        traffic.traffic("nothing", ())
+        kernel_traffic.traffic("nothing", ())
 
 
 # Launches
@@ -719,13 +720,13 @@ def test_as_many_launches_as_declared_and_one_table(
             if function.namespace != "dion2":
                 return function(*arguments, **(keywords or {}))
             if is_fake:
-                without_data[name] = traffic.launches(name, arguments)
+                without_data[name] = kernel_traffic.launches(name, arguments)
                 return None
             launched.clear()
             tables.clear()
             function(*arguments)
             assert len(tables) == 1
-            found[name] = traffic.launches(name, arguments), len(launched) + len(tables)
+            found[name] = kernel_traffic.launches(name, arguments), len(launched) + len(tables)
             return None
 
     def all_operators(device: str) -> None:

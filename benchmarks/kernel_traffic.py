@@ -1,4 +1,4 @@
-"""What the operators of fused.py read and write, and how many launches they take: their declaration."""
+"""What the operators of kernels/fused.py read and write, and how many launches they take."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final
