@@ -100,7 +100,9 @@ def _factors(sums: Mapping[SelectedSlices, Tensor]) -> dict[SelectedSlices, Tens
         squares = torch.cat([sums[each] for each in equal]).float()  # the same numbers under every layout
         means = squares * (1.0 / _size(equal[0].update))  # as GPUs divide by a number: all round alike
         known = torch.cat([_known(each) for each in equal])
-        known += (means - known) * _weight(equal[0], known)
+        weight = _weights(equal, known.split(counts))
+        known += (means - known) * weight
+        known = torch.maximum(known, means * weight)  # rounding may take more, where v was many times as large
         precise, wide = (each.to(sum_dtype(each.device)) for each in (squares, known))
         inverse = 1.0 / (wide.sqrt() + EPS)  # in float32 devices differ in the last bits of roots
         before, after = precise.sum(1, keepdim=True), (precise * inverse.square()).sum(1, keepdim=True)
@@ -123,6 +125,12 @@ def _weight(each: SelectedSlices, variances: Tensor) -> float | Tensor:
     """What the mean squares count for in v."""
     assert each.update.neuron_beta is not None
     return each.number(1.0 - each.update.neuron_beta, 0.0, variances)
+
+
+def _weights(slices: Sequence[SelectedSlices], variances: Sequence[Tensor]) -> float | Tensor:
+    """The same for several; where matrices may be idle, by matrix."""
+    weights = [_weight(each, its_variances) for each, its_variances in zip(slices, variances, strict=True)]
+    return torch.cat(weights) if slices[0].update.own_gates else weights[0]  # type: ignore[arg-type]
 
 
 def _known(each: SelectedSlices) -> Tensor:

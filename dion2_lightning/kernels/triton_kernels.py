@@ -70,7 +70,7 @@ def accumulate(
         new = tl.load(place, mask=mask, other=0)
         if G_TYPE is not None:
             added = gradient + _offsets(s, e, g_slice, g_entry, ALONG, G_UNIT)
-            wide = new.to(tl.float32) + tl.load(added, mask=mask & is_open, other=0).to(tl.float32)
+            wide = new.to(tl.float32) + tl.load(added, mask=(mask & is_open) != 0, other=0).to(tl.float32)
             entry_bits = _of_entries(_hashes(row + 17, matrix, entries, entries < m, STOCHASTIC), ALONG)
             new = _rounded(wide, slice_bits * entry_bits, M_TYPE, STOCHASTIC)
             tl.store(place, new, mask=mask)
@@ -124,7 +124,7 @@ def take(
             taken = old * nesterov_factor
         if G_TYPE is not None:
             added = gradient + _offsets(s, e, g_slice, g_entry, ALONG, G_UNIT)
-            taken += tl.load(added, mask=mask & is_open, other=0).to(tl.float32)
+            taken += tl.load(added, mask=(mask & is_open) != 0, other=0).to(tl.float32)
         target = submatrix + _offsets(p, e, s_slice, s_entry, ALONG, True)
         tl.store(target, _rounded(taken, 0, S_TYPE, False), mask=mask)
         entry_bits = _of_entries(_hashes(row + 30, matrix, entries, entries < m, STOCHASTIC), ALONG)
@@ -271,7 +271,9 @@ def _normalized(row, matrix, neurons, n, S_TYPE: tl.constexpr, INDEXED: tl.const
         outputs = _selected(row + 10, matrix, neurons, n)
     place = variances + outputs * tl.load(row + 9)
     known = tl.load(place, mask=mask, other=0)
-    known += (squares * _float(row + 16) - known) * _scalar(row + 13, matrix)
+    mean, weight = squares * _float(row + 16), _scalar(row + 13, matrix)
+    known += (mean - known) * weight
+    known = tl.where(known < mean * weight, mean * weight, known)
     eps = tl.load(row + 17).to(tl.float64, bitcast=True)
     return squares.to(tl.float64), 1.0 / (tl.sqrt(known.to(tl.float64)) + eps), known, place
 
@@ -407,7 +409,10 @@ def _float(row):
 
 @triton.jit
 def _gate(row, matrix):
-    """Return whether a matrix's gradient counts: always, where there is no address."""
+    """Return whether a matrix's gradient counts: always, where there is no address.
+
+    Where it is joined to a mask, ``!= 0`` keeps that a mask: the interpreter of Triton 3.9 makes int8 of it.
+    """
     address, stride = tl.load(row), tl.load(row + 1)
     return tl.load(address.to(tl.pointer_type(tl.int8)) + matrix * stride, mask=address != 0, other=1) != 0
 

@@ -83,3 +83,20 @@ def test_neurons_of_unequal_gradients_get_equal_updates():
         return (sizes.std() / sizes.mean()).item()
 
     assert spread(normalize_neurons=True) < spread() / 2
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_variances_without_memory(kernels: str) -> None:
+    """neuron_beta=0: every neuron gets the same length, also one whose variance falls by many orders of magnitude."""
+    if kernels == "triton":
+        pytest.importorskip("triton")
+    weight = nn.Parameter(torch.zeros(8, 64))
+    settings = {"algorithm": "dion3", "fraction": 1.0, "neuron_beta": 0.0, "momentum": 0.0, "lr": 1.0}
+    optimizer = Dion2([{"params": [weight], **settings}], orthonormalize=lambda rows: rows, kernels=kernels)
+    for smallest in (1.0, 1e-5):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(8, 64, generator=torch.manual_seed(0))
+        weight.grad[5] *= smallest
+        optimizer.step()
+    lengths = (weight.detach() - before).norm(dim=1)
+    torch.testing.assert_close(lengths, lengths.mean().expand(8), rtol=1e-3, atol=0.0)

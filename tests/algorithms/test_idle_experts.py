@@ -477,3 +477,39 @@ def test_on_two_ranks() -> None:
 
 def test_on_replicas_of_shards() -> None:
     run_on_ranks(4, check_layouts, ["HSDP 2 x 2", "HSDP 2 x 2, by columns"], seconds=200)
+
+
+def check_buckets_of_normalized_neurons() -> None:
+    """Experts of one stack travel in several buckets, not in their order: each keeps its own gate."""
+    mesh = init_device_mesh("cpu", (3,))
+    for shape in ((4, 8, 1), (7, 8, 6)):
+        stack = nn.Parameter(torch.randn(shape, generator=torch.manual_seed(0)))
+        spread = nn.Parameter(place(stack.detach(), mesh, (Shard(1),)))
+        other, its_spread = nn.Parameter(torch.ones(40, 15)), nn.Parameter(place(torch.ones(40, 15), mesh, (Shard(1),)))
+        optimizers = [
+            Dion2(
+                [
+                    {"params": [("experts", experts)], "batched": True, "normalize_neurons": True},
+                    {"params": [("other", matrix)]},
+                ],
+                **COMMON,
+                skip_idle_experts=True,
+                orthonormalize_dtype="float32",
+                **({} if memory is None else {"working_memory": memory}),
+            )
+            for experts, matrix, memory in ((stack, other, None), (spread, its_spread, 1))
+        ]
+        other.grad, its_spread.grad = torch.ones(40, 15), place(torch.ones(40, 15), mesh, (Shard(1),))
+        for idle in ([], [3], [0, 2]):
+            stack.grad = torch.randn(shape, generator=torch.manual_seed(len(idle)))
+            stack.grad[idle] = 0.0
+            spread.grad = place(stack.grad, mesh, (Shard(1),))
+            for optimizer in optimizers:
+                optimizer.step()
+            variances = [each.state[p]["variance"] for each, p in zip(optimizers, (stack, spread), strict=True)]
+            for whole, part in (variances, (stack.detach(), spread.detach())):
+                torch.testing.assert_close(local(part), part_of(whole, part), rtol=1e-5, atol=1e-5)
+
+
+def test_buckets_of_normalized_neurons() -> None:
+    run_on_ranks(3, check_buckets_of_normalized_neurons)
