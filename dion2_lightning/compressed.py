@@ -91,7 +91,8 @@ class CompressedReplicas:
         """Refuse replicas that begin with different weights; nothing would ever bring them together."""
         self._is_checked = False
         weights = [local(parameter).detach() for _, parameter, _ in labelled]
-        for (_, _, label), are_same in zip(labelled, same_on_replicas(weights, process_group), strict=True):
+        found = same_on_replicas(weights, weights[0].device, process_group)
+        for (_, _, label), are_same in zip(labelled, found, strict=True):
             if are_same is False:
                 raise RuntimeError(
                     f"{label} differs between replicas, which with sync='compressed' nothing brings together: give "
@@ -112,7 +113,10 @@ class CompressedReplicas:
             refuse_scaled(averaged, process_group)
             return
         everything = [*averaged, *((parameter, label) for parameter, label in trained if parameter in compressed)]
-        found = same_on_replicas([local_gradient(parameter) for parameter, _ in everything], process_group)
+        if not everything:
+            return
+        gradients = [local_gradient(parameter) for parameter, _ in everything]
+        found = same_on_replicas(gradients, local(everything[0][0]).device, process_group)
         for (_, label), are_same in zip(averaged, found, strict=False):
             if are_same is False:
                 raise RuntimeError(SCALED.format(label))

@@ -48,6 +48,7 @@ from dion2_lightning.distributed.collectives import (
     refuse_unreachable,
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
+from dion2_lightning.distributed.replicas import refuse_other_gradients
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.fused import is_capturing
 from dion2_lightning.kernels.gate import Gate, are_finite
@@ -81,7 +82,7 @@ from dion2_lightning.state_dict import (
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
 
-NOT_SETTINGS: Final = ("params", "param_names", "initial_lr")
+NOT_SETTINGS: Final = ("params", "param_names", "initial_lr", "given_lr")
 """Entries of groups that say nothing about the update."""
 
 NOT_COPIED: Final = {
@@ -183,8 +184,8 @@ class MatrixOptimizer(Optimizer):
         self._is_agreed = False
         for each in checked:
             name = unique_name(each, self.param_groups)
-            super().add_param_group({**each, "name": name})
             given = numbers(each)  # as they are now: tensors change in place
+            super().add_param_group({**each, "name": name, "given_lr": given["lr"]})
             self._given[name] = {setting: given[setting] for setting in algorithm_of(each).defaults()}
 
     @overload
@@ -208,9 +209,9 @@ class MatrixOptimizer(Optimizer):
             ValueError: A gradient is sparse, a parameter is sharded in a way that has no update, it is offloaded to
                 where its ranks do not communicate, or it is on a device that has no float64, which its ranks or
                 settings need; or settings ask for replicas that there are not.
-            RuntimeError: Ranks that share a matrix disagree about its settings, an earlier step failed partway through,
-                or gradients have been averaged over replicas that must not be, or have not been that must; or a CUDA
-                graph is captured that cannot hold the step.
+            RuntimeError: Ranks that share a matrix disagree about its settings; or gradients have been averaged over
+                replicas that must not be, or have not been that must; or an earlier step failed partway through; or a
+                CUDA graph is captured that cannot hold the step.
         """
         loss = None
         if closure is not None:
@@ -591,6 +592,10 @@ class MatrixOptimizer(Optimizer):
         for _, parameter, label in everything:
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(f"{label} has a gradient stored as {parameter.grad.layout}; use sparse=False")
+            if is_dtensor(parameter) and parameter.grad is not None and not is_dtensor(parameter.grad):
+                raise TypeError(
+                    f"{label} is a DTensor, and its gradient a plain tensor; distribute_tensor makes a DTensor of it"
+                )
         place_gradients(parameter for _, parameter, _ in everything)
         checked = [(label, parameter) for group, parameter, label in everything if group["check_finite"] is True]
         if not checked:
@@ -621,7 +626,10 @@ class MatrixOptimizer(Optimizer):
         return {device: Gate(is_open.to(device)) for device in dict.fromkeys(each.device for each in parameters)}
 
     def _check_agreement(self) -> None:
-        """Compare parameters and settings with the other ranks: at the first step, after loads and added groups."""
+        """Compare parameters and settings with the other ranks: at the first step, after loads and added groups.
+
+        And gradients, where replicas share work: whether anything averages them, no setting says.
+        """
         if self._is_agreed:
             return
         shared = [each for each in self._labelled() if is_dtensor(each[1]) or self.process_group]
@@ -632,11 +640,19 @@ class MatrixOptimizer(Optimizer):
             group = refuse_without_replicas(labelled, self.process_group, self.share_replicas)
             self._compressed.refuse_other_weights(labelled, group)
         settings = {id(group): _settings_of(numbers(group)) for group in self.param_groups} if shared else {}
+        names = {
+            parameter: name
+            for group in self.param_groups
+            if group.get("param_names") is not None  # else nothing tells that ranks have other orders
+            for parameter, name in zip(group["params"], unwrapped_names(group), strict=True)
+        }
         descriptions = [
             repr(
                 (
                     tuple(parameter.shape),
                     parameter.dtype,
+                    parameter.requires_grad,
+                    names.get(parameter),
                     ALGORITHMS[group["algorithm"]].agreement(parameter, group),
                     (self.share_replicas, self.max_grad_norm, self.working_memory, self.offload),
                     settings[id(group)],
@@ -645,6 +661,11 @@ class MatrixOptimizer(Optimizer):
             for group, parameter, _ in shared
         ]
         check_agreement(descriptions, [parameter for _, parameter, _ in shared], self._ranks())
+        if self.process_group is not None and self.share_replicas is not False and not self.is_compressing:
+            matrices = [each for each in shared if ALGORITHMS[each[0]["algorithm"]].needs_matrices]
+            replicated = [(parameter, label) for _, parameter, label in matrices if not is_dtensor(parameter)]
+            if replicated:
+                refuse_other_gradients(replicated, self.process_group)
         self._is_agreed = True
 
     def _working_memory(self) -> int:

@@ -19,8 +19,9 @@ from dion2_lightning.kernels.rounding import HALF_PRECISION
 
 Group = dict[str, Any]
 
-ENTRIES: Final = ("params", "param_names", "name", "algorithm", "initial_lr")
-"""What every group may hold besides what its algorithm asks for; ``initial_lr`` is the schedulers'."""
+ENTRIES: Final = ("params", "param_names", "name", "algorithm", "initial_lr", "given_lr")
+"""What every group may hold besides what its algorithm asks for. ``initial_lr`` is the schedulers', ``given_lr`` the
+rate that the group was made with: a load compares it, as schedules and frameworks change rates."""
 
 WRAPPED_NAMES: Final = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 """Names of the wrapped module: in torch.compile, activation checkpointing, FSDP1 and Fabric."""
@@ -52,6 +53,11 @@ def check_parameters(group: Mapping[str, Any], taken: Collection[Tensor], prefix
         raise ValueError(f"{prefix}the parameter list is empty; leave the group out")
     if len(names) != len(parameters):
         raise ValueError(f"{prefix}param_names has {len(names)} names for {len(parameters)} parameters")
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"{prefix}there are two of {twice}, and checkpoints tell them by their names; put them into two groups"
+        )
     seen: set[Tensor] = set()
     for parameter, name in zip(parameters, names, strict=True):
         if not isinstance(parameter, Tensor):

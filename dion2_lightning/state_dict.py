@@ -243,14 +243,17 @@ def _refuse_other_optimizers(saved_groups: Sequence[Group]) -> None:
 def _changed_settings(saved_groups: Sequence[Group], groups: Sequence[Group], given: Sequence[Group]) -> list[str]:
     """Say which saved settings are not those that the groups were made with, each once for all groups alike.
 
-    What a schedule has made of a learning rate is no change. Where there is one, the rates that it began with are
-    compared, as some begin with rates of their own; where one side alone has a schedule, none are.
+    What a schedule has made of a learning rate is no change: the rates that groups were made with are compared, or,
+    where a schedule begins with rates of its own, those. Checkpoints from before ``given_lr`` have its rates alone.
     """
     changes: dict[str, list[str]] = {}
     for old, group, its_given in zip(saved_groups, groups, given, strict=True):
         saved, asked, group = {**_STORED_PLAINLY, **plain(old)}, dict(its_given), numbers(group)
-        if "initial_lr" in old and "initial_lr" in group:
+        has_own_rates = "given_lr" not in old or group.get("initial_lr") != asked.get("lr")
+        if "initial_lr" in old and "initial_lr" in group and has_own_rates:
             saved["lr"], asked["lr"] = old["initial_lr"], group["initial_lr"]
+        elif "given_lr" in old:
+            saved["lr"] = old["given_lr"]
         elif "initial_lr" in old or "initial_lr" in group:
             asked.pop("lr", None)
         for name, value in asked.items():
@@ -351,6 +354,11 @@ def _in_order(old: Group, new: Group, prefix: str) -> list[Any]:
         )
     if len(names) != len(ids):
         raise ValueError(f"{prefix}: the checkpoint has {len(names)} names for {len(ids)} parameters; it is damaged")
+    if len(set(names)) != len(names):
+        raise ValueError(
+            f"{prefix}: several parameters of the checkpoint have one name; to load by position, remove 'param_names' "
+            "from its groups"
+        )
     of_names = dict(zip(names, ids, strict=True))
     return [of_names[name] for name in wanted]
 

@@ -100,7 +100,7 @@ def test_groups_override_every_setting():
     groups = [{"params": [torch.nn.Parameter(torch.ones(4, 4))], **overrides}]
     groups += [{"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw", **of_adamw}]
     optimizer = Dion2(groups)
-    entries = {"params", "algorithm", "name"}
+    entries = {"params", "algorithm", "name", "given_lr"}
     of_dion2 = overrides | {"batched": False, "transposed": False, "convolution": False, "splits": "whole"}
     for group, expected in zip(optimizer.param_groups, (of_dion2, of_adamw), strict=True):
         assert group.keys() == expected.keys() | entries

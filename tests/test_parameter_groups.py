@@ -161,3 +161,13 @@ def test_one_row_and_one_column_are_matrices():
     assert optimizer.selection_of(row).indices.tolist() == [0]
     assert optimizer.selection_of(column).indices.tolist() == [0]
     assert row.count_nonzero() == column.count_nonzero() == 6
+
+
+def test_two_parameters_of_one_name_are_refused() -> None:
+    """As of two models in one group: a checkpoint would give both the state of one."""
+    models = nn.Linear(4, 4), nn.Linear(4, 4)
+    both = [pair for model in models for pair in model.named_parameters() if pair[0] == "weight"]
+    message = "group 0: there are two of parameter 'weight', and checkpoints tell them by their names; put them in"
+    with pytest.raises(ValueError, match=message):
+        Dion2([{"params": both}])
+    Dion2([{"params": both[:1]}, {"params": both[1:]}])

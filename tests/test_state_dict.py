@@ -600,6 +600,50 @@ def test_neurons_are_normalized_from_now_on():
         assert all(("variance" in state) == is_on for state in states)
 
 
+def test_a_checkpoint_in_which_two_parameters_have_one_name_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    optimizer = Dion2([{"params": list(model.named_parameters())}])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["param_names"] = ["0.weight", "0.weight"]
+    other = Dion2([{"params": [("0.weight", model[0].weight)]}])
+    other.param_groups[0]["params"].append(model[1].weight)
+    other.param_groups[0]["param_names"].append("0.weight")
+    with pytest.raises(ValueError, match="several parameters of the checkpoint have one name; to load by position"):
+        other.load_state_dict(saved)
+
+
+def plateau(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+
+
+def averaging(optimizer):
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.001)  # writes initial_lr anew
+    return cosine
+
+
+@pytest.mark.parametrize("make", [plateau, averaging])
+def test_what_schedules_and_frameworks_make_of_a_rate_is_no_change(make):
+    """A rate by hand neither; another rate in the script is one, also to go on from there once more."""
+    model, optimizer = three_matrices_after_one_step()
+    schedule = make(optimizer)
+    for _ in range(3):
+        optimizer.step()
+        schedule.step(*([1.0] if make is plateau else []))
+    optimizer.param_groups[0]["lr"] *= 0.5
+    saved = optimizer.state_dict()
+    lr = saved["param_groups"][0]["given_lr"]
+    for scheduled in (False, True):
+        same, other, third = (Dion2(groups_of(model), lr=rate) for rate in (lr, 2 * lr, 2 * lr))
+        if scheduled:
+            for each in (same, other, third):
+                make(each)
+        assert warnings_of_loading(same, saved) == []
+        for each, its_saved in ((other, saved), (third, same.state_dict())):
+            [said] = warnings_of_loading(each, its_saved)
+            assert f"lr {lr} instead of {2 * lr} (" in said
+
+
 def fused(splits: str, algorithm: str = "dion3") -> tuple[nn.Parameter, Dion2]:
     weight = nn.Parameter(torch.randn(24, 10, generator=torch.manual_seed(0)))
     group = {"params": [("qkv", weight)], "name": "its", "splits": splits, "algorithm": algorithm}

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 DISAGREE: Final = (
-    "ranks share parameters but disagree about their settings (lr, weight_decay, dtypes, memory formats, ...), "
-    "their number or their order; give all ranks the same groups"
+    "ranks share parameters but disagree about their settings (lr, weight_decay, dtypes, memory formats, ...), their "
+    "number, their names or order, or which of them are frozen; give all ranks the same groups"
 )
 
 

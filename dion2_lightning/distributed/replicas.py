@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 BUCKET_BYTES: Final = 2**26
 """What is averaged at once, unless one tensor has more."""
 
+ROUNDING: Final = 1e-3
+"""By how much the norms of a gradient may differ between replicas that have rounded it differently."""
+
 _IGNORED: Final = WeakIdKeyDictionary()
 """By the module that DDP may wrap: the names that it was told to ignore, and for whom."""
 
@@ -201,13 +204,29 @@ def refuse_wrong_replicas(parameter: Any, label: str, group: "ProcessGroup") -> 
         )
 
 
-def same_on_replicas(tensors: Sequence[Tensor | None], group: "ProcessGroup") -> list[bool | None]:
+def same_on_replicas(
+    tensors: Sequence[Tensor | None], device: torch.device, group: "ProcessGroup"
+) -> list[bool | None]:
     """Return for every tensor whether replicas have the same; None where it is zero or missing on all, or not finite.
 
     They are told by their norms, which are the same numbers where tensors are the same bits. The host waits.
+
+    Args:
+        tensors: At least one.
+        device: Where ranks compare.
+        group: The ranks that hold replicas.
     """
-    devices = [tensor.device for tensor in tensors if tensor is not None]
-    device = devices[0] if devices else torch.device(group._device_types[0])
+    norms = norms_on_replicas(tensors, device, group)
+    return [None if high in (0, math.inf) else high == low for low, high in norms]
+
+
+def norms_on_replicas(
+    tensors: Sequence[Tensor | None], device: torch.device, group: "ProcessGroup"
+) -> list[tuple[float, float]]:
+    """Return the least and the largest norm of every tensor among replicas; zero where it is missing, NaN is infinite.
+
+    The arguments are those of :func:`same_on_replicas`. The host waits.
+    """
     dtype = sum_dtype(device)
     norms = torch.zeros(len(tensors), dtype=dtype, device=device)
     for place, tensor in zip(norms, tensors, strict=True):
@@ -217,7 +236,26 @@ def same_on_replicas(tensors: Sequence[Tensor | None], group: "ProcessGroup") ->
     extremes = torch.stack([norms, -norms])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     largest, smallest = extremes.tolist()
-    return [None if high in (0, math.inf) else high == -low for high, low in zip(largest, smallest, strict=True)]
+    return [(-low, high) for low, high in zip(smallest, largest, strict=True)]
+
+
+def refuse_other_gradients(labelled: "Sequence[tuple[Tensor, str]]", group: "ProcessGroup") -> None:
+    """Raise an error on every rank where replicas are to share work and have other gradients, by more than rounding.
+
+    The host waits.
+
+    Args:
+        labelled: Plain parameters, at least one, each with its name for error messages.
+        group: The ranks that hold their replicas.
+    """
+    norms = norms_on_replicas([parameter.grad for parameter, _ in labelled], labelled[0][0].device, group)
+    for (_, label), (low, high) in zip(labelled, norms, strict=True):
+        if 0 < low < high * (1 - ROUNDING) and high < math.inf:
+            raise RuntimeError(
+                f"{label} has gradients of norm {low:.4g} to {high:.4g} on the ranks that share the work on it, so "
+                "nothing has averaged them, as in no_sync() or Accelerate's LocalSGD, and a rank's update would be "
+                "another one's; average them before step(), or pass share_replicas=False"
+            )
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -542,9 +542,43 @@ def check_failures() -> None:
     torch.testing.assert_close(local(parameter).detach(), part_of(alone.detach(), parameter), rtol=1e-4, atol=1e-6)
 
 
+def check_nothing_worth_compressing() -> None:
+    """On a mesh all is averaged as gradients then, as it is without."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    group = mesh["replicate"].get_group()
+    spread = nn.Parameter(place(torch.ones(16, 16), mesh["shard"], (Shard(0),)))
+    alone = nn.Parameter(torch.ones(16, 16))
+    settings = {"algorithm": "dion", "rank_fraction": 1.0, "lr": 0.1}
+    optimizers = [Dion2([{"params": [("w", spread)], **settings, "sync": "compressed"}], process_group=group)]
+    optimizers.append(Dion2([{"params": [("w", alone)], **settings}]))
+    gradients = [torch.randn(16, 16, generator=torch.manual_seed(replica)) for replica in range(2)]
+    spread.grad = place(gradients[dist.get_rank(group)], mesh["shard"], (Shard(0),))
+    alone.grad = (gradients[0] + gradients[1]) / 2
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(local(spread).detach(), part_of(alone.detach(), spread), rtol=1e-4, atol=1e-5)
+
+
+def check_a_first_gradient_on_one_replica_alone() -> None:
+    """What the others lack counts as zero, also where they have no gradient at all to look at."""
+    parameter, alone = nn.Parameter(torch.ones(64, 64)), nn.Parameter(torch.ones(64, 64))
+    settings = {"algorithm": "dion", "lr": 0.1}
+    group = {"params": [("w", parameter)], **settings, "sync": "compressed"}
+    optimizers = [Dion2([group], process_group=dist.group.WORLD)]
+    optimizers.append(Dion2([{"params": [("w", alone)], **settings}]))
+    gradient = torch.randn(64, 64, generator=torch.manual_seed(0))
+    parameter.grad = gradient.clone() if dist.get_rank() == 0 else None
+    alone.grad = gradient / dist.get_world_size()
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(parameter.detach(), alone.detach(), rtol=1e-4, atol=1e-5)
+
+
 def check_four_ranks() -> None:
     check_init_step()
     check_failures()
+    check_nothing_worth_compressing()
+    check_a_first_gradient_on_one_replica_alone()
 
 
 def test_first_steps_and_fallbacks() -> None:

@@ -93,7 +93,10 @@ def assert_unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> Non
 def check_gradients_and_settings() -> None:
     mesh = init_device_mesh("cpu", (2,))
     check_settings_that_differ(mesh)
+    check_names_and_frozen_parameters_that_differ(mesh)
     check_working_memory_that_differs(mesh)
+    check_gradients_that_nothing_has_averaged()
+    check_a_plain_gradient_of_a_shard(mesh)
     check_gradient_on_one_rank_only(mesh)
     check_gradient_on_one_replica_only()
     check_no_gradient_anywhere(parameters_of(mesh))
@@ -306,6 +309,61 @@ def check_settings_that_differ(mesh: DeviceMesh) -> None:
                 optimizer.step()
             assert_refuses_until_load(optimizer, saved)
             optimizer.step()
+
+
+def check_names_and_frozen_parameters_that_differ(mesh: DeviceMesh) -> None:
+    """Matrices of one shape in another order, or frozen on one rank alone, are told by nothing but their names."""
+    layouts: list[tuple[DeviceMesh | None, dict[str, Any]]] = [(mesh, {}), (None, {"process_group": dist.group.WORLD})]
+    for algorithm in ("dion2", "dion3", "dion"):
+        for on_mesh, settings in layouts:
+            for reverses in (True, False):
+                both = [(name, parameters_of(on_mesh)["square"]) for name in ("first", "second")]
+                if dist.get_rank() == 1 and reverses:
+                    both.reverse()
+                optimizer = Dion2([{"params": both, "algorithm": algorithm}], **settings)
+                if dist.get_rank() == 1 and not reverses:
+                    both[0][1].requires_grad_(False)
+                for _, parameter in both:
+                    parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+                with pytest.raises(RuntimeError, match="their number, their names or order, or which of them are froz"):
+                    optimizer.step()
+
+
+def check_gradients_that_nothing_has_averaged() -> None:
+    """As in local steps: ranks must not share work then, and each can take its own step."""
+    for algorithm in ("dion2", "dion3", "dion"):
+
+        def optimizer_on(parameters: Parameters, algorithm: str = algorithm, **settings: Any) -> Dion2:
+            matrices = [(name, parameters[name]) for name in ("wide", "tall")]
+            return Dion2([{"params": matrices, "algorithm": algorithm}], **SETTINGS, **settings)
+
+        parameters, alone, others = parameters_of(), parameters_of(), parameters_of()
+        optimizer, control = optimizer_on(parameters, process_group=dist.group.WORLD), optimizer_on(alone)
+        own = whole(seed=100 + dist.get_rank())
+        set_gradients(parameters, own)
+        set_gradients(alone, own)
+        with pytest.raises(RuntimeError, match=r"'wide' has gradients of norm .* or pass share_replicas=False"):
+            optimizer.step()
+        optimizer.share_replicas = False  # nothing has changed yet
+        optimizer.step()
+        control.step()
+        assert_unchanged(snapshot_of_weights(alone), snapshot_of_weights(parameters))
+        # What differs by rounding alone is shared.
+        set_gradients(others, {name: each * (1 + 1e-5 * dist.get_rank()) for name, each in whole(seed=1).items()})
+        optimizer_on(others, process_group=dist.group.WORLD).step()
+
+
+def snapshot_of_weights(parameters: Parameters) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def check_a_plain_gradient_of_a_shard(mesh: DeviceMesh) -> None:
+    parameters = parameters_of(mesh)
+    set_gradients(parameters, whole(seed=1))
+    optimizer = optimizer_of(parameters)
+    parameters["tall"].grad = whole(seed=1)["tall"]
+    with pytest.raises(TypeError, match="'tall' is a DTensor, and its gradient a plain tensor"):
+        optimizer.step()
 
 
 def check_working_memory_that_differs(mesh: DeviceMesh) -> None:
