@@ -157,7 +157,7 @@ def _update_by_owners(run: Sequence[list[LowRankUpdate]], replicas: Replicas, co
         work = all_gather_single(everything, own, group=replicas.group, async_op=True)
         yield IN_FLIGHT
         work.wait()
-        for number, its_factors in zip(replicas.numbers, everything.split(size), strict=True):
+        for number, its_factors in zip(replicas.numbers, everything.view(replicas.count, size), strict=True):
             factors.update(_unpacked(shares[number], its_factors))
         for batch in its_batches:
             left, right = (torch.cat(parts) for parts in zip(*(factors[update] for update in batch), strict=True))

@@ -141,8 +141,8 @@ class LowRankUpdate(MatrixUpdate):
 
     @property
     def q_is_whole(self) -> bool:
-        """Whether every rank has all rows of Q, and works on its own: no placement says who holds which of a block."""
-        return self.matrices.block is not None and self.layout.group is not None
+        """Whether every rank has all rows of Q, and works on its own."""
+        return self.layout.group is not None and not _is_placed(self.parameter, self.matrices)
 
     def sharing(self, share_replicas: bool | None) -> "tuple[ProcessGroup | None, ...]":
         """Return the groups of ranks with which this one takes the step; compressed ones go by themselves."""
@@ -225,16 +225,30 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
 def right_factor(parameter: Any, matrices: Matrices, group: Mapping[str, Any]) -> StateTensor:
     """Return the state Q: shape (short, r), of several matrices (count, short, r).
 
-    It is spread over ranks as the shorter axis is, but for blocks, of which every rank has all rows.
+    It is spread over ranks as the shorter axis is, where placements can say so; else every rank has all rows.
     """
     sizes = min(matrices.shape), rank_of(matrices, group)
     shape = (matrices.count, *sizes) if matrices.is_stack or matrices.count > 1 else sizes
-    if matrices.block is not None:
-        placements = placements_of_matrices(parameter, is_stack=matrices.is_stack)
-    else:
+    if _is_placed(parameter, matrices):
         placements = _right_placements(parameter, matrices)
+    else:
+        placements = placements_of_matrices(parameter, is_stack=matrices.is_stack)
     fill = partial(_fill_with_normals, group["rounding_seed"], matrices.name)
     return StateTensor(shape, state_dtype(parameter), parameter.device, placements, fill)
+
+
+def _is_placed(parameter: Any, matrices: Matrices) -> bool:
+    """Whether placements can spread the rows of Q over ranks as the shorter axis is spread.
+
+    Not of a block, and not of kernels where ranks hold unequal numbers of channels, each with all its taps.
+    """
+    if matrices.block is not None:
+        return False
+    if not is_dtensor(parameter) or not matrices.is_kernel or not matrices.slices_are_rows(long_axis(matrices)):
+        return True
+    sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    ranks = math.prod(size for placement, size in sizes if not placement.is_replicate() and placement.dim == 1)
+    return bool(parameter.shape[1] % ranks == 0)
 
 
 def _right_placements(parameter: Any, matrices: Matrices) -> tuple[Any, ...] | None:

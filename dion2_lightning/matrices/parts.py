@@ -128,7 +128,7 @@ class Part:
     def is_view(self, tensor: Tensor, *, taps_first: bool = False) -> bool:
         """Return whether :meth:`read` returns a view of the tensor."""
         if self.matrices.is_kernel:
-            return (tensor.movedim(1, -1) if taps_first else tensor).is_contiguous()
+            return self.matrices.taps == 1 or (tensor.movedim(1, -1) if taps_first else tensor).is_contiguous()
         return not self.is_in_pieces
 
     def write(self, tensor: Tensor, copy: Tensor, *, taps_first: bool = False) -> None:

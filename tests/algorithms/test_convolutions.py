@@ -185,6 +185,19 @@ def test_mixed_memory_orders_give_the_same(
         torch.testing.assert_close(result, results[0], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("algorithm", ["dion2", "dion3", "dion"])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_kernel_of_one_tap_that_lies_transposed(dims: int, algorithm: str) -> None:
+    """As that of a pointwise convolution that was made of a linear layer's weight."""
+    start = torch.randn(17, 12, generator=torch.Generator().manual_seed(0)).t()[(..., *[None] * dims)]
+    shape = tuple(start.shape)
+    weights = [nn.Parameter(start), nn.Parameter(start.clone(memory_format=torch.contiguous_format))]
+    assert not weights[0].is_contiguous()
+    for weight in weights:
+        run([weight], {"convolution": True, "algorithm": algorithm}, [[each] for each in kernel_gradients(shape)])
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
 def test_channels_last_copies_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight, gradient and momentum are views."""
     weight = nn.Parameter(torch.randn(12, 5, 3, 3).to(memory_format=torch.channels_last))

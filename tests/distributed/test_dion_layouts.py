@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dion2_lightning import Dion2, SelectionTracker
 from dion2_lightning.algorithms import dion_shared
@@ -257,6 +257,44 @@ def check_replicas() -> None:
     assert torch.equal(alone, replica)
 
 
+def check_kernels_whose_channels_are_cut_unevenly() -> None:
+    """Then ranks hold unequal numbers of columns, each a multiple of the taps, and none of them shares rows of Q."""
+    mesh = init_device_mesh("cpu", (2,))
+    for shape in ((64, 5, 3), (64, 1, 2), (64, 4, 3)):
+        alone = nn.Parameter(torch.randn(shape, generator=torch.manual_seed(0)))
+        spread = nn.Parameter(place(alone.detach(), mesh, (Shard(1),)))
+        group = {"algorithm": "dion", "convolution": True, "lr": 0.1}
+        optimizers = [Dion2([{"params": [("kernel", each)], **group}]) for each in (alone, spread)]
+        for step in range(3):
+            alone.grad = torch.randn(shape, generator=torch.manual_seed(1 + step))
+            spread.grad = place(alone.grad, mesh, (Shard(1),))
+            for optimizer in optimizers:
+                optimizer.step()
+        torch.testing.assert_close(spread.full_tensor(), alone.detach(), rtol=1e-4, atol=1e-5)
+        optimizers[1].load_state_dict(optimizers[1].state_dict())
+
+
+def check_fewer_experts_than_ranks() -> None:
+    """Replicas of a stack share its work, also those ranks that hold no expert of it."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))
+    for experts in (1, 2):
+        alone = nn.Parameter(torch.randn(experts, 12, 12, generator=torch.manual_seed(0)))
+        spread = nn.Parameter(place(alone.detach(), mesh, (Replicate(), Shard(0))))
+        group = {"algorithm": "dion", "batched": True, "lr": 0.1}
+        optimizers = [Dion2([{"params": [("stack", alone)], **group}])]
+        optimizers.append(Dion2([{"params": [("stack", spread)], **group}], share_replicas=True))
+        for step in range(2):
+            alone.grad = torch.randn(alone.shape, generator=torch.manual_seed(1 + step))
+            spread.grad = place(alone.grad, mesh, (Replicate(), Shard(0)))
+            for optimizer in optimizers:
+                optimizer.step()
+        torch.testing.assert_close(spread.full_tensor(), alone.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_experts_than_ranks() -> None:
+    run_on_ranks(4, check_fewer_experts_than_ranks)
+
+
 def check_two_ranks() -> None:
     check_other_ways()
     check_messages()
@@ -264,6 +302,7 @@ def check_two_ranks() -> None:
     check_gradients_and_settings_that_differ()
     check_replicas()
     check_shared_work()
+    check_kernels_whose_channels_are_cut_unevenly()
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
