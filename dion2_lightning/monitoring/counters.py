@@ -170,6 +170,7 @@ class SelectionCounters:
             "newly_selected": (now & ~before).sum(1),
             "captured_mass": torch.where(total == 0, 0.0, captured / total),
             "imbalance": torch.where(zero_momentum, 0.0, gini),
+            "balanced": ~zero_momentum & ~never.all(1),
             "zero_momentum": zero_momentum,
             "zero_again": zero_momentum & (self.hits.sum(1) > now.sum(1)),
             "not_updated": staleness.amin(1) >= window,  # an update selects some slice

@@ -147,7 +147,7 @@ class SelectionHistory:
         """
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise ValueError(f"{path} is no JSON file, or not all of it: {error}") from error
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
             raise ValueError(f"{path} is no file of selection statistics; SelectionHistory.save writes such files")
@@ -157,7 +157,7 @@ class SelectionHistory:
         try:
             history.load_state_dict(from_plain(saved))
             history._check()
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); take another copy of it") from error
         return history
 
@@ -212,8 +212,12 @@ class SelectionHistory:
         """Bring everything into the order of these parameters; a new one was never selected before."""
         if self.infos == list(infos):
             return
-        known = {info: position for position, info in enumerate(self.infos)}
-        index = torch.tensor([known.get(info, len(self.infos)) for info in infos], dtype=torch.int64)
+        # Not by what a step selects: a changed fraction leaves slices and counts what they are.
+        known = {(info.key, info.matrices, info.slices, info.axis): place for place, info in enumerate(self.infos)}
+        index = torch.tensor(
+            [known.get((info.key, info.matrices, info.slices, info.axis), len(self.infos)) for info in infos],
+            dtype=torch.int64,
+        )
         self._shares = [torch.cat([each, each.new_zeros((1, BINS))])[index] for each in self._shares]
         self._hits = torch.cat([self._hits, self._hits.new_zeros((1, BINS))])[index]
         self.parameters = [[(*point, {})[position] for position in index.tolist()] for point in self.parameters]

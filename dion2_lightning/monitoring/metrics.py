@@ -73,7 +73,7 @@ class SelectionMetrics:
 
     Attributes:
         step: Steps that were counted, this one included.
-        overall: Metrics of all matrices.
+        overall: Metrics of all matrices that are not frozen.
         groups: Metrics by the name of the parameter group.
         parameters: Metrics by the names of group and parameter; a stack of experts is one parameter.
     """
@@ -116,6 +116,7 @@ class ParameterSums(NamedTuple):
     newly_selected: float  # selected slices that the step before had not selected
     captured_mass: float
     imbalance: float
+    balanced: float  # matrices with momentum of which a step has selected slices: those of the imbalance
     zero_momentum: float  # updated matrices whose momentum is zero throughout
     zero_again: float  # those of them that an earlier step had updated too
     not_updated: float  # matrices that no step within the window has updated
@@ -149,8 +150,8 @@ def compute_metrics(rows: Sequence[ParameterSums]) -> dict[str, float]:
         metrics["coverage"] = total("covered", selecting) / slices
         metrics["staleness_mean"] = total("staleness", selecting) / slices
         metrics["staleness_max"] = max(row.staleness_max for row in selecting)
-        if with_momentum := total("matrices", selecting) - total("zero_momentum", selecting):
-            metrics["imbalance"] = total("imbalance", selecting) / with_momentum
+        if balanced := total("balanced", selecting):
+            metrics["imbalance"] = total("imbalance", selecting) / balanced
     if updated := [row for row in selecting if row.updated]:
         metrics["turnover"] = total("newly_selected", updated) / total("selected", updated)
         if with_momentum := total("updated", updated) - total("zero_momentum", updated):

@@ -484,11 +484,11 @@ def _heat(history: SelectionHistory, members: Sequence[int], rows: int) -> tuple
     # All but the first have equally many steps, or the last would look noisier than the others.
     parts = np.split(np.arange(len(lengths)), np.arange(len(lengths) % size or size, len(lengths), size))
     edges = np.asarray([0, *(history.steps[part[-1]] for part in parts)])
-    blocks = []
+    every_share, blocks = history.shares, []
     for member in members:
         points = [point[member] for point in history.parameters]
         weights = lengths * np.asarray([bool(point) for point in points])  # none before it came
-        selected = history.shares[:, member].numpy().reshape(len(lengths), rows, -1).mean(axis=2) / 255
+        selected = every_share[:, member].numpy().reshape(len(lengths), rows, -1).mean(axis=2) / 255
         columns = [
             (weights[part] @ selected[part]) / weights[part].sum() if weights[part].any() else np.full(rows, np.nan)
             for part in parts
@@ -569,12 +569,12 @@ class _Family(NamedTuple):
 def _families(infos: Sequence[ParameterInfo]) -> list[_Family]:
     """Sort parameters by their role in a layer; those that occur once come last, together."""
     names = _name_parts(infos)
-    roles = group_by(range(len(names)), lambda m: tuple("*" if part.isdecimal() else part for part in names[m]))
+    roles = group_by(range(len(names)), lambda m: tuple("*" if _is_number(part) else part for part in names[m]))
     repeated = {role: members for role, members in roles.items() if len(members) > 1}
     start = _common_length(list(repeated))
     families = []
     for role, members in repeated.items():
-        numbers = {m: [int(part) for part in names[m] if part.isdecimal()] for m in members}
+        numbers = {m: [int(part) for part in names[m] if _is_number(part)] for m in members}
         varying = [place for place, values in enumerate(zip(*numbers.values(), strict=True)) if len(set(values)) > 1]
         members = sorted(members, key=numbers.__getitem__)
         labels = [".".join(str(numbers[m][place]) for place in varying) for m in members]
@@ -589,6 +589,11 @@ def _families(infos: Sequence[ParameterInfo]) -> list[_Family]:
         members, labels = singles[first : first + _MAX_SINGLES], titles[first : first + _MAX_SINGLES]
         families.append(_Family("other matrices" if repeated else "", members, labels, [None] * len(members)))
     return families
+
+
+def _is_number(part: str) -> bool:
+    """Whether a part of a name is the number of a layer, or an expert; not one as "01", beside which there may be 1."""
+    return part.isdecimal() and str(int(part)) == part
 
 
 def _name_parts(infos: Sequence[ParameterInfo]) -> list[tuple[str, ...]]:

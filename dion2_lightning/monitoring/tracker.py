@@ -232,11 +232,12 @@ class SelectionTracker:
         sums = host[:, :HITS].tolist()
         rows = [ParameterSums(p.info, p.elements, *row) for p, row in zip(tracked, sums, strict=True)]
         # What is frozen by now is in a group too, and is meant to have no gradient.
-        self._check_health([row for row, p in zip(rows, tracked, strict=True) if p.parameter.requires_grad])
+        trained = [row for row, p in zip(rows, tracked, strict=True) if p.parameter.requires_grad]
+        self._check_health(trained)
         metrics = SelectionMetrics(
             step=self.step,
-            overall=compute_metrics(rows),
-            groups={name: compute_metrics(of) for name, of in group_by(rows, lambda row: row.info.group).items()},
+            overall=compute_metrics(trained),
+            groups={name: compute_metrics(of) for name, of in group_by(trained, lambda row: row.info.group).items()},
             parameters={row.info.key: compute_metrics([row]) for row in rows},
         )
         self.history.append(metrics, [each.info for each in tracked], host[:, HITS:COUNTS], host[:, COUNTS:])

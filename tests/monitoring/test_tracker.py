@@ -443,6 +443,46 @@ def test_a_matrix_without_momentum_is_left_out_of_means() -> None:
     assert not {"captured_mass", "imbalance", "orthogonality_error"} & tracker.pop_metrics().overall.keys()
 
 
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_what_no_step_has_updated_and_what_is_frozen_is_left_out_of_means() -> None:
+    """The counts of the trained one are 4, 0, 0, 0; another never has a gradient, a third is frozen after a step."""
+    named = {name: nn.Parameter(torch.zeros(4, 8)) for name in ("trained", "unused", "frozen")}
+    optimizer = Dion2([{"params": [*named.items()]}], momentum=0.0)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    for step in range(4):
+        for name in ("trained", "frozen"):
+            named[name].grad = torch.zeros(4, 8)
+            named[name].grad[0] = 1.0
+        if step:
+            named["frozen"].grad = None
+            named["frozen"].requires_grad_(False)
+        optimizer.step()
+        metrics = tracker.pop_metrics()
+    assert metrics.overall["imbalance"] == 0.75
+    assert metrics.overall["selected_fraction"] == 1 / 8
+    assert metrics.overall["coverage"] == metrics.groups["dion2"]["coverage"] == 1 / 8
+    assert "imbalance" not in metrics.parameters["dion2", "unused"]
+    assert metrics.parameters["dion2", "frozen"]["staleness_mean"] == (3 + 3 * 4) / 4
+
+
+def test_the_past_of_a_matrix_whose_fraction_changes() -> None:
+    """From all slices, as a warm-up by Muon, to a quarter, and back."""
+    weight = nn.Parameter(torch.zeros(128, 130))
+    optimizer = Dion2([{"params": [("w", weight)]}], fraction=1.0)
+    tracker = SelectionTracker(every=4)
+    tracker.attach(optimizer)
+    for step in range(12):
+        weight.grad = torch.randn(128, 130, generator=torch.manual_seed(step))
+        optimizer.param_groups[0]["fraction"] = 0.25 if 4 <= step < 8 else 1.0
+        optimizer.step()
+        tracker.pop_metrics()
+    shares = tracker.history.shares.double().div(255)
+    assert torch.equal(shares[[0, 2]], torch.ones(2, 1, 64).double())
+    assert float(shares[1].mean()) == pytest.approx(0.25, abs=0.01)
+    assert all(point[0] for point in tracker.history.parameters)
+
+
 def test_an_expert_without_momentum_does_not_hide_the_errors_of_the_others() -> None:
     experts = nn.Parameter(torch.zeros(3, 4, 8))
     optimizer = Dion2([{"params": [("experts", experts)], "batched": True}], momentum=0.0)
