@@ -114,10 +114,15 @@ class SelectionLogger(SelectionRecorder):
         self.tracker.load_state_dict(state_dict)
 
     def _register(self) -> None:
-        """Register for checkpoints, in the place of an older one of the same optimizer."""
+        """Register for checkpoints, in the place of an older one of the same optimizer, or of a closed one.
+
+        Such as that of a try that ran out of memory: a checkpoint of the next one has to hold one as well.
+        """
         objects, optimizer = self.accelerator._custom_objects, without_wrapper(self.optimizer)
         for place, other in enumerate(objects):
-            if isinstance(other, SelectionLogger) and without_wrapper(other.optimizer) is optimizer:
+            if not isinstance(other, SelectionLogger):
+                continue
+            if without_wrapper(other.optimizer) is optimizer or not other.tracker.is_attached:
                 objects[place] = self
                 return
         self.accelerator.register_for_checkpointing(self)

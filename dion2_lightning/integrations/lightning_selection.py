@@ -60,6 +60,7 @@ class SelectionMonitor(SelectionRecorder, Callback):
         super().__post_init__()
         self.metrics: SelectionMetrics | None = None
         self._interval = 0
+        self._is_waiting = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -82,8 +83,13 @@ class SelectionMonitor(SelectionRecorder, Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Request metrics of the step that is due; under accumulation, of the step that ends these batches."""
-        if (_logged_step(trainer) + 1) % self._interval == 0:
+        """Request metrics of the step that is due; under accumulation, of the step that ends these batches.
+
+        Under manual optimization a batch may take none: then of the next step.
+        """
+        is_due = (_logged_step(trainer) + 1) % self._interval == 0
+        self._is_waiting = is_due or (self._is_waiting and not pl_module.automatic_optimization)
+        if self._is_waiting:
             self.tracker.request()
 
     @override
@@ -94,6 +100,7 @@ class SelectionMonitor(SelectionRecorder, Callback):
         metrics = self.tracker.pop_metrics()
         if metrics is None:
             return
+        self._is_waiting = False
         self.metrics = metrics
         named = metrics.named(per_matrix=self.per_matrix)
         for logger in trainer.loggers:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import find_executable_batch_size
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -227,6 +228,35 @@ def test_a_new_logger_replaces_an_older_one(tmp_path: Path) -> None:
     before.close()
     accelerator.save_state(str(tmp_path / "another"))
     assert SelectionHistory.load(tmp_path / "dion2_selection.json").steps == [1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_a_try_that_ran_out_of_memory_leaves_no_logger_in_checkpoints(tmp_path: Path) -> None:
+    """As find_executable_batch_size tries again: with another model and optimizer, and the same accelerator."""
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    tries = 0
+
+    @find_executable_batch_size(starting_batch_size=2)
+    def train(batch_size: int) -> None:
+        nonlocal tries
+        tries += 1
+        accelerator.free_memory()
+        model, optimizer = accelerator.prepare(model := ByHand(), optimizer_by_hand(model))
+        with SelectionLogger(accelerator, optimizer, every=1) as selection:
+            if tries == 1:
+                raise RuntimeError("CUDA out of memory.")
+            accelerator.backward(model(gradients()[0])["loss"])
+            optimizer.step()
+            selection.log()
+            accelerator.save_state(str(tmp_path / "checkpoint"))
+
+    train()
+    assert tries == 2
+    other = Accelerator(cpu=True, project_dir=tmp_path)
+    model, optimizer = other.prepare(model := ByHand(), optimizer_by_hand(model))
+    with SelectionLogger(other, optimizer, every=1) as selection:
+        other.load_state(str(tmp_path / "checkpoint"))
+        assert selection.tracker.history.steps == [1]
 
 
 def test_a_logger_that_was_replaced_or_closed_refuses_to_log() -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from dion2_lightning import (
     Dion2,
+    NamedOptimizerStates,
     SelectionCallback,
     SelectionLogger,
     SelectionMonitor,
@@ -169,6 +170,27 @@ def test_steps_that_the_grad_scaler_skips_are_not_logged(tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+class EveryOther(Pair):
+    """Steps its first optimizer at even batches alone, and is not due at these where the interval is even."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx % 2 == 0:
+            super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return [super().configure_optimizers()[0], torch.optim.SGD(self.other.parameters(), lr=0.1)]
+
+
+def test_steps_that_batches_do_not_take_are_logged_at_the_next(tmp_path: Path) -> None:
+    """Under manual optimization a batch may take no step, and what is due then is due at the next one."""
+    logger, monitor = CSVLogger(tmp_path), SelectionMonitor()
+    callbacks = [NamedOptimizerStates(), monitor]
+    arguments = {"gradient_clip_val": None, "callbacks": callbacks, "logger": logger, "log_every_n_steps": 2}
+    make_trainer("one device", -1, max_epochs=2, **arguments).fit(EveryOther())
+    assert monitor.tracker.step == 4
+    assert monitor.tracker.history.steps == [2, 3, 4]
+
+
 def test_the_progress_bars_show_coverage(capfd: pytest.CaptureFixture[str]) -> None:
     for bar in (TQDMProgressBar(), RichProgressBar(leave=True)):
         for progress in (True, False):
