@@ -430,7 +430,7 @@ _ADAMW_GROUP: Final = {"algorithm": "adamw", **ALGORITHMS["adamw"].defaults()}
 
 
 def _group_row(group: Mapping[str, Any]) -> dict[str, Any]:
-    entries = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+    entries = {name: value for name, value in group.items() if name not in ("params", "param_names", "given_lr")}
     return {**entries, "tensors": len(group["params"]), "parameters": sum(each.numel() for each in group["params"])}
 
 

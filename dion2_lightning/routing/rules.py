@@ -438,6 +438,8 @@ def _experts_stored_in_out(experts: nn.Module) -> bool | None:
     declared = getattr(experts, "is_transposed", None)
     if isinstance(declared, bool):
         return declared
+    if type(experts).__name__ == "AriaGroupedExpertsGemm":  # before transformers 5.23
+        return True
     sizes = (getattr(experts, name, None) for name in _HIDDEN_SIZE_NAMES)
     hidden = next((size for size in sizes if isinstance(size, int)), None)
     for name, stack in experts.named_parameters(recurse=False):

@@ -39,6 +39,7 @@ from recipes.supervised_fine_tuning import with_accelerate, with_lightning, with
 from recipes.supervised_fine_tuning.data import DataSettings, load_conversations, load_rows
 from recipes.supervised_fine_tuning.model import IGNORED, check_packing
 from tests.distributed.ranks import run_like_torchrun
+from tests.installed import is_before
 from tests.integrations.huggingface import fsdp2_on_cpu
 from tests.recipes.colours import ROWS, chat, forget_accelerators, row, talk, write_rows
 
@@ -330,6 +331,8 @@ class TestSeveralProcesses:
 
     @pytest.mark.parametrize("framework", FRAMEWORKS)
     def test_shards(self, framework: str, runs: dict[str, Path], chat_model: Path, data: Path, tmp_path: Path) -> None:
+        if framework != "lightning" and is_before("torch", "2.13"):
+            pytest.skip("torch before 2.13: FSDP2 does not gather a tied head that TRL's loss takes by itself")
         options = arguments(framework, chat_model, data, tmp_path, batch=1)
         options += SHARDS if framework == "lightning" else []
         run_like_torchrun(2, fine_tune_shards, framework, options)
@@ -377,7 +380,12 @@ class TestPacking:
         "config",
         [
             OPTConfig(**SMALL, ffn_dim=24, word_embed_proj_dim=16),
-            FalconConfig(**SMALL, alibi=True),
+            pytest.param(
+                FalconConfig(**SMALL, alibi=True),
+                marks=pytest.mark.skipif(
+                    not is_before("transformers", "5.24"), reason="from transformers 5.24 on it keeps them apart"
+                ),
+            ),
             MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=64, state_size=4),
             GptOssConfig(**LLAMA_LIKE, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2),
         ],

@@ -20,6 +20,7 @@ from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.adamw import AdamWAlgorithm
 from dion2_lightning.algorithms.dion2 import Dion2Algorithm
 from dion2_lightning.routing.router import Routing, route_parameters
+from tests.installed import is_before
 from tests.routing import models
 from tests.routing.models import GOLDEN, build, groups
 
@@ -32,7 +33,13 @@ def test_golden_report(name: str) -> None:
     path = GOLDEN_DIRECTORY / f"{name}.txt"
     if "UPDATE_GOLDEN" in os.environ:
         path.write_text(report)
-    assert report == path.read_text()
+    if name == "aria_text" and is_before("transformers", "5.23"):
+        pytest.skip("transformers before 5.23 stores its experts otherwise")
+    expected = path.read_text()
+    if name == "codegen" and not is_before("transformers", "5.24"):  # its attention has the output before q, k and v
+        assert sorted(report.splitlines()) == sorted(expected.splitlines())
+    else:
+        assert report == expected
 
 
 def test_every_golden_file_has_a_model() -> None:
