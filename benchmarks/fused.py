@@ -83,6 +83,7 @@ LAYERS: Final[dict[str, list[Weight]]] = {
     "GPT-OSS, half as wide, 2 experts of twice the outputs: gate|up": [
         ((2, 1440, 5760), {**IN_OUT, "splits": "2880 x (gate 1 | up 1)"})
     ],
+    "Zamba, half as wide: x|gate, every second row": [((7424, 1856), {"splits": "3712 x (x 1 | gate 1)"})],
     "4 experts of 512 x 2048: gate|up, every second column": [
         ((4, 512, 2048), {**IN_OUT, "splits": "1024 x (gate 1 | up 1)"})
     ],
