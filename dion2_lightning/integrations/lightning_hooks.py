@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from dion2_lightning.algorithms.hyperparameters import set_rate
 from dion2_lightning.optimizer import MatrixOptimizer
@@ -37,7 +36,7 @@ class OptimizerHooks:
     """
 
     _rates: Sequence[float] = ()
-    _handles: Sequence[RemovableHandle] = ()
+    _ratios: "Sequence[_Ratios]" = ()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Move to the front, to see rates before ``BackboneFinetuning`` changes one."""
@@ -45,22 +44,26 @@ class OptimizerHooks:
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Have the ratios of rates kept, before a finder sets one rate for all groups."""
+        self._end_searches()
         if _has_callback(trainer, "LearningRateFinder"):
-            optimizers = [each for each in trainer.optimizers if isinstance(each, MatrixOptimizer)]
-            self._handles = [_keep_ratios(optimizer) for optimizer in optimizers]
+            self._ratios = [_Ratios(each) for each in trainer.optimizers if isinstance(each, MatrixOptimizer)]
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """End that with the fit: its optimizers may be used again."""
-        for handle in self._handles:
-            handle.remove()
+        self._end_searches()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Remember the rates of the last groups, if ``BackboneFinetuning`` may change them."""
+        """Have ratios kept, as some finders search here; remember rates that ``BackboneFinetuning`` may change."""
+        self.on_fit_start(trainer, pl_module)
         if _has_callback(trainer, "BackboneFinetuning"):
             self._rates = [_rates(optimizer)[-1] for optimizer in trainer.optimizers]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Change the rates of the backbone's other groups where that of the last one has changed."""
+        """Change the rates of the backbone's other groups where that of the last one has changed; end searches.
+
+        From here on rates are what schedules and callbacks make of them. A search has callbacks of its own alone.
+        """
+        self._end_searches()
         if not self._rates:  # not the first batch of an epoch
             return
         backbone = set(pl_module.backbone.parameters())
@@ -71,6 +74,11 @@ class OptimizerHooks:
                 if is_of_backbone and rate == before:
                     set_rate(group, "lr", rates[-1])
         self._rates = ()
+
+    def _end_searches(self) -> None:
+        for ratios in self._ratios:
+            ratios.end()
+        self._ratios = ()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Replace numbers by names, where the module has a name for every parameter of the optimizer."""
@@ -163,17 +171,24 @@ def _rates(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def _keep_ratios(optimizer: Optimizer) -> RemovableHandle:
-    """Let every step at which all groups have one rate give each its share of it; that of the first group stays."""
-    rates = _rates(optimizer)
+class _Ratios:
+    """The ratios of an optimizer's rates, which every step of a search restores where all groups have one rate."""
 
-    def restore(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        first, *others = _rates(optimizer)
-        if rates[0] and all(other == first for other in others):
-            for group, rate in zip(optimizer.param_groups, rates, strict=False):  # groups may have been added
-                set_rate(group, "lr", first * (rate / rates[0]))
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer, self._rates = optimizer, _rates(optimizer)
+        self._hook = optimizer.register_step_pre_hook(lambda *_: self._restore())
 
-    return optimizer.register_step_pre_hook(restore)
+    def end(self) -> None:
+        """Restore them a last time: a finder leaves one rate for all groups."""
+        self._hook.remove()
+        self._restore()
+
+    def _restore(self) -> None:
+        """Give each group its share of the one rate; that of the first group stays."""
+        first, *others = _rates(self._optimizer)
+        if self._rates[0] and all(other == first for other in others):
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):  # some may have been added
+                set_rate(group, "lr", first * (rate / self._rates[0]))
 
 
 def _put_first(trainer: Any, callback: Any) -> None:

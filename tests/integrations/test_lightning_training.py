@@ -269,6 +269,25 @@ def test_a_search_for_the_learning_rate_keeps_the_ratio_of_the_rates(by: str, tm
         assert rest == pytest.approx([matrices / 5] * 2)
 
 
+class OneRate(L.Callback):
+    """Gives all groups one rate from the third batch on, as a schedule with a floor may."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx >= 2:
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = 1e-4
+
+
+def test_one_rate_that_is_set_after_a_search_stays(tmp_path: Path) -> None:
+    module = Searched()
+    finder = LearningRateFinder(num_training_steps=20, min_lr=1e-4, max_lr=1e-1, early_stop_threshold=None)
+    make_trainer("one device", 4, callbacks=[finder, OneRate()], default_root_dir=tmp_path).fit(module)
+    assert module.rates[-4:-2] == [pytest.approx((module.lr, module.lr / 5, module.lr / 5))] * 2
+    assert module.rates[-2:] == [(1e-4, 1e-4, 1e-4)] * 2
+
+
 class TransferLearning:
     """What BackboneFinetuning wants: a backbone to thaw, and a head; of a LightningModule of either package."""
 
