@@ -235,24 +235,10 @@ FREE = {
 
 EACH_ONCE = {
     *("_local_scalar_dense", "_to_copy", "abs", "clone", "floor", "logical_not", "neg", "reciprocal", "sign", "sqrt"),
-    *(
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "pow",
-        "lerp",
-        "addcmul",
-        "addcdiv",
-        "clamp",
-        "clamp_min",
-        "maximum",
-        "copysign",
-        "where",
-    ),
+    *("add", "sub", "mul", "div", "pow", "lerp", "addcmul", "addcdiv", "clamp", "clamp_min", "copysign", "where"),
     *("eq", "ne", "lt", "le", "gt", "ge"),
     *("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_left_shift", "bitwise_right_shift"),
-    *("all", "any", "amax", "amin", "aminmax"),
+    *("all", "any", "amax", "amin", "aminmax", "maximum"),
     *("cat", "stack", "sort"),
 }
 """Operations of aten; the names stand for their forms in place and on lists too."""

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import default_working_memory
+from dion2_lightning.algorithms.low_rank import is_spread_like_weight
 from dion2_lightning.algorithms.working_memory import shared_bytes
 from dion2_lightning.distributed.buckets import assign_buckets, count_buckets
 from dion2_lightning.distributed.owners import Owner, plan_owners
@@ -367,7 +369,8 @@ def _as_spread(placed: Placed, layout: Layout) -> Any:
     from torch.distributed.tensor import Shard
 
     spread: Any = placed.parameter.detach()
-    spread.device_mesh, spread.placements, spread.to_local = None, (Shard(placed.dim),), spread.detach
+    spread.device_mesh = SimpleNamespace(shape=(layout.shards,), ndim=1)
+    spread.placements, spread.to_local = (Shard(placed.dim),), spread.detach
     return spread
 
 
@@ -421,8 +424,8 @@ def _low_rank(placed: Sequence[Placed], layout: Layout) -> Costs:
                     summed += count * itemsize * (sketch * rank + rank**2 + short * rank)
                     continue
                 factorizations += count * exact_qr
-                # Of a block every rank has all of Q, so that R is summed up in any case.
-                all_of_right = long_is_cut or matrices.block is not None
+                # Where every rank has all of Q, R is summed up in any case.
+                all_of_right = long_is_cut or not is_spread_like_weight(_as_spread(each, layout), matrices)
                 summed += count * (itemsize * (long + short * all_of_right) + SUM_BYTES * (not long_is_cut)) * rank
         sums += round(ring(SUM_BYTES * (1 + len(members)), ranks * layout.replicas) + ring(summed, ranks))
     return Costs(0, products, factorizations, elementwise, sums, 0)

@@ -48,7 +48,7 @@ from dion2_lightning.distributed.collectives import (
     refuse_unreachable,
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
-from dion2_lightning.distributed.replicas import refuse_other_gradients
+from dion2_lightning.distributed.replicas import compare_gradients
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.fused import is_capturing
 from dion2_lightning.kernels.gate import Gate, are_finite
@@ -229,6 +229,7 @@ class MatrixOptimizer(Optimizer):
         self._check_settings()
         self._compressed.refuse_change(self.param_groups)
         self._check_placements()
+        self._check_kinds_of_gradients()
         self._check_agreement()
         self._check_gradients()
         skipped = set() if self.state else self._skipped_on_init_step()
@@ -586,16 +587,22 @@ class MatrixOptimizer(Optimizer):
                         f"kernels='triton' cannot run on {device}: {reason}; with 'auto' torch takes their place"
                     )
 
-    def _check_gradients(self) -> None:
-        """Refuse gradients that have no update, before weights or state are changed."""
-        everything = [each for each in self._labelled() if each[1].requires_grad]
-        for _, parameter, label in everything:
-            if parameter.grad is not None and parameter.grad.layout != torch.strided:
-                raise ValueError(f"{label} has a gradient stored as {parameter.grad.layout}; use sparse=False")
-            if is_dtensor(parameter) and parameter.grad is not None and not is_dtensor(parameter.grad):
+    def _check_kinds_of_gradients(self) -> None:
+        """Refuse gradients that have no update, before ranks talk to each other."""
+        for _, parameter, label in self._labelled():
+            gradient = parameter.grad if parameter.requires_grad else None
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided:
+                raise ValueError(f"{label} has a gradient stored as {gradient.layout}; use sparse=False")
+            if is_dtensor(parameter) and not is_dtensor(gradient):
                 raise TypeError(
                     f"{label} is a DTensor, and its gradient a plain tensor; distribute_tensor makes a DTensor of it"
                 )
+
+    def _check_gradients(self) -> None:
+        """Refuse gradients with NaN or Inf where groups ask for that, before weights or state are changed."""
+        everything = [each for each in self._labelled() if each[1].requires_grad]
         place_gradients(parameter for _, parameter, _ in everything)
         checked = [(label, parameter) for group, parameter, label in everything if group["check_finite"] is True]
         if not checked:
@@ -626,9 +633,10 @@ class MatrixOptimizer(Optimizer):
         return {device: Gate(is_open.to(device)) for device in dict.fromkeys(each.device for each in parameters)}
 
     def _check_agreement(self) -> None:
-        """Compare parameters and settings with the other ranks: at the first step, after loads and added groups.
+        """Compare with the other ranks, at the first step and after loads and added groups.
 
-        And gradients, where replicas share work: whether anything averages them, no setting says.
+        Parameters and settings are compared, and where replicas share work, gradients: no setting says whether anything
+        averages them.
         """
         if self._is_agreed:
             return
@@ -661,12 +669,17 @@ class MatrixOptimizer(Optimizer):
             for group, parameter, _ in shared
         ]
         check_agreement(descriptions, [parameter for _, parameter, _ in shared], self._ranks())
-        if self.process_group is not None and self.share_replicas is not False and not self.is_compressing:
-            matrices = [each for each in shared if ALGORITHMS[each[0]["algorithm"]].needs_matrices]
-            replicated = [(parameter, label) for _, parameter, label in matrices if not is_dtensor(parameter)]
-            if replicated:
-                refuse_other_gradients(replicated, self.process_group)
-        self._is_agreed = True
+        replicated = [
+            (parameter, label)
+            for group, parameter, label in shared
+            if ALGORITHMS[group["algorithm"]].shares_replicas(self.share_replicas)
+            and parameter.requires_grad
+            and not is_dtensor(parameter)
+        ]
+        if not replicated or self.process_group is None or self.is_compressing:
+            self._is_agreed = True
+        else:  # gradients that are zero, as in the step by which a checkpoint is loaded, say nothing yet
+            self._is_agreed = compare_gradients(replicated, self.process_group)
 
     def _working_memory(self) -> int:
         """How many bytes a step may take; the same on all ranks, which form the same batches and buckets."""

@@ -21,7 +21,8 @@ Group = dict[str, Any]
 
 ENTRIES: Final = ("params", "param_names", "name", "algorithm", "initial_lr", "given_lr")
 """What every group may hold besides what its algorithm asks for. ``initial_lr`` is the schedulers', ``given_lr`` the
-rate that the group was made with: a load compares it, as schedules and frameworks change rates."""
+rate that the group was made with: a load compares it, as schedules and frameworks change rates. A group that is made of
+another optimizer's has that one's, which is replaced."""
 
 WRAPPED_NAMES: Final = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 """Names of the wrapped module: in torch.compile, activation checkpointing, FSDP1 and Fabric."""

@@ -253,7 +253,8 @@ def _changed_settings(saved_groups: Sequence[Group], groups: Sequence[Group], gi
         if "initial_lr" in old and "initial_lr" in group and has_own_rates:
             saved["lr"], asked["lr"] = old["initial_lr"], group["initial_lr"]
         elif "given_lr" in old:
-            saved["lr"] = old["given_lr"]
+            now = old.get("initial_lr", old["lr"])  # set by hand after a load, as its warning advises, it is as asked
+            saved["lr"] = now if now == asked.get("lr") else old["given_lr"]
         elif "initial_lr" in old or "initial_lr" in group:
             asked.pop("lr", None)
         for name, value in asked.items():
@@ -325,6 +326,7 @@ def _match_group(old: Group, new: Group) -> dict[str, Any]:
     foreign = {name for each in ALGORITHMS.values() for name in each.defaults()} - new.keys()
     left_out = foreign | algorithm_of(new).settings_of_run
     kept = {name: value for name, value in old.items() if name not in left_out}
+    kept.setdefault("given_lr", old.get("initial_lr", old.get("lr", new["lr"])))
     group = {**new, **_STORED_PLAINLY, **kept} if algorithm_of(new).needs_matrices else {**new, **kept}
     if "param_names" in new:
         group["params"] = _in_order(old, new, prefix)
@@ -354,11 +356,6 @@ def _in_order(old: Group, new: Group, prefix: str) -> list[Any]:
         )
     if len(names) != len(ids):
         raise ValueError(f"{prefix}: the checkpoint has {len(names)} names for {len(ids)} parameters; it is damaged")
-    if len(set(names)) != len(names):
-        raise ValueError(
-            f"{prefix}: several parameters of the checkpoint have one name; to load by position, remove 'param_names' "
-            "from its groups"
-        )
     of_names = dict(zip(names, ids, strict=True))
     return [of_names[name] for name in wanted]
 

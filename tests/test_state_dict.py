@@ -600,18 +600,6 @@ def test_neurons_are_normalized_from_now_on():
         assert all(("variance" in state) == is_on for state in states)
 
 
-def test_a_checkpoint_in_which_two_parameters_have_one_name_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    optimizer = Dion2([{"params": list(model.named_parameters())}])
-    saved = optimizer.state_dict()
-    saved["param_groups"][0]["param_names"] = ["0.weight", "0.weight"]
-    other = Dion2([{"params": [("0.weight", model[0].weight)]}])
-    other.param_groups[0]["params"].append(model[1].weight)
-    other.param_groups[0]["param_names"].append("0.weight")
-    with pytest.raises(ValueError, match="several parameters of the checkpoint have one name; to load by position"):
-        other.load_state_dict(saved)
-
-
 def plateau(optimizer):
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
 
@@ -642,6 +630,31 @@ def test_what_schedules_and_frameworks_make_of_a_rate_is_no_change(make):
         for each, its_saved in ((other, saved), (third, same.state_dict())):
             [said] = warnings_of_loading(each, its_saved)
             assert f"lr {lr} instead of {2 * lr} (" in said
+
+
+def test_a_rate_that_is_set_after_a_load_as_its_warning_advises():
+    model, optimizer = three_matrices_after_one_step()
+    saved = optimizer.state_dict()
+    lr = saved["param_groups"][0]["lr"]
+    resumed = Dion2(groups_of(model), lr=2 * lr)
+    assert len(warnings_of_loading(resumed, saved)) == 1
+    for group in resumed.param_groups:
+        group["lr"] = 2 * lr
+    assert warnings_of_loading(Dion2(groups_of(model), lr=2 * lr), resumed.state_dict()) == []
+    [said] = warnings_of_loading(Dion2(groups_of(model), lr=3 * lr), resumed.state_dict())
+    assert f"lr {lr} instead of {3 * lr} (" in said
+
+
+def test_a_checkpoint_from_before_given_rates():
+    model, optimizer = three_matrices_after_one_step()
+    saved = optimizer.state_dict()
+    lr = saved["param_groups"][0]["lr"]
+    for group in saved["param_groups"]:
+        del group["given_lr"]
+    resumed = Dion2(groups_of(model), lr=2 * lr)
+    assert len(warnings_of_loading(resumed, saved)) == 1
+    [said] = warnings_of_loading(Dion2(groups_of(model), lr=2 * lr), resumed.state_dict())
+    assert f"lr {lr} instead of {2 * lr} (" in said
 
 
 def fused(splits: str, algorithm: str = "dion3") -> tuple[nn.Parameter, Dion2]:

@@ -306,6 +306,10 @@ class Algorithm(ABC):
         """Return what ranks that share a parameter must have in common besides the settings."""
         return None
 
+    def shares_replicas(self, asked: bool | None) -> bool:
+        """Return whether replicas share work on its matrices, or may, given what ``share_replicas`` asks for."""
+        return False
+
     def compresses(self, group: Mapping[str, Any]) -> bool:
         """Return whether replicas of a group's parameters are to send less than their gradients."""
         return False

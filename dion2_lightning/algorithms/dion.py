@@ -88,6 +88,10 @@ class DionAlgorithm(Algorithm):
     state_by_replica: ClassVar[frozenset[str]] = frozenset({"momentum"})
     settings_of_run: ClassVar[frozenset[str]] = Algorithm.settings_of_run | {"sync"}
 
+    def shares_replicas(self, asked: bool | None) -> bool:
+        """Return whether they share products and QRs, which they do where they are told to."""
+        return asked is True
+
     def compresses(self, group: Mapping[str, Any]) -> bool:
         """Return whether replicas are to average P and R."""
         return bool(group["sync"] == "compressed")

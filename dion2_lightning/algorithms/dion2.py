@@ -142,6 +142,10 @@ class Dion2Algorithm(Algorithm):
                 )
         super().check_parameter(parameter, label, group)
 
+    def shares_replicas(self, asked: bool | None) -> bool:
+        """Return whether they share norms, at least: always, unless they are told not to."""
+        return asked is not False
+
     def observed(self, parameter: Tensor, group: Mapping[str, Any]) -> list[Observed]:
         """Return a parameter's matrices, block by block, the axis of the slices, and how many a step selects."""
         return [self._observed(matrices, group) for matrices in matrices_of(parameter, group)]

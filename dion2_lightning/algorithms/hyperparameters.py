@@ -392,7 +392,8 @@ class StepSettings:
     share_replicas: bool | None = setting(
         None,
         "Whether ranks that hold replicas, as under DDP and HSDP, share the work on them: True, False, or None, where "
-        "it saves more than sending the results costs. For Dion None never shares, and True does under DDP alone.",
+        "it saves more than sending the results costs. For Dion None never shares, and True does under DDP, and of "
+        "stacks that are sharded by expert.",
     )
     max_grad_norm: float | None = setting(
         None,

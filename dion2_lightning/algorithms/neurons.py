@@ -128,7 +128,7 @@ def _weight(each: SelectedSlices, variances: Tensor) -> float | Tensor:
 
 
 def _weights(slices: Sequence[SelectedSlices], variances: Sequence[Tensor]) -> float | Tensor:
-    """The same for several; where matrices may be idle, by matrix."""
+    """What the mean squares of several count for in v: one number, or one for each matrix where some may be idle."""
     weights = [_weight(each, its_variances) for each, its_variances in zip(slices, variances, strict=True)]
     return torch.cat(weights) if slices[0].update.own_gates else weights[0]  # type: ignore[arg-type]
 

@@ -221,14 +221,18 @@ def same_on_replicas(
 
 
 def norms_on_replicas(
-    tensors: Sequence[Tensor | None], device: torch.device, group: "ProcessGroup"
+    tensors: Sequence[Tensor | None], device: torch.device, group: "ProcessGroup", missing: float = 0.0
 ) -> list[tuple[float, float]]:
-    """Return the least and the largest norm of every tensor among replicas; zero where it is missing, NaN is infinite.
+    """Return the least and the largest norm of every tensor among replicas; NaN is infinite. The host waits.
 
-    The arguments are those of :func:`same_on_replicas`. The host waits.
+    Args:
+        tensors: At least one.
+        device: Where ranks compare.
+        group: The ranks that hold replicas.
+        missing: What counts as the norm of a tensor that a rank does not have (default: 0).
     """
     dtype = sum_dtype(device)
-    norms = torch.zeros(len(tensors), dtype=dtype, device=device)
+    norms = torch.full((len(tensors),), missing, dtype=dtype, device=device)
     for place, tensor in zip(norms, tensors, strict=True):
         if tensor is not None:
             place.copy_(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, dtype)))
@@ -239,23 +243,29 @@ def norms_on_replicas(
     return [(-low, high) for low, high in zip(smallest, largest, strict=True)]
 
 
-def refuse_other_gradients(labelled: "Sequence[tuple[Tensor, str]]", group: "ProcessGroup") -> None:
+def compare_gradients(labelled: "Sequence[tuple[Tensor, str]]", group: "ProcessGroup") -> bool:
     """Raise an error on every rank where replicas are to share work and have other gradients, by more than rounding.
 
-    The host waits.
+    Gradients that a rank lacks, or that are not finite, are left to other checks. The host waits.
 
     Args:
         labelled: Plain parameters, at least one, each with its name for error messages.
         group: The ranks that hold their replicas.
+
+    Returns:
+        Whether there was any to compare, that is not zero on all ranks; the same on every rank.
     """
-    norms = norms_on_replicas([parameter.grad for parameter, _ in labelled], labelled[0][0].device, group)
-    for (_, label), (low, high) in zip(labelled, norms, strict=True):
-        if 0 < low < high * (1 - ROUNDING) and high < math.inf:
+    gradients = [parameter.grad for parameter, _ in labelled]
+    norms = norms_on_replicas(gradients, labelled[0][0].device, group, missing=-1.0)
+    compared = [(label, low, high) for (_, label), (low, high) in zip(labelled, norms, strict=True) if low >= 0]
+    for label, low, high in compared:
+        if low < high * (1 - ROUNDING) and high < math.inf:
             raise RuntimeError(
                 f"{label} has gradients of norm {low:.4g} to {high:.4g} on the ranks that share the work on it, so "
                 "nothing has averaged them, as in no_sync() or Accelerate's LocalSGD, and a rank's update would be "
                 "another one's; average them before step(), or pass share_replicas=False"
             )
+    return any(0 < high < math.inf for _, _, high in compared)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

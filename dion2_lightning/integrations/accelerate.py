@@ -114,18 +114,27 @@ class SelectionLogger(SelectionRecorder):
         self.tracker.load_state_dict(state_dict)
 
     def _register(self) -> None:
-        """Register for checkpoints, in the place of an older one of the same optimizer, or of a closed one.
+        """Register for checkpoints, in the place of those that an earlier try has left.
 
-        Such as that of a try that ran out of memory: a checkpoint of the next one has to hold one as well.
+        They are of the same optimizer, or closed and of one that the accelerator has let go of, as it does after a try
+        that ran out of memory. A checkpoint has to hold as many objects as the run that loads it.
         """
         objects, optimizer = self.accelerator._custom_objects, without_wrapper(self.optimizer)
-        for place, other in enumerate(objects):
+        prepared = [without_wrapper(each) for each in self.accelerator._optimizers]
+
+        def is_left(other: object) -> bool:
             if not isinstance(other, SelectionLogger):
-                continue
-            if without_wrapper(other.optimizer) is optimizer or not other.tracker.is_attached:
-                objects[place] = self
-                return
-        self.accelerator.register_for_checkpointing(self)
+                return False
+            its = without_wrapper(other.optimizer)
+            return its is optimizer or not (other.tracker.is_attached or any(its is each for each in prepared))
+
+        left = [other for other in objects if is_left(other)]
+        if not left:
+            self.accelerator.register_for_checkpointing(self)
+            return
+        objects[objects.index(left[0])] = self
+        for other in left[1:]:
+            objects.remove(other)
 
     def _save_history(self) -> None:
         # A closed one has saved its history, and another one may save to the same place by now.

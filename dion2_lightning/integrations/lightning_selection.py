@@ -67,7 +67,7 @@ class SelectionMonitor(SelectionRecorder, Callback):
         """Start anew, unless a fit is continued; under every strategy a checkpoint is loaded after this."""
         if stage == "fit" and trainer.global_step == 0:
             self._restart()
-            self.metrics = None
+            self.metrics, self._is_waiting = None, False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -96,6 +96,8 @@ def check_gradients_and_settings() -> None:
     check_names_and_frozen_parameters_that_differ(mesh)
     check_working_memory_that_differs(mesh)
     check_gradients_that_nothing_has_averaged()
+    check_a_gradient_that_is_zero_on_one_rank_alone()
+    check_a_sparse_gradient()
     check_a_plain_gradient_of_a_shard(mesh)
     check_gradient_on_one_rank_only(mesh)
     check_gradient_on_one_replica_only()
@@ -312,7 +314,7 @@ def check_settings_that_differ(mesh: DeviceMesh) -> None:
 
 
 def check_names_and_frozen_parameters_that_differ(mesh: DeviceMesh) -> None:
-    """Matrices of one shape in another order, or frozen on one rank alone, are told by nothing but their names."""
+    """Matrices of one shape in another order, which only their names tell; or frozen on one rank alone."""
     layouts: list[tuple[DeviceMesh | None, dict[str, Any]]] = [(mesh, {}), (None, {"process_group": dist.group.WORLD})]
     for algorithm in ("dion2", "dion3", "dion"):
         for on_mesh, settings in layouts:
@@ -337,20 +339,46 @@ def check_gradients_that_nothing_has_averaged() -> None:
             matrices = [(name, parameters[name]) for name in ("wide", "tall")]
             return Dion2([{"params": matrices, "algorithm": algorithm}], **SETTINGS, **settings)
 
+        shares = {"process_group": dist.group.WORLD, "share_replicas": True if algorithm == "dion" else None}
         parameters, alone, others = parameters_of(), parameters_of(), parameters_of()
-        optimizer, control = optimizer_on(parameters, process_group=dist.group.WORLD), optimizer_on(alone)
+        optimizer, control = optimizer_on(parameters, **shares), optimizer_on(alone)
         own = whole(seed=100 + dist.get_rank())
+        set_gradients(parameters, {name: torch.zeros_like(each) for name, each in own.items()})
+        for each in (optimizer, control):  # gradients that say nothing
+            set_gradients(alone, {name: torch.zeros_like(gradient) for name, gradient in own.items()})
+            each.step()
         set_gradients(parameters, own)
         set_gradients(alone, own)
+        before = snapshot_of_weights(parameters)
         with pytest.raises(RuntimeError, match=r"'wide' has gradients of norm .* or pass share_replicas=False"):
             optimizer.step()
-        optimizer.share_replicas = False  # nothing has changed yet
+        assert_unchanged(before, snapshot_of_weights(parameters))
+        optimizer.share_replicas = None if algorithm == "dion" else False  # which shares nothing either
         optimizer.step()
         control.step()
         assert_unchanged(snapshot_of_weights(alone), snapshot_of_weights(parameters))
-        # What differs by rounding alone is shared.
+        # What differs by rounding alone is shared, and what is frozen is not asked.
         set_gradients(others, {name: each * (1 + 1e-5 * dist.get_rank()) for name, each in whole(seed=1).items()})
-        optimizer_on(others, process_group=dist.group.WORLD).step()
+        others["tall"].grad = own["tall"]
+        others["tall"].requires_grad_(False)
+        optimizer_on(others, **shares).step()
+
+
+def check_a_gradient_that_is_zero_on_one_rank_alone() -> None:
+    parameters = parameters_of()
+    set_gradients(parameters, whole(seed=1))
+    if dist.get_rank() == 1:
+        parameters["tall"].grad = torch.zeros_like(parameters["tall"])
+    with pytest.raises(RuntimeError, match=r"'tall' has gradients of norm 0 to "):
+        optimizer_of(parameters, process_group=dist.group.WORLD).step()
+
+
+def check_a_sparse_gradient() -> None:
+    parameters = parameters_of()
+    set_gradients(parameters, whole(seed=1))
+    parameters["tall"].grad = parameters["tall"].grad.to_sparse()
+    with pytest.raises(ValueError, match=r"'tall' has a gradient stored as torch.sparse_coo; use sparse=False"):
+        optimizer_of(parameters, process_group=dist.group.WORLD).step()
 
 
 def snapshot_of_weights(parameters: Parameters) -> dict[str, Tensor]:

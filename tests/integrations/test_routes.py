@@ -142,9 +142,7 @@ NOT_BEFORE_5_23 = pytest.mark.skipif(
     [
         pytest.param(
             *("embedding_gemma2_text", "EmbeddingGemma2TextModel", f"{NOT_COUNTED}its layers differ in head_dim"),
-            marks=pytest.mark.skipif(
-                is_before("transformers", "5.23"), reason="transformers before 5.23 has no such model"
-            ),
+            marks=NOT_BEFORE_5_23,
         ),
         ("d_fine", "DFineModel", f"{NOT_COUNTED}its config does not give one number of heads, or of layers"),
         ("lxmert", "LxmertModel", f"{NOT_COUNTED}its config does not give one number of heads, or of layers"),
@@ -153,9 +151,7 @@ NOT_BEFORE_5_23 = pytest.mark.skipif(
         ("depth_anything", "DepthAnythingForDepthEstimation", None),  # no class of those that are tried first
         pytest.param(  # its first class cannot be built, and it has two texts
             *("musicgen", "MusicgenForConditionalGeneration", None),
-            marks=pytest.mark.skipif(
-                is_before("transformers", "5.23"), reason="transformers before 5.23 cannot build it"
-            ),
+            marks=NOT_BEFORE_5_23,
         ),
     ],
 )
@@ -551,6 +547,13 @@ def test_gradients_of_each_layout() -> None:
     assert gradient_bytes(placed, Layout("fsdp2", 1, 4)) == 3 * 64 * 8 * 4 // 4
     assert gradient_bytes(placed, Layout("hsdp", 2, 4)) == (3 + 1) * 64 * 8 * 4 // 4
     assert gradient_bytes(placed, Layout("tp", 1, 4)) == 0
+
+
+@pytest.mark.parametrize("layout", ["fsdp2=2", "fsdp2=5", "hsdp=2x2", "ddp=2"])
+def test_low_rank_updates_of_convolutions_on_several_ranks(layout: str) -> None:
+    """Whose channels are cut evenly or not."""
+    figures = figures_of(load_config("resnet"), algorithm="dion", layout=Layout.read(layout), length=None)
+    assert figures["steps"][0]["flops"] > 0 < figures["steps"][0]["state_bytes"]
 
 
 class TestCommand:

@@ -259,6 +259,19 @@ def test_a_try_that_ran_out_of_memory_leaves_no_logger_in_checkpoints(tmp_path: 
         assert selection.tracker.history.steps == [1]
 
 
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
+def test_loggers_that_are_replaced_in_checkpoints() -> None:
+    """Those of the same optimizer, and closed ones of another that the accelerator has let go of."""
+    accelerator = Accelerator(cpu=True)
+    gone, live, own = (accelerator.prepare(optimizer_by_hand(ByHand())) for _ in range(3))
+    loggers = [SelectionLogger(accelerator, optimizer) for optimizer in (gone, live, own)]
+    for logger in loggers[:2]:
+        logger.close()
+    accelerator._optimizers.remove(gone)
+    newest = SelectionLogger(accelerator, own)
+    assert accelerator._custom_objects == [newest, loggers[1]]
+
+
 def test_a_logger_that_was_replaced_or_closed_refuses_to_log() -> None:
     accelerator, built = Accelerator(cpu=True), optimizer_by_hand(ByHand())
     before = SelectionLogger(accelerator, built)

@@ -169,7 +169,6 @@ def test_steps_that_the_grad_scaler_skips_are_not_logged(tmp_path: Path) -> None
     assert monitor.tracker.history.steps == [2, 5, 7]
 
 
-@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
 class EveryOther(Pair):
     """Steps its first optimizer at even batches alone, and is not due at these where the interval is even."""
 
@@ -189,8 +188,10 @@ def test_steps_that_batches_do_not_take_are_logged_at_the_next(tmp_path: Path) -
     make_trainer("one device", -1, max_epochs=2, **arguments).fit(EveryOther())
     assert monitor.tracker.step == 4
     assert monitor.tracker.history.steps == [2, 3, 4]
+    assert list(rows_of(logger)) == [2, 3, 5]
 
 
+@pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")
 def test_the_progress_bars_show_coverage(capfd: pytest.CaptureFixture[str]) -> None:
     for bar in (TQDMProgressBar(), RichProgressBar(leave=True)):
         for progress in (True, False):

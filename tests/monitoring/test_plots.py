@@ -307,6 +307,7 @@ def test_labels_stay_apart_whatever_the_model(names: list[str]) -> None:
     assert len(meshes[:-1]) == len(plots._families(history.infos))  # the last one is the colour bar
     members = [member for family in plots._families(history.infos) for member in family.members]
     assert sorted(members) == list(range(len(history.infos)))
+    assert all(len(set(family.labels)) == len(family.labels) for family in plots._families(history.infos))
 
 
 @pytest.mark.filterwarnings("error")

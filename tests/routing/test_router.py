@@ -37,9 +37,11 @@ def test_golden_report(name: str) -> None:
         pytest.skip("transformers before 5.23 stores its experts otherwise")
     expected = path.read_text()
     if name == "codegen" and not is_before("transformers", "5.24"):  # its attention has the output before q, k and v
-        assert sorted(report.splitlines()) == sorted(expected.splitlines())
-    else:
-        assert report == expected
+        lines = expected.splitlines(keepends=True)
+        first = next(number for number, line in enumerate(lines) if ".attn.qkv_proj." in line)
+        lines.insert(first, lines.pop(first + 1))
+        expected = "".join(lines)
+    assert report == expected
 
 
 def test_every_golden_file_has_a_model() -> None:
