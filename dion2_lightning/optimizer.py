@@ -5,7 +5,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast, overload
 
 import torch
@@ -147,7 +147,7 @@ class MatrixOptimizer(Optimizer):
         self._skipped_steps: Tensor | int = 0
         self._left: dict[object, Tensor] = {}
         self._failure: str | None = None
-        self._is_agreed = False
+        self._agreed: set[tuple[bool, ...]] = set()
         self._compressed = CompressedReplicas()
         self._offloading = Offloading()
         if isinstance(params, Tensor):
@@ -181,7 +181,7 @@ class MatrixOptimizer(Optimizer):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = with_listed_parameters(param_group)
         checked = [self._checked(each) for each in ([group] if "algorithm" in group else self._route(group))]
-        self._is_agreed = False
+        self._agreed.clear()
         for each in checked:
             name = unique_name(each, self.param_groups)
             given = numbers(each)  # as they are now: tensors change in place
@@ -217,7 +217,8 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with _collector_paused():
+        devices = {parameter.device.type for _, parameter, _ in self._labelled()}
+        with _collector_paused(), _without_autocast(devices):
             self._take_step()
         return loss
 
@@ -459,7 +460,7 @@ class MatrixOptimizer(Optimizer):
                 stacklevel=2,
             )
         super().__setstate__(state)
-        self._selections, self.grad_norm, self._is_agreed = {}, None, False
+        self._selections, self.grad_norm, self._agreed = {}, None, set()
         new = {
             **dict.fromkeys((*NOT_COPIED, "_failure", "observer", "route_parameters")),
             **STEP_SETTINGS,
@@ -633,7 +634,7 @@ class MatrixOptimizer(Optimizer):
         return {device: Gate(is_open.to(device)) for device in dict.fromkeys(each.device for each in parameters)}
 
     def _check_agreement(self) -> None:
-        """Compare with the other ranks, at the first step and after loads and added groups.
+        """Compare with the other ranks, at the first step and after loads, added groups, freezing and unfreezing.
 
         Parameters and settings are compared, and where replicas share work, gradients: no setting says whether anything
         averages them.
@@ -676,10 +677,20 @@ class MatrixOptimizer(Optimizer):
             and parameter.requires_grad
             and not is_dtensor(parameter)
         ]
-        if not replicated or self.process_group is None or self.is_compressing:
-            self._is_agreed = True
-        else:  # gradients that are zero, as in the step by which a checkpoint is loaded, say nothing yet
-            self._is_agreed = compare_gradients(replicated, self.process_group)
+        replicas = self.process_group if replicated and not self.is_compressing else None
+        # Zeros, as in the step by which torch.distributed.checkpoint loads, say nothing: once more at the next step.
+        if replicas is None or compare_gradients(replicated, replicas):
+            self._agreed.add(self._trained)
+
+    @property
+    def _trained(self) -> tuple[bool, ...]:
+        """Which parameters are not frozen."""
+        return tuple(parameter.requires_grad for group in self.param_groups for parameter in group["params"])
+
+    @property
+    def _is_agreed(self) -> bool:
+        """Whether ranks have compared what they have, with the same parameters frozen as now."""
+        return self._trained in self._agreed
 
     def _working_memory(self) -> int:
         """How many bytes a step may take; the same on all ranks, which form the same batches and buckets."""
@@ -786,6 +797,16 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def _without_autocast(devices: Collection[str]) -> Iterator[None]:
+    """Have nothing rounded by an autocast block that a step is taken in, as Lightning's manual optimization has it."""
+    with ExitStack() as stack:
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _settings_of(group: Mapping[str, Any]) -> list[tuple[str, Any]]:

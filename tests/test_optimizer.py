@@ -790,3 +790,31 @@ def test_adamw_groups_equal_torch_bit_for_bit(dtype):
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert ours.state[a].keys() == theirs.state[b].keys()
         assert all(torch.equal(ours.state[a][name], theirs.state[b][name]) for name in theirs.state[b])
+
+
+AUTOCAST = [{}, {"algorithm": "dion3"}, {"algorithm": "dion", "qr": "rcqr"}, {"check_finite": "skip"}]
+
+
+@pytest.mark.parametrize("rounded", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("settings", AUTOCAST, ids=str)
+def test_a_step_inside_an_autocast_block(settings: dict[str, Any], dtype: torch.dtype, rounded: torch.dtype) -> None:
+    """As under Lightning's manual optimization: nothing more is rounded. A closure is evaluated in the block."""
+
+    def weights_after_steps(is_inside: bool) -> list[nn.Parameter]:
+        weights = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((40, 24), (40, 24), (24, 96), (9,))]
+        groups = [{"params": weights[:3], **settings}, {"params": weights[3:], "algorithm": "adamw"}]
+        optimizer = Dion2(groups, lr=0.1, orthonormalize_dtype="bfloat16", max_grad_norm=1.0)
+
+        def closure() -> float:
+            assert torch.is_autocast_enabled("cpu") == is_inside
+            for number, parameter in enumerate(weights):
+                parameter.grad = torch.randn(parameter.shape, generator=torch.manual_seed(number)).to(dtype)
+            return 0.0
+
+        with torch.autocast("cpu", rounded, enabled=is_inside):
+            for _ in range(2):
+                optimizer.step(closure)
+        return weights
+
+    assert all(torch.equal(*pair) for pair in zip(*map(weights_after_steps, (False, True)), strict=True))

@@ -236,7 +236,7 @@ def norms_on_replicas(
     for place, tensor in zip(norms, tensors, strict=True):
         if tensor is not None:
             place.copy_(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, dtype)))
-    norms = torch.nan_to_num(norms, nan=math.inf)
+    norms = torch.nan_to_num(norms, nan=math.inf, posinf=math.inf)
     extremes = torch.stack([norms, -norms])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     largest, smallest = extremes.tolist()
@@ -261,9 +261,9 @@ def compare_gradients(labelled: "Sequence[tuple[Tensor, str]]", group: "ProcessG
     for label, low, high in compared:
         if low < high * (1 - ROUNDING) and high < math.inf:
             raise RuntimeError(
-                f"{label} has gradients of norm {low:.4g} to {high:.4g} on the ranks that share the work on it, so "
-                "nothing has averaged them, as in no_sync() or Accelerate's LocalSGD, and a rank's update would be "
-                "another one's; average them before step(), or pass share_replicas=False"
+                f"{label} has gradients of norm {low:.4g} to {high:.4g} on ranks that may share the work on it, so "
+                "nothing has averaged them. In local steps (no_sync, LocalSGD) pass share_replicas=False; where it was "
+                "frozen when DistributedDataParallel wrapped the model, wrap that anew, or average before step()"
             )
     return any(0 < high < math.inf for _, _, high in compared)
 

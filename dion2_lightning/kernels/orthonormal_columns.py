@@ -75,13 +75,13 @@ def sketches(matrices: Tensor, rows: Tensor) -> Tensor:
     """
     size = sketch_rows(matrices.shape[-1])
     sketch = uniforms(torch.arange(size, device=rows.device), rows, _SKETCH_SEED)
-    return _multiply(sketch.to(matrices.dtype), matrices)
+    return sketch.to(matrices.dtype) @ matrices
 
 
 def grams(matrices: Tensor) -> Tensor:
     """Return P^T P, or this rank's summand of it, for a batch of P (batch, n, r): rounded once, to P's precision."""
     exact = matrices.to(sum_dtype(matrices.device))
-    return _multiply(exact.mT, exact).to(matrices.dtype)
+    return (exact.mT @ exact).to(matrices.dtype)
 
 
 def precondition(matrices: Tensor, its_sketches: Tensor) -> Tensor:
@@ -118,12 +118,6 @@ def randomized_cholesky_qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.arange(matrices.shape[1], device=matrices.device)
     matrices = precondition(matrices, sketches(matrices, rows))
     return finish(matrices, grams(matrices))
-
-
-def _multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Return a product that a step inside an autocast block must not have rounded."""
-    with torch.autocast(right.device.type, enabled=False):
-        return left @ right
 
 
 def _divide(matrices: Tensor, triangles: Tensor) -> Tensor:

@@ -70,9 +70,7 @@ def polar_factor(normalized: Tensor, dtype: torch.dtype) -> Tensor:
     if normalized.shape[1] > normalized.shape[2]:
         return polar_factor(normalized.mT, dtype).mT
     iterate = _gram_newton_schulz if _gram_pays(normalized) else _newton_schulz
-    # A step inside an autocast block must not have its products rounded either.
-    with torch.autocast(normalized.device.type, enabled=False):
-        return iterate(normalized).to(dtype)
+    return iterate(normalized).to(dtype)
 
 
 def flops(k: int, m: int) -> int:

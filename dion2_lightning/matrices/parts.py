@@ -153,7 +153,7 @@ class Part:
         stack = self.stack(tensor)
         if self._dim == 2:
             product = left.new_empty(len(left), left.shape[1], right.shape[1])
-            torch.bmm(left, right.mT, out=product)  # autocast does not round what is written to where it is told
+            torch.bmm(left, right.mT, out=product)
             for piece, change in self._pairs(stack, product):
                 piece.add_(change)
             return

@@ -406,18 +406,3 @@ def test_a_checkpoint_of_another_algorithm_is_refused() -> None:
 def test_wrong_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Dion2([{"params": [nn.Parameter(torch.zeros(3, 4))], "algorithm": "dion", **settings}])
-
-
-@pytest.mark.parametrize("qr", ["qr", "rcqr"])
-def test_a_step_inside_an_autocast_block(qr: str) -> None:
-    """Nothing is rounded to bfloat16."""
-    weights = []
-    for enabled in (False, True):
-        parameters = [nn.Parameter(torch.zeros(96, 24, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
-        optimizer = Dion2([{"params": parameters, "algorithm": "dion", "qr": qr}])
-        for parameter in parameters:
-            parameter.grad = gradients((96, 24), seed=0)[0].to(parameter.dtype)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            optimizer.step()
-        weights.append(parameters)
-    assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))

@@ -96,6 +96,8 @@ def check_gradients_and_settings() -> None:
     check_names_and_frozen_parameters_that_differ(mesh)
     check_working_memory_that_differs(mesh)
     check_gradients_that_nothing_has_averaged()
+    check_gradients_of_what_was_frozen()
+    check_an_infinite_gradient_in_the_first_step()
     check_a_gradient_that_is_zero_on_one_rank_alone()
     check_a_sparse_gradient()
     check_a_plain_gradient_of_a_shard(mesh)
@@ -350,7 +352,7 @@ def check_gradients_that_nothing_has_averaged() -> None:
         set_gradients(parameters, own)
         set_gradients(alone, own)
         before = snapshot_of_weights(parameters)
-        with pytest.raises(RuntimeError, match=r"'wide' has gradients of norm .* or pass share_replicas=False"):
+        with pytest.raises(RuntimeError, match=r"'wide' has gradients of norm .* pass share_replicas=False"):
             optimizer.step()
         assert_unchanged(before, snapshot_of_weights(parameters))
         optimizer.share_replicas = None if algorithm == "dion" else False  # which shares nothing either
@@ -362,6 +364,33 @@ def check_gradients_that_nothing_has_averaged() -> None:
         others["tall"].grad = own["tall"]
         others["tall"].requires_grad_(False)
         optimizer_on(others, **shares).step()
+
+
+def check_gradients_of_what_was_frozen() -> None:
+    """They are asked when they are thawed, by when DistributedDataParallel may not know of them; each set once."""
+    parameters = parameters_of()
+    optimizer = optimizer_of(parameters, process_group=dist.group.WORLD)
+    parameters["tall"].requires_grad_(False)
+    for is_frozen in (True, False, True, False):
+        parameters["tall"].requires_grad_(not is_frozen)
+        set_gradients(parameters, whole(seed=1))
+        optimizer.step()
+    own = whole(seed=100 + dist.get_rank())
+    parameters["wide"].requires_grad_(False)
+    parameters["tall"].grad = own["tall"]
+    with pytest.raises(RuntimeError, match=r"'tall' has gradients of norm .* wrap that anew"):
+        optimizer.step()
+
+
+def check_an_infinite_gradient_in_the_first_step() -> None:
+    """Of one rank alone it is left to check_finite."""
+    parameters = parameters_of()
+    set_gradients(parameters, whole(seed=1))
+    if dist.get_rank() == 1:
+        parameters["tall"].grad[0, 0] = torch.inf
+    optimizer = optimizer_of(parameters, process_group=dist.group.WORLD, check_finite="skip")
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
 
 
 def check_a_gradient_that_is_zero_on_one_rank_alone() -> None:
