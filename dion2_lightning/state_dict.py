@@ -253,7 +253,9 @@ def _changed_settings(saved_groups: Sequence[Group], groups: Sequence[Group], gi
         if "initial_lr" in old and "initial_lr" in group and has_own_rates:
             saved["lr"], asked["lr"] = old["initial_lr"], group["initial_lr"]
         elif "given_lr" in old:
-            now = old.get("initial_lr", old.get("lr"))  # set by hand after a load, as its warning advises, it is as asked
+            now = old.get(
+                "initial_lr", old.get("lr")
+            )  # set by hand after a load, as its warning advises, it is as asked
             saved["lr"] = now if now == asked.get("lr") else old["given_lr"]
         elif "initial_lr" in old or "initial_lr" in group:
             asked.pop("lr", None)
