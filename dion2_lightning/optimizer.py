@@ -147,7 +147,8 @@ class MatrixOptimizer(Optimizer):
         self._skipped_steps: Tensor | int = 0
         self._left: dict[object, Tensor] = {}
         self._failure: str | None = None
-        self._agreed: set[tuple[bool, ...]] = set()
+        self._is_agreed = False
+        self._compared: set[Tensor] = set()
         self._compressed = CompressedReplicas()
         self._offloading = Offloading()
         if isinstance(params, Tensor):
@@ -181,7 +182,8 @@ class MatrixOptimizer(Optimizer):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = with_listed_parameters(param_group)
         checked = [self._checked(each) for each in ([group] if "algorithm" in group else self._route(group))]
-        self._agreed.clear()
+        self._is_agreed = False
+        self._compared.clear()
         for each in checked:
             name = unique_name(each, self.param_groups)
             given = numbers(each)  # as they are now: tensors change in place
@@ -217,7 +219,7 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        devices = {parameter.device.type for _, parameter, _ in self._labelled()}
+        devices = {parameter.device.type for group in self.param_groups for parameter in group["params"]}
         with _collector_paused(), _without_autocast(devices):
             self._take_step()
         return loss
@@ -232,6 +234,7 @@ class MatrixOptimizer(Optimizer):
         self._check_placements()
         self._check_kinds_of_gradients()
         self._check_agreement()
+        self._check_averaged()
         self._check_gradients()
         skipped = set() if self.state else self._skipped_on_init_step()
         if not skipped:  # torch.distributed.checkpoint takes such a step with rates of its own
@@ -460,7 +463,7 @@ class MatrixOptimizer(Optimizer):
                 stacklevel=2,
             )
         super().__setstate__(state)
-        self._selections, self.grad_norm, self._agreed = {}, None, set()
+        self._selections, self.grad_norm, self._is_agreed, self._compared = {}, None, False, set()
         new = {
             **dict.fromkeys((*NOT_COPIED, "_failure", "observer", "route_parameters")),
             **STEP_SETTINGS,
@@ -589,17 +592,21 @@ class MatrixOptimizer(Optimizer):
                     )
 
     def _check_kinds_of_gradients(self) -> None:
-        """Refuse gradients that have no update, before ranks talk to each other."""
-        for _, parameter, label in self._labelled():
-            gradient = parameter.grad if parameter.requires_grad else None
-            if gradient is None:
-                continue
-            if gradient.layout != torch.strided:
-                raise ValueError(f"{label} has a gradient stored as {gradient.layout}; use sparse=False")
-            if is_dtensor(parameter) and not is_dtensor(gradient):
-                raise TypeError(
-                    f"{label} is a DTensor, and its gradient a plain tensor; distribute_tensor makes a DTensor of it"
-                )
+        """Refuse gradients that have no update, before ranks compare anything."""
+        for group in self.param_groups:
+            for parameter, name in zip(group["params"], parameter_names(group), strict=True):
+                gradient = parameter.grad if parameter.requires_grad else None
+                if gradient is None:
+                    continue
+                if gradient.layout != torch.strided:
+                    raise ValueError(
+                        f"group {group['name']!r}: {name} has a gradient stored as {gradient.layout}; use sparse=False"
+                    )
+                if is_dtensor(parameter) and not is_dtensor(gradient):
+                    raise TypeError(
+                        f"group {group['name']!r}: {name} is a DTensor, and its gradient a plain tensor; "
+                        "distribute_tensor makes a DTensor of it"
+                    )
 
     def _check_gradients(self) -> None:
         """Refuse gradients with NaN or Inf where groups ask for that, before weights or state are changed."""
@@ -634,11 +641,7 @@ class MatrixOptimizer(Optimizer):
         return {device: Gate(is_open.to(device)) for device in dict.fromkeys(each.device for each in parameters)}
 
     def _check_agreement(self) -> None:
-        """Compare with the other ranks, at the first step and after loads, added groups, freezing and unfreezing.
-
-        Parameters and settings are compared, and where replicas share work, gradients: no setting says whether anything
-        averages them.
-        """
+        """Compare parameters and settings with the other ranks: at the first step, after loads and added groups."""
         if self._is_agreed:
             return
         shared = [each for each in self._labelled() if is_dtensor(each[1]) or self.process_group]
@@ -670,27 +673,23 @@ class MatrixOptimizer(Optimizer):
             for group, parameter, _ in shared
         ]
         check_agreement(descriptions, [parameter for _, parameter, _ in shared], self._ranks())
-        replicated = [
-            (parameter, label)
-            for group, parameter, label in shared
+        self._is_agreed = True
+
+    def _check_averaged(self) -> None:
+        """Compare gradients where replicas share work, of each parameter once: no setting says what averages them."""
+        if self.process_group is None or self.is_compressing:
+            return
+        new = {
+            parameter
+            for group in self.param_groups
             if ALGORITHMS[group["algorithm"]].shares_replicas(self.share_replicas)
-            and parameter.requires_grad
-            and not is_dtensor(parameter)
-        ]
-        replicas = self.process_group if replicated and not self.is_compressing else None
+            for parameter in group["params"]
+            if parameter.requires_grad and parameter not in self._compared and not is_dtensor(parameter)
+        }
+        labelled = [(parameter, label) for _, parameter, label in self._labelled() if parameter in new] if new else []
         # Zeros, as in the step by which torch.distributed.checkpoint loads, say nothing: once more at the next step.
-        if replicas is None or compare_gradients(replicated, replicas):
-            self._agreed.add(self._trained)
-
-    @property
-    def _trained(self) -> tuple[bool, ...]:
-        """Which parameters are not frozen."""
-        return tuple(parameter.requires_grad for group in self.param_groups for parameter in group["params"])
-
-    @property
-    def _is_agreed(self) -> bool:
-        """Whether ranks have compared what they have, with the same parameters frozen as now."""
-        return self._trained in self._agreed
+        if labelled and compare_gradients(labelled, self.process_group):
+            self._compared |= new
 
     def _working_memory(self) -> int:
         """How many bytes a step may take; the same on all ranks, which form the same batches and buckets."""
@@ -804,7 +803,7 @@ def _without_autocast(devices: Collection[str]) -> Iterator[None]:
     """Have nothing rounded by an autocast block that a step is taken in, as Lightning's manual optimization has it."""
     with ExitStack() as stack:
         for device in devices:
-            if torch.is_autocast_enabled(device):
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
 

@@ -328,7 +328,7 @@ def _match_group(old: Group, new: Group) -> dict[str, Any]:
     foreign = {name for each in ALGORITHMS.values() for name in each.defaults()} - new.keys()
     left_out = foreign | algorithm_of(new).settings_of_run
     kept = {name: value for name, value in old.items() if name not in left_out}
-    kept.setdefault("given_lr", old.get("initial_lr", old.get("lr", new["lr"])))
+    kept.setdefault("given_lr", float(old.get("initial_lr", old.get("lr", new["lr"]))))
     group = {**new, **_STORED_PLAINLY, **kept} if algorithm_of(new).needs_matrices else {**new, **kept}
     if "param_names" in new:
         group["params"] = _in_order(old, new, prefix)

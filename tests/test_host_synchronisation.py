@@ -117,6 +117,8 @@ def checked_step(optimizer: Dion2, process_group: dist.ProcessGroup | None = Non
     """Take a first step, which creates the state and may wait for other ranks, and check a second one."""
     optimizer.step()
     optimizer.process_group = process_group
+    # Gradients of replicas are compared once.
+    optimizer._compared.update(parameter for group in optimizer.param_groups for parameter in group["params"])
     with NoHostWait() as host:
         optimizer.step()
     return host

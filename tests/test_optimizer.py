@@ -818,3 +818,9 @@ def test_a_step_inside_an_autocast_block(settings: dict[str, Any], dtype: torch.
         return weights
 
     assert all(torch.equal(*pair) for pair in zip(*map(weights_after_steps, (False, True)), strict=True))
+
+
+def test_a_device_that_autocast_does_not_know() -> None:
+    parameter = nn.Parameter(torch.ones(3, device="meta"))
+    parameter.grad = torch.ones(3, device="meta")
+    Dion2([{"params": [parameter], "algorithm": "adamw"}]).step()

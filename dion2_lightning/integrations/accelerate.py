@@ -132,9 +132,7 @@ class SelectionLogger(SelectionRecorder):
         if not left:
             self.accelerator.register_for_checkpointing(self)
             return
-        objects[objects.index(left[0])] = self
-        for other in left[1:]:
-            objects.remove(other)
+        objects[:] = [self if each is left[0] else each for each in objects if not any(each is it for it in left[1:])]
 
     def _save_history(self) -> None:
         # A closed one has saved its history, and another one may save to the same place by now.

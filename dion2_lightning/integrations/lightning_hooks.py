@@ -175,12 +175,17 @@ class _Ratios:
     """The ratios of an optimizer's rates, which every step of a search restores where all groups have one rate."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer, self._rates = optimizer, _rates(optimizer)
-        self._hook = optimizer.register_step_pre_hook(lambda *_: self._restore())
+        self._optimizer, self._rates, self._has_searched = optimizer, _rates(optimizer), False
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def end(self) -> None:
-        """Restore them a last time: a finder leaves one rate for all groups."""
+        """Restore them a last time, if there was a search: it leaves one rate for all groups."""
         self._hook.remove()
+        if self._has_searched:
+            self._restore()
+
+    def _before_step(self, *_: Any) -> None:
+        self._has_searched = True
         self._restore()
 
     def _restore(self) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -97,6 +98,7 @@ def check_gradients_and_settings() -> None:
     check_working_memory_that_differs(mesh)
     check_gradients_that_nothing_has_averaged()
     check_gradients_of_what_was_frozen()
+    check_what_one_rank_alone_freezes_later()
     check_an_infinite_gradient_in_the_first_step()
     check_a_gradient_that_is_zero_on_one_rank_alone()
     check_a_sparse_gradient()
@@ -367,19 +369,33 @@ def check_gradients_that_nothing_has_averaged() -> None:
 
 
 def check_gradients_of_what_was_frozen() -> None:
-    """They are asked when they are thawed, by when DistributedDataParallel may not know of them; each set once."""
+    """They are asked, once, when they are thawed: by then DistributedDataParallel may not know of them."""
     parameters = parameters_of()
     optimizer = optimizer_of(parameters, process_group=dist.group.WORLD)
     parameters["tall"].requires_grad_(False)
-    for is_frozen in (True, False, True, False):
-        parameters["tall"].requires_grad_(not is_frozen)
-        set_gradients(parameters, whole(seed=1))
+    set_gradients(parameters, whole(seed=1))
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sent:
         optimizer.step()
+        first = sent.call_count
+        optimizer.step()
+        assert sent.call_count - first < first
     own = whole(seed=100 + dist.get_rank())
-    parameters["wide"].requires_grad_(False)
+    parameters["tall"].requires_grad_(True)
     parameters["tall"].grad = own["tall"]
     with pytest.raises(RuntimeError, match=r"'tall' has gradients of norm .* wrap that anew"):
         optimizer.step()
+
+
+def check_what_one_rank_alone_freezes_later() -> None:
+    """What ranks do not share is no other rank's business."""
+    for frozen, settings in (("bias", {}), ("tall", {"share_replicas": False})):
+        parameters = parameters_of()
+        optimizer = optimizer_of(parameters, process_group=dist.group.WORLD, **settings)
+        for seed in (1, 2, 3):
+            set_gradients(parameters, whole(seed))
+            if seed == 2 and dist.get_rank() == 1:
+                parameters[frozen].requires_grad_(False)
+            optimizer.step()
 
 
 def check_an_infinite_gradient_in_the_first_step() -> None:

@@ -332,7 +332,7 @@ class TestSeveralProcesses:
     @pytest.mark.parametrize("framework", FRAMEWORKS)
     def test_shards(self, framework: str, runs: dict[str, Path], chat_model: Path, data: Path, tmp_path: Path) -> None:
         if framework != "lightning" and is_before("torch", "2.13"):
-            pytest.skip("torch before 2.13: FSDP2 does not gather a tied head that TRL's loss takes by itself")
+            pytest.skip("torch before 2.13: FSDP2 fails where TRL's loss takes a tied head without calling it")
         options = arguments(framework, chat_model, data, tmp_path, batch=1)
         options += SHARDS if framework == "lightning" else []
         run_like_torchrun(2, fine_tune_shards, framework, options)
