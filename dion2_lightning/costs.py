@@ -22,7 +22,6 @@ from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import default_working_memory
-from dion2_lightning.algorithms.low_rank import is_spread_like_weight
 from dion2_lightning.algorithms.working_memory import shared_bytes
 from dion2_lightning.distributed.buckets import assign_buckets, count_buckets
 from dion2_lightning.distributed.owners import Owner, plan_owners
@@ -424,8 +423,8 @@ def _low_rank(placed: Sequence[Placed], layout: Layout) -> Costs:
                     summed += count * itemsize * (sketch * rank + rank**2 + short * rank)
                     continue
                 factorizations += count * exact_qr
-                # Where every rank has all of Q, R is summed up in any case.
-                all_of_right = long_is_cut or not is_spread_like_weight(_as_spread(each, layout), matrices)
+                # Of a block every rank has all of Q, so that R is summed up in any case.
+                all_of_right = long_is_cut or matrices.block is not None
                 summed += count * (itemsize * (long + short * all_of_right) + SUM_BYTES * (not long_is_cut)) * rank
         sums += round(ring(SUM_BYTES * (1 + len(members)), ranks * layout.replicas) + ring(summed, ranks))
     return Costs(0, products, factorizations, elementwise, sums, 0)

@@ -142,7 +142,7 @@ class LowRankUpdate(MatrixUpdate):
     @property
     def q_is_whole(self) -> bool:
         """Whether every rank has all rows of Q, and works on its own."""
-        return self.layout.group is not None and not is_spread_like_weight(self.parameter, self.matrices)
+        return self.layout.group is not None and not _is_spread_like_weight(self.parameter, self.matrices)
 
     def sharing(self, share_replicas: bool | None) -> "tuple[ProcessGroup | None, ...]":
         """Return the groups of ranks with which this one takes the step; compressed ones go by themselves."""
@@ -229,7 +229,7 @@ def right_factor(parameter: Any, matrices: Matrices, group: Mapping[str, Any]) -
     """
     sizes = min(matrices.shape), rank_of(matrices, group)
     shape = (matrices.count, *sizes) if matrices.is_stack or matrices.count > 1 else sizes
-    if is_spread_like_weight(parameter, matrices):
+    if _is_spread_like_weight(parameter, matrices):
         placements = _right_placements(parameter, matrices)
     else:
         placements = placements_of_matrices(parameter, is_stack=matrices.is_stack)
@@ -237,8 +237,8 @@ def right_factor(parameter: Any, matrices: Matrices, group: Mapping[str, Any]) -
     return StateTensor(shape, state_dtype(parameter), parameter.device, placements, fill)
 
 
-def is_spread_like_weight(parameter: Any, matrices: Matrices) -> bool:
-    """Return whether ranks hold the rows of Q as they hold the shorter axis of its matrices, as placements can say.
+def _is_spread_like_weight(parameter: Any, matrices: Matrices) -> bool:
+    """Whether ranks hold the rows of Q as they hold the shorter axis of its matrices, as placements can say.
 
     Not of a block, and not of kernels where ranks hold unequal numbers of channels, each with all its taps.
     """

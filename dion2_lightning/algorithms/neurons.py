@@ -129,8 +129,9 @@ def _weight(each: SelectedSlices, variances: Tensor) -> float | Tensor:
 
 def _weights(slices: Sequence[SelectedSlices], variances: Sequence[Tensor]) -> float | Tensor:
     """What the mean squares of several count for in v: one number, or one for each matrix where some may be idle."""
-    weights = [_weight(each, its_variances) for each, its_variances in zip(slices, variances, strict=True)]
-    return torch.cat(weights) if slices[0].update.own_gates else weights[0]  # type: ignore[arg-type]
+    if not slices[0].update.own_gates:
+        return _weight(slices[0], variances[0])
+    return torch.cat([torch.as_tensor(_weight(*each)) for each in zip(slices, variances, strict=True)])
 
 
 def _known(each: SelectedSlices) -> Tensor:

@@ -44,9 +44,7 @@ class OptimizerHooks:
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Have the ratios of rates kept, before a finder sets one rate for all groups."""
-        self._end_searches()
-        if _has_callback(trainer, "LearningRateFinder"):
-            self._ratios = [_Ratios(each) for each in trainer.optimizers if isinstance(each, MatrixOptimizer)]
+        self._keep_ratios(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """End that with the fit: its optimizers may be used again."""
@@ -54,7 +52,7 @@ class OptimizerHooks:
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Have ratios kept, as some finders search here; remember rates that ``BackboneFinetuning`` may change."""
-        self.on_fit_start(trainer, pl_module)
+        self._keep_ratios(trainer)
         if _has_callback(trainer, "BackboneFinetuning"):
             self._rates = [_rates(optimizer)[-1] for optimizer in trainer.optimizers]
 
@@ -74,6 +72,11 @@ class OptimizerHooks:
                 if is_of_backbone and rate == before:
                     set_rate(group, "lr", rates[-1])
         self._rates = ()
+
+    def _keep_ratios(self, trainer: Any) -> None:
+        self._end_searches()
+        if _has_callback(trainer, "LearningRateFinder"):
+            self._ratios = [_Ratios(each) for each in trainer.optimizers if isinstance(each, MatrixOptimizer)]
 
     def _end_searches(self) -> None:
         for ratios in self._ratios:
