@@ -46,7 +46,7 @@ FALLBACK: Final = "rcqr"
 """The key in ``optimizer.fallbacks`` that counts matrices for which randomized Cholesky QR failed."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class LowRankUpdate(MatrixUpdate):
     """Matrices of a parameter in a step of Dion: n is the longer axis, m the shorter one, and k the rank r.
 

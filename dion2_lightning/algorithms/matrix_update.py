@@ -16,9 +16,10 @@ from torch import Tensor
 from dion2_lightning.algorithms.algorithm import Member, StepContext
 from dion2_lightning.algorithms.working_memory import memory_at_once, pass_bytes, shared_bytes, working_bytes
 from dion2_lightning.kernels.device_numbers import Number, as_factor
+from dion2_lightning.kernels.estimated_norms import can_estimate_sums
 from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, random_bits
-from dion2_lightning.kernels.selection import Selection, can_estimate_sums
+from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.kernels.triton_launch import DTYPES
 from dion2_lightning.lists import bounded, group_by
 from dion2_lightning.matrices.layout import Layout, Spans, local, local_gradient, placed_like_stack
@@ -38,7 +39,7 @@ LARGE: Final = 2**16
 """Entries of a matrix from which on a CPU's pass over it takes longer than starting that pass."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class MatrixUpdate:
     """Matrices of a parameter in a step, as (count, n, m) views, n slices of m entries each, and numbers.
 
@@ -65,7 +66,7 @@ class MatrixUpdate:
         rounding_seed: Decides how what is in half precision is rounded stochastically; None rounds to nearest.
         may_fuse: Whether the kernels of kernels/fused.py may go over its memory, see :attr:`is_fused`.
         bits: The random bits, by the line of the box that they round: see :func:`draw_bits`.
-        own_gates: One, for each of the matrices, once it is known which are idle: see :meth:`leave_idle`.
+        active: Which of the matrices are updated, once it is known which are idle: see :meth:`leave_idle`.
     """
 
     parameter: Tensor
@@ -88,7 +89,7 @@ class MatrixUpdate:
     rounding_seed: int | None
     may_fuse: bool
     bits: dict[str, RandomBits] = field(default_factory=dict)
-    own_gates: list[Gate] = field(default_factory=list)
+    active: Gate | None = None
 
     @classmethod
     def of(
@@ -209,7 +210,7 @@ class MatrixUpdate:
     def is_in_pieces(self) -> bool:
         """Whether the entries of slices lie in pieces of one size, apart: then the views have pieces.
 
-        They are (count, pieces, n, m of each), see kernels/selection.py, and need no copy either.
+        They are (count, pieces, n, m of each), see kernels/moving_slices.py, and need no copy either.
         """
         return self.part.is_in_equal_pieces and self.axis != self.matrices.block_axis
 
@@ -310,12 +311,12 @@ class MatrixUpdate:
     def leave_idle(self, nonzero: Tensor) -> None:
         """From now on leave matrices as they are of which all ranks together have no entry of G that is not zero."""
         is_active = (nonzero > 0).view(-1, 1, 1)
-        self.own_gates.append(Gate(is_active if self.gate is None else is_active & self.gate.is_open))
+        self.active = Gate(is_active if self.gate is None else is_active & self.gate.is_open)
 
     @property
     def own_gate(self) -> Gate | None:
         """What decides which of the matrices are updated; :attr:`gate` where it is all or none."""
-        return self.own_gates[0] if self.own_gates else self.gate
+        return self.gate if self.active is None else self.active
 
     def number(self, value: Number, neutral: float, of: Tensor, first: int = 0) -> float | Tensor:
         """Return a number that the update multiplies a tensor by; the neutral one in a step that is skipped.
@@ -327,7 +328,7 @@ class MatrixUpdate:
         if gate is None:
             return as_factor(value, precise)
         number = gate.number(value, neutral, precise)
-        return number.narrow(0, first, len(of)).view(-1, *[1] * (of.ndim - 1)) if self.own_gates else number
+        return number if self.active is None else number.narrow(0, first, len(of)).view(-1, *[1] * (of.ndim - 1))
 
     def sharing(self, share_replicas: bool | None) -> "tuple[ProcessGroup | None, ...]":
         """Return the groups of ranks with which this one takes the step: those of parts, those of replicas."""
@@ -491,7 +492,7 @@ class SelectedSlices:
     @property
     def view_key(self) -> Hashable:
         """The same for what is gathered, and put back, together: of the same matrices, by the same numbers."""
-        return self if self.update.own_gates else (self.update.view_key, self.first, self.count)
+        return (self.update.view_key, self.first, self.count) if self.update.active is None else self
 
     @property
     def weight(self) -> Tensor:

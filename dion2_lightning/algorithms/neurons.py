@@ -129,7 +129,7 @@ def _weight(each: SelectedSlices, variances: Tensor) -> float | Tensor:
 
 def _weights(slices: Sequence[SelectedSlices], variances: Sequence[Tensor]) -> float | Tensor:
     """What the mean squares of several count for in v: one number, or one for each matrix where some may be idle."""
-    if not slices[0].update.own_gates:
+    if slices[0].update.active is None:
         return _weight(slices[0], variances[0])
     return torch.cat([torch.as_tensor(_weight(*each)) for each in zip(slices, variances, strict=True)])
 

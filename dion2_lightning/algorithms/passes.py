@@ -19,19 +19,12 @@ from dion2_lightning.algorithms.working_memory import pass_bytes
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.device_numbers import DeviceNumber, as_factor
+from dion2_lightning.kernels.estimated_norms import estimate_slice_sums, largest_by_estimates
 from dion2_lightning.kernels.gate import Gate
+from dion2_lightning.kernels.moving_slices import add_, decay_, gather, put_
 from dion2_lightning.kernels.orthonormalize import SAFETY, dtype_of_products, orthonormalize, polar_factor
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, multiply_add_, store_
-from dion2_lightning.kernels.selection import (
-    add_,
-    decay_,
-    estimate_slice_sums,
-    gather,
-    largest,
-    largest_by_estimates,
-    put_,
-    slice_sums,
-)
+from dion2_lightning.kernels.selection import largest, slice_sums
 from dion2_lightning.kernels.stacks import concatenate, empty_stacks, runs_along
 from dion2_lightning.lists import bounded, group_by
 from dion2_lightning.matrices.layout import local, local_gradient
@@ -58,7 +51,7 @@ def split_off_wholes(updates: Sequence[MatrixUpdate]) -> tuple[list[MatrixUpdate
     alone: list[MatrixUpdate] = []
     for parameter, of_parameter in group_by(updates, lambda update: update.parameter).items():
         first = of_parameter[0]
-        is_alike = not any(each.own_gates or "accumulate" in each.bits for each in of_parameter)
+        is_alike = all(each.active is None and "accumulate" not in each.bits for each in of_parameter)
         is_whole = first.matrices.block is None  # then it is the only one of the parameter
         if is_alike and (is_whole or sum(each.held_entries for each in of_parameter) == local(parameter).numel()):
             at_once.append(first)
@@ -72,7 +65,7 @@ class SliceSums(NamedTuple):
 
     Attributes:
         sums: In float64, (count, held slices).
-        are_estimates: Whether they are estimates, see kernels/selection.py.
+        are_estimates: Whether they are estimates, see kernels/estimated_norms.py.
     """
 
     sums: Tensor
@@ -359,10 +352,9 @@ def _polar_factors(
 
 def _checked_result(result: Tensor, batch: Tensor) -> Tensor:
     """What a callable instead of the package's own has returned, in the precision of the batch."""
-    if result.shape != batch.shape:
-        raise ValueError(
-            f"orthonormalize must return the shape it is given: got {tuple(result.shape)} for {tuple(batch.shape)}"
-        )
+    found = tuple(result.shape) if isinstance(result, Tensor) else f"a {type(result).__name__}"
+    if found != tuple(batch.shape):
+        raise ValueError(f"orthonormalize must return the shape it is given: got {found} for {tuple(batch.shape)}")
     return result.to(batch.dtype)
 
 

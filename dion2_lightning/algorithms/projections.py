@@ -71,7 +71,7 @@ class Projections:
 
 def _taken(batch: Sequence[LowRankUpdate]) -> Tensor | None:
     """Whether the step is taken, 0-d, or by which matrices (batch,); None where it is for certain, by all."""
-    if not any(update.own_gates for update in batch):
+    if all(update.active is None for update in batch):
         return None if batch[0].gate is None else batch[0].gate.is_open
     certain = torch.ones((), dtype=torch.bool, device=batch[0].device)
     flags = [certain if update.own_gate is None else update.own_gate.is_open for update in batch]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.matrix_update import SelectedSlices
+from dion2_lightning.kernels.moving_slices import gather
 from dion2_lightning.kernels.rounding import RandomBits
-from dion2_lightning.kernels.selection import gather
 from dion2_lightning.kernels.stacks import concatenate, concatenate_slices, runs_along, side_by_side
 from dion2_lightning.lists import group_by
 

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from dion2_lightning.kernels.precision import has_float64
+from dion2_lightning.kernels.precision import has_float64, sum_dtype
 
 POLAR_EXPRESS: Final = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -27,6 +27,15 @@ SAFETY: Final = 1.02
 
 GRAM_ASPECT: Final = 1.5
 """Five steps on (k, m) cost 20 k^2 m + 10 k^3 FLOPs as written, 4 k^2 m + 34 k^3 on the Gram matrix."""
+
+FEW: Final = 24
+"""Rows of a Gram matrix from which on float32 products are exact enough, up to :data:`PIECE` entries of each."""
+
+SHORT: Final = 64
+"""Entries of rows that are so few that float32 products of any rows are."""
+
+PIECE: Final = 2048
+"""Entries of rows whose products are summed in float32 at once."""
 
 MIN_BF16_DIM: Final = 32
 """Matrices with a shorter axis below this are never multiplied in bfloat16, only rounded to it.
@@ -114,7 +123,7 @@ def _gram_newton_schulz(x: Tensor) -> Tensor:
     With ``R = X X^T`` and ``Z = a I + b R + c R^2`` a step is ``X <- Z X``, so ``R <- Z R Z``, and the product of all Z
     is applied to ``x`` once at the end (Gram Newton-Schulz, Dao-AILab). The products are symmetric and commute.
     """
-    gram = x @ x.mT
+    gram = _gram(x)
     factor = None
     for step, (a, b, c) in enumerate(POLAR_EXPRESS):
         z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -124,6 +133,24 @@ def _gram_newton_schulz(x: Tensor) -> Tensor:
             gram = z @ gram @ z
     assert factor is not None
     return _multiply(factor, x)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """``x @ x.mT``; of few rows in float64, unless they are short; of long ones summed up in float64 piece by piece.
+
+    Where rows are nearly alike and their entries are of one size, the errors of float32 sums add up: R gets negative
+    eigenvalues, of 1e-5 for rows of 65,536 entries, and the iteration makes over 1e4 of these.
+    """
+    dtype = sum_dtype(x.device)
+    if x.shape[-2] < FEW and x.shape[-1] > SHORT:
+        precise = x.to(dtype)
+        return (precise @ precise.mT).to(x.dtype)
+    if x.shape[-1] <= PIECE:
+        return x @ x.mT
+    gram = x.new_zeros((*x.shape[:-1], x.shape[-2]), dtype=dtype)
+    for piece in x.split(PIECE, -1):
+        gram += piece @ piece.mT
+    return gram.to(x.dtype)
 
 
 def _multiply(left: Tensor, x: Tensor, plus: float = 0.0) -> Tensor:

@@ -3,11 +3,11 @@
 import pytest
 
 from dion2_lightning.algorithms import matrix_update
-from dion2_lightning.kernels import selection
+from dion2_lightning.kernels import estimated_norms
 
 
 @pytest.fixture(autouse=True)
 def small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the matrices here, which are small, as large ones."""
-    monkeypatch.setattr(selection, "MIN_ESTIMATED", 1)
+    monkeypatch.setattr(estimated_norms, "MIN_ESTIMATED", 1)
     monkeypatch.setattr(matrix_update, "LARGE", 1)

@@ -23,8 +23,9 @@ from benchmarks.fake_tensors import fake_tensors
 from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.kernels import fused, orthonormalize
 from dion2_lightning.kernels.decay import decayed
+from dion2_lightning.kernels.moving_slices import add_, decay_, gather, put_
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
-from dion2_lightning.kernels.selection import add_, decay_, gather, largest, put_, slice_sums
+from dion2_lightning.kernels.selection import largest, slice_sums
 from dion2_lightning.kernels.stacks import adjacent
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -149,3 +149,18 @@ def test_precision_follows_the_hardware(monkeypatch):
     orthonormalize_module._cpu_multiplies_bfloat16.cache_clear()
     assert default_dtype(torch.device("cuda")) == torch.bfloat16
     assert default_dtype(torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(2, 128), (2, 2048), (3, 2047), (2, 65536), (4, 50257), (8, 128256), (40, 50257)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_nearly_rank_one_with_entries_of_one_size(shape, dtype):
+    """As a mean makes them of LoRA factors and heads: float32 sums over long rows are off by up to 1e-4."""
+    k, m = shape
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randn(1, m, generator=generator).sign()
+        for rows in (torch.ones(k, 1), torch.randn(k, 1, generator=generator)):
+            for noise in (0.0, 1e-3, 3e-3):
+                matrix = (rows * signs + noise * torch.randn(k, m, generator=generator)).unsqueeze(0)
+                for each in (matrix, matrix.mT.contiguous(), matrix.mT.contiguous().mT):
+                    assert torch.linalg.svdvals(orthonormalize(each, dtype)[0].double()).max() < 1.15
