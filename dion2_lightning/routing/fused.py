@@ -8,12 +8,25 @@ the shape of the weight: where it does not fit, the weight is kept whole, and th
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
+from dataclasses import replace
+from typing import Final, NamedTuple
 
 from torch import nn
 
 from dion2_lightning.matrices.splits import WHOLE, misfit
+from dion2_lightning.routing.fused_by_structure import find_by_structure
+from dion2_lightning.routing.fused_layer import (
+    HEAD_SIZE,
+    HEADS,
+    Layer,
+    Piece,
+    Pieces,
+    PiecesOrReason,
+    by_head,
+    equal_parts,
+    keys_and_values,
+    side_by_side,
+)
 from dion2_lightning.routing.model_tree import ModulePath, number_of, unwrap
 from dion2_lightning.routing.rules import FEW_SLICES
 
@@ -25,166 +38,12 @@ class SplitsFound(NamedTuple):
     reason: str
 
 
-class Piece(NamedTuple):
-    """One matrix in a period of the outputs.
-
-    Attributes:
-        name: Its name.
-        size: How many outputs it has.
-        heads: How many attention heads they are; None where they are none.
-    """
-
-    name: str
-    size: int
-    heads: int | None = None
-
-
-class Pieces(NamedTuple):
-    """The matrices of a weight.
-
-    Attributes:
-        pieces: Those of a period, in their order.
-        repeats: How many periods the outputs have.
-    """
-
-    pieces: tuple[Piece, ...]
-    repeats: int = 1
-
-    def splits(self, per_head: bool) -> str:
-        """Return the text for ``splits``, each head a matrix or not."""
-        texts = [
-            f"{name} {heads}*{size // heads}" if per_head and heads else f"{name} {size}"
-            for name, size, heads in self.pieces
-        ]
-        period = " | ".join(texts)
-        return period if self.repeats == 1 else f"{self.repeats} x ({period})"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A weight as rules see it.
-
-    Attributes:
-        name: Under which name its module has the layer, such as ``"qkv_proj"``.
-        module: That module.
-        parent: The module that has it; None for a root.
-        config: The configuration that is nearest to it; None where there is none.
-        outputs: How many outputs it has.
-        inputs: How many inputs it has.
-    """
-
-    name: str
-    module: nn.Module
-    parent: nn.Module | None
-    config: Any
-    outputs: int
-    inputs: int
-
-    @classmethod
-    def read(cls, path: ModulePath, shape: tuple[int, int], *, wrapped: bool = True) -> "Layer":
-        """Read a weight of this module path, and of this shape (out, in).
-
-        ``wrapped`` says whether a layer called ``linear`` or ``convolution`` is taken for what wraps it, as Gemma's
-        layers that clip do. Peft's adapters always are.
-        """
-        level = 1 if path.names[-1] == "weight" and len(path.modules) > 1 else 0
-        while level + 2 <= len(path.modules):
-            if path.module_name(level) in (("linear", "convolution", "base_layer") if wrapped else ("base_layer",)):
-                level += 1
-            elif path.module_name(level + 1) == "modules_to_save":
-                level += 2
-            else:
-                break
-        parent = path.modules[-2 - level] if level + 2 <= len(path.modules) else None
-        config = next((each.config for each in reversed(path.modules) if hasattr(each, "config")), None)
-        return cls(path.module_name(level), path.modules[-1 - level], parent, config, *shape)
-
-    @property
-    def heads(self) -> int | None:
-        """How many heads queries have."""
-        return self.number(*_HEADS)
-
-    @property
-    def kv_heads(self) -> int | None:
-        """How many heads keys and values have; those of a configuration may belong to another attention."""
-        has_heads = self.own_number(*_HEADS) is not None
-        return (self.own_number if has_heads else self.number)(*_KV_HEADS) or self.heads
-
-    @property
-    def head_size(self) -> int | None:
-        """How many outputs a head has."""
-        found = self.number(*_HEAD_SIZE)
-        return found or (self.inputs // self.heads if self.heads else None)
-
-    def number(self, *names: str) -> int | None:
-        """Return the first of some numbers that the module has, or else the configuration that is nearest to it."""
-        return self.own_number(*names) or number_of(self.config, *names)
-
-    def own_number(self, *names: str) -> int | None:
-        """Return the first of some numbers that the module has."""
-        return number_of(self.module, *names)
-
-    def numbers(self, *names: str) -> list[int] | None:
-        """Return all of some numbers; None where one is missing."""
-        found = [self.number(name) for name in names]
-        return None if None in found else [each for each in found if each is not None]
-
-    def is_a(self, pattern: str) -> bool:
-        """Whether the name of the module's class, or of a class that it inherits from, contains a pattern."""
-        return any(re.search(pattern, each.__name__) for each in type(self.module).__mro__)
-
-    def is_of_transformers(self) -> bool:
-        """Whether the module's class, or one that it inherits from, is of a model in transformers."""
-        return any(each.__module__.startswith("transformers.models.") for each in type(self.module).__mro__)
-
-
 # How outputs are taken apart. Each returns the pieces, a reason to keep the weight whole, or None where it is one
 # matrix or a number is missing.
 
-PiecesOrReason = Pieces | str | None
-
-
-def _equal_parts(*names: str) -> Callable[[Layer], PiecesOrReason]:
-    return lambda layer: Pieces(tuple(Piece(name, layer.outputs // len(names)) for name in names))
-
-
-def _side_by_side(layer: Layer) -> PiecesOrReason:
-    """All heads of q, then those of k, then those of v; k and v alone where another layer has q."""
-    heads, kv_heads, size = layer.heads, layer.kv_heads, layer.head_size
-    third = layer.outputs // 3
-    if heads is None or kv_heads in (None, heads) or size is None or layer.outputs == 3 * heads * size:
-        return Pieces((Piece("q", third, heads), Piece("k", third, heads), Piece("v", third, heads)))
-    keys = Piece("k", kv_heads * size, kv_heads)
-    return Pieces((Piece("q", heads * size, heads), keys, keys._replace(name="v")))
-
-
-def _keys_and_values(layer: Layer) -> PiecesOrReason:
-    half = layer.outputs // 2
-    return Pieces((Piece("k", half, layer.kv_heads), Piece("v", half, layer.kv_heads)))
-
 
 def _side_by_side_or_cross(layer: Layer) -> PiecesOrReason:
-    return _keys_and_values(layer) if layer.outputs == 2 * layer.inputs else _side_by_side(layer)
-
-
-def _by_head(layer: Layer) -> PiecesOrReason:
-    """The first head of q, of k and of v, then the second of each."""
-    if layer.heads is None:
-        return None
-    size = layer.outputs // (3 * layer.heads)
-    return Pieces(tuple(Piece(name, size, 1) for name in "qkv"), layer.heads)
-
-
-def _by_name(layer: Layer) -> PiecesOrReason:
-    """Side by side, as in timm's attention and in copies of GPT-2, unless the module says that it is by head."""
-    if layer.heads is None:
-        return None
-    if key_size := layer.own_number("key_dim"):
-        values = layer.outputs // layer.heads - 2 * key_size
-        return Pieces((Piece("q", key_size, 1), Piece("k", key_size, 1), Piece("v", values, 1)), layer.heads)
-    if layer.outputs != 3 * layer.inputs:
-        return None
-    return _by_head(layer) if getattr(layer.module, "head_first", False) else _side_by_side(layer)
+    return keys_and_values(layer) if layer.outputs == 2 * layer.inputs else side_by_side(layer)
 
 
 def _falcon(layer: Layer) -> PiecesOrReason:
@@ -196,7 +55,7 @@ def _falcon(layer: Layer) -> PiecesOrReason:
         return Pieces((Piece("q", group * size, group), Piece("k", size, 1), Piece("v", size, 1)), kv_heads)
     if getattr(layer.module, "multi_query", False):
         return Pieces((Piece("q", heads * size, heads), Piece("k", size, 1), Piece("v", size, 1)))
-    return _by_head(layer)
+    return by_head(layer)
 
 
 def _gpt_bigcode(layer: Layer) -> PiecesOrReason:
@@ -204,7 +63,7 @@ def _gpt_bigcode(layer: Layer) -> PiecesOrReason:
         return "its class takes one head of k and of v from it, and it has more outputs"
     size = layer.head_size
     if not getattr(layer.module, "multi_query", False) or size is None:
-        return _by_head(layer)
+        return by_head(layer)
     return Pieces((Piece("q", layer.inputs, layer.heads), Piece("k", size, 1), Piece("v", size, 1)))
 
 
@@ -267,7 +126,7 @@ def _mamba(layer: Layer) -> PiecesOrReason:
     beside = inner - part if inner and part else 0  # in mamba_ssm these go through an MLP
     inner = part or inner
     if layer.outputs == 2 * (inner or 0):
-        return _equal_parts("x", "gate")(layer)
+        return equal_parts("x", "gate")(layer)
     groups, heads = layer.number("n_groups", "ngroups"), layer.number("num_heads", "nheads")
     state = layer.number(*_STATE_SIZE)
     if inner is None or groups is None or heads is None or state is None:
@@ -305,7 +164,7 @@ def _focal(layer: Layer) -> PiecesOrReason:
 
 def _before_depthwise(layer: Layer) -> PiecesOrReason:
     is_gated = 2 * getattr(getattr(layer.module, "depthwise_conv", None), "in_channels", 0) == layer.outputs
-    return _equal_parts("up", "gate")(layer) if is_gated else None
+    return equal_parts("up", "gate")(layer) if is_gated else None
 
 
 def _mobile_vit(layer: Layer) -> PiecesOrReason:
@@ -349,84 +208,84 @@ _MODULATED: Final = ("attn_shift", "attn_scale", "attn_gate", "mlp_shift", "mlp_
 
 RULES: Final = (
     # attention
-    Rule("^MultiheadAttention$", "in_proj_weight", _side_by_side),
-    Rule("GPTNeoX|Bloom|Persimmon", "query_key_value", _by_head),
+    Rule("^MultiheadAttention$", "in_proj_weight", side_by_side),
+    Rule("GPTNeoX|Bloom|Persimmon", "query_key_value", by_head),
     Rule("Falcon", "query_key_value", _falcon),
     Rule("CodeGen", "qkv_proj", _codegen),
-    Rule("MiniMaxLightning", "qkv_proj", _by_head),
+    Rule("MiniMaxLightning", "qkv_proj", by_head),
     Rule("GPTBigCode", "c_attn", _gpt_bigcode),
-    Rule("^DisentangledSelfAttention$", "in_proj", _by_head),
-    Rule("EsmFoldSelfAttention", "proj", _by_head),
-    Rule("EsmFoldSequenceToPair", "proj", _equal_parts("q", "k")),
-    Rule(r"PPDocLayoutV\dGlobalPointer", "dense", _equal_parts("q", "k")),
+    Rule("^DisentangledSelfAttention$", "in_proj", by_head),
+    Rule("EsmFoldSelfAttention", "proj", by_head),
+    Rule("EsmFoldSequenceToPair", "proj", equal_parts("q", "k")),
+    Rule(r"PPDocLayoutV\dGlobalPointer", "dense", equal_parts("q", "k")),
     Rule("MobileViTV2LinearSelfAttention", "qkv_proj", _mobile_vit),
-    Rule("Phi3|Phi4Multimodal", "qkv_proj", _side_by_side),
-    Rule("Mpt|Dbrx|ModernBert", "Wqkv", _side_by_side),
+    Rule("Phi3|Phi4Multimodal", "qkv_proj", side_by_side),
+    Rule("Mpt|Dbrx|ModernBert", "Wqkv", side_by_side),
     Rule(None, "c_attn", _side_by_side_or_cross),
-    Rule(None, "qkv|qkv_linear|att_proj", _side_by_side),
+    Rule(None, "qkv|qkv_linear|att_proj", side_by_side),
     Rule("LevitAttention", "(queries_)?keys_values", _levit),
-    Rule(None, "to_kv", _keys_and_values),
-    Rule("JetMoeAttention", "kv_proj", _keys_and_values),
+    Rule(None, "to_kv", keys_and_values),
+    Rule("JetMoeAttention", "kv_proj", keys_and_values),
     Rule("Qwen", "q_proj", _query_and_gate),
     Rule("AXK2", "q_gate_proj", _query_and_gate_of_values),
     Rule(None, "kv_a_proj_with_mqa", _latent_and_rotary),
     Rule(None, "kv_b_proj", _from_latent),
-    Rule("DeepseekV4(CSACompressor|Indexer)", "(kv|gate)_proj", _equal_parts("a", "b")),
+    Rule("DeepseekV4(CSACompressor|Indexer)", "(kv|gate)_proj", equal_parts("a", "b")),
     Rule(
-        "EsmFold2TriangleMultiplicativeUpdate", "proj_bundle", _equal_parts("left", "right", "left_gate", "right_gate")
+        "EsmFold2TriangleMultiplicativeUpdate", "proj_bundle", equal_parts("left", "right", "left_gate", "right_gate")
     ),
-    Rule("EsmFold2OuterProductMean", "input_proj", _equal_parts("left", "right")),
+    Rule("EsmFold2OuterProductMean", "input_proj", equal_parts("left", "right")),
     # linear attention, state space models, short convolutions
     Rule("GatedDeltaNet", "in_proj_(qkvz|qkv|ba)", _delta_net),
     Rule("ZambaMambaMixer", "in_proj", _every_second("x", "gate")),
     Rule("Mamba|Bamba|FalconH1Mixer", "in_proj", _mamba),
     Rule("Mamba", "x_proj", _mamba_x),
-    Rule("Lfm.*ShortConv", "in_proj", _equal_parts("B", "C", "x")),
+    Rule("Lfm.*ShortConv", "in_proj", equal_parts("B", "C", "x")),
     Rule("FocalNetModulation", "projection_in", _focal),
     Rule("xLSTMLayer", "qkv_opreact", _xlstm),
     # gate and up
     Rule("GptOssExperts", "gate_up_proj", _every_second("gate", "up")),
-    Rule("Phi4MultimodalAudio", "gate_up_proj", _equal_parts("up", "gate")),
-    Rule("Phi3MLP", "gate_up_proj", _equal_parts("gate", "up")),
-    Rule(None, "gate_up_proj", _equal_parts("gate", "up")),
-    Rule("JetMoeMoE|GraniteMoe.*MLP", "input_linear", _equal_parts("gate", "up")),
-    Rule("ModernBert", "Wi", _equal_parts("input", "gate")),
-    Rule("Moonshine.*DecoderMLP", "fc1", _equal_parts("up", "gate")),
-    Rule("Gemma.*LightConv1d", "linear_start", _equal_parts("up", "gate")),
-    Rule("GraniteSpeech5.*ConvolutionModule", "pointwise_lin1", _equal_parts("up", "gate")),
-    Rule("GatingMLP", "fc1", _equal_parts("gate", "up")),
-    Rule("ClvpGatedLinearUnit", "proj", _equal_parts("up", "gate")),
-    Rule("(AyaVision|Cohere2Vision)MultiModalProjector", "linear_1", _equal_parts("up", "gate")),
-    Rule("xLSTMFeedForward", "proj_up_gate_z", _equal_parts("gate", "up")),
-    Rule("(DFine|Deimv2)Gate", "gate", _equal_parts("gate1", "gate2")),
+    Rule("Phi4MultimodalAudio", "gate_up_proj", equal_parts("up", "gate")),
+    Rule("Phi3MLP", "gate_up_proj", equal_parts("gate", "up")),
+    Rule(None, "gate_up_proj", equal_parts("gate", "up")),
+    Rule("JetMoeMoE|GraniteMoe.*MLP", "input_linear", equal_parts("gate", "up")),
+    Rule("ModernBert", "Wi", equal_parts("input", "gate")),
+    Rule("Moonshine.*DecoderMLP", "fc1", equal_parts("up", "gate")),
+    Rule("Gemma.*LightConv1d", "linear_start", equal_parts("up", "gate")),
+    Rule("GraniteSpeech5.*ConvolutionModule", "pointwise_lin1", equal_parts("up", "gate")),
+    Rule("GatingMLP", "fc1", equal_parts("gate", "up")),
+    Rule("ClvpGatedLinearUnit", "proj", equal_parts("up", "gate")),
+    Rule("(AyaVision|Cohere2Vision)MultiModalProjector", "linear_1", equal_parts("up", "gate")),
+    Rule("xLSTMFeedForward", "proj_up_gate_z", equal_parts("gate", "up")),
+    Rule("(DFine|Deimv2)Gate", "gate", equal_parts("gate1", "gate2")),
     # convolutions whose outputs are one half of them, gated by the other
     Rule("ConvolutionModule", "pointwise_conv1", _before_depthwise),
-    Rule("Granite.*ConvModule", "up_conv", _equal_parts("up", "gate")),
-    Rule("Phi4MultimodalAudioGluPointWiseConv", "ext_pw_conv_1d", _equal_parts("up", "gate")),
-    Rule("(Wav2Vec2|Wav2Vec2Conformer|WavLM|Data2VecAudio)AdapterLayer", "conv", _equal_parts("up", "gate")),
-    Rule("(Seamless.*|Wav2Vec2Bert)AdapterLayer", "(residual|self_attn)_conv", _equal_parts("up", "gate")),
+    Rule("Granite.*ConvModule", "up_conv", equal_parts("up", "gate")),
+    Rule("Phi4MultimodalAudioGluPointWiseConv", "ext_pw_conv_1d", equal_parts("up", "gate")),
+    Rule("(Wav2Vec2|Wav2Vec2Conformer|WavLM|Data2VecAudio)AdapterLayer", "conv", equal_parts("up", "gate")),
+    Rule("(Seamless.*|Wav2Vec2Bert)AdapterLayer", "(residual|self_attn)_conv", equal_parts("up", "gate")),
     # what a condition shifts, scales and gates
-    Rule("AdaLayerNormZero$", "linear", _equal_parts(*_MODULATED)),
-    Rule("EsmFold2AtomLayer", "adaln_linear", _equal_parts(*_MODULATED)),
-    Rule("AdaLayerNormZero_Final", "linear", _equal_parts("scale", "shift")),
-    Rule("VibeVoiceDiffusionHeadAdaLayerNorm", "linear", _equal_parts("shift", "scale", "gate")),
-    Rule("VibeVoiceDiffusionHeadFinalLayer", "linear_1", _equal_parts("shift", "scale")),
+    Rule("^(CogView4|GlmImage)AdaLayerNormZero$", "linear", equal_parts(*(f"part{place}" for place in range(12)))),
+    Rule("AdaLayerNormZero$", "linear", equal_parts(*_MODULATED)),
+    Rule("EsmFold2AtomLayer", "adaln_linear", equal_parts(*_MODULATED)),
+    Rule("^AdaLayerNormZeroSingle$", "linear", equal_parts("shift", "scale", "gate")),
+    Rule("^SD35AdaLayerNormZeroX$", "linear", equal_parts(*_MODULATED, "attn2_shift", "attn2_scale", "attn2_gate")),
+    Rule(
+        "^CogVideoXLayerNormZero$",
+        "linear",
+        equal_parts("shift", "scale", "gate", "text_shift", "text_scale", "text_gate"),
+    ),
+    Rule("^LuminaRMSNormZero$", "linear", equal_parts("attn_scale", "attn_gate", "mlp_scale", "mlp_gate")),
+    Rule("^AdaLayerNormContinuous$", "linear", equal_parts("scale", "shift")),
+    Rule("^AdaLayerNormSingle$", "linear", equal_parts(*_MODULATED)),
+    Rule("AdaLayerNormZero_Final", "linear", equal_parts("scale", "shift")),
+    Rule("VibeVoiceDiffusionHeadAdaLayerNorm", "linear", equal_parts("shift", "scale", "gate")),
+    Rule("VibeVoiceDiffusionHeadFinalLayer", "linear_1", equal_parts("shift", "scale")),
 )
-"""What is known, the first that fits wins. Each has been read in the source of its class, transformers 5.23."""
+"""What is known, the first that fits wins. Each has been read in the source of its class: transformers 5.23, and for
+adaptive norms diffusers 0.42."""
 
-_HEADS: Final = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "num_v_heads")
-_KV_HEADS: Final = (
-    "num_key_value_heads",
-    "num_kv_heads",
-    "n_kv_heads",
-    "n_kv_head",
-    "num_query_groups",
-    "n_query_groups",
-)
-_HEAD_SIZE: Final = ("head_dim", "attention_head_size", "head_size")  # the last is that of all heads in LXMERT
 _STATE_SIZE: Final = ("ssm_state_size", "d_state")
-_OUTPUT_BESIDE: Final = {"qkv": "proj", "c_attn": "c_proj"}
-"""Layers that hold q, k and v in timm and in GPT-2's many copies, and what is beside them there."""
 _LOOKS_FUSED: Final = re.compile(r"qkv|query_key_value|keys_values|c_attn|gate_up|^in_proj_weight$|^w1[23]$|^Wi$")
 _FUSED_TOO: Final = ("in_proj", "att_proj", "q_gate_proj")
 """Layers of an attention that hold q, although their names do not say that they are fused."""
@@ -460,9 +319,9 @@ def find_splits(path: ModulePath, shape: tuple[int, int], per_head: bool) -> Spl
             pieces = rule.pieces_of(each)
             if pieces is not None:
                 return _checked(pieces, path, each, per_head, "by its class")
-    has_output = not is_kernel and hasattr(layer.module, _OUTPUT_BESIDE.get(layer.name, ""))
-    if has_output and (pieces := _by_name(layer)) is not None:
-        return _checked(pieces, path, layer, per_head, "by its name and shape")
+    for each in (itself, layer):
+        if (by_structure := find_by_structure(path, each)) is not None:
+            return _checked(by_structure[0], path, each, per_head, by_structure[1])
     if per_head and not is_kernel and (found := _separate_heads(path, layer)) is not None:
         return found
     return SplitsFound(WHOLE, "fused projections kept whole: pass splits=" if _LOOKS_FUSED.search(layer.name) else "")
@@ -515,8 +374,8 @@ def _separate_heads(path: ModulePath, layer: Layer) -> SplitsFound | None:
 
 
 def _heads_of_query(layer: Layer, queries: int) -> int | None:
-    size = layer.own_number(*_HEAD_SIZE)
-    return queries // size if size and queries % size == 0 else layer.number("num_k_heads", *_HEADS)
+    size = layer.own_number(*HEAD_SIZE)
+    return queries // size if size and queries % size == 0 else layer.number("num_k_heads", *HEADS)
 
 
 def _heads_of_key(layer: Layer) -> int | str | None:
@@ -537,7 +396,7 @@ def _heads_of_value(layer: Layer) -> int | str | None:
 def _heads_of_output(layer: Layer) -> int | None:
     """Heads of the output are as large as those of v."""
     heads, values = _heads_of_value(layer), _outputs_of(layer.module, _VALUE)
-    size = layer.own_number("v_head_dim", *_HEAD_SIZE)
+    size = layer.own_number("v_head_dim", *HEAD_SIZE)
     if isinstance(heads, int) and values and values % heads == 0:
         size = values // heads
     return layer.inputs // size if size and layer.inputs % size == 0 else layer.heads

@@ -73,6 +73,8 @@ class ModelTree:
 
 def read_model(model: nn.Module) -> ModelTree:
     """Walk a model; parameters that are uninitialized or flattened by FSDP1 or DeepSpeed ZeRO are an error."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for name, parameter in model.named_parameters():
         refuse_flattened(parameter, repr(name))
         if is_lazy(parameter):
@@ -91,8 +93,10 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the module that wrappers such as torch.compile hold, or the module itself."""
-    children = dict(module.named_children())
-    wrapped = next((children[name] for name in WRAPPED_NAMES if name in children), None)
+    children = module._modules  # faster than named_children(), and asked of every module
+    wrapped = next(
+        (child for name in WRAPPED_NAMES if name in children and (child := children[name]) is not None), None
+    )
     return module if wrapped is None else unwrap(wrapped)
 
 
@@ -128,7 +132,7 @@ def _walk(
         yield parameter, ModulePath((*names, name), modules)
     for name, child in module.named_children():
         child = unwrap(child)
-        if child not in modules:
+        if not any(child is module for module in modules):  # torchmetrics' modules have an == of their own
             yield from _walk(child, (*names, name), modules)
 
 
@@ -143,5 +147,6 @@ def _backbone(paths: dict[nn.Parameter, list[ModulePath]]) -> str | None:
     for occurrences in paths.values():
         for path in occurrences:
             if (model := path.transformers_model) is not None:
-                return ".".join(path.names[: path.modules.index(model)])
+                place = next(place for place, module in enumerate(path.modules) if module is model)
+                return ".".join(path.names[:place])
     return None

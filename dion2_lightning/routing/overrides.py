@@ -10,9 +10,9 @@ from torch import nn
 
 from dion2_lightning.algorithms import ALGORITHMS, has_setting
 from dion2_lightning.algorithms.algorithm import STORAGE
-from dion2_lightning.algorithms.hyperparameters import check_values
+from dion2_lightning.algorithms.hyperparameters import StepSettings, check_values, checks_of
 from dion2_lightning.matrices.splits import check_splits
-from dion2_lightning.parameter_groups import check_parameters
+from dion2_lightning.parameter_groups import ENTRIES, check_parameters
 from dion2_lightning.routing.model_tree import ModelTree, collapse_numbers
 
 
@@ -47,16 +47,23 @@ class Override:
 
     def check_options(self, algorithms: Collection[str]) -> None:
         """Refuse an option that none of the algorithms takes that train what it matches."""
-        for name in self.options:
-            if not any(has_setting(algorithm, name) for algorithm in algorithms):
+        takes_storage = any(ALGORITHMS[algorithm].needs_matrices for algorithm in algorithms if algorithm in ALGORITHMS)
+        for name in (*self.options, *self.storage):
+            if not (takes_storage if name in self.storage else self._is_taken(name, algorithms)):
                 raise ValueError(
                     f"{self.label}: {name!r} has no effect on what it matches, which is trained by "
                     f"{', '.join(sorted(map(repr, algorithms)))}; remove it or change the pattern"
                 )
 
+    @staticmethod
+    def _is_taken(name: str, algorithms: Collection[str]) -> bool:
+        return any(has_setting(algorithm, name) for algorithm in algorithms)
+
 
 def parse_overrides(overrides: Mapping[str, str | Mapping[str, Any]]) -> list[Override]:
     """Read the argument ``overrides``, and refuse unknown algorithms and what cannot be set."""
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must be a mapping from patterns of names, got {type(overrides).__name__}")
     return [_parse(position, pattern, value) for position, (pattern, value) in enumerate(overrides.items())]
 
 
@@ -65,6 +72,7 @@ def parse_splits(splits: Mapping[str, str]) -> list[Override]:
     if not isinstance(splits, Mapping):
         raise TypeError(f"splits must be a mapping from patterns of names, got {type(splits).__name__}")
     for pattern, text in splits.items():
+        _check_pattern("splits", pattern)
         check_splits(f"splits {pattern!r}", text)
     return [
         Override(position, pattern, None, {"splits": text}, {}, kind="splits")
@@ -97,10 +105,21 @@ def check_matrices(
     """Refuse an override that sends to an algorithm for matrices what holds none."""
     group = {**ALGORITHMS[algorithm].defaults(), "algorithm": algorithm, **storage}
     members = {"params": [parameter], "param_names": [name]}
+    if parameter.ndim < 2:
+        raise ValueError(
+            f"{override.label} sends {name!r} of shape {tuple(parameter.shape)} to {algorithm!r}, which needs "
+            f"matrices; have the pattern match weights alone, as '*.weight' does, or put {name!r}: 'adamw' before it"
+        )
     check_parameters(group | members, (), f"{override.label}: ")
 
 
+def _check_pattern(kind: str, pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{kind}: a pattern of names must be a text, got {pattern!r}")
+
+
 def _parse(position: int, pattern: str, value: object) -> Override:
+    _check_pattern("overrides", pattern)
     if not isinstance(value, str | Mapping):
         known = ", ".join(map(repr, ALGORITHMS))
         raise TypeError(f"override {pattern!r}: expected {known} or a mapping of group options, got {value!r}")
@@ -111,8 +130,12 @@ def _parse(position: int, pattern: str, value: object) -> Override:
             f"override {pattern!r}: the algorithm must be {' or '.join(map(repr, ALGORITHMS))}, got {algorithm!r}; "
             "to leave parameters out, call requires_grad_(False) on them"
         )
-    if reserved := options.keys() & {"params", "param_names", "name"}:
+    if reserved := options.keys() & set(ENTRIES):
         raise ValueError(f"override {pattern!r}: {', '.join(sorted(reserved))} cannot be set, routing does that")
+    if of_step := options.keys() & checks_of(StepSettings).keys():
+        raise ValueError(
+            f"override {pattern!r}: {', '.join(sorted(of_step))} is of a whole step; pass it to build_optimizer"
+        )
     storage = {key: options.pop(key) for key in STORAGE if key in options}
     check_values(storage, {key: STORAGE[key][1] for key in storage}, f"override {pattern!r}: ")
     return Override(position, pattern, algorithm, storage, options)
@@ -140,9 +163,19 @@ def _why_no_effect(
         for path in paths
         if parameter.requires_grad
     }
-    close = difflib.get_close_matches(override.pattern, list(names), n=3, cutoff=0.4)
+    close = _close_names(override.pattern, list(names))
     hint = f" (close names: {', '.join(map(repr, close))})" if close else ""
     return (
-        f"matches no parameter{hint}; a pattern has to cover the whole name, as '*.q_proj.weight' does, and is "
-        "case-sensitive; correct or remove it"
+        f"matches no parameter{hint}; a pattern has to cover the whole name, from the model's first module to "
+        "'weight', and is case-sensitive; correct or remove it"
     )
+
+
+def _close_names(pattern: str, names: Sequence[str]) -> list[str]:
+    """Return up to three names that have a part of a pattern, whatever its case, or else are like it."""
+    longest = max(pattern.lower().removesuffix(".weight").replace("*", ".").split("."), key=len)
+    of_parts = {part: name for name in reversed(names) for part in name.lower().split(".")}
+    with_part = [part for part in of_parts if longest and longest in part]
+    alike = difflib.get_close_matches(longest, list(of_parts), n=3, cutoff=0.7)
+    whole = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+    return ([of_parts[part] for part in with_part] or whole or [of_parts[part] for part in alike])[:3]

@@ -1,7 +1,9 @@
 """Decisions as text: a table of parameters, a table of totals, a line of totals, and notes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
+
+from torch import nn
 
 from dion2_lightning.matrices.splits import blocks_of
 from dion2_lightning.routing.model_tree import collapse_numbers
@@ -18,6 +20,7 @@ _WHAT_CHANGES_IT: Final[Mapping[str, tuple[frozenset[Role], str]]] = {
     "Weights of linear layers": (frozenset({Role.MATRIX, Role.EXPERTS}), "overrides send them elsewhere"),
     "Weights of heads": (frozenset({Role.HEAD}), 'if they are inner layers, pass overrides={{"{name}": "{matrices}"}}'),
     "Dense convolutions": (frozenset({Role.CONVOLUTION}), "overrides send them elsewhere"),
+    "Routers": (frozenset({Role.ROUTER}), 'if they are none, pass overrides={{"{name}": "{matrices}"}}'),
     "Convolutions without a matrix": (frozenset({Role.CONVOLUTION_OTHER}), "the report says of each why it has none"),
     "Parameters of no known layer": (frozenset({Role.OTHER}), 'if linear, pass overrides={{"{name}": "{matrices}"}}'),
     "Frozen weights": (frozenset({Role.FROZEN}), "unfreeze them before the optimizer is built"),
@@ -64,19 +67,36 @@ def total_line(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> st
 
 
 def notes(
-    decisions: Sequence["Decision"], backbone: str | None, matrices: str, rest: str, per_head: bool
+    decisions: Sequence["Decision"],
+    backbone: str | None,
+    outside: Collection[nn.Parameter],
+    matrices: str,
+    rest: str,
+    per_head: bool,
 ) -> tuple[str, ...]:
-    """Say what a user should know about how the model was read; ``backbone`` names its transformers model."""
+    """Say what a user should know about how the model was read.
+
+    Args:
+        decisions: All of them.
+        backbone: Name of the transformers model in it; None where there is none.
+        outside: The parameters that are in no transformers model.
+        matrices: Algorithm of what is trained as matrices.
+        rest: Algorithm of the rest.
+        per_head: Whether heads were to be matrices.
+    """
     lines = []
     as_matrices = [each for each in decisions if each.as_matrices]
     a_matrix_goes_elsewhere = any(
         each.role in (Role.MATRIX, Role.CONVOLUTION) and not each.as_matrices for each in decisions
     )
-    if backbone is None and as_matrices and not a_matrix_goes_elsewhere:  # else an override has named the head
-        last = as_matrices[-1].name
+    has_head = a_matrix_goes_elsewhere or any(each.role is Role.HEAD for each in decisions)  # as an override says
+    layers = [each for each in as_matrices if each.parameter in outside]
+    if layers and not has_head:
+        last = ([each for each in layers if each.role is not Role.EXPERTS] or layers)[-1].name
+        found = "no transformers model was found" if backbone is None else f"a network beside `{backbone}` was found"
         lines.append(
-            f"no transformers model was found, so no head was guessed. An output layer belongs to {rest}: if "
-            f'`{last}` is one, pass overrides={{"{last}": "{rest}"}}.'
+            f"{found}, so no head was guessed. An output layer belongs to {rest}: if `{last}` is one, pass "
+            f'overrides={{"{last}": "{rest}"}}.'
         )
     if backbone and any(each.reason.startswith(OUTSIDE_BACKBONE) for each in decisions):
         lines.append(

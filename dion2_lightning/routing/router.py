@@ -255,10 +255,12 @@ def route_parameters(
         decisions = [replace(each, algorithm=rest) if each.as_matrices else each for each in decisions]
     else:  # a control ignores the settings of what it stands for
         for override in parsed:
-            override.check_options({each.algorithm for each in decisions if each.override is override})
+            matched = [each for each in decisions if override_of.get(each.parameter) is override]
+            override.check_options({each.algorithm for each in matched})
+    outside = {parameter for parameter, (path, *_) in tree.paths.items() if path.transformers_model is None}
     return Routing(
         tuple(decisions),
-        notes(decisions, tree.backbone, matrices, rest, per_head),
+        notes(decisions, tree.backbone, outside, matrices, rest, per_head),
         (rest if control else matrices, rest),
         why_no_matrices(decisions, matrices, rest),
     )
@@ -317,7 +319,7 @@ def _decide(
         as_matrices,
         **(storage if as_matrices else {}),
         low_rank=low_rank,
-        decays=_decays(parameter, path) or (override is not None and "weight_decay" in override.options),
+        decays=_decays(parameter, path, verdict) or (override is not None and "weight_decay" in override.options),
         override=override,
     )
 
@@ -332,10 +334,10 @@ def _shape_of_matrices(parameter: nn.Parameter, storage: Mapping[str, Any]) -> t
     return (columns, rows) if storage.get("transposed") else (rows, columns)
 
 
-def _decays(parameter: nn.Parameter, path: ModulePath) -> bool:
+def _decays(parameter: nn.Parameter, path: ModulePath, verdict: Verdict) -> bool:
     # Mamba marks parameters that must not decay with this attribute.
     marked = getattr(parameter, "_no_weight_decay", False)
-    return has_two_axes(parameter) and not is_bias(path) and not marked
+    return has_two_axes(parameter) and not is_bias(path) and verdict.role is not Role.VECTOR and not marked
 
 
 def _share_of(algorithm: str) -> str | None:

@@ -3,9 +3,11 @@
 Rules look at the module that owns a parameter, then at its shape; never at a fixed list of layer names alone.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
@@ -42,19 +44,26 @@ class Verdict(NamedTuple):
 OUTSIDE_BACKBONE: Final = "head: outside transformers model"
 """Beginning of the reason for a head that was recognised by its place outside the transformers model."""
 
+MAX_LAYERS_OF_HEAD: Final = 4
+"""What has more weights beside a transformers model is a network of its own, as a U-Net beside its text encoder."""
+
 FEW_SLICES: Final = 16
 """A quarter of fewer slices is at most three: too few to choose from."""
 
 _ROUTER_CLASS = re.compile(r"Router|Top(K|k|\d)\w*Gat|Mo[Ee](V\d+)?Gate$")
-_HIDDEN_SIZE_NAMES = ("hidden_size", "hidden_dim", "d_model", "embed_dim", "embedding_dim", "model_dim", "dim")
-_FROM_HIDDEN = re.compile(r"gate|up|^w1$|^w3$|^v1$|^wi")
-_TO_HIDDEN = re.compile(r"down|^w2$|^wo$")
+_HIDDEN_SIZE_NAMES = ("hidden_size", "d_model", "embed_dim", "embedding_dim", "model_dim", "dim", "hidden_dim")
+_FROM_HIDDEN = re.compile(r"gate|up|^w1$|^w3$|^v1$|^wi|c_fc|^fc1")
+_TO_HIDDEN = re.compile(r"down|^w2$|^wo$|c_proj|^fc2")
+_NAMES_GATE = re.compile(r"(^|_)(gates?|gating|routers?)(_|$)")
 _EXPERT_COUNT = re.compile(r"(^|_)n(um)?_(\w+_)?experts$")
 _EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
 _CONVOLUTION = nn.modules.conv._ConvNd
 _TRANSPOSED_CONVOLUTION = nn.modules.conv._ConvTransposeNd
 _PATCH_EMBEDDING = re.compile("patch_?embed", re.IGNORECASE)
 _PIXEL_CHANNELS = 4  # red, green, blue, and a fourth
+_SEVERAL = (nn.ModuleList, nn.ModuleDict)
+_NAMES_HEAD = re.compile(r"(^|_)(heads?|classifiers?)$")
 _HEAD_NAME = re.compile(r"(^|_)(heads?|class_embed|class_predictor)$")
 _OUTPUT_COUNT = re.compile(r"(?<!type_)vocab_size|num_embeddings$|^num_classes$")
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -63,11 +72,13 @@ _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v
 def classify(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
     """Say what each parameter of a model is, by the first rule that knows it."""
     embeddings = _find_embeddings(tree)
+    classifiers = _modules_from(tree.root, "get_classifier", _is_of_timm)
+    networks = _networks_beside(tree)
     return {
         parameter: _untrained_or_vector(parameter, path)
         or _lora_factor(parameter, path)  # before embeddings and heads: factors of an adapted head are LoRA factors
         or embeddings.get(parameter)
-        or _head(parameter, path, tree.backbone)
+        or _head(parameter, path, tree.backbone, classifiers, networks)
         or _router(parameter, path)
         or _expert_stack(parameter, path)
         or _convolution(parameter, path)
@@ -80,7 +91,7 @@ def classify(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
 def storage_of(parameter: nn.Parameter, path: ModulePath) -> dict[str, Any]:
     """Return how a parameter's matrices are stored: the entries of its group, as far as they are not the defaults."""
     if _is_expert_stack(parameter, path):
-        return {"transposed": bool(_experts_stored_in_out(path.owner)), "batched": True}
+        return {"transposed": bool(_expert_is_stored_in_out(parameter, path)), "batched": True}
     if count := _experts_below_each_other(parameter, path):
         transposed = bool(_TO_HIDDEN.search(path.names[-1]))
         return {"transposed": transposed, "splits": _stack("expert", count, parameter.shape[0], transposed)}
@@ -139,6 +150,8 @@ def _untrained_or_vector(parameter: nn.Parameter, path: ModulePath) -> Verdict |
         return Verdict(Role.VECTOR, "vector" if parameter.ndim else "scalar")
     if not has_two_axes(parameter):
         return Verdict(Role.VECTOR, "not a matrix: a single row or column")
+    if isinstance(path.owner, _NORMS) and path.names[-1] == "weight":
+        return Verdict(Role.VECTOR, "norm over several axes")
     return None if parameter.is_floating_point() else Verdict(Role.OTHER, "not a real matrix")
 
 
@@ -147,35 +160,52 @@ def _lora_factor(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
     if layer is None:
         return None
     name = path.names[layer]
-    if "embedding" in name:
+    if "embedding" in name or isinstance(path.owner, _EMBEDDING_MODULES):
         return Verdict(Role.LORA_OTHER, "LoRA factor of an embedding")
     convolution = _convolution_of(path)
     is_matrix = parameter.ndim == 2 or (
         convolution is not None and convolution.groups == 1 and min(_matrix_of_group(parameter, convolution)) > 1
     )
-    roles = {"lora_A": Role.LORA_A, "lora_B": Role.LORA_B} if is_matrix else {}
-    return Verdict(roles.get(name, Role.LORA_OTHER), "LoRA factor: its shorter axis is the rank")
+    roles = {"lora_a": Role.LORA_A, "lora_b": Role.LORA_B} if is_matrix else {}
+    return Verdict(roles.get(name.lower(), Role.LORA_OTHER), "LoRA factor: its shorter axis is the rank")
 
 
 def _lora_layer(path: ModulePath) -> int | None:
-    """Where in a path a LoRA layer of peft is whose attribute, such as lora_A, holds the parameter."""
-    return next(
-        (
-            index
-            for index, (module, name) in enumerate(zip(path.modules, path.names, strict=True))
-            if "lora_A" in getattr(type(module), "adapter_layer_names", ()) and name.startswith("lora_")
-        ),
-        None,
-    )
+    """Where in a path a LoRA layer is whose attribute, such as lora_A, holds the parameter."""
+    for index, (module, name) in enumerate(zip(path.modules, path.names, strict=True)):
+        if "lora_A" in getattr(type(module), "adapter_layer_names", ()) and name.startswith("lora_"):
+            return index  # of peft
+        if name in ("lora_A", "lora_B", "lora_a", "lora_b") and _has_both_factors(module, name[:-1]):
+            return index
+    return None
 
 
-def _head(parameter: nn.Parameter, path: ModulePath, backbone: str | None) -> Verdict | None:
+def _has_both_factors(module: nn.Module, prefix: str) -> bool:
+    """Whether a module has two factors of one rank, as layers or parameters, as in torchtune and in loralib."""
+    letters = "AB" if hasattr(module, f"{prefix}A") else "ab"
+    factors: list[Any] = [getattr(module, prefix + letter, None) for letter in letters]
+    first, second = (tuple[int, ...](getattr(getattr(each, "weight", each), "shape", ())) for each in factors)
+    return len(first) == len(second) == 2 and bool(first[0] == second[1])
+
+
+def _head(
+    parameter: nn.Parameter,
+    path: ModulePath,
+    backbone: str | None,
+    classifiers: set[nn.Module],
+    networks: set[nn.Module],
+) -> Verdict | None:
+    if any(isinstance(module, nn.AdaptiveLogSoftmaxWithLoss) for module in path.modules):
+        return Verdict(Role.HEAD, "head: adaptive softmax")
+    if not classifiers.isdisjoint(path.modules):
+        return Verdict(Role.HEAD, "head: the model's classifier")
     model = path.transformers_model
     if model is None:
-        return None if backbone is None else Verdict(Role.HEAD, f"{OUTSIDE_BACKBONE} `{backbone}`")
+        is_head = backbone is not None and networks.isdisjoint(path.modules)
+        return Verdict(Role.HEAD, f"{OUTSIDE_BACKBONE} `{backbone}`") if is_head else None
     base = getattr(model, "base_model", None)
     base = unwrap(base) if isinstance(base, nn.Module) else model
-    if base is not model and base not in path.modules:
+    if base is not model and not any(module is base for module in path.modules):
         return Verdict(Role.HEAD, f"head: outside base model `{getattr(model, 'base_model_prefix', '')}`")
     if base is model:
         # CLIPForImageClassification and others keep their body in several modules: none of them is the base model.
@@ -188,12 +218,34 @@ def _head(parameter: nn.Parameter, path: ModulePath, backbone: str | None) -> Ve
     return None
 
 
+def _networks_beside(tree: ModelTree) -> set[nn.Module]:
+    """The modules beside transformers models that are networks of their own, having more layers than a head.
+
+    In a list or dict of modules each is judged by itself: it may hold a head for each task.
+    """
+    holders = {
+        module
+        for path in (path for paths in tree.paths.values() for path in paths)
+        if path.transformers_model is not None
+        for module in itertools.takewhile(lambda module: not is_transformers_model(module), path.modules)
+    }
+    layers, heads = Counter[nn.Module](), set[nn.Module]()
+    for parameter, (path, *_) in tree.paths.items():
+        if path.transformers_model is None and has_two_axes(parameter):
+            inside = list(zip(path.names, path.modules[1:], strict=False))
+            parts = [module for _, module in inside if module not in holders and not isinstance(module, _SEVERAL)]
+            layers.update(parts[:1])
+            if any(_NAMES_HEAD.search(name) for name, _ in inside):
+                heads.update(parts[:1])
+    return {module for module, count in layers.items() if count > MAX_LAYERS_OF_HEAD} - heads
+
+
 def _router(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
-    # The root and whole transformers models may have "Router" in their names for other reasons.
-    modules = (module for module in path.modules[1:] if not is_transformers_model(module))
+    # The root and whole transformers models may have "Router" in their names for other reasons, and what holds experts.
+    named = (module for module in path.modules[1:] if _ROUTER_CLASS.search(type(module).__name__))
     if (
         "router" in path.module_name(1).lower()
-        or any(_ROUTER_CLASS.search(type(module).__name__) for module in modules)
+        or any(not is_transformers_model(module) and not _expert_counts(module) for module in named)
         or _has_a_row_for_each_expert(parameter, path)
     ):
         return Verdict(Role.ROUTER, "router: few rows, selection would starve experts")
@@ -207,7 +259,7 @@ def _expert_stack(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
     if not _is_expert_stack(parameter, path) or min(parameter.shape[1:]) < 2:
         return None
     stored = {True: "stored (in, out)", False: "stored (out, in)", None: "taken as (out, in)"}
-    order = stored[_experts_stored_in_out(path.owner)]
+    order = stored[_expert_is_stored_in_out(parameter, path)]
     return Verdict(Role.EXPERTS, f"stack of {parameter.shape[0]} experts, {order}")
 
 
@@ -252,8 +304,8 @@ def _weight_of_layer(parameter: nn.Parameter, path: ModulePath) -> Verdict | Non
 
 def _find_embeddings(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
     """The parameters that are embeddings, output embeddings or tied to one."""
-    inputs = _modules_from(tree.root, "get_input_embeddings")
-    outputs = _modules_from(tree.root, "get_output_embeddings")
+    inputs = _modules_from(tree.root, "get_input_embeddings", is_transformers_model)
+    outputs = _modules_from(tree.root, "get_output_embeddings", is_transformers_model)
     found: dict[nn.Parameter, Verdict] = {}
     tied_to: dict[nn.Parameter, str] = {}
     first_in: dict[tuple[int, ...], nn.Parameter] = {}
@@ -284,18 +336,24 @@ def _find_embeddings(tree: ModelTree) -> dict[nn.Parameter, Verdict]:
     }
 
 
-def _modules_from(root: nn.Module, method: str) -> set[nn.Module]:
-    """What a method of every transformers model in the tree returns, where it returns a module."""
-    found = set()
-    for model in filter(is_transformers_model, root.modules()):
+def _modules_from(root: nn.Module, method: str, has_it: Callable[[nn.Module], bool]) -> set[nn.Module]:
+    """What a method of every model in the tree that has it returns, where it returns a module, or several."""
+    found: set[nn.Module] = set()
+    for model in filter(has_it, root.modules()):
         try:
-            module = getattr(model, method)()
+            returned = getattr(model, method)()
         except (NotImplementedError, AttributeError):
             # It has none. Most models without text raise the first error; some look in a part that is optional.
             continue
-        if isinstance(module, nn.Module):
-            found.add(unwrap(module))
+        several = returned if isinstance(returned, tuple | list) else [returned]
+        found.update(unwrap(each) for each in several if isinstance(each, nn.Module) and each is not model)
     return found
+
+
+def _is_of_timm(module: nn.Module) -> bool:
+    """Whether a module is a model of timm, which says what its head is."""
+    is_model = callable(getattr(type(module), "get_classifier", None))
+    return is_model and any(each.__module__.split(".")[0] == "timm" for each in type(module).__mro__)
 
 
 def _memory(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -371,12 +429,24 @@ def _is_patch_embedding(convolution: nn.modules.conv._ConvNd, path: ModulePath) 
     names = [path.module_name(1), *(type(module).__name__ for module in path.modules[-2:-1])]
     is_named = any(_PATCH_EMBEDDING.search(name) for name in names)
     is_of_pixels = convolution.in_channels <= _PIXEL_CHANNELS
-    if not is_named and not (is_of_pixels and convolution.stride == convolution.kernel_size):
+    takes_patches = is_of_pixels and convolution.stride == convolution.kernel_size
+    if not is_named and not takes_patches:
         return False
     # Later stages are patch embeddings by name too, and a model of two parts has one for the pixels of each.
     model = [path.modules[0], *filter(is_transformers_model, path.modules)][-1]
-    is_first = next(each for each in model.modules() if isinstance(each, _CONVOLUTION)) is convolution
-    return is_first or (is_named and is_of_pixels)
+    parts = [model]
+    if takes_patches and path.transformers_model is None and min(convolution.kernel_size) > 2:
+        parts += _part_of_several(path)
+    firsts = [next(each for each in part.modules() if isinstance(each, _CONVOLUTION)) for part in parts]
+    return any(first is convolution for first in firsts) or (is_named and is_of_pixels)
+
+
+def _part_of_several(path: ModulePath) -> list[nn.Module]:
+    """The first module on a path that has others beside it, unless it is the layer itself."""
+    for module, part in itertools.pairwise(path.modules[:-1]):
+        if len(list(module.children())) > 1:
+            return [part]
+    return []
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
@@ -386,19 +456,24 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
 
 def _has_a_row_for_each_expert(parameter: nn.Parameter, path: ModulePath) -> bool:
     """Whether a linear weight has as many rows as there are experts next to it, or next to the gate that it is in."""
-    is_in_gate = re.search("gat|rout", path.module_name(2).lower())
-    blocks = path.modules[-3:-1] if is_in_gate else path.modules[-2:-1]
+    outer = len(path.names) - 3  # of the module that its own is in
+    gates = [
+        place
+        for place, name in enumerate(path.names[:-2])
+        if _NAMES_GATE.search(name.lower()) or (place == outer and re.search("gat|rout", name.lower()))
+    ]
+    blocks = path.modules[gates[-1] : -1] if gates else path.modules[-2:-1]
     return _is_linear_weight(parameter, path) and any(parameter.shape[0] in _expert_counts(each) for each in blocks)
 
 
 def _expert_counts(block: nn.Module) -> set[int]:
-    counts = set()
+    counts: set[int] = set()
     for name, child in block.named_children():
         experts = unwrap(child)
-        if not _names_experts(name, experts) or "shared" in name:
+        if not _names_experts(name, experts) or "shared" in name or _NAMES_GATE.search(name.lower()):
             continue
-        if isinstance(experts, nn.ModuleList | nn.ModuleDict):
-            counts.add(len(experts))
+        lists = [experts, *(inner for its_name, inner in experts.named_children() if "expert" in its_name.lower())]
+        counts.update(len(each) for each in lists if isinstance(each, nn.ModuleList | nn.ModuleDict))
         counts.update(stack.shape[0] for stack in experts.parameters(recurse=False) if stack.ndim == 3)
     return counts
 
@@ -408,7 +483,7 @@ def _names_experts(name: str, module: nn.Module) -> bool:
 
 
 def _is_expert_stack(parameter: nn.Parameter, path: ModulePath) -> bool:
-    is_stack = parameter.ndim == 3 and not isinstance(path.owner, _CONVOLUTION)
+    is_stack = parameter.ndim == 3 and parameter.shape[0] > 1 and not isinstance(path.owner, _CONVOLUTION)
     return is_stack and _names_experts(path.module_name(1), path.owner)
 
 
@@ -433,20 +508,32 @@ def _experts_below_each_other(parameter: nn.Parameter, path: ModulePath) -> int 
     return next((count for count in counts if any(count * size == rows for size in sizes.values() if size > 1)), None)
 
 
-def _experts_stored_in_out(experts: nn.Module) -> bool | None:
-    """Whether a module stores its experts as (E, in, out), None if nothing tells."""
+def _expert_is_stored_in_out(parameter: nn.Parameter, path: ModulePath) -> bool | None:
+    """Whether each expert of a stack is stored (in, out), None if nothing tells."""
+    experts = path.owner
     declared = getattr(experts, "is_transposed", None)
     if isinstance(declared, bool):
         return declared
     if type(experts).__name__ == "AriaGroupedExpertsGemm":  # before transformers 5.23
         return True
-    sizes = (getattr(experts, name, None) for name in _HIDDEN_SIZE_NAMES)
-    hidden = next((size for size in sizes if isinstance(size, int)), None)
-    for name, stack in experts.named_parameters(recurse=False):
+    hidden = _hidden_size(parameter, path)
+    # Its own shape tells most: other stacks of the module may lie otherwise. A square matrix does not tell.
+    for name, stack in [(path.names[-1], parameter), *experts.named_parameters(recurse=False)]:
         if stack.ndim != 3 or (stack.shape[1] == hidden) == (stack.shape[2] == hidden):
-            continue  # a square matrix does not tell; the module has another that does
+            continue
         if _TO_HIDDEN.search(name):
             return stack.shape[2] == hidden
         if _FROM_HIDDEN.search(name):
             return stack.shape[1] == hidden
     return None
+
+
+def _hidden_size(parameter: nn.Parameter, path: ModulePath) -> int | None:
+    """The size that experts begin and end with: what the router beside them takes, or what their module says."""
+    for block in path.modules[-3:-1]:
+        for name, child in block.named_children():
+            shape = tuple[int, ...](getattr(getattr(unwrap(child), "weight", None), "shape", ()))
+            if re.search("gat|rout", name.lower()) and len(shape) == 2 and shape[0] == parameter.shape[0]:
+                return int(shape[1])
+    sizes = (getattr(path.owner, name, None) for name in _HIDDEN_SIZE_NAMES)
+    return next((size for size in sizes if isinstance(size, int)), None)

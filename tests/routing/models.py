@@ -652,6 +652,25 @@ class TinyAttention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
+class NamedAttention(nn.Module):
+    """Attention whose layers have names as in vit-pytorch, litgpt, PVT, ..., and as many outputs as one gives them."""
+
+    def __init__(self, heads: int, kv_heads: int | None = None, **layers: nn.Module) -> None:
+        super().__init__()
+        self.heads, self.num_kv_heads = heads, kv_heads or heads
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        *self.takes, self.gives = layers
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The outputs of the layers are q, k and v, in this order, of heads with 8 entries."""
+        found = torch.cat([self.get_submodule(name)(tokens) for name in self.takes], -1)
+        counts = [self.heads, self.num_kv_heads, self.num_kv_heads]
+        q, k, v = found.unflatten(-1, (-1, 8)).transpose(1, 2).split(counts, 1)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.get_submodule(self.gives)(attended.transpose(1, 2).flatten(2))
+
+
 class TimmBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -262,6 +262,27 @@ ATTENTION = {
         "4 x (q 8 | k 8 | v 16)",
         "proj",
     ),
+    "vit-pytorch": Case(
+        lambda: Holder(models.NamedAttention(4, to_qkv=nn.Linear(32, 96), to_out=nn.Sequential(nn.Linear(32, 32)))),
+        VECTORS,
+        "held.to_qkv.weight",
+        "q 32 | k 32 | v 32",
+        "to_out",
+    ),
+    "litgpt, fewer heads of k and v": Case(
+        lambda: Holder(models.NamedAttention(4, 2, qkv=nn.Linear(32, 64), proj=nn.Linear(32, 32))),
+        VECTORS,
+        "held.qkv.weight",
+        "q 32 | k 16 | v 16",
+        "proj",
+    ),
+    "pvt": Case(
+        lambda: Holder(models.NamedAttention(4, q=nn.Linear(32, 32), kv=nn.Linear(32, 64), proj=nn.Linear(32, 32))),
+        VECTORS,
+        "held.kv.weight",
+        "k 32 | v 32",
+        "proj",
+    ),
     "gpt2": Case(models.gpt2, TOKENS, f"{LAYER}.attn.c_attn.weight", "q 32 | k 32 | v 32", "c_proj"),
     "gpt2 cross": Case(
         models.gpt2_cross_attention, CROSS, f"{LAYER}.crossattention.c_attn.weight", "k 32 | v 32", "c_proj"
@@ -1225,7 +1246,143 @@ def test_copies_of_gpt2() -> None:
     decision = decide(CausalSelfAttention(n_head=4), per_head=True)["c_attn.weight"]
     assert decision.splits == "q 4*8 | k 4*8 | v 4*8"
     assert decision.reason == "linear; q 4*8 | k 4*8 | v 4*8 by its name and shape"
-    assert decide(CausalSelfAttention())["c_attn.weight"].splits == "whole"
+    assert decide(CausalSelfAttention())["c_attn.weight"].splits == "q 32 | k 32 | v 32"
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "splits"),
+    [
+        ("qkv", {"qkv": nn.Linear(48, 96), "proj": nn.Linear(32, 48)}, "q 32 | k 32 | v 32"),
+        ("to_qkv.1", {"to_qkv": nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 96)), "to_out": nn.Linear(32, 32)}, None),
+        (
+            "wqkv",
+            {"wqkv": nn.Linear(32, 64), "wo": nn.Linear(32, 32)},
+            "whole",
+        ),  # k and v, as in GCViT, for all it says
+        ("qkv", {"qkv": nn.Linear(32, 96), "merge": nn.Linear(32, 32)}, "q 32 | k 32 | v 32"),
+        ("qkv", {"qkv": nn.Linear(32, 96), "project": nn.Sequential(nn.Linear(8, 32))}, "q 32 | k 32 | v 32"),
+        ("qk", {"qk": nn.Linear(32, 64), "v": nn.Linear(32, 32), "proj": nn.Linear(32, 32)}, "q 32 | k 32"),
+        ("kv", {"q": nn.Linear(32, 32), "kv": nn.Linear(32, 96), "proj": nn.Linear(32, 32)}, "whole"),
+        ("kv", {"kv": nn.Linear(32, 64), "proj": nn.Linear(32, 32)}, "whole"),
+        ("qkv", {"qkv": nn.Linear(32, 96)}, "whole"),
+        ("qkv", {"qkv": nn.Linear(32, 80), "proj": nn.Linear(16, 32)}, "whole"),
+    ],
+)
+def test_sizes_say_what_lies_in_an_attention(name: str, layers: dict[str, nn.Module], splits: str | None) -> None:
+    decision = decide(models.NamedAttention(4, **layers))[f"{name}.weight"]
+    assert decision.splits == (splits or "q 32 | k 32 | v 32")
+    fewer = decide(models.NamedAttention(4, 2, **layers), per_head=True)[f"{name}.weight"]
+    if name == "wqkv":
+        assert fewer.splits == "q 4*8 | k 2*8 | v 2*8"
+
+
+def test_fewer_heads_of_k_and_v_where_all_are_three_times_the_inputs() -> None:
+    """As of litgpt's models whose heads are wider than the model's width over their number."""
+    attention = models.NamedAttention(16, 4, qkv=nn.Linear(64, 192), proj=nn.Linear(128, 64))
+    assert decide(attention)["qkv.weight"].splits == "q 128 | k 32 | v 32"
+
+
+def test_a_parameter_of_a_sequence_itself() -> None:
+    sequence = nn.Sequential(nn.Linear(8, 8))
+    sequence.register_parameter("table", nn.Parameter(torch.zeros(8, 8)))
+    assert decide(nn.ModuleList([sequence]), overrides={"0.table": "dion2"})["0.table"].splits == "whole"
+
+
+def test_a_layer_that_a_module_wraps_as_linear() -> None:
+    """As timm's LeViT has it, with a norm behind."""
+    attention = models.TinyAttention(32, 4, key_dim=8, val_dim=16)
+    attention.qkv = nn.ModuleDict({"linear": attention.qkv, "norm": nn.LayerNorm(128)})  # type: ignore[assignment]
+    assert decide(attention)["qkv.linear.weight"].splits == "4 x (q 8 | k 8 | v 16)"
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("AdaLayerNormZeroSingle", 3),
+        ("SD35AdaLayerNormZeroX", 9),
+        ("CogVideoXLayerNormZero", 6),
+        ("LuminaRMSNormZero", 4),
+        ("AdaLayerNormContinuous", 2),
+        ("AdaLayerNormSingle", 6),
+        ("CogView4AdaLayerNormZero", 12),
+        ("QwenImage21AdaLayerNormContinuous", 0),
+        ("LTX2AdaLayerNormSingle", 0),
+    ],
+)
+def test_adaptive_norms_of_diffusers(name: str, parts: int) -> None:
+    norm = type(name, (nn.ModuleDict,), {})({"linear": nn.Linear(32, 32 * (parts or 4))})
+    splits = decide(nn.ModuleList([norm]))["0.linear.weight"].splits
+    assert [block.size for block in blocks_of(splits)] == [32] * parts
+
+
+class GEGLU(nn.Module):
+    """Without layers, as in packages whose feed-forward is a sequence; or with one, as in diffusers."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(*sizes) if sizes else nn.Identity()
+
+
+class GluMlp(nn.Module):
+    """As in timm."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(32, 2 * inner), nn.Linear(inner, 32)
+
+
+class PackedSwiGLU(nn.Module):
+    """As in xformers: w1 and w2 take the same inputs, and are halves of nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+
+
+class TwoHalves(nn.Module):
+    """A gate and what it gates, as layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(48, 96), nn.Linear(48, 96)
+
+
+TwoHalves.__name__ = "GLU"
+
+
+class Deep(nn.Module):
+    """Layers one after another, of which a later one has half as many inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(64, 256), nn.Linear(256, 128), nn.Linear(128, 64)
+
+
+Deep.__name__ = "MlpGLU"
+
+
+@pytest.mark.parametrize(
+    ("model", "splits"),
+    [
+        (nn.Sequential(nn.Linear(32, 64), GEGLU(), nn.Linear(32, 32)), {"0.weight": "up 32 | gate 32"}),
+        (nn.Sequential(nn.Linear(32, 64), nn.GLU(), nn.Linear(64, 32)), {}),
+        (nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)), {}),
+        (nn.Sequential(nn.Conv1d(32, 64, 3), nn.GLU(dim=1), nn.Conv1d(32, 32, 3)), {"0.weight": "up 32 | gate 32"}),
+        (nn.Sequential(GEGLU(32, 256), nn.Linear(128, 32)), {"0.proj.weight": "up 128 | gate 128"}),
+        (GluMlp(48), {"fc1.weight": "up 48 | gate 48"}),
+        (GluMlp(32), {"fc1.weight": "up 32 | gate 32"}),
+        (GluMlp(16), {"fc1.weight": "up 16 | gate 16"}),
+        (PackedSwiGLU(), {}),
+        (TwoHalves(), {}),
+        (Deep(), {}),
+        (GEGLU(64, 64), {}),
+        (nn.Sequential(nn.Linear(32, 64), nn.GLU(dim=1)), {}),
+        (nn.Sequential(nn.Conv1d(32, 64, 3), nn.GLU()), {}),
+    ],
+)
+def test_what_is_gated_outside_transformers(model: nn.Module, splits: dict[str, str]) -> None:
+    found = {name: each.splits for name, each in decide(model).items() if each.splits != "whole"}
+    assert found == splits
 
 
 def test_what_does_not_fit_is_kept_whole() -> None:

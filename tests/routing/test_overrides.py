@@ -138,7 +138,7 @@ class TestOverrides:
             ({"*.weight": {"name": "mine"}}, "name cannot be set"),
             (
                 {"model.norm.weight": "dion2"},
-                r"^override 'model.norm.weight': parameter 'model.norm.weight' of shape \(32,\) is not a matrix, which",
+                r"^override 'model.norm.weight' sends 'model.norm.weight' of shape \(32,\) to 'dion2', which needs",
             ),
             ({"*.q_proj.weight": {"batched": True}}, r"q_proj.weight' of shape \(32, 32\) is not a stack of matrices"),
         ],
@@ -167,7 +167,7 @@ class TestOverrides:
                 "convolution convolution=True",
             ),
             (torch.zeros(2, 3, 4, 5), r"^override 'table': parameter 'table' of shape \(2, 3, 4, 5\) is not a matrix"),
-            (torch.zeros(3, 4, dtype=torch.complex64), r"^override 'table': .* is torch.complex64; only real"),
+            (torch.zeros(3, 4, dtype=torch.complex64), r"^override 'table': .* is in torch.complex64; only real"),
         ],
     )
     def test_what_holds_no_matrix(self, parameter: torch.Tensor, message: str) -> None:
@@ -184,3 +184,26 @@ class TestOverrides:
             decide(build("llama"), overrides={"*.weight": {"batched": "yes"}})
         with pytest.raises(TypeError, match=r"^override '\*\.weight': splits must be a text such as 'q 2048"):
             decide(build("llama"), overrides={"*.weight": {"splits": 3}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["*.weight"], TypeError, "overrides must be a mapping from patterns of names, got list"),
+        ({3: "adamw"}, TypeError, "overrides: a pattern of names must be a text, got 3"),
+        ({"lm_head.weight": {"given_lr": 1.0}}, ValueError, "given_lr cannot be set, routing does that"),
+        ({"lm_head.weight": {"max_grad_norm": 1.0}}, ValueError, "is of a whole step; pass it to build_optimizer"),
+        ({"lm_head.weight": {"transposed": True}}, ValueError, "'transposed' has no effect on what it matches"),
+        ({"*.Q_PROJ.weight": "adamw"}, ValueError, r"close names: 'model.layers.\*.self_attn.q_proj.weight'"),
+        ({"*.self_attn.q_prj": "adamw"}, ValueError, r"close names: '.*q_proj.weight'"),
+    ],
+)
+def test_more_errors(overrides: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        route_parameters(build("llama"), overrides=overrides)
+
+
+def test_what_is_no_model() -> None:
+    nothing: Any = None
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got NoneType"):
+        route_parameters(nothing)

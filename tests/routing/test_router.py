@@ -273,7 +273,7 @@ class TestAlgorithms:
         ]
 
     def test_that_need_matrices(self) -> None:
-        with pytest.raises(ValueError, match=r"'0.bias' of shape \(16,\) is not a matrix, which algorithm 'spectral'"):
+        with pytest.raises(ValueError, match=r"'0.bias' of shape \(16,\) to 'spectral', which needs matrices"):
             route_parameters(models.mlp(), overrides={"0.*": "spectral"})
 
     @pytest.mark.parametrize(

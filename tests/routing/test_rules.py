@@ -161,6 +161,50 @@ class TestHeads:
             "head.2.weight",
         ]
 
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_a_network_beside_a_transformers_model_is_no_head(self, frozen: bool) -> None:
+        """As a U-Net beside its text encoder; a probe of few layers is one."""
+        encoder, network = build("bert_classifier").requires_grad_(not frozen), models.transformer_encoder()
+        model = nn.ModuleDict({"encoder": encoder, "network": network, "probe": nn.Linear(32, 3)})
+        routing = route_parameters(model)
+        roles = {each.name: each.role for each in routing.decisions}
+        assert roles["network.layers.0.self_attn.in_proj_weight"] is Role.MATRIX
+        assert roles["network.layers.0.linear1.weight"] is Role.MATRIX
+        assert roles["probe.weight"] is Role.HEAD
+        tasks = nn.ModuleDict({f"task {number}": nn.Linear(32, 3) for number in range(5)})
+        layers = nn.Sequential(*(nn.Linear(32, 32) for _ in range(5)))
+        others = decide(nn.ModuleDict({"encoder": encoder, "tasks": tasks, "lm_head": layers, "layers": layers[:4]}))
+        assert {each.role for name, each in others.items() if name[:4] in ("task", "lm_h", "laye")} <= {
+            Role.HEAD,
+            Role.VECTOR,
+        }
+        del model["probe"]
+        report = route_parameters(model).report()
+        assert frozen is ("a network beside `encoder` was found, so no head was guessed" in report)
+
+    def test_what_classes_say_is_their_head(self) -> None:
+        """As timm's models do, also where they have none, or several."""
+
+        class OfTimm(nn.Module):
+            def __init__(self, *heads: nn.Module) -> None:
+                super().__init__()
+                self.body, self.heads = nn.Linear(8, 8), nn.ModuleList(heads)
+
+            def get_classifier(self) -> Any:
+                return tuple(self.heads) if len(self.heads) > 1 else self.heads[0] if self.heads else self.missing
+
+        assert not [each for each in decide(OfTimm(nn.Linear(8, 4))).values() if each.role is Role.HEAD]
+        OfTimm.__module__ = "timm.models.some"
+        for count in range(3):
+            decisions = decide(OfTimm(*(nn.Linear(8, 4) for _ in range(count))))
+            found = [name for name, each in decisions.items() if each.role is Role.HEAD]
+            assert found == [f"heads.{number}.weight" for number in range(count)]
+            assert decisions["body.weight"].role is Role.MATRIX
+
+    def test_adaptive_softmax(self) -> None:
+        decisions = decide(nn.AdaptiveLogSoftmaxWithLoss(32, 100, [10, 50]))
+        assert {each.role for each in decisions.values()} == {Role.HEAD}
+
     def test_transformers_model_inside_a_module_keeps_its_own_head(self) -> None:
         model = nn.ModuleDict({"model": build("bert_classifier")})
         decisions = decide(model)
@@ -590,3 +634,137 @@ class TestLora:
         """It is in the forward pass."""
         plain, scaled = (decide(on_meta(models.lora_llama, use_rslora=value)) for value in (False, True))
         assert plain == scaled
+
+
+def test_modules_that_are_equal_to_everything() -> None:
+    """As metrics are whose operators make new metrics: each is a module of its own all the same."""
+
+    class Metric(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Linear(8, 8)
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = nn.Module.__hash__
+
+    model = nn.ModuleDict({"metric": Metric(), "body": nn.Linear(8, 8), "encoder": build("bert_classifier")})
+    decisions = decide(model)
+    assert decisions["metric.network.weight"].role is Role.HEAD
+    assert decisions["body.weight"].reason == "head: outside transformers model `encoder`"
+    assert decisions["encoder.bert.pooler.dense.weight"].role is Role.MATRIX
+
+
+def test_scripted_modules() -> None:
+    """Their containers of modules have fewer methods than dicts."""
+    scripted: Any = torch.jit.script(nn.Linear(8, 8))
+    assert len(decide(nn.Sequential(nn.Linear(8, 8), scripted))) == 4
+
+
+def test_norms_over_several_axes_do_not_decay() -> None:
+    for norm in (nn.LayerNorm([4, 8]), nn.RMSNorm([4, 8])):
+        decision = decide(nn.Sequential(norm, nn.Linear(8, 8)))["0.weight"]
+        assert (decision.role, decision.group) == (Role.VECTOR, "adamw-no-decay")
+
+
+@pytest.mark.parametrize("as_layers", [True, False])
+def test_lora_of_other_packages(as_layers: bool) -> None:
+    """As in torchtune, whose factors are layers, and in loralib, whose are parameters."""
+
+    class Layer(nn.Module):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            names = ("lora_a", "lora_b") if as_layers else ("lora_A", "lora_B")
+            factors = nn.Linear(24, 4, bias=False), nn.Linear(rank, 32, bias=False)
+            for name, factor in zip(names, factors, strict=True):
+                setattr(self, name, factor if as_layers else nn.Parameter(factor.weight.detach()))
+
+    decisions = list(decide(nn.Sequential(Layer(4))).values())
+    assert [each.role for each in decisions] == [Role.LORA_A, Role.LORA_B]
+    assert all(each.low_rank for each in decisions)
+    assert {each.algorithm for each in decide(nn.Sequential(Layer(4)), lora="adamw").values()} == {"adamw"}
+    assert not any("lora" in each.role for each in decide(nn.Sequential(Layer(5))).values())
+
+
+def test_lora_factors_of_an_embedding_in_loralib() -> None:
+    embedding = nn.Embedding(100, 32)
+    embedding.lora_A, embedding.lora_B = nn.Parameter(torch.zeros(4, 100)), nn.Parameter(torch.zeros(32, 4))
+    roles = [each.role for each in decide(nn.Sequential(embedding, nn.Linear(8, 8))).values()]
+    assert roles[:3] == [Role.EMBEDDING, Role.LORA_OTHER, Role.LORA_OTHER]
+
+
+def test_the_first_layer_of_each_image_encoder_takes_patches() -> None:
+    encoder = models.conv_net
+    stems = [nn.Sequential(nn.Conv2d(channels, 32, 4, stride=4), *encoder().children()) for channels in (3, 1)]
+    decisions = decide(nn.ModuleDict({"color": stems[0], "depth": stems[1]}))
+    found = [name for name, each in decisions.items() if each.reason == "patch embedding"]
+    assert found == ["color.0.weight", "depth.0.weight"]
+    wrapped = decide(nn.ModuleDict({"model": nn.ModuleDict({"color": stems[0], "depth": stems[1]})}))
+    assert [name for name, each in wrapped.items() if each.reason == "patch embedding"] == [
+        "model.color.0.weight",
+        "model.depth.0.weight",
+    ]
+
+
+class OwnExperts(nn.Module):
+    """Experts in three dimensions; sizes say what their module calls the sizes."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int]], **sizes: int) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(4, *shape)))
+        self.__dict__ |= sizes
+
+
+class OwnBlock(nn.Module):
+    def __init__(self, experts: nn.Module, **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.experts = experts
+
+
+@pytest.mark.parametrize(
+    ("block", "transposed"),
+    [
+        # "hidden" may be the size inside: "dim", or what the router takes, is that of the model.
+        (OwnBlock(OwnExperts({"w1": (32, 64), "w2": (64, 32)}, dim=32, hidden_dim=64)), [True, True]),
+        (OwnBlock(OwnExperts({"w1": (64, 32), "w2": (32, 64)}, dim=32, hidden_dim=64)), [False, False]),
+        (OwnBlock(OwnExperts({"c_fc": (32, 64), "c_proj": (64, 32)}), gate=nn.Linear(32, 4)), [True, True]),
+        (OwnBlock(OwnExperts({"w1": (64, 32), "w2": (32, 64)}, hidden_dim=64), gate=nn.Linear(32, 4)), [False, False]),
+        # As DBRX's, but in three dimensions: all of one shape.
+        (OwnBlock(OwnExperts({"w1": (64, 32), "v1": (64, 32), "w2": (64, 32)}, hidden_size=32)), [False, False, True]),
+    ],
+)
+def test_how_experts_of_other_packages_are_stored(block: nn.Module, transposed: list[bool]) -> None:
+    found = [each for name, each in decide(nn.ModuleList([block])).items() if "experts" in name]
+    assert {each.role for each in found} == {Role.EXPERTS}
+    assert [each.transposed for each in found] == transposed
+
+
+def test_gates_of_other_packages() -> None:
+    """Deeper than their own module, beside experts in a module of that name, and in blocks with such names."""
+
+    class Top2GatedExperts(OwnBlock): ...
+
+    def experts() -> nn.ModuleList:
+        return nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    nested = OwnBlock(nn.ModuleDict({"experts": experts()}), gate=nn.ModuleDict({"to_gates": nn.Linear(8, 4)}))
+    tasks = nn.ModuleList(nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(8, 4))}) for _ in range(2))
+    model = nn.ModuleList([nested, OwnBlock(experts(), gates=tasks), Top2GatedExperts(experts(), gate=nn.Linear(8, 4))])
+    roles = {name: each.role for name, each in decide(model).items() if name.endswith("weight")}
+    assert {name for name, role in roles.items() if role is Role.ROUTER} == {name for name in roles if "gate" in name}
+    assert {role for name, role in roles.items() if "experts" in name} == {Role.MATRIX}
+    # Of layers whose names only look so, those that have as many rows as there are experts by chance are none.
+    chance = OwnBlock(nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), aggregate=nn.ModuleDict({"a": nn.Linear(4, 4)}))
+    chance.add_module("deep", nn.ModuleDict({"aggregate": nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(4, 4)})})}))
+    assert decide(nn.ModuleList([chance]))["0.deep.aggregate.a.q.weight"].role is Role.MATRIX
+    noisy = type("NoisyTopkRouter", (nn.ModuleDict,), {})({"expert_head": nn.Linear(8, 4), "noise": nn.Linear(8, 4)})
+    assert {each.role for name, each in decide(nn.ModuleList([noisy])).items() if "weight" in name} == {Role.ROUTER}
+    tasks = type("MultiTaskRouter", (nn.ModuleDict,), {})({"expert_gates": experts()})
+    assert {each.role for name, each in decide(nn.ModuleList([tasks])).items() if "weight" in name} == {Role.ROUTER}
+    table = OwnExperts({})
+    table.register_parameter("positions", nn.Parameter(torch.zeros(1, 8, 16)))
+    assert decide(nn.ModuleList([table]))["0.positions"].role is Role.OTHER
