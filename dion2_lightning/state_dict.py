@@ -31,6 +31,13 @@ OTHERWISE: Final = (
 )
 """What to do with a checkpoint of an optimizer whose groups are others."""
 
+PLACED: Final = (
+    "save what get_optimizer_state_dict(model, optimizer, options=options) of torch.distributed.checkpoint.state_dict "
+    "returns, with options=StateDictOptions(full_state_dict=True), and load it by set_optimizer_state_dict(model, "
+    "optimizer, state_dict, options=options). A state_dict() of plain tensors is loaded so too, once "
+    "dion2_lightning.with_parameter_names(state_dict, optimizer, model) has named what it numbers"
+)
+"""How state goes from one layout to another."""
 
 _STORED_PLAINLY: Final = {name: default for name, (default, _) in STORAGE.items()}
 """How matrices were stored where a group says nothing of it, as those from before did."""
@@ -46,6 +53,12 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
     saved = {**saved, "param_groups": [numbers(group) for group in saved["param_groups"]]}
     _refuse_other_optimizers(saved["param_groups"])
     in_order = _match_order(saved, groups)
+    said = ["algorithm" in group for group in in_order]
+    if any(said) and not all(said):  # torch.distributed.checkpoint found no settings for it
+        raise ValueError(
+            f"the checkpoint has no settings for group {groups[said.index(False)]['name']!r}, as it has other groups; "
+            f"{OTHERWISE}"
+        )
     matched = [_match_group(old, new) for old, new in zip(in_order, groups, strict=True)]
     without_state = []
     for old, new in zip(matched, groups, strict=True):
@@ -67,8 +80,8 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
     if changes and is_first_rank():
         warnings.warn(
             f"the checkpoint's settings replace those that this optimizer was given: {'; '.join(changes)}. To go on "
-            "with the given ones, set them in optimizer.param_groups after loading, a scheduled lr also in the "
-            "scheduler's base_lrs",
+            "with the given ones, set them in optimizer.param_groups after loading. Where a scheduler changes lr, "
+            "multiply lr and initial_lr of each group, and the scheduler's base_lrs, by the new rate over the old one",
             stacklevel=2,
         )
     return {**saved, "param_groups": [numbers(group) for group in matched]}
@@ -154,8 +167,10 @@ def shares_memory(saved: StateDict, state: Mapping[Tensor, Mapping[str, Tensor]]
     ``torch.distributed.checkpoint`` reads files into the tensors that an optimizer has, before it calls
     ``load_state_dict``.
     """
-    present = {local(value).data_ptr() for entries in state.values() for value in entries.values() if value.numel()}
-    values = (value for entries in saved.get("state", {}).values() for value in entries.values())
+    tensors = (value for parameter, its in state.items() if isinstance(parameter, Tensor) for value in its.values())
+    present = {local(value).data_ptr() for value in tensors if value.numel()}
+    entries_of_all = (entries for entries in saved.get("state", {}).values() if isinstance(entries, Mapping))
+    values = (value for entries in entries_of_all for value in entries.values())
     return any(isinstance(value, Tensor) and local(value).data_ptr() in present for value in values)
 
 
@@ -253,12 +268,13 @@ def _changed_settings(saved_groups: Sequence[Group], groups: Sequence[Group], gi
         if "initial_lr" in old and "initial_lr" in group and has_own_rates:
             saved["lr"], asked["lr"] = old["initial_lr"], group["initial_lr"]
         elif "given_lr" in old:
-            now = old.get(
-                "initial_lr", old.get("lr")
-            )  # set by hand after a load, as its warning advises, it is as asked
+            # Set by hand after a load, as its warning advises, it is as asked.
+            now = old.get("initial_lr", old.get("lr"))
             saved["lr"] = now if now == asked.get("lr") else old["given_lr"]
         elif "initial_lr" in old or "initial_lr" in group:
             asked.pop("lr", None)
+        if old.get("lr") == 0.0 and "initial_lr" not in group:  # a schedule has ended there, and none goes on
+            saved["lr"], asked["lr"] = 0.0, its_given.get("lr", 0.0)
         for name, value in asked.items():
             if name in algorithm_of(group).settings_of_run:
                 continue
@@ -338,28 +354,59 @@ def _match_group(old: Group, new: Group) -> dict[str, Any]:
 
 def _in_order(old: Group, new: Group, prefix: str) -> list[Any]:
     """The ids of a saved group's parameters, in the order of the present group's names."""
-    ids, wanted = list(old["params"]), list(new["param_names"])
-    if all(isinstance(each, str) for each in ids):
+    ids = list(old["params"])
+    wanted, names, of_module = _without_prefixes(
+        new["param_names"], old.get("param_names") or [], ids if all(isinstance(each, str) for each in ids) else []
+    )
+    if of_module:
         # Names of the module that was saved, which the optimizer may know a part of. torch.distributed.checkpoint has
-        # put them in the present order, but left param_names in the file's.
-        if set(ids) == set(wanted):
-            return wanted
-        if all(each == name or each.endswith(f".{name}") for each, name in zip(ids, wanted, strict=True)):
+        # put them in the present order and into the present groups, but left param_names as they are in the file.
+        is_same_group = not names or set(names) == set(wanted) or _are_of_part(names, of_module)
+        if is_same_group and set(of_module) == set(wanted):
+            return [dict(zip(of_module, ids, strict=True))[name] for name in wanted]
+        if is_same_group and all(_is_part(name, each) for each, name in zip(of_module, wanted, strict=True)):
             return ids
-    names = old.get("param_names") or [each for each in ids if isinstance(each, str)]
+        are_paired = len(names) == len(ids) and all(map(_is_part, names, of_module))
+        if set(names) == set(wanted) and names != wanted and not are_paired:
+            raise ValueError(
+                f"{prefix}: the checkpoint has its parameters by names that are not the optimizer's, and in another "
+                f"order: {_some(of_module)} and {_some(names)}; build the optimizer with the model's names in their "
+                f"order, or {WEIGHTS_ALONE}"
+            )
+        names = names or of_module
     if not names:
         return ids
     if set(names) != set(wanted):
+        by_name = any(isinstance(each, str) for each in ids)
+        numbered = ", and number the parameters, in the groups and in the state, instead of naming them"
         raise ValueError(
             f"{prefix}: the names of the parameters differ; only in the checkpoint: "
             f"{_some(sorted(set(names) - set(wanted)))}; only in this optimizer: "
             f"{_some(sorted(set(wanted) - set(names)))}. To load by position, remove 'param_names' from the "
-            "checkpoint's groups"
+            f"checkpoint's groups{numbered if by_name else ''}"
         )
     if len(names) != len(ids):
         raise ValueError(f"{prefix}: the checkpoint has {len(names)} names for {len(ids)} parameters; it is damaged")
     of_names = dict(zip(names, ids, strict=True))
     return [of_names[name] for name in wanted]
+
+
+def _is_part(name: str, whole: str) -> bool:
+    """Return whether one may be the name of a parameter in a part of the module, in which the other one is its name."""
+    return whole == name or whole.endswith(f".{name}")
+
+
+def _are_of_part(names: Sequence[str], wholes: Sequence[str]) -> bool:
+    """Return whether names are those of all parameters in a part of the module, in whatever order."""
+    prefixes = [whole.removesuffix(names[0]) for whole in wholes if _is_part(names[0], whole)]
+    return any({prefix + name for name in names} == set(wholes) for prefix in prefixes)
+
+
+def _without_prefixes(*several: Sequence[str]) -> list[list[str]]:
+    """Return lists of names without the prefixes of wrappers; as they are where two would then be the same."""
+    unwrapped = [list(unwrapped_names({"param_names": names})) for names in several]
+    are_unique = all(len(set(names)) == len(names) for names in unwrapped)
+    return unwrapped if are_unique else [list(names) for names in several]
 
 
 def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, label: str) -> None:
@@ -386,10 +433,7 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, labe
 
 def _check_tensor(found: Any, expected: StateTensor, entry: str, label: str, parameter: Any) -> None:
     if is_dtensor(found) != (expected.placements is not None):
-        raise ValueError(
-            f"{label} and the checkpoint's {entry!r} are not placed alike, one is a DTensor; load through "
-            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which places what it loads"
-        )
+        raise ValueError(f"{label} and the checkpoint's {entry!r} are not placed alike, one is a DTensor; {PLACED}")
     if tuple(found.shape) != expected.shape:
         raise ValueError(
             f"{label}: the checkpoint's {entry!r} has shape {tuple(found.shape)}, this optimizer's {expected.shape}"
@@ -399,8 +443,7 @@ def _check_tensor(found: Any, expected: StateTensor, entry: str, label: str, par
         if tuple(found.placements) != expected.placements or not torch.equal(found.device_mesh.mesh, mesh.mesh):
             raise ValueError(
                 f"{label}: the checkpoint's {entry!r} is placed as {tuple(found.placements)} on {found.device_mesh}, "
-                f"this optimizer's as {expected.placements} on {mesh}; load through "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which places what it loads"
+                f"this optimizer's as {expected.placements} on {mesh}; {PLACED}"
             )
     if found.dtype == torch.float64 and not has_float64(expected.device):
         raise ValueError(

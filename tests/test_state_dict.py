@@ -3,8 +3,11 @@
 import copy
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -14,8 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.optim import lr_scheduler
 
-from dion2_lightning import Dion2, OptimizerSettings, build_optimizer
+from dion2_lightning import Dion2, OptimizerSettings, build_optimizer, with_parameter_names
 from tests.test_optimizer import assert_identical, groups_of, model_of, snapshot, train
 
 
@@ -375,7 +379,8 @@ def test_settings_that_the_checkpoint_replaces_are_named():
         "the checkpoint's settings replace those that this optimizer was given: lr 0.05 instead of 0.01 ('dion2', "
         "'adamw'); momentum 0.95 instead of 0.8 ('dion2'); fraction 0.25 instead of 0.5 ('dion2'); betas (0.9, 0.999) "
         "instead of (0.8, 0.9) ('adamw'). To go on with the given ones, set them in optimizer.param_groups after "
-        "loading, a scheduled lr also in the scheduler's base_lrs"
+        "loading. Where a scheduler changes lr, multiply lr and initial_lr of each group, and the scheduler's "
+        "base_lrs, by the new rate over the old one"
     )
     matrices, rest = other.param_groups
     assert (matrices["lr"], matrices["fraction"], matrices["momentum"]) == (0.05, 0.25, 0.95)
@@ -718,3 +723,196 @@ def test_momenta_of_a_whole_weight_are_carried_over_to_its_blocks() -> None:
     (other,) = optimizer.param_groups[0]["params"]
     assert torch.equal(optimizer.state[other]["momentum"], momentum)
     assert optimizer.param_groups[0]["splits"] == "q 12 | k 6 | v 6"
+
+
+SCHEDULES: dict[str, Callable[[Dion2], Any]] = {
+    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 20),
+    "steps": lambda optimizer: lr_scheduler.StepLR(optimizer, 5, 0.5),
+    "exponential": lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9),
+    "linear": lambda optimizer: lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 20),
+    "function": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_scheduled_rate_goes_on_as_the_warning_advises(schedule):
+    """Multiplied everywhere, it is that of a run that has begun with the new rate."""
+
+    def scheduled(lr):
+        model, _ = three_matrices_after_one_step()
+        optimizer = Dion2(groups_of(model), lr=lr)
+        return optimizer, SCHEDULES[schedule](optimizer)
+
+    def rates_of(optimizer, scheduler, steps):
+        rates = []
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+        return rates
+
+    old, old_scheduler = scheduled(0.1)
+    wanted, wanted_scheduler = scheduled(0.01)
+    rates_of(old, old_scheduler, 8)
+    rates_of(wanted, wanted_scheduler, 8)
+    optimizer, scheduler = scheduled(0.01)
+    [said] = warnings_of_loading(optimizer, old.state_dict())
+    assert "multiply lr and initial_lr of each group, and the scheduler's base_lrs, by the new rate" in said
+    scheduler.load_state_dict(old_scheduler.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.1
+        group["initial_lr"] *= 0.1
+    scheduler.base_lrs = [rate * 0.1 for rate in scheduler.base_lrs]
+    assert rates_of(optimizer, scheduler, 9) == pytest.approx(rates_of(wanted, wanted_scheduler, 9))
+    assert warnings_of_loading(optimizer, optimizer.state_dict()) == []
+
+
+def test_a_rate_of_zero_where_a_schedule_has_ended_is_named():
+    """Without a schedule here, nothing would move."""
+    model, _ = three_matrices_after_one_step()
+    optimizer = Dion2(groups_of(model), lr=0.1)
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    other = Dion2(groups_of(model), lr=0.1)
+    [said] = warnings_of_loading(other, optimizer.state_dict())
+    assert "lr 0.0 instead of 0.1 ('dion2', 'adamw')." in said
+    lr_scheduler.CosineAnnealingLR(other, 8)
+    assert warnings_of_loading(other, optimizer.state_dict()) == []
+
+
+# Names that are not the optimizer's
+
+
+def named(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Parameter]]:
+    return [(prefix + name, parameter) for name, parameter in model.named_parameters() if "weight" in name]
+
+
+def assert_equal_states(first: Dion2, second: Dion2) -> None:
+    assert first.state.keys() == second.state.keys()
+    for parameter, state in first.state.items():
+        assert_identical(list(state.values()), list(second.state[parameter].values()))
+
+
+def test_the_prefixes_of_wrappers_do_not_matter():
+    model, _ = three_matrices_after_one_step()
+    optimizer, other = Dion2(named(model, "module."), lr=0.05), Dion2(named(model)[::-1], lr=0.05)
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    assert_equal_states(optimizer, other)
+
+
+def test_names_of_the_file_in_another_order_than_those_of_the_module():
+    """As torch.distributed.checkpoint leaves them: ids in the present order, param_names in the file's."""
+    model, _ = three_matrices_after_one_step()
+    optimizer = Dion2(named(model, "module."), lr=0.05)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    [group] = saved["param_groups"]
+    ids = [name for name, _ in named(model)]
+    state = {name: saved["state"][number] for name, number in zip(ids, group["params"], strict=True)}
+    turned = {**group, "params": ids, "param_names": group["param_names"][::-1]}
+    other = Dion2(named(model, "module."), lr=0.05)
+    other.load_state_dict({"state": state, "param_groups": [turned]})
+    assert_equal_states(optimizer, other)
+    with_own_names = Dion2(named(model, "own "), lr=0.05)
+    own = {**turned, "param_names": [f"own {name}" for name in ids[::-1]]}
+    with pytest.raises(ValueError, match="has its parameters by names that are not the optimizer's, and in another"):
+        with_own_names.load_state_dict({"state": state, "param_groups": [own]})
+
+
+def test_names_that_only_a_prefix_tells_apart():
+    """As of a teacher that is called module."""
+    model = nn.ModuleDict({"layer": nn.Linear(8, 8, bias=False)})
+    model.register_module("module", nn.ModuleDict({"layer": nn.Linear(8, 8, bias=False)}))
+    optimizer, other = Dion2(named(model), lr=0.05), Dion2(named(model)[::-1], lr=0.05)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for saved in (optimizer.state_dict(), get_optimizer_state_dict(model, optimizer)):
+        other.load_state_dict(saved)
+        assert_equal_states(optimizer, other)
+
+
+def test_a_part_of_the_module_with_names_that_end_alike():
+    """Through torch.distributed.checkpoint, which names parameters by the whole module, in another order."""
+    layers = {"norm": nn.Linear(8, 8, bias=False), "layer": nn.ModuleDict({"norm": nn.Linear(8, 8, bias=False)})}
+    model = nn.ModuleDict({"model": nn.ModuleDict(layers)})
+    part = model["model"]
+    optimizer, other = Dion2(named(part), lr=0.05), Dion2(named(part)[::-1], lr=0.05)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    set_optimizer_state_dict(model, other, get_optimizer_state_dict(model, optimizer))
+    assert_equal_states(optimizer, other)
+    directly = Dion2(named(part)[::-1], lr=0.05)
+    directly.load_state_dict(get_optimizer_state_dict(model, optimizer))
+    assert_equal_states(optimizer, directly)
+
+
+@pytest.mark.parametrize("another", [{"1.weight": {"lr": 0.1}}, {"0.weight": {"lr": 0.1}, "1.weight": {"lr": 0.2}}])
+def test_other_groups_through_torch_distributed_checkpoint(another):
+    """It puts parameters into the present groups, with the settings of whatever group it finds."""
+    model, _ = three_matrices_after_one_step()
+    optimizer = build_optimizer(model, lr=0.02, overrides={"0.weight": {"lr": 0.1}})
+    optimizer.step()
+    saved = get_optimizer_state_dict(model, optimizer)
+    other = build_optimizer(model, lr=0.02, overrides=another)
+    with pytest.raises(ValueError, match=r"the names of the parameters differ|has no settings for group"):
+        set_optimizer_state_dict(model, other, saved)
+
+
+def test_to_load_by_position_names_become_numbers():
+    """Where the file has names for numbers, as Lightning's has, the advice says so; done, it loads."""
+    model, _ = three_matrices_after_one_step()
+    optimizer, other = Dion2(named(model), lr=0.05), Dion2(named(model, "other "), lr=0.05)
+    optimizer.step()
+    saved = with_parameter_names(optimizer.state_dict(), optimizer, model)
+    with pytest.raises(ValueError, match="groups, and number the parameters, in the groups and in the state"):
+        other.load_state_dict(saved)
+    [group] = saved["param_groups"]
+    del group["param_names"]
+    state = {number: saved["state"][name] for number, name in enumerate(group["params"])}
+    other.load_state_dict({"state": state, "param_groups": [{**group, "params": [0, 1, 2]}]})
+    assert_equal_states(optimizer, other)
+
+
+# What else may be there
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooks_after_the_load_have_the_last_word(dtype):
+    model = model_of(dtype)
+    optimizer = Dion2(groups_of(model), lr=0.05)
+    train(model, optimizer, range(1))
+
+    def forget(optimizer):
+        assert any(state["momentum"].any() for state in optimizer.state.values() if "momentum" in state)
+        for state in optimizer.state.values():
+            for entry in ("momentum", "exp_avg"):
+                if entry in state:
+                    state[entry].zero_()
+
+    optimizer.register_load_state_dict_post_hook(forget)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert not any(state["momentum"].any() for state in optimizer.state.values() if "momentum" in state)
+
+
+def test_state_of_no_parameter():
+    _, optimizer = three_matrices_after_one_step()
+    optimizer.state["epoch"] = 3
+    for _ in range(2):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state["epoch"] == 3
+
+
+def test_numbers_of_numpy_are_saved_as_numbers():
+    """Else nothing loads them that takes weights alone."""
+    model, _ = three_matrices_after_one_step()
+    settings = {"lr": np.float64(0.05), "momentum": np.float32(0.5), "rounding_seed": np.int64(3)}
+    optimizer = Dion2(groups_of(model), **settings, betas=(np.float64(0.5), np.float64(0.75)))
+    optimizer.step()
+    loaded = through_a_file(optimizer.state_dict())["param_groups"]
+    assert [type(loaded[0][name]) for name in settings] == [float, float, int]
+    assert loaded[1]["betas"] == (0.5, 0.75)

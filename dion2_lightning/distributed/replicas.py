@@ -31,6 +31,17 @@ _IGNORED: Final = WeakIdKeyDictionary()
 """By the module that DDP may wrap: the names that it was told to ignore, and for whom."""
 
 
+class _Ignored(list[str]):
+    """Names of what DDP is to ignore of a module. A copy of it has none of those that an optimizer has put there."""
+
+    def __init__(self, known: Iterable[str], names: Iterable[str]) -> None:
+        self._known = list(known)
+        super().__init__([*self._known, *sorted(names)])
+
+    def __reduce__(self) -> tuple[type[list[str]], tuple[list[str]]]:
+        return list, (self._known,)
+
+
 class Unaveraged:
     """Parameters whose gradients DDP's communication hook leaves to the optimizer."""
 
@@ -121,7 +132,8 @@ def leave_to_ddp(module: nn.Module, parameters: Iterable[Tensor], owner: object 
         if any(id(parameter) in ignored for parameter in parameters):
             raise ValueError(
                 "the model was wrapped in DistributedDataParallel for an optimizer with sync='compressed', so it does "
-                "not average the gradients of matrices that this one needs averaged; wrap the module anew"
+                "not average the gradients of matrices that this one needs averaged; build this one on the module, and "
+                "wrap that anew"
             )
     elif names and owner in (None, its_owner):
         _set_ignored(inside, set(), None)
@@ -134,7 +146,8 @@ def _set_ignored(module: nn.Module, names: set[str], owner: object | None) -> No
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name in before and hasattr(parameter, "_ddp_ignored"):
             del parameter._ddp_ignored
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [*known, *sorted(names)])
+    ignored = _Ignored(known, names)
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
     _IGNORED[module] = names, owner
 
 

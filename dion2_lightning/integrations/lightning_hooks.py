@@ -89,6 +89,8 @@ class OptimizerHooks:
         for index, optimizer in enumerate(trainer.optimizers):
             parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
             if isinstance(optimizer, MatrixOptimizer) and named.issuperset(parameters):
+                if not trainer.strategy.lightning_restore_optimizer:
+                    states[index] = _in_optimizers_order(states[index], optimizer, pl_module)
                 states[index] = with_parameter_names(states[index], optimizer, pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -149,6 +151,20 @@ def with_parameter_names(state_dict: dict[str, Any], optimizer: Optimizer, modul
         groups.append({**saved, "params": [of_ids[identifier] for identifier in saved["params"]]})
     state = {of_ids[identifier]: value for identifier, value in state_dict["state"].items()}
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _in_optimizers_order(state_dict: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """Put the numbers of each group in the optimizer's order.
+
+    ``ModelParallelStrategy`` numbers parameters in the order of the model, and sorts the numbers of a group.
+    """
+    numbers = {parameter: number for number, parameter in enumerate(module.parameters())}
+    groups = []
+    for group, saved in zip(optimizer.param_groups, state_dict.get("param_groups", ()), strict=False):
+        its_numbers = [numbers[parameter] for parameter in group["params"]]
+        is_numbered = set(its_numbers) == set(saved["params"])
+        groups.append({**saved, "params": its_numbers} if is_numbered else saved)
+    return {**state_dict, "param_groups": groups} if groups else state_dict
 
 
 def add_callbacks(trainer: Any) -> None:

@@ -132,7 +132,7 @@ def check_training(folder: str) -> None:
     entries = next(iter(saved["state"].values()))
     entries["largest"] = entries["largest"].redistribute(placements=[Replicate()])
     with pytest.raises(
-        ValueError, match=r"'largest' is placed as \(Replicate.* this optimizer's as \(Shard.*; load through"
+        ValueError, match=r"'largest' is placed as \(Replicate.* this optimizer's as \(Shard.*; save what get_optim"
     ):
         optimizers[1].load_state_dict(saved)
 

@@ -1,6 +1,7 @@
 """Compressed synchronisation: replicas with gradients of their own, against a float64 reference of their momenta."""
 
 import copy
+import io
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -503,7 +504,26 @@ def check_errors() -> None:
         build_optimizer(nn.Sequential(nn.Linear(8, 8)), sync="compressed", strategy=group)
 
 
+def check_copies_of_the_module() -> None:
+    """What DDP is told to leave to an optimizer holds for its module alone: another optimizer of a copy needs it."""
+    group = dist.group.WORLD
+    module = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    optimizer = build_optimizer(module, algorithm="dion", sync="compressed", strategy=group)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    for each, is_copy in (
+        (module, False),
+        (copy.deepcopy(module), True),
+        (torch.load(file, weights_only=False), True),
+    ):
+        ignored = nn.parallel.DistributedDataParallel(each).parameters_to_ignore
+        assert bool(ignored) is not is_copy
+    assert optimizer.is_compressing
+
+
 def check_two_ranks() -> None:
+    check_copies_of_the_module()
     check_gradients()
     check_added_and_frozen()
     check_captured_energy()

@@ -265,6 +265,33 @@ def test_the_same_checkpoint_with_names_is_loaded(given: str, tmp_path: Path, mo
     assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
 
 
+class Turned(Stack):
+    """The optimizer gets the layers in another order than the module has them."""
+
+    def configure_optimizers(self) -> dion2_lightning.Dion2:
+        layers = {f"layer {number}": layer for number, layer in enumerate(self.layers)}
+        part = nn.ModuleDict(dict(reversed(layers.items())))
+        return dion2_lightning.build_optimizer(part, lr=0.01, strategy=self.trainer)
+
+
+def save_and_load_turned(path: Path) -> None:
+    for layout, phase, checkpoint in (("FSDP2", Phase.KILLED, None), ("FSDP2", Phase.RESUMED, path)):
+        torch.manual_seed(0 if checkpoint is None else 1)
+        trainer, module = make_trainer(layout, 2), Turned(layout)
+        trainer.fit(module, ckpt_path=checkpoint)
+        if checkpoint is None:
+            trainer.save_checkpoint(path)
+        write_outcome(path.parent, phase, module.named_parameters(), trainer.optimizers[0], [])
+
+
+def test_parameters_in_another_order_than_the_modules(tmp_path: Path) -> None:
+    """Lightning sorts the numbers of a file that FSDP2 saves."""
+    run_like_torchrun(2, save_and_load_turned, tmp_path / FILE)
+    saved, loaded = (torch.load(tmp_path / f"{phase.value} 0.pt") for phase in (Phase.KILLED, Phase.RESUMED))
+    assert sum("momentum" in name for name in saved) == 4
+    assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
+
+
 def test_a_checkpoint_with_numbers_matters_only_where_it_is_trained(tmp_path: Path) -> None:
     """Trainer.test loads no optimizer, but those of the fit before are still there."""
     save_stack(tmp_path / FILE, with_names=False)
