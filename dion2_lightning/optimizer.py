@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
@@ -27,6 +27,7 @@ from dion2_lightning.algorithms.hyperparameters import (
     check_values,
     checks_of,
     defaults_of,
+    finite,
     numbers,
     plain,
 )
@@ -153,6 +154,14 @@ class MatrixOptimizer(Optimizer):
         self._offloading = Offloading()
         if isinstance(params, Tensor):
             raise TypeError("params must be parameters or groups in a list, got a single tensor")
+        given: Any = params
+        if isinstance(given, nn.Module) and not isinstance(given, nn.ParameterList):
+            raise TypeError(
+                f"params must be parameters or groups, got a {type(given).__name__}; build_optimizer(model, lr=...) "
+                "makes groups of a model"
+            )
+        if isinstance(params, set):
+            raise TypeError("params must be in a fixed order, got a set; pass a list")
         groups = list(cast(Iterable[Any], params))
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
@@ -295,8 +304,11 @@ class MatrixOptimizer(Optimizer):
             load, or no gradient in it. With ``capturable`` a load keeps it, and the next step overwrites it.
 
         Raises:
+            TypeError: It is no parameter.
             ValueError: The parameter is in no group whose algorithm selects slices, or has no block of that name.
         """
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameter must be a parameter of a group, got {type(parameter).__name__}")
         if (parameter, block) in self._selections:
             return self._selections[parameter, block]
         observed = [each.observed for each in self.observed_parameters() if each.parameter is parameter]
@@ -397,13 +409,19 @@ class MatrixOptimizer(Optimizer):
 
         self._offloading.wait()
         rates = [tensor_rates(group) for group in self.param_groups]
-        before = {parameter: dict(state) for parameter, state in self.state.items()}
+        before = {parameter: dict(state) for parameter, state in self.state.items() if isinstance(parameter, Tensor)}
         left = self._selections, self.grad_norm
-        # As the last hook it sees what the other hooks made of the input.
-        with self.register_load_state_dict_pre_hook(match):
+
+        def restore(_: Optimizer) -> None:
+            restore_exactly(self, matched, self._state_of)
+            restore_in_place(self, rates, before, self._state_of)
+
+        # The last of the hooks before sees what the others made of the input, the first one after comes before theirs.
+        with (
+            self.register_load_state_dict_pre_hook(match),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ):
             super().load_state_dict(state_dict)
-        restore_exactly(self, matched, self._state_of)
-        restore_in_place(self, rates, before, self._state_of)
         if self.is_capturable:  # replays go on to write there
             self._selections, self.grad_norm = left
         self._compressed.momenta_differ = False
@@ -555,8 +573,8 @@ class MatrixOptimizer(Optimizer):
     def _check_settings(self) -> None:
         """Refuse what groups and attributes cannot say, as when they were made: they may have been changed since.
 
-        Neither learning rate nor weight decay, which schedules set, some of them a rounding error under zero; and no
-        tensor, for which the host would wait.
+        Learning rate and weight decay may be any finite number: schedules set them, some of them a rounding error under
+        zero. What rates that are tensors hold is not checked, for the host would wait.
         """
         self._check_attributes()
         settings_of: dict[str, Collection[str]] = {}
@@ -571,8 +589,13 @@ class MatrixOptimizer(Optimizer):
                     f"{prefix}has no {missing[0]!r}, which algorithm {algorithm.name!r} needs; a group's algorithm is "
                     "chosen when it is added"
                 )
-            checked = [name for name in settings if name not in ("lr", "weight_decay")]
-            given = {name: group[name] for name in checked if not isinstance(group[name], Tensor)}
+            given = plain({name: group[name] for name in settings})
+            group.update(given)
+            for name in tensor_rates(group):
+                del given[name]
+            for name in ("lr", "weight_decay"):
+                if name in given:
+                    finite(f"{prefix}{name}", given.pop(name))
             algorithm.check_settings(given, prefix)
 
     def _check_placements(self) -> None:
@@ -659,21 +682,25 @@ class MatrixOptimizer(Optimizer):
             for parameter, name in zip(group["params"], unwrapped_names(group), strict=True)
         }
         descriptions = [
-            repr(
-                (
-                    tuple(parameter.shape),
-                    parameter.dtype,
-                    parameter.requires_grad,
-                    names.get(parameter),
-                    ALGORITHMS[group["algorithm"]].agreement(parameter, group),
-                    (self.share_replicas, self.max_grad_norm, self.working_memory, self.offload),
-                    settings[id(group)],
-                )
-            )
+            {
+                "parameter": names.get(parameter),
+                "shape": tuple(parameter.shape),
+                "dtype": parameter.dtype,
+                "requires_grad": parameter.requires_grad,
+                "number of steps": self._steps_of(parameter, group),
+                "precision": ALGORITHMS[group["algorithm"]].agreement(parameter, group),
+                **{name: getattr(self, name) for name in STEP_SETTINGS if name != "kernels"},
+                **dict(settings[id(group)]),
+            }
             for group, parameter, _ in shared
         ]
         check_agreement(descriptions, [parameter for _, parameter, _ in shared], self._ranks())
         self._is_agreed = True
+
+    def _steps_of(self, parameter: Tensor, group: Mapping[str, Any]) -> int | None:
+        """How many steps replicas have taken that share work, in which those differ that have loaded other files."""
+        is_shared = ALGORITHMS[group["algorithm"]].shares_replicas(self.share_replicas) and not is_dtensor(parameter)
+        return int(self.state.get(parameter, {}).get("step", 0)) if is_shared else None
 
     def _check_averaged(self) -> None:
         """Compare gradients where replicas share work, of each parameter once: no setting says what averages them."""

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dion2_lightning.algorithms import ALGORITHMS, algorithms_with
 from dion2_lightning.algorithms.algorithm import Algorithm
@@ -41,7 +41,7 @@ def check_names(group: Mapping[str, Any], algorithm: Algorithm, prefix: str) -> 
         if name in known:
             continue
         others = [repr(other) for other in algorithms_with(name)]
-        hint = did_you_mean(name, known)
+        hint = did_you_mean(name, sorted(algorithm.defaults()))
         if others:
             hint = f" of algorithm {algorithm.name!r}; it belongs to {', '.join(others)}, remove it"
         raise ValueError(f"{prefix}unknown entry {name!r}{hint}")
@@ -145,7 +145,11 @@ def refuse_flattened(parameter: Tensor, label: str) -> None:
 def with_listed_parameters(param_group: Group) -> Group:
     """Return a copy of a group with its parameters in a list, and their names, if given, in another."""
     group = dict(param_group)
+    if "params" not in group:
+        raise ValueError(f"a parameter group has no 'params'; it says {', '.join(map(repr, group)) or 'nothing'}")
     params = group["params"]
+    if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
+        raise TypeError(f"params must be parameters, got a {type(params).__name__}; pass its parameters()")
     if isinstance(params, set):
         raise TypeError("params must be in a fixed order, got a set; pass a list")
     group["params"] = [params] if isinstance(params, Tensor) else list(params)
@@ -170,5 +174,8 @@ def _refuse_unusual(parameter: Tensor, label: str) -> None:
     refuse_flattened(parameter, label)
     if parameter.layout != torch.strided:
         raise ValueError(f"{label} is stored as {parameter.layout}; only dense parameters can be updated")
-    if not parameter.is_floating_point():
-        raise ValueError(f"{label} is {parameter.dtype}; only real floating-point parameters can be updated")
+    if not parameter.is_floating_point() or (parameter.requires_grad and parameter.itemsize < 2):
+        raise ValueError(
+            f"{label} is in {parameter.dtype}; only real parameters in float16, bfloat16, float32 or float64 can be "
+            "updated. Leave it out of the groups; build_optimizer leaves out what does not require a gradient"
+        )

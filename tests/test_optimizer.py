@@ -424,6 +424,11 @@ def test_check_finite_names_the_parameter_before_anything_is_touched():
         ("state_dtype", "float9", "state_dtype must be None or one of bfloat16, float32, float64"),
         ("algorithm", "adamw", "has no 'betas', which algorithm 'adamw' needs; a group's algorithm is chosen when it"),
         ("algorithm", "adam", "algorithm must be one of"),
+        ("fraction", torch.tensor(0.5), "fraction must be a number, got a Tensor"),
+        ("nesterov", torch.tensor(True), "nesterov must be True or False, got tensor"),
+        ("lr", "0.1", "lr must be a number, got the str '0.1'"),
+        ("weight_decay", None, "weight_decay must be a number, got a NoneType"),
+        ("lr", float("nan"), "lr must be finite, got nan"),
     ],
 )
 def test_settings_that_are_changed_later_are_checked_before_anything_is_touched(name, value, message):
@@ -457,6 +462,17 @@ def test_attributes_that_are_changed_later_are_checked(name, value, message):
     loss_of(model, 0).backward()
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "torch.bfloat16"])
+def test_a_precision_that_is_changed_later_may_be_said_in_three_ways(dtype):
+    model = model_of()
+    optimizer = Dion2(groups_of(model), lr=0.1)
+    train(model, optimizer, range(1))
+    optimizer.param_groups[0]["state_dtype"] = optimizer.param_groups[0]["orthonormalize_dtype"] = dtype
+    train(model, optimizer, range(1, 2))
+    assert optimizer.state[model[0].weight]["momentum"].dtype == torch.bfloat16
+    assert optimizer.param_groups[0]["state_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
@@ -824,3 +840,30 @@ def test_a_device_that_autocast_does_not_know() -> None:
     parameter = nn.Parameter(torch.ones(3, device="meta"))
     parameter.grad = torch.ones(3, device="meta")
     Dion2([{"params": [parameter], "algorithm": "adamw"}]).step()
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        (nn.Linear(4, 4), TypeError, r"params must be parameters or groups, got a Linear; build_optimizer\(model"),
+        ({nn.Parameter(torch.ones(4, 4))}, TypeError, "params must be in a fixed order, got a set"),
+        ([{"lr": 0.1}], ValueError, "a parameter group has no 'params'; it says 'algorithm', 'lr'"),
+        ([{"params": nn.Linear(4, 4)}], TypeError, r"params must be parameters, got a Linear; pass its parameters\(\)"),
+    ],
+)
+def test_what_is_no_list_of_parameters(params, error, message):
+    with pytest.raises(error, match=message):
+        Dion2(params)
+
+
+@pytest.mark.parametrize("as_group", [False, True])
+def test_a_list_of_parameters_that_is_a_module(as_group):
+    parameters = nn.ParameterList([torch.ones(4, 4)])
+    optimizer = Dion2([{"params": parameters}] if as_group else parameters)
+    assert optimizer.param_groups[0]["params"] == list(parameters)
+
+
+def test_the_selection_of_what_is_no_parameter():
+    model = model_of()
+    with pytest.raises(TypeError, match="parameter must be a parameter of a group, got str"):
+        Dion2(groups_of(model)).selection_of("0.weight")

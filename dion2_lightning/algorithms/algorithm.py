@@ -365,8 +365,10 @@ def check_matrix(parameter: Tensor, label: str, group: Mapping[str, Any], algori
         form = "the kernel of a convolution (out, in, taps, ...)"
     elif is_batched:
         form = "a stack of matrices (count, rows, columns)"
-        if parameter.ndim == 2:
-            hint = f"; where its rows are those of several, say so: splits='expert 8*{max(1, shape[0] // 8)}' for 8"
+        counts = [count for count in (8, 4, 2) if parameter.ndim == 2 and shape[0] % count == 0 and shape[0] > count]
+        if counts:
+            text = f"expert {counts[0]}*{shape[0] // counts[0]}"
+            hint = f"; where its rows are those of several, say so: splits={text!r} for {counts[0]}"
     elif parameter.ndim == 3:
         hint = "; for a stack of matrices set batched=True in its group, for a convolution convolution=True"
     elif parameter.ndim > 3:
@@ -382,5 +384,5 @@ def _misfit_of_kernel(parameter: Tensor, group: Mapping[str, Any]) -> str | None
     first, *_ = matrices_of(parameter, group)
     if first.block is not None and first.blocks_are_rows and first.block.repeats == 1:
         return None
-    side = "inputs" if group["transposed"] else "outputs"
-    return f"{group['splits']!r} is not made of its first axis, its {side}; groups of it are, as in 'group 4*8'"
+    side, text = ("inputs", "group 4*8 along inputs") if group["transposed"] else ("outputs", "group 4*8")
+    return f"{group['splits']!r} is not made of its first axis, its {side}; groups of it are, as in {text!r}"

@@ -6,10 +6,11 @@ arguments from such classes (:func:`takes`), so signature, ``--help`` and docume
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -27,6 +28,8 @@ Check = Callable[[str, object], None]
 
 DType = Literal["bfloat16", "float32", "float64"]
 DTYPES: Final[tuple[str, ...]] = get_args(DType)
+
+_DTYPES_BY_TEXT: Final = {f"torch.{name}": name for name in DTYPES}
 
 Rate = float | Tensor
 """A float, or with ``capturable`` a 0-d tensor on the parameters' device, which is changed in place."""
@@ -104,12 +107,21 @@ def set_rate(group: dict[str, Any], name: str, value: float) -> None:
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values as data that every checkpoint format takes: ``torch.float32`` and its text are "float32"."""
-    names = {f"torch.{name}": name for name in DTYPES}
-    return {
-        name: names.get(str(value), value) if isinstance(value, torch.dtype | str) else value
-        for name, value in values.items()
-    }
+    """Return values as data that every checkpoint format takes.
+
+    ``torch.float32`` and its text are "float32"; numbers of other libraries, alone or in a tuple or a list, Python's.
+    """
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | torch.dtype):
+        return _DTYPES_BY_TEXT.get(str(value), value)
+    if isinstance(value, tuple | list) and value and isinstance(value[0], Real):
+        return (tuple if isinstance(value, tuple) else list)(map(_plain, value))
+    if type(value) in (bool, int, float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def bind(function: str, settings: type, args: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,6 +243,12 @@ def number(name: str, value: object) -> float:
     return float(value)
 
 
+def finite(name: str, value: object) -> None:
+    """Raise an error unless the value is a finite number."""
+    if not math.isfinite(number(name, value)):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
 def not_negative(name: str, value: object) -> None:
     """Raise an error unless the value is a finite number of at least 0."""
     if not 0.0 <= number(name, value) < float("inf"):
@@ -245,7 +263,7 @@ def positive(name: str, value: object) -> None:
 
 def whole_number(name: str, value: object) -> None:
     """Raise an error unless the value is an integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
 
 

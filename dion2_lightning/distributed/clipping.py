@@ -4,8 +4,8 @@
 on a mesh and beside it: under TP and under FSDP2 over TP. Here every mesh adds up its own.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,10 @@ from dion2_lightning.matrices.layout import local_gradient
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
+
+
+ROW: Final = 1024
+"""Entries of a gradient that a CPU sums up in float32."""
 
 
 @torch.no_grad()
@@ -83,6 +87,28 @@ def _sharding(parameter: Any) -> tuple[Any, tuple[int, ...]]:
     return (parameter.device_mesh, dims) if dims else (None, ())
 
 
+def _norms(gradients: list[Tensor], norm_type: float, dtype: torch.dtype) -> Sequence[Tensor]:
+    """The norms of gradients, 0-d."""
+    if gradients[0].device.type != "cpu":
+        return torch._foreach_norm(gradients, norm_type, dtype=dtype)
+    # A CPU adds up the entries of a tensor one after another: the norm of a large one would be off by 1e-2 in float32.
+    return [_norm(each, norm_type, dtype) for each in gradients]
+
+
+def _norm(gradient: Tensor, norm_type: float, dtype: torch.dtype) -> Tensor:
+    """The norm of a gradient on a CPU, from those of pieces of its memory; one that is not dense is copied."""
+    if gradient.numel() <= ROW:
+        whole: Tensor = torch.linalg.vector_norm(gradient, norm_type, dtype=dtype)
+        return whole
+    in_order = gradient.permute(sorted(range(gradient.ndim), key=gradient.stride, reverse=True))
+    flat = (in_order if in_order.is_contiguous() else gradient).reshape(-1)
+    rows = len(flat) // ROW * ROW
+    pieces = [flat[:rows].view(-1, ROW)] + ([flat[rows:].view(1, -1)] if rows < len(flat) else [])
+    norms = torch.cat([torch.linalg.vector_norm(each, norm_type, -1, dtype=dtype) for each in pieces])
+    norm: Tensor = torch.linalg.vector_norm(norms, norm_type, dtype=sum_dtype(gradient.device))
+    return norm
+
+
 def _power_sum(
     parameters: list[Tensor],
     sharding: tuple[Any, tuple[int, ...]],
@@ -97,11 +123,8 @@ def _power_sum(
     gradients = [local_gradient(parameter) for parameter in parameters]
     held = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
     # Half precision would round the norm to three digits, or overflow.
-    norms = [
-        norm
-        for members in group_by(held, lambda gradient: torch.promote_types(gradient.dtype, torch.float32)).items()
-        for norm in torch._foreach_norm(members[1], norm_type, dtype=members[0])
-    ]
+    alike = group_by(held, lambda gradient: (gradient.device, torch.promote_types(gradient.dtype, torch.float32)))
+    norms = [norm for (_, dtype), members in alike.items() for norm in _norms(members, norm_type, dtype)]
     device = parameters[0].device
     norms = [move_sums(norm, device) for norm in norms]
     powers = norms if norm_type == torch.inf else [norm**norm_type for norm in norms]

@@ -3,7 +3,8 @@
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 DISAGREE: Final = (
     "ranks share parameters but disagree about their settings (lr, weight_decay, dtypes, memory formats, ...), their "
-    "number, their names or order, or which of them are frozen; give all ranks the same groups"
+    "number, their names or order, or which of them are frozen, or have loaded different checkpoints; give all ranks "
+    "the same groups, and the same checkpoint"
 )
 
 
@@ -117,20 +119,50 @@ def on_every_rank(flag: Tensor, parameters: Sequence[Tensor], ranks: RanksAround
     return flag
 
 
-def check_agreement(descriptions: Sequence[str], parameters: Sequence[Tensor], ranks: RanksAround) -> None:
+def check_agreement(
+    descriptions: Sequence[Mapping[str, object]], parameters: Sequence[Tensor], ranks: RanksAround
+) -> None:
     """Raise an error on every rank where ranks that hold the same parameters describe them differently.
 
-    A number for each mesh, whatever the descriptions: what differs must not make the collectives differ.
+    A number for each mesh, whatever the descriptions: what differs must not make the collectives differ. They are
+    exchanged only where they do differ, to say how.
     """
     meshes = group_by(range(len(parameters)), lambda i: getattr(parameters[i], "device_mesh", None))
     for mesh, positions in meshes.items():
-        number = zlib.crc32(repr([descriptions[position] for position in positions]).encode())
-        extremes = torch.tensor([number, -number], device=parameters[positions[0]].device)
+        own = [{name: repr(value) for name, value in sorted(descriptions[each].items())} for each in positions]
+        device = parameters[positions[0]].device
+        number = zlib.crc32(repr(own).encode())
+        extremes = torch.tensor([number, -number], device=device)
         for group in ranks.groups(mesh):
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
         largest, smallest = extremes.tolist()
         if largest != -smallest:
-            raise RuntimeError(f"{DISAGREE}; this rank has {len(positions)} parameters on that mesh")
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where NCCL sends from
+                differences = [_difference(own, group) for group in ranks.groups(mesh)]
+            found = " ".join(filter(None, differences)) or "Other ranks of the mesh say what differs."
+            raise RuntimeError(f"{DISAGREE}. {found}")
+
+
+def _difference(own: list[dict[str, str]], group: "ProcessGroup") -> str:
+    """Say in what the descriptions of parameters first differ between ranks of a group; the same on all of them."""
+    checksums: list[list[int]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(checksums, [zlib.crc32(repr(each).encode()) for each in own], group=group)
+    rank_of = dist.get_process_group_ranks(group)
+    first, counts = checksums[0], [*map(len, checksums)]
+    for other, count in enumerate(counts):
+        if count != counts[0]:
+            return f"Rank {rank_of[0]} has {counts[0]} of the parameters, rank {rank_of[other]} has {count}."
+    place = next((place for place, each in enumerate(zip(*checksums, strict=True)) if len(set(each)) > 1), None)
+    if place is None:
+        return ""
+    there: list[dict[str, str]] = [{} for _ in checksums]
+    dist.all_gather_object(there, own[place], group=group)
+    other = next(other for other, its in enumerate(checksums) if its[place] != first[place])
+    one, another = there[0], there[other]
+    name = next(name for name in [*one, *another] if one.get(name) != another.get(name))
+    which = one["parameter"] if one["parameter"] != "None" else f"parameter {place + 1}"
+    values = f"{one.get(name)} on rank {rank_of[0]} and {another.get(name)} on rank {rank_of[other]}"
+    return f"Of {which} of shape {one['shape']}, {name} is {values}."
 
 
 def refuse_unreachable(parameter: Tensor, label: str, ranks: RanksAround) -> None:

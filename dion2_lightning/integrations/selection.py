@@ -1,6 +1,7 @@
 """What the callbacks of all frameworks have in common: arguments, a tracker, the file of its history, and pictures."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -103,7 +104,9 @@ class SelectionRecorder:
             return None
         if "://" not in str(chosen):
             path = Path(str(chosen))
-            return path if path.suffix == ".json" else path / FILE_NAME
+            path = path if path.suffix == ".json" else path / FILE_NAME
+            self._refuse_unwritable(path)
+            return path
         reason = f"{str(chosen)!r}, which is no local folder; pass one, or save_to=False"
         if self.save_to is not True:
             raise ValueError(f"{self.tracker.name}: save_to is {reason}")
@@ -111,6 +114,24 @@ class SelectionRecorder:
             message = f"{self.tracker.name}: the history is not saved, because save_to=True is {reason}"
             warnings.warn(message, SelectionWarning, stacklevel=2)
         return None
+
+    def _refuse_unwritable(self, path: Path) -> None:
+        """Find out before the training that the first rank, which saves it, cannot save the history."""
+        if not is_first_rank():
+            return
+        folder = next(each for each in path.absolute().parents if each.exists())
+        if path.is_dir():
+            problem = f"{str(path)!r} is a folder"
+        elif not folder.is_dir():
+            problem = f"{str(folder)!r} is a file"
+        elif not os.access(folder, os.W_OK):
+            problem = f"{str(folder)!r} is not writable"
+        else:
+            return
+        raise ValueError(
+            f"{self.tracker.name}: save_to: the history cannot be saved as {str(path)!r}, because {problem}; pass "
+            "another folder, a file that ends in .json, or save_to=False"
+        )
 
     def _save(self) -> None:
         """Save the history, if it has metrics, and log where it is; called on one rank."""

@@ -132,7 +132,9 @@ class Part:
         return not self.is_in_pieces
 
     def write(self, tensor: Tensor, copy: Tensor, *, taps_first: bool = False) -> None:
-        """Write the copy that :meth:`read` has returned, changed since, back to the tensor."""
+        """Write the copy that :meth:`read` has returned, changed since, back to the tensor; a view is there already."""
+        if copy.untyped_storage() is tensor.untyped_storage():
+            return
         if self.matrices.is_kernel:
             filters = self._filters(tensor)
             in_order = filters.movedim(2, -1) if taps_first else filters

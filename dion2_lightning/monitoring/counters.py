@@ -57,7 +57,7 @@ class TrackedParameter:
     def __init__(self, row: int, found: ObservedParameter) -> None:
         parameter: Any = found.parameter
         matrices, axis, selected, rank = found.observed
-        slices = matrices.slices_along(axis)
+        slices = matrices.shape[axis] if rank else matrices.slices_along(axis)  # a rank counts every tap
         is_stack = matrices.is_stack
         self.parameter, self.row = parameter, row
         self.source = parameter, matrices.name

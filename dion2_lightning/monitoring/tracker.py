@@ -165,7 +165,8 @@ class SelectionTracker:
     def moved(self, source: Source, change: Tensor) -> None:
         """Record by how much a part of some matrices changes; called by the optimizer."""
         if self._record is not None:
-            squares = torch.linalg.vector_norm(change).to(sum_dtype(change.device)).square().view(1)
+            norms = torch.linalg.vector_norm(change, dim=-1).to(sum_dtype(change.device))
+            squares = norms.square().sum().view(1)
             self._record.squares.append((self._tracked(source), squares))
 
     def _tracked(self, source: Source) -> TrackedParameter:

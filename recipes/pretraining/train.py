@@ -166,8 +166,14 @@ def validate(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Any]
 
 def train(settings: Settings) -> float:
     """Trains, and returns the validation loss in nats a token. Every rank calls it."""
-    if settings.warmup + settings.decay > 1:
-        raise ValueError(f"--warmup {settings.warmup}, --decay {settings.decay}: they are more than all steps together")
+    counts = ("steps", "batch_size", "log_every", "validate_every", "checkpoint_every")
+    for name, value in ((name, getattr(settings, name)) for name in counts):
+        if value < 1:
+            raise ValueError(f"--{name} {value}: it must be at least 1")
+    if min(settings.warmup, settings.decay) < 0 or settings.warmup + settings.decay > 1:
+        raise ValueError(
+            f"--warmup {settings.warmup}, --decay {settings.decay}: they are shares of the steps, together at most 1"
+        )
     if not settings.resume and (settings.output / "checkpoints").exists():
         raise ValueError(f"--output {settings.output} holds checkpoints. Give --resume true, or another folder.")
     accelerator = make_accelerator(settings)

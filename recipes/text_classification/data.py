@@ -29,6 +29,8 @@ def load_texts(
     """Return the rows to train on and those for validation: texts and numbered labels."""
     rows = load_rows(dataset, subset, "train", text_column, label_column)
     if isinstance(validation, int):
+        if validation < 1:
+            raise ValueError(f"--validation {validation}: it must be the name of a part, or a number of rows over 0")
         return split_rows(rows, validation)
     return split_rows(rows, load_rows(dataset, subset, validation, text_column, label_column))
 

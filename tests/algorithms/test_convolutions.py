@@ -238,3 +238,21 @@ def test_channels_last_copies_no_weight(monkeypatch: pytest.MonkeyPatch) -> None
 def test_bad_input(shape: tuple[int, ...], entries: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=rf"^group 'mine': parameter 'w' of shape .*{message}"):
         Dion2([{"params": [("w", nn.Parameter(torch.ones(shape)))], "name": "mine", **entries}], lr=0.1)
+
+
+@pytest.mark.parametrize("algorithm", ["dion2", "dion"])
+@pytest.mark.parametrize("shape", [(12, 1, 10), (12, 6, 1, 4), (12, 6, 4, 1)], ids=str)
+def test_kernels_whose_axes_lie_in_memory_in_another_order(shape, algorithm):
+    """As those that come from other frameworks: (taps, in, out) there. What is read of some of them is a view."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=generator)
+    gradients = [torch.randn(shape, generator=generator) for _ in range(3)]
+    results = []
+    for order in (range(len(shape)), range(len(shape) - 1, -1, -1)):
+        weight = nn.Parameter(values.permute(*order).contiguous().permute(*order).clone())
+        optimizer = Dion2([{"params": [weight], "algorithm": algorithm, "convolution": True}], lr=0.1)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        results.append(weight.detach().contiguous())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)

@@ -9,9 +9,9 @@ from torch import nn
 from dion2_lightning import clip_grad_norm_
 
 
-def with_gradients() -> nn.Module:
+def with_gradients(width: int = 3) -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(3, 3))
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, width), nn.Linear(width, 3))
     for parameter in list(model.parameters())[:4]:
         parameter.grad = torch.randn_like(parameter)
     return model
@@ -19,8 +19,10 @@ def with_gradients() -> nn.Module:
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
-def test_equals_torch(max_norm, norm_type):
-    ours, theirs = with_gradients(), with_gradients()
+@pytest.mark.parametrize("width", [3, 128, 256, 300])
+def test_equals_torch(max_norm, norm_type, width):
+    """Also of as many entries as are summed up at once, twice as many, and more."""
+    ours, theirs = with_gradients(width), with_gradients(width)
     norm = clip_grad_norm_(ours.parameters(), max_norm, norm_type)
     expected = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm, norm_type)
     torch.testing.assert_close(norm, expected)
@@ -61,3 +63,22 @@ def test_bad_input():
         clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
     for parameter, gradient in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        torch.full((1000, 20000), 0.1),
+        torch.full((20000, 1000), 0.1).mT,
+        torch.full((20_000_001,), 0.1),
+        torch.full((20_000_000, 1), 0.1),
+        torch.full((10_000_000, 4), 0.1)[:, ::2],
+    ],
+    ids=["matrix", "turned", "vector", "column", "with gaps"],
+)
+def test_the_norm_of_a_large_gradient(gradient):
+    """One float32 sum over all of it would be off by up to 1e-2."""
+    parameter = nn.Parameter(torch.empty_like(gradient))
+    parameter.grad = gradient
+    expected = gradient.numel() ** 0.5 * gradient.flatten()[0].double().item()
+    assert clip_grad_norm_(parameter, 1e9).item() == pytest.approx(expected, rel=1e-5)

@@ -96,6 +96,7 @@ def check_gradients_and_settings() -> None:
     mesh = init_device_mesh("cpu", (2,))
     check_settings_that_differ(mesh)
     check_names_and_frozen_parameters_that_differ(mesh)
+    check_what_differs_is_named(mesh)
     check_working_memory_that_differs(mesh)
     check_gradients_that_nothing_has_averaged()
     check_gradients_of_what_was_frozen()
@@ -315,6 +316,30 @@ def check_settings_that_differ(mesh: DeviceMesh) -> None:
             with pytest.raises(RuntimeError, match="ranks share parameters but disagree about their settings"):
                 optimizer.step()
             assert_refuses_until_load(optimizer, saved)
+            optimizer.step()
+
+
+def check_what_differs_is_named(mesh: DeviceMesh) -> None:
+    """Of the first parameter: a setting, and what each rank says; also where one rank alone has loaded a checkpoint."""
+    is_second = dist.get_rank() == 1
+    for on_mesh, settings in ((mesh, {}), (None, {"process_group": dist.group.WORLD})):
+        parameters = parameters_of(on_mesh)
+        optimizer = optimizer_of(parameters, lr=0.02 if is_second else 0.01, **settings)
+        set_gradients(parameters, whole(seed=1))
+        with pytest.raises(RuntimeError, match=r"Of '?.* of shape \(.*\), lr is 0.01 on rank 0 and 0.02 on rank 1\."):
+            optimizer.step()
+    for share_replicas in (None, False):  # alone, each rank may go on from where it is
+        parameters = parameters_of(None)
+        optimizer = optimizer_of(parameters, process_group=dist.group.WORLD, share_replicas=share_replicas)
+        set_gradients(parameters, whole(seed=1))
+        optimizer.step()
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer.step()
+        optimizer.load_state_dict(saved if is_second else copy.deepcopy(optimizer.state_dict()))
+        if share_replicas is False:
+            optimizer.step()
+            continue
+        with pytest.raises(RuntimeError, match=r"number of steps is 2 on rank 0 and 1 on rank 1\."):
             optimizer.step()
 
 
@@ -544,7 +569,7 @@ def check_first_steps_that_differ() -> None:
     one_less = parameters_of(mesh)
     optimizer = Dion2([one_less["wide"]] if is_second else [one_less["wide"], one_less["tall"]])
     set_gradients(one_less, whole(seed=1))
-    with pytest.raises(RuntimeError, match=f"this rank has {1 if is_second else 2} parameters on that mesh"):
+    with pytest.raises(RuntimeError, match=r"Rank 0 has 2 of the parameters, rank 1 has 1\."):
         optimizer.step()
     check_first_step_at_lr_zero_on_one_rank()
 

@@ -407,6 +407,16 @@ def test_what_is_refused() -> None:
         trainer.fit(Module())
 
 
+@pytest.mark.parametrize(("place", "why"), [("file", "is a file"), ("file/a", "is a file"), ("a.json", "is a folder")])
+def test_a_place_that_cannot_be_saved_to_is_refused_before_the_training(place: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "a.json").mkdir()
+    trainer = make_trainer("one device", 3, callbacks=[SelectionMonitor(save_to=tmp_path / place)])
+    with pytest.raises(ValueError, match=f"SelectionMonitor: save_to: the history cannot be saved as .*{why}"):
+        trainer.fit(Module())
+    assert trainer.global_step == 0
+
+
 def test_the_last_of_two_monitors_records() -> None:
     first, second = SelectionMonitor(), Second(every=1)
     trainer = make_trainer("one device", 3, gradient_clip_val=None, callbacks=[first, second])

@@ -299,3 +299,15 @@ def test_resume_and_file(tmp_path: Path) -> None:
     assert history.infos[0] == ("its wide", "wide", 1, 12, 0, False, 3)
     history.load_state_dict({**history.state_dict(), "kinds": [list(each[:5]) for each in history.infos]})
     assert history.infos[0] == ("its wide", "wide", 1, 12, 0, True, 0)
+
+
+def test_the_rank_of_a_convolution_counts_its_taps():
+    """Of 4 channels with 3 taps each the shorter axis has 12 entries, not 4."""
+    weight = nn.Parameter(torch.randn(32, 4, 3, generator=torch.Generator().manual_seed(0)))
+    weight.grad = torch.randn_like(weight)
+    optimizer = Dion2([{"params": [weight], "algorithm": "dion", "convolution": True, "rank_fraction": 0.5}], lr=0.1)
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    optimizer.step()
+    metrics = tracker.pop_metrics()
+    assert metrics is not None and set(OF_SUBSPACES) <= metrics.overall.keys()

@@ -853,3 +853,20 @@ def test_blocks_have_metrics_under_their_names(algorithm: str) -> None:
         "its/qkv[k]": 1,
         "its/qkv[v]": 1,
     }
+
+
+def test_the_update_of_a_large_matrix() -> None:
+    """All its entries change by one size: a single float32 sum of their squares would be off by 2e-3."""
+    weight = nn.Parameter(torch.zeros(4096, 4096))
+    weight.grad = torch.ones(4096, 4096)
+    optimizer = Dion2(
+        [weight], lr=0.1, weight_decay=0.0, orthonormalize=lambda submatrices: torch.ones_like(submatrices)
+    )
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    optimizer.step()
+    metrics = tracker.pop_metrics()
+    assert metrics is not None
+    moved = weight.detach()[optimizer.selection_of(weight).indices].double()
+    expected = (moved.square().sum() / weight.numel()).sqrt().item()
+    assert metrics.overall["update_rms"] == pytest.approx(expected, rel=1e-5)

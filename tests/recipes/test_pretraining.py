@@ -322,7 +322,12 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"warmup": 0.6, "decay": 0.6}, "--warmup 0.6, --decay 0.6: they are more than all steps"),
+            (
+                {"warmup": 0.6, "decay": 0.6},
+                "--warmup 0.6, --decay 0.6: they are shares of the steps, together at most 1",
+            ),
+            ({"warmup": -1.0}, "--warmup -1.0, --decay 0.5: they are shares of the steps"),
+            ({"validate_every": 0}, "--validate_every 0: it must be at least 1"),
             ({"micro_batch_size": 3}, "--batch_size 8 is no multiple of 1 ranks times 3 windows"),
             ({"length": 30_000}, "0 windows of --length 30000 to train on, 0 to validate on"),
         ],

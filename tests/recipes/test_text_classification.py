@@ -270,7 +270,8 @@ class TestRefused:
         ("arguments", "message"),
         [
             (["--validation=100000"], r"validation: it has \d{4} rows and leaves 0 to train on"),
-            (["--validation=0"], r"validation: it has 0 rows and leaves \d{4} to train on"),
+            (["--validation=0"], "--validation 0: it must be the name of a part, or a number of rows over 0"),
+            (["--validation=-5"], "--validation -5: it must be the name of a part"),
             (["--validation=test"], r"validation: it has \d{4} rows and leaves 0 to train on"),
             (["--optimizer.algorithm=adamw"], "control: it is adamw too, and would overwrite the first run"),
             (["--resume=true"], "resume: there is no checkpoint in"),
