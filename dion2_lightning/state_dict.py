@@ -363,7 +363,8 @@ def _in_order(old: Group, new: Group, prefix: str) -> list[Any]:
         # put them in the present order and into the present groups, but left param_names as they are in the file.
         is_same_group = not names or set(names) == set(wanted) or _are_of_part(names, of_module)
         if is_same_group and set(of_module) == set(wanted):
-            return [dict(zip(of_module, ids, strict=True))[name] for name in wanted]
+            by_name = dict(zip(of_module, ids, strict=True))
+            return [by_name[name] for name in wanted]
         if is_same_group and all(_is_part(name, each) for each, name in zip(of_module, wanted, strict=True)):
             return ids
         are_paired = len(names) == len(ids) and all(map(_is_part, names, of_module))
@@ -377,13 +378,13 @@ def _in_order(old: Group, new: Group, prefix: str) -> list[Any]:
     if not names:
         return ids
     if set(names) != set(wanted):
-        by_name = any(isinstance(each, str) for each in ids)
+        are_named = any(isinstance(each, str) for each in ids)
         numbered = ", and number the parameters, in the groups and in the state, instead of naming them"
         raise ValueError(
             f"{prefix}: the names of the parameters differ; only in the checkpoint: "
             f"{_some(sorted(set(names) - set(wanted)))}; only in this optimizer: "
             f"{_some(sorted(set(wanted) - set(names)))}. To load by position, remove 'param_names' from the "
-            f"checkpoint's groups{numbered if by_name else ''}"
+            f"checkpoint's groups{numbered if are_named else ''}"
         )
     if len(names) != len(ids):
         raise ValueError(f"{prefix}: the checkpoint has {len(names)} names for {len(ids)} parameters; it is damaged")

@@ -54,7 +54,7 @@ _ROUTER_CLASS = re.compile(r"Router|Top(K|k|\d)\w*Gat|Mo[Ee](V\d+)?Gate$")
 _HIDDEN_SIZE_NAMES = ("hidden_size", "d_model", "embed_dim", "embedding_dim", "model_dim", "dim", "hidden_dim")
 _FROM_HIDDEN = re.compile(r"gate|up|^w1$|^w3$|^v1$|^wi|c_fc|^fc1")
 _TO_HIDDEN = re.compile(r"down|^w2$|^wo$|c_proj|^fc2")
-_NAMES_GATE = re.compile(r"(^|_)(gates?|gating|routers?)(_|$)")
+_CALLED_GATE = re.compile(r"(^|_)(gates?|gating|routers?)(_|$)")
 _EXPERT_COUNT = re.compile(r"(^|_)n(um)?_(\w+_)?experts$")
 _EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -63,7 +63,7 @@ _TRANSPOSED_CONVOLUTION = nn.modules.conv._ConvTransposeNd
 _PATCH_EMBEDDING = re.compile("patch_?embed", re.IGNORECASE)
 _PIXEL_CHANNELS = 4  # red, green, blue, and a fourth
 _SEVERAL = (nn.ModuleList, nn.ModuleDict)
-_NAMES_HEAD = re.compile(r"(^|_)(heads?|classifiers?)$")
+_CALLED_HEAD = re.compile(r"(^|_)(heads?|classifiers?)$")
 _HEAD_NAME = re.compile(r"(^|_)(heads?|class_embed|class_predictor)$")
 _OUTPUT_COUNT = re.compile(r"(?<!type_)vocab_size|num_embeddings$|^num_classes$")
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -235,13 +235,13 @@ def _networks_beside(tree: ModelTree) -> set[nn.Module]:
             inside = list(zip(path.names, path.modules[1:], strict=False))
             parts = [module for _, module in inside if module not in holders and not isinstance(module, _SEVERAL)]
             layers.update(parts[:1])
-            if any(_NAMES_HEAD.search(name) for name, _ in inside):
+            if any(_CALLED_HEAD.search(name) for name, _ in inside):
                 heads.update(parts[:1])
     return {module for module, count in layers.items() if count > MAX_LAYERS_OF_HEAD} - heads
 
 
 def _router(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
-    # The root and whole transformers models may have "Router" in their names for other reasons, and what holds experts.
+    # The root, whole transformers models and blocks that hold experts may have such names for other reasons.
     named = (module for module in path.modules[1:] if _ROUTER_CLASS.search(type(module).__name__))
     if (
         "router" in path.module_name(1).lower()
@@ -460,7 +460,7 @@ def _has_a_row_for_each_expert(parameter: nn.Parameter, path: ModulePath) -> boo
     gates = [
         place
         for place, name in enumerate(path.names[:-2])
-        if _NAMES_GATE.search(name.lower()) or (place == outer and re.search("gat|rout", name.lower()))
+        if _CALLED_GATE.search(name.lower()) or (place == outer and re.search("gat|rout", name.lower()))
     ]
     blocks = path.modules[gates[-1] : -1] if gates else path.modules[-2:-1]
     return _is_linear_weight(parameter, path) and any(parameter.shape[0] in _expert_counts(each) for each in blocks)
@@ -470,7 +470,7 @@ def _expert_counts(block: nn.Module) -> set[int]:
     counts: set[int] = set()
     for name, child in block.named_children():
         experts = unwrap(child)
-        if not _names_experts(name, experts) or "shared" in name or _NAMES_GATE.search(name.lower()):
+        if not _names_experts(name, experts) or "shared" in name or _CALLED_GATE.search(name.lower()):
             continue
         lists = [experts, *(inner for its_name, inner in experts.named_children() if "expert" in its_name.lower())]
         counts.update(len(each) for each in lists if isinstance(each, nn.ModuleList | nn.ModuleDict))

@@ -1366,6 +1366,8 @@ Deep.__name__ = "MlpGLU"
     [
         (nn.Sequential(nn.Linear(32, 64), GEGLU(), nn.Linear(32, 32)), {"0.weight": "up 32 | gate 32"}),
         (nn.Sequential(nn.Linear(32, 64), nn.GLU(), nn.Linear(64, 32)), {}),
+        (nn.Sequential(nn.Linear(32, 64), nn.GLU()), {"0.weight": "up 32 | gate 32"}),
+        (nn.Sequential(nn.Linear(32, 128), GEGLU(128, 128), nn.Linear(64, 8)), {}),
         (nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)), {}),
         (nn.Sequential(nn.Conv1d(32, 64, 3), nn.GLU(dim=1), nn.Conv1d(32, 32, 3)), {"0.weight": "up 32 | gate 32"}),
         (nn.Sequential(GEGLU(32, 256), nn.Linear(128, 32)), {"0.proj.weight": "up 128 | gate 128"}),
@@ -1383,6 +1385,11 @@ Deep.__name__ = "MlpGLU"
 def test_what_is_gated_outside_transformers(model: nn.Module, splits: dict[str, str]) -> None:
     found = {name: each.splits for name, each in decide(model).items() if each.splits != "whole"}
     assert found == splits
+
+
+def test_of_transformers_only_what_has_been_read_is_split() -> None:
+    of_transformers = type("SomeGLU", (GEGLU,), {"__module__": "transformers.models.some.modeling_some"})
+    assert decide(nn.Sequential(of_transformers(32, 256)))["0.proj.weight"].splits == "whole"
 
 
 def test_what_does_not_fit_is_kept_whole() -> None:

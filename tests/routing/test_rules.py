@@ -191,11 +191,12 @@ class TestHeads:
                 self.body, self.heads = nn.Linear(8, 8), nn.ModuleList(heads)
 
             def get_classifier(self) -> Any:
-                return tuple(self.heads) if len(self.heads) > 1 else self.heads[0] if self.heads else self.missing
+                heads = list(self.heads)
+                return [tuple(heads), heads][len(heads) % 2] if len(heads) > 1 else heads[0] if heads else self.missing
 
         assert not [each for each in decide(OfTimm(nn.Linear(8, 4))).values() if each.role is Role.HEAD]
         OfTimm.__module__ = "timm.models.some"
-        for count in range(3):
+        for count in range(4):
             decisions = decide(OfTimm(*(nn.Linear(8, 4) for _ in range(count))))
             found = [name for name, each in decisions.items() if each.role is Role.HEAD]
             assert found == [f"heads.{number}.weight" for number in range(count)]
@@ -685,6 +686,8 @@ def test_lora_of_other_packages(as_layers: bool) -> None:
     assert all(each.low_rank for each in decisions)
     assert {each.algorithm for each in decide(nn.Sequential(Layer(4)), lora="adamw").values()} == {"adamw"}
     assert not any("lora" in each.role for each in decide(nn.Sequential(Layer(5))).values())
+    alone = nn.ModuleDict({"lora_a": nn.Linear(24, 4, bias=False)})
+    assert decide(nn.Sequential(alone))["0.lora_a.weight"].role is Role.MATRIX
 
 
 def test_lora_factors_of_an_embedding_in_loralib() -> None:
@@ -733,6 +736,15 @@ class OwnBlock(nn.Module):
         (OwnBlock(OwnExperts({"w1": (64, 32), "w2": (32, 64)}, dim=32, hidden_dim=64)), [False, False]),
         (OwnBlock(OwnExperts({"c_fc": (32, 64), "c_proj": (64, 32)}), gate=nn.Linear(32, 4)), [True, True]),
         (OwnBlock(OwnExperts({"w1": (64, 32), "w2": (32, 64)}, hidden_dim=64), gate=nn.Linear(32, 4)), [False, False]),
+        # The router beside may be one module further out, and what has another number of rows is none.
+        (
+            OwnBlock(
+                nn.ModuleDict({"mlp": OwnExperts({"w1": (64, 32), "w2": (32, 64)}, hidden_dim=64)}),
+                aggregate=nn.Linear(64, 8),
+                gate=nn.Linear(32, 4),
+            ),
+            [False, False],
+        ),
         # As DBRX's, but in three dimensions: all of one shape.
         (OwnBlock(OwnExperts({"w1": (64, 32), "v1": (64, 32), "w2": (64, 32)}, hidden_size=32)), [False, False, True]),
     ],
