@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.algorithm import Algorithm, StateTensor
+from dion2_lightning.parameter_groups import labelled_parameters
 
 UNCAPTURED: Final = "a CUDA graph cannot hold this step of Dion2: "
 
@@ -34,7 +35,7 @@ def refuse_capture(optimizer: Any) -> None:
         raise RuntimeError(
             f"{UNCAPTURED}kernels='triton' reads tables that are gone by a replay; pass kernels='torch' or 'auto'"
         )
-    for group, parameter, label in optimizer._labelled():
+    for group, parameter, label in labelled_parameters(optimizer.param_groups):
         algorithm = ALGORITHMS[group["algorithm"]]
         if not group["capturable"]:
             raise RuntimeError(f"{UNCAPTURED}group {group['name']!r} is not capturable; pass capturable=True")

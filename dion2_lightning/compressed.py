@@ -15,13 +15,12 @@ from dion2_lightning.distributed.replicas import (
     same_on_replicas,
 )
 from dion2_lightning.matrices.layout import is_dtensor, local, local_gradient
+from dion2_lightning.parameter_groups import Labelled
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
 
 Groups = Sequence[Mapping[str, Any]]
-Labelled = tuple[Mapping[str, Any], Tensor, str]
-"""A parameter's group, the parameter, and its name for error messages."""
 
 WITHOUT_REPLICAS: Final = (
     "sync='compressed' needs ranks that hold replicas, and this optimizer knows of none: pass strategy= to "

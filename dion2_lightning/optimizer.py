@@ -27,7 +27,6 @@ from dion2_lightning.algorithms.hyperparameters import (
     check_values,
     checks_of,
     defaults_of,
-    finite,
     numbers,
     plain,
 )
@@ -43,28 +42,24 @@ from dion2_lightning.distributed.clipping import clip_grad_norm_
 from dion2_lightning.distributed.collectives import (
     RanksAround,
     check_agreement,
-    on_any_rank,
-    on_every_rank,
-    place_gradients,
     refuse_unreachable,
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
 from dion2_lightning.distributed.replicas import compare_gradients
-from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.fused import is_capturing
-from dion2_lightning.kernels.gate import Gate, are_finite
+from dion2_lightning.kernels.gate import Gate
 from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.lists import group_by
-from dion2_lightning.matrices.layout import is_dtensor, local, local_gradient, moved, number_of_parts, refuse_misplaced
+from dion2_lightning.matrices.layout import is_dtensor, moved, number_of_parts
 from dion2_lightning.matrices.views import ObservedParameter
-from dion2_lightning.offload import Offloading, Visit, cut_into_visits, kept, refuse_device
+from dion2_lightning.offload import Offloading, Visit, cut_into_visits, kept
 from dion2_lightning.parameter_groups import (
     Group,
     algorithm_of,
     check_names,
     check_parameters,
+    labelled_parameters,
     parameter_names,
-    refuse_flattened,
     refuse_misplaced_rates,
     tensor_rates,
     unique_name,
@@ -79,12 +74,19 @@ from dion2_lightning.state_dict import (
     restore_in_place,
     shares_memory,
 )
+from dion2_lightning.step_checks import (
+    check_gradients,
+    check_kinds_of_gradients,
+    check_placements,
+    check_settings,
+    creates_state_alone,
+    described,
+    gradients_are_finite,
+    settings_of,
+)
 
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
-
-NOT_SETTINGS: Final = ("params", "param_names", "initial_lr", "given_lr")
-"""Entries of groups that say nothing about the update."""
 
 NOT_COPIED: Final = {
     "process_group": "its process group, so it updates redundantly on every rank",
@@ -238,39 +240,43 @@ class MatrixOptimizer(Optimizer):
         self._refuse_after_failure()
         if is_capturing():
             refuse_capture(self)
-        self._check_settings()
-        self._compressed.refuse_change(self.param_groups)
-        self._check_placements()
-        self._check_kinds_of_gradients()
+        groups = self.param_groups
+        self._check_attributes()
+        check_settings(groups)
+        ranks = self._ranks()
+        self._compressed.refuse_change(groups)
+        check_placements(groups, is_offloaded=self.offload is not None, needs_triton=self.kernels == "triton")
+        check_kinds_of_gradients(groups)
         self._check_agreement()
         self._check_averaged()
-        self._check_gradients()
-        skipped = set() if self.state else self._skipped_on_init_step()
-        if not skipped:  # torch.distributed.checkpoint takes such a step with rates of its own
-            for group in self.param_groups:
+        check_gradients(groups, ranks)
+        creates_state = not self.state and creates_state_alone(groups, ranks)
+        if not creates_state:  # torch.distributed.checkpoint takes such a step with rates of its own
+            for group in groups:
                 refuse_misplaced_rates(group, f"group {group['name']!r}: ")
         if self.is_compressing and self.process_group is not None:
-            self._compressed.average(list(self._labelled()), self.param_groups, self.process_group)
+            self._compressed.average(list(labelled_parameters(groups)), groups, self.process_group)
         gates = self._gates()
         if self.max_grad_norm is not None:
-            parameters = [parameter for _, parameter, _ in self._labelled() if parameter.requires_grad]
+            parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
             norm = clip_grad_norm_(parameters, self.max_grad_norm, replicas=self._compressed_parameters())
             self.grad_norm = self._left_in_place("grad_norm", norm)
         self._prepare_state()
         selections: dict[tuple[Tensor, str], Selection] = {}
-        members, working_memory = self._members(skipped), self._working_memory()
+        members = [] if creates_state else self._members()
+        working_memory = self._working_memory()
         visits = [Visit(members)]
         if visits[0].size:
             working_memory //= 2  # the other half is for the state of two visits
             visits = cut_into_visits(members, working_memory)
         context = StepContext(
-            settings_checksum=zlib.crc32(repr([_settings_of(group) for group in self.param_groups]).encode()),
+            settings_checksum=zlib.crc32(repr([settings_of(group) for group in groups]).encode()),
             orthonormalize=self.orthonormalize,
             process_group=self.process_group,
             share_replicas=self.share_replicas,
             working_memory=working_memory,
             kernels=self.kernels,
-            observer=None if skipped else self.observer,
+            observer=None if creates_state else self.observer,
             selections=selections,
             fallbacks=self.fallbacks,
             gates=gates,
@@ -289,7 +295,7 @@ class MatrixOptimizer(Optimizer):
         }
         if context.observer is not None:
             context.observer.end_step()
-        self._compressed.momenta_differ |= bool(self._compressed_parameters()) and not skipped
+        self._compressed.momenta_differ |= bool(self._compressed_parameters()) and not creates_state
         self._failure = None
 
     def selection_of(self, parameter: Tensor, block: str = "") -> Selection | None:
@@ -354,7 +360,9 @@ class MatrixOptimizer(Optimizer):
         """
         if self.process_group is None or not self.is_compressing:
             return {}
-        on_meshes = {each: self.process_group for _, each, _ in self._labelled() if is_dtensor(each)}
+        on_meshes = {
+            each: self.process_group for group in self.param_groups for each in group["params"] if is_dtensor(each)
+        }
         return {**on_meshes, **self._compressed_parameters()}
 
     @torch.no_grad()
@@ -538,19 +546,13 @@ class MatrixOptimizer(Optimizer):
         options = {key: value for key, value in group.items() if key not in ("params", "param_names", "name")}
         return [{**routed, **options} for routed in self.route_parameters(group["params"])]
 
-    def _labelled(self) -> Iterator[tuple[Group, Tensor, str]]:
-        """Every parameter with its group and its name for error messages."""
-        for group in self.param_groups:
-            for parameter, name in zip(group["params"], parameter_names(group), strict=True):
-                yield group, parameter, f"group {group['name']!r}: {name}"
-
-    def _members(self, skipped: Collection[Tensor]) -> list[Member]:
+    def _members(self) -> list[Member]:
         """The parameters of a step, also those without a gradient: other ranks may have it."""
         names = [name for group in self.param_groups for name in unwrapped_names(group)]
         return [
             Member(parameter, self.state[parameter], group, label, name)
-            for (group, parameter, label), name in zip(self._labelled(), names, strict=True)
-            if parameter.requires_grad and parameter not in skipped
+            for (group, parameter, label), name in zip(labelled_parameters(self.param_groups), names, strict=True)
+            if parameter.requires_grad
         ]
 
     def _plan(self, members: Sequence[Member], context: StepContext) -> list[StepWork]:
@@ -570,130 +572,32 @@ class MatrixOptimizer(Optimizer):
             )
         check_values({name: getattr(self, name) for name in STEP_SETTINGS}, checks_of(StepSettings))
 
-    def _check_settings(self) -> None:
-        """Refuse what groups and attributes cannot say, as when they were made: they may have been changed since.
-
-        Learning rate and weight decay may be any finite number: schedules set them, some of them a rounding error under
-        zero. What rates that are tensors hold is not checked, for the host would wait.
-        """
-        self._check_attributes()
-        settings_of: dict[str, Collection[str]] = {}
-        for group in self.param_groups:
-            prefix = f"group {group['name']!r}: "
-            algorithm = algorithm_of(group, prefix)
-            if algorithm.name not in settings_of:
-                settings_of[algorithm.name] = algorithm.defaults().keys()
-            settings = settings_of[algorithm.name]
-            if missing := [name for name in settings if name not in group]:
-                raise ValueError(
-                    f"{prefix}has no {missing[0]!r}, which algorithm {algorithm.name!r} needs; a group's algorithm is "
-                    "chosen when it is added"
-                )
-            given = plain({name: group[name] for name in settings})
-            group.update(given)
-            for name in tensor_rates(group):
-                del given[name]
-            for name in ("lr", "weight_decay"):
-                if name in given:
-                    finite(f"{prefix}{name}", given.pop(name))
-            algorithm.check_settings(given, prefix)
-
-    def _check_placements(self) -> None:
-        """Refuse parameters that cannot be updated as they are placed now, before ranks talk to each other."""
-        for group, parameter, label in self._labelled():
-            refuse_flattened(parameter, label)
-            refuse_misplaced(parameter, label)
-            ALGORITHMS[group["algorithm"]].check_parameter(parameter, label, group)
-            if self.offload is not None:
-                refuse_device(parameter, label)
-        if self.kernels == "triton":
-            for device in {local(parameter).device for _, parameter, _ in self._labelled()}:
-                reason = fused.unavailable(device)
-                if reason is not None:
-                    raise ValueError(
-                        f"kernels='triton' cannot run on {device}: {reason}; with 'auto' torch takes their place"
-                    )
-
-    def _check_kinds_of_gradients(self) -> None:
-        """Refuse gradients that have no update, before ranks compare anything."""
-        for group in self.param_groups:
-            for parameter, name in zip(group["params"], parameter_names(group), strict=True):
-                gradient = parameter.grad if parameter.requires_grad else None
-                if gradient is None:
-                    continue
-                if gradient.layout != torch.strided:
-                    raise ValueError(
-                        f"group {group['name']!r}: {name} has a gradient stored as {gradient.layout}; use sparse=False"
-                    )
-                if is_dtensor(parameter) and not is_dtensor(gradient):
-                    raise TypeError(
-                        f"group {group['name']!r}: {name} is a DTensor, and its gradient a plain tensor; "
-                        "distribute_tensor makes a DTensor of it"
-                    )
-
-    def _check_gradients(self) -> None:
-        """Refuse gradients with NaN or Inf where groups ask for that, before weights or state are changed."""
-        everything = [each for each in self._labelled() if each[1].requires_grad]
-        place_gradients(parameter for _, parameter, _ in everything)
-        checked = [(label, parameter) for group, parameter, label in everything if group["check_finite"] is True]
-        if not checked:
-            return
-        labels, parameters = zip(*checked, strict=True)
-        flags = [is_finite.logical_not() for is_finite in _have_finite_gradients(parameters)]
-        for label, is_broken in zip(labels, on_any_rank(flags, parameters, self._ranks()), strict=True):
-            if is_broken:
-                raise FloatingPointError(f"{label} has a gradient with NaN or Inf; no weight and no state was changed")
-
     def _gates(self) -> dict[torch.device, Gate]:
         """What lets the step through on each device, where ``check_finite`` asks to skip it for a bad gradient.
 
         All ranks decide alike, and all groups are skipped together.
         """
-        checked = [
-            parameter
-            for group, parameter, _ in self._labelled()
-            if group["check_finite"] == "skip" and parameter.requires_grad
-        ]
-        if not checked:
+        is_open = gradients_are_finite(self.param_groups, self._ranks())
+        if is_open is None:
             return {}
-        parameters = [parameter for _, parameter, _ in self._labelled()]
-        by_device = group_by(_have_finite_gradients(checked), lambda is_finite: is_finite.device).values()
-        of_devices = [torch.stack(flags).all().to(checked[0].device) for flags in by_device]
-        is_open = on_every_rank(torch.stack(of_devices).all(), parameters, self._ranks())
         self._skipped_steps = self._left_in_place("skipped_steps", self._skipped_steps + is_open.logical_not())
-        return {device: Gate(is_open.to(device)) for device in dict.fromkeys(each.device for each in parameters)}
+        devices = dict.fromkeys(parameter.device for group in self.param_groups for parameter in group["params"])
+        return {device: Gate(is_open.to(device)) for device in devices}
 
     def _check_agreement(self) -> None:
         """Compare parameters and settings with the other ranks: at the first step, after loads and added groups."""
         if self._is_agreed:
             return
-        shared = [each for each in self._labelled() if is_dtensor(each[1]) or self.process_group]
+        labelled = list(labelled_parameters(self.param_groups))
+        shared = [each for each in labelled if is_dtensor(each[1]) or self.process_group]
         for _, parameter, label in shared:
             refuse_unreachable(parameter, label, self._ranks())
         if self.is_compressing:
-            labelled = list(self._labelled())
             group = refuse_without_replicas(labelled, self.process_group, self.share_replicas)
             self._compressed.refuse_other_weights(labelled, group)
-        settings = {id(group): _settings_of(numbers(group)) for group in self.param_groups} if shared else {}
-        names = {
-            parameter: name
-            for group in self.param_groups
-            if group.get("param_names") is not None  # else nothing tells that ranks have other orders
-            for parameter, name in zip(group["params"], unwrapped_names(group), strict=True)
-        }
-        descriptions = [
-            {
-                "parameter": names.get(parameter),
-                "shape": tuple(parameter.shape),
-                "dtype": parameter.dtype,
-                "requires_grad": parameter.requires_grad,
-                "number of steps": self._steps_of(parameter, group),
-                "precision": ALGORITHMS[group["algorithm"]].agreement(parameter, group),
-                **{name: getattr(self, name) for name in STEP_SETTINGS if name != "kernels"},
-                **dict(settings[id(group)]),
-            }
-            for group, parameter, _ in shared
-        ]
+        attributes = {name: getattr(self, name) for name in STEP_SETTINGS if name != "kernels"}
+        steps = [self._steps_of(parameter, group) for group, parameter, _ in shared]
+        descriptions = described(shared, attributes, steps)
         check_agreement(descriptions, [parameter for _, parameter, _ in shared], self._ranks())
         self._is_agreed = True
 
@@ -713,7 +617,8 @@ class MatrixOptimizer(Optimizer):
             for parameter in group["params"]
             if parameter.requires_grad and parameter not in self._compared and not is_dtensor(parameter)
         }
-        labelled = [(parameter, label) for _, parameter, label in self._labelled() if parameter in new] if new else []
+        everything = labelled_parameters(self.param_groups) if new else ()
+        labelled = [(parameter, label) for _, parameter, label in everything if parameter in new]
         # Zeros, as in the step by which torch.distributed.checkpoint loads, say nothing: once more at the next step.
         if labelled and compare_gradients(labelled, self.process_group):
             self._compared |= new
@@ -722,7 +627,7 @@ class MatrixOptimizer(Optimizer):
         """How many bytes a step may take; the same on all ranks, which form the same batches and buckets."""
         if self.working_memory is not None:
             return self.working_memory
-        held = sum(parameter.nbytes // number_of_parts(parameter) for _, parameter, _ in self._labelled())
+        held = sum(each.nbytes // number_of_parts(each) for group in self.param_groups for each in group["params"])
         return default_working_memory(held)
 
     @property
@@ -785,21 +690,6 @@ class MatrixOptimizer(Optimizer):
         whole = ALGORITHMS[group["algorithm"]].state(parameter, group)
         return whole if self.offload is None else {entry: kept(tensor) for entry, tensor in whole.items()}
 
-    def _skipped_on_init_step(self) -> set[Tensor]:
-        """What a first step leaves out: everything, where every gradient is zero and lr is 0, on every rank.
-
-        By such a step ``torch.distributed.checkpoint`` makes an optimizer create its state; nothing else may change.
-        """
-        if any(group["lr"] for group in self.param_groups):
-            return set()
-        parameters = [parameter for _, parameter, _ in self._labelled()]
-        gradients = [local_gradient(parameter) for parameter in parameters]
-        flags = [
-            torch.zeros((), dtype=torch.bool, device=parameter.device) if gradient is None else gradient.bool().any()
-            for parameter, gradient in zip(parameters, gradients, strict=True)
-        ]
-        return set() if any(on_any_rank(flags, parameters, self._ranks())) else set(parameters)
-
     def _refuse_after_failure(self) -> None:
         if self._failure is not None:
             names = ", ".join(repr(group["name"]) for group in self.param_groups)
@@ -833,26 +723,3 @@ def _without_autocast(devices: Collection[str]) -> Iterator[None]:
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-def _settings_of(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What a group says about the update, which ranks that share parameters must have in common.
-
-    A rate that is a tensor counts only as "a tensor": the host does not read its value.
-    """
-    return [
-        (name, "a tensor" if isinstance(value, Tensor) else value)
-        for name, value in group.items()
-        if name not in NOT_SETTINGS
-    ]
-
-
-def _have_finite_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Which gradients, as far as this rank has them, hold neither NaN nor Inf: boolean, 0-d, on their devices."""
-    flags = [torch.ones((), dtype=torch.bool, device=parameter.device) for parameter in parameters]
-    gradients = [(index, local_gradient(parameter)) for index, parameter in enumerate(parameters)]
-    present = [(index, gradient) for index, gradient in gradients if gradient is not None and gradient.numel()]
-    for alike in group_by(present, lambda pair: (pair[1].device, pair[1].dtype)).values():
-        for (index, _), is_finite in zip(alike, are_finite([gradient for _, gradient in alike]), strict=True):
-            flags[index] = is_finite
-    return flags

@@ -5,7 +5,7 @@ do.
 """
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -18,6 +18,9 @@ from dion2_lightning.algorithms.hyperparameters import RATES, did_you_mean, numb
 from dion2_lightning.kernels.rounding import HALF_PRECISION
 
 Group = dict[str, Any]
+
+Labelled = tuple[Group, Tensor, str]
+"""A parameter's group, the parameter, and its name for error messages."""
 
 ENTRIES: Final = ("params", "param_names", "name", "algorithm", "initial_lr", "given_lr")
 """What every group may hold besides what its algorithm asks for. ``initial_lr`` is the schedulers', ``given_lr`` the
@@ -97,6 +100,13 @@ def parameter_names(group: Mapping[str, Any]) -> Sequence[str]:
     if given is not None:
         return [f"parameter {name!r}" for name in given]
     return [f"parameter {index}" for index in range(len(group["params"]))]
+
+
+def labelled_parameters(groups: Iterable[Group]) -> Iterator[Labelled]:
+    """Yield every parameter with its group and its name for error messages."""
+    for group in groups:
+        for parameter, name in zip(group["params"], parameter_names(group), strict=True):
+            yield group, parameter, f"group {group['name']!r}: {name}"
 
 
 def unwrapped_names(group: Mapping[str, Any]) -> Sequence[str]:
