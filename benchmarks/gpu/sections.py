@@ -22,7 +22,7 @@ SECTIONS: Final = (
         "correct",
         "Correct on the device",
         "benchmarks.gpu.correct:run_tests",
-        minutes=2.5,
+        minutes=4,
         needs=("pytest", "pytest_timeout", "xdist", "transformers", "accelerate", "lightning", "peft"),
     ),
     *(
@@ -51,7 +51,7 @@ SECTIONS: Final = (
         "offload",
         "State on the host: bits, memory and time of a step, with offloading and without",
         "benchmarks.gpu.offload:compare",
-        minutes=1,
+        minutes=2,
         arguments={"shapes": "llama-1b", "layers": 8},
     ),
     *(
@@ -80,7 +80,7 @@ SECTIONS: Final = (
         "compiled",
         "Compiled training steps, CUDA graphs among them: two models in turn, at changing learning rates",
         "benchmarks.gpu.compiled:compare",
-        minutes=2,
+        minutes=3,
     ),
     Section(
         "captured",

@@ -122,7 +122,8 @@ def _update(members: Sequence[Member], context: StepContext) -> None:
         at_once: list[_Piece] = []
         others: list[_Piece] = []
         for piece in pieces:
-            (at_once if not is_fused or _lies_in_one_order(piece) else others).append(piece)
+            is_alike = piece.gradient.dtype == piece.weight.dtype and (not is_fused or _lies_in_one_order(piece))
+            (at_once if is_alike else others).append(piece)
         if at_once:
             _adamw(at_once, group, rates, gate)
         if others:

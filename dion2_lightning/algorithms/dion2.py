@@ -87,8 +87,8 @@ class SlicedSettings(MatrixSettings):
     )
     orthonormalize_dtype: DType | None = setting(
         None,
-        "Precision of the orthonormalization. None chooses what the hardware multiplies fastest: bfloat16 on CUDA and "
-        "on CPUs built for it, else float32.",
+        "Precision of the orthonormalization. None chooses what the hardware multiplies fastest: bfloat16 on GPUs and "
+        "CPUs built for it (NVIDIA's from compute capability 8.0 on), else float32.",
         dtype,
     )
     state_dtype: DType | None = setting(

@@ -180,10 +180,17 @@ def _rounds_float32(device: torch.device) -> bool:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Return a device's fastest precision: bfloat16 on CUDA and on CPUs built for it, else float32."""
-    if device.type == "cuda" or (device.type == "cpu" and _cpu_multiplies_bfloat16()):
-        return torch.bfloat16
-    return torch.float32
+    """Return a device's fastest precision: bfloat16 on GPUs and CPUs that are built for it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if _gpu_multiplies_bfloat16(device) else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and _cpu_multiplies_bfloat16() else torch.float32
+
+
+@cache
+def _gpu_multiplies_bfloat16(device: torch.device) -> bool:
+    """All but NVIDIA's before compute capability 8.0, which emulate it, at half the speed of float32 or less."""
+    is_nvidia = torch.cuda.is_available() and torch.version.hip is None  # a device may be fake
+    return not is_nvidia or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache

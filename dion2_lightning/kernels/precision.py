@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 WITHOUT_FLOAT64: Final = ("mps",)
-"""Types of devices whose tensors cannot be float64: Apple's GPUs."""
+"""Types of devices of which none has float64: Apple's GPUs."""
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether tensors on a device can be float64."""
+    """Whether tensors on a device can be float64; Intel's GPUs differ."""
+    if device.type == "xpu" and torch.xpu.is_available():  # and no fake one
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
     return device.type not in WITHOUT_FLOAT64
 
 

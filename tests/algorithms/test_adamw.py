@@ -28,6 +28,19 @@ def test_one_group_of_several_dtypes():
         assert torch.equal(a, b)
 
 
+def test_a_gradient_of_another_dtype():
+    """torch lets ``grad_dtype`` be another than the parameter's, and its own AdamW refuses such a gradient."""
+    mixed, alike = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    mixed.grad_dtype = torch.bfloat16
+    optimizers = [Dion2([{"params": [each], "algorithm": "adamw"}], lr=0.1) for each in (mixed, alike)]
+    for step in range(3):
+        mixed.grad = torch.linspace(-1, step + 1, 5).bfloat16()
+        alike.grad = mixed.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(mixed, alike)
+
+
 @pytest.mark.parametrize(
     ("dtype", "steps", "tolerance"), [(torch.float32, 8, 1e-6), (torch.float64, 8, 1e-12), (torch.bfloat16, 1, 2**-8)]
 )

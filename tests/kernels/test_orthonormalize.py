@@ -147,8 +147,28 @@ def test_precision_follows_the_hardware(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert default_dtype(cpu) == expected
     orthonormalize_module._cpu_multiplies_bfloat16.cache_clear()
-    assert default_dtype(torch.device("cuda")) == torch.bfloat16
     assert default_dtype(torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [
+        ((7, 5), None, torch.float32),
+        ((8, 0), None, torch.bfloat16),
+        ((9, 0), None, torch.bfloat16),
+        ((7, 5), "6.4", torch.bfloat16),
+    ],
+)
+def test_precision_follows_the_gpu(monkeypatch, capability, hip, expected):
+    """NVIDIA's emulate bfloat16 before compute capability 8.0; AMD's count otherwise."""
+    multiplies = orthonormalize_module._gpu_multiplies_bfloat16.__wrapped__
+    monkeypatch.setattr(orthonormalize_module, "_gpu_multiplies_bfloat16", multiplies)  # without its cache
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert default_dtype(torch.device("cuda", 1)) == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a fake GPU is a recent one
+    assert default_dtype(torch.device("cuda", 1)) == torch.bfloat16
 
 
 @pytest.mark.parametrize("shape", [(2, 128), (2, 2048), (3, 2047), (2, 65536), (4, 50257), (8, 128256), (40, 50257)])

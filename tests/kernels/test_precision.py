@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,15 @@ def fake_mps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(sys.modules[module], "_foreach_supported_types", [Tensor, nn.Parameter, FakeTensor])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), WithoutCuda():
         yield
+
+
+@pytest.mark.parametrize("has_fp64", [True, False])
+def test_an_intel_gpu_says_itself_whether_it_has_float64(monkeypatch: pytest.MonkeyPatch, has_fp64: bool) -> None:
+    xpu = torch.device("xpu", 0)
+    assert sum_dtype(xpu) == torch.float64  # there is none: fake tensors are as on most
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=has_fp64))
+    assert sum_dtype(xpu) == (torch.float64 if has_fp64 else torch.float32)
 
 
 class NoFloat64(TorchDispatchMode):
@@ -93,7 +103,7 @@ def checked_steps(groups: list[dict[str, Any]], device: torch.device) -> Tensor:
 
 
 def test_a_step_on_mps_uses_no_float64(fake_mps: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dion2_lightning.optimizer.on_any_rank", lambda flags, *_: [False] * len(flags))  # reads data
+    monkeypatch.setattr("dion2_lightning.step_checks.on_any_rank", lambda flags, *_: [False] * len(flags))  # reads data
     groups = groups_on(MPS)
     groups[0]["lr"] = 0.2  # or the first step would only create state
     table = checked_steps(groups, MPS)
@@ -103,7 +113,7 @@ def test_a_step_on_mps_uses_no_float64(fake_mps: None, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("first", [CPU, MPS], ids=str)
 def test_a_model_on_two_devices(fake_mps: None, monkeypatch: pytest.MonkeyPatch, first: torch.device) -> None:
     """Sums go from one to the other in what both have; the host reads the first device's table."""
-    monkeypatch.setattr("dion2_lightning.optimizer.on_any_rank", lambda flags, *_: [False] * len(flags))
+    monkeypatch.setattr("dion2_lightning.step_checks.on_any_rank", lambda flags, *_: [False] * len(flags))
     second = MPS if first == CPU else CPU
     table = checked_steps([*groups_on(first), *groups_on(second)], MPS)
     assert (table.device.type, table.dtype) == (first.type, sum_dtype(first))
