@@ -92,8 +92,9 @@ def _call_operator(optimizer: Any) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     state = [tensor for parameter in parameters for tensor in optimizer.state.get(parameter, {}).values()]
     rates = [tensor for group in optimizer.param_groups for tensor in tensor_rates(group).values()]
+    have_gradients = [parameter.grad is not None for parameter in parameters]
     with torch.no_grad():
-        torch.ops.dion2.step(parameters, gradients, state, rates, optimizer._name_in_table)
+        torch.ops.dion2.step(parameters, gradients, have_gradients, state, rates, optimizer._name_in_table)
 
 
 # Inductor's own CUDA graphs leave it out: a replay of them would run no hooks, and keep floats as they were.
@@ -103,13 +104,19 @@ def _call_operator(optimizer: Any) -> None:
 def _step(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
+    have_gradients: Sequence[bool],
     state: Sequence[Tensor],
     rates: Sequence[Tensor],
     name: str,
 ) -> None:
-    """Take a step of an optimizer on what a graph passes."""
+    """Take a step of an optimizer on what a graph passes.
+
+    What a compiled function assigns to ``grad`` is there only after its graph has run.
+    """
     optimizer = _OPTIMIZERS[name]
-    with _replaced(optimizer, iter(parameters), iter(gradients), iter(state), iter(rates)):
+    present = iter(gradients)
+    of_parameters = [next(present) if has_gradient else None for has_gradient in have_gradients]
+    with _replaced(optimizer, iter(parameters), iter(of_parameters), iter(state), iter(rates)):
         optimizer.step()
 
 
@@ -120,7 +127,7 @@ _step.register_fake(lambda *_: None)  # it returns nothing, whatever it is given
 def _replaced(
     optimizer: Any,
     parameters: Iterator[Tensor],
-    gradients: Iterator[Tensor],
+    gradients: Iterator[Tensor | None],
     state: Iterator[Tensor],
     rates: Iterator[Tensor],
 ) -> Iterator[None]:
@@ -136,9 +143,9 @@ def _replaced(
             for parameter in group["params"]:
                 undo.callback(setattr, parameter, "data", parameter.data)
                 parameter.data = next(parameters).detach()
-                if parameter.grad is not None:
-                    undo.callback(setattr, parameter, "grad", parameter.grad)
-                    parameter.grad = next(gradients).detach()
+                undo.callback(setattr, parameter, "grad", parameter.grad)
+                gradient = next(gradients)
+                parameter.grad = None if gradient is None else gradient.detach()
                 entries = optimizer.state.get(parameter, {})  # of a frozen one there are none
                 undo.callback(entries.update, dict(entries))
                 entries.update({entry: next(state) for entry in entries})

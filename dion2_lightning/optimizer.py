@@ -670,6 +670,13 @@ class MatrixOptimizer(Optimizer):
                     whole = self._state_of(parameter, group).items()
                     self.state[parameter] = {entry: tensor.start_for(parameter, name) for entry, tensor in whole}
                     continue
+                shaped = state.get(algorithm.shaped_state)
+                if shaped is not None and shaped.shape != parameter.shape:
+                    raise ValueError(
+                        f"group {group['name']!r}: parameter {name!r} has the shape {tuple(parameter.shape)}, and its "
+                        f"state that of before, {tuple(shaped.shape)}; build the optimizer after a resize, or begin "
+                        "anew with the parameter: del optimizer.state[parameter]"
+                    )
                 if parameter.device != device or parameter.dtype != dtype:
                     device, dtype = parameter.device, parameter.dtype
                     expected = self._state_of(parameter, group)

@@ -190,8 +190,9 @@ def restore_exactly(
             for entry, value in saved["state"].get(key, {}).items():
                 state = optimizer.state[parameter]
                 if expected[entry].shape == ():
-                    number = torch.as_tensor(value, dtype=expected[entry].dtype)
-                    state[entry] = number.to(expected[entry].device, copy=True)
+                    device = expected[entry].device
+                    number = torch.as_tensor(value, dtype=expected[entry].dtype, device=device)
+                    state[entry] = number.clone()
                 else:
                     dtype = torch.promote_types(value.dtype, expected[entry].dtype)
                     if entry not in state or dtype != state[entry].dtype:

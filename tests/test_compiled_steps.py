@@ -236,6 +236,29 @@ def test_what_the_graph_changes_before_is_seen(backend: str) -> None:
     assert changes[0].any()
 
 
+def test_gradients_that_the_graph_assigns_are_seen(backend: str) -> None:
+    """Also that one has none: the parameters' ``grad`` is set only after the graph has run."""
+
+    def assign_and_step(optimizer: Dion2, gradients: list[Tensor | None]) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    results = []
+    for function in (assign_and_step, torch.compile(assign_and_step, backend=backend, fullgraph=True)):
+        _, optimizer = make_training(torch.tensor(0.1), capturable=True)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            shapes = [parameter.shape for parameter in parameters_of(optimizer)]
+            gradients: list[Tensor | None] = [torch.randn(shape, generator=generator) for shape in shapes]
+            gradients[step] = None
+            with torch.no_grad():
+                function(optimizer, gradients)
+        results.append(weights_and_state(optimizer))
+    assert_equal(*results)
+
+
 def test_loaded_and_replaced_state_is_seen() -> None:
     model, optimizer = make_training(torch.tensor(0.1), capturable=True)
     step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)

@@ -75,6 +75,7 @@ def test_settings(settings, error, message):
         ({"fraction": 2}, ValueError, r"group 'm': fraction must lie in \(0, 1\], got 2"),
         ({"batched": "yes"}, TypeError, "group 'm': batched must be True or False, got 'yes'"),
         ({"transposed": 1}, TypeError, "group 'm': transposed must be True or False, got 1"),
+        ({"param_names": [1]}, TypeError, "group 'm': param_names must be texts, got 1"),
         ({"param_names": ["a", "b"]}, ValueError, "group 'm': param_names has 2 names for 1 parameters"),
     ],
     ids=str,

@@ -916,3 +916,16 @@ def test_numbers_of_numpy_are_saved_as_numbers():
     loaded = through_a_file(optimizer.state_dict())["param_groups"]
     assert [type(loaded[0][name]) for name in settings] == [float, float, int]
     assert loaded[1]["betas"] == (0.5, 0.75)
+
+
+def test_a_load_does_not_depend_on_the_default_device():
+    """As where a model is made without memory, in a block that saves time."""
+    model = model_of()
+    optimizer = Dion2(groups_of(model), lr=0.05)
+    train(model, optimizer, range(2))
+    resumed = Dion2(groups_of(model), lr=0.05)
+    with torch.device("meta"):
+        resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for parameter in model.parameters():
+        for name, tensor in optimizer.state[parameter].items():
+            assert torch.equal(resumed.state[parameter][name], tensor)

@@ -164,3 +164,28 @@ def test_a_sparse_gradient_is_refused():
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match=r"'table' has a gradient stored as torch.sparse_coo; use sparse=False"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("algorithm", ["dion2", "dion3", "dion", "adamw"])
+@pytest.mark.parametrize("shape", [(40, 12), (10, 12), (12, 20)])
+def test_a_parameter_that_was_resized_is_refused_before_anything_is_touched(algorithm, shape):
+    """As transformers resizes a tied head: the fused AdamW would write beyond its state."""
+    model = model_of()
+    names = dict(model.named_parameters())
+    other, resized = names.pop("2.weight"), names.pop("0.weight")
+    groups = [{"params": [("2.weight", other), ("0.weight", resized)], "name": "its", "algorithm": algorithm}]
+    optimizer = Dion2([*groups, {"params": [*names.items()], "algorithm": "adamw"}], lr=0.1)
+    train(model, optimizer, range(2))
+    resized.data = torch.ones(shape)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = snapshot(model)
+    message = (
+        rf"group 'its': parameter '0.weight' has the shape \({shape[0]}, {shape[1]}\), .* before, \(20, 12\); build"
+    )
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert_identical(snapshot(model), before)
+    del optimizer.state[resized]  # as the error advises
+    optimizer.step()
+    assert not torch.equal(resized, torch.ones(shape))

@@ -46,6 +46,7 @@ class AdamWAlgorithm(Algorithm):
 
     name: ClassVar[str] = "adamw"
     settings: ClassVar[type[SharedSettings]] = AdamWSettings
+    shaped_state: ClassVar[str | None] = "exp_avg"
 
     def state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
         """Return the state that ``torch.optim.AdamW`` has: a step count, and moments, in float32 at least."""

@@ -248,6 +248,8 @@ class Algorithm(ABC):
         settings: Its hyperparameters.
         needs_matrices: Whether it updates matrices, or parameters of any shape.
         orthonormalizes: Whether a callable can replace its orthonormalization.
+        shaped_state: An entry of the state that has the parameter's shape, by which a step notices that it was resized;
+            none, unless an algorithm says so.
         optional_state: Entries of the state that a checkpoint may lack, as those from before had none; they begin anew.
         state_by_setting: Entries that come and go with settings, and mean another thing under others. Those of a
             block have its name in brackets behind.
@@ -259,6 +261,7 @@ class Algorithm(ABC):
     settings: ClassVar[type[SharedSettings]]
     needs_matrices: ClassVar[bool] = False
     orthonormalizes: ClassVar[bool] = False
+    shaped_state: ClassVar[str | None] = None
     optional_state: ClassVar[frozenset[str]] = frozenset()
     state_by_setting: ClassVar[frozenset[str]] = frozenset()
     state_by_replica: ClassVar[frozenset[str]] = frozenset()

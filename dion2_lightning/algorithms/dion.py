@@ -84,6 +84,7 @@ class DionAlgorithm(Algorithm):
     name: ClassVar[str] = "dion"
     settings: ClassVar[type[SharedSettings]] = DionSettings
     needs_matrices: ClassVar[bool] = True
+    shaped_state: ClassVar[str | None] = "momentum"
     state_by_setting: ClassVar[frozenset[str]] = frozenset({"Q"})
     state_by_replica: ClassVar[frozenset[str]] = frozenset({"momentum"})
     settings_of_run: ClassVar[frozenset[str]] = Algorithm.settings_of_run | {"sync"}

@@ -121,6 +121,7 @@ class Dion2Algorithm(Algorithm):
     settings: ClassVar[type[SharedSettings]] = Dion2Settings
     needs_matrices: ClassVar[bool] = True
     orthonormalizes: ClassVar[bool] = True
+    shaped_state: ClassVar[str | None] = "momentum"
     optional_state: ClassVar[frozenset[str]] = frozenset({"step"})
     state_by_setting: ClassVar[frozenset[str]] = frozenset({"variance"})
 

@@ -128,10 +128,17 @@ class SelectionTracker:
         found.observer = self
 
     def detach(self) -> None:
-        """Stop observing; what was counted stays."""
+        """Stop observing; what was counted stays, on the host, and keeps no parameter alive.
+
+        Where ranks hold different experts of a stack it stays with the parameters, as to gather it all ranks would have
+        to call this.
+        """
         if self._optimizer is not None and self._optimizer.observer is self:
             self._optimizer.observer = None
-        self._optimizer = None
+        self._optimizer = self._record = None
+        if not self.state_is_spread:
+            self._loaded = self._counts()
+            self._parameters, self._counters, self._signature = {}, [], []
 
     @property
     def is_attached(self) -> bool:
@@ -270,19 +277,20 @@ class SelectionTracker:
 
         If ``state_is_spread``, it gathers, and all ranks have to call it.
         """
-        counts = {}
-        for each in self._parameters.values():
-            last, hits = (each.gather(part) for part in each.counts())
-            counts["/".join(each.info.key)] = {"last": last, "hits": hits}
         return {
             "step": self.step,
-            "counts": {
-                **self._loaded,
-                **counts,
-            },  # also of parameters that are yet to come
+            "counts": self._counts(),
             "history": self.history.state_dict(),
             "warned": sorted([check, *key] for check, key in self._warned),
         }
+
+    def _counts(self) -> dict[str, Mapping[str, Tensor]]:
+        """What was counted of each parameter, also of those that are yet to come."""
+        counts = dict(self._loaded)
+        for each in self._parameters.values():
+            last, hits = (each.gather(part) for part in each.counts())
+            counts["/".join(each.info.key)] = {"last": last, "hits": hits}
+        return counts
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from where :meth:`state_dict` was called.

@@ -108,7 +108,7 @@ def check_matrices(
     if parameter.ndim < 2:
         raise ValueError(
             f"{override.label} sends {name!r} of shape {tuple(parameter.shape)} to {algorithm!r}, which needs "
-            f"matrices; have the pattern match weights alone, as '*.weight' does, or put {name!r}: 'adamw' before it"
+            f"matrices; have the pattern match matrices alone, or put {name!r}: 'adamw' before it"
         )
     check_parameters(group | members, (), f"{override.label}: ")
 

@@ -1,8 +1,10 @@
 """Metrics against hand calculation and against plain loops over the optimizer's selections."""
 
 import copy
+import gc
 import math
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -645,6 +647,28 @@ def test_a_tracker_observes_one_optimizer_at_a_time() -> None:
     tracker.attach(second)
     assert first.observer is None
     assert second.observer is tracker
+
+
+def test_a_tracker_that_is_detached_keeps_what_it_counted_and_no_parameter() -> None:
+    states = []
+    for detaches in (False, True):
+        named = parameters()
+        optimizer, tracker = optimizer_of(named), SelectionTracker(every=1)
+        for step in range(4):
+            tracker.attach(optimizer)
+            set_gradients(named, step)
+            optimizer.step()
+            if detaches:
+                tracker.detach()
+        states.append(tracker.state_dict())
+        alive = [weakref.ref(parameter) for parameter in named.values()]
+        del optimizer, named
+        gc.collect()
+        assert [each() is None for each in alive] == [detaches] * len(SHAPES)
+    assert states[0]["counts"].keys() == states[1]["counts"].keys()
+    for key, counts in states[0]["counts"].items():
+        assert counts["hits"].any()
+        assert all(torch.equal(count, states[1]["counts"][key][name]) for name, count in counts.items())
 
 
 # History
