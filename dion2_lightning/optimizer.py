@@ -565,6 +565,11 @@ class MatrixOptimizer(Optimizer):
         orthonormalize, process_group = self.orthonormalize, self.process_group
         if orthonormalize is not None and not callable(orthonormalize):
             raise TypeError(f"orthonormalize must be callable or None, got {type(orthonormalize).__name__}")
+        if isinstance(process_group, int):  # torch.distributed.GroupMember.NON_GROUP_MEMBER
+            raise ValueError(
+                f"process_group is none of this rank's: new_group() has returned {process_group}, as the rank does not "
+                "belong to it; make the optimizer on the ranks that do, or pass None"
+            )
         if process_group is not None and not callable(getattr(process_group, "size", None)):
             raise TypeError(
                 f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}; of a "
@@ -627,7 +632,9 @@ class MatrixOptimizer(Optimizer):
         """How many bytes a step may take; the same on all ranks, which form the same batches and buckets."""
         if self.working_memory is not None:
             return self.working_memory
-        held = sum(each.nbytes // number_of_parts(each) for group in self.param_groups for each in group["params"])
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        shared = parameters if self.process_group is not None else [*filter(is_dtensor, parameters)]
+        held = sum(each.nbytes // number_of_parts(each) for each in shared or parameters)
         return default_working_memory(held)
 
     @property

@@ -112,7 +112,8 @@ def on_every_rank(flag: Tensor, parameters: Sequence[Tensor], ranks: RanksAround
     """
     meshes = {getattr(each, "device_mesh", None): each.device for each in parameters}
     devices = {group: device for mesh, device in meshes.items() for group in ranks.groups(mesh)}
-    for group, device in devices.items():
+    # Ranks that meet on one mesh alone may hear of others through it: once more.
+    for group, device in [*devices.items()] * min(len(meshes), 2):
         is_set = flag.to(device, torch.int32)
         dist.all_reduce(is_set, op=dist.ReduceOp.MIN, group=group)
         flag = is_set.bool()
@@ -128,19 +129,33 @@ def check_agreement(
     exchanged only where they do differ, to say how.
     """
     meshes = group_by(range(len(parameters)), lambda i: getattr(parameters[i], "device_mesh", None))
+    differs = {}
     for mesh, positions in meshes.items():
-        own = [{name: repr(value) for name, value in sorted(descriptions[each].items())} for each in positions]
-        device = parameters[positions[0]].device
-        number = zlib.crc32(repr(own).encode())
-        extremes = torch.tensor([number, -number], device=device)
+        number = zlib.crc32(repr(_plain(descriptions, positions)).encode())
+        extremes = torch.tensor([number, -number], device=parameters[positions[0]].device)
         for group in ranks.groups(mesh):
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
         largest, smallest = extremes.tolist()
-        if largest != -smallest:
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where NCCL sends from
-                differences = [_difference(own, group) for group in ranks.groups(mesh)]
-            found = " ".join(filter(None, differences)) or "Other ranks of the mesh say what differs."
-            raise RuntimeError(f"{DISAGREE}. {found}")
+        differs[mesh] = largest != -smallest
+    # Ranks of one mesh, between which nothing differs, hear of what does on another one that some of them belong to.
+    agree = torch.tensor(not any(differs.values()))
+    if not bool(on_every_rank(agree, parameters, ranks)):
+        found = []
+        for mesh in filter(differs.__getitem__, meshes):
+            positions = meshes[mesh]
+            found.append(_differences(_plain(descriptions, positions), mesh, parameters[positions[0]].device, ranks))
+        raise RuntimeError(f"{DISAGREE}. {' '.join(filter(None, found)) or 'Other ranks say what differs.'}")
+
+
+def _plain(descriptions: Sequence[Mapping[str, object]], positions: Sequence[int]) -> list[dict[str, str]]:
+    """Some of the descriptions as texts."""
+    return [{name: repr(value) for name, value in sorted(descriptions[each].items())} for each in positions]
+
+
+def _differences(own: list[dict[str, str]], mesh: Any, device: torch.device, ranks: RanksAround) -> str:
+    """Say in what the descriptions of parameters on a mesh differ between ranks that are around them."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where NCCL sends from
+        return " ".join(filter(None, [_difference(own, group) for group in ranks.groups(mesh)]))
 
 
 def _difference(own: list[dict[str, str]], group: "ProcessGroup") -> str:
@@ -183,7 +198,7 @@ def refuse_unreachable(parameter: Tensor, label: str, ranks: RanksAround) -> Non
 def sum_over_ranks(
     groups: "Sequence[ProcessGroup]",
     checksum: int,
-    flags: Sequence[bool],
+    flags: Sequence[int],
     sums: Sequence[Tensor],
     device: torch.device,
 ) -> Callable[[], tuple[Tensor, list[Tensor]]]:
@@ -193,10 +208,10 @@ def sum_over_ranks(
 
     Every algorithm whose ranks talk to each other in a step begins with it, with or without sums; it is the one place
     where ranks notice that their settings have drifted apart after the first step. So ``checksum``, in [0, 2^32), is of
-    what all must have in common. ``flags`` are counted, such as whether this rank has a parameter's gradient.
+    what all must have in common. ``flags``, whole numbers, are summed up, such as whether this rank has a gradient.
 
     What is returned waits, not the host, and returns a header, int64, for :func:`refuse_disagreement`: a sum of
-    checksums, then on how many ranks each flag is set; and the sums, rounded to float32. Rounded, they do not depend on
+    checksums, then of each flag; and the sums, rounded to float32. Rounded, they do not depend on
     their order, so every rank and every layout sees the same numbers.
     """
     shapes, size = [each.shape for each in sums], 1 + len(flags)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from dion2_lightning.matrices.mesh_groups import group_along
+
 if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -302,7 +304,7 @@ def _layout_of_dtensor(parameter: Any, label: str, batched: bool, is_kernel: boo
     replicas = _replicas(mesh, shared, replicated)
     if not shared:
         return Layout(replicas=replicas)
-    group = _group_of(mesh, shared)
+    group = group_along(mesh, shared)
     if group is None:
         raise ValueError(f"{label} is sharded over two dimensions of a mesh without mesh_dim_names; name them")
     coordinate = tuple(mesh.get_coordinate() or ())
@@ -316,7 +318,7 @@ def _replicas(mesh: "DeviceMesh", shared: Sequence[int], replicated: Sequence[in
     """The ranks that differ from this one along replicated dimensions; None of them where torch cannot name them."""
     if not replicated:
         return None
-    group, everyone = _group_of(mesh, replicated), _group_of(mesh, sorted([*shared, *replicated]))
+    group, everyone = group_along(mesh, replicated), group_along(mesh, sorted([*shared, *replicated]))
     if group is None or everyone is None:
         return None
     numbers = range(math.prod(mesh.size(dim) for dim in replicated))
@@ -338,18 +340,6 @@ def _check_placement(placements: Sequence[Any], dim: int, mesh: "DeviceMesh", la
     ]
     if not inner:
         raise ValueError(f"{label} is placed as {tuple(placements)} on {mesh}, which leaves scattered rows on a rank")
-
-
-def _group_of(mesh: "DeviceMesh", dims: Sequence[int]) -> "ProcessGroup | None":
-    """The ranks that differ from this one along some dimensions of a mesh; None for several without names."""
-    if len(dims) == 1:
-        return mesh.get_group(dims[0])
-    names = mesh.mesh_dim_names
-    if names is None:
-        return None
-    part = mesh if len(dims) == mesh.ndim else mesh[tuple(names[dim] for dim in dims)]
-    # Torch keeps the flattened mesh, so that its group is made once.
-    return part._flatten().get_group()
 
 
 def _in_order_of(group: "ProcessGroup", mesh: "DeviceMesh", dims: Sequence[int], each: Sequence[T]) -> tuple[T, ...]:

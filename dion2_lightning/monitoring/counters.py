@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dion2_lightning.kernels.precision import move_sums, sum_dtype
 from dion2_lightning.matrices.layout import local, placed_like_stack, spread_dims
+from dion2_lightning.matrices.mesh_groups import group_around
 from dion2_lightning.matrices.parts import held_entries
 from dion2_lightning.matrices.views import ObservedParameter
 from dion2_lightning.monitoring.history import BINS, bin_of
@@ -299,17 +300,14 @@ def variance_spreads(variance: Tensor) -> Tensor:
 
 
 def _group_of(parameters: Sequence[TrackedParameter], process_group: "ProcessGroup | None") -> "ProcessGroup | None":
-    """The ranks that hold parts of the parameters; all ranks if the parameters are on several meshes."""
-    meshes = {each.mesh for each in parameters}
-    if len(meshes) != 1:
-        return dist.group.WORLD if meshes else None
-    mesh = meshes.pop()
-    if mesh is None:
-        return process_group
-    if mesh.ndim > 1 and mesh.mesh_dim_names is None:
-        return dist.group.WORLD
-    group: ProcessGroup = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
-    return group
+    """The ranks that hold parts of the parameters."""
+    meshes = dict.fromkeys(each.mesh for each in parameters if each.mesh is not None)
+    group = group_around([*meshes]) if meshes else None
+    if process_group is None or all(each.mesh is not None for each in parameters):
+        return group
+    ranks = set(dist.get_process_group_ranks(process_group))
+    is_around = group is None or ranks.issuperset(dist.get_process_group_ranks(group))
+    return process_group if is_around else dist.group.WORLD
 
 
 def _flat_indices(indices: Tensor, slices: int) -> Tensor:

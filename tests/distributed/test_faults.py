@@ -97,6 +97,7 @@ def check_gradients_and_settings() -> None:
     check_settings_that_differ(mesh)
     check_names_and_frozen_parameters_that_differ(mesh)
     check_what_differs_is_named(mesh)
+    check_what_one_rank_has_besides(mesh)
     check_working_memory_that_differs(mesh)
     check_gradients_that_nothing_has_averaged()
     check_gradients_of_what_was_frozen()
@@ -188,6 +189,20 @@ def check_gradients_of_replicated_parts() -> None:
     optimizer.share_replicas = True
     with pytest.raises(RuntimeError, match="'wide' has a gradient on 3 of 4 ranks, so not in every replica"):
         optimizer.step()
+
+
+def check_a_gradient_that_a_replica_lacks() -> None:
+    """Also where as many ranks have it as there are in a replica, or in several."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    for algorithm in ("dion2", "dion"):
+        for having in ([0, 1], [2, 3], [0, 3], [1, 2], [0, 1, 2]):
+            parameter = nn.Parameter(place(whole(seed=0)["tall"], mesh, (Replicate(), Shard(0))))
+            optimizer = Dion2([{"params": [("tall", parameter)], "algorithm": algorithm}])
+            if dist.get_rank() in having:
+                parameter.grad = place(whole(seed=1)["tall"], mesh, (Replicate(), Shard(0)))
+            message = f"'tall' has a gradient on {len(having)} of 4 ranks, so not in every replica"
+            with pytest.raises(RuntimeError, match=message):
+                optimizer.step()
 
 
 def check_no_gradient_anywhere(parameters: Parameters, **settings: Any) -> None:
@@ -296,6 +311,50 @@ def on_several_meshes() -> list[Callable[[], Parameters]]:
         }
 
     return [partial(make, True), partial(make, False)]
+
+
+def check_a_skipped_step_along_a_chain_of_meshes() -> None:
+    """A rank that steps with one part of a matrix, and one that skips with the other, would leave it torn."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stages", "shards"))
+    is_first = dist.get_rank() < 2
+    stage = nn.Parameter(place(whole(seed=0)["wide"], mesh["shards"], (Shard(0),)))
+    tied = nn.Parameter(place(whole(seed=0)["tall"], mesh["stages"], (Replicate(),)))
+    in_order = [stage, tied] if is_first else [tied, stage]
+    algorithms = {stage: "dion2", tied: "adamw"}
+    groups = [{"params": [each], "algorithm": algorithms[each], "check_finite": "skip"} for each in in_order]
+    optimizer = Dion2(groups, lr=0.1)
+    for parameter in in_order:
+        parameter.grad = torch.ones_like(parameter)
+    if dist.get_rank() == 2:
+        local_part(stage.grad)[0, 0] = torch.nan
+    before = local_part(stage).clone()
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert torch.equal(local_part(stage), before)
+
+
+def check_what_one_rank_has_besides(mesh: DeviceMesh) -> None:
+    """Such as a local expert: the memory of a step does not depend on its size, as ranks form the same batches."""
+    for algorithm in ("dion2", "dion"):
+        alone, parameters = parameters_of(), parameters_of(mesh)
+        del alone["bias"], parameters["bias"]
+        reference = Dion2([{"params": [*alone.items()], "algorithm": algorithm}], **SETTINGS)
+        own = nn.Parameter(torch.ones(3, 10**5 if dist.get_rank() else 4))
+        groups: list[dict[str, Any]] = [
+            {"params": [*parameters.items()], "algorithm": algorithm},
+            {"params": [("own", own)], "algorithm": "adamw"},
+        ]
+        optimizer = Dion2(groups, **SETTINGS)
+        with mock.patch("dion2_lightning.algorithms.algorithm.MIN_WORKING_MEMORY", 1):
+            for step in range(2):
+                for each in (alone, parameters):
+                    set_gradients(each, {name: value for name, value in whole(seed=step).items() if name in each})
+                own.grad = torch.ones_like(own)
+                reference.step()
+                optimizer.step()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter.full_tensor(), alone[name], rtol=1e-4, atol=1e-5)
+        assert (own != 1).all()
 
 
 def check_settings_that_differ(mesh: DeviceMesh) -> None:
@@ -491,6 +550,28 @@ def check_settings_of_groups_on_other_meshes() -> None:
             with pytest.raises(RuntimeError, match="ranks share parameters but disagree about their settings"):
                 optimizer.step()
             dist.barrier()
+
+
+def check_settings_that_differ_on_a_part_of_the_ranks() -> None:
+    """All ranks say so at once, also those that share nothing of which anything differs."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    expert = nn.Parameter(place(whole(seed=0)["wide"], mesh["ep"], (Shard(0),)))
+    dense = nn.Parameter(whole(seed=0)["tall"])
+    lr = 0.2 if dist.get_rank() == 1 else 0.1
+    groups = [{"params": [("expert", expert)], "lr": lr}, {"params": [("dense", dense)]}]
+    optimizer = Dion2(groups, process_group=dist.group.WORLD)
+    for parameter in (expert, dense):
+        parameter.grad = torch.ones_like(parameter)
+    found = "lr is 0.1 on rank 0 and 0.2 on rank 1" if dist.get_rank() < 2 else "Other ranks say what differs"
+    with pytest.raises(RuntimeError, match=found):
+        optimizer.step()
+
+
+def check_a_rank_that_does_not_belong_to_the_process_group() -> None:
+    group = dist.new_group([0])
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match=r"process_group is none of this rank's: .* or pass None"):
+            Dion2([nn.Parameter(torch.ones(3, 4))], process_group=group)
 
 
 def check_fractions_on_both_sides_of_the_cost_rule() -> None:
@@ -760,12 +841,28 @@ def test_gradients_of_replicated_parts() -> None:
     run_on_ranks(4, check_gradients_of_replicated_parts)
 
 
+def test_a_gradient_that_a_replica_lacks() -> None:
+    run_on_ranks(4, check_a_gradient_that_a_replica_lacks)
+
+
 def test_settings_of_groups_on_other_meshes() -> None:
     run_on_ranks(4, check_settings_of_groups_on_other_meshes)
 
 
 def test_a_skipped_step_on_several_meshes() -> None:
     run_on_ranks(4, check_a_skipped_step_on_several_meshes)
+
+
+def test_a_skipped_step_along_a_chain_of_meshes() -> None:
+    run_on_ranks(4, check_a_skipped_step_along_a_chain_of_meshes)
+
+
+def test_settings_that_differ_on_a_part_of_the_ranks() -> None:
+    run_on_ranks(4, check_settings_that_differ_on_a_part_of_the_ranks)
+
+
+def test_a_rank_that_does_not_belong_to_the_process_group() -> None:
+    run_on_ranks(2, check_a_rank_that_does_not_belong_to_the_process_group)
 
 
 def test_fractions_on_both_sides_of_the_cost_rule() -> None:

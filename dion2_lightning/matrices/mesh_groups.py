@@ -1,0 +1,75 @@
+"""The process groups of ranks along several dimensions of a mesh, and around several meshes."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:  # some builds of torch have no process groups
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def group_along(mesh: "DeviceMesh", dims: Sequence[int]) -> "ProcessGroup | None":
+    """Return the ranks that differ from this one along some dimensions of a mesh; None for several without names."""
+    if len(dims) == 1:
+        return mesh.get_group(dims[0])
+    names = mesh.mesh_dim_names
+    if names is None:
+        return None
+    if mesh.size() < torch.distributed.get_world_size() and _members_can_make_groups():
+        coordinate = mesh.get_coordinate() or ()
+        index = tuple(slice(None) if dim in dims else each for dim, each in enumerate(coordinate))
+        return _group_of_members(torch.distributed.group.WORLD, _sorted(mesh.mesh[index]))
+    part = mesh if len(dims) == mesh.ndim else mesh[tuple(names[dim] for dim in dims)]
+    # Torch keeps the flattened mesh, so that its group is made once.
+    return part._flatten().get_group()
+
+
+def group_around(meshes: "Sequence[DeviceMesh]") -> "ProcessGroup":
+    """Return the ranks of meshes that this one belongs to, and those that these ranks share other such meshes with.
+
+    All ranks give the meshes in the same order.
+    """
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    largest = max(meshes, key=lambda mesh: (mesh.size(), -mesh.ndim))
+    if len(meshes) == 1 or _contains(largest, meshes):
+        return group_along(largest, range(largest.ndim)) or world
+    roots = {mesh._get_root_mesh() for mesh in meshes}
+    if len(roots) > 1 or not _members_can_make_groups():
+        return world
+    # Along the dimensions of the mesh that they are parts of in which one of them goes.
+    root = roots.pop()
+    dims = {dim for mesh in meshes for dim in _dims_of(mesh, root)}
+    index = tuple(slice(None) if dim in dims else each for dim, each in enumerate(root.get_coordinate() or ()))
+    ranks = _sorted(root.mesh[index])
+    return world if len(ranks) == world.size() else _group_of_members(world, ranks)
+
+
+def _members_can_make_groups() -> bool:
+    """Whether ranks can make a group while others do not: not where torch splits the communicator of all ranks."""
+    return getattr(torch.distributed.group.WORLD, "bound_device_id", None) is None
+
+
+@cache
+def _group_of_members(world: Any, ranks: tuple[int, ...]) -> "ProcessGroup":
+    """Make a group of ranks; only these call this. ``world`` is another one after the process group was made anew."""
+    made: ProcessGroup = torch.distributed.new_group(list(ranks), use_local_synchronization=True)
+    return made
+
+
+def _sorted(ranks: torch.Tensor) -> tuple[int, ...]:
+    return tuple(sorted(ranks.flatten().tolist()))
+
+
+def _contains(mesh: "DeviceMesh", others: "Sequence[DeviceMesh]") -> bool:
+    ranks = set(_sorted(mesh.mesh))
+    return all(ranks.issuperset(_sorted(other.mesh)) for other in others)
+
+
+def _dims_of(mesh: "DeviceMesh", root: "DeviceMesh") -> list[int]:
+    """In which dimensions of its root mesh the ranks of a mesh differ."""
+    places = torch.stack([(root.mesh == rank).nonzero()[0] for rank in _sorted(mesh.mesh)])
+    return [int(dim) for dim in (places != places[0]).any(0).nonzero()]
