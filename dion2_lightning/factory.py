@@ -41,7 +41,7 @@ from dion2_lightning.distributed.strategies import (
 from dion2_lightning.matrices.layout import is_dtensor
 from dion2_lightning.optimizer import MatrixOptimizer
 from dion2_lightning.routing.late_parameters import check_after_steps
-from dion2_lightning.routing.overrides import parse_splits
+from dion2_lightning.routing.overrides import parse_overrides, parse_splits
 from dion2_lightning.routing.replaced_parameters import check_before_steps
 from dion2_lightning.routing.router import route_parameters
 
@@ -55,9 +55,8 @@ TRAINER_HOOKS: Final[list[Callable[[Any], None]]] = []
 """Functions that are called with the Lightning Trainer of the model, if there is one; the first adds the callbacks."""
 
 
-def _mapping(name: str, value: object) -> None:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a mapping from patterns of names, got {type(value).__name__}")
+def _overrides(name: str, value: Any) -> None:
+    parse_overrides(value)
 
 
 def _splits(name: str, value: Any) -> None:
@@ -83,15 +82,15 @@ class FactorySettings(CommonArguments):
     adamw_lr: Rate | None = setting(None, "Learning rate of everything that is no matrix. None is lr.", not_negative)
     adamw_weight_decay: Rate | None = setting(
         None,
-        "Weight decay of embeddings, heads and other parameters that decay under AdamW; biases, norms and scalars "
-        "never do. None is weight_decay.",
+        "Weight decay of embeddings, heads and other parameters that decay under AdamW; biases, norms and what else "
+        "is no matrix never do. None is weight_decay.",
         not_negative,
     )
     overrides: Mapping[str, Any] | None = setting(
         None,
         'What to do with parameters whose names match a pattern: {"pattern": "dion2" | "dion3" | "dion" | "adamw" | '
         "{group options}}.",
-        _mapping,
+        _overrides,
     )
     lora: Literal["adamw", "B", "both"] = setting(
         "both", 'Which LoRA factors count as matrices: "both", "B", or "adamw", none.'

@@ -324,8 +324,8 @@ class MatrixOptimizer(Optimizer):
                 f"parameter of shape {tuple(parameter.shape)} is in no group whose algorithm selects slices of matrices"
             )
         if block not in blocks:
-            known = f"has the blocks {', '.join(map(repr, blocks))}" if blocks != [""] else "is not split"
-            raise ValueError(f"block={block!r}: the parameter of shape {tuple(parameter.shape)} {known}; name one")
+            known = f"has the blocks {', '.join(map(repr, blocks))}; name one" if blocks != [""] else "is not split"
+            raise ValueError(f"block={block!r}: the parameter of shape {tuple(parameter.shape)} {known}")
         return None
 
     @property

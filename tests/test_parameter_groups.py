@@ -21,7 +21,7 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ({"lr": torch.tensor(1e-3)}, TypeError, "lr must be a number, got a Tensor; pass a float"),
         ({"lr": True}, TypeError, "lr must be a number, got a bool"),
         ({"fraction": 0}, ValueError, r"fraction must lie in \(0, 1\], got 0"),
-        ({"fraction": 1.5}, ValueError, r"fraction must lie in \(0, 1\], got 1\.5; 1 selects every slice"),
+        ({"fraction": 1.5}, ValueError, r"fraction must lie in \(0, 1\], got 1\.5; 1 is all of a matrix"),
         ({"fraction": -0.25}, ValueError, r"fraction must lie in \(0, 1\], got -0\.25"),
         ({"momentum": 1.0}, ValueError, r"momentum must lie in \[0, 1\), got 1\.0"),
         ({"momentum": -0.1}, ValueError, r"momentum must lie in \[0, 1\), got -0\.1"),
@@ -43,7 +43,7 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ({"betas": (0.9,)}, TypeError, r"betas must be two numbers, got \(0\.9,\)"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must lie in \[0, 1\), got 1\.0"),
         ({"eps": -1.0}, ValueError, "eps must be at least 0"),
-        ({"share_replicas": 1}, TypeError, "share_replicas must be True or False, got 1"),
+        ({"share_replicas": 1}, TypeError, "share_replicas must be True, False or None, got 1"),
         ({"check_finite": None}, ValueError, "check_finite must be one of True, False, 'skip', got None"),
         ({"check_finite": 1}, ValueError, "check_finite must be one of True, False, 'skip', got 1"),
         ({"fractoin": 0.5}, TypeError, r"Dion2\(\) has no argument 'fractoin'; did you mean 'fraction'\?"),
@@ -145,7 +145,7 @@ def test_lists_of_parameters():
     ("settings", "message"),
     [
         ({"process_group": "ddp"}, "process_group must be a torch.distributed.ProcessGroup, got str"),
-        ({"share_replicas": "yes"}, "share_replicas must be True or False, got 'yes'"),
+        ({"share_replicas": "yes"}, "share_replicas must be True, False or None, got 'yes'"),
     ],
     ids=str,
 )

@@ -30,8 +30,8 @@ from dion2_lightning.algorithms.hyperparameters import (
     MatrixSettings,
     SharedSettings,
     positive_integer,
-    rank_share,
     setting,
+    share,
 )
 from dion2_lightning.algorithms.low_rank import (
     LowRankUpdate,
@@ -60,7 +60,7 @@ class DionSettings(MatrixSettings):
     """The hyperparameters of Dion."""
 
     rank_fraction: float = setting(
-        0.25, "Dion's rank, as a share of each matrix's shorter axis, in (0, 1]; r = ceil(rank_fraction n).", rank_share
+        0.25, "Dion's rank, as a share of each matrix's shorter axis, in (0, 1]; r = ceil(rank_fraction n).", share
     )
     rank_multiple_of: int = setting(
         1, "Dion's rank is rounded up to a multiple of this, at most to the shorter axis.", positive_integer

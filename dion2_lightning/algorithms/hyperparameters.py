@@ -225,7 +225,7 @@ def _check_of(kind: Any, check: Check | None) -> Check:
     if bool in kinds and choices:
         choices = [True, False, *choices]
     elif check is None and bool in kinds:
-        check = flag
+        return flag_or_none if NoneType in kinds else flag
     if check is None and choices:
         return one_of([*choices, None] if NoneType in kinds else choices)
     if check is None:
@@ -270,13 +270,7 @@ def whole_number(name: str, value: object) -> None:
 def share(name: str, value: object) -> None:
     """Raise an error unless the value lies in (0, 1]."""
     if not 0.0 < number(name, value) <= 1.0:
-        raise ValueError(f"{name} must lie in (0, 1], got {value}; 1 selects every slice")
-
-
-def rank_share(name: str, value: object) -> None:
-    """Raise an error unless the value lies in (0, 1]."""
-    if not 0.0 < number(name, value) <= 1.0:
-        raise ValueError(f"{name} must lie in (0, 1], got {value}; 1 is the full rank of a matrix")
+        raise ValueError(f"{name} must lie in (0, 1], got {value}; 1 is all of a matrix")
 
 
 def positive_integer(name: str, value: object) -> None:
@@ -304,6 +298,12 @@ def flag(name: str, value: object) -> None:
     """Raise an error unless the value is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def flag_or_none(name: str, value: object) -> None:
+    """Raise an error unless the value is True, False or None."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True, False or None, got {value!r}")
 
 
 def one_of(choices: Iterable[object]) -> Check:
@@ -348,8 +348,8 @@ class SharedSettings:
     capturable: bool = setting(
         False,
         "Take steps that a CUDA graph can hold, and torch.compile without a break of its graph. lr, weight_decay and "
-        "momentum may then be 0-d tensors on the device of the parameters, which are changed in place, as torch's "
-        "schedulers do; a float is a constant of a captured step.",
+        "momentum, adamw_lr and adamw_weight_decay may then be 0-d tensors on the device of the parameters, which are "
+        "changed in place, as torch's schedulers do; a float is a constant of a captured step.",
     )
 
     def __post_init__(self) -> None:

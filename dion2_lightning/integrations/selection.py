@@ -49,7 +49,7 @@ class SelectionRecorder:
     )
     pictures: bool = setting(
         False,
-        "At the end, save pictures of the history in a folder ``pictures`` beside it, and send two of them to loggers "
+        "At the end, save pictures of the history in a folder ``pictures`` beside it, and send some of them to loggers "
         "that take images, as TensorBoard's and W&B's do; needs matplotlib.",
     )
 

@@ -28,14 +28,14 @@ SAFETY: Final = 1.02
 GRAM_ASPECT: Final = 1.5
 """Five steps on (k, m) cost 20 k^2 m + 10 k^3 FLOPs as written, 4 k^2 m + 34 k^3 on the Gram matrix."""
 
-FEW: Final = 24
-"""Rows of a Gram matrix from which on float32 products are exact enough, up to :data:`PIECE` entries of each."""
+MIN_FLOAT32_ROWS: Final = 24
+"""Rows of a Gram matrix from which on float32 products are exact enough; fewer are multiplied in float64."""
 
-SHORT: Final = 64
-"""Entries of rows that are so few that float32 products of any rows are."""
+MAX_SHORT_ENTRIES: Final = 64
+"""Entries of rows up to which float32 products are exact enough, however few the rows."""
 
-PIECE: Final = 2048
-"""Entries of rows whose products are summed in float32 at once."""
+MAX_FLOAT32_ENTRIES: Final = 2048
+"""Entries of rows whose products are summed up in float32; of longer rows such sums are added up in float64."""
 
 MIN_BF16_DIM: Final = 32
 """Matrices with a shorter axis below this are never multiplied in bfloat16, only rounded to it.
@@ -142,13 +142,13 @@ def _gram(x: Tensor) -> Tensor:
     eigenvalues, of 1e-5 for rows of 65,536 entries, and the iteration makes over 1e4 of these.
     """
     dtype = sum_dtype(x.device)
-    if x.shape[-2] < FEW and x.shape[-1] > SHORT:
+    if x.shape[-2] < MIN_FLOAT32_ROWS and x.shape[-1] > MAX_SHORT_ENTRIES:
         precise = x.to(dtype)
         return (precise @ precise.mT).to(x.dtype)
-    if x.shape[-1] <= PIECE:
+    if x.shape[-1] <= MAX_FLOAT32_ENTRIES:
         return x @ x.mT
     gram = x.new_zeros((*x.shape[:-1], x.shape[-2]), dtype=dtype)
-    for piece in x.split(PIECE, -1):
+    for piece in x.split(MAX_FLOAT32_ENTRIES, -1):
         gram += piece @ piece.mT
     return gram.to(x.dtype)
 

@@ -31,7 +31,7 @@ class Selection(NamedTuple):
 
 
 def selected_count(slices: int, fraction: float) -> int:
-    """Return k = ceil(fraction * n), at least 1; the small term keeps 0.1 * 30 = 3.0000000000000004 at 3."""
+    """Return k = ceil(fraction * n), at least 1; the small term keeps 0.07 * 100 = 7.000000000000001 at 7."""
     return max(1, math.ceil(fraction * slices - 1e-9))
 
 

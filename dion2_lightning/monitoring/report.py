@@ -289,21 +289,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 1 if the file cannot be read, drawn or written. Wrong arguments exit with 2."""
     parser = argparse.ArgumentParser(
         prog="dion2-report",
-        description="Turn a file of selection statistics into one HTML page with pictures, which opens from disk.",
-        epilog="Such a file is written by SelectionMonitor(save_to=...), or by tracker.history.save(path).",
+        description="Turn a history of the selection into one HTML page with pictures, which opens from disk.",
+        epilog="Callbacks such as SelectionMonitor(save_to=...) write one; so does tracker.history.save(path).",
     )
-    parser.add_argument("statistics", type=Path, help="JSON file of selection statistics")
+    parser.add_argument("history", type=Path, help="JSON file of a history")
     parser.add_argument(
-        "-o", "--output", type=Path, help="page to write (default: beside the statistics, with the ending .html)"
+        "-o", "--output", type=Path, help="page to write (default: beside the history, with the ending .html)"
     )
     options = parser.parse_args(arguments)
-    output: Path = options.output or options.statistics.with_suffix(".html")
+    output: Path = options.output or options.history.with_suffix(".html")
     try:
         if not output.parent.is_dir():
             raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
-        if output.exists() and output.samefile(options.statistics):
-            raise ValueError(f"--output {output} would overwrite the statistics; choose another name with -o")
-        page = render_report(SelectionHistory.load(options.statistics))
+        if output.exists() and output.samefile(options.history):
+            raise ValueError(f"--output {output} would overwrite the history; choose another name with -o")
+        page = render_report(SelectionHistory.load(options.history))
         output.write_text(page, encoding="utf-8")
     except FileNotFoundError as error:
         message = f"there is no file {error.filename}; SelectionMonitor(save_to=...) writes one"

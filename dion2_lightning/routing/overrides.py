@@ -49,15 +49,11 @@ class Override:
         """Refuse an option that none of the algorithms takes that train what it matches."""
         takes_storage = any(ALGORITHMS[algorithm].needs_matrices for algorithm in algorithms if algorithm in ALGORITHMS)
         for name in (*self.options, *self.storage):
-            if not (takes_storage if name in self.storage else self._is_taken(name, algorithms)):
+            if not (takes_storage if name in self.storage else any(has_setting(each, name) for each in algorithms)):
                 raise ValueError(
                     f"{self.label}: {name!r} has no effect on what it matches, which is trained by "
                     f"{', '.join(sorted(map(repr, algorithms)))}; remove it or change the pattern"
                 )
-
-    @staticmethod
-    def _is_taken(name: str, algorithms: Collection[str]) -> bool:
-        return any(has_setting(algorithm, name) for algorithm in algorithms)
 
 
 def parse_overrides(overrides: Mapping[str, str | Mapping[str, Any]]) -> list[Override]:

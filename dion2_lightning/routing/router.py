@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from torch import Tensor, nn
 
@@ -186,7 +186,7 @@ def route_parameters(
     model: nn.Module,
     *,
     overrides: Mapping[str, str | Mapping[str, Any]] | None = None,
-    lora: str = "both",
+    lora: Literal["adamw", "B", "both"] = "both",
     splits: Mapping[str, str] | None = None,
     per_head: bool = False,
     matrices: str = DEFAULT_MATRICES,
@@ -234,7 +234,8 @@ def route_parameters(
     flag("per_head", per_head)
     one_of(ALGORITHMS)("matrices", matrices)
     one_of(name for name, algorithm in ALGORITHMS.items() if not algorithm.needs_matrices)("rest", rest)
-    parsed, given_splits = parse_overrides(overrides or {}), parse_splits({} if splits is None else splits)
+    parsed = parse_overrides({} if overrides is None else overrides)
+    given_splits = parse_splits({} if splits is None else splits)
     tree = read_model(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no trainable parameter; call requires_grad_() on some")

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dion2_lightning import (
     CompressedParallelismConfig,
@@ -334,6 +335,29 @@ def check_resumed_trainer(folder: Path, **settings: Any) -> None:
     for each in (optimizer, again[1]):
         each.synchronize()
     assert_resumed(model, optimizer, *again)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "event", "should_save", "averages"),
+    [
+        ("steps", "on_step_end", True, True),
+        ("steps", "on_step_end", False, False),
+        ("epoch", "on_epoch_end", True, True),
+        ("epoch", "on_epoch_end", False, False),
+        ("best", "on_evaluate", False, True),
+        ("steps", "on_evaluate", False, False),
+    ],
+)
+def test_the_trainer_averages_before_it_saves(
+    strategy: str, event: str, should_save: bool, averages: bool, tmp_path: Path
+) -> None:
+    """With "best" it decides after an evaluation, of which callbacks hear first."""
+    args = TrainingArguments(tmp_path, save_strategy=strategy, metric_for_best_model="loss", use_cpu=True)
+    optimizer = build_optimizer(nn.Linear(4, 4), lr=0.1)
+    with mock.patch.object(Dion2, "synchronize") as synchronize:
+        callback, control = SynchronizeCallback(), TrainerControl(should_save=should_save)
+        getattr(callback, event)(args, TrainerState(), control, optimizer=optimizer)
+    assert synchronize.called == averages
 
 
 def test_trainer(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -106,6 +107,20 @@ def test_interval_and_step(tmp_path: Path) -> None:
     (logged,) = tracker.logged
     assert logged == (102, {**named(2, *ALL)})
     assert SelectionHistory.load(tmp_path / "new" / "run.json").steps == [3]
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_the_main_process_alone_saves(is_main: bool, tmp_path: Path) -> None:
+    accelerator, _ = tracked()
+    model = ByHand()
+    optimizer = accelerator.prepare(optimizer_by_hand(model))
+    selection = SelectionLogger(accelerator, optimizer, every=1, save_to=tmp_path / "run.json")
+    accelerator.backward(model(next(iter(gradients())))["loss"])
+    optimizer.step()
+    selection.log()
+    with mock.patch.object(Accelerator, "is_main_process", is_main):
+        selection.close()
+    assert (tmp_path / "run.json").exists() == is_main
 
 
 @pytest.mark.filterwarnings("ignore::dion2_lightning.SelectionWarning")

@@ -11,10 +11,19 @@ from tests.kernels.sample_slices import ORDERS, PLACES, of_many_sizes, random_sl
 
 @pytest.mark.parametrize(
     ("slices", "fraction", "k"),
-    [(8, 0.25, 2), (9, 0.25, 3), (1, 0.25, 1), (3, 0.01, 1), (30, 0.1, 3), (49, 1 / 49, 1), (7, 1.0, 7), (10, 0.3, 3)],
+    [
+        (8, 0.25, 2),
+        (9, 0.25, 3),
+        (1, 0.25, 1),
+        (3, 0.01, 1),
+        (100, 0.07, 7),
+        (200, 0.55, 110),
+        (7, 1.0, 7),
+        (10, 0.3, 3),
+    ],
 )
 def test_selected_count(slices, fraction, k):
-    """k = ceil(fraction * n), at least 1; 0.1 * 30 and 49 / 49 are over 3 and 1 in floating point only."""
+    """k = ceil(fraction * n), at least 1; 0.07 * 100 and 0.55 * 200 are over 7 and 110 in floating point only."""
     assert selected_count(slices, fraction) == k
 
 

@@ -380,7 +380,7 @@ def test_outputs_that_cannot_be(statistics: Path, tmp_path: Path, capsys: pytest
     for output, message in {
         tmp_path / "missing" / "page.html": f"there is no folder {tmp_path / 'missing'}; make it first",
         tmp_path: f"{tmp_path}: Is a directory",
-        statistics: "would overwrite the statistics",
+        statistics: "would overwrite the history",
     }.items():
         before = statistics.read_bytes()
         assert main([str(statistics), "-o", str(output)]) == 1
