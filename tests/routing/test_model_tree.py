@@ -41,6 +41,13 @@ class TestEmbeddings:
         model["embedding"].weight = model["head"].weight
         assert algorithms(model) == {"head.weight": "adamw"}
 
+    def test_a_layer_whose_memory_begins_with_an_embedding_is_not_tied(self) -> None:
+        buffer = torch.zeros(24, 8)
+        model: Any = nn.ModuleDict({"embedding": nn.Embedding(12, 8), "linear": nn.Linear(8, 24, bias=False)})
+        model["embedding"].weight = nn.Parameter(buffer[:12])
+        model["linear"].weight = nn.Parameter(buffer)
+        assert algorithms(model) == {"embedding.weight": "adamw", "linear.weight": "dion2"}
+
     def test_views_into_one_buffer_are_not_tied(self) -> None:
         flat = torch.zeros(2, 4, 4)
         model: Any = nn.ModuleDict({"embedding": nn.Embedding(4, 4), "linear": nn.Linear(4, 4, bias=False)})

@@ -178,6 +178,8 @@ class TestHeads:
             Role.HEAD,
             Role.VECTOR,
         }
+        five = decide(nn.ModuleDict({"encoder": encoder, "layers": layers}))
+        assert five["layers.0.weight"].role is Role.MATRIX
         del model["probe"]
         report = route_parameters(model).report()
         assert frozen is ("a network beside `encoder` was found, so no head was guessed" in report)
@@ -437,6 +439,10 @@ class TestConvolutions:
             (nn.ModuleDict({"patch_embedding": nn.Conv2d(3, 32, 7, stride=4)}), ["patch_embedding.weight"]),
             (nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 4, 1), nn.Conv2d(4, 32, 2, stride=2)), []),
             (nn.Sequential(PatchEmbed(3), PatchEmbed(3)), ["0.proj.weight", "1.proj.weight"]),
+            (
+                nn.ModuleDict({each: nn.Sequential(nn.Conv2d(3, 32, 2, stride=2), nn.ReLU()) for each in "ab"}),
+                ["a.0.weight"],
+            ),
         ],
         ids=[
             "pixels",
@@ -448,6 +454,7 @@ class TestConvolutions:
             "name",
             "not first",
             "two images",
+            "halves of the second",
         ],
     )
     def test_patch_embeddings(self, model: nn.Module, patch_embeddings: list[str]) -> None:
