@@ -89,14 +89,18 @@ together; a span is long enough to pay for finding its slices, short enough that
 
 @cache
 def _error(*, launches: bool) -> str | None:
-    """Return why Triton cannot be imported, or cannot launch: for a GPU it needs a C compiler, and Python's headers."""
+    """Return why Triton cannot be imported, or cannot launch: for a GPU it needs a C compiler, and Python's headers.
+
+    It launches a kernel to see: in a step it would be too late for torch to take its place.
+    """
     try:
-        from dion2_lightning.kernels import triton_kernels  # noqa: F401
+        from dion2_lightning.kernels import triton_kernels
 
         if launches:
             import triton
 
             triton.runtime.driver.active.get_current_target()
+            triton_kernels.set_one[(1,)](torch.empty(1, device="cuda"))
     except Exception as error:  # of many kinds, by what is missing
         return f"{type(error).__name__}: {error}"
     return None

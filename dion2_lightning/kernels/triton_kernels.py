@@ -34,6 +34,12 @@ LAUNCH: Final = ("table", "tiles")
 """Arguments that no kernel is compiled for: else a number that is 1, or a multiple of 16, would get one of its own."""
 
 
+@triton.jit
+def set_one(number):
+    """Set a float32 number to 1, to see whether kernels can be compiled and launched."""
+    tl.store(number, 1.0)
+
+
 @triton.jit(do_not_specialize=LAUNCH)
 def accumulate(
     table,

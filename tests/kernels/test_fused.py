@@ -879,6 +879,14 @@ def test_the_interpreter_is_asked_for_as_triton_reads_it(monkeypatch: pytest.Mon
     assert (fused.unavailable(torch.device("cpu")) is None) == knobs.runtime.interpret
 
 
+def test_the_kernel_by_which_it_sees_whether_it_can_launch(device: str) -> None:
+    from dion2_lightning.kernels import triton_kernels
+
+    number = torch.zeros(2, device=device)
+    triton_kernels.set_one[(1,)](number)
+    assert number.tolist() == [1.0, 0.0]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_can_be_launched() -> None:
     assert fused._error(launches=False) is None
