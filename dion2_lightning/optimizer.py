@@ -245,7 +245,9 @@ class MatrixOptimizer(Optimizer):
         check_settings(groups)
         ranks = self._ranks()
         self._compressed.refuse_change(groups)
-        check_placements(groups, is_offloaded=self.offload is not None, needs_triton=self.kernels == "triton")
+        check_placements(
+            groups, self.state, is_offloaded=self.offload is not None, needs_triton=self.kernels == "triton"
+        )
         check_kinds_of_gradients(groups)
         self._check_agreement()
         self._check_averaged()
@@ -567,8 +569,8 @@ class MatrixOptimizer(Optimizer):
             raise TypeError(f"orthonormalize must be callable or None, got {type(orthonormalize).__name__}")
         if isinstance(process_group, int):  # torch.distributed.GroupMember.NON_GROUP_MEMBER
             raise ValueError(
-                f"process_group is none of this rank's: new_group() has returned {process_group}, as the rank does not "
-                "belong to it; make the optimizer on the ranks that do, or pass None"
+                f"this rank is not in process_group, for which new_group() has returned {process_group}; make the "
+                "optimizer on the ranks that are, or pass None"
             )
         if process_group is not None and not callable(getattr(process_group, "size", None)):
             raise TypeError(
@@ -677,13 +679,6 @@ class MatrixOptimizer(Optimizer):
                     whole = self._state_of(parameter, group).items()
                     self.state[parameter] = {entry: tensor.start_for(parameter, name) for entry, tensor in whole}
                     continue
-                shaped = state.get(algorithm.shaped_state)
-                if shaped is not None and shaped.shape != parameter.shape:
-                    raise ValueError(
-                        f"group {group['name']!r}: parameter {name!r} has the shape {tuple(parameter.shape)}, and its "
-                        f"state that of before, {tuple(shaped.shape)}; build the optimizer after a resize, or begin "
-                        "anew with the parameter: del optimizer.state[parameter]"
-                    )
                 if parameter.device != device or parameter.dtype != dtype:
                     device, dtype = parameter.device, parameter.dtype
                     expected = self._state_of(parameter, group)

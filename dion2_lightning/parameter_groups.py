@@ -57,7 +57,7 @@ def check_parameters(group: Mapping[str, Any], taken: Collection[Tensor], prefix
         raise ValueError(f"{prefix}the parameter list is empty; leave the group out")
     for name in group.get("param_names") or ():
         if not isinstance(name, str):
-            raise TypeError(f"{prefix}param_names must be texts, got {name!r}")
+            raise TypeError(f"{prefix}param_names must be strings, got {name!r}")
     if len(names) != len(parameters):
         raise ValueError(f"{prefix}param_names has {len(names)} names for {len(parameters)} parameters")
     if len(set(names)) != len(names):

@@ -60,13 +60,22 @@ def check_settings(groups: Sequence[Group]) -> None:
         algorithm.check_settings(given, prefix)
 
 
-def check_placements(groups: Sequence[Group], *, is_offloaded: bool, needs_triton: bool) -> None:
-    """Refuse parameters that cannot be updated as they are placed now, before ranks talk to each other."""
+def check_placements(
+    groups: Sequence[Group],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
+    *,
+    is_offloaded: bool,
+    needs_triton: bool,
+) -> None:
+    """Refuse parameters that cannot be updated as they are now, before ranks talk to each other."""
     labelled = list(labelled_parameters(groups))
     for group, parameter, label in labelled:
         refuse_flattened(parameter, label)
         refuse_misplaced(parameter, label)
-        ALGORITHMS[group["algorithm"]].check_parameter(parameter, label, group)
+        algorithm = ALGORITHMS[group["algorithm"]]
+        algorithm.check_parameter(parameter, label, group)
+        if parameter.requires_grad:
+            _refuse_resized(parameter, label, state.get(parameter, {}).get(algorithm.shaped_state or ""))
         if is_offloaded:
             refuse_device(parameter, label)
     if needs_triton:
@@ -76,6 +85,15 @@ def check_placements(groups: Sequence[Group], *, is_offloaded: bool, needs_trito
                 raise ValueError(
                     f"kernels='triton' cannot run on {device}: {reason}; with 'auto' torch takes their place"
                 )
+
+
+def _refuse_resized(parameter: Tensor, label: str, shaped: Tensor | None) -> None:
+    """Raise an error where a parameter was resized after a step: the fused AdamW would write beyond its state."""
+    if shaped is not None and shaped.shape != parameter.shape:
+        raise ValueError(
+            f"{label} has the shape {tuple(parameter.shape)}, and its state still has {tuple(shaped.shape)}; build the "
+            "optimizer after a resize, or drop the state: del optimizer.state[parameter]"
+        )
 
 
 def check_kinds_of_gradients(groups: Sequence[Group]) -> None:

@@ -346,7 +346,7 @@ def test_grad_scaler_skips_a_step_with_infs_and_unscales_the_others():
     ("name", "value", "message"),
     [
         ("kernels", "foo", "kernels must be one of 'auto', 'torch', 'triton', got 'foo'"),
-        ("share_replicas", "x", "share_replicas must be True or False, got 'x'"),
+        ("share_replicas", "x", "share_replicas must be True, False or None, got 'x'"),
         ("working_memory", "1GB", "working_memory must be an integer, got '1GB'"),
         ("max_grad_norm", 0, "max_grad_norm must be over 0"),
         ("offload", "disk", "offload must be one of 'cpu', None, got 'disk'"),

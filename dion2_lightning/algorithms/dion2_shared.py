@@ -40,7 +40,7 @@ from dion2_lightning.algorithms.passes import (
     shrink,
     take,
 )
-from dion2_lightning.algorithms.shared import checked, gradient_flags, nonzero_gradients, reading_is_free
+from dion2_lightning.algorithms.shared import checked, gradient_counts, nonzero_gradients, reading_is_free
 from dion2_lightning.distributed.buckets import assign_buckets, count_buckets
 from dion2_lightning.distributed.collectives import sum_over_ranks
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep, staggered
@@ -71,10 +71,10 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     buckets = _count_buckets(updates, owners_of(updates), group, context)
     settings = context.settings_checksum, list(buckets.values()), [update.checksum() for update in updates]
     checksum = zlib.crc32(repr(settings).encode())
-    flags = gradient_flags(updates, replicas)
+    counts = gradient_counts(updates, replicas)
     nonzero = nonzero_gradients(updates)
     sums = [*own_sums, *nonzero.values()]
-    receive = sum_over_ranks([everyone], checksum, flags, sums, device)
+    receive = sum_over_ranks([everyone], checksum, counts, sums, device)
     yield IN_FLIGHT
 
     # K, the same on every rank. The host reads it where it decides who sends how much, or which gradients there are.
@@ -84,7 +84,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     selected = dict(zip(updates, select(updates, [SliceSums(each) for each in sums[: len(updates)]]), strict=True))
     places = {update: update.places(indices) for update, (indices, _) in selected.items()}
     split = [update for update in updates if update.is_split]
-    reads = bool(split) or not all(flags) or reading_is_free(device)
+    reads = bool(split) or not all(counts) or reading_is_free(device)
     on_host = yield [header, *(places[update] for update in split)] if reads else []
     header_on_host = on_host[0] if reads else None
     updates = checked(updates, header, header_on_host, everyone=[everyone], checksum=checksum, replicas=replicas)

@@ -40,7 +40,7 @@ from dion2_lightning.algorithms.low_rank import (
 from dion2_lightning.algorithms.matrix_update import count_step, draw_bits
 from dion2_lightning.algorithms.passes import accumulate
 from dion2_lightning.algorithms.projections import Projections
-from dion2_lightning.algorithms.shared import checked, gradient_flags, nonzero_gradients, reading_is_free
+from dion2_lightning.algorithms.shared import checked, gradient_counts, nonzero_gradients, reading_is_free
 from dion2_lightning.distributed.collectives import sum_over_ranks
 from dion2_lightning.distributed.overlap import IN_FLIGHT, WaitingStep
 from dion2_lightning.distributed.owners import assign_owners
@@ -63,30 +63,35 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
     replicas = layout.replicas if context.share_replicas is not False and first.replicas is None else None
     groups = [layout.group, first.replicas] if replicas is None else [replicas.everyone]
     everyone = [group for group in groups if group is not None]
-    settings = context.settings_checksum, context.working_memory, [update.checksum() for update in updates]
+    runs = [[*map(len, run)] for run in _runs(updates, context)]  # as the working memory makes them
+    settings = context.settings_checksum, runs, [update.checksum() for update in updates]
     checksum = zlib.crc32(repr(settings).encode())
-    flags = gradient_flags(updates, replicas)
+    counts = gradient_counts(updates, replicas)
     nonzero = nonzero_gradients(updates)
-    receive = sum_over_ranks(everyone, checksum, flags, [*nonzero.values()], device)
+    receive = sum_over_ranks(everyone, checksum, counts, [*nonzero.values()], device)
     yield IN_FLIGHT
 
     # The host reads which gradients there are where this rank lacks one, or reading is free.
     header, sums = receive()
     for update, its_nonzero in zip(nonzero, sums, strict=True):
         update.leave_idle(its_nonzero)
-    reads = not all(flags) or reading_is_free(device)
+    reads = not all(counts) or reading_is_free(device)
     on_host = yield [header] if reads else []
     header_on_host = on_host[0] if reads else None
     updates = checked(updates, header, header_on_host, everyone=everyone, checksum=checksum, replicas=replicas)
     draw_bits(updates)
     # What a run sums up, or gathers, is there at once; the other half of the memory is for the weights.
-    for run in bounded(list(batches(updates, context)), _working_bytes, context.working_memory // 2):
+    for run in _runs(updates, context):
         accumulate([update for batch in run for update in batch], context.working_memory // 2)
         if layout.group is None and replicas is not None and context.share_replicas:
             yield from _update_by_owners(run, replicas, context)
         else:
             yield from run_together([_update(batch, context) for batch in run], layout.group, first.replicas)
     count_step(updates)
+
+
+def _runs(updates: Sequence[LowRankUpdate], context: StepContext) -> Iterator[list[list[LowRankUpdate]]]:
+    return bounded(list(batches(updates, context)), _working_bytes, context.working_memory // 2)
 
 
 def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:

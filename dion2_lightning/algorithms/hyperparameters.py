@@ -270,7 +270,7 @@ def whole_number(name: str, value: object) -> None:
 def share(name: str, value: object) -> None:
     """Raise an error unless the value lies in (0, 1]."""
     if not 0.0 < number(name, value) <= 1.0:
-        raise ValueError(f"{name} must lie in (0, 1], got {value}; 1 is all of a matrix")
+        raise ValueError(f"{name} must lie in (0, 1], got {value}; 1 is the whole matrix")
 
 
 def positive_integer(name: str, value: object) -> None:

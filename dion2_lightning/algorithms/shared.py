@@ -1,9 +1,8 @@
 """What the steps on matrices that several ranks share have in common."""
 
 import math
-import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +17,9 @@ if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed import ProcessGroup
 
 U = TypeVar("U", bound=MatrixUpdate)
+
+MORE_THAN_RANKS: Final = 2**20
+"""Counts of ranks are under it. With numbers of parts up to 2^16 and 2^17 ranks, sums are exact in float64."""
 
 
 def split_by_ranks(updates: Sequence[U], share_replicas: bool | None) -> tuple[list[U], list[list[U]]]:
@@ -41,24 +43,15 @@ def nonzero_gradients(updates: Sequence[U]) -> dict[U, Tensor]:
     return {update: update.nonzero_gradients().double() for update in updates if update.leaves_idle}
 
 
-def gradient_flags(updates: Sequence[U], replicas: Replicas | None) -> list[int]:
-    """Return what ranks have to add up to know which gradients there are, for :func:`checked`.
+def gradient_counts(updates: Sequence[U], replicas: Replicas | None) -> list[int]:
+    """Return a number for each update; their sums over all ranks tell :func:`checked` which gradients there are.
 
-    First for each update whether this rank has its gradient, or a part of it. With replicas then a number for each,
-    whose sum over all ranks is 0 where all replicas have the same parts: parts count by numbers of their own, and those
-    of the first replica against those of all others.
+    Each is 1 where this rank has the gradient, or a part of it. With replicas, a multiple of :data:`MORE_THAN_RANKS` is
+    added: the number of the part, in the first replica against those in all others. Where all replicas have the same
+    parts these add up to 0. If two parts have the same number, one in 2^16, some differences are not seen.
     """
-    flags = [int(update.has_gradient) for update in updates]
-    if replicas is None:
-        return flags
-    sign = 1 - replicas.count if replicas.number == 0 else 1
-    return [*flags, *(sign * flag * _number_of_part(update) for update, flag in zip(updates, flags, strict=True))]
-
-
-def _number_of_part(update: MatrixUpdate) -> int:
-    """A number, under 2^26, of what this rank holds of the matrices, whatever the order of the ranks in its replica."""
-    layout = update.layout
-    return 1 if layout.group is None else 1 + zlib.crc32(repr(layout.rectangles[layout.own_rank]).encode()) % 2**26
+    sign = 0 if replicas is None else 1 if replicas.number else 1 - replicas.count
+    return [update.has_gradient * (1 + sign * update.layout.own_part * MORE_THAN_RANKS) for update in updates]
 
 
 def reading_is_free(device: torch.device) -> bool:
@@ -80,7 +73,8 @@ def checked(
     Args:
         updates: The same ones in the same order on each rank.
         header: What :func:`~dion2_lightning.distributed.collectives.sum_over_ranks` returned of the checksum and
-            :func:`gradient_flags`.
+            numbers of
+            :func:`gradient_counts`.
         on_host: The same, if the host has read it; else all updates are returned, and the device checks the gradients.
         everyone: The groups it was summed over.
         checksum: This rank's.
@@ -90,19 +84,21 @@ def checked(
     if on_host is not None:
         return _with_gradient(updates, on_host, replicas)
     if replicas is not None:
-        is_complete = (header.narrow(0, 1 + len(updates), len(updates)) == 0).all()
+        is_complete = (header.narrow(0, 1, len(header) - 1) // MORE_THAN_RANKS == 0).all()
         torch._assert_async(is_complete, "some replicas lack gradients that others have")
     return updates
 
 
 def _with_gradient(updates: Sequence[U], header: Tensor, replicas: Replicas | None) -> list[U]:
     """Return the updates whose gradient some rank has; refuse one that not every replica has: momenta would differ."""
-    numbers = header[1:].tolist()
-    counts, differences = numbers[: len(updates)], numbers[len(updates) :] or [0] * len(updates)
-    for update, count, difference in zip(updates, counts, differences, strict=True):
+    present = []
+    for update, number in zip(updates, header[1:].tolist(), strict=True):
+        difference, count = divmod(number, MORE_THAN_RANKS)
         if replicas is not None and difference:
             raise RuntimeError(
                 f"{update.label} has a gradient on {count} of {replicas.everyone.size()} ranks, so not in every "
                 "replica; average the gradients over the replicas before step(), with zeros where there is none"
             )
-    return [update for update, count in zip(updates, counts, strict=True) if count]
+        if count:
+            present.append(update)
+    return present

@@ -108,12 +108,13 @@ def on_any_rank(flags: Sequence[Tensor], parameters: Sequence[Tensor], ranks: Ra
 def on_every_rank(flag: Tensor, parameters: Sequence[Tensor], ranks: RanksAround) -> Tensor:
     """Return whether a flag, boolean and 0-d, is set on every rank that holds a part or a replica of a parameter.
 
-    It is the same flag on all of them, on the device, and the host does not wait for it.
+    It is the same flag on all of them, on the device, and the host does not wait for it. The second time around, ranks
+    hear what others have heard on another mesh of theirs, but not of meshes behind that one. How often each group is
+    asked must not depend on how many others this rank belongs to.
     """
     meshes = {getattr(each, "device_mesh", None): each.device for each in parameters}
     devices = {group: device for mesh, device in meshes.items() for group in ranks.groups(mesh)}
-    # Ranks that meet on one mesh alone may hear of others through it: once more.
-    for group, device in [*devices.items()] * min(len(meshes), 2):
+    for group, device in [*devices.items()] * 2:
         is_set = flag.to(device, torch.int32)
         dist.all_reduce(is_set, op=dist.ReduceOp.MIN, group=group)
         flag = is_set.bool()
@@ -131,7 +132,7 @@ def check_agreement(
     meshes = group_by(range(len(parameters)), lambda i: getattr(parameters[i], "device_mesh", None))
     differs = {}
     for mesh, positions in meshes.items():
-        number = zlib.crc32(repr(_plain(descriptions, positions)).encode())
+        number = zlib.crc32(repr(_as_texts([descriptions[each] for each in positions])).encode())
         extremes = torch.tensor([number, -number], device=parameters[positions[0]].device)
         for group in ranks.groups(mesh):
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
@@ -143,13 +144,13 @@ def check_agreement(
         found = []
         for mesh in filter(differs.__getitem__, meshes):
             positions = meshes[mesh]
-            found.append(_differences(_plain(descriptions, positions), mesh, parameters[positions[0]].device, ranks))
+            own = _as_texts(descriptions[each] for each in positions)
+            found.append(_differences(own, mesh, parameters[positions[0]].device, ranks))
         raise RuntimeError(f"{DISAGREE}. {' '.join(filter(None, found)) or 'Other ranks say what differs.'}")
 
 
-def _plain(descriptions: Sequence[Mapping[str, object]], positions: Sequence[int]) -> list[dict[str, str]]:
-    """Some of the descriptions as texts."""
-    return [{name: repr(value) for name, value in sorted(descriptions[each].items())} for each in positions]
+def _as_texts(descriptions: Iterable[Mapping[str, object]]) -> list[dict[str, str]]:
+    return [{name: repr(value) for name, value in sorted(each.items())} for each in descriptions]
 
 
 def _differences(own: list[dict[str, str]], mesh: Any, device: torch.device, ranks: RanksAround) -> str:
@@ -198,7 +199,7 @@ def refuse_unreachable(parameter: Tensor, label: str, ranks: RanksAround) -> Non
 def sum_over_ranks(
     groups: "Sequence[ProcessGroup]",
     checksum: int,
-    flags: Sequence[int],
+    counts: Sequence[int],
     sums: Sequence[Tensor],
     device: torch.device,
 ) -> Callable[[], tuple[Tensor, list[Tensor]]]:
@@ -208,14 +209,14 @@ def sum_over_ranks(
 
     Every algorithm whose ranks talk to each other in a step begins with it, with or without sums; it is the one place
     where ranks notice that their settings have drifted apart after the first step. So ``checksum``, in [0, 2^32), is of
-    what all must have in common. ``flags``, whole numbers, are summed up, such as whether this rank has a gradient.
+    what all must have in common. ``counts`` are added up, such as whether this rank has a gradient.
 
     What is returned waits, not the host, and returns a header, int64, for :func:`refuse_disagreement`: a sum of
-    checksums, then of each flag; and the sums, rounded to float32. Rounded, they do not depend on
+    checksums, then of each count; and the sums, rounded to float32. Rounded, they do not depend on
     their order, so every rank and every layout sees the same numbers.
     """
-    shapes, size = [each.shape for each in sums], 1 + len(flags)
-    header = torch.tensor([checksum, *flags], dtype=torch.float64).to(device, non_blocking=True)
+    shapes, size = [each.shape for each in sums], 1 + len(counts)
+    header = torch.tensor([checksum, *counts], dtype=torch.float64).to(device, non_blocking=True)
     buffer = torch.cat([header, *(each.flatten() for each in sums)])
     first, *others = groups
     work = dist.all_reduce(buffer, group=first, async_op=True)

@@ -6,6 +6,7 @@ each rank that shares the matrix, and everything above this file is the same for
 
 import itertools
 import math
+import zlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -106,6 +107,11 @@ class Layout:
     def columns(self) -> "Spans":
         """Which columns each rank of the group holds."""
         return Spans(each.columns for each in self.rectangles)
+
+    @cached_property
+    def own_part(self) -> int:
+        """A number, at most 2^16, of what this rank holds; it does not depend on the order of ranks in a replica."""
+        return 1 if self.group is None else 1 + zlib.crc32(repr(self.rectangles[self.own_rank]).encode()) % 2**16
 
     @cached_property
     def fingerprint(self) -> int:

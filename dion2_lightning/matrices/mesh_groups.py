@@ -1,8 +1,7 @@
 """The process groups of ranks along several dimensions of a mesh, and around several meshes."""
 
 from collections.abc import Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -11,26 +10,34 @@ if TYPE_CHECKING:  # some builds of torch have no process groups
     from torch.distributed.device_mesh import DeviceMesh
 
 
+_GROUPS: Final = dict[tuple[Any, tuple[int, ...]], Any]()
+"""Those that were made, by the group of all ranks and theirs."""
+
+
 def group_along(mesh: "DeviceMesh", dims: Sequence[int]) -> "ProcessGroup | None":
-    """Return the ranks that differ from this one along some dimensions of a mesh; None for several without names."""
+    """Return the ranks that differ from this one along some dimensions of a mesh.
+
+    None for several without names, where all ranks of the world have to make the group together.
+    """
     if len(dims) == 1:
         return mesh.get_group(dims[0])
-    names = mesh.mesh_dim_names
-    if names is None:
-        return None
     if mesh.size() < torch.distributed.get_world_size() and _members_can_make_groups():
         coordinate = mesh.get_coordinate() or ()
         index = tuple(slice(None) if dim in dims else each for dim, each in enumerate(coordinate))
-        return _group_of_members(torch.distributed.group.WORLD, _sorted(mesh.mesh[index]))
+        return _group_of_members(_sorted(mesh.mesh[index]))
+    names = mesh.mesh_dim_names
+    if names is None:
+        return None
     part = mesh if len(dims) == mesh.ndim else mesh[tuple(names[dim] for dim in dims)]
     # Torch keeps the flattened mesh, so that its group is made once.
     return part._flatten().get_group()
 
 
 def group_around(meshes: "Sequence[DeviceMesh]") -> "ProcessGroup":
-    """Return the ranks of meshes that this one belongs to, and those that these ranks share other such meshes with.
+    """Return the ranks of some meshes that this one belongs to, and those with which these share other such meshes.
 
-    All ranks give the meshes in the same order.
+    Of a mesh (pp, dp, ep), its parts dp and ep have around them the ranks along both. All ranks give the meshes in the
+    same order.
     """
     world = torch.distributed.group.WORLD
     assert world is not None
@@ -45,18 +52,23 @@ def group_around(meshes: "Sequence[DeviceMesh]") -> "ProcessGroup":
     dims = {dim for mesh in meshes for dim in _dims_of(mesh, root)}
     index = tuple(slice(None) if dim in dims else each for dim, each in enumerate(root.get_coordinate() or ()))
     ranks = _sorted(root.mesh[index])
-    return world if len(ranks) == world.size() else _group_of_members(world, ranks)
+    return world if len(ranks) == world.size() else _group_of_members(ranks)
 
 
 def _members_can_make_groups() -> bool:
-    """Whether ranks can make a group while others do not: not where torch splits the communicator of all ranks."""
-    return getattr(torch.distributed.group.WORLD, "bound_device_id", None) is None
+    """Whether ranks can make a group while others do not: not by MPI, nor by splitting the communicator of all."""
+    is_split = getattr(torch.distributed.group.WORLD, "bound_device_id", None) is not None
+    return not is_split and torch.distributed.get_backend() != "mpi"
 
 
-@cache
-def _group_of_members(world: Any, ranks: tuple[int, ...]) -> "ProcessGroup":
-    """Make a group of ranks; only these call this. ``world`` is another one after the process group was made anew."""
-    made: ProcessGroup = torch.distributed.new_group(list(ranks), use_local_synchronization=True)
+def _group_of_members(ranks: tuple[int, ...]) -> "ProcessGroup":
+    """Return the group of some ranks, which these alone make, once."""
+    world: Any = torch.distributed.group.WORLD
+    if any(of is not world for of, _ in _GROUPS):  # the process group was made anew
+        _GROUPS.clear()
+    if (world, ranks) not in _GROUPS:
+        _GROUPS[world, ranks] = torch.distributed.new_group(list(ranks), use_local_synchronization=True)
+    made: ProcessGroup = _GROUPS[world, ranks]
     return made
 
 
@@ -71,5 +83,5 @@ def _contains(mesh: "DeviceMesh", others: "Sequence[DeviceMesh]") -> bool:
 
 def _dims_of(mesh: "DeviceMesh", root: "DeviceMesh") -> list[int]:
     """In which dimensions of its root mesh the ranks of a mesh differ."""
-    places = torch.stack([(root.mesh == rank).nonzero()[0] for rank in _sorted(mesh.mesh)])
+    places = torch.isin(root.mesh, mesh.mesh).nonzero()
     return [int(dim) for dim in (places != places[0]).any(0).nonzero()]

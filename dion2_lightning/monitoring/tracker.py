@@ -97,6 +97,7 @@ class SelectionTracker:
         self._counters: list[SelectionCounters] = []
         self._signature: Sequence[tuple[object, ...]] = []
         self._loaded: dict[str, Mapping[str, Tensor]] = {}
+        self._detached: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self._record: StepRecord | None = None
         self._is_requested = False
         self._warned: set[tuple[str, tuple[str, str]]] = set()
@@ -118,6 +119,8 @@ class SelectionTracker:
                 f"optimizer must be a Dion2, got {type(found).__name__}; make it with "
                 "dion2_lightning.build_optimizer(model, lr=...)"
             )
+        if found.observer is self:
+            return
         self.detach()
         replaced = found.observer
         if replaced is not None and is_first_rank():
@@ -128,16 +131,15 @@ class SelectionTracker:
         found.observer = self
 
     def detach(self) -> None:
-        """Stop observing; what was counted stays, on the host, and keeps no parameter alive.
+        """Stop observing; what was counted stays, and keeps no parameter alive.
 
-        Where ranks hold different experts of a stack it stays with the parameters, as to gather it all ranks would have
-        to call this.
+        It does where parameters have no names, or ranks hold different experts of a stack: then it stays with them.
         """
         if self._optimizer is not None and self._optimizer.observer is self:
             self._optimizer.observer = None
         self._optimizer = self._record = None
-        if not self.state_is_spread:
-            self._loaded = self._counts()
+        if not self.state_is_spread and all(each.key == each.info.key for each in self._parameters.values()):
+            self._detached |= {each.key: each.counts() for each in self._parameters.values()}
             self._parameters, self._counters, self._signature = {}, [], []
 
     @property
@@ -287,6 +289,8 @@ class SelectionTracker:
     def _counts(self) -> dict[str, Mapping[str, Tensor]]:
         """What was counted of each parameter, also of those that are yet to come."""
         counts = dict(self._loaded)
+        for key, (last, hits) in self._detached.items():
+            counts["/".join(key)] = {"last": last.cpu(), "hits": hits.cpu()}
         for each in self._parameters.values():
             last, hits = (each.gather(part) for part in each.counts())
             counts["/".join(each.info.key)] = {"last": last, "hits": hits}
@@ -303,7 +307,7 @@ class SelectionTracker:
         self._loaded = dict(state_dict["counts"])
         self.history.load_state_dict(state_dict["history"] | {"window": self.window})
         self._warned = {(check, (group, name)) for check, group, name in state_dict["warned"]}
-        self._parameters, self._counters, self._signature = {}, [], []
+        self._parameters, self._counters, self._signature, self._detached = {}, [], [], {}
 
     # Parameters
 
@@ -317,6 +321,8 @@ class SelectionTracker:
             return
         self._signature = signature
         known = {each.key: [part.clone() for part in each.counts()] for each in self._parameters.values()}
+        known |= {key: [*counts] for key, counts in self._detached.items()}
+        self._detached = {}
         tracked = [TrackedParameter(row, each) for row, each in enumerate(found)]
         self._counters = [
             SelectionCounters(members, slices, device, self.step)

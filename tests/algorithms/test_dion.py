@@ -390,7 +390,7 @@ def test_a_checkpoint_of_another_algorithm_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"rank_fraction": 0.0}, ValueError, r"rank_fraction must lie in \(0, 1\], got 0\.0; 1 is the full rank"),
+        ({"rank_fraction": 0.0}, ValueError, r"rank_fraction must lie in \(0, 1\], got 0\.0; 1 is the whole matrix"),
         ({"rank_fraction": 1.5}, ValueError, r"rank_fraction must lie in \(0, 1\], got 1\.5"),
         ({"rank_multiple_of": 0}, ValueError, "rank_multiple_of must be at least 1, got 0"),
         ({"rank_multiple_of": 2.0}, TypeError, "rank_multiple_of must be an integer, got 2.0"),

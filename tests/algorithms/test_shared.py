@@ -4,23 +4,28 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
-from dion2_lightning.algorithms.shared import gradient_flags
+import pytest
+
+from dion2_lightning.algorithms.shared import MORE_THAN_RANKS, gradient_counts
+from dion2_lightning.matrices.layout import Layout, Rectangle
 
 
-def test_the_sum_of_flags_is_zero_where_all_replicas_have_the_same_parts() -> None:
+def test_the_sums_tell_whether_all_replicas_have_the_same_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two matrices in two parts, in three replicas; the first matrix in every combination."""
-    parts, replicas = range(2), range(3)
-    rectangles = tuple(((8 * part, 8 * part + 8), (0, 6)) for part in parts)
+    replicas, parts = range(3), range(2)
+    monkeypatch.setattr(Layout, "own_rank", property(lambda layout: layout.group))
+    rectangles = tuple(Rectangle((8 * part, 8 * part + 8), (0, 6)) for part in parts)
 
-    def flags_of(replica: int, part: int, has_it: bool) -> list[int]:
-        layout = SimpleNamespace(group=object(), rectangles=rectangles, own_rank=part)
+    def counts_of(replica: int, part: int, has_it: bool) -> list[int]:
+        of_rank: Any = part
+        layout = Layout(of_rank, rectangles)
         updates: Any = [SimpleNamespace(layout=layout, has_gradient=each) for each in (has_it, True)]
         known: Any = SimpleNamespace(count=len(replicas), number=replica)
-        return gradient_flags(updates, known)
+        return gradient_counts(updates, known)
 
     ranks = [*itertools.product(replicas, parts)]
     for have_it in itertools.product([False, True], repeat=len(ranks)):
-        flags = [flags_of(*rank, has_it) for rank, has_it in zip(ranks, have_it, strict=True)]
-        count, count_of_other, difference, difference_of_other = map(sum, zip(*flags, strict=True))
-        assert (count, count_of_other, difference_of_other) == (sum(have_it), len(ranks), 0)
-        assert (difference == 0) == (have_it[:2] == have_it[2:4] == have_it[4:])
+        counts = [counts_of(*rank, has_it) for rank, has_it in zip(ranks, have_it, strict=True)]
+        first, other = (divmod(sum(column), MORE_THAN_RANKS) for column in zip(*counts, strict=True))
+        assert (first[1], other) == (sum(have_it), (0, len(ranks)))
+        assert (first[0] == 0) == (have_it[:2] == have_it[2:4] == have_it[4:])

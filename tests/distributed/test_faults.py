@@ -333,6 +333,24 @@ def check_a_skipped_step_along_a_chain_of_meshes() -> None:
     assert torch.equal(local_part(stage), before)
 
 
+def check_ranks_on_unequally_many_meshes() -> None:
+    """How often ranks of one mesh talk to each other does not depend on what else they have."""
+    everyone, first = init_device_mesh("cpu", (4,)), DeviceMesh("cpu", [0, 1])
+    for check_finite in (False, "skip"):
+        for algorithm in ("dion2", "adamw"):
+            parameters = {"tall": nn.Parameter(place(whole(seed=0)["tall"], everyone, (Shard(0),)))}
+            if dist.get_rank() < 2:
+                parameters["wide"] = nn.Parameter(place(whole(seed=0)["wide"], first, (Shard(0),)))
+            groups = [{"params": [*parameters.items()], "name": "its", "algorithm": algorithm}]
+            optimizer = Dion2(groups, check_finite=check_finite)
+            set_gradients(parameters, {name: whole(seed=1)[name] for name in parameters})
+            optimizer.step()
+            alone = nn.Parameter(whole(seed=0)["tall"])
+            alone.grad = whole(seed=1)["tall"]
+            Dion2([{"params": [alone], "algorithm": algorithm}]).step()
+            torch.testing.assert_close(parameters["tall"].full_tensor(), alone.data)
+
+
 def check_what_one_rank_has_besides(mesh: DeviceMesh) -> None:
     """Such as a local expert: the memory of a step does not depend on its size, as ranks form the same batches."""
     for algorithm in ("dion2", "dion"):
@@ -570,7 +588,7 @@ def check_settings_that_differ_on_a_part_of_the_ranks() -> None:
 def check_a_rank_that_does_not_belong_to_the_process_group() -> None:
     group = dist.new_group([0])
     if dist.get_rank() == 1:
-        with pytest.raises(ValueError, match=r"process_group is none of this rank's: .* or pass None"):
+        with pytest.raises(ValueError, match=r"this rank is not in process_group, .* or pass None"):
             Dion2([nn.Parameter(torch.ones(3, 4))], process_group=group)
 
 
@@ -855,6 +873,10 @@ def test_a_skipped_step_on_several_meshes() -> None:
 
 def test_a_skipped_step_along_a_chain_of_meshes() -> None:
     run_on_ranks(4, check_a_skipped_step_along_a_chain_of_meshes)
+
+
+def test_ranks_on_unequally_many_meshes() -> None:
+    run_on_ranks(4, check_ranks_on_unequally_many_meshes)
 
 
 def test_settings_that_differ_on_a_part_of_the_ranks() -> None:

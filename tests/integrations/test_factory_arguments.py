@@ -87,7 +87,7 @@ def test_text_is_read(case: str) -> None:
 REFUSED: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "number": (TypeError, {"lr": "fast"}, "lr must be a number, got the str 'fast'; pass a float"),
     "out of range": (ValueError, {"fraction": "1.5"}, "fraction must lie in (0, 1], got 1.5"),
-    "truth": (TypeError, {"share_replicas": "maybe"}, "share_replicas must be True or False, got 'maybe'"),
+    "truth": (TypeError, {"share_replicas": "maybe"}, "share_replicas must be True, False or None, got 'maybe'"),
     "truth or a word": (
         ValueError,
         {"check_finite": "maybe"},

@@ -27,9 +27,10 @@ def weight_on(mesh: DeviceMesh, *placements: Placement) -> nn.Parameter:
 
 def check_a_rank_beside_a_mesh() -> None:
     """A group that all ranks of the world had to make would leave the counts apart by which torch names groups."""
-    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("replicate", "shard"))
-    if dist.get_rank() < 4:
-        Dion2([weight_on(mesh, Replicate(), Shard(0)), weight_on(mesh, Shard(0), Shard(1))]).step()
+    for names in (("replicate", "shard"), None):
+        mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=names)
+        if dist.get_rank() < 4:
+            Dion2([weight_on(mesh, Replicate(), Shard(0)), weight_on(mesh, Shard(0), Shard(1))]).step()
     total = torch.ones(1)
     dist.all_reduce(total, group=dist.new_group())
     assert total == 5
@@ -64,7 +65,7 @@ def test_statistics_of_two_models() -> None:
 @pytest.fixture
 def mesh_of_eight(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceMesh]:
     """As rank 5 sees it; groups that members alone make are their ranks."""
-    monkeypatch.setattr(mesh_groups, "_group_of_members", lambda world, ranks: ranks)
+    monkeypatch.setattr(mesh_groups, "_group_of_members", lambda ranks: ranks)
     dist.init_process_group("fake", rank=5, world_size=8, store=FakeStore())
     yield init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "ep"))
     dist.destroy_process_group()
@@ -85,6 +86,24 @@ def mesh_of_eight(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceMesh]:
 def test_the_ranks_around_several_meshes(mesh_of_eight: DeviceMesh, parts: list[Any], expected: list[int]) -> None:
     group: Any = group_around([mesh_of_eight[part] for part in parts])
     assert list(group if isinstance(group, tuple) else dist.get_process_group_ranks(group)) == expected
+
+
+def test_groups_of_an_earlier_process_group_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[int]] = []
+
+    def new_group(ranks: list[int], use_local_synchronization: bool) -> object:
+        made.append(ranks)
+        return object()
+
+    monkeypatch.setattr(mesh_groups, "_GROUPS", {})
+    monkeypatch.setattr(dist, "new_group", new_group)
+    for _ in range(2):
+        dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+        groups = [mesh_groups._group_of_members((0, 1)) for _ in range(2)]
+        assert groups[0] is groups[1]
+        dist.destroy_process_group()
+    assert made == [[0, 1], [0, 1]]
+    assert len(mesh_groups._GROUPS) == 1
 
 
 def test_where_torch_splits_the_communicator_of_all_ranks(

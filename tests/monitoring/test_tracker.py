@@ -7,6 +7,7 @@ import warnings
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -647,6 +648,42 @@ def test_a_tracker_observes_one_optimizer_at_a_time() -> None:
     tracker.attach(second)
     assert first.observer is None
     assert second.observer is tracker
+
+
+def test_attaching_to_the_same_optimizer_again_loses_no_metrics() -> None:
+    named = parameters()
+    optimizer, tracker = optimizer_of(named), SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    set_gradients(named, 0)
+    optimizer.step()
+    tracker.attach(optimizer)
+    assert tracker.pop_metrics() is not None
+
+
+def test_what_was_counted_of_another_optimizer_is_left_out() -> None:
+    """Unless its parameters have the same names."""
+    weight, other = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(8, 6))
+    tracker = SelectionTracker()
+    for name, parameter in (("weight", weight), ("weight", other), ("other", other)):
+        optimizer = Dion2([(name, parameter)])
+        tracker.attach(optimizer)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        tracker.detach()
+    counts = tracker.state_dict()["counts"]
+    assert [*counts] == ["dion2/other"]
+    assert counts["dion2/other"]["hits"].sum() == 2  # of 6 slices a quarter
+
+
+def test_detaching_does_not_wait_for_the_device() -> None:
+    """Which may have failed, as where a callback detaches after an exception."""
+    weight = nn.Parameter(torch.randn(8, 6))
+    optimizer, tracker = Dion2([("weight", weight)]), SelectionTracker()
+    tracker.attach(optimizer)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    with mock.patch.object(Tensor, "cpu", side_effect=RuntimeError):
+        tracker.detach()
 
 
 def test_a_tracker_that_is_detached_keeps_what_it_counted_and_no_parameter() -> None:
