@@ -67,7 +67,11 @@ def _group_of_members(ranks: tuple[int, ...]) -> "ProcessGroup":
     if any(of is not world for of, _ in _GROUPS):  # the process group was made anew
         _GROUPS.clear()
     if (world, ranks) not in _GROUPS:
+        names = torch.distributed.distributed_c10d._world
+        count = names.group_count
         _GROUPS[world, ranks] = torch.distributed.new_group(list(ranks), use_local_synchronization=True)
+        # Torch names the next group of all ranks by this count, and from 2.15 on raises it on these ranks alone.
+        names.group_count = count
     made: ProcessGroup = _GROUPS[world, ranks]
     return made
 
