@@ -72,8 +72,7 @@ def checked(
 
     Args:
         updates: The same ones in the same order on each rank.
-        header: What :func:`~dion2_lightning.distributed.collectives.sum_over_ranks` returned of the checksum and
-            numbers of
+        header: What :func:`~dion2_lightning.distributed.collectives.sum_over_ranks` returned of the checksum and of
             :func:`gradient_counts`.
         on_host: The same, if the host has read it; else all updates are returned, and the device checks the gradients.
         everyone: The groups it was summed over.

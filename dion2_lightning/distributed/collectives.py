@@ -211,9 +211,9 @@ def sum_over_ranks(
     where ranks notice that their settings have drifted apart after the first step. So ``checksum``, in [0, 2^32), is of
     what all must have in common. ``counts`` are added up, such as whether this rank has a gradient.
 
-    What is returned waits, not the host, and returns a header, int64, for :func:`refuse_disagreement`: a sum of
-    checksums, then of each count; and the sums, rounded to float32. Rounded, they do not depend on
-    their order, so every rank and every layout sees the same numbers.
+    What is returned waits, not the host, and returns a header, int64, for :func:`refuse_disagreement`: the sum of the
+    checksums, then those of the counts; and the sums, rounded to float32. Rounded, they do not depend on their order,
+    so every rank and every layout sees the same numbers.
     """
     shapes, size = [each.shape for each in sums], 1 + len(counts)
     header = torch.tensor([checksum, *counts], dtype=torch.float64).to(device, non_blocking=True)
