@@ -63,8 +63,10 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
     replicas = layout.replicas if context.share_replicas is not False and first.replicas is None else None
     groups = [layout.group, first.replicas] if replicas is None else [replicas.everyone]
     everyone = [group for group in groups if group is not None]
-    runs = [[*map(len, run)] for run in _runs(updates, context)]  # as the working memory makes them
-    settings = context.settings_checksum, runs, [update.checksum() for update in updates]
+    # What a run sums up, or gathers, is there at once; the other half of the memory is for the weights.
+    runs = list(bounded(list(batches(updates, context)), _working_bytes, context.working_memory // 2))
+    lengths = [[*map(len, run)] for run in runs]
+    settings = context.settings_checksum, lengths, [update.checksum() for update in updates]
     checksum = zlib.crc32(repr(settings).encode())
     counts = gradient_counts(updates, replicas)
     nonzero = nonzero_gradients(updates)
@@ -80,18 +82,15 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
     header_on_host = on_host[0] if reads else None
     updates = checked(updates, header, header_on_host, everyone=everyone, checksum=checksum, replicas=replicas)
     draw_bits(updates)
-    # What a run sums up, or gathers, is there at once; the other half of the memory is for the weights.
-    for run in _runs(updates, context):
+    present = set(updates)
+    for whole_run in runs:
+        run = [batch for each in whole_run if (batch := [update for update in each if update in present])]
         accumulate([update for batch in run for update in batch], context.working_memory // 2)
         if layout.group is None and replicas is not None and context.share_replicas:
             yield from _update_by_owners(run, replicas, context)
         else:
             yield from run_together([_update(batch, context) for batch in run], layout.group, first.replicas)
     count_step(updates)
-
-
-def _runs(updates: Sequence[LowRankUpdate], context: StepContext) -> Iterator[list[list[LowRankUpdate]]]:
-    return bounded(list(batches(updates, context)), _working_bytes, context.working_memory // 2)
 
 
 def _update(batch: list[LowRankUpdate], context: StepContext) -> SummingWork:

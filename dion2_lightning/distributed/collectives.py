@@ -139,7 +139,7 @@ def check_agreement(
         largest, smallest = extremes.tolist()
         differs[mesh] = largest != -smallest
     # Ranks of one mesh, between which nothing differs, hear of what does on another one that some of them belong to.
-    agree = torch.tensor(not any(differs.values()))
+    agree = torch.tensor(not any(differs.values()), device="cpu")
     if not bool(on_every_rank(agree, parameters, ranks)):
         found = []
         for mesh in filter(differs.__getitem__, meshes):

@@ -26,6 +26,7 @@ from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dion2_lightning.kernels.rounding import RandomBits
 from dion2_lightning.kernels.stacks import empty_stacks, runs_along
@@ -88,19 +89,31 @@ together; a span is long enough to pay for finding its slices, short enough that
 
 
 @cache
-def _error(*, launches: bool) -> str | None:
-    """Return why Triton cannot be imported, or cannot launch: for a GPU it needs a C compiler, and Python's headers.
+def _import_error() -> str | None:
+    """Return why Triton cannot be imported; None if it can."""
+    try:
+        from dion2_lightning.kernels import triton_kernels  # noqa: F401
+    except Exception as error:  # of many kinds, by what is missing
+        return f"{type(error).__name__}: {error}"
+    return None
 
-    It launches a kernel to see: in a step it would be too late for torch to take its place.
+
+@cache
+def _launch_error(device: torch.device) -> str | None:
+    """Return why Triton cannot launch kernels on a GPU; None if it can. It needs a C compiler, and Python's headers.
+
+    A kernel is launched to see: in a step it would be too late for torch to take its place.
     """
     try:
+        import triton
+
         from dion2_lightning.kernels import triton_kernels
 
-        if launches:
-            import triton
-
-            triton.runtime.driver.active.get_current_target()
-            triton_kernels.set_one[(1,)](torch.empty(1, device="cuda"))
+        triton.runtime.driver.active.get_current_target()
+        with torch.cuda.device(device), _disable_current_modes():  # a fake tensor has no memory
+            triton_kernels.set_one[(1,)](torch.empty(1, device=device))
+    except torch.OutOfMemoryError:  # says nothing about kernels
+        raise
     except Exception as error:  # of many kinds, by what is missing
         return f"{type(error).__name__}: {error}"
     return None
@@ -123,9 +136,9 @@ def unavailable(device: torch.device) -> str | None:
         return "a CUDA graph is being captured, which would read tables of this step again, and they are gone by then"
     if is_gpu and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {MIN_CAPABILITY}"
-    if (error := _error(launches=False)) is not None:
+    if (error := _import_error()) is not None:
         return f"Triton cannot be imported ({error}): pip install triton"
-    if is_gpu and (error := _error(launches=True)) is not None:
+    if is_gpu and (error := _launch_error(device)) is not None:
         return f"Triton cannot launch kernels ({error})"
     return None
 

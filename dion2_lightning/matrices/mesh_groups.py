@@ -21,10 +21,10 @@ def group_along(mesh: "DeviceMesh", dims: Sequence[int]) -> "ProcessGroup | None
     """
     if len(dims) == 1:
         return mesh.get_group(dims[0])
-    if mesh.size() < torch.distributed.get_world_size() and _members_can_make_groups():
-        coordinate = mesh.get_coordinate() or ()
-        index = tuple(slice(None) if dim in dims else each for dim, each in enumerate(coordinate))
-        return _group_of_members(_sorted(mesh.mesh[index]))
+    if mesh.size() < torch.distributed.get_world_size():
+        group = _group_of_members(mesh, dims)
+        if group is not None:
+            return group
     names = mesh.mesh_dim_names
     if names is None:
         return None
@@ -45,35 +45,49 @@ def group_around(meshes: "Sequence[DeviceMesh]") -> "ProcessGroup":
     if len(meshes) == 1 or _contains(largest, meshes):
         return group_along(largest, range(largest.ndim)) or world
     roots = {mesh._get_root_mesh() for mesh in meshes}
-    if len(roots) > 1 or not _members_can_make_groups():
+    if len(roots) > 1:
         return world
     # Along the dimensions of the mesh that they are parts of in which one of them goes.
     root = roots.pop()
-    dims = {dim for mesh in meshes for dim in _dims_of(mesh, root)}
-    index = tuple(slice(None) if dim in dims else each for dim, each in enumerate(root.get_coordinate() or ()))
-    ranks = _sorted(root.mesh[index])
-    return world if len(ranks) == world.size() else _group_of_members(ranks)
+    dims = sorted({dim for mesh in meshes for dim in _dims_of(mesh, root)})
+    return world if len(dims) == root.ndim else _group_of_members(root, dims) or world
 
 
-def _members_can_make_groups() -> bool:
+def _group_of_members(mesh: "DeviceMesh", dims: Sequence[int]) -> "ProcessGroup | None":
+    """Return the group of ranks along some dimensions of a mesh, which these alone make, once; None if they cannot."""
+    world: Any = torch.distributed.group.WORLD
+    if any(of is not world for of, _ in _GROUPS):  # the process group was made anew
+        _GROUPS.clear()
+    index = tuple(slice(None) if dim in dims else each for dim, each in enumerate(mesh.get_coordinate() or ()))
+    ranks = _sorted(mesh.mesh[index])
+    if (world, ranks) not in _GROUPS:
+        _GROUPS[world, ranks] = _new_group(mesh, dims, ranks) if _can_make_groups() else None
+    made: ProcessGroup | None = _GROUPS[world, ranks]
+    return made
+
+
+def _can_make_groups() -> bool:
     """Whether ranks can make a group while others do not: not by MPI, nor by splitting the communicator of all."""
     is_split = getattr(torch.distributed.group.WORLD, "bound_device_id", None) is not None
     return not is_split and torch.distributed.get_backend() != "mpi"
 
 
-def _group_of_members(ranks: tuple[int, ...]) -> "ProcessGroup":
-    """Return the group of some ranks, which these alone make, once."""
-    world: Any = torch.distributed.group.WORLD
-    if any(of is not world for of, _ in _GROUPS):  # the process group was made anew
-        _GROUPS.clear()
-    if (world, ranks) not in _GROUPS:
-        names = torch.distributed.distributed_c10d._world
-        count = names.group_count
-        _GROUPS[world, ranks] = torch.distributed.new_group(list(ranks), use_local_synchronization=True)
-        # Torch names the next group of all ranks by this count, and from 2.15 on raises it on these ranks alone.
-        names.group_count = count
-    made: ProcessGroup = _GROUPS[world, ranks]
-    return made
+def _new_group(mesh: "DeviceMesh", dims: Sequence[int], ranks: tuple[int, ...]) -> "ProcessGroup | None":
+    """Make a group; None where its ranks have other names for it, as where some have made groups of their own."""
+    torch_names = torch.distributed.distributed_c10d
+    number = int(torch_names._hash_ranks_to_str(list(ranks))[:8], 16)
+    extremes = torch.tensor([number, -number], device=mesh.device_type)
+    for dim in dims:
+        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+    largest, smallest = extremes.tolist()
+    if largest != -smallest:
+        return None
+    count = torch_names._world.group_count
+    try:
+        made: ProcessGroup = torch.distributed.new_group(list(ranks), use_local_synchronization=True)
+        return made
+    finally:  # torch names the next group of all ranks by this count, and from 2.15 on raises it on these ranks alone
+        torch_names._world.group_count = count
 
 
 def _sorted(ranks: torch.Tensor) -> tuple[int, ...]:

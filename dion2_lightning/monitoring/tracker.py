@@ -119,7 +119,7 @@ class SelectionTracker:
                 f"optimizer must be a Dion2, got {type(found).__name__}; make it with "
                 "dion2_lightning.build_optimizer(model, lr=...)"
             )
-        if found.observer is self:
+        if self.is_attached and self._optimizer is found:
             return
         self.detach()
         replaced = found.observer

@@ -98,6 +98,7 @@ def check_gradients_and_settings() -> None:
     check_names_and_frozen_parameters_that_differ(mesh)
     check_what_differs_is_named(mesh)
     check_what_one_rank_has_besides(mesh)
+    check_runs_that_a_missing_gradient_would_make(mesh)
     check_working_memory_that_differs(mesh)
     check_gradients_that_nothing_has_averaged()
     check_gradients_of_what_was_frozen()
@@ -373,6 +374,21 @@ def check_what_one_rank_has_besides(mesh: DeviceMesh) -> None:
         for name, parameter in parameters.items():
             torch.testing.assert_close(parameter.full_tensor(), alone[name], rtol=1e-4, atol=1e-5)
         assert (own != 1).all()
+
+
+def check_runs_that_a_missing_gradient_would_make(mesh: DeviceMesh) -> None:
+    """Of Dion, on ranks with other memory: they are made of all matrices, so that they differ at once or never."""
+    shapes = {"first": (32, 32), "middle": (64, 32), "last": (32, 33)}
+    weights = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in shapes.items()}
+    parameters = {name: nn.Parameter(place(weight, mesh, (Shard(0),))) for name, weight in weights.items()}
+    optimizer = Dion2([{"params": [*parameters.items()], "algorithm": "dion"}], lr=0.1)
+    for number, without in enumerate((None, "middle")):
+        for name, parameter in parameters.items():
+            parameter.grad = None if name == without else torch.ones_like(parameter)
+        optimizer.step()
+        if number == 0:
+            optimizer.working_memory = 34_000 if dist.get_rank() else 20_000
+    assert all(optimizer.state[parameter]["momentum"].any() for parameter in parameters.values())
 
 
 def check_settings_that_differ(mesh: DeviceMesh) -> None:

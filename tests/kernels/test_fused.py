@@ -831,9 +831,10 @@ def test_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     assert reason("cuda").startswith("Tesla T4 is older than")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(fused, "_error", lambda *, launches: "no C compiler" if launches else None)
+    monkeypatch.setattr(fused, "_import_error", lambda: None)
+    monkeypatch.setattr(fused, "_launch_error", lambda device: "no C compiler")
     assert reason("cuda") == "Triton cannot launch kernels (no C compiler)"
-    monkeypatch.setattr(fused, "_error", lambda *, launches: "No module named 'triton'")
+    monkeypatch.setattr(fused, "_import_error", lambda: "No module named 'triton'")
     assert "pip install triton" in reason("cuda")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -889,8 +890,8 @@ def test_the_kernel_by_which_it_sees_whether_it_can_launch(device: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_can_be_launched() -> None:
-    assert fused._error(launches=False) is None
-    assert "RuntimeError" in str(fused._error(launches=True))
+    assert fused._import_error() is None
+    assert "RuntimeError" in str(fused._launch_error(torch.device("cuda")))
 
 
 @pytest.mark.parametrize(

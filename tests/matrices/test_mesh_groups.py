@@ -40,6 +40,21 @@ def test_a_rank_beside_a_mesh() -> None:
     run_on_ranks(5, check_a_rank_beside_a_mesh)
 
 
+def check_ranks_that_have_made_groups_of_their_own() -> None:
+    """Before 2.15 torch names a group by how many each of its ranks has; under two names they would wait forever."""
+    dist.new_group([0, 2, 4])
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("replicate", "shard"))
+    if dist.get_rank() < 4:
+        weight = weight_on(mesh, Replicate(), Shard(0))
+        Dion2([weight]).step()
+        alone = nn.Parameter(weight_on(mesh, Replicate(), Shard(0)).full_tensor())
+        alone.grad = weight.grad.full_tensor()
+        Dion2([alone]).step()
+        torch.testing.assert_close(weight.full_tensor(), alone.data)
+    else:
+        mesh._flatten()  # where torch can make no other group, all ranks have to make it
+
+
 def check_statistics_of_two_models() -> None:
     """One on each half of the ranks, on a mesh and on a part of it: neither counts the other in, or waits for it."""
     meshes = [
@@ -58,6 +73,10 @@ def check_statistics_of_two_models() -> None:
     assert metrics.overall["update_rms"] == pytest.approx(change.square().mean().sqrt().item(), rel=1e-5)
 
 
+def test_ranks_that_have_made_groups_of_their_own() -> None:
+    run_on_ranks(5, check_ranks_that_have_made_groups_of_their_own)
+
+
 def test_statistics_of_two_models() -> None:
     run_on_ranks(4, check_statistics_of_two_models)
 
@@ -65,7 +84,7 @@ def test_statistics_of_two_models() -> None:
 @pytest.fixture
 def mesh_of_eight(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceMesh]:
     """As rank 5 sees it; groups that members alone make are their ranks."""
-    monkeypatch.setattr(mesh_groups, "_group_of_members", lambda ranks: ranks)
+    monkeypatch.setattr(mesh_groups, "_new_group", lambda mesh, dims, ranks: ranks)
     dist.init_process_group("fake", rank=5, world_size=8, store=FakeStore())
     yield init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "ep"))
     dist.destroy_process_group()
@@ -89,20 +108,21 @@ def test_the_ranks_around_several_meshes(mesh_of_eight: DeviceMesh, parts: list[
 
 
 def test_groups_of_an_earlier_process_group_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[list[int]] = []
+    made: list[tuple[int, ...]] = []
 
-    def new_group(ranks: list[int], use_local_synchronization: bool) -> object:
+    def new_group(mesh: DeviceMesh, dims: list[int], ranks: tuple[int, ...]) -> object:
         made.append(ranks)
         return object()
 
     monkeypatch.setattr(mesh_groups, "_GROUPS", {})
-    monkeypatch.setattr(dist, "new_group", new_group)
+    monkeypatch.setattr(mesh_groups, "_new_group", new_group)
     for _ in range(2):
         dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
-        groups = [mesh_groups._group_of_members((0, 1)) for _ in range(2)]
+        mesh = init_device_mesh("cpu", (2, 2))
+        groups = [mesh_groups._group_of_members(mesh, [1]) for _ in range(2)]
         assert groups[0] is groups[1]
         dist.destroy_process_group()
-    assert made == [[0, 1], [0, 1]]
+    assert made == [(0, 1), (0, 1)]
     assert len(mesh_groups._GROUPS) == 1
 
 
@@ -110,7 +130,7 @@ def test_where_torch_splits_the_communicator_of_all_ranks(
     mesh_of_eight: DeviceMesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There all ranks have to make a group together."""
-    monkeypatch.setattr(mesh_groups, "_members_can_make_groups", lambda: False)
+    monkeypatch.setattr(mesh_groups, "_can_make_groups", lambda: False)
     assert group_around([mesh_of_eight["dp"], mesh_of_eight["ep"]]) is dist.group.WORLD
     group = group_around([mesh_of_eight["dp", "ep"]])
     assert dist.get_process_group_ranks(group) == [4, 5, 6, 7]
