@@ -85,6 +85,8 @@ def update_shared(updates: list[LowRankUpdate], context: StepContext) -> Waiting
     present = set(updates)
     for whole_run in runs:
         run = [batch for each in whole_run if (batch := [update for update in each if update in present])]
+        if not run:
+            continue
         accumulate([update for batch in run for update in batch], context.working_memory // 2)
         if layout.group is None and replicas is not None and context.share_replicas:
             yield from _update_by_owners(run, replicas, context)

@@ -50,7 +50,8 @@ def group_around(meshes: "Sequence[DeviceMesh]") -> "ProcessGroup":
     # Along the dimensions of the mesh that they are parts of in which one of them goes.
     root = roots.pop()
     dims = sorted({dim for mesh in meshes for dim in _dims_of(mesh, root)})
-    return world if len(dims) == root.ndim else _group_of_members(root, dims) or world
+    is_world = len(dims) == root.ndim and root.size() == world.size()
+    return world if is_world else _group_of_members(root, dims) or world
 
 
 def _group_of_members(mesh: "DeviceMesh", dims: Sequence[int]) -> "ProcessGroup | None":

@@ -90,6 +90,11 @@ def mesh_of_eight(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
+def test_the_ranks_around_parts_of_a_mesh_that_is_a_part_of_the_world(mesh_of_eight: DeviceMesh) -> None:
+    mesh = DeviceMesh("cpu", [[4, 5], [6, 7]], mesh_dim_names=("dp", "ep"))
+    assert group_around([mesh["dp"], mesh["ep"]]) == (4, 5, 6, 7)
+
+
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [
