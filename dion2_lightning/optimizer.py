@@ -42,6 +42,7 @@ from dion2_lightning.distributed.clipping import clip_grad_norm_
 from dion2_lightning.distributed.collectives import (
     RanksAround,
     check_agreement,
+    place_gradients,
     refuse_unreachable,
 )
 from dion2_lightning.distributed.overlap import run_side_by_side
@@ -80,7 +81,7 @@ from dion2_lightning.step_checks import (
     check_placements,
     check_settings,
     creates_state_alone,
-    described,
+    descriptions_of,
     gradients_are_finite,
     settings_of,
 )
@@ -251,6 +252,8 @@ class MatrixOptimizer(Optimizer):
         check_kinds_of_gradients(groups)
         self._check_agreement()
         self._check_averaged()
+        parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+        place_gradients(parameters)
         check_gradients(groups, ranks)
         creates_state = not self.state and creates_state_alone(groups, ranks)
         if not creates_state:  # torch.distributed.checkpoint takes such a step with rates of its own
@@ -260,7 +263,6 @@ class MatrixOptimizer(Optimizer):
             self._compressed.average(list(labelled_parameters(groups)), groups, self.process_group)
         gates = self._gates()
         if self.max_grad_norm is not None:
-            parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
             norm = clip_grad_norm_(parameters, self.max_grad_norm, replicas=self._compressed_parameters())
             self.grad_norm = self._left_in_place("grad_norm", norm)
         self._prepare_state()
@@ -604,7 +606,7 @@ class MatrixOptimizer(Optimizer):
             self._compressed.refuse_other_weights(labelled, group)
         attributes = {name: getattr(self, name) for name in STEP_SETTINGS if name != "kernels"}
         steps = [self._steps_of(parameter, group) for group, parameter, _ in shared]
-        descriptions = described(shared, attributes, steps)
+        descriptions = descriptions_of(shared, attributes, steps)
         check_agreement(descriptions, [parameter for _, parameter, _ in shared], self._ranks())
         self._is_agreed = True
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS
 from dion2_lightning.algorithms.hyperparameters import finite, numbers, plain
-from dion2_lightning.distributed.collectives import RanksAround, on_any_rank, on_every_rank, place_gradients
+from dion2_lightning.distributed.collectives import RanksAround, on_any_rank, on_every_rank
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.gate import are_finite
 from dion2_lightning.lists import group_by
@@ -38,13 +38,13 @@ def check_settings(groups: Sequence[Group]) -> None:
     Learning rate and weight decay may be any finite number: schedules set them, some of them a rounding error under
     zero. What rates that are tensors hold is not checked, for the host would wait.
     """
-    settings_of: dict[str, Collection[str]] = {}
+    known: dict[str, Collection[str]] = {}
     for group in groups:
         prefix = f"group {group['name']!r}: "
         algorithm = algorithm_of(group, prefix)
-        if algorithm.name not in settings_of:
-            settings_of[algorithm.name] = algorithm.defaults().keys()
-        settings = settings_of[algorithm.name]
+        if algorithm.name not in known:
+            known[algorithm.name] = algorithm.defaults().keys()
+        settings = known[algorithm.name]
         if missing := [name for name in settings if name not in group]:
             raise ValueError(
                 f"{prefix}has no {missing[0]!r}, which algorithm {algorithm.name!r} needs; a group's algorithm is "
@@ -115,14 +115,16 @@ def check_kinds_of_gradients(groups: Sequence[Group]) -> None:
 
 
 def check_gradients(groups: Sequence[Group], ranks: RanksAround) -> None:
-    """Place gradients as their parameters are; refuse NaN and Inf in them where groups ask for that.
+    """Refuse gradients with NaN or Inf where groups ask for that.
 
     Raises:
         FloatingPointError: On all ranks that share parameters, if one has a bad gradient.
     """
-    everything = [each for each in labelled_parameters(groups) if each[1].requires_grad]
-    place_gradients(parameter for _, parameter, _ in everything)
-    checked = [(label, parameter) for group, parameter, label in everything if group["check_finite"] is True]
+    checked = [
+        (label, parameter)
+        for group, parameter, label in labelled_parameters(groups)
+        if group["check_finite"] is True and parameter.requires_grad
+    ]
     if not checked:
         return
     labels, parameters = zip(*checked, strict=True)
@@ -187,7 +189,7 @@ def settings_of(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def described(
+def descriptions_of(
     shared: Sequence[Labelled], attributes: Mapping[str, Any], steps: Sequence[int | None]
 ) -> list[dict[str, Any]]:
     """Return what ranks must have in common of parameters that they share, in plain words for the error.

@@ -16,6 +16,8 @@ from tests.kernels.sample_slices import ORDERS, PLACES, of_many_sizes, random_sl
         (9, 0.25, 3),
         (1, 0.25, 1),
         (3, 0.01, 1),
+        (30, 0.1, 3),
+        (49, 1 / 49, 1),
         (100, 0.07, 7),
         (200, 0.55, 110),
         (7, 1.0, 7),
