@@ -2,7 +2,7 @@
 
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from inspect import signature
 from itertools import chain
@@ -255,8 +255,6 @@ def launches_of(passes: Passes) -> list[tuple[str, dict[str, Any], list[TableRow
 
 def launch(passes: Passes, device: torch.device) -> None:
     """Launch kernels one after another, after one copy of all tables to the device."""
-    from dion2_lightning.kernels import triton_kernels
-
     launches = launches_of(passes)
     if not launches:
         return
@@ -268,11 +266,15 @@ def launch(passes: Passes, device: torch.device) -> None:
     with torch.cuda.device(device) if on_gpu else nullcontext():
         for table, (kernel, constants, rows) in zip(on_device.split([*map(len, tables)]), launches, strict=True):
             tiles = max(tiles for _, _, tiles, _ in rows)
-            matrices = sum(count for _, count, _, _ in rows)
-            named = {name.upper(): triton_kernels.TYPES.get(value, value) for name, value in constants.items()}
-            getattr(triton_kernels, kernel)[(matrices * tiles,)](
-                table, tiles, **named, num_warps=4, enable_fp_fusion=False
-            )
+            start(kernel, table, sum(count for _, count, _, _ in rows), tiles, constants)
+
+
+def start(kernel: str, table: Tensor, matrices: int, tiles: int, constants: Mapping[str, Any]) -> None:
+    """Launch one kernel, with so many programs for each matrix."""
+    from dion2_lightning.kernels import triton_kernels
+
+    named = {name.upper(): triton_kernels.TYPES.get(value, value) for name, value in constants.items()}
+    getattr(triton_kernels, kernel)[(matrices * tiles,)](table, tiles, **named, num_warps=4, enable_fp_fusion=False)
 
 
 def _table(stacks: Sequence[tuple[int, list[int]]]) -> list[int]:
