@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.kernels.random_numbers import hashed
+from dion2_lightning.lists import group_by
 
 HALF_PRECISION: Final = (torch.bfloat16, torch.float16)
 
@@ -83,28 +84,41 @@ def random_bits(
 
     Args:
         coordinates: The numbers of the rows of each tensor, and of its columns, in the whole that it may be a part of;
-            of any shape.
+            of any shape. Tensors that share one pair are drawn together, in as many operations as one.
         seeds: One for each tensor, in [0, 2^32).
         steps: One for each tensor, 0-d. The host does not read it.
 
     Returns:
         For each tensor one number a row and one a column, in the shapes of their coordinates.
     """
-    of_rows = [rows.flatten() ^ (seed - 2**31) for (rows, _), seed in zip(coordinates, seeds, strict=True)]
-    of_columns = [
-        columns.flatten() ^ ((seed ^ _COLUMN) - 2**31) for (_, columns), seed in zip(coordinates, seeds, strict=True)
-    ]
-    numbers = of_rows + of_columns
-    row_counts, column_counts = [len(each) for each in of_rows], [len(each) for each in of_columns]
-    of_places = hashed(torch.cat(numbers).to(torch.int32))
-    at_steps = [step.to(of_places.device, non_blocking=True) for step in steps] * 2
-    of_steps = torch.cat([step.expand(len(each)) for step, each in zip(at_steps, numbers, strict=True)])
-    rows, columns = hashed(of_places ^ of_steps.to(torch.int32)).split([sum(row_counts), sum(column_counts)])
-    hashes = zip((rows | 1).split(row_counts), columns.split(column_counts), strict=True)
-    return [
-        RandomBits(its_rows.view(held_rows.shape), its_columns.view(held_columns.shape))
-        for (held_rows, held_columns), (its_rows, its_columns) in zip(coordinates, hashes, strict=True)
-    ]
+    alike = list(group_by(range(len(seeds)), lambda at: id(coordinates[at])).values())
+    in_order, counts = [at for each in alike for at in each], [len(each) for each in alike]
+    device = coordinates[0][0].device
+    at_steps = torch.stack([steps[at].to(device, non_blocking=True) for at in in_order]).to(torch.int32)
+    salted, of_steps = list[Tensor](), list[Tensor]()
+    for axis, of_axis in enumerate((0, _COLUMN)):
+        salts = _numbers_on(device, [(seeds[at] ^ of_axis) - 2**31 for at in in_order])
+        for its, its_salts, its_steps in zip(alike, salts.split(counts), at_steps.split(counts), strict=True):
+            numbers = coordinates[its[0]][axis].flatten()
+            salted.append((numbers ^ its_salts.unsqueeze(1)).flatten())
+            of_steps.append(its_steps.repeat_interleave(len(numbers)))
+    sizes = [each.numel() for each in salted]
+    of_places = hashed(torch.cat(salted).to(torch.int32))
+    hashes = hashed(of_places ^ torch.cat(of_steps))
+    rows, columns = hashes.split([sum(sizes[: len(alike)]), sum(sizes[len(alike) :])])
+    of_rows, of_columns = (rows | 1).split(sizes[: len(alike)]), columns.split(sizes[len(alike) :])
+    drawn: dict[int, RandomBits] = {}
+    for its, its_rows, its_columns in zip(alike, of_rows, of_columns, strict=True):
+        held_rows, held_columns = coordinates[its[0]]
+        of_each = its_rows.view(len(its), *held_rows.shape), its_columns.view(len(its), *held_columns.shape)
+        drawn.update(zip(its, map(RandomBits, *(each.unbind() for each in of_each)), strict=True))
+    return [drawn[at] for at in range(len(seeds))]
+
+
+def _numbers_on(device: torch.device, numbers: Sequence[int]) -> Tensor:
+    """Bring integers to a device as arguments of a launch: a copy from the host may not be in a CUDA graph."""
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    return torch.cat(torch._foreach_add([zero] * len(numbers), list(numbers)))
 
 
 def multiply_add_(tensor: Tensor, factor: float | Tensor, addend: Tensor | None, bits: RandomBits | None) -> None:

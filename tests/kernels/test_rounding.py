@@ -138,11 +138,15 @@ def test_bits_of_several_tensors_are_those_of_each() -> None:
         (torch.arange(2), torch.arange(9)),
         (torch.arange(0), torch.arange(3)),
     ]
-    steps = [torch.tensor(3.0), torch.tensor(5.0), torch.tensor(5.0)]
-    together = random_bits(coordinates, [1, 2, 3], steps)
-    for found, pair, seed, step in zip(together, coordinates, (1, 2, 3), steps, strict=True):
+    coordinates += [coordinates[0], coordinates[2]]  # which are drawn with these
+    seeds = [1, 2, 3, 2**32 - 1, 5]
+    steps = [torch.tensor(float(step)) for step in (3, 5, 5, 7, 5)]
+    together = random_bits(coordinates, seeds, steps)
+    for found, pair, seed, step in zip(together, coordinates, seeds, steps, strict=True):
         [alone] = random_bits([pair], [seed], [step])
+        assert [each.shape for each in found] == [each.shape for each in pair]
         assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+    assert not torch.equal(together[0].columns, together[3].columns)
 
 
 def noise_of(bits: RandomBits) -> Tensor:
