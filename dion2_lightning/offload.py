@@ -104,14 +104,13 @@ class Visit:
         size: Bytes of their state that is kept on the host, the same on every rank that shares them.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members = members
-        self.size = sum(map(offloaded_bytes, members))
+    def __init__(self, members: Sequence[Member], size: int) -> None:
+        self.members, self.size = members, size
         self._present: list[tuple[Lanes, list[OffloadedTensor], torch.Event]] = []
 
     def fetch(self, lanes_of: Callable[[torch.device], Lanes]) -> None:
-        """Begin to bring the state to the parameters' devices, unless that has begun."""
-        if self._present:
+        """Begin to bring the state to the parameters' devices, unless that has begun or all of it is there."""
+        if self._present or not self.size:
             return
         tensors = [OffloadedTensor(member, name) for member in self.members for name in offloaded_entries(member)]
         for device, its_tensors in group_by(tensors, lambda tensor: tensor.device).items():
@@ -168,7 +167,8 @@ def cut_into_visits(members: Sequence[Member], limit: int) -> list[Visit]:
     """
     alike = group_by(members, lambda member: (member.group["algorithm"], member.parameter.shape)).values()
     in_order = [member for each in alike for member in each]
-    return [Visit(some) for some in bounded(in_order, offloaded_bytes, limit // 2)]
+    visits = bounded(in_order, offloaded_bytes, limit // 2)
+    return [Visit(some, sum(map(offloaded_bytes, some))) for some in visits]
 
 
 def offloaded_bytes(member: Member) -> int:

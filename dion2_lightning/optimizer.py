@@ -53,7 +53,7 @@ from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.lists import group_by
 from dion2_lightning.matrices.layout import is_dtensor, moved, number_of_parts
 from dion2_lightning.matrices.views import ObservedParameter
-from dion2_lightning.offload import Offloading, Visit, cut_into_visits, kept
+from dion2_lightning.offload import Offloading, Visit, cut_into_visits, kept, offloaded_bytes
 from dion2_lightning.parameter_groups import (
     Group,
     algorithm_of,
@@ -269,8 +269,8 @@ class MatrixOptimizer(Optimizer):
         selections: dict[tuple[Tensor, str], Selection] = {}
         members = [] if creates_state else self._members()
         working_memory = self._working_memory()
-        visits = [Visit(members)]
-        if visits[0].size:
+        visits = [Visit(members, size=0)]
+        if self.offload is not None and any(map(offloaded_bytes, members)):
             working_memory //= 2  # the other half is for the state of two visits
             visits = cut_into_visits(members, working_memory)
         context = StepContext(

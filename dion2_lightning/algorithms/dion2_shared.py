@@ -104,7 +104,7 @@ def update_shared(updates: list[MatrixUpdate], context: StepContext) -> WaitingS
     count_step(updates)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class _Run(SelectedSlices):
     """What is selected of consecutive matrices of an update that travel in one bucket, on all ranks together.
 
@@ -115,7 +115,7 @@ class _Run(SelectedSlices):
     owners: Sequence[Owner]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class _Part(SelectedSlices):
     """This rank's part of consecutive matrices of a run, of which it holds equally many selected slices.
 

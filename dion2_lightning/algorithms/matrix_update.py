@@ -3,7 +3,6 @@
 What a step needs of the settings is read by ``updates_of`` in dion2.py and ``MatrixUpdate.of``; the rest is numbers.
 """
 
-import math
 import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import Member, StepContext
-from dion2_lightning.algorithms.working_memory import memory_at_once, pass_bytes, shared_bytes, working_bytes
+from dion2_lightning.algorithms.slicing import Slicing, slicings_of
+from dion2_lightning.algorithms.working_memory import memory_at_once, pass_bytes
 from dion2_lightning.kernels.device_numbers import Number, as_factor
 from dion2_lightning.kernels.estimated_norms import can_estimate_sums
 from dion2_lightning.kernels.gate import Gate
@@ -23,7 +23,7 @@ from dion2_lightning.kernels.selection import Selection
 from dion2_lightning.kernels.triton_launch import DTYPES
 from dion2_lightning.lists import bounded, group_by
 from dion2_lightning.matrices.layout import Layout, Spans, local, local_gradient, placed_like_stack
-from dion2_lightning.matrices.parts import Part, parts_of
+from dion2_lightning.matrices.parts import Part
 from dion2_lightning.matrices.splits import OUTPUT_AXIS
 from dion2_lightning.matrices.views import Matrices, Source
 
@@ -43,21 +43,16 @@ LARGE: Final = 2**16
 class MatrixUpdate:
     """Matrices of a parameter in a step, as (count, n, m) views, n slices of m entries each, and numbers.
 
-    A slice of a kernel is a channel with all its taps: then it is ``taps`` of the n.
-
     Attributes:
         parameter: The parameter they belong to.
         device: Where it is.
         label: Its name for error messages.
         name: Its name, the same whatever the layout.
-        part: Which matrices they are, and which part of them this rank holds.
+        slicing: Which matrices they are, which part of them this rank holds, and what their slices are.
         state: The parameter's state, M in it.
-        axis: What a slice is: 0 output, 1 input.
-        selected: Slices to select in each matrix.
         momentum_factor: mu.
         step_size: lr times the scale rule.
         shrink: 1 - lr * weight_decay.
-        dtype: Precision of the orthonormalization.
         nesterov: Whether the gradient is added to what is orthonormalized.
         is_cautious: Whether only entries decay that their update does not push away from zero.
         gate: What decides on the device whether the step is taken; None where every step is.
@@ -73,14 +68,11 @@ class MatrixUpdate:
     device: torch.device
     label: str
     name: str
-    part: Part
+    slicing: Slicing
     state: dict[str, Tensor]
-    axis: int
-    selected: int
     momentum_factor: Number
     step_size: Number
     shrink: Number
-    dtype: torch.dtype
     nesterov: bool
     is_cautious: bool
     gate: Gate | None
@@ -113,21 +105,18 @@ class MatrixUpdate:
         """
         parameter, state, group, label, name = member
         device = local(parameter).device
-        parts = parts_of(parameter, matrices, label, process_group=context.process_group, known=context.layouts)
+        slicings = slicings_of(parameter, matrices, label, axis=axis, selected=selected, dtype=dtype, context=context)
         return [
             cls(
                 parameter=parameter,
                 device=device,
                 label=label,
                 name=name,
-                part=part,
+                slicing=slicing,
                 state=state,
-                axis=axis,
-                selected=selected,
                 momentum_factor=momentum_factor,
                 step_size=step_size,
                 shrink=shrink,
-                dtype=dtype,
                 nesterov=nesterov,
                 is_cautious=group["cautious_weight_decay"] and shrink != 1.0,
                 gate=context.gates.get(device),
@@ -136,18 +125,38 @@ class MatrixUpdate:
                 rounding_seed=group["rounding_seed"] if group["rounding"] == "stochastic" else None,
                 may_fuse=context.fuses_on(device),
             )
-            for part in parts
+            for slicing in slicings
         ]
+
+    @property
+    def part(self) -> Part:
+        """Which part of which matrices."""
+        return self.slicing.part
 
     @property
     def matrices(self) -> Matrices:
         """The matrices of the block, or of the whole parameter, that these are some of."""
-        return self.part.matrices
+        return self.slicing.matrices
 
     @property
     def layout(self) -> Layout:
         """Which ranks hold which part of them."""
-        return self.part.layout
+        return self.slicing.layout
+
+    @property
+    def axis(self) -> int:
+        """What a slice is: 0 output, 1 input."""
+        return self.slicing.axis
+
+    @property
+    def selected(self) -> int:
+        """Slices to select in each matrix."""
+        return self.slicing.selected
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the orthonormalization."""
+        return self.slicing.dtype
 
     @property
     def source(self) -> Source:
@@ -198,34 +207,35 @@ class MatrixUpdate:
         """Whether the state has numbers for each tap, as the variances of a transposed kernel are."""
         return self.neuron_beta is not None and self.matrices.taps_along(OUTPUT_AXIS) > 1
 
-    @cached_property
+    @property
     def is_scattered(self) -> bool:
         """Whether slices lie apart, with those of other blocks in between: then the views have all of them.
 
         :meth:`at` and :meth:`own` say which are its own, so that no block needs a copy.
         """
-        return self.part.is_apart and self.axis == self.matrices.block_axis
+        return self.slicing.is_scattered
 
-    @cached_property
+    @property
     def is_in_pieces(self) -> bool:
         """Whether the entries of slices lie in pieces of one size, apart: then the views have pieces.
 
         They are (count, pieces, n, m of each), see kernels/moving_slices.py, and need no copy either.
         """
-        return self.part.is_in_equal_pieces and self.axis != self.matrices.block_axis
+        return self.slicing.is_in_pieces
 
-    @cached_property
+    @property
     def is_interleaved(self) -> bool:
         """Whether single entries of other blocks lie between those of slices."""
-        return self.part.is_apart and not self.part.is_in_pieces and self.axis != self.matrices.block_axis
+        return self.slicing.is_interleaved
 
     @cached_property
     def is_fused(self) -> bool:
         """Whether a kernel makes each pass over its memory, of all matrices at once; else operations of torch do."""
         if not self.may_fuse or self.is_scattered or self.is_in_pieces:
             return False
-        tensors = (self.parameter, self.state["momentum"], self.parameter.grad)
-        return self.dtype in DTYPES and all(each is None or each.dtype in DTYPES for each in tensors)
+        gradient = self.parameter.grad
+        dtypes = {self.dtype, self.parameter.dtype, self.state["momentum"].dtype}
+        return dtypes.issubset(DTYPES) and (gradient is None or gradient.dtype in DTYPES)
 
     @cached_property
     def can_estimate_sums(self) -> bool:
@@ -260,7 +270,8 @@ class MatrixUpdate:
             dim = 1 if self.matrices.blocks_are_rows else 2
             (pieces,) = self.part.pieces(self.part.stack(tensor), dim)
             return pieces.mT if dim == 1 else pieces.transpose(1, 2)
-        return self.matrices.slices(self.part.read(tensor, taps_first=self.taps_first), self.axis)
+        taps_first = self.matrices.is_kernel and self.taps_first
+        return self.matrices.slices(self.part.read(tensor, taps_first=taps_first), self.axis)
 
     def is_view(self, whole: Tensor) -> bool:
         """Return whether what is read out of a tensor, such as the parameter, is a view of it."""
@@ -294,12 +305,14 @@ class MatrixUpdate:
 
     def write_back(self) -> None:
         """Write what had to be copied, as it has no view, to where it came from, and let go of it."""
-        for name, whole in (("weight", local(self.parameter)), ("momentum", local(self.state["momentum"]))):
-            if name in vars(self) and not self.is_view(whole):
-                copy = self.matrices.slices(vars(self)[name], self.axis)  # its own inverse
-                self.part.write(whole, copy, taps_first=self.taps_first)
+        read = vars(self)
+        if self.matrices.is_kernel or self.part.is_apart:  # all others are views
+            for name, whole in (("weight", local(self.parameter)), ("momentum", local(self.state["momentum"]))):
+                if name in read and not self.is_view(whole):
+                    copy = self.matrices.slices(read[name], self.axis)  # its own inverse
+                    self.part.write(whole, copy, taps_first=self.taps_first)
         for name in ("weight", "gradient", "momentum"):
-            vars(self).pop(name, None)
+            read.pop(name, None)
 
     def nonzero_gradients(self) -> Tensor:
         """Return how many entries of G are not zero, in this rank's part of each matrix, (count,)."""
@@ -335,20 +348,20 @@ class MatrixUpdate:
         replicas = self.layout.replicas if share_replicas is not False else None
         return self.layout.group, None if replicas is None else replicas.group
 
-    @cached_property
+    @property
     def slices(self) -> int:
         """Slices of each whole matrix, n; of a kernel each counts as many times as it has taps."""
-        return self.matrices.shape[self.axis]
+        return self.slicing.slices
 
-    @cached_property
+    @property
     def taps(self) -> int:
         """How many of the n are selected together: all taps of a channel, or 1."""
-        return self.matrices.taps_along(self.axis)
+        return self.slicing.taps
 
-    @cached_property
+    @property
     def k(self) -> int:
         """How many of the n a step selects."""
-        return self.selected * self.taps
+        return self.slicing.k
 
     def places(self, selected: Tensor) -> Tensor:
         """Return which of the n are selected, sorted (count, k), given the slices (count, selected)."""
@@ -359,28 +372,28 @@ class MatrixUpdate:
             return (selected.unsqueeze(1) + taps.unsqueeze(1) * (self.slices // self.taps)).flatten(1)
         return (selected.unsqueeze(2) * self.taps + taps).flatten(1)
 
-    @cached_property
+    @property
     def entries(self) -> int:
         """Entries of each whole slice, m."""
-        return self.matrices.shape[1 - self.axis]
+        return self.slicing.entries
 
-    @cached_property
+    @property
     def working_bytes(self) -> int:
         """Working memory that one matrix takes beside the others of its batch: for its selected slices."""
-        return working_bytes(self.k, self.entries, self.slices, self.dtype.itemsize)
+        return self.slicing.working_bytes
 
     @property
     def shared_bytes(self) -> int:
         """Working memory of one matrix that ranks share."""
-        return shared_bytes(self.k, self.entries, self.slices, self.dtype.itemsize)
+        return self.slicing.shared_bytes
 
-    @cached_property
+    @property
     def taken_bytes(self) -> int:
         """Working memory that one matrix takes in addition while its slices are taken, or added to."""
         copies = 3 if self.view_key is self else 5  # as it lies in the view, and by blocks
         return copies * self.k * self.entries * self.state["momentum"].element_size()
 
-    @cached_property
+    @property
     def pass_bytes(self) -> int:
         """Working memory of a pass over the weights of one matrix, in half precision or with cautious decay; else 0."""
         if self.parameter.dtype not in HALF_PRECISION and not self.is_cautious:
@@ -390,7 +403,7 @@ class MatrixUpdate:
     @property
     def slices_are_neurons(self) -> bool:
         """Whether a slice is an output of the matrix; if not, every entry of a slice belongs to another one."""
-        return self.axis == OUTPUT_AXIS
+        return self.slicing.slices_are_neurons
 
     @property
     def neuron_dim(self) -> int:
@@ -410,28 +423,22 @@ class MatrixUpdate:
     @property
     def held(self) -> Spans:
         """By rank of the layout's group: which slices it touches. Without a group this rank is the only one."""
-        if self.layout.group is None:
-            return Spans([(0, self.slices)])
-        return self.layout.rows if self.matrices.slices_are_rows(self.axis) else self.layout.columns
+        return self.slicing.held
 
     @property
     def columns(self) -> Spans:
         """By rank of the layout's group: which entries of the slices it holds."""
-        if self.layout.group is None:
-            return Spans([(0, self.entries)])
-        return self.layout.columns if self.matrices.slices_are_rows(self.axis) else self.layout.rows
+        return self.slicing.columns
 
     @property
     def held_of_slices(self) -> int:
         """Entries of each slice that this rank holds."""
-        start, stop = self.columns[self.layout.own_rank]
-        return stop - start
+        return self.slicing.held_of_slices
 
     @property
     def held_of_matrix(self) -> int:
         """Entries of each matrix that this rank holds."""
-        rank = self.layout.own_rank
-        return math.prod(stop - start for start, stop in (self.held[rank], self.columns[rank]))
+        return self.slicing.held_of_matrix
 
     @property
     def held_entries(self) -> int:
@@ -455,7 +462,7 @@ class MatrixUpdate:
         return zlib.crc32(repr((self.matrices, self.part.first, self.axis, self.taps_first, numbers)).encode())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SelectedSlices:
     """The slices that a step selects of some matrices of an update, as far as this rank holds them.
 
@@ -511,7 +518,8 @@ class SelectedSlices:
 
     def of_matrices(self, tensor: Tensor) -> Tensor:
         """View the part of these matrices of a tensor that has all of the update's."""
-        return tensor if self.count == tensor.shape[0] else tensor.narrow(0, self.first, self.count)
+        count = self.indices.shape[0]
+        return tensor if count == tensor.shape[0] else tensor.narrow(0, self.first, count)
 
     def bits(self, line: str) -> RandomBits | None:
         """Return the random bits of these matrices for a line of the box; None where it does not round by any."""
@@ -551,6 +559,9 @@ def within_memory(slices: Sequence[SelectedSlices], context: StepContext) -> Ite
         return
     turns: list[list[SelectedSlices]] = []
     for alike in group_by(slices, lambda each: each.view_key).values():
+        if len(alike) == alike[0].count == 1:
+            turns.append(alike)
+            continue
         size = min(_matrices_at_once(each.update, context) for each in alike)
         if len(alike) > 1 and alike[0].update.is_interleaved:  # a view has one matrix of each
             size = min(size, len(alike))
@@ -600,12 +611,12 @@ def draw_bits(updates: Sequence[MatrixUpdate]) -> None:
         if (update.parameter if name == "weight" else update.state[name]).dtype in HALF_PRECISION
     ]
     for equal in group_by(rounded, lambda pair: pair[1].device).values():
-        coordinates = {
-            each: each.part.coordinates(each.parameter, taps_first=each.taps_first)
-            for each in dict.fromkeys(each for _, each in equal)
-        }
+        coordinates: dict[tuple[Slicing, bool], tuple[Tensor, Tensor]] = {}
+        for _, each in equal:
+            if (key := (each.slicing, each.taps_first)) not in coordinates:
+                coordinates[key] = each.part.coordinates(each.parameter, taps_first=each.taps_first)
         drawn = random_bits(
-            [coordinates[each] for _, each in equal],
+            [coordinates[each.slicing, each.taps_first] for _, each in equal],
             [zlib.crc32(f"{each.rounding_seed} {line} {each.name}".encode()) for line, each in equal],
             [each.state["step"] for _, each in equal],
         )

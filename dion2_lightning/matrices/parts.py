@@ -300,19 +300,23 @@ def parts_of(parameter: Tensor, matrices: Matrices, label: str, *, process_group
         process_group=process_group,
         known=known,
     )
-    if matrices.block is None:
-        return [Part(matrices, 0, None, layout)]
     key = matrices, id(layout)  # which is kept alive beside it
     if key not in known:
-        start = 0
-        if layout.group is not None:
-            start = (layout.rows if matrices.blocks_are_rows else layout.columns)[layout.own_rank][0]
-        known[key] = [
-            Part(matrices, first, count, Layout(layout.group, rectangles, layout.replicas), start)
-            for first, count, rectangles in _runs(matrices, layout.rectangles)
-        ]
+        known[key] = _parts(matrices, layout)
     parts: list[Part] = known[key]
     return parts
+
+
+def _parts(matrices: Matrices, layout: Layout) -> list[Part]:
+    if matrices.block is None:
+        return [Part(matrices, 0, None, layout)]
+    start = 0
+    if layout.group is not None:
+        start = (layout.rows if matrices.blocks_are_rows else layout.columns)[layout.own_rank][0]
+    return [
+        Part(matrices, first, count, Layout(layout.group, rectangles, layout.replicas), start)
+        for first, count, rectangles in _runs(matrices, layout.rectangles)
+    ]
 
 
 @lru_cache(maxsize=1024)  # a step asks for as many as there are heads and ranks

@@ -384,6 +384,19 @@ def test_fused_passes_move_fewer_bytes_than_adamw_in_launches_that_do_not_grow(s
 
 
 @needs_triton
+def test_rounding_stochastically_takes_launches_that_do_not_grow() -> None:
+    """The random bits of matrices that are alike are drawn together."""
+
+    def build(params: list[Tensor]) -> torch.optim.Optimizer:
+        return Dion2([{"params": params}], kernels="triton", working_memory=2**40)
+
+    sizes = LAYERS["smollm2-135m"]
+    counters = [count_step(build, sizes * layers, dtype=torch.bfloat16) for layers in (2, 6)]
+    operations = [counter.beside_products.operations for counter in counters]
+    assert operations[0] == operations[1] <= 90
+
+
+@needs_triton
 @pytest.mark.parametrize("settings", [{"algorithm": "dion3"}, {"normalize_neurons": True}], ids=str)
 @pytest.mark.parametrize("shapes", ["smollm2-135m", "gpt2"])
 def test_fused_neurons_cost_one_more_reading_of_o(shapes: str, settings: dict[str, Any]) -> None:

@@ -888,6 +888,23 @@ def test_the_kernel_by_which_it_sees_whether_it_can_launch(device: str) -> None:
     assert number.tolist() == [1.0, 0.0]
 
 
+def test_autograd_knows_that_kernels_change_tensors(device: str) -> None:
+    """A step between forward and backward is an error, as with torch's own operations."""
+    weights = torch.ones(1, 4, 8, device=device)
+    inputs = torch.ones(8, requires_grad=True, device=device)
+    loss = (weights * inputs).sum()
+    momenta, stacks = torch.ones_like(weights), torch.ones(1, 2, 8, device=device)
+    indices = torch.tensor([[0, 2]], device=device)
+    fused.accumulate([momenta], [torch.ones_like(weights)])
+    assert (momenta._version, weights._version) == (1, 0)
+    fused.take([momenta], [indices], [0.5], torch.float32)
+    assert momenta._version == 2
+    fused.apply([weights], [indices], [stacks], [0.1], [1.0])
+    assert (weights._version, stacks._version) == (1, 0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_can_be_launched() -> None:
     assert fused._import_error() is None
