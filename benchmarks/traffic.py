@@ -360,13 +360,18 @@ def _by_name(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any
 
 
 def _operations(call: Call) -> int:
-    """1; of lists that no multi-tensor kernel takes one for each tensor, as in torch's ATen/native/ForeachUtils.h."""
-    if not _name(call.function).startswith("_foreach_"):
+    """1; of lists that no multi-tensor kernel takes one for each tensor, as in torch's ATen/native/ForeachUtils.h.
+
+    Copies may be from one dtype to another.
+    """
+    name = _name(call.function)
+    if not name.startswith("_foreach_"):
         return 1
     lists = [value for value in call.arguments.values() if _is_list_of_tensors(value)]
     first = lists[0]
     is_fast = all(
-        (each.dtype, each.device, *_layout(each)) == (first[0].dtype, first[0].device, *_layout(same))
+        each.dtype == (others if name == "_foreach_copy_" else first)[0].dtype
+        and (each.device, *_layout(each)) == (first[0].device, *_layout(same))
         and is_non_overlapping_and_dense_or_false(each)
         for others in lists
         for each, same in zip(others, first, strict=True)

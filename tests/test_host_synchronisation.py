@@ -641,7 +641,7 @@ def devices_seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
 
     for place in ("dion2.accumulate_and_sum", "dion2_shared.accumulate_and_sum", "dion.accumulate"):
         spy_on(place, state_of_updates)
-    spy_on("adamw._adamw", lambda pieces, *_: [tensor for each in pieces for tensor in (each.exp_avg, each.exp_avg_sq)])
+    spy_on("adamw._adamw", lambda pieces, *_: [*pieces.exp_avgs, *pieces.exp_avg_sqs])
     return seen
 
 

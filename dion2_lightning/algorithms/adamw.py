@@ -6,7 +6,7 @@ cautious weight decay: what decays so is updated on copies too.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -28,7 +28,7 @@ from dion2_lightning.algorithms.working_memory import pass_bytes
 from dion2_lightning.kernels.decay import decayed
 from dion2_lightning.kernels.device_numbers import DeviceNumber, Number, as_factor
 from dion2_lightning.kernels.gate import Gate
-from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, random_bits, store_
+from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, blocks, cut_like, random_bits, store_each_
 from dion2_lightning.lists import bounded, group_by
 from dion2_lightning.matrices.layout import held_coordinates, local, local_gradient
 
@@ -70,6 +70,21 @@ class _Piece(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
+
+
+class _Pieces(NamedTuple):
+    """The tensors of several, as torch takes them."""
+
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+
+    @classmethod
+    def of(cls, pieces: Iterable[_Piece]) -> "_Pieces":
+        """Take them apart."""
+        return cls(*map(list, zip(*pieces, strict=True)))
 
 
 class _Rates(NamedTuple):
@@ -126,7 +141,7 @@ def _update(members: Sequence[Member], context: StepContext) -> None:
             is_alike = piece.gradient.dtype == piece.weight.dtype and (not is_fused or _lies_in_one_order(piece))
             (at_once if is_alike else others).append(piece)
         if at_once:
-            _adamw(at_once, group, rates, gate)
+            _adamw(_Pieces.of(at_once), group, rates, gate)
         if others:
             _update_by_copies(others, [None] * len(others), group, rates, gate, entries)
 
@@ -162,34 +177,49 @@ def _update_by_copies(
         for block, bits in blocks([torch.atleast_1d(each) for each in whole[:4]], its_bits, entries)
     ]
     for run in bounded(cut, lambda each: each[0].weight.numel(), entries):
-        copies = [
-            _Piece(
-                torch.zeros(piece.weight.shape, dtype=precise, device=piece.weight.device)
-                if is_cautious
-                else piece.weight.to(precise).contiguous(),
-                piece.gradient.to(precise).contiguous(),
-                piece.exp_avg.contiguous(),
-                piece.exp_avg_sq.contiguous(),
-                piece.step.clone(),
-            )
-            for piece, _ in run
-        ]
+        own = _Pieces.of(piece for piece, _ in run)
+        copies = _Pieces(
+            _in_one_buffer(torch.zeros, own.weights, precise) if is_cautious else _copied(own.weights, precise),
+            _copied(own.gradients, precise),
+            _copied(own.exp_avgs, own.exp_avgs[0].dtype),
+            _copied(own.exp_avg_sqs, own.exp_avg_sqs[0].dtype),
+            list(torch.stack(own.steps).unbind()),
+        )
         _adamw(copies, group, rates, gate)
-        for (piece, bits), copy in zip(run, copies, strict=True):
-            for moment, its_copy in ((piece.exp_avg, copy.exp_avg), (piece.exp_avg_sq, copy.exp_avg_sq)):
-                if its_copy is not moment:
-                    moment.copy_(its_copy)
-            if is_cautious:
-                copy.weight.add_(decayed(piece.weight, piece.exp_avg, shrink))
-            if piece.weight.dtype in HALF_PRECISION:
-                store_(piece.weight, copy.weight, bits)
-            elif copy.weight is not piece.weight:
-                piece.weight.copy_(copy.weight)
+        _write_back(own.exp_avgs, copies.exp_avgs)
+        _write_back(own.exp_avg_sqs, copies.exp_avg_sqs)
+        if is_cautious:
+            for weight, exp_avg, copy in zip(own.weights, own.exp_avgs, copies.weights, strict=True):
+                copy.add_(decayed(weight, exp_avg, shrink))
+        if own.weights[0].dtype in HALF_PRECISION:
+            store_each_(own.weights, copies.weights, [bits for _, bits in run])
+        else:
+            _write_back(own.weights, copies.weights)
     steps = [piece.step for piece in pieces]
     if gate is None:
         torch._foreach_add_(steps, 1)
     else:
         torch._foreach_add_(steps, [1 - gate.found_inf] * len(steps))
+
+
+def _copied(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return contiguous tensors in a precision: these if they are so, else copies."""
+    if all(each.dtype == dtype and each.is_contiguous() for each in tensors):
+        return tensors
+    copies = _in_one_buffer(torch.empty, tensors, dtype)
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def _in_one_buffer(make: Callable[..., Tensor], like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Make tensors of the shapes of others at once: a launch for each would be one for each layer's norms."""
+    entries = sum(each.numel() for each in like)
+    return cut_like(make(entries, dtype=dtype, device=like[0].device), like)
+
+
+def _write_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
+    if copies is not tensors:
+        torch._foreach_copy_(tensors, copies)
 
 
 def _decays_cautiously(group: Mapping[str, Any], rates: _Rates) -> bool:
@@ -200,32 +230,35 @@ def _random_bits(members: Sequence[Member]) -> Sequence[RandomBits | None]:
     """The random bits of this step for parameters of one group, device and dtype; None for each without any."""
     if members[0].group["rounding"] != "stochastic" or members[0].parameter.dtype not in HALF_PRECISION:
         return [None] * len(members)
+    parameters = [member.parameter for member in members]
+    keys = [(each.shape, getattr(each, "device_mesh", None), getattr(each, "placements", None)) for each in parameters]
+    coordinates = {key: held_coordinates(each) for key, each in dict(zip(keys, parameters, strict=True)).items()}
     drawn = random_bits(
-        [held_coordinates(member.parameter) for member in members],
+        [coordinates[key] for key in keys],
         [zlib.crc32(f"{member.group['rounding_seed']} apply {member.name}".encode()) for member in members],
         [member.state["step"] for member in members],
     )
-    shapes = [torch.atleast_1d(local(member.parameter)).shape for member in members]
+    shapes = [torch.atleast_1d(local(each)).shape for each in parameters]
     return [bits.shaped(shape) for bits, shape in zip(drawn, shapes, strict=True)]
 
 
-def _adamw(pieces: Sequence[_Piece], group: Mapping[str, Any], rates: _Rates, gate: Gate | None) -> None:
+def _adamw(pieces: _Pieces, group: Mapping[str, Any], rates: _Rates, gate: Gate | None) -> None:
     """Call torch's update, for tensors of one device and dtype.
 
     It reads a weight decay on the host; one on the device goes before it.
     """
-    weights, gradients, exp_avgs, exp_avg_sqs, steps = (list(each) for each in zip(*pieces, strict=True))
+    weights = pieces.weights
     weight_decay = rates.weight_decay
     if isinstance(weight_decay, DeviceNumber):
         torch._foreach_mul_(weights, rates.shrink_by(gate, weights[0].dtype))
         weight_decay = 0.0
     adamw(
         weights,
-        gradients,
-        exp_avgs,
-        exp_avg_sqs,
+        pieces.gradients,
+        pieces.exp_avgs,
+        pieces.exp_avg_sqs,
         [],
-        steps,
+        pieces.steps,
         fused=_is_fused(weights) or None,  # None: torch chooses between foreach and a loop
         found_inf=None if gate is None else gate.found_inf,
         capturable=group["capturable"],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.kernels.random_numbers import hashed
-from dion2_lightning.lists import group_by
+from dion2_lightning.lists import bounded, group_by
 
 HALF_PRECISION: Final = (torch.bfloat16, torch.float16)
 
@@ -145,6 +145,28 @@ def store_(tensor: Tensor, values: Tensor, bits: RandomBits | None) -> None:
         _store(part, its_values, its_bits)
 
 
+def store_each_(tensors: Sequence[Tensor], values: Sequence[Tensor], bits: Sequence[RandomBits | None]) -> None:
+    """:func:`store_` for tensors of one dtype, all with random bits or none; small ones in a few operations for all."""
+    if bits[0] is None:
+        torch._foreach_copy_(list(tensors), list(values))
+        return
+    for some in bounded(range(len(tensors)), lambda at: tensors[at].numel(), _entries_at_once(tensors[0].device)):
+        if len(some) == 1:
+            store_(tensors[some[0]], values[some[0]], bits[some[0]])
+            continue
+        its_tensors = [tensors[at] for at in some]
+        its_bits = [each for at in some if (each := bits[at]) is not None]
+        products = torch.cat([(each.rows * each.columns).flatten() for each in its_bits])
+        rounded = _rounded(torch.cat([values[at].flatten() for at in some]), products, tensors[0].dtype)
+        torch._foreach_copy_(its_tensors, cut_like(rounded, its_tensors))
+
+
+def cut_like(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """View a buffer as contiguous tensors of their shapes, one after the other."""
+    parts = buffer.split([each.numel() for each in tensors])
+    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
+
+
 def blocks(
     tensors: Sequence[Tensor], bits: RandomBits | None, entries: int | None = None
 ) -> Iterator[tuple[Sequence[Tensor], RandomBits | None]]:
@@ -157,7 +179,7 @@ def blocks(
     """
     first = tensors[0]
     if entries is None:
-        entries = BLOCK * torch.get_num_threads() if first.device.type == "cpu" else BATCH
+        entries = _entries_at_once(first.device)
     if first.numel() <= entries:
         yield tensors, bits
         return
@@ -169,20 +191,35 @@ def blocks(
         yield from blocks(its_tensors, RandomBits(*its_factors) if its_factors else None, entries)
 
 
-def _store(part: Tensor, values: Tensor, bits: RandomBits | None) -> None:
-    """Round a block; stochastically by adding a random number to the bits that are then cut off.
+def _entries_at_once(device: torch.device) -> int:
+    return BLOCK * torch.get_num_threads() if device.type == "cpu" else BATCH
 
-    It is uniform on all that these bits can be, so it carries over into the last one that is kept with the probability
-    that is wanted, and a number that the dtype has stays as it is, infinite ones among them.
-    """
+
+def _store(part: Tensor, values: Tensor, bits: RandomBits | None) -> None:
+    """Round a block."""
     if bits is None:
         part.copy_(values)
         return
-    spare = _SPARE_BITS[part.dtype]
-    noise = torch.empty_like(values, dtype=torch.int32)
-    torch.mul(bits.rows, bits.columns, out=noise).bitwise_right_shift_(32 - spare).bitwise_and_(2**spare - 1)
+    products = torch.empty_like(values, dtype=torch.int32)
+    torch.mul(bits.rows, bits.columns, out=products)
+    part.copy_(_rounded(values, products, part.dtype))
+
+
+def _rounded(values: Tensor, products: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round stochastically, by adding a random number to the bits that are then cut off; the result is in float32.
+
+    It is uniform on all that these bits can be, so it carries over into the last one that is kept with the probability
+    that is wanted, and a number that the dtype has stays as it is, infinite ones among them.
+
+    Args:
+        values: In float32.
+        products: Of the hashes of each entry, int32, which are overwritten.
+        dtype: To which.
+    """
+    spare = _SPARE_BITS[dtype]
+    noise = products.bitwise_right_shift_(32 - spare).bitwise_and_(2**spare - 1)
     small = None
-    if part.dtype == torch.float16:
+    if dtype == torch.float16:
         multiples = (values.abs() * 2.0**24 + noise * 2.0**-spare).floor_()
         small = multiples.mul_(2.0**-24).copysign_(values)
     rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(2**spare)).view(torch.float32)
@@ -190,4 +227,4 @@ def _store(part: Tensor, values: Tensor, bits: RandomBits | None) -> None:
         rounded = torch.where(values.abs() < _SMALLEST_NORMAL, small, rounded)
     # The bits of NaN, with noise added, may be those of a number. This returns what is rounded, and NaN for NaN;
     # torch.where takes 8 times as long.
-    part.copy_(torch.clamp(values, min=rounded, max=rounded))
+    return torch.clamp(values, min=rounded, max=rounded)

@@ -160,6 +160,9 @@ def test_lists_that_multi_tensor_kernels_refuse_are_one_operation_a_tensor() -> 
     assert counted(lambda: torch._foreach_mul_([OUT[:, ::2], ROW], 2.0)).operations == 2
     assert counted(lambda: torch._foreach_add_([SQUARE, X], [OTHER_SQUARE.mT, Y])).operations == 2
     assert counted(lambda: torch._foreach_mul_([OUT.mT, ROW], 2.0)).operations == 1
+    half, mixed = [OUT.bfloat16(), ROW.bfloat16()], [OUT.bfloat16(), ROW]
+    assert counted(lambda: torch._foreach_copy_([OUT, ROW], half)).operations == 1
+    assert counted(lambda: torch._foreach_copy_([OUT, ROW], mixed)).operations == 2
 
 
 @pytest.mark.parametrize(
@@ -394,6 +397,17 @@ def test_rounding_stochastically_takes_launches_that_do_not_grow() -> None:
     counters = [count_step(build, sizes * layers, dtype=torch.bfloat16) for layers in (2, 6)]
     operations = [counter.beside_products.operations for counter in counters]
     assert operations[0] == operations[1] <= 90
+
+
+@pytest.mark.parametrize(("rounding", "operations"), [("nearest", 0), ("stochastic", 1)])
+@pytest.mark.filterwarnings("ignore:rounding=.nearest. loses")
+def test_adamw_of_half_precision_takes_few_launches_for_each_small_parameter(rounding: str, operations: int) -> None:
+    def build(params: list[Tensor]) -> torch.optim.Optimizer:
+        return Dion2([{"params": params, "algorithm": "adamw", "rounding": rounding}])
+
+    few, many = (count_step(build, [(1, 576)] * count, dtype=torch.bfloat16) for count in (20, 60))
+    assert few.beside_products.operations <= 60 + 20 * operations
+    assert many.beside_products.operations - few.beside_products.operations == 40 * operations
 
 
 @needs_triton
