@@ -35,10 +35,6 @@ _ROUNDED: Final = {"accumulate": "momentum", "decay": "momentum", "apply": "weig
 rounding by the same bits would not be exact on average."""
 
 
-LARGE: Final = 2**16
-"""Entries of a matrix from which on a CPU's pass over it takes longer than starting that pass."""
-
-
 @dataclass(eq=False)
 class MatrixUpdate:
     """Matrices of a parameter in a step, as (count, n, m) views, n slices of m entries each, and numbers.
@@ -255,13 +251,7 @@ class MatrixUpdate:
 
         Going over it once for all of them saves up to a seventh of a step, as its rows have few entries of each.
         """
-        is_in_between = self.is_scattered or (self.is_interleaved and not self.is_fused and self._pays_alone)
-        return (self.parameter, self.axis) if is_in_between and self.taps == 1 else self
-
-    @property
-    def _pays_alone(self) -> bool:
-        """Whether going over its matrices one by one costs little, if there are several."""
-        return self.count == 1 or (self.device.type == "cpu" and self.held_of_matrix >= LARGE)
+        return (self.parameter, self.axis) if self.is_scattered and self.taps == 1 else self
 
     def _read(self, tensor: Tensor) -> Tensor:
         if self.is_scattered:
@@ -563,8 +553,6 @@ def within_memory(slices: Sequence[SelectedSlices], context: StepContext) -> Ite
             turns.append(alike)
             continue
         size = min(_matrices_at_once(each.update, context) for each in alike)
-        if len(alike) > 1 and alike[0].update.is_interleaved:  # a view has one matrix of each
-            size = min(size, len(alike))
         if size >= len(alike):
             pieces = [list(_pieces(each, size // len(alike))) for each in alike]
             turns += map(list, zip(*pieces, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dion2_lightning.algorithms.algorithm import StepContext
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices
-from dion2_lightning.algorithms.slices_of_view import InterleavedSlices, SlicesOfView, views_of
+from dion2_lightning.algorithms.slices_of_view import SlicesOfView, views_of
 from dion2_lightning.algorithms.working_memory import pass_bytes
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.decay import decayed
@@ -237,7 +237,7 @@ def take(slices: Sequence[SelectedSlices]) -> list[Tensor]:
     fused_slices, others = split_off_fused(slices)
     taken = dict(zip(fused_slices, _take_at_once(fused_slices), strict=True))
     batches = _empty_batches(others)
-    for view in views_of(others, "momentum"):
+    for view in views_of(others):
         for each, submatrices in zip(view.slices, _take(view), strict=True):
             batch = batches.get(each)
             taken[each] = submatrices.to(each.update.dtype) if batch is None else batch.copy_(submatrices)
@@ -404,9 +404,9 @@ def apply(
     fused_slices, others = split_off_fused(slices)
     if fused_slices:
         _apply_at_once(fused_slices, [of_results[each] for each in fused_slices])
-    for view in views_of(others, "weight"):
+    for view in views_of(others):
         update = view.first.update
-        change = _change_of_view(view, [of_results[each] for each in view.slices])
+        change = view.join([_change(each, *of_results[each]) for each in view.slices])
         if update.is_cautious or update.parameter.dtype in HALF_PRECISION:
             result = view.join([of_results[each][0] for each in view.slices]) if update.is_cautious else None
             _apply_rounded_once(view, change, result)
@@ -440,13 +440,6 @@ def _change(slices: SelectedSlices, result: Tensor, factors: Tensor | None) -> T
     if factors is not None:
         change *= factors.unsqueeze(update.neuron_dim)
     return change
-
-
-def _change_of_view(view: SlicesOfView, results: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """What is added to all selected slices of a view, in the order of their places."""
-    if isinstance(view, InterleavedSlices) and all(factors is None for _, factors in results):
-        return _change(view.first, view.join([result for result, _ in results]), None)
-    return view.join([_change(each, *its_results) for each, its_results in zip(view.slices, results, strict=True)])
 
 
 def _apply_rounded_once(selected: SlicesOfView, change: Tensor, result: Tensor | None) -> None:

@@ -75,7 +75,7 @@ class Slicing:
 
     @cached_property
     def is_interleaved(self) -> bool:
-        """Whether single entries of other blocks lie between those of slices."""
+        """Whether single entries of other blocks lie between those of slices, so that views have gaps."""
         return self.part.is_apart and not self.part.is_in_pieces and self.axis != self.matrices.block_axis
 
     @cached_property

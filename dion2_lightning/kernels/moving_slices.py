@@ -9,15 +9,11 @@ is (count, p, n, m / p).
 """
 
 from collections.abc import Iterator
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from dion2_lightning.kernels.stacks import runs_along
-
-SHARED: Final = 2**20
-"""Entries of rows that matrices share which are copied at once."""
 
 
 def gather(slices: Tensor, indices: Tensor) -> Tensor:
@@ -27,9 +23,6 @@ def gather(slices: Tensor, indices: Tensor) -> Tensor:
     if runs_along(slices):
         rows = _rows(slices)
         if rows is None:
-            shared = _shared_rows(slices)
-            if shared is not None:
-                return _gather_from_shared(shared, indices, slices.shape[-1])
             return torch.cat([gather(*each) for each in _one_by_one(slices, indices)])
         return rows.index_select(0, _rows_at(indices, slices)).view(*indices.shape, rows.shape[1:].numel())
     stored, columns = slices.mT, _across(indices, slices)
@@ -84,10 +77,6 @@ def add_(slices: Tensor, indices: Tensor, change: Tensor) -> None:
         if rows is not None:
             _add_to_rows(rows, _rows_at(indices, slices), change.reshape(-1, *rows.shape[1:]))
             return
-        shared = _shared_rows(slices)
-        if shared is not None:
-            _add_to_shared(shared, indices, change)
-            return
         for each in _one_by_one(slices, indices, change):
             add_(*each)
     else:
@@ -117,45 +106,6 @@ def _rows_at(indices: Tensor, slices: Tensor) -> Tensor:
         step = slices.stride(0) // slices.stride(-2)
         indices = indices + torch.arange(0, len(slices) * step, step, device=indices.device).unsqueeze(-1)
     return indices.view(-1)
-
-
-def _shared_rows(slices: Tensor) -> Tensor | None:
-    """View the rows (n, m count) that matrices share which lie entry by entry side by side; None if they do not.
-
-    Such rows are copied, or added to, in less time than single entries of them: 3% of a step of four small experts.
-    """
-    by_row = slices.movedim(0, -1)
-    return by_row.flatten(1) if slices.ndim == 3 and by_row.is_contiguous() else None
-
-
-def _gather_from_shared(shared: Tensor, indices: Tensor, m: int) -> Tensor:
-    gathered = shared.new_empty((*indices.shape, m))
-    size = _slices_at_once(shared, indices)
-    for at, its_part in zip(indices.split(size, 1), gathered.split(size, 1), strict=True):
-        its_part.copy_(_own_entries(shared.index_select(0, at.flatten()), its_part.shape))
-    return gathered
-
-
-def _add_to_shared(shared: Tensor, indices: Tensor, change: Tensor) -> None:
-    size = _slices_at_once(shared, indices)
-    wide = shared.new_empty(0)
-    for at, its_part in zip(indices.split(size, 1), change.split(size, 1), strict=True):
-        if len(wide) != at.numel():  # -0.0, as it changes nothing when it is added
-            wide = torch.full((at.numel(), shared.shape[1]), -0.0, dtype=shared.dtype, device=shared.device)
-        _own_entries(wide, its_part.shape).copy_(its_part)
-        shared.index_add_(0, at.flatten(), wide)
-
-
-def _slices_at_once(shared: Tensor, indices: Tensor) -> int:
-    """Of how many slices of each matrix whole rows are copied: they take no more than what is of the slices."""
-    count, k = indices.shape
-    return max(1, min(SHARED // (count * shared.shape[1]), -(-k // count)))
-
-
-def _own_entries(rows: Tensor, shape: torch.Size) -> Tensor:
-    """View what belongs to slices (count, k, m) in the shared rows that they are in, one behind the other."""
-    count, k, m = shape
-    return rows.view(count, k, m, count).diagonal(0, 0, 3).movedim(-1, 0)
 
 
 def _one_by_one(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -45,20 +45,6 @@ def adjacent(stacks: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((sum(map(len, stacks)), *first.shape[1:]), first.stride())
 
 
-def side_by_side(matrices: Sequence[Tensor]) -> Tensor | None:
-    """Return equal parts (1, k, m) of a tensor that are equally far apart in it as one stack, a view; else None.
-
-    Args:
-        matrices: Two or more views of one tensor, which is not checked, in the order of the memory.
-    """
-    first, offset = matrices[0], matrices[0].storage_offset()
-    step, shape, strides = matrices[1].storage_offset() - offset, first.shape[1:], first.stride()[1:]
-    for number, each in enumerate(matrices):
-        if each.shape[1:] != shape or each.stride()[1:] != strides or each.storage_offset() != offset + number * step:
-            return None
-    return first.as_strided((len(matrices), *shape), (step, *strides)) if step > 0 else None
-
-
 def concatenate(stacks: Sequence[Tensor]) -> Tensor:
     """Concatenate along the batch, in the memory order that the stacks have; a view where they are adjacent."""
     if len(stacks) == 1:

@@ -2,7 +2,6 @@
 
 import pytest
 
-from dion2_lightning.algorithms import matrix_update
 from dion2_lightning.kernels import estimated_norms
 
 
@@ -10,4 +9,3 @@ from dion2_lightning.kernels import estimated_norms
 def small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the matrices here, which are small, as large ones."""
     monkeypatch.setattr(estimated_norms, "MIN_ESTIMATED", 1)
-    monkeypatch.setattr(matrix_update, "LARGE", 1)

@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dion2_lightning import Dion2
-from dion2_lightning.algorithms import matrix_update, passes, working_memory
+from dion2_lightning.algorithms import passes
 from dion2_lightning.algorithms.matrix_update import MatrixUpdate
-from dion2_lightning.algorithms.slices_of_view import InterleavedSlices, ScatteredSlices, SlicesOfView, views_of
+from dion2_lightning.algorithms.slices_of_view import SlicesOfView, views_of
 from tests.distributed.ranks import run_on_ranks
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -410,12 +410,9 @@ def test_the_gradient_of_a_stack_may_be_expanded(splits: str) -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("is_small", [False, True])
-@pytest.mark.parametrize("form", [form for form in FORMS if "every second" in form and "tall" in form])
-def test_blocks_are_gone_over_together(form: str, is_small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One matrix of each at a time; of small experts not, as each would take as many operations as all."""
-    if is_small:
-        monkeypatch.setattr(matrix_update, "LARGE", 2**16)
+@pytest.mark.parametrize("form", [form for form in FORMS if "every second" in form])
+def test_blocks_are_gone_over_together(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where their slices lie in between each other."""
     views: list[SlicesOfView] = []
 
     def seen(*given: Any) -> list[SlicesOfView]:
@@ -426,15 +423,11 @@ def test_blocks_are_gone_over_together(form: str, is_small: bool, monkeypatch: p
     monkeypatch.setattr(passes, "views_of", seen)
     shape, splits, storage, _ = FORMS[form]
     parameters = [torch.nn.Parameter(torch.ones(shape)) for _ in range(3)]
-    optimizer = Dion2([{"params": parameters, "splits": splits, **storage}], **COMMON)
+    optimizer = Dion2([{"params": parameters, "splits": splits, "select": "output", **storage}], **COMMON)
     for parameter, gradient in zip(parameters, gradients(shape, 3), strict=True):
         parameter.grad = gradient
-    update = working_memory.working_bytes(2, 12, 7, 4)  # so that a run takes three of six blocks
-    monkeypatch.setattr(working_memory, "CPU_BYTES", 3 * update * (3 if len(shape) == 3 else 1))
     optimizer.step()
-    is_together = len(shape) == 2 or not is_small
-    assert {type(view) for view in views} == {InterleavedSlices if is_together else ScatteredSlices}
-    assert {len(view.slices) for view in views} == {2 if is_together else 1}
+    assert {len(view.slices) for view in views} == {2}
 
 
 def in_order(tensor: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dion2_lightning.kernels import moving_slices
 from dion2_lightning.kernels.moving_slices import add_, decay_, gather, put_
 from tests.kernels.sample_slices import PLACES, random_slices
 
@@ -80,18 +79,6 @@ def test_change_of_pieces(pieces, change_pieces):
     assert torch.equal(as_whole(pieces), expected)
     everything = torch.tensor(pieces.untyped_storage().tolist(), dtype=torch.uint8).view(torch.float32)
     assert everything.count_nonzero() == pieces.numel() < everything.numel()
-
-
-@pytest.mark.parametrize("size", [1, 40, 2**20])
-def test_rows_that_matrices_share_are_copied_in_parts(size, monkeypatch):
-    """The numbers of another matrix stay as they are, also a zero's sign."""
-    monkeypatch.setattr(moving_slices, "SHARED", size)
-    whole = torch.full((6, 5, 2), -0.0)
-    slices = whole.permute(2, 0, 1)
-    change = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
-    add_(slices, INDICES, change)
-    assert torch.equal(gather(slices, INDICES), change)
-    assert (whole.signbit() & (whole == 0)).sum() == whole.numel() - change.numel()
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 0), (0, 6, 5), (1, 0, 5), (2, 3, 6, 0), (0, 3, 6, 4)])

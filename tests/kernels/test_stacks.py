@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dion2_lightning.kernels.stacks import adjacent, concatenate, concatenate_slices, empty_stacks, side_by_side
+from dion2_lightning.kernels.stacks import adjacent, concatenate, concatenate_slices, empty_stacks
 
 SHAPES = [(1, 4, 6), (2, 4, 5), (3, 4, 6), (2, 4, 6)]
 
@@ -31,22 +31,6 @@ def test_orders_and_dtypes_are_apart():
     assert [stack.dtype for stack in stacks] == dtypes
     assert [stack.stride(-1) == 1 for stack in stacks] == [True, False, True]
     assert adjacent([stacks[0], stacks[2]]) is None
-
-
-def test_matrices_side_by_side_are_a_stack():
-    """Every third column, and every third row, of one tensor."""
-    whole = torch.randn(1, 6, 12)
-    columns = [whole[..., first::3] for first in range(3)]
-    rows = [whole[:, first::3].mT for first in range(3)]
-    for parts in (columns, rows):
-        together = side_by_side(parts)
-        assert together is not None
-        assert torch.equal(together, torch.cat(parts))
-        assert torch.equal(side_by_side(parts[::2]), torch.cat(parts[::2]))
-        assert together.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-        for apart in (parts[::-1], parts[:1] * 2, [*parts[:2], parts[1]], [parts[0], parts[1][:, :1]]):
-            assert side_by_side(apart) is None
-    assert side_by_side([columns[0], rows[1]]) is None
 
 
 @pytest.mark.parametrize(
