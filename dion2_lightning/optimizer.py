@@ -689,7 +689,7 @@ class MatrixOptimizer(Optimizer):
                 ):  # asked for no longer
                     del state[entry]
                 for entry, like in expected.items():
-                    if entry not in state:  # a checkpoint from before had none, or a setting asks for it from now on
+                    if entry not in state:  # a setting asks for it from now on
                         state[entry] = self._state_of(parameter, group)[entry].start_for(parameter, name)
                     tensor = state[entry]
                     if tensor.device != like.device or tensor.dtype != like.dtype:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from dion2_lightning.algorithms import ALGORITHMS
-from dion2_lightning.algorithms.algorithm import STORAGE, StateTensor
+from dion2_lightning.algorithms.algorithm import StateTensor
 from dion2_lightning.algorithms.hyperparameters import numbers, plain
 from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import has_float64
@@ -38,9 +38,6 @@ PLACED: Final = (
     "dion2_lightning.with_parameter_names(state_dict, optimizer, model) has named what it numbers"
 )
 """How state goes from one layout to another."""
-
-_STORED_PLAINLY: Final = {name: default for name, (default, _) in STORAGE.items()}
-"""How matrices were stored where a group says nothing of it, as those from before did."""
 
 
 def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[Group]) -> StateDict:
@@ -116,11 +113,11 @@ def carry_over_state(saved: StateDict, groups: Sequence[Group]) -> StateDict:
             continue
         entries, expected = saved["state"][key], algorithm.state(parameter, group)
         shared = {entry for entry in expected if not algorithm.depends_on_settings(entry)}
-        if missing := sorted(shared - entries.keys() - algorithm.optional_state):
+        if missing := sorted(shared - entries.keys()):
             raise ValueError(f"{label}: the checkpoint holds {sorted(entries)} for it, and not {_some(missing)}")
         new = expected.keys() - shared
         state[place] = {
-            **{entry: entries[entry] for entry in shared & entries.keys()},
+            **{entry: entries[entry] for entry in shared},
             **{entry: expected[entry].start_for(parameter, plain_name) for entry in new},
         }
         for entry in new:
@@ -260,20 +257,17 @@ def _changed_settings(saved_groups: Sequence[Group], groups: Sequence[Group], gi
     """Say which saved settings are not those that the groups were made with, each once for all groups alike.
 
     What a schedule has made of a learning rate is no change: the rates that groups were made with are compared, or,
-    where a schedule begins with rates of its own, those. Checkpoints from before ``given_lr`` have its rates alone.
+    where a schedule begins with rates of its own, those.
     """
     changes: dict[str, list[str]] = {}
     for old, group, its_given in zip(saved_groups, groups, given, strict=True):
-        saved, asked, group = {**_STORED_PLAINLY, **plain(old)}, dict(its_given), numbers(group)
-        has_own_rates = "given_lr" not in old or group.get("initial_lr") != asked.get("lr")
-        if "initial_lr" in old and "initial_lr" in group and has_own_rates:
+        saved, asked, group = plain(old), dict(its_given), numbers(group)
+        if "initial_lr" in old and group.get("initial_lr", asked.get("lr")) != asked.get("lr"):
             saved["lr"], asked["lr"] = old["initial_lr"], group["initial_lr"]
-        elif "given_lr" in old:
+        else:
             # Set by hand after a load, as its warning advises, it is as asked.
             now = old.get("initial_lr", old.get("lr"))
-            saved["lr"] = now if now == asked.get("lr") else old["given_lr"]
-        elif "initial_lr" in old or "initial_lr" in group:
-            asked.pop("lr", None)
+            saved["lr"] = now if now == asked.get("lr") else old.get("given_lr", now)
         if old.get("lr") == 0.0 and "initial_lr" not in group:  # a schedule has ended there, and none goes on
             saved["lr"], asked["lr"] = 0.0, its_given.get("lr", 0.0)
         for name, value in asked.items():
@@ -341,12 +335,8 @@ def _match_group(old: Group, new: Group) -> dict[str, Any]:
             f"it is of another model, or the model was split otherwise; {OTHERWISE}"
         )
     algorithm_of(new).check_settings(old, f"{prefix}: the checkpoint's ")
-    # Version 0.1.0 wrote the settings of all algorithms into every group; what schedulers have added stays.
-    foreign = {name for each in ALGORITHMS.values() for name in each.defaults()} - new.keys()
-    left_out = foreign | algorithm_of(new).settings_of_run
-    kept = {name: value for name, value in old.items() if name not in left_out}
-    kept.setdefault("given_lr", float(old.get("initial_lr", old.get("lr", new["lr"]))))
-    group = {**new, **_STORED_PLAINLY, **kept} if algorithm_of(new).needs_matrices else {**new, **kept}
+    left_out = algorithm_of(new).settings_of_run
+    group = {**new, **{name: value for name, value in old.items() if name not in left_out}}
     if "param_names" in new:
         group["params"] = _in_order(old, new, prefix)
         group["param_names"] = list(new["param_names"])
@@ -414,11 +404,8 @@ def _without_prefixes(*several: Sequence[str]) -> list[list[str]]:
 def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, label: str) -> None:
     algorithm = algorithm_of(group)
     expected = algorithm.state(parameter, group)
-    if not set(state) <= set(expected) <= set(state) | algorithm.optional_state:
-        differs_by_setting = all(
-            algorithm.depends_on_settings(entry) or entry in algorithm.optional_state
-            for entry in set(state) ^ set(expected)
-        )
+    if set(state) != set(expected):
+        differs_by_setting = all(map(algorithm.depends_on_settings, set(state) ^ set(expected)))
         advice = (
             "to go on with the rest of it, call the optimizer's carry_over(state_dict)"
             if differs_by_setting
@@ -429,7 +416,7 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, group: Group, labe
             f"{sorted(expected)}; {advice}"
         )
     for entry, tensor in expected.items():
-        if entry in state and tensor.shape != ():  # a number is taken from wherever it is, in any form
+        if tensor.shape != ():  # a number is taken from wherever it is, in any form
             _check_tensor(state[entry], tensor, entry, label, parameter)
 
 

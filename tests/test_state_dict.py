@@ -4,7 +4,6 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import lr_scheduler
 
-from dion2_lightning import Dion2, OptimizerSettings, build_optimizer, with_parameter_names
+from dion2_lightning import Dion2, build_optimizer, with_parameter_names
 from tests.test_optimizer import assert_identical, groups_of, model_of, snapshot, train
 
 
@@ -451,32 +450,6 @@ def test_the_saved_state_dict_is_not_changed_by_loading_it():
     assert saved["state"].keys() == before["state"].keys()
 
 
-# Version 0.1.0
-
-
-def test_a_checkpoint_of_version_0_1_0_loads_and_training_continues():
-    """Its groups held the settings of all algorithms; it was saved after 3 of 6 steps, by that version."""
-    saved = torch.load(Path(__file__).parent / "checkpoints" / "0.1.0.pt", weights_only=True)
-    settings = saved["settings"]
-    assert isinstance(settings, OptimizerSettings)
-    assert (settings.lr, settings.fraction, settings.betas) == (0.05, 0.5, (0.8, 0.9))
-    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5))
-    model.load_state_dict(saved["model"])
-    optimizer = OptimizerSettings(orthonormalize_dtype="float32").build(model)
-    optimizer.load_state_dict(saved["optimizer"])
-    matrices, rest = optimizer.param_groups
-    assert (matrices["fraction"], matrices["momentum"], rest["betas"]) == (0.5, 0.8, (0.8, 0.9))
-    assert not {"betas", "eps"} & matrices.keys()
-    assert not {"fraction", "momentum", "batched"} & rest.keys()
-    for step in range(3, 6):
-        batch = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        model(batch).square().mean().backward()
-        optimizer.step()
-    for name, expected in saved["after"].items():
-        torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-6, atol=1e-7)
-
-
 def trained(algorithm: str, **settings) -> tuple[nn.Module, Dion2]:
     model = model_of(torch.float32)
     optimizer = build_optimizer(model, 0.05, algorithm=algorithm, **settings)
@@ -650,18 +623,6 @@ def test_a_rate_that_is_set_after_a_load_as_its_warning_advises():
     assert f"lr {lr} instead of {3 * lr} (" in said
 
 
-def test_a_checkpoint_from_before_given_rates():
-    model, optimizer = three_matrices_after_one_step()
-    saved = optimizer.state_dict()
-    lr = saved["param_groups"][0]["lr"]
-    for group in saved["param_groups"]:
-        del group["given_lr"]
-    resumed = Dion2(groups_of(model), lr=2 * lr)
-    assert len(warnings_of_loading(resumed, saved)) == 1
-    [said] = warnings_of_loading(Dion2(groups_of(model), lr=2 * lr), resumed.state_dict())
-    assert f"lr {lr} instead of {2 * lr} (" in said
-
-
 def fused(splits: str, algorithm: str = "dion3") -> tuple[nn.Parameter, Dion2]:
     weight = nn.Parameter(torch.randn(24, 10, generator=torch.manual_seed(0)))
     group = {"params": [("qkv", weight)], "name": "its", "splits": splits, "algorithm": algorithm}
@@ -669,18 +630,6 @@ def fused(splits: str, algorithm: str = "dion3") -> tuple[nn.Parameter, Dion2]:
     weight.grad = torch.randn(24, 10, generator=torch.manual_seed(1))
     optimizer.step()
     return weight, optimizer
-
-
-def test_a_checkpoint_from_before_splits_is_of_whole_weights() -> None:
-    """The order of its variances is that of the rows, whatever blocks this optimizer was given."""
-    _, old = fused("whole")
-    saved = old.state_dict()
-    for entry in ("splits", "convolution"):
-        del saved["param_groups"][0][entry]
-    _, optimizer = fused("4 x (q 2 | k 2 | v 2)")
-    with pytest.warns(UserWarning, match=r"splits 'whole' instead of '4 x \(q 2 \| k 2 \| v 2\)' \('its'\)"):
-        optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["splits"] == "whole"
 
 
 def test_splits_of_a_checkpoint_that_do_not_fit_are_refused() -> None:

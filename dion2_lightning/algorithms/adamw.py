@@ -124,7 +124,6 @@ def _update(members: Sequence[Member], context: StepContext) -> None:
         gate, is_fused = context.gates.get(parameter.device), _is_fused([local(parameter)])
         if gate is not None and not is_fused and not gate.is_open:  # only the fused kernel skips by itself
             continue
-        _place_steps([member.state for member, _ in bucket], _step_device(parameter, group))
         rates = _Rates.read(group, context)
         pieces = [
             _Piece(local(each), gradient, local(state["exp_avg"]), local(state["exp_avg_sq"]), state["step"])
@@ -281,10 +280,3 @@ def _step_device(parameter: Tensor, group: Mapping[str, Any]) -> torch.device:
 def _is_fused(parameters: Sequence[Tensor]) -> bool:
     """Return whether torch has a fused AdamW for these parameters."""
     return _default_to_fused_or_foreach(list(parameters), differentiable=False, use_fused=True)[0]
-
-
-def _place_steps(states: Sequence[dict[str, Tensor]], device: torch.device) -> None:
-    """Move step counts that are elsewhere: Lightning moves parameters and moments between devices, but no counts."""
-    for state in states:
-        if state["step"].device != device:
-            state["step"] = state["step"].to(device)

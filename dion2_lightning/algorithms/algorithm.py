@@ -250,7 +250,6 @@ class Algorithm(ABC):
         orthonormalizes: Whether a callable can replace its orthonormalization.
         shaped_state: An entry of the state that has the parameter's shape, by which a step notices that it was resized;
             none, unless an algorithm says so.
-        optional_state: Entries of the state that a checkpoint may lack, as those from before had none; they begin anew.
         state_by_setting: Entries that come and go with settings, and mean another thing under others. Those of a
             block have its name in brackets behind.
         state_by_replica: Entries that differ between replicas of a parameter that is compressed.
@@ -262,7 +261,6 @@ class Algorithm(ABC):
     needs_matrices: ClassVar[bool] = False
     orthonormalizes: ClassVar[bool] = False
     shaped_state: ClassVar[str | None] = None
-    optional_state: ClassVar[frozenset[str]] = frozenset()
     state_by_setting: ClassVar[frozenset[str]] = frozenset()
     state_by_replica: ClassVar[frozenset[str]] = frozenset()
     settings_of_run: ClassVar[frozenset[str]] = frozenset({"capturable"})

@@ -122,7 +122,6 @@ class Dion2Algorithm(Algorithm):
     needs_matrices: ClassVar[bool] = True
     orthonormalizes: ClassVar[bool] = True
     shaped_state: ClassVar[str | None] = "momentum"
-    optional_state: ClassVar[frozenset[str]] = frozenset({"step"})
     state_by_setting: ClassVar[frozenset[str]] = frozenset({"variance"})
 
     def select(self, group: Mapping[str, Any]) -> str:

@@ -188,30 +188,14 @@ def _read(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def _pairs(optim_args: str) -> dict[str, str]:
-    pairs = {}
-    for piece in filter(None, map(str.strip, _pieces(optim_args))):
-        name, separator, value = piece.partition("=")
-        if not separator:
-            raise ValueError(f"optim_args must be like 'fraction=0.25,momentum=0.8', got {piece!r} in {optim_args!r}")
-        pairs[name.strip()] = value.strip()
-    return pairs
-
-
-def _pieces(text: str) -> list[str]:
-    """Split a text at its commas, but for those in quotes or brackets."""
-    pieces, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        else:
-            depth += (character in "([{") - (character in ")]}")
-        if character == "," and not quote and depth <= 0:
-            pieces.append("")
-        else:
-            pieces[-1] += character
-    return pieces
+    """Read the keywords of a call; a word without quotes stays as it is."""
+    try:
+        call = ast.parse(f"_({optim_args})", mode="eval").body
+        if isinstance(call, ast.Call) and not call.args:
+            return {str(each.arg): ast.unparse(each.value) for each in call.keywords}
+    except SyntaxError:
+        pass
+    raise ValueError(f"optim_args must be like 'fraction=0.25,momentum=0.8', got {optim_args!r}")
 
 
 def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:
