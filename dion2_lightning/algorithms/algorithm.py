@@ -192,7 +192,7 @@ class StepContext:
         observer: What receives the events of the step; None for none.
         selections: What is selected, by parameter and block: filled in by the step.
         fallbacks: How often a faster way has failed and a slower one was taken, by the name of the faster one.
-        layouts: The layouts that were read in this step.
+        layouts: The layouts that were read in this step, and what was found from them.
         gates: By device, what decides there whether the step is taken. Where there is one, an algorithm must change
             neither weights nor state while it is closed.
         device_numbers: Rates that are tensors, as numbers of the update.

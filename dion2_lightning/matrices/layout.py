@@ -120,7 +120,8 @@ class Layout:
 
 
 Layouts = dict[Hashable, Any]
-"""What was read in this step: parameters of one shape, mesh and placement have the same layout, and the same parts."""
+"""What was found in this step: parameters of one shape, mesh and placement have one layout, and it and what follows
+from it, parts and slicings, are the same objects."""
 
 
 def layout_of(

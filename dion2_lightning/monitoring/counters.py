@@ -231,7 +231,7 @@ class StepRecord:
         return table
 
 
-def sum_over_ranks(
+def add_up_over_ranks(
     table: Tensor,
     parameters: Sequence[TrackedParameter],
     process_group: "ProcessGroup | None",

@@ -23,7 +23,7 @@ from dion2_lightning.monitoring.counters import (
     StepRecord,
     TrackedParameter,
     orthogonality_errors,
-    sum_over_ranks,
+    add_up_over_ranks,
     variance_spreads,
 )
 from dion2_lightning.monitoring.history import SelectionHistory
@@ -237,7 +237,7 @@ class SelectionTracker:
         assert self._optimizer is not None
         tracked = list(self._parameters.values())
         table = record.table(len(tracked))
-        table = sum_over_ranks(table, tracked, self._optimizer.process_group, with_errors=self.orthogonality)
+        table = add_up_over_ranks(table, tracked, self._optimizer.process_group, with_errors=self.orthogonality)
         host = table.cpu()  # the one wait for the device
         sums = host[:, :HITS].tolist()
         rows = [ParameterSums(p.info, p.elements, *row) for p, row in zip(tracked, sums, strict=True)]

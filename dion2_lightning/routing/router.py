@@ -34,7 +34,7 @@ from dion2_lightning.routing.rules import (
     classify,
     has_two_axes,
     is_bias,
-    rank_of,
+    lora_rank_of,
     storage_of,
     why_groups_hold_no_matrix,
 )
@@ -306,7 +306,7 @@ def _decide(
             check_matrices(parameter, path.name, storage, source, algorithm)
     if override is not None and not override.options:
         override = None
-    rank, share = rank_of(role, parameter, path), _share_of(algorithm)
+    rank, share = lora_rank_of(role, parameter, path), _share_of(algorithm)
     is_set = override is not None and share in override.options
     low_rank = as_matrices and rank is not None and rank < FEW_SLICES and share is not None and not is_set
     if low_rank:

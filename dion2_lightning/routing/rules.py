@@ -124,7 +124,7 @@ def why_groups_hold_no_matrix(parameter: nn.Parameter, path: ModulePath) -> str 
     )
 
 
-def rank_of(role: Role, parameter: nn.Parameter, path: ModulePath) -> int | None:
+def lora_rank_of(role: Role, parameter: nn.Parameter, path: ModulePath) -> int | None:
     """Return the rank of a LoRA factor that is a matrix; None for any other parameter."""
     axis = {Role.LORA_A: 0, Role.LORA_B: 1}.get(role)
     if axis is None or (layer := _lora_layer(path)) is None:
