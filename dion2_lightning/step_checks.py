@@ -152,13 +152,17 @@ def gradients_are_finite(groups: Sequence[Group], ranks: RanksAround) -> Tensor 
 
 def _have_finite_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Which gradients, as far as this rank has them, hold neither NaN nor Inf: boolean, 0-d, on their devices."""
-    flags = [torch.ones((), dtype=torch.bool, device=parameter.device) for parameter in parameters]
+    flags: dict[int, Tensor] = {}
     gradients = [(index, local_gradient(parameter)) for index, parameter in enumerate(parameters)]
     present = [(index, gradient) for index, gradient in gradients if gradient is not None and gradient.numel()]
     for alike in group_by(present, lambda pair: (pair[1].device, pair[1].dtype)).values():
         for (index, _), is_finite in zip(alike, are_finite([gradient for _, gradient in alike]), strict=True):
             flags[index] = is_finite
-    return flags
+    for device, missing in group_by(
+        set(range(len(parameters))) - flags.keys(), lambda at: parameters[at].device
+    ).items():
+        flags.update(dict.fromkeys(missing, torch.ones((), dtype=torch.bool, device=device)))
+    return [flags[index] for index in range(len(parameters))]
 
 
 def creates_state_alone(groups: Sequence[Group], ranks: RanksAround) -> bool:

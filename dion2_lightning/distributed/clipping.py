@@ -124,12 +124,11 @@ def _power_sum(
     held = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
     # Half precision would round the norm to three digits, or overflow.
     alike = group_by(held, lambda gradient: (gradient.device, torch.promote_types(gradient.dtype, torch.float32)))
-    norms = [norm for (_, dtype), members in alike.items() for norm in _norms(members, norm_type, dtype)]
     device = parameters[0].device
-    norms = [move_sums(norm, device) for norm in norms]
-    powers = norms if norm_type == torch.inf else [norm**norm_type for norm in norms]
-    stacked = torch.stack([torch.zeros((), dtype=sum_dtype(device), device=device), *powers])
-    total = stacked.max() if norm_type == torch.inf else stacked.sum()
+    of_alike = [torch.stack(list(_norms(members, norm_type, dtype))) for (_, dtype), members in alike.items()]
+    none = torch.zeros(1, dtype=sum_dtype(device), device=device)
+    norms = torch.cat([none, *(move_sums(each, device) for each in of_alike)])
+    total = norms.max() if norm_type == torch.inf else (norms**norm_type).sum()
     operation = dist.ReduceOp.MAX if norm_type == torch.inf else dist.ReduceOp.SUM
     for dim in dims:
         dist.all_reduce(total, op=operation, group=mesh.get_group(dim))

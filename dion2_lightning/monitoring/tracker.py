@@ -22,8 +22,8 @@ from dion2_lightning.monitoring.counters import (
     SelectionCounters,
     StepRecord,
     TrackedParameter,
-    orthogonality_errors,
     add_up_over_ranks,
+    orthogonality_errors,
     variance_spreads,
 )
 from dion2_lightning.monitoring.history import SelectionHistory

@@ -399,6 +399,17 @@ def test_rounding_stochastically_takes_launches_that_do_not_grow() -> None:
     assert operations[0] == operations[1] <= 90
 
 
+@needs_triton
+@pytest.mark.parametrize("settings", [{"max_grad_norm": 1.0}, {"check_finite": "skip"}], ids=str)
+def test_looking_at_gradients_takes_launches_that_do_not_grow(settings: dict[str, Any]) -> None:
+    def build(params: list[Tensor]) -> torch.optim.Optimizer:
+        return Dion2([{"params": params}], kernels="triton", working_memory=2**40, **settings)
+
+    sizes = LAYERS["smollm2-135m"]
+    few, many = (count_step(build, sizes * layers).beside_products.operations for layers in (2, 6))
+    assert few == many <= 50
+
+
 @pytest.mark.parametrize(("rounding", "operations"), [("nearest", 0), ("stochastic", 1)])
 @pytest.mark.filterwarnings("ignore:rounding=.nearest. loses")
 def test_adamw_of_half_precision_takes_few_launches_for_each_small_parameter(rounding: str, operations: int) -> None:
