@@ -6,7 +6,7 @@ cautious weight decay: what decays so is updated on copies too.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -73,7 +73,7 @@ class _Piece(NamedTuple):
 
 
 class _Pieces(NamedTuple):
-    """The tensors of several, as torch takes them."""
+    """The tensors of several pieces, in lists, as torch takes them."""
 
     weights: list[Tensor]
     gradients: list[Tensor]
@@ -177,23 +177,30 @@ def _update_by_copies(
     ]
     for run in bounded(cut, lambda each: each[0].weight.numel(), entries):
         own = _Pieces.of(piece for piece, _ in run)
+        make = torch.zeros if is_cautious else torch.empty
+        values = make(sum(each.numel() for each in own.weights), dtype=precise, device=own.weights[0].device)
+        weights = cut_like(values, own.weights)
+        if not is_cautious:
+            torch._foreach_copy_(weights, own.weights)
         copies = _Pieces(
-            _in_one_buffer(torch.zeros, own.weights, precise) if is_cautious else _copied(own.weights, precise),
+            weights,
             _copied(own.gradients, precise),
             _copied(own.exp_avgs, own.exp_avgs[0].dtype),
             _copied(own.exp_avg_sqs, own.exp_avg_sqs[0].dtype),
             list(torch.stack(own.steps).unbind()),
         )
         _adamw(copies, group, rates, gate)
-        _write_back(own.exp_avgs, copies.exp_avgs)
-        _write_back(own.exp_avg_sqs, copies.exp_avg_sqs)
+        for moments, its_copies in ((own.exp_avgs, copies.exp_avgs), (own.exp_avg_sqs, copies.exp_avg_sqs)):
+            if its_copies is not moments:
+                torch._foreach_copy_(moments, its_copies)
+        del copies, its_copies  # which would take memory while weights are rounded
         if is_cautious:
-            for weight, exp_avg, copy in zip(own.weights, own.exp_avgs, copies.weights, strict=True):
+            for weight, exp_avg, copy in zip(own.weights, own.exp_avgs, weights, strict=True):
                 copy.add_(decayed(weight, exp_avg, shrink))
         if own.weights[0].dtype in HALF_PRECISION:
-            store_each_(own.weights, copies.weights, [bits for _, bits in run])
+            store_each_(own.weights, values, [bits for _, bits in run])
         else:
-            _write_back(own.weights, copies.weights)
+            torch._foreach_copy_(own.weights, weights)
     steps = [piece.step for piece in pieces]
     if gate is None:
         torch._foreach_add_(steps, 1)
@@ -202,23 +209,13 @@ def _update_by_copies(
 
 
 def _copied(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return contiguous tensors in a precision: these if they are so, else copies."""
+    """Return contiguous tensors in a precision: these if all of them are so, else a copy of each."""
     if all(each.dtype == dtype and each.is_contiguous() for each in tensors):
         return tensors
-    copies = _in_one_buffer(torch.empty, tensors, dtype)
+    buffer = torch.empty(sum(each.numel() for each in tensors), dtype=dtype, device=tensors[0].device)
+    copies = cut_like(buffer, tensors)
     torch._foreach_copy_(copies, tensors)
     return copies
-
-
-def _in_one_buffer(make: Callable[..., Tensor], like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Make tensors of the shapes of others at once: a launch for each would be one for each layer's norms."""
-    entries = sum(each.numel() for each in like)
-    return cut_like(make(entries, dtype=dtype, device=like[0].device), like)
-
-
-def _write_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
-    if copies is not tensors:
-        torch._foreach_copy_(tensors, copies)
 
 
 def _decays_cautiously(group: Mapping[str, Any], rates: _Rates) -> bool:

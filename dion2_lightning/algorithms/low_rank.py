@@ -96,6 +96,11 @@ class LowRankUpdate(MatrixUpdate):
         return 1
 
     @property
+    def k(self) -> int:
+        """The rank r, for the same reason."""
+        return self.selected
+
+    @property
     def is_scattered(self) -> bool:
         """False: a product is of a whole matrix."""
         return False

@@ -140,7 +140,7 @@ def slicings_of(
     See the attributes. What is alike is the same object.
     """
     parts = parts_of(parameter, matrices, label, process_group=context.process_group, known=context.layouts)
-    key = id(parts), axis, selected, dtype  # which are kept alive beside it
+    key = id(parts), axis, selected, dtype  # context.layouts keeps the parts, so that no other object gets their id
     if key not in context.layouts:
         context.layouts[key] = [Slicing(part, axis, selected, dtype) for part in parts]
     slicings: list[Slicing] = context.layouts[key]

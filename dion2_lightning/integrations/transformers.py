@@ -191,8 +191,10 @@ def _pairs(optim_args: str) -> dict[str, str]:
     """Read the keywords of a call; a word without quotes stays as it is."""
     try:
         call = ast.parse(f"_({optim_args})", mode="eval").body
-        if isinstance(call, ast.Call) and not call.args:
-            return {str(each.arg): ast.unparse(each.value) for each in call.keywords}
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
+            pairs = {each.arg: ast.unparse(each.value) for each in call.keywords if each.arg is not None}
+            if len(pairs) == len(call.keywords):
+                return pairs
     except SyntaxError:
         pass
     raise ValueError(f"optim_args must be like 'fraction=0.25,momentum=0.8', got {optim_args!r}")

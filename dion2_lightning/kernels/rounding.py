@@ -145,20 +145,30 @@ def store_(tensor: Tensor, values: Tensor, bits: RandomBits | None) -> None:
         _store(part, its_values, its_bits)
 
 
-def store_each_(tensors: Sequence[Tensor], values: Sequence[Tensor], bits: Sequence[RandomBits | None]) -> None:
-    """:func:`store_` for tensors of one dtype, all with random bits or none; small ones in a few operations for all."""
-    if bits[0] is None:
-        torch._foreach_copy_(list(tensors), list(values))
-        return
-    for some in bounded(range(len(tensors)), lambda at: tensors[at].numel(), _entries_at_once(tensors[0].device)):
+def store_each_(tensors: Sequence[Tensor], values: Tensor, bits: Sequence[RandomBits | None]) -> None:
+    """:func:`store_` for tensors of one dtype, all with random bits or none; small ones in a few operations for all.
+
+    Args:
+        tensors: In half precision.
+        values: Of all entries, one tensor after the other, in one dimension.
+        bits: Those of each tensor.
+    """
+    start = 0
+    for some in bounded(
+        list(zip(tensors, bits, strict=True)), lambda pair: pair[0].numel(), _entries_at_once(values.device)
+    ):
+        its_tensors, its_bits = [tensor for tensor, _ in some], [each for _, each in some if each is not None]
+        its_values = values.narrow(0, start, sum(each.numel() for each in its_tensors))
+        start += len(its_values)
         if len(some) == 1:
-            store_(tensors[some[0]], values[some[0]], bits[some[0]])
+            store_(its_tensors[0], its_values.view(its_tensors[0].shape), some[0][1])
             continue
-        its_tensors = [tensors[at] for at in some]
-        its_bits = [each for at in some if (each := bits[at]) is not None]
-        products = torch.cat([(each.rows * each.columns).flatten() for each in its_bits])
-        rounded = _rounded(torch.cat([values[at].flatten() for at in some]), products, tensors[0].dtype)
-        torch._foreach_copy_(its_tensors, cut_like(rounded, its_tensors))
+        if its_bits:
+            products = torch.empty_like(its_values, dtype=torch.int32)
+            for each, its_products in zip(its_bits, cut_like(products, its_tensors), strict=True):
+                torch.mul(each.rows, each.columns, out=its_products)
+            its_values = _rounded(its_values, products, tensors[0].dtype)
+        torch._foreach_copy_(its_tensors, cut_like(its_values, its_tensors))
 
 
 def cut_like(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -220,7 +230,7 @@ def _rounded(values: Tensor, products: Tensor, dtype: torch.dtype) -> Tensor:
     noise = products.bitwise_right_shift_(32 - spare).bitwise_and_(2**spare - 1)
     small = None
     if dtype == torch.float16:
-        multiples = (values.abs() * 2.0**24 + noise * 2.0**-spare).floor_()
+        multiples = values.abs().mul_(2.0**24).add_(noise * 2.0**-spare).floor_()
         small = multiples.mul_(2.0**-24).copysign_(values)
     rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(2**spare)).view(torch.float32)
     if small is not None:

@@ -120,8 +120,7 @@ class Layout:
 
 
 Layouts = dict[Hashable, Any]
-"""What was found in this step: parameters of one shape, mesh and placement have one layout, and it and what follows
-from it, parts and slicings, are the same objects."""
+"""What was found in this step. Parameters of one shape, mesh and placement share a layout, its parts and slicings."""
 
 
 def layout_of(

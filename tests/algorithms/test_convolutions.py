@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dion2_lightning import Dion2
+from dion2_lightning.algorithms.algorithm import StepContext
+from dion2_lightning.algorithms.low_rank import FACTOR_COPIES, LowRankUpdate
 from dion2_lightning.matrices.parts import Part
 from tests.algorithms.test_blocks import COMMON, SETTINGS, gradients, step_with_zero_gradients
 from tests.reference import polar
@@ -183,6 +185,18 @@ def test_mixed_memory_orders_give_the_same(
     for result in results:
         tolerance = (1e-5 if settings.get("algorithm") != "dion" else 1e-4) if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(result, results[0], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(16, 8, 3, 3), (64, 4, 3), (4, 16, 3)])
+def test_the_rank_of_dion_is_that_of_q(shape: tuple[int, ...], transposed: bool) -> None:
+    """Also where the longer axis is that of channels with all their taps."""
+    stored = {"algorithm": "dion", "convolution": True, "transposed": transposed}
+    optimizer = run([weight := nn.Parameter(torch.ones(shape))], stored, [[torch.ones(shape)]])
+    [member] = optimizer._members()
+    [update] = LowRankUpdate.read(member, StepContext())
+    assert update.rank == optimizer.state[weight]["Q"].shape[-1]
+    assert update.working_bytes == FACTOR_COPIES * 4 * update.rank * (update.slices + update.entries)
 
 
 @pytest.mark.parametrize("algorithm", ["dion2", "dion3", "dion"])

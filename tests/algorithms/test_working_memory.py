@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.peak_memory import PeakMemory
 from dion2_lightning import Dion2
+from dion2_lightning.algorithms.working_memory import pass_bytes
 from dion2_lightning.kernels import fused
 from tests.every_kind import parameters_of
 from tests.test_host_synchronisation import devices_seen, fake_cuda
@@ -192,6 +193,26 @@ def test_the_bound_holds_with_state_that_visits(case: dict[str, Any]) -> None:
     for memory in (least, 3 * least):
         peak = peak_of_step(12, memory, offload="cpu", **case)
         assert state <= peak <= memory + PER_LINE * sum(SHAPE) * 12
+
+
+@pytest.mark.parametrize("settings", [{}, CAUTIOUS], ids=str)
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_many_small_parameters_are_updated_within_it(
+    dtype: torch.dtype, is_transposed: bool, settings: dict[str, Any]
+) -> None:
+    """By AdamW, several of them at a time; also where neither they nor their state are contiguous."""
+    parameters = []
+    for _ in range(20):
+        zeros = torch.zeros(512, 512, dtype=dtype, device="cuda")
+        parameters.append(nn.Parameter(zeros.mT if is_transposed else zeros))
+        parameters[-1].grad = torch.zeros(512, 512, dtype=dtype, device="cuda")
+    memory = 6 * 512 * 512 * pass_bytes(dtype)
+    optimizer = Dion2([{"params": parameters, "algorithm": "adamw", **settings}], working_memory=memory)
+    optimizer.step()
+    with PeakMemory(kept_by(optimizer)) as memory_of_step:
+        optimizer.step()
+    assert memory_of_step.peak <= 0.8 * memory
 
 
 def test_most_of_the_bound_is_used() -> None:

@@ -274,6 +274,27 @@ def check_kernels_whose_channels_are_cut_unevenly() -> None:
         optimizers[1].load_state_dict(optimizers[1].state_dict())
 
 
+def check_kernels_that_replicas_share() -> None:
+    """Whose longer axis is that of channels with all their taps: R and P have the rank that was asked for."""
+    for rank_fraction in (0.01, 0.5):
+        group = {"algorithm": "dion", "convolution": True, "lr": 0.1, "rank_fraction": rank_fraction}
+        alone, shared = (
+            [nn.Parameter(torch.randn(16, 16, 3, generator=torch.manual_seed(number))) for number in range(3)]
+            for _ in range(2)
+        )
+        optimizers = [
+            Dion2([{"params": alone, **group}]),
+            Dion2([{"params": shared, **group}], process_group=dist.group.WORLD, share_replicas=True),
+        ]
+        for step in range(2):
+            for number, parameters in enumerate(zip(alone, shared, strict=True)):
+                for parameter in parameters:
+                    parameter.grad = torch.randn(16, 16, 3, generator=torch.manual_seed(10 * step + number))
+            for optimizer in optimizers:
+                optimizer.step()
+        torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
+
+
 def check_fewer_experts_than_ranks() -> None:
     """Replicas of a stack share its work, also those ranks that hold no expert of it."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))
@@ -303,6 +324,7 @@ def check_two_ranks() -> None:
     check_replicas()
     check_shared_work()
     check_kernels_whose_channels_are_cut_unevenly()
+    check_kernels_that_replicas_share()
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

@@ -181,7 +181,10 @@ def test_commas_within_an_optim_arg(optim_args: str, settings: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("optim_args", "message"),
     [
-        ("fraction", "optim_args must be like 'fraction=0.25,momentum=0.8', got 'fraction'"),
+        *(
+            (wrong, f"optim_args must be like 'fraction=0.25,momentum=0.8', got '{wrong}'")
+            for wrong in ("fraction", "fraction=0.25)(momentum=0.5", "**fraction", "fraction=1,fraction=2", "a=1,,b=2")
+        ),
         ("rank=4", "unknown argument 'rank'"),
         ("fraction=2", "fraction must lie in (0, 1], got 2"),
     ],
