@@ -153,10 +153,8 @@ def store_each_(tensors: Sequence[Tensor], values: Tensor, bits: Sequence[Random
         values: Of all entries, one tensor after the other, in one dimension.
         bits: Those of each tensor.
     """
-    start = 0
-    for some in bounded(
-        list(zip(tensors, bits, strict=True)), lambda pair: pair[0].numel(), _entries_at_once(values.device)
-    ):
+    pairs, start = list(zip(tensors, bits, strict=True)), 0
+    for some in bounded(pairs, lambda pair: pair[0].numel(), _entries_at_once(values.device)):
         its_tensors, its_bits = [tensor for tensor, _ in some], [each for _, each in some if each is not None]
         its_values = values.narrow(0, start, sum(each.numel() for each in its_tensors))
         start += len(its_values)
