@@ -249,7 +249,7 @@ class MatrixUpdate:
     def view_key(self) -> Hashable:
         """What is the same for blocks of a weight that lie in between each other: one view has them all.
 
-        Going over it once for all of them saves up to a seventh of a step, as its rows have few entries of each.
+        Going over it once for all of them saves up to a tenth of a step, as its rows have few entries of each.
         """
         return (self.parameter, self.axis) if self.is_scattered and self.taps == 1 else self
 

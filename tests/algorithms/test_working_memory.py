@@ -156,7 +156,7 @@ def test_a_stack_is_taken_apart(algorithm: str, settings: dict[str, Any]) -> Non
 @pytest.mark.parametrize("settings", [{}, {**HALF, **CAUTIOUS}], ids=str)
 @pytest.mark.parametrize(("blocks", "inputs"), [(16, 16), (32, 48)])
 def test_the_bound_holds_for_many_blocks_of_single_entries(blocks: int, inputs: int, settings: dict[str, Any]) -> None:
-    """Whole rows are copied for few of their entries."""
+    """Whose rows have few entries of each."""
     splits = f"64 x ({' | '.join(f'b{number} 1' for number in range(blocks))})"
     case = {"shape": (inputs, 64 * blocks), "splits": splits, "transposed": True, **settings}
     single = peak_of_step(2, 1, **case)
@@ -166,7 +166,7 @@ def test_the_bound_holds_for_many_blocks_of_single_entries(blocks: int, inputs: 
 
 @pytest.mark.parametrize("inputs", [256, 64])
 def test_blocks_of_a_stack_are_taken_apart_together(inputs: int) -> None:
-    """As many matrices of each at a time as memory allows; slices in between each other's, and entries."""
+    """As many matrices at a time as memory allows, where slices or entries lie in between each other."""
     case = {"splits": "128 x (a 1 | b 1 | c 1 | d 1 | e 1 | f 1 | g 1 | h 1)", "batched": True, "transposed": True}
     single = peak_of_step(1, 1, shape=(2, inputs, 1024), **case)
     for memory in (16 * single, 32 * single):
