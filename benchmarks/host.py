@@ -4,8 +4,9 @@
 
 The matrices are small and on the CPU. Everything is as on a GPU, up to the tables that go with the launches; kernels
 are not launched, and products not made. What is left is Python, and what torch takes to begin operations. The host of a
-GPU launches kernels as well, some tens of microseconds each, as many as `traffic.py` counts. Steps are taken in turn,
-and times are the processor's; quote the ratios.
+GPU launches kernels as well, some tens of microseconds each, as many as `traffic.py` counts. torch.optim.Muon is timed
+as it is, the products of its small matrices included. Steps are taken in turn, and times are the processor's; quote the
+ratios.
 """
 
 import argparse
@@ -32,6 +33,7 @@ FUSED_ADAMW = "torch.optim.AdamW, fused"
 
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     FUSED_ADAMW: lambda params: torch.optim.AdamW(params, fused=True),
+    "torch.optim.Muon": lambda params: torch.optim.Muon(params),
     "AdamW in a group of Dion2": lambda params: Dion2([{"params": params, "algorithm": "adamw"}]),
     "Dion2 at 1/4": lambda params: Dion2([{"params": params}]),
     "Dion2 at 1/4, stochastic, bfloat16": lambda params: Dion2(_in_bfloat16(params)),

@@ -1,4 +1,4 @@
-"""Lists cut into groups of what is alike, and into runs of a bounded size."""
+"""Lists cut into groups of what is alike, and into runs of a bounded size; names as messages show them."""
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -29,3 +29,8 @@ def bounded(items: Sequence[T], size_of: Callable[[T], int], limit: int) -> Iter
         total += size
     if run:
         yield run
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Return the first three of some names, and how many more there are, or "none"."""
+    return ", ".join(names[:3] or ["none"]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -14,6 +14,7 @@ from dion2_lightning.algorithms.algorithm import StateTensor
 from dion2_lightning.algorithms.hyperparameters import numbers, plain
 from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import has_float64
+from dion2_lightning.lists import first_few
 from dion2_lightning.matrices.layout import is_dtensor, local, moved
 from dion2_lightning.parameter_groups import ENTRIES, algorithm_of, parameter_names, tensor_rates, unwrapped_names
 
@@ -68,8 +69,8 @@ def match_state_dict(saved: StateDict, groups: Sequence[Group], given: Sequence[
                 without_state.append(name)
     if without_state:
         warnings.warn(
-            f"the checkpoint has no state for {_some(without_state)}, as of what was frozen when it was saved; these "
-            "start anew",
+            f"the checkpoint has no state for {first_few(without_state)}, as of what was frozen when it was saved; "
+            "these start anew",
             stacklevel=2,
         )
     _refuse_shared_rates(matched, groups)
@@ -114,7 +115,7 @@ def carry_over_state(saved: StateDict, groups: Sequence[Group]) -> StateDict:
         entries, expected = saved["state"][key], algorithm.state(parameter, group)
         shared = {entry for entry in expected if not algorithm.depends_on_settings(entry)}
         if missing := sorted(shared - entries.keys()):
-            raise ValueError(f"{label}: the checkpoint holds {sorted(entries)} for it, and not {_some(missing)}")
+            raise ValueError(f"{label}: the checkpoint holds {sorted(entries)} for it, and not {first_few(missing)}")
         new = expected.keys() - shared
         state[place] = {
             **{entry: entries[entry] for entry in shared},
@@ -123,7 +124,7 @@ def carry_over_state(saved: StateDict, groups: Sequence[Group]) -> StateDict:
         for entry in new:
             anew.setdefault(entry, []).append(name)
     if anew and is_first_rank():
-        entries_anew = "; ".join(f"{entry!r} of {_some(names)}" for entry, names in anew.items())
+        entries_anew = "; ".join(f"{entry!r} of {first_few(names)}" for entry, names in anew.items())
         warnings.warn(f"this starts anew: {entries_anew}", stacklevel=3)
     ids = iter(range(len(members)))
     packed = [{**group, "params": [next(ids) for _ in group["params"]]} for group in groups]
@@ -143,7 +144,7 @@ def _saved_parameters(saved_groups: Sequence[Group], groups: Sequence[Group]) ->
     if len(by_name) < wanted or len(set(names)) < wanted:
         raise ValueError("parameters of several groups have the same names, so what was saved of them is ambiguous")
     if unknown := [name for name in names if name not in by_name]:
-        raise ValueError(f"the checkpoint has no parameters of the names {_some(unknown)}; {OTHERWISE}")
+        raise ValueError(f"the checkpoint has no parameters of the names {first_few(unknown)}; {OTHERWISE}")
     return [by_name[name] for name in names]
 
 
@@ -248,8 +249,8 @@ def _refuse_other_optimizers(saved_groups: Sequence[Group]) -> None:
     unknown = sorted({name for group in saved_groups for name in group} - known)
     if unknown and not any("algorithm" in group for group in saved_groups):
         raise ValueError(
-            f"the checkpoint is of another optimizer: its groups say no algorithm and have {_some(unknown)}. Its state "
-            f"does not fit; {WEIGHTS_ALONE}"
+            f"the checkpoint is of another optimizer: its groups say no algorithm and have {first_few(unknown)}. Its "
+            f"state does not fit; {WEIGHTS_ALONE}"
         )
 
 
@@ -362,8 +363,8 @@ def _in_order(old: Group, new: Group, prefix: str) -> list[Any]:
         if set(names) == set(wanted) and names != wanted and not are_paired:
             raise ValueError(
                 f"{prefix}: the checkpoint has its parameters by names that are not the optimizer's, and in another "
-                f"order: {_some(of_module)} and {_some(names)}; build the optimizer with the model's names in their "
-                f"order, or {WEIGHTS_ALONE}"
+                f"order: {first_few(of_module)} and {first_few(names)}; build the optimizer with the model's names in "
+                f"their order, or {WEIGHTS_ALONE}"
             )
         names = names or of_module
     if not names:
@@ -373,8 +374,8 @@ def _in_order(old: Group, new: Group, prefix: str) -> list[Any]:
         numbered = ", and number the parameters, in the groups and in the state, instead of naming them"
         raise ValueError(
             f"{prefix}: the names of the parameters differ; only in the checkpoint: "
-            f"{_some(sorted(set(names) - set(wanted)))}; only in this optimizer: "
-            f"{_some(sorted(set(wanted) - set(names)))}. To load by position, remove 'param_names' from the "
+            f"{first_few(sorted(set(names) - set(wanted)))}; only in this optimizer: "
+            f"{first_few(sorted(set(wanted) - set(names)))}. To load by position, remove 'param_names' from the "
             f"checkpoint's groups{numbered if are_named else ''}"
         )
     if len(names) != len(ids):
@@ -439,7 +440,3 @@ def _check_tensor(found: Any, expected: StateTensor, entry: str, label: str, par
             f"{label} is on {expected.device.type!r}, which has no float64, and the checkpoint's {entry!r} is in "
             "float64; convert it with .float() before loading"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

@@ -1,8 +1,8 @@
 """Hooks for Lightning's Trainer and Fabric: names in checkpoints, and the rates of groups that were split.
 
-Lightning comes as ``lightning`` and as ``pytorch_lightning``, with classes of their own, and a Trainer takes callbacks
-of its own package alone. So this file holds the hooks and imports neither; ``lightning.py`` and
-``pytorch_lightning.py`` make a callback of them.
+Lightning comes as ``lightning`` and as ``pytorch_lightning``, with classes of their own, and to import the other one
+takes seconds. So this file holds the hooks and imports neither; ``lightning.py`` and ``pytorch_lightning.py`` make a
+callback of them.
 
 ``torch.optim`` numbers parameters in the order of its groups. ``ModelParallelStrategy`` reads the numbers of a
 checkpoint file in the order of the model (``_rekey_optimizer_state_if_needed`` in

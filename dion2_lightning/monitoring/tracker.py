@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import sum_dtype
-from dion2_lightning.lists import group_by
+from dion2_lightning.lists import first_few, group_by
 from dion2_lightning.matrices.views import ObservedParameter, Source
 from dion2_lightning.monitoring.counters import (
     COUNTS,
@@ -262,9 +262,8 @@ class SelectionTracker:
             new = [row for row in failed if (check.name, row.info.key) not in self._warned]
             self._warned |= {(check.name, row.info.key) for row in new}
             if new:
-                names = ", ".join(f"{row.info.name} ({check.finding(row)})" for row in new[:3])
-                more = f" and {len(new) - 3} more parameters" if len(new) > 3 else ""
-                message = f"step {self.step}, {check.name}: {names}{more}; {check.advice}"
+                names = first_few([f"{row.info.name} ({check.finding(row)})" for row in new])
+                message = f"step {self.step}, {check.name}: {names}; {check.advice}"
                 warnings.warn(message, SelectionWarning, stacklevel=3)
 
     # State

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from dion2_lightning.lists import first_few
 from dion2_lightning.matrices.layout import is_dtensor
 from dion2_lightning.routing.model_tree import parameters_by_name
 
@@ -45,9 +46,8 @@ def _refuse_replaced(optimizer: Optimizer, model: nn.Module) -> None:
         if id(parameter) not in in_model and _replaces(present.get(name, _attribute(model, name)), parameter)
     ]
     if replaced:
-        more = f" and {len(replaced) - 3} more" if len(replaced) > 3 else ""
         raise RuntimeError(
-            f"parameter {', '.join(map(repr, replaced[:3]))}{more} of this optimizer: the model has another parameter "
+            f"parameter {first_few([*map(repr, replaced)])} of this optimizer: the model has another parameter "
             "under the name, so a step would train nothing. The model was sharded (fully_shard), rebuilt "
             "(configure_model) or changed after the optimizer was built; build the optimizer after that, in Lightning "
             "in configure_optimizers"

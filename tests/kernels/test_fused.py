@@ -5,6 +5,7 @@ the kernels compile: one test compiles them for one, which takes none.
 """
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -1019,7 +1020,7 @@ def test_random_bits_of_another_shape(shape: tuple[int, int, int], is_transposed
 # A GPU's compiler
 
 COMPILED = """
-    import re, torch, triton
+    import re, subprocess, sys, torch, triton
     from triton.backends.compiler import GPUTarget
     from dion2_lightning.kernels import fused, triton_kernels
     from dion2_lightning.kernels.rounding import random_bits
@@ -1038,13 +1039,22 @@ COMPILED = """
 
         def __getitem__(self, grid):
             def compile(*arguments, **options):
-                code = self.kernel.warmup(*arguments, grid=grid, **options).asm["ptx"]
+                made = self.kernel.warmup(*arguments, grid=grid, **options).asm
+                code = made["ptx"]
                 assert not re.search(r"fma\\.\\w+\\.f32", code), "a product that is not rounded before it is added"
                 assert "div.full" not in code, "a division that is not exact"
                 if code not in compiled:
-                    print(self.kernel.__name__, "wide" if "ld.global.v4" in code else "narrow")
+                    width = "wide" if "ld.global.v4" in code else "narrow"
+                    print(self.kernel.__name__, width, *resources_of(made["cubin"]))
                 compiled.add(code)
             return compile
+
+    def resources_of(cubin):
+        with open(sys.argv[1], "wb") as file:
+            file.write(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", sys.argv[1]]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return re.findall(r"(?:REG|STACK):[0-9]+", usage)
 
     for name in ("accumulate", "take", "norm_parts", "divide", "neuron_sums", "neuron_factors", "apply"):
         setattr(triton_kernels, name, Compiled(getattr(triton_kernels, name)))
@@ -1092,18 +1102,26 @@ COMPILED = """
 
 
 def test_a_gpu_compiler_takes_them(tmp_path: Path) -> None:
-    """No product fuses with a sum, aligned memory is read 16 bytes at a time; shapes and numbers compile nothing."""
+    """No product fuses with a sum, aligned memory is read 16 bytes at a time; shapes and numbers compile nothing.
+
+    Nothing is spilled from registers to memory, and of programs of four warps four fit on a GPU's core, or three where
+    memory is not aligned.
+    """
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(COMPILED)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", textwrap.dedent(COMPILED), str(tmp_path / "cubin")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     passes = ["accumulate", "take", "norm_parts", "divide", "apply"]
     rows = dict.fromkeys(passes, "wide")
     columns = rows | {"take": "narrow"}
-    printed = [tuple(line.split()) for line in done.stdout.splitlines()]
+    printed = [tuple(line.split()[:2]) for line in done.stdout.splitlines()]
     assert printed[:10] == [*rows.items(), *columns.items()]
     assert printed[10:14] == [("accumulate", "narrow"), ("accumulate", "wide"), ("take", "wide"), ("apply", "wide")]
     end = printed.index(("others",))
@@ -1112,3 +1130,6 @@ def test_a_gpu_compiler_takes_them(tmp_path: Path) -> None:
         *[("neuron_sums", "wide"), of_factors[0], ("neuron_sums", "wide"), of_factors[1]],
     ]
     assert [name for name, _ in printed[end + 1 :]] == ["accumulate", "take", "apply", "apply"]
+    for line in done.stdout.splitlines()[:end]:
+        registers, stack = (int(number) for number in re.findall(r"REG:(\d+) STACK:(\d+)", line)[0])
+        assert stack == 0 and registers * 128 * (4 if "wide" in line else 3) <= 2**16, line
