@@ -120,6 +120,20 @@ def test_rates_of_build_optimizer() -> None:
     assert optimizer.is_capturable
 
 
+def test_reduce_on_plateau_wants_a_tensor_for_each_group() -> None:
+    """It multiplies a shared one once for every group, as in torch.optim.AdamW."""
+    model = nn.Sequential(nn.Embedding(6, 8), nn.Linear(8, 12))
+    optimizer = build_optimizer(model, lr=torch.tensor(0.5), capturable=True)
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"].clone()
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+    for _ in range(2):
+        model(torch.arange(6)).sum().backward()
+        optimizer.step()
+        schedule.step(1.0)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25] * 3
+
+
 @pytest.mark.parametrize(
     ("group", "error", "message"),
     [

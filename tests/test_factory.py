@@ -279,8 +279,8 @@ NOTHING_TO_DION2 = {
     "frozen": (
         frozen_body(),
         {},
-        "Language: dion2 trains nothing, adamw everything. Frozen weights (5): unfreeze them before the optimizer is "
-        "built.",
+        "Language: dion2 trains nothing, adamw everything. Frozen weights (5): unfreeze what should train before the "
+        "optimizer is built.",
     ),
     "recurrent": (
         nn.LSTM(4, 4),

@@ -197,7 +197,9 @@ def _pairs(optim_args: str) -> dict[str, str]:
                 return pairs
     except SyntaxError:
         pass
-    raise ValueError(f"optim_args must be like 'fraction=0.25,momentum=0.8', got {optim_args!r}")
+    raise ValueError(
+        f"optim_args must be like 'fraction=0.25,momentum=0.8', a value with a comma in parentheses, got {optim_args!r}"
+    )
 
 
 def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,21 @@ def _from_latent(layer: Layer) -> PiecesOrReason:
     return Pieces((Piece("k", sizes[0], 1), Piece("v", sizes[1], 1)), layer.heads)
 
 
+def _points(layer: Layer) -> PiecesOrReason:
+    """Of each axis, x, y and z, all heads, each k and then v."""
+    sizes = layer.numbers("num_qk_points", "num_v_points")
+    if sizes is None or layer.heads is None:
+        return None
+    return Pieces((Piece("k", sizes[0]), Piece("v", sizes[1])), 3 * layer.heads)
+
+
+def _keys_and_values_by_head(layer: Layer) -> PiecesOrReason:
+    if layer.heads is None:
+        return None
+    size = layer.outputs // (2 * layer.heads)
+    return Pieces((Piece("k", size, 1), Piece("v", size, 1)), layer.heads)
+
+
 def _delta_net(layer: Layer) -> PiecesOrReason:
     found = layer.numbers("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
     if found is None:
@@ -216,6 +231,8 @@ RULES: Final = (
     Rule("GPTBigCode", "c_attn", _gpt_bigcode),
     Rule("^DisentangledSelfAttention$", "in_proj", by_head),
     Rule("EsmFoldSelfAttention", "proj", by_head),
+    Rule("EsmFoldInvariantPointAttention", "linear_kv", _keys_and_values_by_head),
+    Rule("EsmFoldInvariantPointAttention", "linear_kv_points", _points),
     Rule("EsmFoldSequenceToPair", "proj", equal_parts("q", "k")),
     Rule(r"PPDocLayoutV\dGlobalPointer", "dense", equal_parts("q", "k")),
     Rule("MobileViTV2LinearSelfAttention", "qkv_proj", _mobile_vit),

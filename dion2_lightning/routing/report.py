@@ -23,7 +23,7 @@ _WHAT_CHANGES_IT: Final[Mapping[str, tuple[frozenset[Role], str]]] = {
     "Routers": (frozenset({Role.ROUTER}), 'if they are none, pass overrides={{"{name}": "{matrices}"}}'),
     "Convolutions without a matrix": (frozenset({Role.CONVOLUTION_OTHER}), "the report says of each why it has none"),
     "Parameters of no known layer": (frozenset({Role.OTHER}), 'if linear, pass overrides={{"{name}": "{matrices}"}}'),
-    "Frozen weights": (frozenset({Role.FROZEN}), "unfreeze them before the optimizer is built"),
+    "Frozen weights": (frozenset({Role.FROZEN}), "unfreeze what should train before the optimizer is built"),
 }
 """What could have been trained as matrices: its roles, and why it is not or how it would be."""
 
@@ -79,7 +79,7 @@ def notes(
     Args:
         decisions: All of them.
         backbone: Name of the transformers model in it; None where there is none.
-        outside: The parameters that are in no transformers model.
+        outside: The parameters that are in no transformers model, or in one beside its base model.
         matrices: Algorithm of what is trained as matrices.
         rest: Algorithm of the rest.
         per_head: Whether heads were to be matrices.
@@ -93,7 +93,8 @@ def notes(
     layers = [each for each in as_matrices if each.parameter in outside]
     if layers and not has_head:
         last = ([each for each in layers if each.role is not Role.EXPERTS] or layers)[-1].name
-        found = "no transformers model was found" if backbone is None else f"a network beside `{backbone}` was found"
+        beside = f"`{backbone}`" if backbone else "the base model"
+        found = "no transformers model was found" if backbone is None else f"a network beside {beside} was found"
         lines.append(
             f"{found}, so no head was guessed. An output layer belongs to {rest}: if `{last}` is one, pass "
             f'overrides={{"{last}": "{rest}"}}.'

@@ -34,6 +34,7 @@ from dion2_lightning.routing.rules import (
     classify,
     has_two_axes,
     is_bias,
+    lies_beside,
     lora_rank_of,
     storage_of,
     why_groups_hold_no_matrix,
@@ -258,7 +259,7 @@ def route_parameters(
         for override in parsed:
             matched = [each for each in decisions if override_of.get(each.parameter) is override]
             override.check_options({each.algorithm for each in matched})
-    outside = {parameter for parameter, (path, *_) in tree.paths.items() if path.transformers_model is None}
+    outside = {parameter for parameter, (path, *_) in tree.paths.items() if lies_beside(path)}
     return Routing(
         tuple(decisions),
         notes(decisions, tree.backbone, outside, matrices, rest, per_head),

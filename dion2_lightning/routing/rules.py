@@ -45,7 +45,8 @@ OUTSIDE_BACKBONE: Final = "head: outside transformers model"
 """Beginning of the reason for a head that was recognised by its place outside the transformers model."""
 
 MAX_LAYERS_OF_HEAD: Final = 4
-"""What has more weights beside a transformers model is a network of its own, as a U-Net beside its text encoder."""
+"""What has more weights beside a base model is a network of its own, as ViTMAE's decoder, or a U-Net beside its text
+encoder."""
 
 FEW_SLICES: Final = 16
 """A quarter of fewer slices is at most three: too few to choose from."""
@@ -66,6 +67,7 @@ _SEVERAL = (nn.ModuleList, nn.ModuleDict)
 _CALLED_HEAD = re.compile(r"(^|_)(heads?|classifiers?)$")
 _HEAD_NAME = re.compile(r"(^|_)(heads?|class_embed|class_predictor)$")
 _OUTPUT_COUNT = re.compile(r"(?<!type_)vocab_size|num_embeddings$|^num_classes$")
+_COMPUTED_FROM = ("weight_g", "weight_v", "weight_orig")  # by torch's older weight_norm, spectral_norm and pruning
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -131,6 +133,11 @@ def lora_rank_of(role: Role, parameter: nn.Parameter, path: ModulePath) -> int |
         return None
     # A factor for a stack of experts holds those of all of them.
     return parameter.shape[axis] // getattr(path.modules[layer], "num_experts", 1)
+
+
+def lies_beside(path: ModulePath) -> bool:
+    """Whether a parameter lies beside a transformers model, or in one beside its base model."""
+    return _place_beside(path) is not None
 
 
 def is_bias(path: ModulePath) -> bool:
@@ -200,14 +207,12 @@ def _head(
     if not classifiers.isdisjoint(path.modules):
         return Verdict(Role.HEAD, "head: the model's classifier")
     model = path.transformers_model
+    is_beside = _place_beside(path) is not None and (networks.isdisjoint(path.modules) or _is_called_head(path))
     if model is None:
-        is_head = backbone is not None and networks.isdisjoint(path.modules)
-        return Verdict(Role.HEAD, f"{OUTSIDE_BACKBONE} `{backbone}`") if is_head else None
-    base = getattr(model, "base_model", None)
-    base = unwrap(base) if isinstance(base, nn.Module) else model
-    if base is not model and not any(module is base for module in path.modules):
+        return Verdict(Role.HEAD, f"{OUTSIDE_BACKBONE} `{backbone}`") if backbone is not None and is_beside else None
+    if is_beside:
         return Verdict(Role.HEAD, f"head: outside base model `{getattr(model, 'base_model_prefix', '')}`")
-    if base is model:
+    if _base_model(model) is model:
         # CLIPForImageClassification and others keep their body in several modules: none of them is the base model.
         labels = getattr(getattr(model, "config", None), "num_labels", None)
         is_label_layer = _is_linear_weight(parameter, path) and path.modules[-2:-1] == (model,)
@@ -218,8 +223,29 @@ def _head(
     return None
 
 
+def _base_model(model: nn.Module) -> nn.Module:
+    """The body of a transformers model, or the model itself where it has none."""
+    base = getattr(model, "base_model", None)
+    return unwrap(base) if isinstance(base, nn.Module) else model
+
+
+def _place_beside(path: ModulePath) -> int | None:
+    """Where in a path the modules begin that lie beside a base model, or beside all transformers models; else None."""
+    model = path.transformers_model
+    if model is None:
+        return 1
+    base = _base_model(model)
+    if base is model or any(module is base for module in path.modules):
+        return None
+    return next(place for place, module in enumerate(path.modules, 1) if module is model)
+
+
+def _is_called_head(path: ModulePath) -> bool:
+    return any(_CALLED_HEAD.search(name) for name in path.names[(_place_beside(path) or 1) - 1 : -1])
+
+
 def _networks_beside(tree: ModelTree) -> set[nn.Module]:
-    """The modules beside transformers models that are networks of their own, having more layers than a head.
+    """The modules beside base models, and beside transformers models, that are networks: they have more than a head.
 
     In a list or dict of modules each is judged by itself: it may hold a head for each task.
     """
@@ -229,15 +255,12 @@ def _networks_beside(tree: ModelTree) -> set[nn.Module]:
         if path.transformers_model is not None
         for module in itertools.takewhile(lambda module: not is_transformers_model(module), path.modules)
     }
-    layers, heads = Counter[nn.Module](), set[nn.Module]()
+    layers = Counter[nn.Module]()
     for parameter, (path, *_) in tree.paths.items():
-        if path.transformers_model is None and has_two_axes(parameter):
-            inside = list(zip(path.names, path.modules[1:], strict=False))
-            parts = [module for _, module in inside if module not in holders and not isinstance(module, _SEVERAL)]
-            layers.update(parts[:1])
-            if any(_CALLED_HEAD.search(name) for name, _ in inside):
-                heads.update(parts[:1])
-    return {module for module, count in layers.items() if count > MAX_LAYERS_OF_HEAD} - heads
+        if (place := _place_beside(path)) is not None and has_two_axes(parameter) and not _is_called_head(path):
+            parts = (each for each in path.modules[place:] if each not in holders and not isinstance(each, _SEVERAL))
+            layers.update(itertools.islice(parts, 1))
+    return {module for module, count in layers.items() if count > MAX_LAYERS_OF_HEAD}
 
 
 def _router(parameter: nn.Parameter, path: ModulePath) -> Verdict | None:
@@ -296,6 +319,10 @@ def _weight_of_layer(parameter: nn.Parameter, path: ModulePath) -> Verdict | Non
         if groups := _groups_of_linear(parameter, path):
             kind = f"linear of {groups} groups, each a matrix"
         return Verdict(Role.MATRIX, kind)
+    owner = path.modules[-3] if path.module_name(2) == "parametrizations" else path.owner
+    if isinstance(owner, nn.Linear) and (owner is not path.owner or name in _COMPUTED_FROM):
+        reason = "part of a linear layer, whose weight is computed from it, as by weight_norm"
+        return Verdict(Role.OTHER, reason)
     return None
 
 

@@ -182,8 +182,15 @@ def test_commas_within_an_optim_arg(optim_args: str, settings: dict[str, Any]) -
     ("optim_args", "message"),
     [
         *(
-            (wrong, f"optim_args must be like 'fraction=0.25,momentum=0.8', got '{wrong}'")
-            for wrong in ("fraction", "fraction=0.25)(momentum=0.5", "**fraction", "fraction=1,fraction=2", "a=1,,b=2")
+            (wrong, f"like 'fraction=0.25,momentum=0.8', a value with a comma in parentheses, got '{wrong}'")
+            for wrong in (
+                "fraction",
+                "betas=0.9,0.95",
+                "fraction=0.25)(momentum=0.5",
+                "**fraction",
+                "fraction=1,fraction=2",
+                "a=1,,b=2",
+            )
         ),
         ("rank=4", "unknown argument 'rank'"),
         ("fraction=2", "fraction must lie in (0, 1], got 2"),

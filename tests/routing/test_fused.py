@@ -597,6 +597,9 @@ ESMFOLD2 = SimpleNamespace(
     chunk_size=None,
     msa_encoder=SimpleNamespace(hidden_size=32, outer_hidden_size=16, outer_product_chunk_size=None),
 )
+STRUCTURE = SimpleNamespace(
+    sequence_dim=32, pairwise_dim=16, ipa_dim=8, num_heads_ipa=4, num_qk_points=4, num_v_points=8, epsilon=1e-8
+)
 VIBEVOICE = SimpleNamespace(hidden_size=32, intermediate_size=48, mlp_bias=False, hidden_act="silu", rms_norm_eps=1e-6)
 
 
@@ -604,6 +607,8 @@ VIBEVOICE = SimpleNamespace(hidden_size=32, intermediate_size=48, mlp_bias=False
     ("name", "sizes", "weight", "splits"),
     [
         ("esm.EsmFoldSequenceToPair", (32, 24, 16), "proj", "q 24 | k 24"),
+        ("esm.EsmFoldInvariantPointAttention", (STRUCTURE,), "linear_kv", "4 x (k 8 | v 8)"),
+        ("esm.EsmFoldInvariantPointAttention", (STRUCTURE,), "linear_kv_points", "12 x (k 4 | v 8)"),
         (f"{QWEN}AdaLayerNormZero", (32,), "linear", MODULATED),
         (f"{QWEN}AdaLayerNormZero_Final", (32,), "linear", "scale 32 | shift 32"),
         (
@@ -617,7 +622,7 @@ VIBEVOICE = SimpleNamespace(hidden_size=32, intermediate_size=48, mlp_bias=False
         ("vibevoice.VibeVoiceDiffusionHeadFinalLayer", (VIBEVOICE, 8), "linear_1", "shift 32 | scale 32"),
     ],
 )
-def test_equal_parts(name: str, sizes: tuple[int, ...], weight: str, splits: str) -> None:
+def test_parts_by_class(name: str, sizes: tuple[int, ...], weight: str, splits: str) -> None:
     family, kind = name.split(".")
     modeling = {"esm": "esmfold"}.get(family, family)
     module = importlib.import_module(f"transformers.models.{family}.modeling_{modeling}")

@@ -184,6 +184,27 @@ class TestHeads:
         report = route_parameters(model).report()
         assert frozen is ("a network beside `encoder` was found, so no head was guessed" in report)
 
+    def test_a_network_beside_the_base_model_is_no_head(self) -> None:
+        """In the model's own class as in another module; what is called a head in it is one."""
+        of_part = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+        sizes = {f"{part}{name}": size for part in ("", "decoder_") for name, size in of_part.items()}
+        model: Any = on_meta(
+            transformers.ViTMAEForPreTraining, config=transformers.ViTMAEConfig(**sizes, image_size=32)
+        )
+        alone = nn.ModuleDict({"vit": model.vit, "decoder": model.decoder})
+        for holder, beside in ((model, "the base model"), (alone, "`vit`")):
+            routing = route_parameters(holder)
+            roles = {each.name: each.role for each in routing.decisions}
+            assert roles["decoder.decoder_layers.0.mlp.fc1.weight"] is Role.MATRIX
+            assert Role.HEAD not in roles.values()
+            assert f"a network beside {beside} was found" in routing.report()
+            assert 'overrides={"decoder.decoder_pred.weight": "adamw"}' in routing.report()
+        config = transformers.VideoMAEConfig(**sizes, image_size=32)
+        decisions = decide(on_meta(transformers.VideoMAEForPreTraining, config=config))
+        assert decisions["decoder.decoder_layers.0.attention.output.dense.weight"].role is Role.MATRIX
+        heads = [name for name, each in decisions.items() if each.role is Role.HEAD]
+        assert heads == ["encoder_to_decoder.weight", "decoder.head.weight"]
+
     def test_what_classes_say_is_their_head(self) -> None:
         """As timm's models do, also where they have none, or several."""
 
@@ -486,6 +507,23 @@ class TestConvolutions:
         weights = decide(nn.utils.weight_norm(nn.Conv2d(4, 8, 3)))
         assert weights["weight_v"].role is Role.CONVOLUTION_OTHER
         assert weights["weight_g"].role is Role.VECTOR
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+    @pytest.mark.parametrize(
+        "normalize",
+        [
+            nn.utils.parametrizations.weight_norm,
+            nn.utils.parametrizations.spectral_norm,
+            nn.utils.parametrizations.orthogonal,
+            nn.utils.weight_norm,
+            lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+        ],
+    )
+    def test_parts_that_a_linear_weight_is_computed_from(self, normalize: Any) -> None:
+        layer = normalize(nn.Linear(8, 8))
+        found = [each for each in decide(layer).values() if each.shape == (8, 8)]
+        assert [each.role for each in found] == [Role.OTHER]
+        assert found[0].reason == "part of a linear layer, whose weight is computed from it, as by weight_norm"
 
     def test_in_a_head(self) -> None:
         assert decide(build("segformer"))["decode_head.linear_fuse.weight"].role is Role.HEAD
