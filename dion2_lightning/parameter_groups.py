@@ -58,6 +58,8 @@ def check_parameters(group: Mapping[str, Any], taken: Collection[Tensor], prefix
     for name in group.get("param_names") or ():
         if not isinstance(name, str):
             raise TypeError(f"{prefix}param_names must be strings, got {name!r}")
+    if len(names) != len(parameters):
+        raise ValueError(f"{prefix}param_names has {len(names)} names for {len(parameters)} parameters")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(
@@ -99,11 +101,6 @@ def parameter_names(group: Mapping[str, Any]) -> Sequence[str]:
     """Return the names of a group's parameters for messages: given names, or places in the group."""
     given = group.get("param_names")
     if given is not None:
-        if len(given) != len(group["params"]):
-            raise ValueError(
-                f"group {group['name']!r}: param_names has {len(given)} names for {len(group['params'])} parameters; "
-                "change both together, or add parameters by add_param_group"
-            )
         return [f"parameter {name!r}" for name in given]
     return [f"parameter {index}" for index in range(len(group["params"]))]
 
@@ -111,7 +108,13 @@ def parameter_names(group: Mapping[str, Any]) -> Sequence[str]:
 def labelled_parameters(groups: Iterable[Group]) -> Iterator[Labelled]:
     """Yield every parameter with its group and its name for error messages."""
     for group in groups:
-        for parameter, name in zip(group["params"], parameter_names(group), strict=True):
+        names = parameter_names(group)
+        if len(names) != len(group["params"]):
+            raise ValueError(
+                f"group {group['name']!r}: param_names has {len(names)} names for {len(group['params'])} parameters; "
+                "change both together, or add parameters by add_param_group"
+            )
+        for parameter, name in zip(group["params"], names, strict=True):
             yield group, parameter, f"group {group['name']!r}: {name}"
 
 

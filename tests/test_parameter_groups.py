@@ -172,3 +172,12 @@ def test_two_parameters_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match=message):
         Dion2([{"params": both}])
     Dion2([{"params": both[:1]}, {"params": both[1:]}])
+
+
+def test_names_of_a_group_without_a_name():
+    group = {"params": [matrix()], "param_names": ["a", "b"]}
+    with pytest.raises(ValueError, match="group 0: param_names has 2 names for 1 parameters"):
+        Dion2([dict(group)])
+    optimizer = Dion2([matrix()])
+    with pytest.raises(ValueError, match="group 1: param_names has 2 names for 1 parameters"):
+        optimizer.add_param_group({**group, "algorithm": "dion2"})

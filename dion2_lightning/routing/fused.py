@@ -233,6 +233,7 @@ RULES: Final = (
     Rule("EsmFoldSelfAttention", "proj", by_head),
     Rule("EsmFoldInvariantPointAttention", "linear_kv", _keys_and_values_by_head),
     Rule("EsmFoldInvariantPointAttention", "linear_kv_points", _points),
+    Rule("EsmFoldInvariantPointAttention", "linear_out", lambda _: "its inputs are of several kinds, each by head"),
     Rule("EsmFoldSequenceToPair", "proj", equal_parts("q", "k")),
     Rule(r"PPDocLayoutV\dGlobalPointer", "dense", equal_parts("q", "k")),
     Rule("MobileViTV2LinearSelfAttention", "qkv_proj", _mobile_vit),

@@ -1,6 +1,6 @@
 """Decisions as text: a table of parameters, a table of totals, a line of totals, and notes."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
@@ -69,7 +69,7 @@ def total_line(decisions: Sequence["Decision"], algorithms: Sequence[str]) -> st
 def notes(
     decisions: Sequence["Decision"],
     backbone: str | None,
-    outside: Collection[nn.Parameter],
+    outside: Mapping[nn.Parameter, str],
     matrices: str,
     rest: str,
     per_head: bool,
@@ -79,7 +79,7 @@ def notes(
     Args:
         decisions: All of them.
         backbone: Name of the transformers model in it; None where there is none.
-        outside: The parameters that are in no transformers model, or in one beside its base model.
+        outside: What each parameter lies beside, of those in no transformers model, or in one beside its base model.
         matrices: Algorithm of what is trained as matrices.
         rest: Algorithm of the rest.
         per_head: Whether heads were to be matrices.
@@ -90,14 +90,15 @@ def notes(
         each.role in (Role.MATRIX, Role.CONVOLUTION) and not each.as_matrices for each in decisions
     )
     has_head = a_matrix_goes_elsewhere or any(each.role is Role.HEAD for each in decisions)  # as an override says
-    layers = [each for each in as_matrices if each.parameter in outside]
+    networks = Role.MATRIX, Role.EXPERTS, Role.CONVOLUTION
+    layers = [each for each in as_matrices if each.parameter in outside and each.role in networks]
     if layers and not has_head:
-        last = ([each for each in layers if each.role is not Role.EXPERTS] or layers)[-1].name
-        beside = f"`{backbone}`" if backbone else "the base model"
-        found = "no transformers model was found" if backbone is None else f"a network beside {beside} was found"
+        last = ([each for each in layers if each.role is not Role.EXPERTS] or layers)[-1]
+        beside = f"a network beside {outside[last.parameter]} was found"
+        found = "no transformers model was found" if backbone is None else beside
         lines.append(
-            f"{found}, so no head was guessed. An output layer belongs to {rest}: if `{last}` is one, pass "
-            f'overrides={{"{last}": "{rest}"}}.'
+            f"{found}, so no head was guessed. An output layer belongs to {rest}: if `{last.name}` is one, pass "
+            f'overrides={{"{last.name}": "{rest}"}}.'
         )
     if backbone and any(each.reason.startswith(OUTSIDE_BACKBONE) for each in decisions):
         lines.append(

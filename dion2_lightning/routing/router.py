@@ -198,8 +198,8 @@ def route_parameters(
 
     Weights of linear modules, attention projections, stacks of experts and convolutions, but for depthwise ones and
     those in small groups, are trained as matrices. Embeddings, of patches too, output embeddings, heads, routers,
-    biases, norms and all other parameters are the rest. In a transformers model the head is what lies outside its
-    ``base_model``; in a plain module no head is guessed.
+    biases, norms and all other parameters are the rest. In a transformers model a head is what lies outside its
+    ``base_model`` and is no network of its own; in a plain module no head is guessed.
 
     Args:
         model: The model, wrapped or not, on any device. It may hold DTensor parameters.
@@ -259,7 +259,8 @@ def route_parameters(
         for override in parsed:
             matched = [each for each in decisions if override_of.get(each.parameter) is override]
             override.check_options({each.algorithm for each in matched})
-    outside = {parameter for parameter, (path, *_) in tree.paths.items() if lies_beside(path)}
+    paths = {parameter: path for parameter, (path, *_) in tree.paths.items()}
+    outside = {each: beside for each, path in paths.items() if (beside := lies_beside(path, tree.backbone)) is not None}
     return Routing(
         tuple(decisions),
         notes(decisions, tree.backbone, outside, matrices, rest, per_head),

@@ -135,9 +135,11 @@ def lora_rank_of(role: Role, parameter: nn.Parameter, path: ModulePath) -> int |
     return parameter.shape[axis] // getattr(path.modules[layer], "num_experts", 1)
 
 
-def lies_beside(path: ModulePath) -> bool:
-    """Whether a parameter lies beside a transformers model, or in one beside its base model."""
-    return _place_beside(path) is not None
+def lies_beside(path: ModulePath, backbone: str | None) -> str | None:
+    """Say what a parameter lies beside: a transformers model, or in one its base model; None where it is in that."""
+    if _place_beside(path) is None:
+        return None
+    return "the base model" if path.transformers_model is not None else f"`{backbone}`"
 
 
 def is_bias(path: ModulePath) -> bool:
@@ -247,7 +249,8 @@ def _is_called_head(path: ModulePath) -> bool:
 def _networks_beside(tree: ModelTree) -> set[nn.Module]:
     """The modules beside base models, and beside transformers models, that are networks: they have more than a head.
 
-    In a list or dict of modules each is judged by itself: it may hold a head for each task.
+    In a list or dict of modules each is judged by itself: it may hold a head for each task. So are a layer that peft
+    saves and its copies, which have the layer's weights once more.
     """
     holders = {
         module
@@ -257,9 +260,12 @@ def _networks_beside(tree: ModelTree) -> set[nn.Module]:
     }
     layers = Counter[nn.Module]()
     for parameter, (path, *_) in tree.paths.items():
-        if (place := _place_beside(path)) is not None and has_two_axes(parameter) and not _is_called_head(path):
-            parts = (each for each in path.modules[place:] if each not in holders and not isinstance(each, _SEVERAL))
-            layers.update(itertools.islice(parts, 1))
+        place = _place_beside(path)
+        if place is None or not has_two_axes(parameter) or _is_called_head(path) or _lora_layer(path) is not None:
+            continue
+        inside = (each for each in path.modules[place:] if each not in holders and not isinstance(each, _SEVERAL))
+        parts = (each for each in inside if "modules_to_save" not in each._modules)
+        layers.update(itertools.islice(parts, 1))
     return {module for module, count in layers.items() if count > MAX_LAYERS_OF_HEAD}
 
 

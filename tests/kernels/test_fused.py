@@ -1104,8 +1104,8 @@ COMPILED = """
 def test_a_gpu_compiler_takes_them(tmp_path: Path) -> None:
     """No product fuses with a sum, aligned memory is read 16 bytes at a time; shapes and numbers compile nothing.
 
-    Nothing is spilled from registers to memory, and of programs of four warps four fit on a GPU's core, or three where
-    memory is not aligned.
+    Nothing is spilled from registers to memory, but where float16 lies apart and is rounded at random, and of programs
+    of four warps four fit on a GPU's core, or three where memory is not aligned.
     """
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

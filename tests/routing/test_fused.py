@@ -630,6 +630,14 @@ def test_parts_by_class(name: str, sizes: tuple[int, ...], weight: str, splits: 
     assert (decision.splits, decision.reason) == (splits, f"linear; {splits} by its class")
 
 
+def test_heads_that_are_not_next_to_each_other_are_not_cut() -> None:
+    """What follows ESMFold's attention to points takes sums of several kinds, each of all heads."""
+    module = transformers.models.esm.modeling_esmfold.EsmFoldInvariantPointAttention(STRUCTURE)
+    decision = decide(Holder(module), per_head=True)["held.linear_out.weight"]
+    assert decision.splits == "whole"
+    assert decision.reason.endswith("kept whole: its inputs are of several kinds, each by head")
+
+
 @pytest.mark.parametrize(
     ("kind", "weight", "splits"),
     [

@@ -192,18 +192,45 @@ class TestHeads:
             transformers.ViTMAEForPreTraining, config=transformers.ViTMAEConfig(**sizes, image_size=32)
         )
         alone = nn.ModuleDict({"vit": model.vit, "decoder": model.decoder})
-        for holder, beside in ((model, "the base model"), (alone, "`vit`")):
+        inside = "the base model"
+        cases = (model, "", inside), (nn.ModuleDict({"model": model}), "model.", inside), (alone, "", "`vit`")
+        for holder, prefix, beside in cases:
             routing = route_parameters(holder)
             roles = {each.name: each.role for each in routing.decisions}
-            assert roles["decoder.decoder_layers.0.mlp.fc1.weight"] is Role.MATRIX
+            assert roles[f"{prefix}decoder.decoder_layers.0.mlp.fc1.weight"] is Role.MATRIX
             assert Role.HEAD not in roles.values()
             assert f"a network beside {beside} was found" in routing.report()
-            assert 'overrides={"decoder.decoder_pred.weight": "adamw"}' in routing.report()
+            assert f'overrides={{"{prefix}decoder.decoder_pred.weight": "adamw"}}' in routing.report()
         config = transformers.VideoMAEConfig(**sizes, image_size=32)
         decisions = decide(on_meta(transformers.VideoMAEForPreTraining, config=config))
         assert decisions["decoder.decoder_layers.0.attention.output.dense.weight"].role is Role.MATRIX
         heads = [name for name, each in decisions.items() if each.role is Role.HEAD]
         assert heads == ["encoder_to_decoder.weight", "decoder.head.weight"]
+
+    def test_a_head_that_an_adapter_copies_or_adapts_is_one(self) -> None:
+        """Although there are its weights once for each adapter, and twice in the factors of LoRA."""
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+        config = transformers.BertConfig(**sizes, vocab_size=64)
+
+        def adapted(kind: Any, *adapters: str, **settings: Any) -> nn.Module:
+            lora = peft.LoraConfig(target_modules=["query"], **settings)
+            model = peft.get_peft_model(kind(config), lora, adapter_name=adapters[0])
+            for name in adapters[1:]:
+                model.add_adapter(name, lora)
+            return model.requires_grad_(True)
+
+        for model in (
+            adapted(transformers.BertForPreTraining, "a", modules_to_save=["cls"]),
+            adapted(transformers.BertForMaskedLM, "a", "b", "c", modules_to_save=["cls"]),
+        ):
+            roles = {name: each.role for name, each in decide(model).items() if ".cls." in name}
+            assert set(roles.values()) <= {Role.HEAD, Role.VECTOR, Role.EMBEDDING}
+            assert Role.HEAD in roles.values()
+        on_head = peft.LoraConfig(target_modules=["dense", "seq_relationship"])
+        model = peft.get_peft_model(transformers.BertForPreTraining(config), on_head)
+        routing = route_parameters(model)
+        assert any(each.role is Role.LORA_A and ".cls." in each.name for each in routing.decisions)
+        assert "no head was guessed" not in routing.report()
 
     def test_what_classes_say_is_their_head(self) -> None:
         """As timm's models do, also where they have none, or several."""
