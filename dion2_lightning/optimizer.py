@@ -341,8 +341,8 @@ class MatrixOptimizer(Optimizer):
         """Return the parameters, and blocks of parameters, that statistics observe, in the order of the groups."""
         found = []
         for group in self.param_groups:
-            given = group.get("param_names")
-            names = parameter_names(group) if given is None else given
+            given, names = group.get("param_names"), parameter_names(group)
+            names = names if given is None else given
             for parameter, name in zip(group["params"], names, strict=True):
                 for observed in ALGORITHMS[group["algorithm"]].observed(parameter, group):
                     block = observed.matrices.name

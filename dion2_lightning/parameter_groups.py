@@ -52,14 +52,15 @@ def check_names(group: Mapping[str, Any], algorithm: Algorithm, prefix: str) -> 
 
 def check_parameters(group: Mapping[str, Any], taken: Collection[Tensor], prefix: str) -> None:
     """Refuse parameters of a complete group that its algorithm cannot update, or that another group has taken."""
-    parameters, names = group["params"], parameter_names(group)
+    parameters, given = group["params"], group.get("param_names")
     if not parameters:
         raise ValueError(f"{prefix}the parameter list is empty; leave the group out")
-    for name in group.get("param_names") or ():
+    for name in given or ():
         if not isinstance(name, str):
             raise TypeError(f"{prefix}param_names must be strings, got {name!r}")
-    if len(names) != len(parameters):
-        raise ValueError(f"{prefix}param_names has {len(names)} names for {len(parameters)} parameters")
+    if given is not None and len(given) != len(parameters):
+        raise ValueError(f"{prefix}param_names has {len(given)} names for {len(parameters)} parameters")
+    names = parameter_names(group)
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(
@@ -99,22 +100,21 @@ def refuse_misplaced_rates(group: Mapping[str, Any], prefix: str) -> None:
 
 def parameter_names(group: Mapping[str, Any]) -> Sequence[str]:
     """Return the names of a group's parameters for messages: given names, or places in the group."""
-    given = group.get("param_names")
-    if given is not None:
-        return [f"parameter {name!r}" for name in given]
-    return [f"parameter {index}" for index in range(len(group["params"]))]
+    given, count = group.get("param_names"), len(group["params"])
+    if given is None:
+        return [f"parameter {index}" for index in range(count)]
+    if len(given) != count:
+        raise ValueError(
+            f"group {group['name']!r}: param_names has {len(given)} names for {count} parameters; change both "
+            "together, or add parameters by add_param_group"
+        )
+    return [f"parameter {name!r}" for name in given]
 
 
 def labelled_parameters(groups: Iterable[Group]) -> Iterator[Labelled]:
     """Yield every parameter with its group and its name for error messages."""
     for group in groups:
-        names = parameter_names(group)
-        if len(names) != len(group["params"]):
-            raise ValueError(
-                f"group {group['name']!r}: param_names has {len(names)} names for {len(group['params'])} parameters; "
-                "change both together, or add parameters by add_param_group"
-            )
-        for parameter, name in zip(group["params"], names, strict=True):
+        for parameter, name in zip(group["params"], parameter_names(group), strict=True):
             yield group, parameter, f"group {group['name']!r}: {name}"
 
 

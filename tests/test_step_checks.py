@@ -31,8 +31,9 @@ def test_a_parameter_that_leaves_or_joins_a_group_without_its_name():
     model = nn.Linear(4, 4)
     optimizer = Dion2([{"params": [*model.named_parameters()][:1], "name": "m"}], lr=0.1)
     optimizer.param_groups[0]["params"].append(nn.Parameter(torch.zeros(4, 4)))
-    with pytest.raises(ValueError, match="group 'm': param_names has 1 names for 2 parameters; change both"):
-        optimizer.step()
+    for call in (optimizer.step, optimizer.observed_parameters):
+        with pytest.raises(ValueError, match="group 'm': param_names has 1 names for 2 parameters; change both"):
+            call()
 
 
 def test_a_first_step_at_lr_zero_with_gradients_is_a_real_step():

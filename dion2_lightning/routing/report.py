@@ -7,7 +7,7 @@ from torch import nn
 
 from dion2_lightning.matrices.splits import blocks_of
 from dion2_lightning.routing.model_tree import collapse_numbers
-from dion2_lightning.routing.rules import OUTSIDE_BACKBONE, Role
+from dion2_lightning.routing.rules import MATRIX_ROLES, OUTSIDE_BACKBONE, Role
 
 if TYPE_CHECKING:
     from dion2_lightning.routing.router import Decision
@@ -90,8 +90,7 @@ def notes(
         each.role in (Role.MATRIX, Role.CONVOLUTION) and not each.as_matrices for each in decisions
     )
     has_head = a_matrix_goes_elsewhere or any(each.role is Role.HEAD for each in decisions)  # as an override says
-    networks = Role.MATRIX, Role.EXPERTS, Role.CONVOLUTION
-    layers = [each for each in as_matrices if each.parameter in outside and each.role in networks]
+    layers = [each for each in as_matrices if each.parameter in outside and each.role in MATRIX_ROLES]
     if layers and not has_head:
         last = ([each for each in layers if each.role is not Role.EXPERTS] or layers)[-1]
         beside = f"a network beside {outside[last.parameter]} was found"

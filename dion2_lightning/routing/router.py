@@ -29,19 +29,17 @@ from dion2_lightning.routing.overrides import (
 from dion2_lightning.routing.report import decision_table, notes, total_line, total_table, why_no_matrices
 from dion2_lightning.routing.rules import (
     FEW_SLICES,
+    MATRIX_ROLES,
     Role,
     Verdict,
     classify,
     has_two_axes,
     is_bias,
-    lies_beside,
     lora_rank_of,
     storage_of,
+    what_it_lies_beside,
     why_groups_hold_no_matrix,
 )
-
-MATRIX_ROLES: Final = frozenset({Role.MATRIX, Role.EXPERTS, Role.CONVOLUTION})
-"""The roles that are trained as matrices. All others are trained with the rest."""
 
 LORA_ROLES: Final[dict[str, frozenset[Role]]] = {
     DEFAULT_REST: frozenset(),
@@ -260,7 +258,7 @@ def route_parameters(
             matched = [each for each in decisions if override_of.get(each.parameter) is override]
             override.check_options({each.algorithm for each in matched})
     paths = {parameter: path for parameter, (path, *_) in tree.paths.items()}
-    outside = {each: beside for each, path in paths.items() if (beside := lies_beside(path, tree.backbone)) is not None}
+    outside = {each: beside for each, path in paths.items() if (beside := what_it_lies_beside(path, tree.backbone))}
     return Routing(
         tuple(decisions),
         notes(decisions, tree.backbone, outside, matrices, rest, per_head),

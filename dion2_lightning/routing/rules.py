@@ -34,6 +34,10 @@ class Role(StrEnum):
     FROZEN = "frozen"  # whatever it is, it is not trained
 
 
+MATRIX_ROLES: Final = frozenset({Role.MATRIX, Role.EXPERTS, Role.CONVOLUTION})
+"""The roles that are trained as matrices. All others are trained with the rest."""
+
+
 class Verdict(NamedTuple):
     """What a rule says: what a parameter is, and why, in a few words for the report."""
 
@@ -135,7 +139,7 @@ def lora_rank_of(role: Role, parameter: nn.Parameter, path: ModulePath) -> int |
     return parameter.shape[axis] // getattr(path.modules[layer], "num_experts", 1)
 
 
-def lies_beside(path: ModulePath, backbone: str | None) -> str | None:
+def what_it_lies_beside(path: ModulePath, backbone: str | None) -> str | None:
     """Say what a parameter lies beside: a transformers model, or in one its base model; None where it is in that."""
     if _place_beside(path) is None:
         return None
