@@ -6,7 +6,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from dion2_lightning.kernels.fused import decays
-from dion2_lightning.kernels.triton_launch import PASSES, launches_of
+from dion2_lightning.kernels.triton_launch import PASSES, cut, launches_of
 
 
 def traffic(name: str, arguments: tuple[Any, ...]) -> tuple[int, int]:
@@ -48,11 +48,17 @@ def _accumulate_traffic(momenta: Sequence[Tensor], gradients: Sequence[Tensor | 
     return read, sum(_size(momentum) for momentum, _ in pairs) + _size(others[-1])
 
 
-def _take_traffic(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None], *others: Any) -> tuple[int, int]:
+def _take_traffic(
+    momenta: Sequence[Tensor], gradients: Sequence[Tensor | None], pieces: Sequence[int], *others: Any
+) -> tuple[int, int]:
     stacks: Sequence[Tensor] = others[-1]
-    of_momenta = sum(stack.numel() * each.itemsize for stack, each in zip(stacks, momenta, strict=True))
+    of_momenta = sum(
+        stack.numel() * first.itemsize for stack, (first, *_) in zip(stacks, cut(momenta, pieces), strict=True)
+    )
     of_gradients = sum(
-        stack.numel() * each.itemsize for stack, each in zip(stacks, gradients, strict=True) if each is not None
+        stack.numel() * first.itemsize
+        for stack, (first, *_) in zip(stacks, cut(gradients, pieces), strict=True)
+        if first is not None
     )
     return of_momenta + of_gradients, of_momenta + sum(map(_size, stacks))
 
@@ -74,6 +80,7 @@ def _neuron_factors_traffic(sums: Sequence[Tensor], variances: Sequence[Tensor],
 
 def _apply_traffic(
     weights: Sequence[Tensor],
+    pieces: Sequence[int],
     indices: Sequence[Tensor],
     results: Sequence[Tensor],
     step_sizes: Sequence[float],
@@ -86,14 +93,16 @@ def _apply_traffic(
     *hashes: Any,
 ) -> tuple[int, int]:
     read = written = 0
-    for weight, result, shrink, tensor, momentum in zip(
-        weights, results, shrinks, shrink_tensors, momenta, strict=True
+    of_pieces = cut(weights, pieces), cut(momenta, pieces)
+    for its_weights, its_momenta, result, shrink, tensor in zip(
+        *of_pieces, results, shrinks, shrink_tensors, strict=True
     ):
-        touched = weight.numel() if decays(shrink, tensor) else result.numel()
+        weight, momentum, entries = its_weights[0], its_momenta[0], sum(each.numel() for each in its_weights)
+        touched = entries if decays(shrink, tensor) else result.numel()
         read += touched * weight.itemsize + _size(result)
         written += touched * weight.itemsize
         if momentum is not None and decays(shrink, tensor):
-            read += (momentum.numel() - result.numel()) * momentum.itemsize
+            read += (entries - result.numel()) * momentum.itemsize
     return read, written
 
 

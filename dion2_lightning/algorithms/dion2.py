@@ -46,6 +46,7 @@ from dion2_lightning.algorithms.matrix_update import (
     count_step,
     draw_bits,
     runs,
+    stack_alike,
     within_memory,
 )
 from dion2_lightning.algorithms.passes import (
@@ -56,7 +57,7 @@ from dion2_lightning.algorithms.passes import (
     polar_factors,
     record_selection,
     select,
-    show_result,
+    show_results,
     shrink,
     take,
 )
@@ -216,6 +217,7 @@ def update_alone(updates: Sequence[MatrixUpdate], context: StepContext) -> None:
 def update_run(run: Sequence[MatrixUpdate], context: StepContext) -> None:
     """Go down the box with some of them."""
     wants_norms = context.observer is not None and context.observer.wants_results
+    run = stack_alike(run)
     sums = accumulate_and_sum(run, context.working_memory, not wants_norms)
     leave_idle(run)
     selected = select(run, sums)
@@ -233,8 +235,7 @@ def update_slices(slices: Sequence[SelectedSlices], context: StepContext) -> Non
     of_results = dict(zip(slices, results, strict=True))
     normalized = {each: of_results[each] for each in slices if each.update.neuron_beta is not None}
     factors = neurons.factors(neurons.square_sums(normalized), context)
-    for each, result in of_results.items():
-        show_result(each.update, result, context)
+    show_results(of_results, context)
     for some in in_cache(slices):
         shrink([each.update for each in some if each.first == 0])
         apply(some, [of_results[each] for each in some], [factors.get(each) for each in some], context)

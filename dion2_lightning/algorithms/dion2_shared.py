@@ -27,7 +27,13 @@ from torch.nn.functional import pad
 
 from dion2_lightning.algorithms import neurons
 from dion2_lightning.algorithms.algorithm import StepContext
-from dion2_lightning.algorithms.matrix_update import MatrixUpdate, SelectedSlices, count_step, draw_bits
+from dion2_lightning.algorithms.matrix_update import (
+    MatrixUpdate,
+    SelectedSlices,
+    count_step,
+    draw_bits,
+    stack_alike,
+)
 from dion2_lightning.algorithms.passes import (
     SliceSums,
     accumulate,
@@ -217,13 +223,16 @@ def _accumulate(
     count, number = (1, 0) if replicas is None else (replicas.count, replicas.number)
     own = updates[number::count]
     accumulate([update for index, update in enumerate(updates) if index % count != number], working_memory)
-    own_sums = dict(zip(own, accumulate_and_sum(own, working_memory), strict=True))
+    own_sums: dict[MatrixUpdate, Tensor] = {}
+    stacks = stack_alike(own)
+    for stack, its_sums in zip(stacks, accumulate_and_sum(stacks, working_memory), strict=True):
+        own_sums.update(zip(stack.members, its_sums.sums.split(stack.members[0].count), strict=True))
     sums = []
     for update in updates:
         start, stop = (place // update.taps for place in update.held[rank])
         slices = update.slices // update.taps
         if update in own_sums:
-            sums.append(pad(own_sums[update].sums, (start, slices - stop)))
+            sums.append(pad(own_sums[update], (start, slices - stop)))
         else:
             sums.append(update.momentum.new_zeros((update.count, slices), dtype=torch.float64))
     return sums

@@ -69,20 +69,21 @@ def factors(sums: Mapping[SelectedSlices, Tensor], context: StepContext) -> dict
     others = {each: its_sums for each, its_sums in sums.items() if not each.is_fused}
     results = (_factors_at_once(at_once) if at_once else {}) | _factors(others)
     if context.observer is not None and context.observer.wants_results:
-        for each in sums:
+        for each in (member for slices in sums for member in slices.members):
             context.observer.normalized(each.update.source, _variance(each))
     return results
 
 
 def _factors_at_once(sums: Mapping[SelectedSlices, Tensor]) -> dict[SelectedSlices, Tensor]:
-    variances = [_variance(each) for each in sums]
+    variances = {each: [_variance(member) for member in each.members] for each in sums}
     made = fused.neuron_factors(
         list(sums.values()),
-        variances,
+        [each for of_members in variances.values() for each in of_members],
         [each.indices if each.update.slices_are_neurons else None for each in sums],
         [_size(each.update) for each in sums],
-        [_weight(each, variance.unsqueeze(-1)) for each, variance in zip(sums, variances, strict=True)],
+        [_weight(each, first.unsqueeze(-1)) for each, (first, *_) in variances.items()],
         EPS,
+        pieces=[len(of_members) for of_members in variances.values()],
     )
     return dict(zip(sums, made, strict=True))
 

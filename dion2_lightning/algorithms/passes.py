@@ -4,7 +4,7 @@ A line that goes over the memory of matrices does so by kernels of Triton (kerne
 these take, and by operations of torch for each of the others; the results are the same.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Final, NamedTuple, TypeVar
@@ -111,11 +111,13 @@ def in_cache(items: Sequence[S]) -> Iterator[list[S]]:
 def _accumulate_at_once(updates: Sequence[MatrixUpdate]) -> list[Tensor]:
     if not updates:
         return []
+    members = [member for update in updates for member in update.members]
     return fused.accumulate(
-        [update.momentum for update in updates],
-        [update.gradient for update in updates],
+        [member.momentum for member in members],
+        [member.gradient for member in members],
+        pieces=[len(update.members) for update in updates],
         opens=[None if update.gate is None else update.gate.is_open for update in updates],
-        bits=[update.bits.get("accumulate") for update in updates],
+        bits=[member.bits.get("accumulate") for member in members],
     )
 
 
@@ -268,18 +270,20 @@ def _take_at_once(slices: Sequence[SelectedSlices]) -> list[Tensor]:
     """Take S and decay M[K] by one kernel of Triton, of all matrices at once."""
     taken: dict[SelectedSlices, Tensor] = {}
     for (dtype, nesterov), alike in group_by(slices, lambda each: (each.update.dtype, each.update.nesterov)).items():
+        members = [member for each in alike for member in each.members]
         gates = [each.update.gate for each in alike]
         stacks = fused.take(
-            [each.momentum for each in alike],
+            [member.momentum for member in members],
             [each.indices for each in alike],
-            [each.number(each.update.momentum_factor, 1.0, each.momentum) for each in alike],
+            [each.number(each.update.momentum_factor, 1.0, each.members[0].momentum) for each in alike],
             dtype,
-            gradients=[each.gradient for each in alike] if nesterov else None,
+            pieces=[len(each.members) for each in alike],
+            gradients=[member.gradient for member in members] if nesterov else None,
             nesterov_factors=[as_factor(each.update.momentum_factor, torch.float32) for each in alike]
             if nesterov
             else None,
             opens=[None if gate is None else gate.is_open for gate in gates],
-            bits=[each.bits("decay") for each in alike],
+            bits=[member.bits("decay") for member in members],
         )
         taken.update(zip(alike, stacks, strict=True))
     return [taken[each] for each in slices]
@@ -414,20 +418,28 @@ def apply(
             add_(view.weight, view.places, change)
     if context.observer is not None and context.observer.wants_results:
         for each, (result, its_factors) in of_results.items():
-            context.observer.moved(each.update.source, _change(each, result, its_factors))
+            change = _change(each, result, its_factors)
+            for member, its_change in zip(each.members, each.split(change), strict=True):
+                context.observer.moved(member.update.source, its_change)
 
 
 def _apply_at_once(slices: Sequence[SelectedSlices], results: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    members = [member for each in slices for member in each.members]
+    firsts = [each.members[0].weight for each in slices]
     fused.apply(
-        [each.weight for each in slices],
+        [member.weight for member in members],
         [each.indices for each in slices],
         [result for result, _ in results],
-        [each.number(each.update.step_size, 0.0, each.weight) for each in slices],
-        [1.0 if each.update.shrink == 1.0 else each.number(each.update.shrink, 1.0, each.weight) for each in slices],
+        [each.number(each.update.step_size, 0.0, first) for each, first in zip(slices, firsts, strict=True)],
+        [
+            1.0 if each.update.shrink == 1.0 else each.number(each.update.shrink, 1.0, first)
+            for each, first in zip(slices, firsts, strict=True)
+        ],
+        pieces=[len(each.members) for each in slices],
         factors=[factors for _, factors in results],
         factor_dims=[each.update.neuron_dim for each in slices],
-        cautious=[each.momentum if each.update.is_cautious else None for each in slices],
-        bits=[each.bits("apply") for each in slices],
+        cautious=[member.momentum if member.update.is_cautious else None for member in members],
+        bits=[member.bits("apply") for member in members],
     )
 
 
@@ -460,17 +472,28 @@ def _apply_rounded_once(selected: SlicesOfView, change: Tensor, result: Tensor |
     put_(selected.weight, places, moved)
 
 
+def show_results(results: Mapping[SelectedSlices, Tensor], context: StepContext) -> None:
+    """Show the observer orthonormal submatrices (count, k, m), parameter by parameter, if it wants them."""
+    if context.observer is not None and context.observer.wants_results:
+        for each, result in results.items():
+            for member, its_result in zip(each.members, each.split(result), strict=True):
+                show_result(member.update, its_result, context)
+
+
 def show_result(update: MatrixUpdate, result: Tensor, context: StepContext) -> None:
-    """Show the observer whole orthonormal submatrices (count, k, m), if it wants them."""
+    """Show the observer whole orthonormal submatrices (count, k, m) of a parameter, if it wants them."""
     if context.observer is not None and context.observer.wants_results:
         context.observer.orthonormalized(update.source, result)
 
 
 def record_selection(update: MatrixUpdate, indices: Tensor, norms: Tensor | None, context: StepContext) -> None:
     """Keep what was selected, (count, selected), and show the observer that and the norms of all slices."""
-    if context.observer is not None:
-        context.observer.selected(update.source, indices, norms)
-    key = update.parameter, update.matrices.name
-    if update.part.first:  # more matrices of a block
-        indices = torch.cat([context.selections[key].indices.view(-1, update.selected), indices])
-    context.selections[key] = update.selection(indices)
+    members, size = update.members, update.members[0].count
+    their_norms = [None] * len(members) if norms is None else norms.split(size)
+    for member, its_indices, its_norms in zip(members, indices.split(size), their_norms, strict=True):
+        if context.observer is not None:
+            context.observer.selected(member.source, its_indices, its_norms)
+        key = member.parameter, member.matrices.name
+        if member.part.first:  # more matrices of a block
+            its_indices = torch.cat([context.selections[key].indices.view(-1, member.selected), its_indices])
+        context.selections[key] = member.selection(its_indices)

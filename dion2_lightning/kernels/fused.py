@@ -11,6 +11,8 @@ They do what these lines of the step do, to the same bits; sums in float64 diffe
 
 All see stacks of matrices as (count, n, m) views, n slices of m entries each, and numbers of neurons as views (count,
 neurons), of any strides; a list of stacks may mix shapes, memory orders and dtypes, of :data:`DTYPES`, on one device.
+Where a stack of M, G, X or v lies in several pieces that are alike, the list has the pieces, and ``pieces`` says how
+many belong to each stack.
 Each is a custom operator ``dion2::...``, so that torch can trace it without data. What the operators know of every
 matrix is sent to the device in one small copy; the host waits for nothing.
 
@@ -32,25 +34,32 @@ from dion2_lightning.kernels.rounding import RandomBits
 from dion2_lightning.kernels.stacks import empty_stacks, runs_along
 from dion2_lightning.kernels.triton_launch import (
     Passes,
-    TableRow,
+    TableRows,
     bits_of,
     blocks_in,
     check_count,
     check_dims,
     check_dtype,
     check_numbers,
+    checked_pieces,
     checked_stacks,
     checked_sums,
+    cut,
     each_of,
-    gate_of,
+    gates_of,
     hashes_of,
+    in_pieces,
     numbers_and_tensors,
     operator,
-    scalar_of,
+    places_of,
+    scalars_of,
     selected_shapes,
     shapes_of,
-    vector_of,
+    table_rows,
+    vectors_of,
+    view_in_pieces,
     view_of,
+    wholes,
 )
 
 MIN_CAPABILITY: Final = (8, 0)
@@ -173,6 +182,7 @@ def accumulate(
     momenta: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
     *,
+    pieces: Sequence[int] | None = None,
     opens: Sequence[Tensor | None] | None = None,
     bits: Sequence[RandomBits | None] | None = None,
 ) -> list[Tensor]:
@@ -181,41 +191,46 @@ def accumulate(
     Args:
         momenta: (count, n, m) each.
         gradients: Of the same shapes. Where it is None M stays as it is, and only its sums are taken.
-        opens: Boolean, 0-d or (count, 1, 1): where false G counts as zero, whatever it holds (default: None, always
-            true).
-        bits: How to round M in half precision stochastically (default: None, to the nearest numbers).
+        pieces: How many momenta form each stack (default: None, one).
+        opens: Boolean, 0-d or (count, 1, 1) for each stack: where false G counts as zero, whatever it holds (default:
+            None, always true).
+        bits: For each momentum how to round it in half precision stochastically (default: None, to the nearest
+            numbers).
 
     Returns:
-        (count, n) each, in float64: views of one buffer, in the order given.
+        (count, n) for each stack, in float64: views of one buffer, in the order given.
     """
     device = checked_stacks("momenta", momenta)
     checked_stacks("gradients", gradients, shapes_of(momenta), device)
-    check_numbers("opens", opens := each_of(opens, len(momenta)), torch.bool, momenta)
-    slice_hashes, entry_hashes = hashes_of(bits, momenta)
-    sizes = [each.shape[0] * each.shape[1] for each in momenta]
+    pieces = checked_pieces(pieces, momenta=momenta, gradients=gradients)
+    stacks = wholes(momenta, pieces)
+    check_numbers("opens", opens := each_of(opens, len(stacks)), torch.bool, stacks)
+    hashes = hashes_of(bits, momenta, pieces)
+    sizes = [each.shape[0] * each.shape[1] for each in stacks]
     sums = torch.empty(sum(sizes), dtype=torch.float64, device=device)
-    torch.ops.dion2.accumulate(momenta, gradients, opens, slice_hashes, entry_hashes, sums)
-    return [each.view(of.shape[:2]) for each, of in zip(sums.split(sizes), momenta, strict=True)]
+    torch.ops.dion2.accumulate(momenta, gradients, pieces, opens, *hashes, sums)
+    return [each.view(of.shape[:2]) for each, of in zip(sums.split(sizes), stacks, strict=True)]
 
 
 @operator("momenta", "sums")
 def _accumulate(
     momenta: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
+    pieces: Sequence[int],
     opens: Sequence[Tensor | None],
     slice_hashes: Sequence[Tensor | None],
     entry_hashes: Sequence[Tensor | None],
     sums: Tensor,
 ) -> Passes:
-    rows: list[TableRow] = []
+    rows: list[TableRows] = []
     address = sums.data_ptr()
-    for momentum, gradient, is_open, slice_hash, entry_hash in zip(
-        momenta, gradients, opens, slice_hashes, entry_hashes, strict=True
-    ):
+    of_pieces = [cut(each, pieces) for each in (momenta, gradients, slice_hashes, entry_hashes)]
+    for its_momenta, its_gradients, of_slices, of_entries, is_open in zip(*of_pieces, opens, strict=True):
+        momentum, gradient, number = its_momenta[0], its_gradients[0], len(its_momenta)
         count, n, m = momentum.shape
         along = runs_along(momentum)
         tile = TILES[along]
-        of_momentum, of_gradient = view_of(momentum, along), view_of(gradient, along)
+        of_momentum, of_gradient = view_of(its_momenta, along), view_of(its_gradients, along)
         constants = {
             "M_TYPE": momentum.dtype,
             "G_TYPE": None if gradient is None else gradient.dtype,
@@ -223,17 +238,18 @@ def _accumulate(
             "M_UNIT": of_momentum.is_unit,
             "G_UNIT": of_gradient.is_unit,
             "ALIGNED": of_momentum.is_aligned and of_gradient.is_aligned,
-            "STOCHASTIC": slice_hash is not None,
+            "STOCHASTIC": of_slices[0] is not None,
             "SLICES": tile.slices,
             "ENTRIES": tile.entries,
         }
-        numbers = [
-            *(n, m, 0),
-            *(*of_momentum.numbers, *of_gradient.numbers, *gate_of(is_open)),
-            *(*vector_of(slice_hash, -2), *vector_of(entry_hash, -1), address),
-        ]
-        rows.append((constants, count, blocks_in(n, tile.slices), numbers))
-        address += count * n * sums.itemsize
+        its_rows = table_rows(
+            (n, m, 0),
+            *(of_momentum.columns, of_gradient.columns, gates_of(is_open, number)),
+            *(vectors_of(of_slices, -2), vectors_of(of_entries, -1)),
+            places_of(address, count * n * sums.itemsize, number),
+        )
+        rows.append((constants, count, blocks_in(n, tile.slices), its_rows))
+        address += number * count * n * sums.itemsize
     return [("accumulate", rows)]
 
 
@@ -246,6 +262,7 @@ def take(
     factors: Sequence[float | Tensor],
     dtype: torch.dtype,
     *,
+    pieces: Sequence[int] | None = None,
     gradients: Sequence[Tensor | None] | None = None,
     nesterov_factors: Sequence[float | Tensor] | None = None,
     opens: Sequence[Tensor | None] | None = None,
@@ -255,48 +272,53 @@ def take(
 
     Args:
         momenta: (count, n, m) each.
-        indices: K, int64 (count, k), k of each matrix's slices.
-        factors: What M[K] is multiplied by: mu, or a float32 tensor of it, 0-d or (count, 1, 1).
+        indices: K, int64 (count, k) for each stack, k of each matrix's slices.
+        factors: What M[K] is multiplied by: mu, or a float32 tensor of it, 0-d or (count, 1, 1), for each stack.
         dtype: Of S.
+        pieces: How many momenta form each stack (default: None, one).
         gradients: With Nesterov: of the shapes of the momenta; None where there is none (default: None, no Nesterov).
         nesterov_factors: With Nesterov: the mu in S, also in a step that is skipped; in the same ways.
         opens: With Nesterov: as in :func:`accumulate`.
         bits: Of the whole of M: how to round it in half precision stochastically (default: None, to the nearest).
 
     Returns:
-        (count, k, m) each, in the memory order of the momenta. Those of one (k, m) and memory order lie one after
-        another in the order given: see :func:`~dion2_lightning.kernels.stacks.adjacent`.
+        (count, k, m) for each stack, in the memory order of the momenta. Those of one (k, m) and memory order lie one
+        after another in the order given: see :func:`~dion2_lightning.kernels.stacks.adjacent`.
     """
-    count = len(momenta)
     check_dtype("dtype", dtype)
     device = checked_stacks("momenta", momenta)
     if (gradients is None) != (nesterov_factors is None):
         raise ValueError("gradients and nesterov_factors belong together: give both, or neither")
-    checked_stacks("gradients", gradients := each_of(gradients, count), shapes_of(momenta), device)
-    check_count("nesterov_factors", nesterov_factors or momenta, momenta)
-    check_numbers("opens", opens := each_of(opens, count), torch.bool, momenta)
-    constants, tensors = numbers_and_tensors("factors", factors, momenta)
-    shapes = selected_shapes(indices, momenta)
-    stacks = empty_stacks(shapes, [runs_along(each) for each in momenta], [dtype] * count, device)
+    checked_stacks("gradients", gradients := each_of(gradients, len(momenta)), shapes_of(momenta), device)
+    pieces = checked_pieces(pieces, momenta=momenta, gradients=gradients)
+    stacks = wholes(momenta, pieces)
+    check_count("nesterov_factors", nesterov_factors or stacks, stacks)
+    check_numbers("opens", opens := each_of(opens, len(stacks)), torch.bool, stacks)
+    constants, tensors = numbers_and_tensors("factors", factors, stacks)
+    submatrices = empty_stacks(
+        selected_shapes(indices, stacks), [each.runs_along for each in stacks], [dtype] * len(stacks), device
+    )
     torch.ops.dion2.take(
         momenta,
         gradients,
+        pieces,
         indices,
         constants,
         tensors,
-        *numbers_and_tensors("nesterov_factors", nesterov_factors or [1.0] * len(momenta), momenta),
+        *numbers_and_tensors("nesterov_factors", nesterov_factors or [1.0] * len(stacks), stacks),
         nesterov_factors is not None,
         opens,
-        *hashes_of(bits, momenta),
-        stacks,
+        *hashes_of(bits, momenta, pieces),
+        submatrices,
     )
-    return stacks
+    return submatrices
 
 
 @operator("momenta", "stacks")
 def _take(
     momenta: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
+    pieces: Sequence[int],
     indices: Sequence[Tensor],
     factors: Sequence[float],
     factor_tensors: Sequence[Tensor | None],
@@ -308,15 +330,18 @@ def _take(
     entry_hashes: Sequence[Tensor | None],
     stacks: Sequence[Tensor],
 ) -> Passes:
-    rows: list[TableRow] = []
-    for number, (momentum, gradient, its_indices, stack, slice_hash, entry_hash) in enumerate(
-        zip(momenta, gradients, indices, stacks, slice_hashes, entry_hashes, strict=True)
+    rows: list[TableRows] = []
+    of_pieces = [cut(each, pieces) for each in (momenta, gradients, slice_hashes, entry_hashes)]
+    for place, (its_momenta, its_gradients, of_slices, of_entries, its_indices, stack) in enumerate(
+        zip(*of_pieces, indices, stacks, strict=True)
     ):
+        momentum, gradient, number = its_momenta[0], its_gradients[0], len(its_momenta)
         count, n, m = momentum.shape
         k = its_indices.shape[1]
         along = runs_along(momentum)
         tile = TILES[along]
-        views = of_momentum, of_gradient, of_stack = [view_of(each, along) for each in (momentum, gradient, stack)]
+        of_momentum, of_gradient = view_of(its_momenta, along), view_of(its_gradients, along)
+        of_stack = view_in_pieces(stack, along, number)
         constants = {
             "M_TYPE": momentum.dtype,
             "G_TYPE": None if gradient is None else gradient.dtype,
@@ -325,19 +350,19 @@ def _take(
             "ALONG": along,
             "M_UNIT": of_momentum.is_unit,
             "G_UNIT": of_gradient.is_unit,
-            "ALIGNED": along and all(each.is_aligned for each in views),  # single columns never are
-            "STOCHASTIC": slice_hash is not None,
+            # single columns never are
+            "ALIGNED": along and of_momentum.is_aligned and of_gradient.is_aligned and of_stack.is_aligned,
+            "STOCHASTIC": of_slices[0] is not None,
             **tile._asdict(),
         }
-        numbers = [
-            *(n, m, k),
-            *(*of_momentum.numbers, *of_gradient.numbers, *of_stack.numbers, *gate_of(opens[number])),
-            *scalar_of(factors[number], factor_tensors[number]),
-            *scalar_of(nesterov_factors[number], nesterov_tensors[number]),
-            *(its_indices.data_ptr(), *its_indices.stride()),
-            *(*vector_of(slice_hash, -2), *vector_of(entry_hash, -1)),
-        ]
-        rows.append((constants, count, blocks_in(k, tile.slices) * blocks_in(m, tile.span), numbers))
+        its_rows = table_rows(
+            (n, m, k),
+            *(of_momentum.columns, of_gradient.columns, of_stack.columns, gates_of(opens[place], number)),
+            scalars_of(factors[place], factor_tensors[place], number),
+            scalars_of(nesterov_factors[place], nesterov_tensors[place], number),
+            *(in_pieces(its_indices, number), vectors_of(of_slices, -2), vectors_of(of_entries, -1)),
+        )
+        rows.append((constants, count, blocks_in(k, tile.slices) * blocks_in(m, tile.span), its_rows))
     return [("take", rows)]
 
 
@@ -368,14 +393,14 @@ def normalize(stacks: Sequence[Tensor], safety: float, dtypes: Sequence[torch.dt
 
 @operator("partial", "results")
 def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results: Sequence[Tensor]) -> Passes:
-    parts: list[TableRow] = []
-    quotients: list[TableRow] = []
+    parts: list[TableRows] = []
+    quotients: list[TableRows] = []
     address = partial.data_ptr()
     for stack, result in zip(stacks, results, strict=True):
         count, k, m = stack.shape
         along = runs_along(stack)
         tile = TILES[along]
-        of_stack, of_result = view_of(stack, along), view_of(result, along)
+        of_stack, of_result = view_of([stack], along), view_of([result], along)
         of_norm = {
             "S_TYPE": stack.dtype,
             "ALONG": along,
@@ -391,10 +416,10 @@ def _normalize(stacks: Sequence[Tensor], safety: float, partial: Tensor, results
             "ALIGNED": of_stack.is_aligned and of_result.is_aligned,
             "SPAN": tile.span,
         }
-        numbers = [k, m, 0, *of_stack.numbers, *of_result.numbers, address, bits_of("d", safety)]
+        row = table_rows((k, m, 0), of_stack.columns, of_result.columns, [(address, bits_of("d", safety))])
         blocks = blocks_in(k, tile.slices) * blocks_in(m, tile.entries)
-        parts.append((of_norm, count, min(blocks, PARTS), numbers))
-        quotients.append((of_quotient, count, blocks_in(k, tile.slices) * blocks_in(m, tile.span), numbers))
+        parts.append((of_norm, count, min(blocks, PARTS), row))
+        quotients.append((of_quotient, count, blocks_in(k, tile.slices) * blocks_in(m, tile.span), row))
         address += count * PARTS * partial.itemsize
     return [("norm_parts", parts), ("divide", quotients)]
 
@@ -423,13 +448,13 @@ def square_sums(results: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
 
 @operator("sums")
 def _square_sums(stacks: Sequence[Tensor], sums: Tensor) -> Passes:
-    rows: list[TableRow] = []
+    rows: list[TableRows] = []
     address = sums.data_ptr()
     for stack in stacks:
         count, n, m = stack.shape
         along = runs_along(stack)
         tile = TILES[along]
-        of_stack = view_of(stack, along)
+        of_stack = view_of([stack], along)
         constants = {
             "O_TYPE": stack.dtype,
             "ALONG": along,
@@ -438,7 +463,8 @@ def _square_sums(stacks: Sequence[Tensor], sums: Tensor) -> Passes:
             "SLICES": tile.slices,
             "ENTRIES": tile.entries,
         }
-        rows.append((constants, count, blocks_in(n, tile.slices), [n, m, 0, *of_stack.numbers, address]))
+        row = table_rows((n, m, 0), of_stack.columns, [(address,)])
+        rows.append((constants, count, blocks_in(n, tile.slices), row))
         address += count * n * sums.itemsize
     return [("neuron_sums", rows)]
 
@@ -450,6 +476,8 @@ def neuron_factors(
     sizes: Sequence[int],
     weights: Sequence[float | Tensor],
     eps: float,
+    *,
+    pieces: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Update v <- v + weight (sum / size - v), in place, and return what each neuron of O is multiplied by.
 
@@ -462,23 +490,26 @@ def neuron_factors(
         sizes: How many entries a neuron has.
         weights: Of the new mean squares, or float32 tensors of them, 0-d or with one for each matrix.
         eps: A small number.
+        pieces: In how many variances v of each stack lies (default: None, one).
 
     Returns:
         (count, neurons) each, in float32: views of one buffer, in the order given.
     """
     device = checked_sums(sums)
-    for name, values in (("variances", variances), ("indices", indices), ("sizes", sizes)):
+    pieces = checked_pieces(pieces, variances=variances)
+    of_variances = wholes(variances, pieces)
+    for name, values in (("variances", of_variances), ("indices", indices), ("sizes", sizes)):
         check_count(name, values, sums)
-    check_numbers("variances", variances, torch.float32, sums)
+    check_numbers("variances", of_variances, torch.float32, sums)
     check_numbers("indices", indices, torch.int64, sums)
-    for number, (each, variance, its_indices, size) in enumerate(zip(sums, variances, indices, sizes, strict=True)):
+    for number, (each, variance, its_indices, size) in enumerate(zip(sums, of_variances, indices, sizes, strict=True)):
         if size < 1:
             raise ValueError(f"sizes[{number}] must be at least 1, the entries of a neuron, got {size}")
         wanted = tuple(each.shape)
         if its_indices is not None and its_indices.shape != each.shape:
             raise ValueError(f"indices[{number}] must have the shape {wanted}, but it has {tuple(its_indices.shape)}")
         is_whole = its_indices is None
-        if variance.ndim != 2 or len(variance) != len(each) or (is_whole and variance.shape != each.shape):
+        if len(variance.shape) != 2 or variance.shape[0] != len(each) or (is_whole and variance.shape != each.shape):
             raise ValueError(
                 f"variances[{number}] must have one number for each neuron of {wanted}, but it has the shape "
                 f"{tuple(variance.shape)}"
@@ -486,7 +517,7 @@ def neuron_factors(
     constants, weight_tensors = numbers_and_tensors("weights", weights, sums)
     numbers = [each.numel() for each in sums]
     factors = torch.empty(sum(numbers), dtype=torch.float32, device=device)
-    torch.ops.dion2.neuron_factors(sums, variances, indices, sizes, constants, weight_tensors, eps, factors)
+    torch.ops.dion2.neuron_factors(sums, variances, pieces, indices, sizes, constants, weight_tensors, eps, factors)
     return [each.view(of.shape) for each, of in zip(factors.split(numbers), sums, strict=True)]
 
 
@@ -494,6 +525,7 @@ def neuron_factors(
 def _neuron_factors(
     sums: Sequence[Tensor],
     variances: Sequence[Tensor],
+    pieces: Sequence[int],
     indices: Sequence[Tensor | None],
     sizes: Sequence[int],
     weights: Sequence[float],
@@ -501,21 +533,25 @@ def _neuron_factors(
     eps: float,
     factors: Tensor,
 ) -> Passes:
-    rows: list[TableRow] = []
+    rows: list[TableRows] = []
     address = factors.data_ptr()
-    for number, (each, variance, its_indices, size) in enumerate(zip(sums, variances, indices, sizes, strict=True)):
-        count, neurons = each.shape
+    for place, (each, its_variances, its_indices, size) in enumerate(
+        zip(sums, cut(variances, pieces), indices, sizes, strict=True)
+    ):
+        number, neurons = len(its_variances), each.shape[1]
+        count = len(each) // number
         constants = {"S_TYPE": each.dtype, "INDEXED": its_indices is not None, "NEURONS": NEURONS}
-        numbers = [
-            *(neurons, 0, 0),
-            *(each.data_ptr(), *each.stride()),
-            *(variance.data_ptr(), *variance.stride()),
-            *((0, 0, 0) if its_indices is None else (its_indices.data_ptr(), *its_indices.stride())),
-            *scalar_of(weights[number], weight_tensors[number]),
-            *(bits_of("f", 1.0 / size), bits_of("d", eps), address),
-        ]
-        rows.append((constants, count, min(neurons, 1), numbers))
-        address += count * neurons * factors.itemsize
+        its_rows = table_rows(
+            (neurons, 0, 0),
+            in_pieces(each, number),
+            [(variance.data_ptr(), *variance.stride()) for variance in its_variances],
+            in_pieces(its_indices, number),
+            scalars_of(weights[place], weight_tensors[place], number),
+            [(bits_of("f", 1.0 / size), bits_of("d", eps))] * number,
+            places_of(address, count * neurons * factors.itemsize, number),
+        )
+        rows.append((constants, count, min(neurons, 1), its_rows))
+        address += len(each) * neurons * factors.itemsize
     return [("neuron_factors", rows)]
 
 
@@ -529,6 +565,7 @@ def apply(
     step_sizes: Sequence[float | Tensor],
     shrinks: Sequence[float | Tensor],
     *,
+    pieces: Sequence[int] | None = None,
     factors: Sequence[Tensor | None] | None = None,
     factor_dims: Sequence[int] | None = None,
     cautious: Sequence[Tensor | None] | None = None,
@@ -540,26 +577,28 @@ def apply(
 
     Args:
         weights: (count, n, m) each.
-        indices: K, int64 (count, k), sorted.
-        results: O, (count, k, m) each.
-        step_sizes: Numbers, or float32 tensors of them, 0-d or (count, 1, 1).
+        indices: K, int64 (count, k) for each stack, sorted.
+        results: O, (count, k, m) for each stack.
+        step_sizes: Numbers, or float32 tensors of them, 0-d or (count, 1, 1), for each stack.
         shrinks: In the same way.
+        pieces: How many weights form each stack (default: None, one).
         factors: What each neuron of O is multiplied by as well, in float32: (count, k), or (count, m) where every entry
             of a slice belongs to another neuron (default: None, by nothing).
         factor_dims: For each stack the dimension of O along which the entries of a neuron lie: -1 for (count, k), -2
             for (count, m) (default: None, -1).
-        cautious: M, (count, n, m), where the decay is cautious: an entry shrinks unless O, or M where it is not
-            selected, has the opposite sign (default: None, all shrink).
+        cautious: M, of the shapes of the weights, where the decay is cautious: an entry shrinks unless O, or M where it
+            is not selected, has the opposite sign (default: None, all shrink).
         bits: Of the whole of X: how to round it in half precision stochastically (default: None, to the nearest).
     """
-    count = len(weights)
     device = checked_stacks("weights", weights)
-    checked_stacks("results", results, selected_shapes(indices, weights), device)
-    checked_stacks("cautious", cautious := each_of(cautious, count), shapes_of(weights), device)
-    steps, step_tensors = numbers_and_tensors("step_sizes", step_sizes, weights)
-    constants, shrink_tensors = numbers_and_tensors("shrinks", shrinks, weights)
-    check_dims("factor_dims", factor_dims := [-1] * count if factor_dims is None else factor_dims, weights)
-    check_numbers("factors", factors := each_of(factors, count), torch.float32, weights)
+    checked_stacks("cautious", cautious := each_of(cautious, len(weights)), shapes_of(weights), device)
+    pieces = checked_pieces(pieces, weights=weights, cautious=cautious)
+    stacks = wholes(weights, pieces)
+    checked_stacks("results", results, selected_shapes(indices, stacks), device)
+    steps, step_tensors = numbers_and_tensors("step_sizes", step_sizes, stacks)
+    constants, shrink_tensors = numbers_and_tensors("shrinks", shrinks, stacks)
+    check_dims("factor_dims", factor_dims := [-1] * len(stacks) if factor_dims is None else factor_dims, stacks)
+    check_numbers("factors", factors := each_of(factors, len(stacks)), torch.float32, stacks)
     for number, (factor, dim, result) in enumerate(zip(factors, factor_dims, results, strict=True)):
         if factor is not None and factor.shape != (len(result), result.shape[-2 if dim == -1 else -1]):
             raise ValueError(
@@ -568,6 +607,7 @@ def apply(
             )
     torch.ops.dion2.apply(
         weights,
+        pieces,
         indices,
         results,
         steps,
@@ -577,13 +617,14 @@ def apply(
         factors,
         factor_dims,
         cautious,
-        *hashes_of(bits, weights),
+        *hashes_of(bits, weights, pieces),
     )
 
 
 @operator("weights")
 def _apply(
     weights: Sequence[Tensor],
+    pieces: Sequence[int],
     indices: Sequence[Tensor],
     results: Sequence[Tensor],
     step_sizes: Sequence[float],
@@ -596,18 +637,21 @@ def _apply(
     slice_hashes: Sequence[Tensor | None],
     entry_hashes: Sequence[Tensor | None],
 ) -> Passes:
-    rows: list[TableRow] = []
-    for number, (weight, its_indices, result, slice_hash, entry_hash) in enumerate(
-        zip(weights, indices, results, slice_hashes, entry_hashes, strict=True)
+    rows: list[TableRows] = []
+    of_pieces = [cut(each, pieces) for each in (weights, momenta, slice_hashes, entry_hashes)]
+    for place, (its_weights, its_momenta, of_slices, of_entries, its_indices, result, factor) in enumerate(
+        zip(*of_pieces, indices, results, factors, strict=True)
     ):
+        weight, number = its_weights[0], len(its_weights)
         count, n, m = weight.shape
         k = its_indices.shape[1]
         along = runs_along(weight)
         tile = TILES[along]
-        is_whole = decays(shrinks[number], shrink_tensors[number])
-        momentum = momenta[number] if is_whole else None
-        factor = factors[number]
-        of_weight, of_result, of_momentum = [view_of(each, along) for each in (weight, result, momentum)]
+        is_whole = decays(shrinks[place], shrink_tensors[place])
+        its_momenta = its_momenta if is_whole else [None] * number
+        momentum = its_momenta[0]
+        of_weight, of_momentum = view_of(its_weights, along), view_of(its_momenta, along)
+        of_result = view_in_pieces(result, along, number)
         are_aligned = of_weight.is_aligned and of_momentum.is_aligned
         constants = {
             "X_TYPE": weight.dtype,
@@ -615,26 +659,25 @@ def _apply(
             "M_TYPE": None if momentum is None else momentum.dtype,
             "DECAYS": is_whole,
             "HAS_FACTORS": factor is not None,
-            "FACTORS_OF_SLICES": factor_dims[number] == -1,
+            "FACTORS_OF_SLICES": factor_dims[place] == -1,
             "ALONG": along,
             "X_UNIT": of_weight.is_unit,
             "O_UNIT": of_result.is_unit,
             "M_UNIT": of_momentum.is_unit,
             "ALIGNED": are_aligned and (of_result.is_aligned if along else is_whole),  # single columns never are
-            "STOCHASTIC": slice_hash is not None,
+            "STOCHASTIC": of_slices[0] is not None,
             **tile._asdict(),
         }
-        numbers = [
-            *(n, m, k),
-            *(*of_weight.numbers, *of_result.numbers, *of_momentum.numbers),
-            *scalar_of(step_sizes[number], step_tensors[number]),
-            *scalar_of(shrinks[number], shrink_tensors[number]),
-            *(its_indices.data_ptr(), *its_indices.stride()),
-            *(*vector_of(slice_hash, -2), *vector_of(entry_hash, -1)),
-            *((0, 0, 0) if factor is None else (factor.data_ptr(), *factor.stride())),
-        ]
+        its_rows = table_rows(
+            (n, m, k),
+            *(of_weight.columns, of_result.columns, of_momentum.columns),
+            scalars_of(step_sizes[place], step_tensors[place], number),
+            scalars_of(shrinks[place], shrink_tensors[place], number),
+            *(in_pieces(its_indices, number), vectors_of(of_slices, -2), vectors_of(of_entries, -1)),
+            in_pieces(factor, number),
+        )
         slices = n if is_whole else k
-        rows.append((constants, count, blocks_in(slices, tile.slices) * blocks_in(m, tile.span), numbers))
+        rows.append((constants, count, blocks_in(slices, tile.slices) * blocks_in(m, tile.span), its_rows))
     return [("apply", rows)]
 
 

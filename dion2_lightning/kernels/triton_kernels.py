@@ -1,9 +1,9 @@
 """The kernels of fused.py, in Triton: each makes one pass over the memory of many matrices, whatever their shapes.
 
 A program works on some slices of one matrix. What it has to know stands in a table of int64 numbers: for each matrix
-where the row of its stack begins, then a row for each stack, which fused.py writes column by column as they are read
-here. So shapes, addresses and numbers change without a compilation. A row begins with the number of the stack's first
-matrix and three sizes; then come
+where the row of its stack begins, then a row for each stack, or each piece of one, which fused.py writes column by
+column as they are read here. So shapes, addresses and numbers change without a compilation. A row begins with the
+number of its first matrix and three sizes; then come
 
     a view: address, strides of (count, n, m)
     a vector, with a number for each slice or entry of a matrix: address, strides of the matrix and of the number

@@ -1,8 +1,12 @@
-"""What the operators of fused.py tell the kernels: arguments are checked, put into a table, and sent with a launch."""
+"""What the operators of fused.py tell the kernels: arguments are checked, put into a table, and sent with a launch.
+
+A stack (count, n, m) may lie in several pieces that are alike, one after another. So what is to be found out about it
+is found out once, as where it has the matrices of many parameters; only addresses are taken piece by piece.
+"""
 
 import struct
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from inspect import signature
 from itertools import chain
@@ -12,18 +16,20 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits
+from dion2_lightning.kernels.stacks import runs_along
 from dion2_lightning.lists import group_by
 
 DTYPES: Final = (torch.float32, *HALF_PRECISION)
 """What the tensors may be in."""
 
-TableRow = tuple[dict[str, Any], int, int, list[int]]
-"""Constants that a kernel is compiled for; matrices; tiles in each; their row of the table."""
+TableRows = tuple[dict[str, Any], int, int, list[list[int]]]
+"""Constants that a kernel is compiled for; matrices of a piece; tiles in each; a row of the table for each piece."""
 
-Passes = Sequence[tuple[str, Sequence[TableRow]]]
+Passes = Sequence[tuple[str, Sequence[TableRows]]]
 """Kernels in turn, each with the stacks that it goes over."""
 
 F = TypeVar("F", bound=Callable[..., Passes])
+T = TypeVar("T")
 
 
 # Arguments
@@ -53,7 +59,54 @@ def checked_stacks(
     return device
 
 
-def check_numbers(name: str, tensors: Sequence[Tensor | None], dtype: torch.dtype, stacks: Sequence[Tensor]) -> None:
+def checked_pieces(pieces: Sequence[int] | None, **tensors: Sequence[Tensor | None]) -> Sequence[int]:
+    """Check that the pieces of every stack are alike, and return how many each has (default: None, one)."""
+    if pieces is None:
+        return [1] * len(next(iter(tensors.values())))
+    for name, its_tensors in tensors.items():
+        if min(pieces, default=1) < 1 or sum(pieces) != len(its_tensors):
+            raise ValueError(f"pieces must be at least 1 and add up to {len(its_tensors)} {name}, got {list(pieces)}")
+        for number, (first, *others) in enumerate(cut(its_tensors, pieces)):
+            if not all(_are_alike(first, other) for other in others):
+                raise ValueError(f"{name}: the pieces of stack {number} differ in shape, strides or dtype")
+    return pieces
+
+
+def _are_alike(first: Tensor | None, other: Tensor | None) -> bool:
+    if first is None or other is None:
+        return first is other
+    return first.stride() == other.stride() and first.shape == other.shape and first.dtype == other.dtype
+
+
+def cut(values: Sequence[T], pieces: Sequence[int]) -> Iterator[Sequence[T]]:
+    """Return values of pieces stack by stack."""
+    stop = 0
+    for count in pieces:
+        start, stop = stop, stop + count
+        yield values[start:stop]
+
+
+class Whole(NamedTuple):
+    """A stack, all its pieces together."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    runs_along: bool
+
+
+def wholes(tensors: Sequence[Tensor], pieces: Sequence[int]) -> list[Whole]:
+    """Return what each stack is, given all pieces."""
+    return [
+        Whole((len(its_tensors) * first.shape[0], *first.shape[1:]), first.dtype, first.device, runs_along(first))
+        for its_tensors in cut(tensors, pieces)
+        for first in its_tensors[:1]
+    ]
+
+
+def check_numbers(
+    name: str, tensors: Sequence[Tensor | Whole | None], dtype: torch.dtype, stacks: Sequence[Tensor | Whole]
+) -> None:
     """Check numbers of matrices. Kernels get addresses alone: they would read what is not there."""
     check_count(name, tensors, stacks)
     for number, (tensor, stack) in enumerate(zip(tensors, stacks, strict=True)):
@@ -62,8 +115,8 @@ def check_numbers(name: str, tensors: Sequence[Tensor | None], dtype: torch.dtyp
         if tensor.dtype != dtype or tensor.device != stack.device:
             wanted = f"in {dtype} on {stack.device}"
             raise TypeError(f"{name}[{number}] must be {wanted}, but it is in {tensor.dtype} on {tensor.device}")
-        if tensor.ndim > 0 and tensor.shape[0] not in (1, stack.shape[0]):
-            raise ValueError(f"{name}[{number}] has numbers for {len(tensor)} matrices; there are {len(stack)}")
+        if tensor.shape and tensor.shape[0] not in (1, stack.shape[0]):
+            raise ValueError(f"{name}[{number}] has numbers for {tensor.shape[0]} matrices; there are {stack.shape[0]}")
 
 
 def checked_sums(sums: Sequence[Tensor]) -> torch.device | None:
@@ -85,7 +138,7 @@ def check_count(name: str, values: Sequence[Any], stacks: Sequence[Any]) -> None
         raise ValueError(f"{name}: {len(values)} for {len(stacks)} stacks; there must be one for each")
 
 
-def check_dims(name: str, dims: Sequence[int], stacks: Sequence[Tensor]) -> None:
+def check_dims(name: str, dims: Sequence[int], stacks: Sequence[Tensor | Whole]) -> None:
     """Check along which dimensions of stacks the entries of neurons lie."""
     check_count(name, dims, stacks)
     for number, dim in enumerate(dims):
@@ -104,12 +157,13 @@ def shapes_of(stacks: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return [stack.shape for stack in stacks]
 
 
-def selected_shapes(indices: Sequence[Tensor], stacks: Sequence[Tensor]) -> list[tuple[int, ...]]:
+def selected_shapes(indices: Sequence[Tensor], stacks: Sequence[Whole]) -> list[tuple[int, ...]]:
     """Check the indices, and return the shapes (count, k, m) of what they select."""
     check_numbers("indices", indices, torch.int64, stacks)
     for number, (each, stack) in enumerate(zip(indices, stacks, strict=True)):
         if each.ndim != 2 or each.shape[0] != stack.shape[0]:
-            raise ValueError(f"indices[{number}] must have the shape ({len(stack)}, k), but it has {tuple(each.shape)}")
+            wanted = f"({stack.shape[0]}, k)"
+            raise ValueError(f"indices[{number}] must have the shape {wanted}, but it has {tuple(each.shape)}")
     return [(*each.shape, stack.shape[2]) for each, stack in zip(indices, stacks, strict=True)]
 
 
@@ -119,7 +173,7 @@ def each_of(values: Sequence[Tensor | None] | None, count: int) -> Sequence[Tens
 
 
 def numbers_and_tensors(
-    name: str, numbers: Sequence[float | Tensor], stacks: Sequence[Tensor]
+    name: str, numbers: Sequence[float | Tensor], stacks: Sequence[Tensor | Whole]
 ) -> tuple[list[float], list[Tensor | None]]:
     """Take numbers and tensors of numbers apart."""
     tensors = [each if isinstance(each, Tensor) else None for each in numbers]
@@ -128,7 +182,7 @@ def numbers_and_tensors(
 
 
 def hashes_of(
-    bits: Sequence[RandomBits | None] | None, stacks: Sequence[Tensor]
+    bits: Sequence[RandomBits | None] | None, stacks: Sequence[Tensor], pieces: Sequence[int]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Take random bits apart: the hashes of slices, (count or 1, n, 1), and those of entries, (count or 1, 1, m)."""
     of_slices: list[Tensor | None] = [None] * len(stacks)
@@ -144,6 +198,8 @@ def hashes_of(
             of_slices[number], of_entries[number] = hashes
     check_numbers("bits", of_slices, torch.int32, stacks)
     check_numbers("bits", of_entries, torch.int32, stacks)
+    checked_pieces(pieces, bits=of_slices)
+    checked_pieces(pieces, bits=of_entries)
     return of_slices, of_entries
 
 
@@ -163,52 +219,88 @@ def blocks_in(size: int, block: int) -> int:
     return -(-size // block)
 
 
+Columns = list[tuple[int, ...]]
+"""Some columns of the table: for each piece an address, and the numbers after it."""
+
+
 class View(NamedTuple):
     """What a kernel knows of a stack.
 
     Attributes:
-        numbers: Address, strides of (count, n, m).
+        columns: Addresses, strides of (count, n, m).
         is_unit: Whether the stride along which memory is dense is 1.
-        is_aligned: Whether, beyond that, the address is a multiple of 16 bytes, and the other strides and the size of
+        is_aligned: Whether, beyond that, addresses are multiples of 16 bytes, and the other strides and the size of
             this dimension are multiples of 16.
     """
 
-    numbers: tuple[int, ...]
+    columns: Columns
     is_unit: bool
     is_aligned: bool
 
 
-NO_VIEW: Final = View((0, 0, 0, 0), True, True)
+def view_of(pieces: Sequence[Tensor | None], along: bool) -> View:
+    """Return where a stack is in memory, given its pieces; Nones where there is none."""
+    first = pieces[0]
+    if first is None:
+        return View([(0, 0, 0, 0)] * len(pieces), True, True)
+    addresses = [piece.data_ptr() for piece in pieces if piece is not None]
+    return _view(addresses, first, along)
 
 
-def view_of(stack: Tensor | None, along: bool) -> View:
-    """Return where a stack is in memory."""
-    if stack is None:
-        return NO_VIEW
-    address, (of_matrices, of_slices, of_entries) = stack.data_ptr(), stack.stride()
+def view_in_pieces(stack: Tensor, along: bool, pieces: int) -> View:
+    """Return where a stack is in memory that is cut into so many pieces."""
+    return _view([address for address, *_ in in_pieces(stack, pieces)], stack, along)
+
+
+def _view(addresses: list[int], first: Tensor, along: bool) -> View:
+    strides = of_matrices, of_slices, of_entries = first.stride()
     dense, other = (of_entries, of_slices) if along else (of_slices, of_entries)
-    multiples = address | of_matrices | other | stack.shape[-1 if along else -2]
-    return View((address, of_matrices, of_slices, of_entries), dense == 1, dense == 1 and multiples % 16 == 0)
+    multiples = of_matrices | other | first.shape[-1 if along else -2]
+    is_aligned = dense == 1 and multiples % 16 == 0 and all(address % 16 == 0 for address in addresses)
+    return View([(address, *strides) for address in addresses], dense == 1, is_aligned)
 
 
-def vector_of(numbers: Tensor | None, dim: int) -> tuple[int, int, int]:
-    """One of three axes, of which one has a number for each slice or entry; an axis of size 1 is the same for all."""
-    if numbers is None:
-        return 0, 0, 0
-    of_matrices, of_numbers = (numbers.stride(each) if numbers.shape[each] > 1 else 0 for each in (0, dim))
-    return numbers.data_ptr(), of_matrices, of_numbers
+def in_pieces(tensor: Tensor | None, pieces: int) -> Columns:
+    """Return addresses and strides of a tensor with a row of numbers for each matrix, which is cut into pieces."""
+    if tensor is None:
+        return [(0, 0, 0)] * pieces
+    address, strides = tensor.data_ptr(), tensor.stride()
+    step = len(tensor) // pieces * strides[0] * tensor.itemsize
+    return [(address + number * step, *strides) for number in range(pieces)]
 
 
-def gate_of(tensor: Tensor | None) -> tuple[int, int]:
+def places_of(address: int, step: int, pieces: int) -> Columns:
+    """Return where so many pieces have their results, one after another."""
+    return [(address + number * step,) for number in range(pieces)]
+
+
+def vectors_of(numbers: Sequence[Tensor | None], dim: int) -> Columns:
+    """Three axes each, of which one has a number for each slice or entry; an axis of size 1 is the same for all."""
+    first = numbers[0]
+    if first is None:
+        return [(0, 0, 0)] * len(numbers)
+    of_matrices, of_numbers = (first.stride(each) if first.shape[each] > 1 else 0 for each in (0, dim))
+    return [(each.data_ptr(), of_matrices, of_numbers) for each in numbers if each is not None]
+
+
+def gates_of(tensor: Tensor | None, pieces: int) -> Columns:
     """0-d, or one for each matrix."""
     if tensor is None:
-        return 0, 0
-    return tensor.data_ptr(), tensor.stride(0) if tensor.ndim > 0 and tensor.shape[0] > 1 else 0
+        return [(0, 0)] * pieces
+    if tensor.ndim == 0 or tensor.shape[0] == 1:
+        return [(tensor.data_ptr(), 0)] * pieces
+    return [columns[:2] for columns in in_pieces(tensor, pieces)]
 
 
-def scalar_of(constant: float, tensor: Tensor | None) -> tuple[int, int, int]:
-    """Return where a number is on the device, or, in float32, the number itself."""
-    return *gate_of(tensor), bits_of("f", constant)
+def scalars_of(constant: float, tensor: Tensor | None, pieces: int) -> Columns:
+    """Return where numbers are on the device, or, in float32, the number itself."""
+    bits = bits_of("f", constant)
+    return [(*columns, bits) for columns in gates_of(tensor, pieces)]
+
+
+def table_rows(sizes: tuple[int, int, int], *columns: Columns) -> list[list[int]]:
+    """Return the rows of a stack's pieces: three sizes, then the columns side by side."""
+    return [[*sizes, *chain.from_iterable(row)] for row in zip(*columns, strict=True)]
 
 
 def bits_of(kind: str, number: float) -> int:
@@ -246,7 +338,7 @@ def operator(*mutated: str) -> Callable[[F], F]:
     return register
 
 
-def launches_of(passes: Passes) -> list[tuple[str, dict[str, Any], list[TableRow]]]:
+def launches_of(passes: Passes) -> list[tuple[str, dict[str, Any], list[TableRows]]]:
     """Return of each launch its kernel, its constants, and the rows of its table: one for all that have these."""
     rows = [(kernel, row) for kernel, its_rows in passes for row in its_rows if row[1] * row[2] > 0]
     launches = group_by(rows, lambda each: (each[0], tuple(each[1][0].items())))
@@ -258,7 +350,7 @@ def launch(passes: Passes, device: torch.device) -> None:
     launches = launches_of(passes)
     if not launches:
         return
-    tables = [_table([(count, numbers) for _, count, _, numbers in rows]) for *_, rows in launches]
+    tables = [_table([(count, numbers) for _, count, _, pieces in rows for numbers in pieces]) for *_, rows in launches]
     on_gpu = device.type == "cuda"
     in_one = array("q", chain.from_iterable(tables))
     on_host = torch.frombuffer(in_one, dtype=torch.int64)  # of a list torch takes twice as long
@@ -266,7 +358,7 @@ def launch(passes: Passes, device: torch.device) -> None:
     with torch.cuda.device(device) if on_gpu else nullcontext():
         for table, (kernel, constants, rows) in zip(on_device.split([*map(len, tables)]), launches, strict=True):
             tiles = max(tiles for _, _, tiles, _ in rows)
-            start(kernel, table, sum(count for _, count, _, _ in rows), tiles, constants)
+            start(kernel, table, sum(count * len(pieces) for _, count, _, pieces in rows), tiles, constants)
 
 
 def start(kernel: str, table: Tensor, matrices: int, tiles: int, constants: Mapping[str, Any]) -> None:
@@ -278,7 +370,7 @@ def start(kernel: str, table: Tensor, matrices: int, tiles: int, constants: Mapp
 
 
 def _table(stacks: Sequence[tuple[int, list[int]]]) -> list[int]:
-    """Return for each matrix where the row of its stack begins, then the rows, which name their first matrices."""
+    """Return for each matrix where the row of its piece begins, then the rows, which name their first matrices."""
     matrices = sum(count for count, _ in stacks)
     begins: list[int] = []
     rows: list[int] = []

@@ -65,6 +65,78 @@ def test_steps_have_the_same_bits(settings: dict[str, Any], monkeypatch: pytest.
         assert torch.equal(one, other)
 
 
+def alike(dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Weights of some kinds, several of each; of one kind two are not like the others."""
+
+    def weights(count: int, *shape: int) -> list[nn.Parameter]:
+        return [nn.Parameter(torch.empty(shape, dtype=dtype)) for _ in range(count)]
+
+    return [
+        {"params": weights(5, 24, 16), "lr": 0.05},  # slices are columns
+        {"params": weights(2, 24, 16), "lr": 0.1},
+        {"params": weights(3, 16, 24)},
+        {"params": weights(3, 4, 16, 24), "batched": True},
+        {"params": weights(3, 32, 24), "splits": "head 2*8 | rest 16"},
+        {"params": weights(2, 16, 8, 3), "convolution": True},
+    ]
+
+
+def trained_alike(kernels: str, dtype: torch.dtype, **settings: Any) -> tuple[Dion2, list[Any]]:
+    """Take steps; return what was selected in the last one and what an observer has seen, too."""
+    optimizer = Dion2(
+        alike(dtype), lr=0.1, weight_decay=0.1, kernels=kernels, orthonormalize_dtype="float32", **settings
+    )
+    tracker = SelectionTracker(every=1)
+    tracker.attach(optimizer)
+    fill(optimizer, weights=0)
+    for step in range(STEPS):
+        for parameter in matrices_of(optimizer):
+            parameter.grad = torch.zeros_like(parameter)
+        fill(optimizer, gradients=1 + step)
+        first, second, third, *_ = matrices_of(optimizer)
+        first.grad = first.grad.mT.contiguous().mT
+        second.grad = None
+        third.grad = torch.cat([third.new_zeros(1), third.grad.flatten()])[1:].view_as(third)
+        optimizer.step()
+    observed = [(each.parameter, each.observed.matrices.name) for each in optimizer.observed_parameters()]
+    selected = [getattr(optimizer.selection_of(*each), "indices", None) for each in observed]
+    assert [number for number, each in enumerate(selected) if each is None] == [1]
+    return optimizer, [[each.tolist() for each in selected if each is not None], repr(tracker.pop_metrics())]
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "working_memory"),
+    [
+        ({}, torch.float32, 10_000),
+        ({}, torch.bfloat16, 60_000),
+        ({"normalize_neurons": True, "check_finite": "skip"}, torch.float32, 60_000),
+        ({"nesterov": True, "cautious_weight_decay": True}, torch.bfloat16, 40_000),
+        ({"fraction": 1.0, "capturable": True}, torch.float32, None),
+    ],
+    ids=["plain", "half", "neurons and gates", "cautious", "capturable"],
+)
+def test_alike_parameters_are_one_stack(
+    settings: dict[str, Any], dtype: torch.dtype, working_memory: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same bits, and what is selected is known by parameter; little memory makes stacks smaller."""
+    found_pieces, apply = list[int](), fused.apply
+
+    def spy(*arguments: Any, pieces: list[int], **named: Any) -> None:
+        found_pieces.extend(pieces)
+        apply(*arguments, pieces=pieces, **named)
+
+    monkeypatch.setattr(fused, "apply", spy)
+    (expected, seen), (found, seen_too) = (
+        trained_alike(kernels, dtype, working_memory=working_memory, **settings) for kernels in ("torch", "triton")
+    )
+    assert max(found_pieces) > 1
+    for weight, other in zip(matrices_of(found), matrices_of(expected), strict=True):
+        assert torch.equal(weight, other)
+        for name, value in found.state[weight].items():
+            assert torch.equal(value, expected.state[other][name]), name
+    assert seen == seen_too
+
+
 def test_observers_see_the_variances(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(SelectionTracker, "normalized", lambda _, source, variance: seen.append(variance.clone()))

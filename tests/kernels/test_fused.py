@@ -28,6 +28,7 @@ from dion2_lightning.kernels.moving_slices import add_, decay_, gather, put_
 from dion2_lightning.kernels.rounding import HALF_PRECISION, RandomBits, multiply_add_, random_bits, store_
 from dion2_lightning.kernels.selection import largest, slice_sums
 from dion2_lightning.kernels.stacks import adjacent
+from dion2_lightning.kernels.triton_launch import PASSES, cut
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (1, 17, 33), (3, 9, 6), (2, 16, 32)]
@@ -512,6 +513,139 @@ def test_apply(device: str, tiles: None, order: Order, dtype: torch.dtype) -> No
     for arguments in zip(weights, indices, results, steps, shrinks, factors, judges, bits, strict=True):
         apply_by_torch(*arguments)
     assert all_same(found, weights)
+
+
+# Stacks in pieces
+
+PIECES = [3, 1, 2]
+PIECE_SHAPES = [(2, 9, 17)] * 3 + [(1, 16, 32)] + [(1, 6, 16)] * 2
+"""The first two stacks have numbers by matrix, the last one has one of all."""
+
+
+def in_stacks(values: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
+    """Put what is of pieces together."""
+    return [torch.cat(list(each), dim) for each in cut(values, PIECES)]
+
+
+def by_piece(numbers: Sequence[Any]) -> list[Any]:
+    """What each piece has of the numbers of its stack: 0-d, or one for each matrix."""
+    found: list[Any] = []
+    for number, count, (shape, *_) in zip(numbers, PIECES, cut(PIECE_SHAPES, PIECES), strict=True):
+        is_by_matrix = isinstance(number, Tensor) and number.ndim > 0
+        found += number.split(shape[0]) if is_by_matrix else [number] * count
+    return found
+
+
+@each_order
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pieces_of_a_stack(device: str, tiles: None, order: Order, dtype: torch.dtype) -> None:
+    """They have the bits of stacks of their own."""
+    momenta = [on(device, make(order, shape, dtype, seed)) for seed, shape in enumerate(PIECE_SHAPES)]
+    weights = [on(device, make(rows, shape, dtype, seed)) for seed, shape in enumerate(PIECE_SHAPES, 20)]
+    gradients: list[Tensor | None] = [on(device, make(columns, shape, dtype, 10)) for shape in PIECE_SHAPES]
+    gradients[4:] = None, None
+    apart, weights_apart = [on(device, each) for each in momenta], [on(device, each) for each in weights]
+    bits = on_device(device, [bits_of(shape, False, seed) for seed, shape in enumerate(PIECE_SHAPES)])
+
+    def by_matrix(*numbers: float) -> list[Any]:
+        own = [torch.tensor(numbers[:6]).view(6, 1, 1), torch.tensor(numbers[6]).view(1, 1, 1)]
+        return [each.to(device) for each in own] + [torch.tensor(numbers[7], device=device)]
+
+    opens = [each.bool() for each in by_matrix(1, 0, 1, 1, 1, 0, 1, 0)]
+    sums = fused.accumulate(momenta, gradients, pieces=PIECES, opens=opens, bits=bits)
+    expected = fused.accumulate(apart, gradients, opens=by_piece(opens), bits=bits)
+    assert all(map(same, sums, in_stacks(expected)))
+
+    factors = by_matrix(0.9, 1.0, 0.8, 0.7, 0.6, 0.5, 0.95, 0.9)
+    indices = [indices_of(each, 4) for each in apart]
+    stacks = fused.take(
+        momenta,
+        in_stacks(indices),
+        factors,
+        torch.float32,
+        pieces=PIECES,
+        gradients=gradients,
+        nesterov_factors=factors,
+        opens=opens,
+        bits=bits,
+    )
+    expected = fused.take(
+        apart,
+        indices,
+        by_piece(factors),
+        torch.float32,
+        gradients=gradients,
+        nesterov_factors=by_piece(factors),
+        opens=by_piece(opens),
+        bits=bits,
+    )
+    assert all(map(same, stacks, in_stacks(expected)))
+    assert all_same(momenta, apart)
+
+    of_neurons = fused.square_sums(expected, [-1] * 6)
+    variances = [torch.rand(shape[:2], generator=torch.Generator().manual_seed(0)).to(device) for shape in PIECE_SHAPES]
+    variances_apart = [each.clone() for each in variances]
+    of_stacks = in_stacks(of_neurons), variances, in_stacks(indices), [17, 32, 16], factors
+    of_pieces = of_neurons, variances_apart, indices, by_piece([17, 32, 16]), by_piece(factors)
+    neurons = fused.neuron_factors(*of_stacks, 1e-8, pieces=PIECES)
+    neurons_apart = fused.neuron_factors(*of_pieces, 1e-8)
+    assert all(map(same, neurons, in_stacks(neurons_apart))) and all_same(variances, variances_apart)
+
+    fused.apply(
+        weights,
+        in_stacks(indices),
+        stacks,
+        factors,
+        factors,
+        pieces=PIECES,
+        factors=neurons,
+        cautious=[*momenta[:4], None, None],
+        bits=bits,
+    )
+    fused.apply(
+        weights_apart,
+        indices,
+        expected,
+        by_piece(factors),
+        by_piece(factors),
+        factors=neurons_apart,
+        cautious=[*apart[:4], None, None],
+        bits=bits,
+    )
+    assert all_same(weights, weights_apart)
+
+
+def test_pieces_are_aligned_only_together(device: str) -> None:
+    """A piece at another address than a multiple of 16 bytes is read right, and so are those beside it."""
+    memory = [torch.zeros(16 * 32 + 1, device=device) for _ in range(2)]
+    momenta = [memory[0][:-1].view(1, 16, 32), memory[1][1:].view(1, 16, 32)]
+    gradients = [torch.ones(1, 16, 32, device=device) for _ in range(2)]
+    [(_, [(constants, *_)])] = PASSES["accumulate"](
+        momenta, gradients, [2], [None], [None] * 2, [None] * 2, torch.zeros(32, dtype=torch.float64, device=device)
+    )
+    sums = fused.accumulate(momenta, gradients, pieces=[2])
+    assert [each.tolist() for each in sums] == [[[32.0] * 16] * 2] and not constants["ALIGNED"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "others", "message"),
+    [
+        ([1], {}, r"pieces must be at least 1 and add up to 2 momenta, got \[1\]"),
+        ([2, 0], {}, "pieces must be at least 1 and add up to 2 momenta"),
+        ([2], {"momenta": rows(2, 3, 4)}, "momenta: the pieces of stack 0 differ in shape, strides or dtype"),
+        ([2], {"momenta": columns(1, 3, 4)}, "momenta: the pieces of stack 0 differ"),
+        ([2], {"momenta": rows(1, 3, 4).half()}, "momenta: the pieces of stack 0 differ"),
+        ([2], {"gradients": None}, "gradients: the pieces of stack 0 differ"),
+        ([2], {"bits": None}, "bits: the pieces of stack 0 differ"),
+    ],
+)
+def test_pieces_that_are_not_alike(pieces: list[int], others: dict[str, Any], message: str) -> None:
+    first = {"momenta": rows(1, 3, 4).bfloat16(), "gradients": rows(1, 3, 4), "bits": bits_of((1, 3, 4), False, 0)}
+    if "gradients" not in others and "momenta" in others:
+        others |= {"gradients": torch.zeros_like(others["momenta"])}
+    given = {name: [value, (first | others)[name]] for name, value in first.items()}
+    with pytest.raises(ValueError, match=message):
+        fused.accumulate(**given, pieces=pieces)
 
 
 # Bytes
