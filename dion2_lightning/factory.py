@@ -259,15 +259,18 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
 
     model_reference = weakref.ref(model)
 
-    def route_added(parameters: list[Tensor]) -> list[dict[str, Any]]:
+    def route_added(parameters: list[Tensor], options: Mapping[str, Any]) -> list[dict[str, Any]]:
         known = model_reference()
         if known is None:
             raise ValueError(
                 "the added group does not say its algorithm, and the model it would be looked up in is gone"
             )
-        groups = route(known).param_groups(only=parameters, rest=rest)
+        groups = route(known, refuse_unmatched=False).param_groups(only=parameters, rest=rest, options=options)
         if sum(len(group["params"]) for group in groups) < len(parameters):
-            raise ValueError("the added group holds parameters that are not in the model, or frozen; say its algorithm")
+            raise ValueError(
+                "the added group holds parameters that are not in the model, or frozen; name them and say their "
+                "algorithm: add_param_group({'params': [(name, parameter)], 'algorithm': ...})"
+            )
         return groups
 
     optimizer.route_parameters = route_added

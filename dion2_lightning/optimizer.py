@@ -131,7 +131,7 @@ class MatrixOptimizer(Optimizer):
     """Receives the events of every step; see :class:`~dion2_lightning.SelectionTracker`. A copy has none."""
     fallbacks: Counter[str]
     """How often a faster way of computing has failed and a slower one was taken, by the name of the faster one."""
-    route_parameters: Callable[[list[Tensor]], list[Group]] | None
+    route_parameters: Callable[[list[Tensor], Mapping[str, Any]], list[Group]] | None
     """Splits parameters that are added later without ``algorithm`` into groups; set where the model is known."""
 
     def __init__(self, params: ParamsT, settings: Mapping[str, Any]) -> None:
@@ -180,7 +180,8 @@ class MatrixOptimizer(Optimizer):
         """Add a group, checked before anything changes.
 
         A group that does not say its ``algorithm`` is split by the rules that split the model, where
-        :func:`~dion2_lightning.build_optimizer` made this optimizer.
+        :func:`~dion2_lightning.build_optimizer` made this optimizer. Its entries go to the parts whose algorithm has
+        them, a weight decay to what decays, and the parts' names begin with its ``name``.
 
         Args:
             param_group: ``params``, and whatever differs from the constructor's settings.
@@ -533,6 +534,9 @@ class MatrixOptimizer(Optimizer):
         group = self._with_settings(algorithm, plain(group))
         algorithm.check_settings(group, prefix)
         check_parameters(group, {p for other in self.param_groups for p in other["params"]}, prefix)
+        if self.param_groups and ("param_names" in group) != (are_named := "param_names" in self.param_groups[0]):
+            wanted = "(name, parameter) pairs" if are_named else "parameters without names"
+            raise ValueError(f"{prefix}params must be {wanted}, as in the other groups")
         return group
 
     def _with_settings(self, algorithm: Algorithm, group: Mapping[str, Any]) -> Group:
@@ -548,7 +552,10 @@ class MatrixOptimizer(Optimizer):
                 f"add_param_group({{'params': ..., 'algorithm': ...}}) with one of {', '.join(map(repr, ALGORITHMS))}"
             )
         options = {key: value for key, value in group.items() if key not in ("params", "param_names", "name")}
-        return [{**routed, **options} for routed in self.route_parameters(group["params"])]
+        groups = self.route_parameters(group["params"], options)
+        if "name" in group:
+            groups = [{**each, "name": f"{group['name']}-{each['name']}"} for each in groups]
+        return groups
 
     def _members(self) -> list[Member]:
         """The parameters of a step, also those without a gradient: other ranks may have it."""

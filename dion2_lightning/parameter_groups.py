@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from dion2_lightning.algorithms import ALGORITHMS, algorithms_with
 from dion2_lightning.algorithms.algorithm import Algorithm
-from dion2_lightning.algorithms.hyperparameters import RATES, did_you_mean, numbers, one_of, refuse_other_tensors
+from dion2_lightning.algorithms.hyperparameters import (
+    RATES,
+    did_you_mean,
+    finite,
+    numbers,
+    one_of,
+    refuse_other_tensors,
+)
 from dion2_lightning.kernels.rounding import HALF_PRECISION
 
 Group = dict[str, Any]
@@ -78,6 +85,15 @@ def check_parameters(group: Mapping[str, Any], taken: Collection[Tensor], prefix
         label = f"{prefix}{name} of shape {tuple(parameter.shape)}"
         _refuse_unusual(parameter, label)
         algorithm_of(group).check_parameter(parameter, label, group)
+
+
+def check_scheduled(algorithm: Algorithm, settings: Mapping[str, Any], prefix: str) -> None:
+    """Refuse what an algorithm's group cannot say once schedules have set its rates, to any finite numbers."""
+    others = dict(settings)
+    for name in ("lr", "weight_decay"):
+        if isinstance(others.get(name), float):
+            finite(f"{prefix}{name}", others.pop(name))
+    algorithm.check_settings(others, prefix)
 
 
 def tensor_rates(group: Mapping[str, Any]) -> dict[str, Tensor]:

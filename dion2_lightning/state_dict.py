@@ -16,7 +16,14 @@ from dion2_lightning.distributed.collectives import is_first_rank
 from dion2_lightning.kernels.precision import has_float64
 from dion2_lightning.lists import first_few
 from dion2_lightning.matrices.layout import is_dtensor, local, moved
-from dion2_lightning.parameter_groups import ENTRIES, algorithm_of, parameter_names, tensor_rates, unwrapped_names
+from dion2_lightning.parameter_groups import (
+    ENTRIES,
+    algorithm_of,
+    check_scheduled,
+    parameter_names,
+    tensor_rates,
+    unwrapped_names,
+)
 
 Group = Mapping[str, Any]
 
@@ -335,7 +342,7 @@ def _match_group(old: Group, new: Group) -> dict[str, Any]:
             f"{prefix}: the checkpoint has {len(old['params'])} parameters, this optimizer {len(new['params'])}; "
             f"it is of another model, or the model was split otherwise; {OTHERWISE}"
         )
-    algorithm_of(new).check_settings(old, f"{prefix}: the checkpoint's ")
+    check_scheduled(algorithm_of(new), old, f"{prefix}: the checkpoint's ")
     left_out = algorithm_of(new).settings_of_run
     group = {**new, **{name: value for name, value in old.items() if name not in left_out}}
     if "param_names" in new:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dion2_lightning.algorithms import ALGORITHMS
-from dion2_lightning.algorithms.hyperparameters import finite, numbers, plain
+from dion2_lightning.algorithms.hyperparameters import numbers, plain
 from dion2_lightning.distributed.collectives import RanksAround, on_any_rank, on_every_rank
 from dion2_lightning.kernels import fused
 from dion2_lightning.kernels.gate import are_finite
@@ -21,6 +21,7 @@ from dion2_lightning.parameter_groups import (
     Group,
     Labelled,
     algorithm_of,
+    check_scheduled,
     labelled_parameters,
     parameter_names,
     refuse_flattened,
@@ -54,10 +55,7 @@ def check_settings(groups: Sequence[Group]) -> None:
         group.update(given)
         for name in tensor_rates(group):
             del given[name]
-        for name in ("lr", "weight_decay"):
-            if name in given:
-                finite(f"{prefix}{name}", given.pop(name))
-        algorithm.check_settings(given, prefix)
+        check_scheduled(algorithm, given, prefix)
 
 
 def check_placements(

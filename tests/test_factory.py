@@ -196,10 +196,51 @@ def test_of_an_added_group_that_is_split_all_parts_are_added_or_none():
     optimizer = build_optimizer(model, lr=0.1)
     before = [group["name"] for group in optimizer.param_groups]
     model.blocks.requires_grad_()
-    added = {"params": list(model.blocks.parameters()), "fraction": 0.5}  # which AdamW, for the biases, does not have
-    with pytest.raises(ValueError, match="unknown entry 'fraction'"):
+    added = {"params": list(model.blocks.parameters()), "eps": -1.0}  # which only AdamW has, for the biases
+    with pytest.raises(ValueError, match="eps must be"):
         optimizer.add_param_group(added)
     assert [group["name"] for group in optimizer.param_groups] == before
+
+
+def test_entries_of_an_added_group_go_where_they_belong():
+    model = Language()
+    model.blocks.requires_grad_(False)
+    optimizer = build_optimizer(model, lr=0.1)
+    model.blocks.requires_grad_()
+    own = {"fraction": 0.5, "weight_decay": 0.2, "eps": 1e-6, "lr": 0.3, "name": "late"}
+    with pytest.raises(ValueError, match="unknown entry 'fractoin'"):
+        optimizer.add_param_group({"params": list(model.blocks.parameters()), "fractoin": 0.5})
+    optimizer.add_param_group({"params": list(model.blocks.parameters()), **own})
+    added = {group["name"]: group for group in optimizer.param_groups if group["name"].startswith("late-")}
+    assert list(added) == ["late-dion2", "late-adamw-no-decay"]
+    matrices, biases = added.values()
+    assert matrices["fraction"] == 0.5 and matrices["weight_decay"] == 0.2 and matrices["lr"] == biases["lr"] == 0.3
+    assert biases["eps"] == 1e-6 and biases["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("argument", ["overrides", "splits"])
+def test_patterns_for_what_is_frozen_by_now_do_not_hinder_what_is_added(argument: str):
+    model = Language()
+    model.blocks[0].requires_grad_(False)
+    pattern = {"overrides": {"blocks.1.*": {"lr": 0.5}}, "splits": {"blocks.1.1.weight": "whole"}}[argument]
+    optimizer = build_optimizer(model, lr=0.1, **{argument: pattern})
+    model.blocks[1].requires_grad_(False)
+    model.blocks[0].requires_grad_()
+    optimizer.add_param_group({"params": list(model.blocks[0].parameters())})
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert trained.issuperset(model.blocks[0].parameters())
+
+
+def test_an_added_group_has_names_if_the_others_have():
+    model = Language()
+    optimizer = build_optimizer(model, lr=0.1)
+    extra = nn.Parameter(torch.ones(3, 3))
+    with pytest.raises(ValueError, match=r"params must be \(name, parameter\) pairs, as in the other groups"):
+        optimizer.add_param_group({"params": [extra], "algorithm": "dion2"})
+    optimizer.add_param_group({"params": [("extra", extra)], "algorithm": "dion2"})
+    plain = Dion2([nn.Parameter(torch.ones(3, 3))])
+    with pytest.raises(ValueError, match="params must be parameters without names, as in the other groups"):
+        plain.add_param_group({"params": [("extra", extra)], "algorithm": "dion2"})
 
 
 # What it says

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -292,6 +293,19 @@ def foreign_state(saved):
 
 def no_groups(saved):
     del saved["param_groups"]
+
+
+def test_rates_that_a_step_takes_are_loaded_too():
+    """A schedule may leave a rounding error under zero."""
+    model, optimizer = three_matrices_after_one_step()
+    optimizer.param_groups[0].update(lr=-1e-20, weight_decay=-1e-20)
+    optimizer.step()
+    other = Dion2(groups_of(copy.deepcopy(model)), lr=0.9)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.param_groups[0]["lr"] == other.param_groups[0]["weight_decay"] == -1e-20
+    other.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="the checkpoint's lr must be finite, got nan"):
+        optimizer.load_state_dict(other.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -539,13 +539,14 @@ class SelectedSlices:
         """How many matrices they are of."""
         return self.indices.shape[0]
 
-    @cached_property
+    @property
     def members(self) -> "Sequence[SelectedSlices]":
         """The same, parameter by parameter: itself, unless the update is of several."""
-        updates = self.update.members
-        if len(updates) == 1:
-            return [self]
-        return [SelectedSlices(*each) for each in zip(updates, self.split(self.indices), strict=True)]
+        return [self] if len(self.update.members) == 1 else self._members  # it must not hold itself: garbage
+
+    @cached_property
+    def _members(self) -> "Sequence[SelectedSlices]":
+        return [SelectedSlices(*each) for each in zip(self.update.members, self.split(self.indices), strict=True)]
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
         """Cut what is of these matrices, (count, ...), into what is of those of each parameter."""

@@ -76,10 +76,12 @@ def parse_splits(splits: Mapping[str, str]) -> list[Override]:
     ]
 
 
-def assign_overrides(overrides: Sequence[Override], tree: ModelTree) -> dict[nn.Parameter, Override]:
+def assign_overrides(
+    overrides: Sequence[Override], tree: ModelTree, *, refuse_unmatched: bool
+) -> dict[nn.Parameter, Override]:
     """Find the override of each parameter that has one: the first whose pattern matches one of its names.
 
-    A pattern without an effect is an error.
+    A pattern without an effect is an error, if it says so.
     """
     assigned: dict[nn.Parameter, Override] = {}
     for override in overrides:
@@ -89,7 +91,7 @@ def assign_overrides(overrides: Sequence[Override], tree: ModelTree) -> dict[nn.
             if any(fnmatchcase(path.name, override.pattern) for path in paths)
         ]
         new = [parameter for parameter in matched if parameter.requires_grad and parameter not in assigned]
-        if not new:
+        if not new and refuse_unmatched:
             raise ValueError(f"{override.label} {_why_no_effect(override, matched, assigned, tree)}")
         assigned.update(dict.fromkeys(new, override))
     return assigned

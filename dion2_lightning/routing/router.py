@@ -6,7 +6,7 @@ Which algorithm trains the matrices, and which the rest, is what the caller says
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
@@ -132,7 +132,11 @@ class Routing:
     why_no_matrices: str | None = None
 
     def param_groups(
-        self, only: Iterable[Tensor] | None = None, *, rest: Mapping[str, Any] | None = None
+        self,
+        only: Iterable[Tensor] | None = None,
+        *,
+        rest: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         """The parameter groups for the optimizer.
 
@@ -140,6 +144,8 @@ class Routing:
             only: Parameters to keep; groups that hold none of them are left out (default: None, all parameters).
             rest: Entries for the groups of what is not trained as matrices, where they have none of that name
                 (default: None).
+            options: Entries for all groups whose algorithm has them, whatever they had before, but that no weight
+                decay reaches parameters that must not decay (default: None).
 
         Returns:
             One new dictionary a group, the matrices first: ``params`` as (name, parameter) pairs in model order,
@@ -150,13 +156,18 @@ class Routing:
         """
         kept = None if only is None else {id(parameter) for parameter in only}
         groups: dict[tuple[str, str], dict[str, Any]] = {}
-        for each in sorted(self.decisions, key=_rank):
-            if each.group is None or (kept is not None and id(each.parameter) not in kept):
-                continue
-            key = each.group, each.splits
+        members = [
+            (each.group, each)
+            for each in sorted(self.decisions, key=_rank)
+            if each.group is not None and (kept is None or id(each.parameter) in kept)
+        ]
+        algorithms = {each.algorithm for _, each in members}
+        for name, each in members:
+            key = name, each.splits
             if key not in groups:
                 common = {} if each.as_matrices else rest or {}
-                group = {**common, "params": [], "name": each.group, **_group_entries(each)}
+                own = _options_for(each, options or {}, algorithms)
+                group = {**common, "params": [], "name": name, **_group_entries(each), **own}
                 groups[key] = group | {"name": unique_name(group, list(groups.values()))}
             groups[key]["params"].append((each.name, each.parameter))
         return list(groups.values())
@@ -191,6 +202,7 @@ def route_parameters(
     matrices: str = DEFAULT_MATRICES,
     rest: str = DEFAULT_REST,
     control: bool = False,
+    refuse_unmatched: bool = True,
 ) -> Routing:
     """Decide for every parameter of a model whether it is trained as matrices or with the rest.
 
@@ -219,6 +231,8 @@ def route_parameters(
         rest: Algorithm of the rest, one that needs no matrices (default: ``"adamw"``).
         control: Whether ``rest`` trains the matrices too, whatever overrides send to ``matrices`` included: the same
             groups, named ``adamw-matrices``, ..., to compare ``matrices`` with (default: False).
+        refuse_unmatched: Whether a pattern of ``overrides`` or ``splits`` that matches nothing trainable is an error.
+            Later it may match nothing any more, as when a head has been frozen (default: True).
 
     Returns:
         The decisions, from which come the parameter groups and a report.
@@ -239,7 +253,9 @@ def route_parameters(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no trainable parameter; call requires_grad_() on some")
 
-    override_of, splits_of = assign_overrides(parsed, tree), assign_overrides(given_splits, tree)
+    override_of, splits_of = (
+        assign_overrides(each, tree, refuse_unmatched=refuse_unmatched) for each in (parsed, given_splits)
+    )
     decisions: list[Decision] = []
     for parameter, verdict in classify(tree).items():
         if verdict.role in LORA_ROLES[lora]:
@@ -250,13 +266,15 @@ def route_parameters(
         path = tree.paths[parameter][0]
         decisions.append(_decide(parameter, path, verdict, as_matrices, algorithm, override, blocks, per_head))
     _check_coverage(model, decisions)
-    _check_splits_used(given_splits, splits_of, override_of, decisions)
+    if refuse_unmatched:
+        _check_splits_used(given_splits, splits_of, override_of, decisions)
     if control:
         decisions = [replace(each, algorithm=rest) if each.as_matrices else each for each in decisions]
     else:  # a control ignores the settings of what it stands for
         for override in parsed:
             matched = [each for each in decisions if override_of.get(each.parameter) is override]
-            override.check_options({each.algorithm for each in matched})
+            if matched:
+                override.check_options({each.algorithm for each in matched})
     paths = {parameter: path for parameter, (path, *_) in tree.paths.items()}
     outside = {each: beside for each, path in paths.items() if (beside := what_it_lies_beside(path, tree.backbone))}
     return Routing(
@@ -363,6 +381,16 @@ def _group_entries(member: Decision) -> dict[str, Any]:
     if not member.decays:
         entries["weight_decay"] = 0.0
     return entries if member.override is None else entries | member.override.options_for(member.algorithm)
+
+
+def _options_for(member: Decision, options: Mapping[str, Any], algorithms: Collection[str]) -> dict[str, Any]:
+    """The options that a member's algorithm has, or that none has, so that they are refused."""
+    return {
+        name: value
+        for name, value in options.items()
+        if (member.decays or name != "weight_decay")
+        and (has_setting(member.algorithm, name) or not any(has_setting(each, name) for each in algorithms))
+    }
 
 
 def _check_splits_used(
