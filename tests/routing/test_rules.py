@@ -84,6 +84,18 @@ class TestOrientation:
         assert stacks
         assert all(each.batched and each.transposed is transposed and each.algorithm == "dion2" for each in stacks)
 
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_the_router_may_be_inside_a_module_of_its_own(self, transposed: bool) -> None:
+        block = nn.Module()
+        block.router = nn.Sequential(nn.Linear(6, 4), nn.Linear(32, 8, bias=False))
+        block.experts = nn.Module()
+        shapes = {"c_fc": (32, 128), "c_proj": (128, 32)}
+        for name, shape in shapes.items():
+            stored = shape if transposed else shape[::-1]
+            block.experts.register_parameter(name, nn.Parameter(torch.zeros(8, *stored)))
+        decisions = decide(block)
+        assert all(decisions[f"experts.{name}"].transposed is transposed for name in shapes)
+
     @pytest.mark.parametrize(("first", "second"), [("gate_up_proj", "down_proj"), ("w1", "w2")])
     @pytest.mark.parametrize("transposed", [False, True])
     def test_hidden_size_tells_even_if_one_stack_is_square(self, first: str, second: str, transposed: bool) -> None:
