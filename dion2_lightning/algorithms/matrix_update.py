@@ -261,8 +261,10 @@ class MatrixUpdate:
     @property
     def stack_key(self) -> Hashable:
         """What is the same for updates that can be one :class:`StackedUpdate`."""
-        if not self.is_fused or self.leaves_idle or not self.is_view(local(self.parameter)):
-            return self  # a copy of X is made when it is needed
+        if not self.is_fused or self.leaves_idle or not self.count:
+            return self
+        if self.part.count not in (None, self.matrices.count) or not self.is_view(local(self.parameter)):
+            return self  # what is selected of several parts is put together in their order; copies of X are made late
         views = [_memory_key(each) for each in (self.weight, self.momentum, self.gradient)]
         numbers = self.momentum_factor, self.step_size, self.shrink, self.neuron_beta, self.nesterov, self.is_cautious
         bits = [(line, *(each.stride() for each in bits)) for line, bits in self.bits.items()]

@@ -77,6 +77,7 @@ def alike(dtype: torch.dtype) -> list[dict[str, Any]]:
         {"params": weights(3, 16, 24)},
         {"params": weights(3, 4, 16, 24), "batched": True},
         {"params": weights(3, 32, 24), "splits": "head 2*8 | rest 16"},
+        {"params": weights(3, 12, 5), "splits": "2 x (q 2*2 | k 2)"},  # the heads of q lie in two parts
         {"params": weights(2, 16, 8, 3), "convolution": True},
     ]
 
@@ -96,7 +97,10 @@ def trained_alike(kernels: str, dtype: torch.dtype, **settings: Any) -> tuple[Di
         first, second, third, *_ = matrices_of(optimizer)
         first.grad = first.grad.mT.contiguous().mT
         second.grad = None
-        third.grad = torch.cat([third.new_zeros(1), third.grad.flatten()])[1:].view_as(third)
+        _, offset_by_2, offset_by_1 = optimizer.param_groups[5]["params"]  # so that their parts are aligned otherwise
+        for parameter, offset in ((third, 1), (offset_by_2, 2), (offset_by_1, 1)):
+            memory = torch.cat([parameter.new_zeros(offset), parameter.grad.flatten()])
+            parameter.grad = memory[offset:].view_as(parameter)
         optimizer.step()
     observed = [(each.parameter, each.observed.matrices.name) for each in optimizer.observed_parameters()]
     selected = [getattr(optimizer.selection_of(*each), "indices", None) for each in observed]
@@ -164,8 +168,17 @@ def test_a_step_that_a_gate_skips_changes_nothing() -> None:
 
 
 def check_shards(rank_count: int) -> None:
-    """Sharded by rows and by columns, unevenly, and replicated; one in half precision; in one turn and in many."""
+    """Sharded by rows and by columns, unevenly, and replicated; one in half precision; in one turn and in many.
+
+    And two stacks of one expert, of which one rank has none.
+    """
     mesh = init_device_mesh("cpu", (rank_count,))
+    experts = [nn.Parameter(distribute_tensor(torch.ones(1, 8, 12), mesh, [Shard(0)])) for _ in range(2)]
+    for parameter in experts:
+        parameter.grad = distribute_tensor(torch.ones(1, 8, 12), mesh, [Shard(0)])
+    Dion2([{"params": experts, "batched": True}], lr=0.1, kernels="triton").step()
+    moved = [parameter.full_tensor().ne(1).any() for parameter in experts]
+    assert all(moved)
     placements = (Shard(0), Shard(1), Replicate())
     cases = [(shape, placement, torch.float32) for shape in ((17, 24), (24, 17)) for placement in placements]
     cases.append(((17, 24), Shard(0), torch.bfloat16))
