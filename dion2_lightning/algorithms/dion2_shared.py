@@ -226,7 +226,7 @@ def _accumulate(
     own_sums: dict[MatrixUpdate, Tensor] = {}
     stacks = stack_alike(own)
     for stack, its_sums in zip(stacks, accumulate_and_sum(stacks, working_memory), strict=True):
-        own_sums.update(zip(stack.members, its_sums.sums.split(stack.members[0].count), strict=True))
+        own_sums.update(zip(stack.members, stack.split(its_sums.sums), strict=True))
     sums = []
     for update in updates:
         start, stop = (place // update.taps for place in update.held[rank])

@@ -129,6 +129,12 @@ class MatrixUpdate:
         """The updates of single parameters that this one is made of: itself, but see :class:`StackedUpdate`."""
         return [self]
 
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Cut what is of all its matrices, (count, ...), into what is of each member's."""
+        members = self.members
+        parts: Sequence[Tensor] = [tensor] if len(members) == 1 else tensor.split(members[0].count)
+        return parts
+
     @property
     def part(self) -> Part:
         """Which part of which matrices."""
@@ -265,7 +271,8 @@ class MatrixUpdate:
             return self
         if self.part.count not in (None, self.matrices.count) or not self.is_view(local(self.parameter)):
             return self  # what is selected of several parts is put together in their order; copies of X are made late
-        views = [_memory_key(each) for each in (self.weight, self.momentum, self.gradient)]
+        variance = None if self.neuron_beta is None else local(self.state["variance"])
+        views = [_memory_key(each) for each in (self.weight, self.momentum, self.gradient, variance)]
         numbers = self.momentum_factor, self.step_size, self.shrink, self.neuron_beta, self.nesterov, self.is_cautious
         bits = [(line, *(each.stride() for each in bits)) for line, bits in self.bits.items()]
         return self.slicing, self.gate, self.taps_first, *numbers, *views, *bits
@@ -476,8 +483,9 @@ class StackedUpdate(MatrixUpdate):
     """The matrices of several parameters that are alike, as one stack: those of one after those of another.
 
     Kernels of Triton take them so. What a step finds out about a stack, and makes for it, it does once: with 210
-    matrices of four shapes the host takes 0.7 of the time. Everything but parameters, names and states is that of the
-    first member; X, G and M have no view of all, and are taken from the members. A run has memory for all of a stack.
+    matrices of four shapes the host takes 0.7 of the time. What holds for all is the first member's; parameters, names,
+    states and random bits are the members' own, and so are X, G and M, of which there is no view of all. What a step
+    selects of a stack is never cut, as a run has memory for all of it.
 
     Attributes:
         stacked: The members.
@@ -548,12 +556,9 @@ class SelectedSlices:
 
     @cached_property
     def _members(self) -> "Sequence[SelectedSlices]":
-        return [SelectedSlices(*each) for each in zip(self.update.members, self.split(self.indices), strict=True)]
-
-    def split(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Cut what is of these matrices, (count, ...), into what is of those of each parameter."""
-        parts: Sequence[Tensor] = tensor.split(self.update.members[0].count)
-        return parts
+        return [
+            SelectedSlices(*each) for each in zip(self.update.members, self.update.split(self.indices), strict=True)
+        ]
 
     @property
     def parameter(self) -> Tensor:

@@ -419,7 +419,7 @@ def apply(
     if context.observer is not None and context.observer.wants_results:
         for each, (result, its_factors) in of_results.items():
             change = _change(each, result, its_factors)
-            for member, its_change in zip(each.members, each.split(change), strict=True):
+            for member, its_change in zip(each.members, each.update.split(change), strict=True):
                 context.observer.moved(member.update.source, its_change)
 
 
@@ -476,7 +476,7 @@ def show_results(results: Mapping[SelectedSlices, Tensor], context: StepContext)
     """Show the observer orthonormal submatrices (count, k, m), parameter by parameter, if it wants them."""
     if context.observer is not None and context.observer.wants_results:
         for each, result in results.items():
-            for member, its_result in zip(each.members, each.split(result), strict=True):
+            for member, its_result in zip(each.members, each.update.split(result), strict=True):
                 show_result(member.update, its_result, context)
 
 
@@ -488,9 +488,9 @@ def show_result(update: MatrixUpdate, result: Tensor, context: StepContext) -> N
 
 def record_selection(update: MatrixUpdate, indices: Tensor, norms: Tensor | None, context: StepContext) -> None:
     """Keep what was selected, (count, selected), and show the observer that and the norms of all slices."""
-    members, size = update.members, update.members[0].count
-    their_norms = [None] * len(members) if norms is None else norms.split(size)
-    for member, its_indices, its_norms in zip(members, indices.split(size), their_norms, strict=True):
+    members = update.members
+    their_norms = [None] * len(members) if norms is None else update.split(norms)
+    for member, its_indices, its_norms in zip(members, update.split(indices), their_norms, strict=True):
         if context.observer is not None:
             context.observer.selected(member.source, its_indices, its_norms)
         key = member.parameter, member.matrices.name

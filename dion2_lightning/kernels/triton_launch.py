@@ -68,14 +68,15 @@ def checked_pieces(pieces: Sequence[int] | None, **tensors: Sequence[Tensor | No
             raise ValueError(f"pieces must be at least 1 and add up to {len(its_tensors)} {name}, got {list(pieces)}")
         for number, (first, *others) in enumerate(cut(its_tensors, pieces)):
             if not all(_are_alike(first, other) for other in others):
-                raise ValueError(f"{name}: the pieces of stack {number} differ in shape, strides or dtype")
+                raise ValueError(f"{name}: the pieces of stack {number} differ in shape, strides, dtype or device")
     return pieces
 
 
 def _are_alike(first: Tensor | None, other: Tensor | None) -> bool:
     if first is None or other is None:
         return first is other
-    return first.stride() == other.stride() and first.shape == other.shape and first.dtype == other.dtype
+    is_alike = first.stride() == other.stride() and first.shape == other.shape and first.dtype == other.dtype
+    return is_alike and first.device == other.device
 
 
 def cut(values: Sequence[T], pieces: Sequence[int]) -> Iterator[Sequence[T]]:

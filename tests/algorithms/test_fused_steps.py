@@ -75,6 +75,10 @@ def alike(dtype: torch.dtype) -> list[dict[str, Any]]:
         {"params": weights(5, 24, 16), "lr": 0.05},  # slices are columns
         {"params": weights(2, 24, 16), "lr": 0.1},
         {"params": weights(3, 16, 24)},
+        {"params": weights(1, 16, 24), "momentum": 0.5},
+        {"params": weights(1, 16, 24), "weight_decay": 0.5},
+        {"params": weights(1, 16, 24), "nesterov": True},
+        {"params": weights(1, 16, 24), "normalize_neurons": True, "neuron_beta": 0.5},
         {"params": weights(3, 4, 16, 24), "batched": True},
         {"params": weights(3, 32, 24), "splits": "head 2*8 | rest 16"},
         {"params": weights(3, 12, 5), "splits": "2 x (q 2*2 | k 2)"},  # the heads of q lie in two parts
@@ -87,7 +91,7 @@ def trained_alike(kernels: str, dtype: torch.dtype, **settings: Any) -> tuple[Di
     optimizer = Dion2(
         alike(dtype), lr=0.1, weight_decay=0.1, kernels=kernels, orthonormalize_dtype="float32", **settings
     )
-    tracker = SelectionTracker(every=1)
+    tracker = SelectionTracker(every=1, orthogonality=True)
     tracker.attach(optimizer)
     fill(optimizer, weights=0)
     for step in range(STEPS):
@@ -97,7 +101,7 @@ def trained_alike(kernels: str, dtype: torch.dtype, **settings: Any) -> tuple[Di
         first, second, third, *_ = matrices_of(optimizer)
         first.grad = first.grad.mT.contiguous().mT
         second.grad = None
-        _, offset_by_2, offset_by_1 = optimizer.param_groups[5]["params"]  # so that their parts are aligned otherwise
+        _, offset_by_2, offset_by_1 = optimizer.param_groups[-2]["params"]  # so that their parts are aligned otherwise
         for parameter, offset in ((third, 1), (offset_by_2, 2), (offset_by_1, 1)):
             memory = torch.cat([parameter.new_zeros(offset), parameter.grad.flatten()])
             parameter.grad = memory[offset:].view_as(parameter)
@@ -181,7 +185,7 @@ def check_shards(rank_count: int) -> None:
     assert all(moved)
     placements = (Shard(0), Shard(1), Replicate())
     cases = [(shape, placement, torch.float32) for shape in ((17, 24), (24, 17)) for placement in placements]
-    cases.append(((17, 24), Shard(0), torch.bfloat16))
+    cases += [*cases[:2], ((17, 24), Shard(0), torch.bfloat16)]  # some are alike
     for working_memory in (None, 20_000):
         results = []
         for kernels in ("torch", "triton"):

@@ -632,7 +632,7 @@ def test_pieces_are_aligned_only_together(device: str) -> None:
     [
         ([1], {}, r"pieces must be at least 1 and add up to 2 momenta, got \[1\]"),
         ([2, 0], {}, "pieces must be at least 1 and add up to 2 momenta"),
-        ([2], {"momenta": rows(2, 3, 4)}, "momenta: the pieces of stack 0 differ in shape, strides or dtype"),
+        ([2], {"momenta": rows(2, 3, 4)}, "momenta: the pieces of stack 0 differ in shape, strides, dtype or"),
         ([2], {"momenta": columns(1, 3, 4)}, "momenta: the pieces of stack 0 differ"),
         ([2], {"momenta": rows(1, 3, 4).half()}, "momenta: the pieces of stack 0 differ"),
         ([2], {"gradients": None}, "gradients: the pieces of stack 0 differ"),
