@@ -265,6 +265,8 @@ def build_optimizer(model: nn.Module, *args: Any, **settings: Any) -> Dion2:
             raise ValueError(
                 "the added group does not say its algorithm, and the model it would be looked up in is gone"
             )
+        if len(set(parameters)) < len(parameters):
+            raise ValueError("the added group holds a parameter twice; pass every parameter once")
         groups = route(known, refuse_unmatched=False).param_groups(only=parameters, rest=rest, options=options)
         if sum(len(group["params"]) for group in groups) < len(parameters):
             raise ValueError(

@@ -91,7 +91,7 @@ def check_scheduled(algorithm: Algorithm, settings: Mapping[str, Any], prefix: s
     """Refuse what an algorithm's group cannot say once schedules have set its rates, to any finite numbers."""
     others = dict(settings)
     for name in ("lr", "weight_decay"):
-        if isinstance(others.get(name), float):
+        if name in others and not isinstance(others[name], Tensor):
             finite(f"{prefix}{name}", others.pop(name))
     algorithm.check_settings(others, prefix)
 

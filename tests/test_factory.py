@@ -210,6 +210,11 @@ def test_entries_of_an_added_group_go_where_they_belong():
     own = {"fraction": 0.5, "weight_decay": 0.2, "eps": 1e-6, "lr": 0.3, "name": "late"}
     with pytest.raises(ValueError, match="unknown entry 'fractoin'"):
         optimizer.add_param_group({"params": list(model.blocks.parameters()), "fractoin": 0.5})
+    bias = model.blocks[0][1].bias
+    with pytest.raises(ValueError, match=r"weight_decay=0.2 has no effect on biases.*'blocks.0.1.bias'; remove it"):
+        optimizer.add_param_group({"params": [bias], "weight_decay": 0.2})
+    with pytest.raises(ValueError, match="the added group holds a parameter twice"):
+        optimizer.add_param_group({"params": [bias, bias]})
     optimizer.add_param_group({"params": list(model.blocks.parameters()), **own})
     added = {group["name"]: group for group in optimizer.param_groups if group["name"].startswith("late-")}
     assert list(added) == ["late-dion2", "late-adamw-no-decay"]

@@ -477,7 +477,7 @@ def show_results(results: Mapping[SelectedSlices, Tensor], context: StepContext)
     if context.observer is not None and context.observer.wants_results:
         for each, result in results.items():
             for member, its_result in zip(each.members, each.update.split(result), strict=True):
-                show_result(member.update, its_result, context)
+                context.observer.orthonormalized(member.update.source, its_result)
 
 
 def show_result(update: MatrixUpdate, result: Tensor, context: StepContext) -> None:

@@ -162,6 +162,12 @@ class Routing:
             if each.group is not None and (kept is None or id(each.parameter) in kept)
         ]
         algorithms = {each.algorithm for _, each in members}
+        decay = (options or {}).get("weight_decay")
+        if decay and members and not any(each.decays for _, each in members):
+            raise ValueError(
+                f"weight_decay={decay} has no effect on biases, norms and single rows, which never "
+                f"decay, such as {members[0][1].name!r}; remove it"
+            )
         for name, each in members:
             key = name, each.splits
             if key not in groups:

@@ -569,10 +569,10 @@ def _hidden_size(parameter: nn.Parameter, path: ModulePath) -> int | None:
     """The size that experts begin and end with: what the router beside them takes, or what their module says."""
     for block in path.modules[-3:-1]:
         for name, child in block.named_children():
-            shapes = [each.shape for each in child.parameters() if each.ndim == 2]
-            if re.search("gat|rout", name.lower()):
-                sizes = (columns for rows, columns in shapes if rows == parameter.shape[0])
-                if (size := next(sizes, None)) is not None:
-                    return size
+            if not re.search("gat|rout", name.lower()):
+                continue
+            shapes = (each.shape for each in child.parameters() if each.ndim == 2)
+            if (size := next((columns for rows, columns in shapes if rows == parameter.shape[0]), None)) is not None:
+                return size
     own = (getattr(path.owner, name, None) for name in _HIDDEN_SIZE_NAMES)
     return next((size for size in own if isinstance(size, int)), None)
